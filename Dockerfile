@@ -1,0 +1,30 @@
+# The whole stack in one image. Nothing here names a registry or an index beyond the base image, so both can be replaced:
+# BASE_IMAGE by any image with Python 3.11 to 3.13, venv and a CA store; the index by pip's own settings.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+FROM ${BASE_IMAGE} AS build
+# A venv, because the base image's own Python may belong to its package manager (PEP 668).
+RUN python3 -m venv /opt/venv
+WORKDIR /src
+COPY pyproject.toml constraints.txt ./
+# The dependencies come before the sources, so that a change of code installs nothing anew. The secret pip_ca, where it is
+# given and not empty, is the CA bundle that pip trusts: for a network whose proxy opens TLS. No layer keeps it.
+RUN --mount=type=secret,id=pip_ca \
+    if [ -s /run/secrets/pip_ca ]; then export PIP_CERT=/run/secrets/pip_ca; fi \
+    && /opt/venv/bin/python -c 'import tomllib; config = tomllib.load(open("pyproject.toml", "rb")); print(*config["build-system"]["requires"], *config["project"]["dependencies"], sep="\n")' > requirements.txt \
+    && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --only-binary=:all: \
+       --constraint constraints.txt --requirement requirements.txt
+COPY . .
+RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --no-index --no-deps --no-build-isolation .
+
+FROM ${BASE_IMAGE}
+COPY --from=build /opt/venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/var/lib/dstack-emu
+# By number: no user has to be made, and 1000 is who owns a folder that an ordinary person on Linux would mount.
+# A new named volume takes its owner from the folder it covers.
+RUN install -d -o 1000 -g 1000 /var/lib/dstack-emu /etc/dstack-emu
+USER 1000:1000
+WORKDIR /var/lib/dstack-emu
+# auth of source and target, KMS source and target, PCCS, the app's guest agent
+EXPOSE 3101 3102 9301 9302 8081 8090
+ENTRYPOINT ["dstack-emu"]

@@ -1,0 +1,71 @@
+# `make up` runs the stack, `make test` the tests. Either one first makes .venv, where it is missing or older than
+# pyproject.toml or constraints.txt.
+
+VENV := .venv
+BIN  := $(VENV)/bin
+ARGS ?=
+
+# The Pythons to try, in order (`make PYTHON=/path/to/python` tries only that one). Up to 3.13: coincurve, as pinned,
+# has no wheel for a later one.
+PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
+FITS    := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt --only-binary=:all:
+# setuptools comes first and by its pin: pip's isolated builds would take whichever is the newest that day.
+INSTALL := $(PIP) --no-build-isolation --editable
+
+.PHONY: help up test lint types imports check bench proto lock clean
+
+help: ## Say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+up: $(VENV)/.runtime ## Run the whole stack in the foreground (ARGS="--fresh" and the like are passed on)
+	@exec $(BIN)/dstack-emu up $(ARGS)
+
+test: $(VENV)/.dev ## Run the tests (ARGS="-k quote" and the like are passed on)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev ## Check the style
+	@$(BIN)/ruff check .
+
+types: $(VENV)/.dev ## Check the types
+	@$(BIN)/mypy
+
+imports: $(VENV)/.dev ## Check which package may import which
+	@$(BIN)/lint-imports
+
+check: lint types imports test ## All four
+
+bench: $(VENV)/.dev ## Measure
+	@$(BIN)/python -m bench $(ARGS)
+
+proto: $(VENV)/.dev ## Write the protobuf code again, after a change of a .proto file
+	@$(BIN)/python tools/generate_proto.py
+
+lock: ## Resolve all dependencies afresh into constraints.txt
+	@PYTHON="$(PYTHON)" .ci/lock
+
+clean: ## Remove the venv, caches and build leftovers
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A candidate counts only once it has run: shims exist that are found and then fail.
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	@fit=; found=; \
+	for python in $(PYTHONS); do \
+	  "$$python" -c '$(FITS)' >/dev/null 2>&1 || continue; \
+	  fit=$$python; \
+	  "$$python" -c 'import venv, ensurepip' >/dev/null 2>&1 || continue; \
+	  found=$$python; break; \
+	done; \
+	if [ -z "$$fit" ]; then \
+	  echo "No Python 3.11, 3.12 or 3.13 runs here (tried: $(PYTHONS))." >&2; \
+	  echo "Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; \
+	elif [ -z "$$found" ]; then \
+	  echo "$$fit cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; \
+	fi; \
+	echo "Making $(VENV) with $$found" && \
+	"$$found" -m venv --clear $(VENV) && $(PIP) setuptools && $(INSTALL) . && touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "Adding the tools for tests and checks to $(VENV)"
+	@$(INSTALL) '.[dev]' && touch $@

@@ -1,0 +1,163 @@
+"""What evidence says about the application: identity from its events, measurements from its registers.
+
+`AppInfo` is what a certificate carries and an agent answers; `BootInfo` is what an auth webhook is asked about.
+Neither is proof: build them from evidence that `attest.verify` accepted. Source: dstack
+`dstack-attest/src/attestation.rs` (`decode_app_info_ex`) and `kms/src/main_service/upgrade_authority.rs` at 312dc605.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgpack
+
+from attest.attestation import Attestation
+from attest.errors import FormatError
+from attest.eventlog import BOOT_MR_DONE, SYSTEM_READY, find_payload, replay_runtime
+from attest.quote import Quote, TdReport
+from attest.vmconfig import VmConfig
+
+UNKNOWN_DEVICE_ID: Final = hashlib.sha256(b"").digest()
+"""What upstream calls the device where nobody verified a quote: SHA-256 of nothing."""
+
+TEE_VARIANT_TDX: Final = "dstack-tdx"
+APP_ID_SIZE: Final = 20
+_ZERO_48: Final = bytes(48)
+
+
+@dataclass(frozen=True, slots=True)
+class AppInfo:
+    """Identity and measurements of one trust domain. Hashes are 32 bytes; app and instance id 20 (an instance id may be empty)."""
+
+    app_id: bytes
+    compose_hash: bytes
+    instance_id: bytes
+    device_id: bytes
+    mr_system: bytes
+    mr_aggregated: bytes
+    os_image_hash: bytes
+    key_provider_info: bytes
+    init_script_hashes: tuple[bytes, ...] = ()
+
+    def encode(self) -> bytes:
+        """Encode as the certificate extension has it: a msgpack array of nine, in the order of the fields."""
+        packed: bytes = msgpack.packb(
+            [
+                self.app_id,
+                self.compose_hash,
+                self.instance_id,
+                self.device_id,
+                self.mr_system,
+                self.mr_aggregated,
+                self.os_image_hash,
+                self.key_provider_info,
+                list(self.init_script_hashes),
+            ]
+        )
+        return packed
+
+
+@dataclass(frozen=True, slots=True)
+class BootInfo:
+    """The question an auth webhook is asked: who wants to boot, on what, in which state."""
+
+    mr_aggregated: bytes
+    os_image_hash: bytes
+    mr_system: bytes
+    app_id: bytes
+    compose_hash: bytes
+    instance_id: bytes
+    device_id: bytes
+    key_provider_info: bytes
+    tcb_status: str
+    advisory_ids: tuple[str, ...]
+    tee_variant: str = TEE_VARIANT_TDX
+
+    def to_json(self) -> bytes:
+        """The webhook's body: camelCase, bytes as lowercase hex; the variant under next's name and 0.5.x's."""
+        document: dict[str, Any] = {
+            "teeVariant": self.tee_variant,
+            "attestationMode": self.tee_variant,
+            "mrAggregated": self.mr_aggregated.hex(),
+            "osImageHash": self.os_image_hash.hex(),
+            "mrSystem": self.mr_system.hex(),
+            "appId": self.app_id.hex(),
+            "composeHash": self.compose_hash.hex(),
+            "instanceId": self.instance_id.hex(),
+            "deviceId": self.device_id.hex(),
+            "keyProviderInfo": self.key_provider_info.hex(),
+            "tcbStatus": self.tcb_status,
+            "advisoryIds": list(self.advisory_ids),
+        }
+        return json.dumps(document, separators=(",", ":")).encode()
+
+
+def decode_app_info(
+    attestation: Attestation,
+    *,
+    vm_config: str = "",
+    boot_time: bool = False,
+    device_id: bytes = UNKNOWN_DEVICE_ID,
+) -> AppInfo:
+    """Read identity and measurements from evidence.
+
+    `vm_config` (a request's) goes before the evidence's own config. `boot_time` measures RTMR3 up to and including
+    `boot-mr-done` and leaves the key provider out, as SignCert judges. Raises `FormatError`.
+    """
+    report = Quote.parse(attestation.quote).report
+    events = attestation.runtime_events
+    key_provider = b"" if boot_time else find_payload(events, "key-provider")
+    rtmr3 = replay_runtime(events, BOOT_MR_DONE if boot_time else None)
+    return AppInfo(
+        app_id=find_payload(events, "app-id"),
+        compose_hash=find_payload(events, "compose-hash"),
+        instance_id=find_payload(events, "instance-id"),
+        device_id=device_id,
+        mr_system=mr_system(report, key_provider),
+        mr_aggregated=mr_aggregated(report, rtmr3),
+        os_image_hash=os_image_hash(vm_config or attestation.config),
+        key_provider_info=key_provider,
+        init_script_hashes=_init_script_hashes(attestation),
+    )
+
+
+def mr_system(report: TdReport, key_provider_info: bytes) -> bytes:
+    """SHA-256 over MRTD, RTMR0 to 2 and the hash of the key provider (32 zero bytes without one)."""
+    mr_key_provider = hashlib.sha256(key_provider_info).digest() if key_provider_info else bytes(32)
+    return hashlib.sha256(b"".join((report.mr_td, *report.rtmrs[:3], mr_key_provider))).digest()
+
+
+def mr_aggregated(report: TdReport, rtmr3: bytes) -> bytes:
+    """SHA-256 over MRTD, RTMR0 to 2 and the replayed RTMR3; then the three owner fields unless all of them are zero."""
+    owner = (report.mr_config_id, report.mr_owner, report.mr_owner_config)
+    parts = (report.mr_td, *report.rtmrs[:3], rtmr3)
+    if any(field != _ZERO_48 for field in owner):
+        parts += owner
+    return hashlib.sha256(b"".join(parts)).digest()
+
+
+def os_image_hash(config: str) -> bytes:
+    """Read the OS image hash from a VM config, or from the `vm_config` text inside a larger config; empty without one."""
+    if not config:
+        return b""
+    try:
+        document = json.loads(config)
+    except (ValueError, RecursionError):
+        document = None  # VmConfig.parse says what is wrong with it
+    if isinstance(document, dict) and isinstance(document.get("vm_config"), str):
+        config = document["vm_config"]
+    try:
+        return VmConfig.parse(config).os_image_hash
+    except FormatError as error:
+        raise FormatError(f"Failed to decode os image hash: {error}") from error
+
+
+def _init_script_hashes(attestation: Attestation) -> tuple[bytes, ...]:
+    found = []
+    for event in attestation.runtime_events:
+        if event.event == SYSTEM_READY:
+            break
+        if event.event == "init-script-hash":
+            found.append(event.payload)
+    return tuple(found)

@@ -1,0 +1,148 @@
+"""The webhook's side of the boot-info contract: a JSON body in, a `Decision` out.
+
+Reads what a KMS sends and refuses what the originals refuse, with the same words: they validate with zod 3,
+whose answer names every fault in schema order, not only the first. It does not judge the values: hex stays
+text, of whatever length and case, and keys it does not know (keyProviderInfo, attestationMode) are ignored.
+
+Source: dstack next 312dc605, `kms/auth-simple/index.ts` and `kms/auth-mock/index.ts` (BootInfoSchema,
+BootResponseSchema); zod 3.25.76 `v3/types.ts`, `v3/locales/en.ts`; what JSON means there is JavaScript's
+`JSON.parse`.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from auth.errors import BootInfoError, Issue, MalformedJsonError
+
+
+@dataclass(frozen=True, slots=True)
+class BootInfo:
+    """What a KMS says of the machine that asks: hex as sent; optional fields that were absent are empty."""
+
+    mr_aggregated: str
+    os_image_hash: str
+    app_id: str
+    compose_hash: str
+    instance_id: str
+    device_id: str
+    tcb_status: str = ""
+    advisory_ids: tuple[str, ...] = ()
+    mr_system: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A webhook's answer, and why.
+
+    `rule` names the rule that decided and `differs_from` the other contracts of `policy.evaluate` that would
+    have decided otherwise; both are for logs and tests and never go over the wire.
+    """
+
+    is_allowed: bool
+    reason: str
+    gateway_app_id: str
+    rule: str
+    differs_from: tuple[str, ...] = ()
+
+
+def parse_json(body: bytes) -> object:
+    """Parse a body as `JSON.parse` does a decoded one; numbers all become floats, as they do there.
+
+    A byte order mark is dropped and undecodable bytes are replaced, as the Fetch standard decodes a body. NaN
+    and Infinity are refused: they are Python's, not JSON. Raises `MalformedJsonError`.
+    """
+    try:
+        return _DECODER.decode(body.decode("utf-8", "replace").removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        raise MalformedJsonError(f"body of {len(body)} bytes is not JSON: {error}") from error
+
+
+def parse_boot_info(document: object, *, checks_tee_variant: bool = False) -> BootInfo:
+    """Read a parsed body as boot info, or raise `BootInfoError` with every issue.
+
+    `checks_tee_variant` is next's auth-simple, which also wants `teeVariant` to be a string where it is
+    given.
+    """
+    if not isinstance(document, dict):
+        raise BootInfoError([_invalid_type("object", document, [])])
+    fields = _Fields(document)
+    if checks_tee_variant:
+        fields.optional("teeVariant")
+    # Arguments are evaluated in this order, and this order is the order of the issues.
+    boot_info = BootInfo(
+        mr_aggregated=fields.required("mrAggregated"),
+        os_image_hash=fields.required("osImageHash"),
+        app_id=fields.required("appId"),
+        compose_hash=fields.required("composeHash"),
+        instance_id=fields.required("instanceId"),
+        device_id=fields.required("deviceId"),
+        tcb_status=fields.optional("tcbStatus"),
+        advisory_ids=fields.optional_list("advisoryIds"),
+        mr_system=fields.optional("mrSystem"),
+    )
+    if fields.issues:
+        raise BootInfoError(fields.issues)
+    return boot_info
+
+
+class _Fields:
+    """Reads fields of one object and collects an issue for each that is not what it should be."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self._document = document
+        self.issues: list[Issue] = []
+
+    def required(self, key: str) -> str:
+        return self._text(self._document.get(key, _ABSENT), [key])
+
+    def optional(self, key: str) -> str:
+        return self._text(self._document.get(key, ""), [key])
+
+    def optional_list(self, key: str) -> tuple[str, ...]:
+        value = self._document.get(key, [])
+        if not isinstance(value, list):
+            self.issues.append(_invalid_type("array", value, [key]))
+            return ()
+        return tuple(self._text(item, [key, index]) for index, item in enumerate(value))
+
+    def _text(self, value: object, path: list[str | int]) -> str:
+        if isinstance(value, str):
+            return value
+        self.issues.append(_invalid_type("string", value, path))
+        return ""
+
+
+class _Absent:
+    """The type of a key that is not there, which JSON cannot say."""
+
+
+_ABSENT = _Absent()
+_JAVASCRIPT_NAMES: dict[type, str] = {
+    _Absent: "undefined",
+    type(None): "null",
+    bool: "boolean",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+}
+
+
+def _invalid_type(expected: str, value: object, path: list[str | int]) -> Issue:
+    received = _JAVASCRIPT_NAMES[type(value)]
+    return {
+        "code": "invalid_type",
+        "expected": expected,
+        "received": received,
+        "path": path,
+        "message": "Required" if received == "undefined" else f"Expected {expected}, received {received}",
+    }
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+# parse_int=float: JSON has one kind of number, and Python's int refuses one of more than 4300 digits.
+_DECODER = json.JSONDecoder(parse_int=float, parse_constant=_refuse_constant)

@@ -1,0 +1,38 @@
+"""The errors of the webhooks: one family, `AuthError`.
+
+A denial is no error: it is a `Decision`. Errors are what keeps a webhook from deciding: its own
+configuration, or a request that is not one.
+"""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+
+class Issue(TypedDict):
+    """One entry of a zod 3 error, in the key order zod writes."""
+
+    code: str
+    expected: str
+    received: str
+    path: list[str | int]
+    message: str
+
+
+class AuthError(Exception):
+    """Anything this package refuses."""
+
+
+class ConfigError(AuthError):
+    """A setting or a config file that cannot be used: which one, what was got, and what is expected."""
+
+
+class MalformedJsonError(AuthError):
+    """A request body that is not JSON text."""
+
+
+class BootInfoError(AuthError):
+    """A JSON body that is no boot info; `issues` lists every fault, in schema order."""
+
+    def __init__(self, issues: Sequence[Issue]) -> None:
+        super().__init__("; ".join(f"{issue['path']}: {issue['message']}" for issue in issues))
+        self.issues = tuple(issues)

@@ -1,0 +1,94 @@
+"""What `GET /openapi.json` answers: the webhook's interface, for people and client generators.
+
+Upstream ships such a file beside auth-mock and serves it nowhere. It describes; `boot_info` is what
+validates.
+"""
+
+from typing import Any, Final
+
+_TEXT: Final = {"type": "string"}
+
+_SCHEMAS: Final[dict[str, Any]] = {
+    "BootInfo": {
+        "type": "object",
+        "description": "What the KMS found out about the machine; hex with or without 0x, in any case.",
+        "required": ["mrAggregated", "osImageHash", "appId", "composeHash", "instanceId", "deviceId"],
+        "properties": {
+            "mrAggregated": _TEXT,
+            "osImageHash": _TEXT,
+            "appId": _TEXT,
+            "composeHash": _TEXT,
+            "instanceId": _TEXT,
+            "deviceId": _TEXT,
+            "tcbStatus": {**_TEXT, "default": ""},
+            "advisoryIds": {"type": "array", "items": _TEXT, "default": []},
+            "mrSystem": {**_TEXT, "default": ""},
+        },
+    },
+    "Decision": {
+        "type": "object",
+        "required": ["isAllowed", "reason", "gatewayAppId"],
+        "properties": {"isAllowed": {"type": "boolean"}, "reason": _TEXT, "gatewayAppId": _TEXT},
+    },
+    "Info": {
+        "type": "object",
+        "description": "The fields a KMS reads; a webhook may add others.",
+        "required": ["status", "kmsContractAddr", "gatewayAppId", "chainId", "appImplementation"],
+        "properties": {
+            "status": _TEXT,
+            "kmsContractAddr": _TEXT,
+            "gatewayAppId": _TEXT,
+            "chainId": {"type": "integer"},
+            "appImplementation": _TEXT,
+        },
+    },
+    "Health": {"type": "object", "required": ["status"], "properties": {"status": _TEXT}},
+    "Refusal": {
+        "type": "object",
+        "required": ["success", "error"],
+        "properties": {
+            "success": {"type": "boolean"},
+            "error": {
+                "type": "object",
+                "required": ["issues", "name"],
+                "properties": {"issues": {"type": "array", "items": {"type": "object"}}, "name": _TEXT},
+            },
+        },
+    },
+}
+
+
+def document(title: str) -> dict[str, object]:
+    """Build the OpenAPI 3.0.3 document of a webhook of this title."""
+    return {
+        "openapi": "3.0.3",
+        "info": {"title": title, "version": "1.0.0"},
+        "paths": {
+            "/": {"get": _get("What the webhook stands for", "Info")},
+            "/bootAuth/app": {"post": _boot_auth("May this app boot?")},
+            "/bootAuth/kms": {"post": _boot_auth("May this KMS boot?")},
+            "/health": {"get": _get("Is the webhook up?", "Health")},
+        },
+        "components": {"schemas": _SCHEMAS},
+    }
+
+
+def _get(summary: str, schema: str) -> dict[str, object]:
+    return {"summary": summary, "responses": {"200": {"description": schema, "content": _json(schema)}}}
+
+
+def _boot_auth(summary: str) -> dict[str, object]:
+    refusal = {**_json("Refusal"), "text/plain": {"schema": _TEXT}}
+    return {
+        "summary": summary,
+        "requestBody": {"required": True, "content": _json("BootInfo")},
+        "responses": {
+            "200": {"description": "The decision; a denial is a 200 too", "content": _json("Decision")},
+            "400": {"description": "No boot info (JSON) or no JSON (text)", "content": refusal},
+            "413": {"description": "The body is too large", "content": {"text/plain": {"schema": _TEXT}}},
+        },
+    }
+
+
+def _json(schema: str) -> dict[str, object]:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}

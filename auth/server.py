@@ -1,0 +1,191 @@
+"""The webhooks' HTTP front: one application for each service, with the answers and refusals of the originals.
+
+Binds no socket, reads no environment and knows no command line: whoever composes the stack does. Two routes
+are ours, `GET /health` and `GET /openapi.json`; anything else that is not one of the three of the protocol is
+a 404, a known path asked by another method included. There is no catch-all for exceptions: a fault of ours is
+aiohttp's 500, which a KMS takes for an error and never for an allow.
+
+Source: `kms/auth-simple/index.ts` and `kms/auth-mock/index.ts` of dstack, next 312dc605; hono 4.12.34
+`validator.ts` (content type, malformed JSON) and `hono-base.ts` (404).
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from aiohttp import web
+
+from auth import openapi
+from auth.boot_info import BootInfo, Decision, parse_boot_info, parse_json
+from auth.errors import BootInfoError, MalformedJsonError
+from auth.mock import MockAuth, MockSettings
+from auth.policy import Compat
+from auth.simple import SimpleAuth
+
+MAX_BODY_SIZE: Final = 1024 * 1024  # a KMS sends well under 2 KiB
+
+# Any case, as hono 4.12.34 (next's auth-simple); 4.12.18 and 4.12.27, which the others pin, want lowercase.
+# What comes before `+` is letters, `-` and `.`.
+_JSON_CONTENT_TYPE: Final = re.compile(
+    r"application/(?:[a-z.-]+\+)?json(?:;\s*[a-z0-9-]+=[^;]+)*", re.IGNORECASE | re.ASCII
+)
+_LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
+
+def simple_app(config_path: Path | str, *, compat: Compat = "readme") -> web.Application:
+    """Build auth-simple over one config file; raises `ConfigError` for a `compat` that is none.
+
+    Logs upstream's lines to `auth.simple`, an error for a file that cannot be used, and a warning for each
+    decision that another contract would have made otherwise.
+    """
+    service = SimpleAuth(config_path, compat=compat)
+    log = logging.getLogger("auth.simple")
+
+    def info() -> dict[str, object]:
+        answer = service.info()
+        if "configError" in answer:
+            log.error("%s", answer["configError"])
+        return answer
+
+    def decide(boot_info: BootInfo, is_kms: bool) -> Decision:
+        caller = "KMS" if is_kms else "app"
+        request = (
+            {"osImageHash": boot_info.os_image_hash, "mrAggregated": boot_info.mr_aggregated}
+            if is_kms
+            else {"appId": boot_info.app_id, "composeHash": boot_info.compose_hash}
+        )
+        log.info("%s boot auth request: %s", caller, _Json({**request, "instanceId": boot_info.instance_id}))
+        decision = service.decide(boot_info, is_kms)
+        if decision.rule == "config":
+            log.error("%s", decision.reason)
+        if decision.differs_from:
+            log.warning(
+                "%s boot %s by rule %s of the %s contract; otherwise under: %s",
+                caller,
+                "allowed" if decision.is_allowed else "denied",
+                decision.rule,
+                service.compat,
+                ", ".join(decision.differs_from),
+            )
+        log.info("%s boot auth result: %s", caller, _Json(_boot_response(decision)))
+        return decision
+
+    title = "auth-simple: boot authorization by a config file"
+    return _webhook(title, info, decide, checks_tee_variant=compat == "next")
+
+
+def mock_app(settings: MockSettings) -> web.Application:
+    """Build auth-mock; logs upstream's request lines to `auth.mock`, less their note that all succeeds."""
+    service = MockAuth(settings)
+    log = logging.getLogger("auth.mock")
+    for entry in sorted(settings.allowed_device_ids | settings.allowed_mr_aggregated):
+        if entry.startswith("0x"):
+            log.warning("allowlist entry %s matches nothing: entries are compared without 0x", entry)
+
+    def decide(boot_info: BootInfo, is_kms: bool) -> Decision:
+        request = {"appId": boot_info.app_id, "instanceId": boot_info.instance_id}
+        log.info("mock %s boot auth request: %s", "KMS" if is_kms else "app", _Json(request))
+        return service.decide(boot_info, is_kms)
+
+    return _webhook("auth-mock: boot authorization by a fixed policy, for tests", service.info, decide)
+
+
+def _webhook(
+    title: str,
+    info: Callable[[], dict[str, object]],
+    decide: Callable[[BootInfo, bool], Decision],
+    *,
+    checks_tee_variant: bool = False,
+) -> web.Application:
+    async def get_info(_request: web.Request) -> web.Response:
+        return _json_response(info())
+
+    async def get_health(_request: web.Request) -> web.Response:
+        return _json_response({"status": "ok"})
+
+    async def get_openapi(_request: web.Request) -> web.Response:
+        return _json_response(openapi.document(title))
+
+    async def boot_auth(request: web.Request, is_kms: bool) -> web.Response:
+        try:
+            boot_info = parse_boot_info(await _read_json(request), checks_tee_variant=checks_tee_variant)
+        except BootInfoError as error:
+            refusal = {"success": False, "error": {"issues": error.issues, "name": "ZodError"}}
+            return _json_response(refusal, status=400)
+        except MalformedJsonError:
+            return _text_response("Malformed JSON in request body", status=400)
+        except web.HTTPRequestEntityTooLarge:
+            return _text_response(f"Request body is larger than {MAX_BODY_SIZE} bytes", status=413)
+        return _json_response(_boot_response(decide(boot_info, is_kms)))
+
+    async def boot_app(request: web.Request) -> web.Response:
+        return await boot_auth(request, is_kms=False)
+
+    async def boot_kms(request: web.Request) -> web.Response:
+        return await boot_auth(request, is_kms=True)
+
+    async def not_found(_request: web.Request) -> web.Response:
+        return _text_response("404 Not Found", status=404)
+
+    app = web.Application(client_max_size=MAX_BODY_SIZE)
+    app.add_routes(
+        [
+            web.get("/", get_info),
+            web.post("/bootAuth/app", boot_app),
+            web.post("/bootAuth/kms", boot_kms),
+            web.get("/health", get_health),
+            web.get("/openapi.json", get_openapi),
+            web.route("*", r"/{path:[\s\S]*}", not_found),
+        ]
+    )
+    return app
+
+
+async def _read_json(request: web.Request) -> object:
+    """Parse the body, or take an empty object, unread, where the content type is not a JSON one."""
+    if not _JSON_CONTENT_TYPE.fullmatch(request.headers.get("Content-Type", "")):
+        return {}
+    try:
+        body = await request.read()
+    except web.RequestPayloadError as error:
+        raise MalformedJsonError(f"body cannot be read: {error}") from error
+    return parse_json(body)
+
+
+def _boot_response(decision: Decision) -> dict[str, object]:
+    return {
+        "isAllowed": decision.is_allowed,
+        "reason": decision.reason,
+        "gatewayAppId": decision.gateway_app_id,
+    }
+
+
+class _Json:
+    """A value that is written as JSON when a log line with it is."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __str__(self) -> str:
+        return _dump(self._value)
+
+
+def _dump(value: object) -> str:
+    """Write as `JSON.stringify` does: compact, escaping only what must be, lone surrogates included."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _LONE_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _json_response(value: object, *, status: int = 200) -> web.Response:
+    return web.Response(body=_dump(value).encode(), status=status, content_type="application/json")
+
+
+def _text_response(text: str, *, status: int) -> web.Response:
+    return web.Response(
+        body=text.encode(), status=status, headers={"Content-Type": "text/plain; charset=UTF-8"}
+    )

@@ -1,0 +1,122 @@
+"""auth-simple: a webhook whose config file decides. The service; no HTTP.
+
+The file's bytes are read again on every request, so a change takes effect with the next one. A file that is
+missing, unreadable, no JSON or of the wrong shape denies every boot, with a reason that says what is wrong
+with which file; upstream falls back to an empty config there, whose reason `OS image is not allowed`
+misleads. A file caught while it is being rewritten denies too: no beginning of a JSON object, short of the
+whole, is itself JSON.
+
+Source: `kms/auth-simple/index.ts` of dstack, next 312dc605 (ConfigBackend), and the README of auth-simple.
+"""
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pydantic import ValidationError
+
+from auth.boot_info import BootInfo, Decision, parse_json
+from auth.errors import ConfigError, MalformedJsonError
+from auth.policy import Compat, Policy, evaluate, parse_compat
+
+DEFAULT_CONFIG_PATH: Final = "./auth-config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SimpleSettings:
+    """What auth-simple takes from its environment; the port is whoever binds it to know."""
+
+    config_path: str = DEFAULT_CONFIG_PATH
+    compat: Compat = "readme"
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> "SimpleSettings":
+        """Read AUTH_CONFIG_PATH and AUTH_SIMPLE_COMPAT, an empty value being none; raises `ConfigError`."""
+        return cls(
+            config_path=env.get("AUTH_CONFIG_PATH") or DEFAULT_CONFIG_PATH,
+            compat=parse_compat(env.get("AUTH_SIMPLE_COMPAT") or "readme"),
+        )
+
+
+class SimpleAuth:
+    """Decides by the config file at `config_path`, under one of the contracts of `policy`."""
+
+    def __init__(self, config_path: Path | str, *, compat: Compat = "readme") -> None:
+        """A `str` keeps its spelling in answers (`./x`, which a `Path` loses). Raises `ConfigError`."""
+        self._config_path = str(config_path)
+        self.compat: Final = parse_compat(compat)
+        self._content: bytes | None = None
+        self._policy = Policy()
+
+    def policy(self) -> Policy:
+        """Read the file now, or raise `ConfigError`; bytes equal to the last good ones are not parsed."""
+        content = _read(self._config_path)
+        if content != self._content:
+            self._policy = _parse(content, self._config_path)
+            self._content = content
+        return self._policy
+
+    def decide(self, boot_info: BootInfo, is_kms: bool) -> Decision:
+        """Decide by the file as it is now; a file that cannot be used denies by the rule `config`."""
+        try:
+            policy = self.policy()
+        except ConfigError as error:
+            return Decision(is_allowed=False, reason=str(error), gateway_app_id="", rule="config")
+        return evaluate(policy, boot_info, is_kms, compat=self.compat)
+
+    def info(self) -> dict[str, object]:
+        """Build the answer of `GET /`.
+
+        A file that cannot be used leaves the status `ok`, as upstream does: the webhook is up, and the file
+        may come later. The values are then zero, and an additional `configError` says why.
+        """
+        problem: dict[str, object] = {}
+        try:
+            policy = self.policy()
+        except ConfigError as error:
+            policy = Policy()
+            problem["configError"] = str(error)
+        return {
+            "status": "ok",
+            "kmsContractAddr": policy.kms_contract_addr,
+            "gatewayAppId": policy.gateway_app_id,
+            "chainId": policy.chain_id,
+            "appAuthImplementation": policy.app_implementation,
+            "appImplementation": policy.app_implementation,
+            "configPath": self._config_path,
+            **problem,
+        }
+
+
+def _read(path: str) -> bytes:
+    """Read the whole file, in the event loop's thread: it is small, and a hop to another costs more."""
+    try:
+        with open(path, "rb", buffering=0, opener=_open_nonblocking) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"failed to load config: {path}: Not a regular file")
+            return file.read()
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file not found: {path}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        detail = getattr(error, "strerror", None) or error
+        raise ConfigError(f"failed to load config: {path}: {detail}") from error
+
+
+def _open_nonblocking(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a FIFO would otherwise hold up every request
+
+
+def _parse(content: bytes, path: str) -> Policy:
+    try:
+        parse_json(content)  # pydantic's parser lets NaN and Infinity pass, which are no JSON
+        return Policy.model_validate_json(content)
+    except MalformedJsonError as error:
+        raise ConfigError(f"failed to load config: {path}: Invalid JSON: {error.__cause__}") from error
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False, include_input=False)
+        first = ": ".join(filter(None, (".".join(map(str, faults[0]["loc"])), faults[0]["msg"])))
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise ConfigError(f"failed to load config: {path}: {first}{more}") from error

@@ -1,0 +1,194 @@
+"""Asking the auth webhook: may this domain boot?
+
+Everything but a clear decision is an error, never an allow: a webhook that is down, slow, answers another status or
+something that is no decision. Texts as in dstack `kms/src/main_service/upgrade_authority.rs` at 312dc605; foreign
+parsers' words are our own. Decisions are never cached.
+"""
+
+import http
+import json
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import aiohttp
+
+from attest.app_info import BootInfo
+from attest.version import UPSTREAM
+from kms_emu.errors import UnavailableError
+
+USER_AGENT: Final = f"dstack-kms/{UPSTREAM}"
+TIMEOUT: Final = 10.0
+MAX_ANSWER: Final = 1024 * 1024
+SHOWN: Final = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A webhook's answer."""
+
+    is_allowed: bool
+    reason: str
+    gateway_app_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AuthInfo:
+    """What stands behind the webhook; a field it does not know is None."""
+
+    is_dev: bool
+    gateway_app_id: str | None
+    kms_contract_address: str | None = None
+    eth_rpc_url: str | None = None
+    chain_id: int | None = None
+    app_implementation: str | None = None
+
+
+class AuthApi(Protocol):
+    """Whoever decides."""
+
+    async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
+        """Ask for one decision; raise `UnavailableError` for anything that is none."""
+        ...
+
+    async def info(self) -> AuthInfo:
+        """Ask what stands behind it; raise `UnavailableError`."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DevAuth:
+    """auth_api `dev`: everything is allowed."""
+
+    gateway_app_id: str
+
+    async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
+        """Allow."""
+        return Decision(True, "", self.gateway_app_id)
+
+    async def info(self) -> AuthInfo:
+        """Nothing stands behind it."""
+        return AuthInfo(is_dev=True, gateway_app_id=self.gateway_app_id)
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+
+class WebhookAuth:
+    """auth_api `webhook`, asked over kept-alive connections. Close it."""
+
+    def __init__(self, url: str, *, timeout: float = TIMEOUT) -> None:
+        self.url = url
+        self._timeout = timeout
+        self._session: aiohttp.ClientSession | None = None
+
+    async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
+        """POST the question to bootAuth/kms or bootAuth/app."""
+        url = f"{self.url.rstrip('/')}/bootAuth/{'kms' if is_kms else 'app'}"
+        answer = _Fields(await self._ask("POST", url, boot_info.to_json()), "BootResponse")
+        return Decision(answer.boolean("isAllowed"), answer.text("reason"), answer.text("gatewayAppId"))
+
+    async def info(self) -> AuthInfo:
+        """GET the webhook's root."""
+        answer = _Fields(await self._ask("GET", self.url), "AuthApiInfoResponse")
+        answer.text("status")
+        return AuthInfo(
+            is_dev=False,
+            gateway_app_id=answer.text("gatewayAppId"),
+            kms_contract_address=answer.text("kmsContractAddr"),
+            eth_rpc_url=answer.text("ethRpcUrl", "") or None,
+            chain_id=answer.unsigned("chainId"),
+            app_implementation=answer.text("appImplementation"),
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def _ask(self, method: str, url: str, body: bytes | None = None) -> "_Answer":
+        if self._session is None:
+            timeout = aiohttp.ClientTimeout(total=self._timeout)
+            self._session = aiohttp.ClientSession(timeout=timeout, headers={"User-Agent": USER_AGENT})
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        try:
+            async with self._session.request(method, url, data=body, headers=headers, allow_redirects=False) as response:
+                data = b""
+                async for chunk in response.content.iter_any():
+                    data += chunk
+                    if len(data) > MAX_ANSWER:
+                        raise UnavailableError(f"auth api {url} answered more than {MAX_ANSWER} bytes")
+                status = response.status
+        except TimeoutError as error:
+            raise UnavailableError(f"error sending request for url ({url}): no answer within {self._timeout:g} s") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise UnavailableError(f"error sending request for url ({url}): {error or type(error).__name__}") from error
+        shown = data[:SHOWN].decode(errors="replace")
+        if not 200 <= status < 300:
+            raise UnavailableError(f"auth api {url} returned {_status_line(status)}: {shown}")
+        return _Answer(f"failed to decode response from {url}, status={_status_line(status)}, body={shown}", data)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A body that should be JSON, and what to say when it is not."""
+
+    complaint: str
+    data: bytes
+
+
+class _Fields:
+    """Strictly typed reads from a JSON object; extra keys are ignored, a missing or mistyped one is an error."""
+
+    def __init__(self, answer: _Answer, what: str) -> None:
+        self._complaint = answer.complaint
+        try:
+            document = json.loads(answer.data)
+        except (ValueError, RecursionError) as error:
+            raise UnavailableError(f"{self._complaint}: {error}") from error
+        if not isinstance(document, dict):
+            raise UnavailableError(f"{self._complaint}: invalid type: {_kind(document)}, expected struct {what}")
+        self._document: dict[str, Any] = document
+
+    def boolean(self, key: str) -> bool:
+        value = self._get(key)
+        if not isinstance(value, bool):
+            raise self._mistyped(key, value, "a boolean")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self._mistyped(key, value, "a string")
+        return value
+
+    def unsigned(self, key: str) -> int:
+        value = self._get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**64:
+            raise self._mistyped(key, value, "u64")
+        return value
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        if key in self._document:
+            return self._document[key]
+        if default is None:
+            raise UnavailableError(f"{self._complaint}: missing field `{key}`")
+        return default
+
+    def _mistyped(self, key: str, value: Any, expected: str) -> UnavailableError:
+        return UnavailableError(f"{self._complaint}: invalid type: {_kind(value)}, expected {expected} for `{key}`")
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"{type(value).__name__} `{value!r:.40}`"
+
+
+def _status_line(status: int) -> str:
+    try:
+        return f"{status} {http.HTTPStatus(status).phrase}"
+    except ValueError:
+        return f"{status} <unknown status code>"

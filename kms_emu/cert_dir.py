@@ -1,0 +1,117 @@
+"""The folder where a KMS keeps its keys, with upstream's file names.
+
+Keys appear all at once or not at all: they are written into a folder beside their places, made durable, and moved; a start
+after a crash finishes the move or throws the unfinished folder away. `cert_dir` may be a mount point and exist empty, so
+everything happens inside it. Private files are 0600. Source of the names: dstack `kms/src/config.rs` at 312dc605.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from kms_emu.errors import ConfigError
+
+TMP_CA_CERT: Final = "tmp-ca.crt"
+TMP_CA_KEY: Final = "tmp-ca.key"
+ROOT_CA_CERT: Final = "root-ca.crt"
+ROOT_CA_KEY: Final = "root-ca.key"
+RPC_CERT: Final = "rpc.crt"
+RPC_KEY: Final = "rpc.key"
+RPC_DOMAIN: Final = "rpc-domain"
+K256_KEY: Final = "root-k256.key"
+BOOTSTRAP_INFO: Final = "bootstrap-info.json"
+
+REQUIRED: Final = (TMP_CA_CERT, TMP_CA_KEY, ROOT_CA_CERT, ROOT_CA_KEY, RPC_CERT, RPC_KEY, K256_KEY)
+PRIVATE: Final = frozenset((TMP_CA_KEY, ROOT_CA_KEY, RPC_KEY, K256_KEY))
+
+_UNFINISHED: Final = ".writing"
+_COMMITTED: Final = ".committed"
+
+
+class CertDir:
+    """One KMS's files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def prepare(self) -> None:
+        """Make the folder, and finish or discard what a crash left; raise `ConfigError` where the folder cannot be used."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if (self.path / _COMMITTED).is_dir():
+                self._move_committed()
+            shutil.rmtree(self.path / _UNFINISHED, ignore_errors=True)
+        except OSError as error:
+            raise ConfigError(f"core.cert_dir {self.path} cannot be used: {error.strerror}") from error
+
+    def has_keys(self) -> bool:
+        """Whether a start goes straight to the runtime phase."""
+        return all((self.path / name).exists() for name in REQUIRED)
+
+    def exists(self, name: str) -> bool:
+        """Whether one file is there."""
+        return (self.path / name).exists()
+
+    def read(self, name: str) -> bytes:
+        """Read one file; raise `ConfigError` naming it."""
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"failed to open file `{self.path / name}`: {error.strerror}") from error
+
+    def read_text(self, name: str) -> str:
+        """Read one file of text."""
+        try:
+            return self.read(name).decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{self.path / name}: text expected ({error.reason})") from error
+
+    def store(self, files: Mapping[str, bytes]) -> None:
+        """Write a set of files so that after a crash at any moment the next start finds all of them or none."""
+        staging = self.path / _UNFINISHED
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(mode=0o700)
+            for name, data in files.items():
+                _write(staging / name, data, 0o600 if name in PRIVATE else 0o644)
+            _sync(staging)
+            staging.rename(self.path / _COMMITTED)  # from here on the next start completes the move
+            _sync(self.path)
+            self._move_committed()
+        except OSError as error:
+            raise ConfigError(f"cannot store keys in {self.path}: {error.strerror}") from error
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Replace one file at once."""
+        temporary = self.path / f".{name}.new"
+        try:
+            _write(temporary, data, 0o600 if name in PRIVATE else 0o644)
+            temporary.replace(self.path / name)
+            _sync(self.path)
+        except OSError as error:
+            raise ConfigError(f"cannot write {self.path / name}: {error.strerror}") from error
+
+    def _move_committed(self) -> None:
+        committed = self.path / _COMMITTED
+        for file in sorted(committed.iterdir()):
+            file.replace(self.path / file.name)
+        _sync(self.path)
+        committed.rmdir()
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,189 @@
+"""The KMS's configuration: upstream's kms.toml, with the keys of 0.5.x and of next.
+
+Source: dstack `kms/kms.toml` and `kms/src/config.rs` at 312dc605 and 40eaf35e. Every known key is accepted; an unknown
+one is an error that names it. What a key is for and this KMS does not do is said where it is used, or in docs/fidelity.md.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from kms_emu.errors import ConfigError
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _seconds(value: Any) -> Any:
+    """Read `2m`, `500ms`, `5s`, or a bare number of seconds."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)", value)):
+        return float(match[1]) * _UNITS[match[2]]
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MutualTls(_Section):
+    """[rpc.tls.mutual]: who may issue client certificates."""
+
+    ca_certs: Path = Path("/etc/kms/certs/tmp-ca.crt")
+    mandatory: bool = False
+
+
+class Tls(_Section):
+    """[rpc.tls]."""
+
+    key: Path = Path("/etc/kms/certs/rpc.key")
+    certs: Path = Path("/etc/kms/certs/rpc.crt")
+    mutual: MutualTls = MutualTls()
+
+
+class Rpc(_Section):
+    """[rpc]: where the runtime phase listens."""
+
+    address: str = "0.0.0.0"  # noqa: S104 - upstream's default; the emulator's own commands bind loopback
+    port: int = Field(8000, ge=0, le=65535)
+    tls: Tls = Tls()
+
+
+class AttestationUrls(_Section):
+    """[core.attestation.urls]."""
+
+    pccs: str = ""
+    amd_kds: str = ""
+
+
+class RootCaPaths(_Section):
+    """[core.attestation.root_ca]: only `tdx` has a meaning here."""
+
+    tdx: Path | None = None
+    gcp_tpm: Path | None = None
+    aws_nitro_enclave: Path | None = None
+    aws_nitro_tpm: Path | None = None
+    sev_snp_milan: Path | None = None
+    sev_snp_genoa: Path | None = None
+    sev_snp_turin: Path | None = None
+
+
+class AttestationConfig(_Section):
+    """[core.attestation] (next): another root than Intel's needs the insecure opt-in."""
+
+    insecure_allow_external_trust_anchors: bool = False
+    urls: AttestationUrls = AttestationUrls()
+    root_ca: RootCaPaths = RootCaPaths()
+
+
+class Image(_Section):
+    """[core.image]."""
+
+    verify: bool = True
+    cache_dir: Path = Path("/usr/share/dstack/images")
+    download_url: str = "http://localhost:8000/{OS_IMAGE_HASH}.tar.gz"
+    download_timeout: Seconds = 120.0
+
+
+class Metrics(_Section):
+    """[core.metrics]."""
+
+    enabled: bool = True
+
+
+class Webhook(_Section):
+    """[core.auth_api.webhook]."""
+
+    url: str = "http://auth-api:8000"
+
+
+class Dev(_Section):
+    """[core.auth_api.dev]."""
+
+    gateway_app_id: str = "any"
+
+
+class AuthApiConfig(_Section):
+    """[core.auth_api]."""
+
+    type: Literal["webhook", "dev"] = "webhook"
+    webhook: Webhook = Webhook()
+    dev: Dev = Dev()
+
+
+class OnboardConfig(_Section):
+    """[core.onboard]: where the onboard phase listens (upstream: the same port as [rpc])."""
+
+    enabled: bool = True
+    auto_bootstrap_domain: str = ""
+    address: str = "0.0.0.0"  # noqa: S104 - as above
+    port: int = Field(8000, ge=0, le=65535)
+    quote_enabled: bool = True
+
+
+class Admin(_Section):
+    """[core.admin] (next)."""
+
+    enabled: bool = False
+    address: str = "127.0.0.1"
+    port: int = Field(8001, ge=0, le=65535)
+    auth_token: str = ""
+    htpasswd_file: str = ""
+    insecure_no_auth: bool = False
+
+
+class Core(_Section):
+    """[core]."""
+
+    cert_dir: Path = Path("/etc/kms/certs")
+    subject_postfix: str = ".dstack"
+    site_name: str = ""
+    enforce_self_authorization: bool = True
+    attest_rpc_cert: bool = True
+    sev_snp_key_release: bool = False
+    aws_nitro_tpm_key_release: bool = False
+    pccs_url: str = ""
+    admin_token_hash: str = ""
+    attestation: AttestationConfig = AttestationConfig()
+    image: Image = Image()
+    metrics: Metrics = Metrics()
+    auth_api: AuthApiConfig = AuthApiConfig()
+    onboard: OnboardConfig = OnboardConfig()
+    admin: Admin = Admin()
+
+    @property
+    def pccs(self) -> str:
+        """The PCCS of next's key, else of 0.5.x's."""
+        return self.attestation.urls.pccs or self.pccs_url
+
+
+class KmsConfig(_Section):
+    """The whole file. `default` is the web server's own section upstream: known, and without effect here."""
+
+    default: dict[str, Any] = {}
+    rpc: Rpc = Rpc()
+    core: Core = Core()
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a kms.toml; raise `ConfigError` naming the file and each key that is wrong."""
+        try:
+            document = tomllib.loads(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is no TOML: {error}") from error
+        return cls.from_document(document, str(path))
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any], source: str) -> Self:
+        """Check a parsed document; `source` names it in errors."""
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
+            raise ConfigError(f"{source}: {problems}") from error

@@ -1,0 +1,117 @@
+"""The gate: nobody gets a key without a decision, and the types say so.
+
+    evidence → admit → BootInfo → auth webhook → decision → release → grant → keys
+
+`kms_emu.keys` takes grants alone, and only this module makes them. Three kinds: the KMS itself is allowed (`SelfGrant`), an
+app is (`AppGrant`), another KMS is (`KmsGrant`). No decision is cached; only the KMS's own boot info is, for the process.
+Source: dstack `kms/src/main_service.rs` (`ensure_*`) and `main_service/upgrade_authority.rs` at 312dc605.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from attest.app_info import APP_ID_SIZE, BootInfo
+from attest.errors import AttestError
+from attest.verify import VerifiedAttestation
+from kms_emu.auth_api import AuthApi
+from kms_emu.errors import BootDeniedError, InvalidRequestError, NotAttestedError, context
+
+
+@dataclass(frozen=True, slots=True)
+class SelfGrant:
+    """The webhook allows this KMS, just now. `boot_info` is None where self authorization is switched off."""
+
+    boot_info: BootInfo | None
+
+
+@dataclass(frozen=True, slots=True)
+class AppGrant:
+    """The webhook allows this app, just now, and allowed this KMS before it."""
+
+    of_kms: SelfGrant
+    boot_info: BootInfo
+    gateway_app_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class KmsGrant:
+    """The webhook allows this other KMS, just now, and allowed this KMS before it."""
+
+    of_kms: SelfGrant
+    boot_info: BootInfo
+
+
+def require_app_id(app_id: bytes) -> bytes:
+    """Refuse an app id that is not 20 bytes."""
+    if len(app_id) != APP_ID_SIZE:
+        raise InvalidRequestError("app_id must be 20 bytes")
+    return app_id
+
+
+def boot_info_of(evidence: VerifiedAttestation, *, vm_config: str = "", boot_time: bool = False) -> BootInfo:
+    """Admit evidence: what it says of identity, measurements and platform, as a question for the webhook."""
+    try:
+        info = evidence.boot_info(vm_config=vm_config, boot_time=boot_time)
+    except AttestError as error:
+        raise NotAttestedError(f"Failed to decode app info: {error}") from error
+    require_app_id(info.app_id)
+    return info
+
+
+class Gate:
+    """Asks the webhook, for this KMS and for whoever wants keys of it.
+
+    `own_evidence` attests the KMS with zero report_data; it is asked once, at the first self check.
+    """
+
+    def __init__(
+        self, auth: AuthApi, own_evidence: Callable[[], Awaitable[VerifiedAttestation]], *, enforce_self: bool = True
+    ) -> None:
+        self._auth, self._own_evidence, self._enforce_self = auth, own_evidence, enforce_self
+        self._own_boot_info: BootInfo | None = None
+
+    async def self_check(self) -> SelfGrant:
+        """Ask whether this KMS may still run; every trusted RPC begins here."""
+        if not self._enforce_self:
+            return SelfGrant(None)
+        with context("KMS self authorization failed"):
+            if self._own_boot_info is None:
+                with context("Failed to load cached self boot info"):
+                    self._own_boot_info = boot_info_of(await self._own_evidence())
+            with context("Failed to call self KMS auth check"):
+                decision = await self._auth.decide(self._own_boot_info, is_kms=True)
+            if decision.is_allowed is not True:
+                raise BootDeniedError(f"KMS is not allowed: {decision.reason}")
+            return SelfGrant(self._own_boot_info)
+
+    async def admit_app(
+        self, of_kms: SelfGrant, caller: VerifiedAttestation | None, *, vm_config: str, boot_time: bool = False
+    ) -> AppGrant:
+        """Ask whether the caller may have its app's keys, or a certificate (`boot_time`)."""
+        boot_info = boot_info_of(_require(caller), vm_config=vm_config, boot_time=boot_time)
+        decision = await self._auth.decide(boot_info, is_kms=False)
+        if decision.is_allowed is not True:
+            raise BootDeniedError(f"Boot denied: {decision.reason}")
+        return AppGrant(of_kms, boot_info, decision.gateway_app_id)
+
+    async def admit_kms(self, of_kms: SelfGrant, caller: VerifiedAttestation | None, *, vm_config: str) -> KmsGrant:
+        """Ask whether the caller may become a KMS with the same root keys."""
+        boot_info = boot_info_of(_require(caller), vm_config=vm_config)
+        decision = await self._auth.decide(boot_info, is_kms=True)
+        if decision.is_allowed is not True:
+            raise BootDeniedError(f"Boot denied: {decision.reason}")
+        return KmsGrant(of_kms, boot_info)
+
+
+async def require_kms_allowed(auth: AuthApi, boot_info: BootInfo) -> None:
+    """Ask about a KMS while onboarding: this one before it bootstraps, or the source before its keys are taken."""
+    with context("failed to call KMS auth check"):
+        decision = await auth.decide(boot_info, is_kms=True)
+    if decision.is_allowed is not True:
+        raise BootDeniedError(f"boot denied: {decision.reason}")
+
+
+def _require(caller: VerifiedAttestation | None) -> VerifiedAttestation:
+    if caller is None:
+        raise NotAttestedError("No attestation provided")
+    return caller

@@ -1,0 +1,209 @@
+"""The root keys, what is derived from them, and the certificates that carry them.
+
+Every function that gives a secret away takes a grant of `kms_emu.gate`: without a decision there is nothing to call it
+with. Source: dstack `kms/src/main_service.rs`, `kms/src/onboard_service.rs` (`Keys`) at 312dc605.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+from coincurve import PrivateKey
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from attest import certificate as cert
+from attest.attestation import Attestation
+from attest.csr import SigningRequest
+from attest.kdf import derive_dh_secret, derive_key, derive_p256, load_p256_pem, p256_from_uniform, p256_scalar, pkcs8_pem
+from attest.signature import app_key_message, env_key_message, k256_key, sign_recoverable
+from kms_emu import cert_dir as files
+from kms_emu.gate import AppGrant, KmsGrant, SelfGrant
+
+Entropy = Callable[[int], bytes]
+"""A source of random bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RootKeys:
+    """What makes a KMS this KMS: root CA, temporary client CA, and the root secp256k1 key."""
+
+    root_ca: cert.CertificateAuthority
+    temp_ca: cert.CertificateAuthority
+    k256: PrivateKey
+
+    @classmethod
+    def of(cls, temp_key: ec.EllipticCurvePrivateKey, root_key: ec.EllipticCurvePrivateKey, k256: PrivateKey, now: int) -> Self:
+        """Issue both CA certificates for keys that are new, or were taken over from another KMS."""
+        temp = cert.CertificateRequest(
+            public_key=temp_key.public_key(),
+            subject="Dstack Client Temp CA",
+            organization=cert.ORGANIZATION,
+            ca_path_length=0,
+        )
+        root = cert.CertificateRequest(
+            public_key=root_key.public_key(), subject="Dstack KMS CA", organization=cert.ORGANIZATION, ca_path_length=1
+        )
+        return cls(cert.self_signed(root, root_key, now), cert.self_signed(temp, temp_key, now), k256)
+
+    @property
+    def ca_pubkey(self) -> bytes:
+        """SubjectPublicKeyInfo DER of the root CA."""
+        return cert.spki_der(self.root_ca.key.public_key())
+
+    @property
+    def k256_pubkey(self) -> bytes:
+        """The root secp256k1 key's point, compressed: 33 bytes."""
+        return self.k256.public_key.format()
+
+    def issue_rpc_certificate(
+        self, key: ec.EllipticCurvePrivateKey, domain: str, attestation: Attestation | None, now: int
+    ) -> str:
+        """Issue the certificate of the RPC listener (PEM)."""
+        request = cert.CertificateRequest(
+            public_key=key.public_key(),
+            subject=domain,
+            alt_names=(domain,),
+            usage=cert.USAGE_KMS_RPC,
+            attestation=attestation,
+        )
+        return cert.pem(self.root_ca.issue(request, now))
+
+
+@dataclass(frozen=True, slots=True)
+class KmsKeys:
+    """Root keys, RPC key and domain: all that a KMS stores."""
+
+    roots: RootKeys
+    rpc_key: ec.EllipticCurvePrivateKey
+    domain: str
+
+    @classmethod
+    def generate(cls, domain: str, entropy: Entropy, now: int) -> Self:
+        """Make new keys."""
+        temp, root, rpc = (p256_from_uniform(entropy(48)) for _ in range(3))
+        return cls(RootKeys.of(temp, root, _new_k256(entropy), now), rpc, domain)
+
+    @classmethod
+    def load(cls, folder: files.CertDir) -> Self:
+        """Read stored keys; raise `ConfigError` or `FormatError` naming the file that is missing or broken."""
+        roots = RootKeys(
+            cert.load_authority(
+                folder.read_text(files.ROOT_CA_CERT),
+                load_p256_pem(folder.read_text(files.ROOT_CA_KEY), files.ROOT_CA_KEY),
+                files.ROOT_CA_CERT,
+            ),
+            cert.load_authority(
+                folder.read_text(files.TMP_CA_CERT),
+                load_p256_pem(folder.read_text(files.TMP_CA_KEY), files.TMP_CA_KEY),
+                files.TMP_CA_CERT,
+            ),
+            k256_key(folder.read(files.K256_KEY), files.K256_KEY),
+        )
+        rpc_key = load_p256_pem(folder.read_text(files.RPC_KEY), files.RPC_KEY)
+        return cls(roots, rpc_key, folder.read_text(files.RPC_DOMAIN).strip())
+
+    def files(self, rpc_certificate: str) -> dict[str, bytes]:
+        """What is stored, by upstream's file names."""
+        return {
+            files.TMP_CA_KEY: pkcs8_pem(self.roots.temp_ca.key).encode(),
+            files.TMP_CA_CERT: self.roots.temp_ca.pem.encode(),
+            files.ROOT_CA_KEY: pkcs8_pem(self.roots.root_ca.key).encode(),
+            files.ROOT_CA_CERT: self.roots.root_ca.pem.encode(),
+            files.RPC_KEY: pkcs8_pem(self.rpc_key).encode(),
+            files.RPC_CERT: rpc_certificate.encode(),
+            files.K256_KEY: self.roots.k256.secret,
+            files.RPC_DOMAIN: self.domain.encode(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class AppSecrets:
+    """What an app instance gets. Sizes: keys 32 bytes, k256_signature 65."""
+
+    disk_crypt_key: bytes
+    env_crypt_key: bytes
+    k256_key: bytes
+    k256_signature: bytes
+
+
+def app_secrets(roots: RootKeys, grant: AppGrant) -> AppSecrets:
+    """Derive an app's keys: the disk key is the instance's own, the others are shared by the app's instances."""
+    app_id, instance_id = grant.boot_info.app_id, grant.boot_info.instance_id
+    app_key = k256_key(derive_key(roots.k256.secret, [app_id, b"app-key"]))
+    return AppSecrets(
+        disk_crypt_key=derive_dh_secret(roots.root_ca.key, [app_id, instance_id, b"app-disk-crypt-key"]),
+        env_crypt_key=_env_secret(roots, app_id),
+        k256_key=app_key.secret,
+        k256_signature=sign_recoverable(roots.k256, app_key_message(app_id, app_key.public_key.format())),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EnvPublicKey:
+    """An app's X25519 public key (32 bytes) with the root key's two signatures over it (65 bytes each)."""
+
+    public_key: bytes
+    signature: bytes
+    signature_v1: bytes
+
+
+def env_public_key(roots: RootKeys, grant: SelfGrant, app_id: bytes, timestamp: int) -> EnvPublicKey:
+    """Derive the key that a deployer encrypts environment variables to; `timestamp` is Unix seconds."""
+    del grant  # holding it is the point: nobody signs for a KMS that may not run
+    public = X25519PrivateKey.from_private_bytes(_env_secret(roots, app_id)).public_key().public_bytes_raw()
+    return EnvPublicKey(
+        public,
+        sign_recoverable(roots.k256, env_key_message(app_id, public)),
+        sign_recoverable(roots.k256, env_key_message(app_id, public, timestamp)),
+    )
+
+
+def temp_ca_secret(roots: RootKeys, grant: SelfGrant) -> str:
+    """The temporary CA's key (PEM), under which callers make their certificates."""
+    del grant
+    return pkcs8_pem(roots.temp_ca.key)
+
+
+@dataclass(frozen=True, slots=True)
+class RootSecrets:
+    """What another KMS gets: keys in PEM, and the 32 bytes of the root secp256k1 key."""
+
+    temp_ca_key: str
+    ca_key: str
+    k256_key: bytes
+
+
+def root_secrets(roots: RootKeys, grant: KmsGrant) -> RootSecrets:
+    """Give the root keys themselves away."""
+    del grant
+    return RootSecrets(pkcs8_pem(roots.temp_ca.key), pkcs8_pem(roots.root_ca.key), roots.k256.secret)
+
+
+def sign_certificate(roots: RootKeys, grant: AppGrant, request: SigningRequest, now: int) -> list[str]:
+    """Issue an app's certificate: leaf, app CA, root CA (PEM)."""
+    app_id = grant.boot_info.app_id
+    key = derive_p256(p256_scalar(roots.root_ca.key), [app_id, b"app-ca"])
+    ca_request = cert.CertificateRequest(
+        public_key=key.public_key(),
+        subject="Dstack App CA",
+        organization=cert.ORGANIZATION,
+        ca_path_length=0,
+        app_id=app_id,
+        usage=cert.USAGE_APP_CA,
+    )
+    app_ca = cert.CertificateAuthority(roots.root_ca.issue(ca_request, now), key)
+    leaf = app_ca.issue(request.certificate_request(usage=cert.USAGE_APP_LEAF, app_id=app_id), now)
+    return [cert.pem(leaf), app_ca.pem, roots.root_ca.pem]
+
+
+def _env_secret(roots: RootKeys, app_id: bytes) -> bytes:
+    return derive_dh_secret(roots.root_ca.key, [app_id, b"env-encrypt-key"])
+
+
+def _new_k256(entropy: Entropy) -> PrivateKey:
+    while True:  # one draw in 2^128 is out of range
+        try:
+            return PrivateKey(entropy(32))
+        except ValueError:
+            continue

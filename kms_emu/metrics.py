@@ -1,0 +1,40 @@
+"""The two counters that upstream's KMS exposes: attestation requests, and those that failed.
+
+Source: dstack `kms/src/main.rs` (`record_attestation_metrics`) at 312dc605.
+"""
+
+from typing import Final
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from attest.prpc import trim_prefix
+
+COUNTED: Final = frozenset(("GetAppKey", "GetKmsKey", "SignCert"))
+
+
+class AttestationMetrics:
+    """Counts calls whose job is to judge evidence, by their HTTP status."""
+
+    def __init__(self) -> None:
+        self.requests = self.failures = 0
+
+        @web.middleware
+        async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
+            response = await handler(request)
+            if request.path.startswith("/prpc/") and trim_prefix(request.path[6:], "KMS.") in COUNTED:
+                self.requests += 1
+                self.failures += response.status >= 400
+            return response
+
+        self.middleware = count
+
+    async def render(self, request: web.Request) -> web.Response:
+        """Answer in Prometheus' text format."""
+        name = "dstack_kms_attestation"
+        return web.Response(
+            text=f"# HELP {name}_requests_total Calls of RPCs that judge evidence.\n"
+            f"# TYPE {name}_requests_total counter\n{name}_requests_total {self.requests}\n"
+            f"# HELP {name}_failures_total Those of them that were refused.\n"
+            f"# TYPE {name}_failures_total counter\n{name}_failures_total {self.failures}\n"
+        )

@@ -1,0 +1,104 @@
+"""Taking over the root keys of another KMS: the receiver's side of Onboard.
+
+The source is judged by its evidence and this KMS's own webhook before its keys are asked for; it judges this one in turn.
+Source: dstack `kms/src/onboard_service.rs` (`Keys::onboard`) at 312dc605.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from google.protobuf.empty_pb2 import Empty
+
+from attest.certificate import load_authority
+from attest.errors import AttestError, VerificationError
+from attest.kdf import load_p256_pem, p256_from_uniform
+from attest.proto import kms_pb2 as pb
+from attest.signature import k256_key
+from attest.verify import VerifiedAttestation
+from kms_emu.auth_api import AuthApi
+from kms_emu.errors import KmsError, NotAttestedError, UnavailableError, context
+from kms_emu.gate import boot_info_of, require_kms_allowed
+from kms_emu.guest_agent import GuestAgent
+from kms_emu.keys import Entropy, KmsKeys, RootKeys
+from transport.pccs_client import AttestationVerifier
+from transport.ratls import Peer, RaTlsClient, RaTlsError, make_identity
+
+ZERO_REPORT_DATA: Final = bytes(64)
+
+
+async def own_evidence(agent: GuestAgent, verifier: AttestationVerifier) -> VerifiedAttestation:
+    """Attest this KMS itself with zero report_data, and verify it like anyone's."""
+    with context("Failed to get local KMS attestation"):
+        attestation = await agent.evidence(ZERO_REPORT_DATA)
+    with context("Failed to verify local KMS attestation"):
+        return await verifier.verify(attestation)
+
+
+@dataclass(frozen=True, slots=True)
+class Receiver:
+    """A fresh KMS that takes keys over."""
+
+    agent: GuestAgent
+    auth: AuthApi
+    verifier: AttestationVerifier
+    entropy: Entropy
+
+    async def take_keys(self, source_url: str, domain: str, now: int) -> KmsKeys:
+        """Ask `source_url` (with or without `/prpc`) for its root keys; raise the first refusal on the way."""
+        url = source_url.rstrip("/")
+        url = url if url.endswith("/prpc") else f"{url}/prpc"
+        try:
+            return await self._take_keys(url, domain, now)
+        except RaTlsError as error:
+            raise UnavailableError(str(error)) from error
+        except AttestError as error:
+            raise NotAttestedError(str(error)) from error
+
+    async def _take_keys(self, url: str, domain: str, now: int) -> KmsKeys:
+        source: list[VerifiedAttestation] = []
+
+        def judge(peer: Peer) -> None:
+            if peer.attestation is None:
+                raise VerificationError("Source KMS certificate does not contain attestation")
+            source.append(peer.attestation)
+
+        client = RaTlsClient(url, verifier=self.verifier, judge=judge)
+        try:
+            temp = await client.call("GetTempCaCert", Empty(), pb.GetTempCaCertResponse)
+        finally:
+            await client.close()
+        temp_key = load_p256_pem(temp.temp_ca_key, "temporary CA key")
+        temp_ca = load_authority(temp.temp_ca_cert, temp_key, "temporary CA certificate")
+        with context("Failed to get quote"):
+            identity = await make_identity(temp_ca, p256_from_uniform(self.entropy(48)), self.agent.evidence, now)
+        with context("Source KMS is not allowed for onboarding"):
+            await self._require_source_allowed(source[0])
+        with context("Failed to get info"):
+            vm_config = await self.agent.vm_config()
+        # The keys go to whoever holds the evidence above, so the second connection must be with the same evidence, too.
+        client = RaTlsClient(url, identity=identity, verifier=self.verifier, judge=judge)
+        try:
+            answer = await client.call("GetKmsKey", pb.GetKmsKeyRequest(vm_config=vm_config), pb.KmsKeyResponse)
+        finally:
+            await client.close()
+        if source[-1].attestation.report_data != source[0].attestation.report_data:
+            raise NotAttestedError("Source KMS changed its key between two connections")
+        if len(answer.keys) != 1:
+            raise KmsError("Invalid keys")
+        roots = RootKeys.of(
+            load_p256_pem(answer.temp_ca_key, "Failed to parse tmp CA key"),
+            load_p256_pem(answer.keys[0].ca_key, "Failed to parse CA key"),
+            k256_key(answer.keys[0].k256_key, "Failed to parse ECDSA key"),
+            now,
+        )
+        return KmsKeys(roots, p256_from_uniform(self.entropy(48)), domain)
+
+    async def _require_source_allowed(self, source: VerifiedAttestation) -> None:
+        with context("failed to build KMS boot info from attestation"):
+            boot_info = boot_info_of(source)
+        if not boot_info.os_image_hash:
+            # A certificate with the legacy extensions carries no vm_config: upstream judges it by the receiver's own image.
+            with context("failed to get local KMS boot info for os_image_hash fallback"):
+                own = boot_info_of(await own_evidence(self.agent, self.verifier))
+            boot_info = replace(boot_info, os_image_hash=own.os_image_hash)
+        await require_kms_allowed(self.auth, boot_info)

@@ -1,0 +1,316 @@
+"""The KMS as a process: two phases on one port, plain HTTP while it is fresh, then TLS.
+
+`/finish` ends the onboard phase; the same listening socket then serves the runtime phase, so a client that connects in
+between waits for the handshake and is not refused. Source: dstack `kms/src/main.rs` at 312dc605.
+"""
+
+import asyncio
+import functools
+import logging
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import Final, Literal
+
+from aiohttp import web
+from cryptography import x509
+
+from attest.attestation import Attestation
+from attest.certificate import CertificateAuthority, attestation_of, certificate_spki, load_der
+from attest.verify import TrustAnchor
+from attest.version import REVISION, UPSTREAM
+from kms_emu.auth_api import AuthApi, DevAuth, WebhookAuth
+from kms_emu.cert_dir import ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT, CertDir
+from kms_emu.config import Core, KmsConfig
+from kms_emu.errors import ConfigError, KmsError, NotAttestedError, context
+from kms_emu.guest_agent import GuestAgent
+from kms_emu.keys import Entropy, KmsKeys, RootKeys
+from kms_emu.metrics import AttestationMetrics
+from kms_emu.service import Caller, Environment, KmsService, OnboardService, kms_table, onboard_table
+from kms_emu.setup_page import setup_page
+from transport.listen import Server, bind_tcp, serve
+from transport.pccs_client import AttestationVerifier, Clock, PccsClient
+from transport.prpc_server import add_prpc
+
+Phase = Literal["starting", "onboard", "runtime", "stopped"]
+
+CA_RENEWAL_WINDOW: Final = 365 * 86400
+"""Seconds before its end at which a stored CA certificate is issued anew."""
+
+log = logging.getLogger("kms_emu")
+
+
+def trust_anchor(core: Core) -> TrustAnchor:
+    """Read the root that callers are judged under: Intel's own, or the configured one with the insecure opt-in."""
+    path = core.attestation.root_ca.tdx
+    if path is None:
+        return TrustAnchor.intel()
+    if not core.attestation.insecure_allow_external_trust_anchors:
+        raise ConfigError(
+            "Failed to initialize KMS state: failed to load attestation verifier: core.attestation.root_ca.tdx is set, "
+            "which needs core.attestation.insecure_allow_external_trust_anchors = true"
+        )
+    try:
+        data = path.read_bytes()
+        certificate = (
+            x509.load_pem_x509_certificate(data) if b"-----BEGIN" in data else x509.load_der_x509_certificate(data)
+        )
+    except OSError as error:
+        raise ConfigError(f"core.attestation.root_ca.tdx: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"core.attestation.root_ca.tdx: {path} is no certificate in PEM or DER: {error}") from error
+    return TrustAnchor.of(certificate)
+
+
+def auth_api(core: Core) -> AuthApi:
+    """Make the configured decider."""
+    if core.auth_api.type == "dev":
+        return DevAuth(core.auth_api.dev.gateway_app_id)
+    return WebhookAuth(core.auth_api.webhook.url)
+
+
+class KmsServer:
+    """One KMS. `start` returns when it answers; `wait` until it ended, raising what it ended with; `stop` ends it."""
+
+    def __init__(
+        self,
+        config: KmsConfig,
+        agent_address: str,
+        *,
+        entropy: Entropy,
+        clock: Clock,
+        issue_clock: Clock | None = None,
+        sock: socket.socket | None = None,
+    ) -> None:
+        self.config, self.phase = config, "starting"
+        core = config.core
+        self._folder = CertDir(core.cert_dir)
+        self._pccs = PccsClient(core.pccs)
+        self._env = Environment(
+            core=core,
+            folder=self._folder,
+            agent=GuestAgent(agent_address),
+            auth=auth_api(core),
+            verifier=AttestationVerifier(self._pccs, trust_anchor(core), clock),
+            clock=clock,
+            issue_clock=issue_clock or clock,
+            entropy=entropy,
+        )
+        self._sock = sock
+        self._server: Server | None = None
+        self._leaving: asyncio.Task[None] | None = None
+        self._ended: asyncio.Future[None] | None = None
+        self._runtime = asyncio.Event()
+
+    @property
+    def url(self) -> str:
+        """Where it answers now; the scheme follows the phase."""
+        if self._server is None:
+            raise RuntimeError("the KMS is not started")
+        return self._server.url
+
+    async def start(self) -> None:
+        """Bind, finish or discard what a crash left, and enter the phase that the stored keys call for."""
+        self._ended = asyncio.get_running_loop().create_future()
+        self._folder.prepare()
+        rpc, core = self.config.rpc, self.config.core
+        if core.image.verify:
+            log.warning("core.image.verify: OS images are not measured yet; os_image_hash is believed as claimed")
+        if not core.enforce_self_authorization:
+            log.warning("core.enforce_self_authorization = false: trusted RPCs are not gated by this KMS's own attestation")
+        if not core.attest_rpc_cert:
+            log.warning("core.attest_rpc_cert = false: the RPC certificate carries no attestation")
+        fresh = core.onboard.enabled and not self._folder.has_keys()
+        if self._sock is None:
+            self._sock = bind_tcp(rpc.address, rpc.port, setting="rpc.address and rpc.port")
+        try:
+            if fresh and core.onboard.auto_bootstrap_domain:
+                await OnboardService(self._env, self._finish).auto_bootstrap(core.onboard.auto_bootstrap_domain)
+            elif fresh:
+                await self._enter_onboard()
+                return
+            await self._enter_runtime()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def reached_runtime(self) -> None:
+        """Wait until the runtime phase answers; raise what ended the KMS before."""
+        waiter = asyncio.ensure_future(self._runtime.wait())
+        assert self._ended is not None  # noqa: S101 - start() made it
+        await asyncio.wait((waiter, self._ended), return_when=asyncio.FIRST_COMPLETED)
+        waiter.cancel()
+        if self._ended.done():
+            self._ended.result()
+
+    async def wait(self) -> None:
+        """Wait until the KMS ended; raise the error it ended with, if any."""
+        assert self._ended is not None  # noqa: S101 - start() made it
+        await asyncio.shield(self._ended)
+
+    async def stop(self) -> None:
+        """End it: answers in progress get a short while, then everything is closed."""
+        if self._leaving is not None and self._leaving is not asyncio.current_task():
+            self._leaving.cancel()
+            await asyncio.gather(self._leaving, return_exceptions=True)
+        await self._close()
+        self._end(None)
+
+    async def _close(self) -> None:
+        self.phase = "stopped"
+        if self._server is not None:
+            await self._server.close()
+        if self._sock is not None:
+            self._sock.close()
+        await self._env.agent.close()
+        await self._env.auth.close()
+        await self._pccs.close()
+
+    def _end(self, error: BaseException | None) -> None:
+        if self._ended is None or self._ended.done():
+            return
+        if error is None:
+            self._ended.set_result(None)
+        else:
+            self._ended.set_exception(error)
+            self._ended.exception()  # asked for here: nobody has to be waiting
+
+    # ---- onboard phase
+
+    async def _enter_onboard(self) -> None:
+        assert self._sock is not None  # noqa: S101 - bound by start()
+        core = self.config.core
+        service = OnboardService(self._env, self._finish)
+        app = web.Application()
+
+        async def index(request: web.Request) -> web.Response:
+            return web.Response(text=setup_page(core.site_name), content_type="text/html")
+
+        async def finish(request: web.Request) -> web.Response:
+            self._finish()
+            return web.Response(text="OK")
+
+        async def anyone(request: web.Request) -> None:
+            return None
+
+        app.router.add_get("/", index)
+        app.router.add_get("/finish", finish)
+        app.router.add_get("/health", _health)
+        add_prpc(app, "/prpc", onboard_table(service), anyone, errors=(KmsError,))
+        here = (core.onboard.address, core.onboard.port) == (self.config.rpc.address, self.config.rpc.port)
+        sock = self._sock.dup() if here else bind_tcp(core.onboard.address, core.onboard.port, setting="core.onboard")
+        self._server = await serve(app, sock)
+        self.phase = "onboard"
+        log.info("onboard phase at %s", self.url)
+
+    def _finish(self) -> None:
+        if self._leaving is None:
+            self._leaving = asyncio.create_task(self._leave_onboard(), name="kms leaves the onboard phase")
+
+    async def _leave_onboard(self) -> None:
+        assert self._server is not None  # noqa: S101 - there is an onboard phase to leave
+        try:
+            await self._server.close()  # after the answers in progress, /finish's own among them
+            self._server = None
+            if not self._folder.has_keys():
+                raise KmsError("Failed to onboard")
+            await self._enter_runtime()
+        except Exception as error:  # the task's edge: whoever waits for the KMS gets it
+            log.error("%s", error)
+            await self._close()
+            self._end(error)
+
+    # ---- runtime phase
+
+    async def _enter_runtime(self) -> None:
+        assert self._sock is not None  # noqa: S101 - bound by start()
+        kms_keys = await self._reissue_certificates()
+        env, metrics = self._env, AttestationMetrics()
+        app = web.Application(middlewares=[metrics.middleware])
+
+        async def version_header(request: web.Request, response: web.StreamResponse) -> None:
+            response.headers["X-App-Version"] = f"v{UPSTREAM} ({REVISION})"
+
+        app.on_response_prepare.append(version_header)
+        app.router.add_get("/health", _health)
+        if env.core.metrics.enabled:
+            app.router.add_get("/metrics", metrics.render)
+        add_prpc(app, "/prpc", kms_table(KmsService(env, kms_keys)), caller_of(env.verifier), errors=(KmsError,))
+        self._server = await serve(app, self._sock, self._tls_context())
+        self.phase = "runtime"
+        self._runtime.set()
+        log.info("runtime phase at %s", self.url)
+
+    async def _reissue_certificates(self) -> KmsKeys:
+        """Issue the RPC certificate over fresh evidence, and anew each CA certificate that is about to expire."""
+        env, folder = self._env, self._folder
+        with context("Failed to initialize KMS state", ConfigError):
+            stored = KmsKeys.load(folder)
+        old = stored.roots
+        new = RootKeys.of(old.temp_ca.key, old.root_ca.key, old.k256, env.issue_clock())
+        limit = env.clock() + CA_RENEWAL_WINDOW
+        root_ca = new.root_ca if _expires_by(old.root_ca, limit) else old.root_ca
+        temp_ca = new.temp_ca if _expires_by(old.temp_ca, limit) else old.temp_ca
+        kms_keys = KmsKeys(RootKeys(root_ca, temp_ca, old.k256), stored.rpc_key, stored.domain)
+        with context(
+            "Failed to reissue the attested KMS RPC certificate; refusing to start with a potentially unattested certificate"
+        ):
+            certificate = await env.rpc_certificate(kms_keys)
+        for name, authority, before in ((ROOT_CA_CERT, root_ca, old.root_ca), (TMP_CA_CERT, temp_ca, old.temp_ca)):
+            if authority is not before:
+                folder.replace(name, authority.pem.encode())
+                log.info("renewed %s", name)
+        folder.replace(RPC_CERT, certificate.encode())
+        return kms_keys
+
+    def _tls_context(self) -> ssl.SSLContext:
+        tls = self.config.rpc.tls
+        tls_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls_context.minimum_version = ssl.TLSVersion.TLSv1_2
+        tls_context.set_alpn_protocols(["http/1.1"])
+        try:
+            tls_context.load_cert_chain(tls.certs, tls.key)
+            tls_context.load_verify_locations(tls.mutual.ca_certs)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(
+                f"rpc.tls: cannot load {tls.certs}, {tls.key} and {tls.mutual.ca_certs}: {error} "
+                "(they are the files in core.cert_dir)"
+            ) from error
+        tls_context.verify_mode = ssl.CERT_REQUIRED if tls.mutual.mandatory else ssl.CERT_OPTIONAL
+        return tls_context
+
+
+def caller_of(verifier: AttestationVerifier) -> Callable[[web.Request], Awaitable[Caller]]:
+    """Make the function that says who calls, from the client certificate of the connection.
+
+    OpenSSL has checked by then that the certificate is the temporary CA's and the client holds its key. Evidence inside
+    is verified at every call, as upstream: a platform that was revoked meanwhile is refused.
+    """
+
+    async def caller(request: web.Request) -> Caller:
+        channel = None if request.transport is None else request.transport.get_extra_info("ssl_object")
+        certificate = None if channel is None else channel.getpeercert(binary_form=True)
+        if certificate is None:
+            return Caller()
+        spki, attestation = _read_certificate(certificate)
+        if attestation is None:
+            return Caller()
+        with context("invalid quote", NotAttestedError):
+            return Caller(await verifier.verify_bound(attestation, spki))
+
+    return caller
+
+
+@functools.lru_cache(maxsize=256)
+def _read_certificate(certificate_der: bytes) -> tuple[bytes, Attestation | None]:
+    """Parse a client certificate: what it says, not whether it holds. A pure function of its bytes, hence the cache."""
+    certificate = load_der(certificate_der)
+    return certificate_spki(certificate), attestation_of(certificate)
+
+
+def _expires_by(authority: CertificateAuthority, limit: int) -> bool:
+    return authority.certificate.not_valid_after_utc.timestamp() <= limit
+
+
+async def _health(request: web.Request) -> web.Response:
+    return web.Response(text="OK")

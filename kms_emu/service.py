@@ -1,0 +1,304 @@
+"""The KMS's RPCs: one method each, over plain values; who may call what is decided by `kms_emu.gate`.
+
+Two services for two phases. `OnboardService` runs while there are no keys, `KmsService` once there are. Order of checks,
+error contexts and texts: dstack `kms/src/{onboard_service,main_service}.rs` at 312dc605.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.empty_pb2 import Empty
+
+from attest.attestation import Attestation
+from attest.certificate import spki_der
+from attest.csr import SigningRequest
+from attest.errors import FormatError
+from attest.pck import device_id
+from attest.proto import kms_pb2 as pb
+from attest.prpc import decode_json, encode_json
+from attest.report_data import bootstrap_report_data, ratls_report_data
+from attest.verify import VerifiedAttestation, require_bound_to_key
+from kms_emu import keys
+from kms_emu.auth_api import AuthApi
+from kms_emu.cert_dir import BOOTSTRAP_INFO, K256_KEY, ROOT_CA_KEY, CertDir
+from kms_emu.config import Core
+from kms_emu.errors import InvalidRequestError, UnavailableError, WrongPhaseError, context
+from kms_emu.gate import Gate, boot_info_of, require_app_id, require_kms_allowed
+from kms_emu.guest_agent import GuestAgent
+from kms_emu.keys import Entropy, KmsKeys
+from kms_emu.onboarding import ZERO_REPORT_DATA, Receiver, own_evidence
+from transport.pccs_client import AttestationVerifier, Clock
+from transport.service import Rpc, ServiceTable, without_arguments, without_context
+
+log = logging.getLogger("kms_emu")
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What a KMS runs with: configuration, storage, its agent, who decides, who verifies, time and randomness.
+
+    `clock` is the time that evidence and collateral are judged at; `issue_clock` dates certificates.
+    """
+
+    core: Core
+    folder: CertDir
+    agent: GuestAgent
+    auth: AuthApi
+    verifier: AttestationVerifier
+    clock: Clock
+    issue_clock: Clock
+    entropy: Entropy
+
+    async def rpc_evidence(self, kms_keys: KmsKeys) -> Attestation | None:
+        """Attest the RPC listener's key; None where `attest_rpc_cert` is switched off."""
+        if not self.core.attest_rpc_cert:
+            return None
+        with context("failed to get a quote for the KMS RPC certificate"):
+            return await self.agent.evidence(ratls_report_data(spki_der(kms_keys.rpc_key.public_key())))
+
+    async def rpc_certificate(self, kms_keys: KmsKeys) -> str:
+        """Issue the RPC listener's certificate over fresh evidence (PEM)."""
+        evidence = await self.rpc_evidence(kms_keys)
+        return kms_keys.roots.issue_rpc_certificate(kms_keys.rpc_key, kms_keys.domain, evidence, self.issue_clock())
+
+
+def validate_domain(domain: str) -> str:
+    """Refuse what is no DNS name: non-empty ASCII of at most 253 bytes, labels of letters, digits and inner hyphens."""
+    if not domain or len(domain) > 253 or not domain.isascii():
+        raise InvalidRequestError("domain must be a non-empty ASCII DNS name of at most 253 bytes")
+    for label in domain.split("."):
+        allowed = all(c.isalnum() or c == "-" for c in label)
+        if not label or len(label) > 63 or label.startswith("-") or label.endswith("-") or not allowed:
+            raise InvalidRequestError("domain contains an invalid DNS label")
+    return domain
+
+
+class OnboardService:
+    """Bootstrap new keys, or take another KMS's over; concurrent calls wait for each other."""
+
+    def __init__(self, environment: Environment, finish: Callable[[], None]) -> None:
+        self._env, self._finish = environment, finish
+        self._lock = asyncio.Lock()
+
+    async def bootstrap(self, request: pb.BootstrapRequest) -> pb.BootstrapResponse:
+        """Make and store new root keys, if this KMS is allowed to run."""
+        domain = validate_domain(request.domain)
+        async with self._lock:
+            env = self._env
+            if any(env.folder.exists(name) for name in (BOOTSTRAP_INFO, ROOT_CA_KEY, K256_KEY)):
+                raise WrongPhaseError("KMS has already been bootstrapped")
+            with context("KMS is not allowed to bootstrap"):
+                await self._require_self_allowed()
+            kms_keys, files = await self._generate(domain)
+            ca_pubkey, k256_pubkey = kms_keys.roots.ca_pubkey, kms_keys.roots.k256_pubkey
+            attestation = await env.agent.attest(bootstrap_report_data(ca_pubkey, k256_pubkey))
+            answer = pb.BootstrapResponse(ca_pubkey=ca_pubkey, k256_pubkey=k256_pubkey, attestation=attestation)
+            env.folder.store({**files, BOOTSTRAP_INFO: encode_json(answer)})
+        log.info("bootstrapped for %s", domain)
+        return answer
+
+    async def auto_bootstrap(self, domain: str) -> None:
+        """Bootstrap without being asked, as `auto_bootstrap_domain` wants it; upstream writes no bootstrap info then."""
+        validate_domain(domain)
+        with context("KMS is not allowed to auto-bootstrap"):
+            await self._require_self_allowed()
+        _, files = await self._generate(domain)
+        self._env.folder.store(files)
+        log.info("bootstrapped for %s without being asked (core.onboard.auto_bootstrap_domain)", domain)
+
+    async def onboard(self, request: pb.OnboardRequest) -> pb.OnboardResponse:
+        """Take over and store the root keys of a source KMS, if both sides are allowed."""
+        domain = validate_domain(request.domain)
+        async with self._lock:
+            env = self._env
+            if any(env.folder.exists(name) for name in (ROOT_CA_KEY, K256_KEY)):
+                raise WrongPhaseError("KMS has already been onboarded")
+            receiver = Receiver(env.agent, env.auth, env.verifier, env.entropy)
+            with context("Failed to onboard"):
+                kms_keys = await receiver.take_keys(request.source_url, domain, env.issue_clock())
+                certificate = await env.rpc_certificate(kms_keys)
+            with context("Failed to store keys"):
+                env.folder.store(kms_keys.files(certificate))
+        log.info("onboarded from %s for %s", request.source_url, domain)
+        return pb.OnboardResponse(k256_pubkey=kms_keys.roots.k256_pubkey)
+
+    async def attestation_info(self) -> pb.AttestationInfoResponse:
+        """Say what this KMS measures: what a policy that shall allow it needs."""
+        env = self._env
+        with context("Failed to get attestation"):
+            evidence = await env.agent.evidence(ZERO_REPORT_DATA)
+        with context("Failed to verify attestation"):
+            verified = await env.verifier.verify(evidence)
+        with context("Failed to get VM info"):
+            vm_config = await env.agent.vm_config()
+        eth_rpc_url = kms_contract_address = ""
+        try:
+            info = await env.auth.info()
+            eth_rpc_url, kms_contract_address = info.eth_rpc_url or "", info.kms_contract_address or ""
+        except UnavailableError as error:
+            log.warning("failed to get auth api info: %s", error)
+        boot_info = boot_info_of(verified, vm_config=vm_config)
+        return pb.AttestationInfoResponse(
+            device_id=device_id(verified.quote.ppid),
+            mr_aggregated=boot_info.mr_aggregated,
+            os_image_hash=boot_info.os_image_hash,
+            tee_variant=boot_info.tee_variant,
+            site_name=env.core.site_name,
+            eth_rpc_url=eth_rpc_url,
+            kms_contract_address=kms_contract_address,
+            ppid=verified.quote.ppid,
+        )
+
+    async def finish(self) -> Empty:
+        """End the onboard phase once this answer is out."""
+        self._finish()
+        return Empty()
+
+    async def _require_self_allowed(self) -> None:
+        if not self._env.core.enforce_self_authorization:
+            return
+        with context("failed to build local KMS boot info"):
+            boot_info = boot_info_of(await own_evidence(self._env.agent, self._env.verifier))
+        await require_kms_allowed(self._env.auth, boot_info)
+
+    async def _generate(self, domain: str) -> tuple[KmsKeys, dict[str, bytes]]:
+        with context("Failed to generate keys"):
+            kms_keys = KmsKeys.generate(domain, self._env.entropy, self._env.issue_clock())
+            return kms_keys, kms_keys.files(await self._env.rpc_certificate(kms_keys))
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls: evidence from the client certificate, verified and bound to its key, or None without any."""
+
+    attestation: VerifiedAttestation | None = None
+
+
+class KmsService:
+    """The trusted RPCs, each behind the self check, and GetMeta."""
+
+    def __init__(self, environment: Environment, kms_keys: KmsKeys) -> None:
+        self._env, self._keys = environment, kms_keys
+        self._gate = Gate(
+            environment.auth,
+            lambda: own_evidence(environment.agent, environment.verifier),
+            enforce_self=environment.core.enforce_self_authorization,
+        )
+
+    async def get_meta(self) -> pb.GetMetaResponse:
+        """Say who this KMS is; the only RPC without a self check."""
+        info = await self._env.auth.info()
+        return pb.GetMetaResponse(
+            ca_cert=self._keys.roots.root_ca.pem,
+            allow_any_upgrade=info.is_dev,
+            k256_pubkey=self._keys.roots.k256_pubkey,
+            bootstrap_info=self._bootstrap_info(),
+            is_dev=info.is_dev,
+            gateway_app_id=info.gateway_app_id,
+            kms_contract_address=info.kms_contract_address,
+            chain_id=info.chain_id,
+            app_auth_implementation=info.app_implementation,
+        )
+
+    async def get_temp_ca_cert(self) -> pb.GetTempCaCertResponse:
+        """Hand out the CA under which callers make their client certificates."""
+        grant = await self._gate.self_check()
+        roots = self._keys.roots
+        return pb.GetTempCaCertResponse(
+            temp_ca_cert=roots.temp_ca.pem, temp_ca_key=keys.temp_ca_secret(roots, grant), ca_cert=roots.root_ca.pem
+        )
+
+    async def get_app_key(self, caller: Caller, request: pb.GetAppKeyRequest) -> pb.AppKeyResponse:
+        """Release an app instance's keys to it."""
+        if request.api_version > 1:
+            raise InvalidRequestError(f"Unsupported API version: {request.api_version}")
+        of_kms = await self._gate.self_check()
+        with context("App not allowed"):
+            grant = await self._gate.admit_app(of_kms, caller.attestation, vm_config=request.vm_config)
+        roots = self._keys.roots
+        secrets = keys.app_secrets(roots, grant)
+        return pb.AppKeyResponse(
+            ca_cert=roots.root_ca.pem,
+            disk_crypt_key=secrets.disk_crypt_key,
+            env_crypt_key=secrets.env_crypt_key,
+            k256_key=secrets.k256_key,
+            k256_signature=secrets.k256_signature,
+            tproxy_app_id=grant.gateway_app_id,
+            gateway_app_id=grant.gateway_app_id,
+            os_image_hash=grant.boot_info.os_image_hash,
+        )
+
+    async def get_kms_key(self, caller: Caller, request: pb.GetKmsKeyRequest) -> pb.KmsKeyResponse:
+        """Release the root keys to another KMS."""
+        of_kms = await self._gate.self_check()
+        grant = await self._gate.admit_kms(of_kms, caller.attestation, vm_config=request.vm_config)
+        secrets = keys.root_secrets(self._keys.roots, grant)
+        root = pb.KmsKeys(ca_key=secrets.ca_key, k256_key=secrets.k256_key)
+        return pb.KmsKeyResponse(temp_ca_key=secrets.temp_ca_key, keys=[root])
+
+    async def get_app_env_encrypt_pub_key(self, request: pb.AppId) -> pb.PublicKeyResponse:
+        """Give the public key that an app's environment variables are encrypted to."""
+        grant = await self._gate.self_check()
+        app_id, timestamp = require_app_id(request.app_id), self._env.clock()
+        key = keys.env_public_key(self._keys.roots, grant, app_id, timestamp)
+        return pb.PublicKeyResponse(
+            public_key=key.public_key, signature=key.signature, timestamp=timestamp, signature_v1=key.signature_v1
+        )
+
+    async def sign_cert(self, request: pb.SignCertRequest) -> pb.SignCertResponse:
+        """Issue a certificate to an app, by the evidence inside its signing request."""
+        of_kms = await self._gate.self_check()
+        if request.api_version not in (1, 2):
+            raise InvalidRequestError(f"Unsupported API version: {request.api_version}")
+        with context("Failed to parse csr", InvalidRequestError):
+            csr = SigningRequest.parse(request.csr, request.api_version)
+        with context("Failed to verify csr signature", InvalidRequestError):
+            csr.verify_signature(request.signature)
+        with context("Quote verification failed"):
+            require_bound_to_key(csr.attestation, csr.public_key)
+            evidence = await self._env.verifier.verify(csr.attestation)
+        grant = await self._gate.admit_app(of_kms, evidence, vm_config=request.vm_config, boot_time=True)
+        with context("Failed to sign certificate", InvalidRequestError):
+            chain = keys.sign_certificate(self._keys.roots, grant, csr, self._env.issue_clock())
+        return pb.SignCertResponse(certificate_chain=chain)
+
+    def _bootstrap_info(self) -> pb.BootstrapResponse | None:
+        if not self._env.folder.exists(BOOTSTRAP_INFO):
+            return None
+        try:
+            return decode_json(pb.BootstrapResponse, self._env.folder.read(BOOTSTRAP_INFO))
+        except FormatError as error:
+            log.warning("%s is not readable: %s", BOOTSTRAP_INFO, error)
+            return None
+
+
+def onboard_table(service: OnboardService) -> ServiceTable[None]:
+    """The RPCs of the onboard phase."""
+    return _table(
+        "Onboard.",
+        Rpc("Bootstrap", pb.BootstrapRequest, pb.BootstrapResponse, without_context(service.bootstrap)),
+        Rpc("Onboard", pb.OnboardRequest, pb.OnboardResponse, without_context(service.onboard)),
+        Rpc("GetAttestationInfo", Empty, pb.AttestationInfoResponse, without_arguments(service.attestation_info)),
+        Rpc("Finish", Empty, Empty, without_arguments(service.finish)),
+    )
+
+
+def kms_table(service: KmsService) -> ServiceTable[Caller]:
+    """The RPCs of the runtime phase."""
+    env_key = without_context(service.get_app_env_encrypt_pub_key)
+    return _table(
+        "KMS.",
+        Rpc("GetMeta", Empty, pb.GetMetaResponse, without_arguments(service.get_meta)),
+        Rpc("GetTempCaCert", Empty, pb.GetTempCaCertResponse, without_arguments(service.get_temp_ca_cert)),
+        Rpc("GetAppKey", pb.GetAppKeyRequest, pb.AppKeyResponse, service.get_app_key),
+        Rpc("GetKmsKey", pb.GetKmsKeyRequest, pb.KmsKeyResponse, service.get_kms_key),
+        Rpc("GetAppEnvEncryptPubKey", pb.AppId, pb.PublicKeyResponse, env_key),
+        Rpc("SignCert", pb.SignCertRequest, pb.SignCertResponse, without_context(service.sign_cert)),
+    )
+
+
+def _table(prefix: str, *rpcs: Rpc[Any, Any, Any]) -> ServiceTable[Any]:
+    return ServiceTable(prefix, {rpc.name: rpc for rpc in rpcs})

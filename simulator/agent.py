@@ -1,0 +1,323 @@
+"""The guest agent's RPCs: what a trust domain answers to the application inside it.
+
+One method for each RPC, over plain values and messages. Evidence is quoted afresh for every call. Source: dstack
+`guest-agent/src/rpc_service.rs` at 312dc605; EmitEvent as in 0.5.x at 40eaf35e.
+"""
+
+import base64
+import json
+from typing import Any, Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from google.protobuf.empty_pb2 import Empty
+
+from attest.app_info import decode_app_info
+from attest.certificate import spki_der
+from attest.csr import CertificateConfig, SigningRequest
+from attest.errors import AttestError, FormatError
+from attest.eventlog import for_get_quote, log_to_json
+from attest.kdf import derive_key, derive_p256, pkcs8_pem
+from attest.proto import dstack_guest_pb2 as pb
+from attest.report_data import APP_DATA, DEFAULT_HASH, pad_report_data, ratls_report_data, report_data
+from attest.signature import k256_key, k256_sign, k256_verify, sign_recoverable
+from attest.version import REVISION, UPSTREAM
+from simulator.app_keys import AppKeys, CertificateIssuer
+from simulator.errors import GuestError
+from simulator.seed import Entropy
+from simulator.trust_domain import TrustDomain
+from transport.service import Rpc, ServiceTable, without_arguments, without_context
+
+SIGNING_PATH, SIGNING_PURPOSE = "vms", "signing"
+PREHASHED: Final = "secp256k1_prehashed"
+
+
+class GuestAgent:
+    """Answers for one trust domain.
+
+    Before `provide` it is a domain that still waits for its keys: it gives evidence, and refuses what needs a key.
+    """
+
+    def __init__(self, domain: TrustDomain, entropy: Entropy) -> None:
+        self.domain, self._entropy = domain, entropy
+        self._provided: tuple[AppKeys, CertificateIssuer] | None = None
+        self._demo_certificate = ""
+
+    @property
+    def keys(self) -> AppKeys:
+        """The keys it was given; raise `GuestError` while there are none."""
+        return self._require_provided()[0]
+
+    async def provide(self, keys: AppKeys, issuer: CertificateIssuer) -> None:
+        """Take keys, and get the certificate that Info shows, as the agent does at its start."""
+        self._provided = keys, issuer
+        key = derive_p256(self._entropy(32), [])
+        config = CertificateConfig(subject="demo-cert", client_auth=True, with_attestation=True)
+        self._demo_certificate = "\n".join(await self._issue(key, config))
+
+    # ---- evidence
+
+    async def get_quote(self, request: pb.RawQuoteArgs) -> pb.GetQuoteResponse:
+        """Quote up to 64 bytes of report_data."""
+        return self._quote(pad_report_data(request.report_data))
+
+    async def attest(self, request: pb.RawQuoteArgs) -> pb.AttestResponse:
+        """Give evidence over up to 64 bytes of report_data, in the form that hardware sends."""
+        return pb.AttestResponse(attestation=self.domain.attest(pad_report_data(request.report_data)).encode())
+
+    async def emit_event(self, request: pb.EmitEventArgs) -> Empty:
+        """Extend RTMR3 with an event of the application."""
+        self.domain.measure(request.event, request.payload)
+        return Empty()
+
+    async def tdx_quote(self, request: pb.TdxQuoteArgs) -> pb.TdxQuoteResponse:
+        """Quote a hash of any content under a prefix."""
+        algorithm = request.hash_algorithm or DEFAULT_HASH
+        tag = request.prefix or APP_DATA
+        answer = self._quote(report_data(tag, request.report_data, algorithm))
+        return pb.TdxQuoteResponse(
+            quote=answer.quote,
+            event_log=answer.event_log,
+            hash_algorithm=algorithm,
+            prefix="" if algorithm == "raw" else tag,
+        )
+
+    async def raw_quote(self, request: pb.RawQuoteArgs) -> pb.TdxQuoteResponse:
+        """Quote exactly 64 bytes."""
+        return await self.tdx_quote(pb.TdxQuoteArgs(report_data=request.report_data, hash_algorithm="raw"))
+
+    async def get_attestation_for_app_key(self, request: pb.GetAttestationForAppKeyRequest) -> pb.GetQuoteResponse:
+        """Quote the public key that `sign` signs with, as a `dip1::` text."""
+        _, public_key = self._signing_key(_known(request.algorithm, ("secp256k1", "ed25519")))
+        kind = "ed25519-pk" if len(public_key) == 32 else "secp256k1c-pk"
+        text = f"dip1::{kind}:{base64.urlsafe_b64encode(public_key).decode().rstrip('=')}"
+        return self._quote(pad_report_data(text.encode()))
+
+    def _quote(self, data: bytes) -> pb.GetQuoteResponse:
+        evidence = self.domain.attest(data)
+        return pb.GetQuoteResponse(
+            quote=evidence.quote,
+            event_log=log_to_json(for_get_quote(evidence.event_log)),
+            report_data=data,
+            vm_config=evidence.config,
+            attestation=evidence.as_v1().encode(),
+        )
+
+    # ---- keys and certificates
+
+    async def get_key(self, request: pb.GetKeyArgs) -> pb.GetKeyResponse:
+        """Derive the application's key at a path, with the chain that proves where it comes from."""
+        algorithm = _known(request.algorithm or "secp256k1", ("secp256k1", "ed25519"))
+        key, public_key = self._derive(request.path, algorithm)
+        message = f"{request.purpose}:{public_key.hex()}".encode()
+        signature = sign_recoverable(k256_key(self.keys.k256_key), message)
+        return pb.GetKeyResponse(key=key, signature_chain=[signature, self.keys.k256_signature])
+
+    async def derive_k256_key(self, request: pb.GetKeyArgs) -> pb.DeriveK256KeyResponse:
+        """`get_key` under Tappd's name."""
+        answer = await self.get_key(request)
+        return pb.DeriveK256KeyResponse(k256_key=answer.key, k256_signature_chain=answer.signature_chain)
+
+    async def get_tls_key(self, request: pb.GetTlsKeyArgs) -> pb.GetTlsKeyResponse:
+        """Make a fresh P-256 key and get a certificate for it."""
+        not_before = request.not_before if request.HasField("not_before") else None
+        not_after = request.not_after if request.HasField("not_after") else None
+        if not_before is not None and not_after is not None and not_before >= not_after:
+            raise FormatError("not_before must be earlier than not_after")
+        config = CertificateConfig(
+            subject=request.subject,
+            alt_names=tuple(request.alt_names),
+            server_auth=request.usage_server_auth,
+            client_auth=request.usage_client_auth,
+            with_attestation=request.usage_ra_tls,
+            with_app_info=request.with_app_info,
+            not_before=not_before,
+            not_after=not_after,
+        )
+        return await self._key_and_chain(derive_p256(self._entropy(32), []), config)
+
+    async def derive_tls_key(self, request: pb.DeriveKeyArgs) -> pb.GetTlsKeyResponse:
+        """Tappd's DeriveKey: a P-256 key of a path (or a random one), with a certificate."""
+        material = self._entropy(32) if request.random_seed else self.keys.k256_key
+        config = CertificateConfig(
+            subject=request.subject,
+            alt_names=tuple(request.alt_names),
+            server_auth=request.usage_server_auth,
+            client_auth=request.usage_client_auth,
+            with_attestation=request.usage_ra_tls,
+        )
+        return await self._key_and_chain(derive_p256(material, [request.path.encode()]), config)
+
+    async def _key_and_chain(self, key: ec.EllipticCurvePrivateKey, config: CertificateConfig) -> pb.GetTlsKeyResponse:
+        return pb.GetTlsKeyResponse(key=pkcs8_pem(key), certificate_chain=await self._issue(key, config))
+
+    async def _issue(self, key: ec.EllipticCurvePrivateKey, config: CertificateConfig) -> list[str]:
+        spki = spki_der(key.public_key())
+        request = SigningRequest.make(spki, config, self.domain.attest(ratls_report_data(spki)))
+        try:
+            return await self._require_provided()[1].sign(request, request.sign(key))
+        except (AttestError, GuestError) as error:
+            raise GuestError(f"Failed to sign the CSR: {error}") from error
+
+    def _require_provided(self) -> tuple[AppKeys, CertificateIssuer]:
+        if self._provided is None:
+            raise GuestError("this trust domain has no keys yet: it gets them from a KMS that its policy allows")
+        return self._provided
+
+    def _derive(self, path: str, algorithm: str) -> tuple[bytes, bytes]:
+        """The key at a path (32 bytes whatever the algorithm) and its public key: 33 bytes compressed, or 32 of ed25519."""
+        key = derive_key(self.keys.k256_key, [path.encode()])
+        if algorithm == "ed25519":
+            return key, ed25519.Ed25519PrivateKey.from_private_bytes(key).public_key().public_bytes_raw()
+        return key, k256_key(key).public_key.format()
+
+    # ---- signatures
+
+    async def sign(self, request: pb.SignRequest) -> pb.SignResponse:
+        """Sign with the key at path `vms`; the chain leads to the KMS root key."""
+        algorithm = _known(request.algorithm, ("secp256k1", "ed25519", PREHASHED))
+        if algorithm == PREHASHED and len(request.data) != 32:
+            raise FormatError(f"Pre-hashed signing requires a 32-byte digest, but received {len(request.data)} bytes")
+        kind = "ed25519" if algorithm == "ed25519" else "secp256k1"
+        key, public_key = self._signing_key(kind)
+        if kind == "ed25519":
+            signature = ed25519.Ed25519PrivateKey.from_private_bytes(key).sign(request.data)
+        else:
+            signature = k256_sign(k256_key(key), request.data, prehashed=algorithm == PREHASHED)
+        chain = await self.get_key(pb.GetKeyArgs(path=SIGNING_PATH, purpose=SIGNING_PURPOSE, algorithm=kind))
+        return pb.SignResponse(
+            signature=signature, signature_chain=[signature, *chain.signature_chain], public_key=public_key
+        )
+
+    async def verify(self, request: pb.VerifyRequest) -> pb.VerifyResponse:
+        """Check a signature; a bad one is an answer, bytes that are no key or no signature are an error."""
+        algorithm = _known(request.algorithm, ("secp256k1", "ed25519", PREHASHED))
+        if algorithm == "ed25519":
+            return pb.VerifyResponse(valid=_verify_ed25519(request))
+        valid = k256_verify(request.public_key, request.signature, request.data, prehashed=algorithm == PREHASHED)
+        return pb.VerifyResponse(valid=valid)
+
+    def _signing_key(self, algorithm: str) -> tuple[bytes, bytes]:
+        return self._derive(SIGNING_PATH, algorithm)
+
+    # ---- identity
+
+    async def info(self) -> pb.AppInfo:
+        """Say who this domain is and what it measures; `device_id` is the true one (upstream's agent does not know its own)."""
+        return self._info(hide_tcb_info=False)
+
+    async def public_info(self) -> pb.AppInfo:
+        """What outsiders see: without tcb_info and vm_config unless the app-compose makes them public."""
+        return self._info(hide_tcb_info=not self.domain.compose.public_tcbinfo)
+
+    async def gpu_info(self) -> pb.GpuInfoResponse:
+        """Say what was attested of GPUs at boot: an emulated domain has none."""
+        return pb.GpuInfoResponse()
+
+    async def version(self) -> pb.WorkerVersion:
+        """The release this is taken for, and the emulator behind it."""
+        return pb.WorkerVersion(version=UPSTREAM, rev=REVISION)
+
+    def _info(self, *, hide_tcb_info: bool) -> pb.AppInfo:
+        domain = self.domain
+        evidence = domain.attest(bytes(64))
+        info = decode_app_info(evidence, device_id=domain.platform.device_id)
+        report = domain.report(bytes(64))
+        tcb_info = {
+            "mrtd": report.mr_td.hex(),
+            **{f"rtmr{i}": register.hex() for i, register in enumerate(report.rtmrs)},
+            "mr_aggregated": info.mr_aggregated.hex(),
+            "os_image_hash": info.os_image_hash.hex(),
+            "compose_hash": info.compose_hash.hex(),
+            "device_id": info.device_id.hex(),
+            "event_log": [event.to_json() for event in for_get_quote(evidence.event_log)],
+            "app_compose": domain.compose.text,
+        }
+        return pb.AppInfo(
+            app_id=info.app_id,
+            instance_id=info.instance_id,
+            app_cert=self._demo_certificate,
+            tcb_info="" if hide_tcb_info else json.dumps(tcb_info, indent=2, ensure_ascii=False),
+            app_name=domain.compose.name,
+            device_id=info.device_id,
+            mr_aggregated=info.mr_aggregated,
+            os_image_hash=info.os_image_hash,
+            key_provider_info=info.key_provider_info.decode(errors="replace"),
+            compose_hash=info.compose_hash,
+            vm_config="" if hide_tcb_info else domain.vm_config_json,
+        )
+
+
+def _known(algorithm: str, known: tuple[str, ...]) -> str:
+    """Resolve the alias `k256` and refuse an algorithm that is not among the known ones."""
+    algorithm = "secp256k1" if algorithm == "k256" else algorithm
+    if algorithm not in known:
+        raise FormatError("Unsupported algorithm")
+    return algorithm
+
+
+def _verify_ed25519(request: pb.VerifyRequest) -> bool:
+    if len(request.public_key) != 32:
+        raise FormatError("invalid public key")
+    if len(request.signature) != 64:
+        raise FormatError("signature error")
+    try:
+        ed25519.Ed25519PublicKey.from_public_bytes(request.public_key).verify(request.signature, request.data)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+# ---- the tables that servers serve
+
+
+def dstack_table(agent: GuestAgent) -> ServiceTable[None]:
+    """Service DstackGuest, as on dstack.sock."""
+    return _table(
+        "DstackGuest.",
+        Rpc("GetTlsKey", pb.GetTlsKeyArgs, pb.GetTlsKeyResponse, without_context(agent.get_tls_key)),
+        Rpc("GetKey", pb.GetKeyArgs, pb.GetKeyResponse, without_context(agent.get_key)),
+        Rpc("GetQuote", pb.RawQuoteArgs, pb.GetQuoteResponse, without_context(agent.get_quote)),
+        Rpc("Attest", pb.RawQuoteArgs, pb.AttestResponse, without_context(agent.attest)),
+        Rpc("EmitEvent", pb.EmitEventArgs, Empty, without_context(agent.emit_event)),
+        Rpc("Info", Empty, pb.AppInfo, without_arguments(agent.info)),
+        Rpc("GpuInfo", Empty, pb.GpuInfoResponse, without_arguments(agent.gpu_info)),
+        Rpc("Sign", pb.SignRequest, pb.SignResponse, without_context(agent.sign)),
+        Rpc("Verify", pb.VerifyRequest, pb.VerifyResponse, without_context(agent.verify)),
+        Rpc("Version", Empty, pb.WorkerVersion, without_arguments(agent.version)),
+    )
+
+
+def tappd_table(agent: GuestAgent) -> ServiceTable[None]:
+    """Service Tappd, as on tappd.sock."""
+    return _table(
+        "Tappd.",
+        Rpc("DeriveKey", pb.DeriveKeyArgs, pb.GetTlsKeyResponse, without_context(agent.derive_tls_key)),
+        Rpc("DeriveK256Key", pb.GetKeyArgs, pb.DeriveK256KeyResponse, without_context(agent.derive_k256_key)),
+        Rpc("TdxQuote", pb.TdxQuoteArgs, pb.TdxQuoteResponse, without_context(agent.tdx_quote)),
+        Rpc("RawQuote", pb.RawQuoteArgs, pb.TdxQuoteResponse, without_context(agent.raw_quote)),
+        Rpc("Info", Empty, pb.AppInfo, without_arguments(agent.info)),
+        Rpc("Version", Empty, pb.WorkerVersion, without_arguments(agent.version)),
+    )
+
+
+def worker_table(agent: GuestAgent) -> ServiceTable[None]:
+    """Service Worker, as on a listener of its own."""
+    attestation = without_context(agent.get_attestation_for_app_key)
+    return _table(
+        "Worker.",
+        Rpc("Info", Empty, pb.AppInfo, without_arguments(agent.public_info)),
+        Rpc("Version", Empty, pb.WorkerVersion, without_arguments(agent.version)),
+        Rpc("GetAttestationForAppKey", pb.GetAttestationForAppKeyRequest, pb.GetQuoteResponse, attestation),
+    )
+
+
+def combined_table(agent: GuestAgent) -> ServiceTable[None]:
+    """Tappd and Worker on one mount: a name without prefix is Tappd's where both have it."""
+    worker, tappd = worker_table(agent).rpcs, tappd_table(agent).rpcs
+    prefixed = {f"Worker.{name}": rpc for name, rpc in worker.items()}
+    return ServiceTable("Tappd.", {**worker, **tappd, **prefixed})
+
+
+def _table(prefix: str, *rpcs: Rpc[Any, Any, Any]) -> ServiceTable[None]:
+    return ServiceTable(prefix, {rpc.name: rpc for rpc in rpcs})

@@ -1,0 +1,73 @@
+"""Where a guest agent listens: dstack.sock, tappd.sock, and one TCP port with everything.
+
+Inside a CVM each service has a listener of its own. The TCP port serves all of them for SDK clients that are pointed at one
+URL: DstackGuest at `/`, Tappd and Worker at `/prpc`, and a small page for people at `/`. Source of the mounts: dstack
+`guest-agent/src/{server,http_routes}.rs` at 312dc605.
+"""
+
+from html import escape
+
+from aiohttp import web
+
+from attest.errors import AttestError
+from simulator.agent import GuestAgent, combined_table, dstack_table, tappd_table
+from simulator.errors import GuestError
+from transport.prpc_server import add_prpc
+
+ERRORS = (GuestError, AttestError)
+
+
+def dstack_app(agent: GuestAgent) -> web.Application:
+    """dstack.sock: DstackGuest at `/`; a service prefix is not trimmed there."""
+    app = web.Application()
+    add_prpc(app, "", dstack_table(agent), _anyone, errors=ERRORS, trim=False)
+    return app
+
+
+def tappd_app(agent: GuestAgent) -> web.Application:
+    """tappd.sock: Tappd at `/prpc`."""
+    app = web.Application()
+    add_prpc(app, "/prpc", tappd_table(agent), _anyone, errors=ERRORS)
+    return app
+
+
+def tcp_app(agent: GuestAgent) -> web.Application:
+    """The TCP port: every service, and the page."""
+    app = web.Application()
+
+    async def index(request: web.Request) -> web.Response:
+        return web.Response(text=await _page(agent), content_type="text/html")
+
+    async def health(request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok", "service": "dstack-emu-agent"})
+
+    app.router.add_get("/", index)
+    app.router.add_get("/health", health)
+    add_prpc(app, "/prpc", combined_table(agent), _anyone, errors=ERRORS)
+    add_prpc(app, "", dstack_table(agent), _anyone, errors=ERRORS, trim=False)
+    return app
+
+
+async def _anyone(request: web.Request) -> None:
+    """Whoever reaches the listener may ask: inside a CVM that is the application."""
+
+
+async def _page(agent: GuestAgent) -> str:
+    info = await agent.public_info()
+    rows = "".join(
+        f"<tr><th>{name}</th><td><code>{escape(value)}</code></td></tr>"
+        for name, value in (
+            ("app id", info.app_id.hex()),
+            ("instance id", info.instance_id.hex()),
+            ("compose hash", info.compose_hash.hex()),
+            ("device id", info.device_id.hex()),
+            ("mr_aggregated", info.mr_aggregated.hex()),
+            ("os_image_hash", info.os_image_hash.hex()),
+            ("key provider", info.key_provider_info),
+        )
+    )
+    name = escape(info.app_name)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name} (EMULATED)</title></head>\n'
+        f"<body><h1>{name}</h1><p>An EMULATED trust domain: it protects nothing.</p><table>{rows}</table></body></html>\n"
+    )

@@ -1,0 +1,81 @@
+"""The keys a guest runs with, and who signs certificates for it.
+
+Without a KMS the guest makes them itself, as dstack-util does (`gen_app_keys_from_seed` in `dstack-util/src/main.rs` at
+312dc605); with one they are what GetAppKey answered.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from attest.certificate import USAGE_APP_LEAF, CertificateAuthority, CertificateRequest, pem, self_signed, spki_der
+from attest.csr import SigningRequest
+from attest.kdf import derive_key, derive_p256, pkcs8_der
+from attest.report_data import ratls_report_data
+from simulator.trust_domain import KeyProvider, TrustDomain
+
+
+class CertificateIssuer(Protocol):
+    """Whoever turns a guest's signing request into a certificate chain (PEM, leaf first)."""
+
+    async def sign(self, request: SigningRequest, signature: bytes) -> list[str]:
+        """Issue, or raise with the refusal."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AppKeys:
+    """Keys of one app instance. Sizes: disk, env and k256 keys 32 bytes, k256_signature 65; empty where nobody gave one."""
+
+    disk_crypt_key: bytes
+    env_crypt_key: bytes
+    k256_key: bytes
+    k256_signature: bytes
+    gateway_app_id: str
+    ca_cert: str
+    provider: KeyProvider
+
+
+@dataclass(frozen=True, slots=True)
+class LocalIssuer:
+    """The app's own CA, for a guest without a KMS."""
+
+    authority: CertificateAuthority
+    now: int
+
+    async def sign(self, request: SigningRequest, signature: bytes) -> list[str]:
+        """Issue under the app's CA: leaf and CA."""
+        request.verify_signature(signature)
+        leaf = self.authority.issue(request.certificate_request(usage=USAGE_APP_LEAF), self.now)
+        return [pem(leaf), self.authority.pem]
+
+
+@dataclass(frozen=True, slots=True)
+class OwnKeys:
+    """The keys that a guest without a KMS makes of a sealing secret, with the CA that signs for it."""
+
+    keys: AppKeys
+    issuer: LocalIssuer
+
+    @classmethod
+    def from_seed(cls, domain: TrustDomain, seed: bytes, provider: KeyProvider, now: int) -> Self:
+        """Derive them; the CA certificate carries the domain's evidence as of now."""
+        key = derive_p256(seed, [b"app-key"])
+        disk_key = derive_p256(seed, [b"app-disk-key"])
+        request = CertificateRequest(
+            public_key=key.public_key(),
+            subject="App Root Cert",
+            ca_path_length=1,
+            attestation=domain.attest(ratls_report_data(spki_der(key.public_key()))),
+        )
+        authority = self_signed(request, key, now)
+        keys = AppKeys(
+            disk_crypt_key=hashlib.sha256(pkcs8_der(disk_key)).digest(),
+            env_crypt_key=b"",
+            k256_key=derive_key(seed, [b"app-k256-key"]),
+            k256_signature=b"",
+            gateway_app_id="",
+            ca_cert=authority.pem,
+            provider=provider,
+        )
+        return cls(keys, LocalIssuer(authority, now))

@@ -1,0 +1,5 @@
+"""What the emulated guest refuses beside malformed input (which is `attest.errors.FormatError`)."""
+
+
+class GuestError(Exception):
+    """A guest that cannot do what it was asked: keys or a certificate were refused to it, or a service is out of reach."""

@@ -1,0 +1,208 @@
+"""A made-up OS image, derived from a seed, and the machine that boots it.
+
+Its firmware, kernel and initrd are random bytes: nothing runs them. Command line, initrd, TD HOB and every
+event around them are measured as real ones are, so a verifier that is given the image's own measurement
+document accepts its boots.
+
+What this module does not do: build a TDVF, a kernel PE or a root filesystem. MRTDs and kernel digest are
+therefore not what upstream's tools would compute from these files, and the image is good for the lite variant
+only; ACPI digests stand for no tables, but differ wherever the tables of two machines would.
+
+Source of truth: upstream's image directory and dstack-vmm (312dc605), QEMU's device order in its dstack-mr.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Self
+
+from attest.image import (
+    ACPI_EVENT_NAMES,
+    MEASUREMENT_FILE,
+    OVMF_VARIANT,
+    AcpiDigests,
+    BootEvent,
+    ImageMeasurement,
+    Registers,
+    TdHobWitness,
+    boot_event_log,
+    cmdline_sha384,
+    initrd_sha384,
+    measure,
+    os_image_hash,
+    sha256sum_txt,
+)
+from attest.vmconfig import TdxMeasurement, VmConfig
+
+GIB = 1 << 30
+
+# Where the firmware of real images has its TD_HOB and TEMP_MEM sections.
+TD_HOB_WITNESS = TdHobWitness(hob_page=0x809, ranges=((0x800, 6), (0x809, 2), (0x80B, 2), (0x810, 16)))
+
+# Everything that decides about QEMU's ACPI tables.
+_ACPI_FIELDS = {
+    "cpu_count",
+    "memory_size",
+    "pic",
+    "qemu_version",
+    "pci_hole64_size",
+    "hugepages",
+    "num_gpus",
+    "num_nvswitches",
+    "num_nics",
+    "num_verity_volumes",
+    "swtpm",
+    "hotplug_off",
+    "host_share_mode",
+}
+
+
+def made_up_digest(label: str, content: bytes) -> bytes:
+    """Stand in for the 48-byte measurement of bytes that have not the format to be measured properly."""
+    return hashlib.sha384(f"dstack-emu {label}\0".encode() + content).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class OsImage:
+    """An image directory held in memory, without the rootfs: only a hash in the command line stands for it.
+
+    files are ovmf.fd, bzImage, initramfs.cpio.gz, metadata.json, measurement.tdx.cbor, sha256sum.txt and
+    digest.txt.
+    """
+
+    name: str
+    version: str
+    files: Mapping[str, bytes] = field(repr=False, hash=False)
+    measurement: ImageMeasurement = field(repr=False)
+    os_image_hash: bytes
+
+    @classmethod
+    def from_seed(
+        cls, derive: Callable[[str, int], bytes], name: str = "dstack-emu", version: str = "0.5.11"
+    ) -> Self:
+        """Make up an image; `derive(label, n)` gives n bytes, always the same ones for the same label.
+
+        Another name or version gives another image, as a release would.
+        """
+
+        def content(part: str, size: int) -> bytes:
+            return derive(f"os-image/{name}/{version}/{part}", size)
+
+        kernel = content("bzImage", 4096)
+        return cls.build(
+            name=name,
+            version=version,
+            firmware=content("ovmf.fd", 4096),
+            kernel=kernel,
+            kernel_authenticode=made_up_digest("kernel", kernel),
+            initrd=content("initramfs.cpio.gz", 4096),
+            cmdline=f"console=ttyS0 dstack.rootfs_hash={content('rootfs', 32).hex()} dstack.rootfs_size=4096",
+            git_revision=content("git", 20).hex(),
+        )
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        name: str,
+        version: str,
+        firmware: bytes,
+        kernel: bytes,
+        kernel_authenticode: bytes,
+        initrd: bytes,
+        cmdline: str,
+        git_revision: str,
+    ) -> Self:
+        """Assemble an image directory around its parts and measure it.
+
+        kernel_authenticode is 48 bytes: `attest.image.kernel_authenticode` of a real kernel, `made_up_digest`
+        of anything else. MRTDs are made up in any case.
+        """
+        measurement = ImageMeasurement(
+            cmdline_sha384=cmdline_sha384(cmdline),
+            kernel_authenticode=kernel_authenticode,
+            initrd_sha384=initrd_sha384(initrd),
+            mrtd_single_pass=made_up_digest("mrtd single pass", firmware),
+            mrtd_two_pass=made_up_digest("mrtd two pass", firmware),
+            td_hob=TD_HOB_WITNESS.encode(),
+        )
+        metadata = {
+            "bios": "ovmf.fd",
+            "kernel": "bzImage",
+            "cmdline": cmdline,
+            "initrd": "initramfs.cpio.gz",
+            "rootfs": "rootfs.img.parted.verity",
+            "version": version,
+            "git_revision": git_revision,
+            "shared_ro": True,
+            "is_dev": False,
+            "ovmf_variant": OVMF_VARIANT,
+        }
+        checked = {
+            "ovmf.fd": firmware,
+            "bzImage": kernel,
+            "initramfs.cpio.gz": initrd,
+            "metadata.json": (json.dumps(metadata, indent=4) + "\n").encode(),
+            MEASUREMENT_FILE: measurement.encode(),
+        }
+        checksum_file = sha256sum_txt(checked)
+        image_hash = os_image_hash(checksum_file)
+        files = checked | {"sha256sum.txt": checksum_file, "digest.txt": f"{image_hash.hex()}\n".encode()}
+        return cls(name, version, MappingProxyType(files), measurement, image_hash)
+
+    def vm_config(
+        self,
+        cpu_count: int = 2,
+        memory_size: int = 2 * GIB,
+        *,
+        num_gpus: int = 0,
+        num_nvswitches: int = 0,
+        num_nics: int = 1,
+        hugepages: bool = False,
+        swtpm: bool = False,
+        hotplug_off: bool = False,
+        qemu_version: str = "8.2.2",
+    ) -> VmConfig:
+        """Describe a machine that boots this image, for lite attestation.
+
+        Such a machine has exactly 2 GiB, or 2.75 GiB and more; `boot` refuses other sizes.
+        """
+        return VmConfig(
+            os_image_hash=self.os_image_hash,
+            cpu_count=cpu_count,
+            memory_size=memory_size,
+            qemu_version=qemu_version,
+            hugepages=hugepages,
+            num_gpus=num_gpus,
+            num_nvswitches=num_nvswitches,
+            num_nics=num_nics,
+            swtpm=swtpm,
+            hotplug_off=hotplug_off,
+            image=f"{self.name}-{self.version}",
+            host_share_mode="9p",
+            ovmf_variant=OVMF_VARIANT,
+            tdx_attestation_variant="lite",
+            tdx_measurement=TdxMeasurement(
+                checksum_file=self.files["sha256sum.txt"], measurement=self.files[MEASUREMENT_FILE]
+            ),
+        )
+
+    @staticmethod
+    def acpi_digests(vm_config: VmConfig) -> AcpiDigests:
+        """Make up the digests of QEMU's ACPI blobs: a function of the machine's devices, not of the image."""
+        devices = json.dumps(vm_config.model_dump(include=_ACPI_FIELDS), sort_keys=True).encode()
+        loader, rsdp, tables = (made_up_digest(name, devices) for name in ACPI_EVENT_NAMES)
+        return loader, rsdp, tables
+
+    def boot(self, vm_config: VmConfig) -> tuple[Registers, tuple[BootEvent, ...]]:
+        """Boot this image, whatever image vm_config claims, on the machine that vm_config describes.
+
+        Raises FormatError for a machine whose registers the measurement document cannot give.
+        """
+        acpi_digests = self.acpi_digests(vm_config)
+        registers = measure(self.measurement, vm_config, acpi_digests)
+        return registers, boot_event_log(
+            self.measurement, vm_config, acpi_digests, kernel_size=len(self.files["bzImage"])
+        )

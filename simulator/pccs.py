@@ -1,0 +1,93 @@
+"""The PCCS of the emulated platform: collateral over HTTP, in the shape of Intel's PCS v4.
+
+It answers from the platforms' present state, with an ETag over the content, so a verifier can ask each time at little
+cost. Older clients' `/sgx/` spellings and both spellings of the TCB chain header are served. Source: Intel PCS API v4.
+"""
+
+import hashlib
+from collections.abc import Callable
+from urllib.parse import quote
+
+from aiohttp import web
+
+from attest.collateral import (
+    PCK_CRL_ISSUER_HEADER,
+    PCK_CRL_PATH,
+    QE_IDENTITY_ISSUER_HEADER,
+    QE_IDENTITY_PATH,
+    ROOT_CA_CRL_PATH,
+    TCB_INFO_ISSUER_HEADERS,
+    TCB_INFO_PATH,
+    Document,
+)
+from simulator.intel import Intel
+
+SGX_TCB_INFO_PATH = TCB_INFO_PATH.replace("/tdx/", "/sgx/")
+SGX_QE_IDENTITY_PATH = QE_IDENTITY_PATH.replace("/tdx/", "/sgx/")
+ROOT_CA_PATH = "/root-ca.pem"
+
+_JSON, _DER, _TEXT, _PEM = "application/json", "application/pkix-crl", "text/plain", "application/x-pem-file"
+
+
+def pccs_app(intel: Intel) -> web.Application:
+    """Make the HTTP application over one emulated vendor."""
+
+    def pck_crl(request: web.Request) -> web.Response:
+        ca = request.query.get("ca", "")
+        if ca != "platform":
+            return _refuse(400, f"ca: `platform` expected, got {ca!r}")
+        body = intel.pck_crl
+        if request.query.get("encoding", "pem") != "der":
+            body = body.hex().encode()  # PCS answers PEM here, PCCS hex: clients ask for DER
+        return _answer(request, Document(body, intel.chain(intel.pck_ca)), _DER, PCK_CRL_ISSUER_HEADER)
+
+    def tcb_info(request: web.Request) -> web.Response:
+        fmspc = request.query.get("fmspc", "")
+        platform = intel.platform_of_fmspc(fmspc)
+        if platform is None:
+            return _refuse(404, f"no platform here has the FMSPC {fmspc!r}: was its quote made with this seed?")
+        return _answer(request, intel.tcb_info(platform), _JSON, *TCB_INFO_ISSUER_HEADERS)
+
+    def qe_identity(request: web.Request) -> web.Response:
+        return _answer(request, intel.qe_identity, _JSON, QE_IDENTITY_ISSUER_HEADER)
+
+    def root_ca_crl(request: web.Request) -> web.Response:
+        return _answer(request, Document(intel.root_ca_crl.hex().encode()), _TEXT)
+
+    def root_ca(request: web.Request) -> web.Response:
+        return _answer(request, Document(intel.root_pem.encode()), _PEM)
+
+    app = web.Application()
+    for path, handler in (
+        (PCK_CRL_PATH, pck_crl),
+        (TCB_INFO_PATH, tcb_info),
+        (SGX_TCB_INFO_PATH, tcb_info),
+        (QE_IDENTITY_PATH, qe_identity),
+        (SGX_QE_IDENTITY_PATH, qe_identity),
+        (ROOT_CA_CRL_PATH, root_ca_crl),
+        (ROOT_CA_PATH, root_ca),
+        ("/health", lambda request: web.json_response({"status": "ok", "service": "dstack-emu-pccs"})),
+    ):
+        app.router.add_get(path, _async(handler))
+    return app
+
+
+def _async(handler: Callable[[web.Request], web.Response]) -> Callable[[web.Request], object]:
+    async def handle(request: web.Request) -> web.Response:
+        return handler(request)
+
+    return handle
+
+
+def _answer(request: web.Request, document: Document, content_type: str, *chain_headers: str) -> web.Response:
+    etag = f'"{hashlib.sha256(document.body).hexdigest()[:32]}"'
+    headers = {"ETag": etag, "Cache-Control": "no-cache"}
+    if request.headers.get("If-None-Match") == etag:
+        return web.Response(status=304, headers=headers)
+    for header in chain_headers:
+        headers[header] = quote(document.issuer_chain, safe="")
+    return web.Response(body=document.body, content_type=content_type, headers=headers)
+
+
+def _refuse(status: int, text: str) -> web.Response:
+    return web.json_response({"error": text}, status=status)

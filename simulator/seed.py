@@ -1,0 +1,58 @@
+"""One text from which everything secret or random in the emulated platform grows.
+
+Each use has a label of its own, so a new use changes no old bytes. Deliberately weak: the seed is a name, not a secret.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+
+from attest.kdf import p256_from_uniform
+
+Entropy = Callable[[int], bytes]
+"""A source of random bytes: `os.urandom`, or a stream of a seed."""
+
+DEFAULT_SEED = "dstack-emu"
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """32 bytes of keying material made of a text."""
+
+    material: bytes
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """Make a seed of any text."""
+        return cls(hashlib.sha256(b"dstack-emu seed:" + text.encode()).digest())
+
+    def derive(self, label: str, size: int) -> bytes:
+        """Derive `size` bytes (at most 8,160) for one use."""
+        return HKDFExpand(hashes.SHA256(), size, label.encode()).derive(self.material)
+
+    def p256(self, label: str) -> ec.EllipticCurvePrivateKey:
+        """Derive a P-256 key."""
+        return p256_from_uniform(self.derive(label, 48))
+
+    def child(self, label: str) -> "Seed":
+        """Derive a seed for a part that has many uses of its own."""
+        return Seed(self.derive(label, 32))
+
+    def stream(self, label: str) -> Entropy:
+        """A source of bytes that gives the same sequence in every process, and each byte once."""
+        key, counter, buffer = self.derive(label, 32), 0, b""
+
+        def read(size: int) -> bytes:
+            nonlocal counter, buffer
+            while len(buffer) < size:
+                buffer += hashlib.sha512(key + counter.to_bytes(8, "big")).digest()
+                counter += 1
+            out, buffer = buffer[:size], buffer[size:]
+            return out
+
+        return read

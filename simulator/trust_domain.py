@@ -1,0 +1,181 @@
+"""A trust domain (CVM): its boot, its registers, its evidence.
+
+The boot sequence is dstack-util's: what it measures, in which order, before and after keys are fetched. Source: dstack
+`dstack-util/src/system_setup.rs` at 312dc605 (0.5.x measures `mr-kms` before `os-image-hash`). A domain has no sockets and
+no keys of its own: `simulator.agent` answers for it.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Self
+
+from attest.attestation import Attestation
+from attest.errors import FormatError
+from attest.eventlog import BOOT_MR_DONE, SYSTEM_READY, RuntimeEvent, TdxEvent
+from attest.quote import TdReport
+from attest.vmconfig import VmConfig
+from simulator.image import OsImage
+from simulator.intel import TEE_TCB_SVN, Platform
+
+TD_ATTRIBUTES: Final = bytes.fromhex("0000001000000000")
+"""SEPT_VE_DISABLE set, debug off, as a production domain has it."""
+XFAM: Final = bytes.fromhex("e702060000000000")
+_ZERO: Final = bytes(48)
+
+
+@dataclass(frozen=True, slots=True)
+class AppCompose:
+    """An app-compose.json: the exact text (its SHA-256 is the compose hash) and the few keys the guest acts on."""
+
+    text: str
+    name: str
+    public_tcbinfo: bool
+    no_instance_id: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read the file's text; raise `FormatError` when it is no app-compose."""
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"app-compose: JSON expected ({error})") from error
+        if not isinstance(document, dict):
+            raise FormatError(f"app-compose: object expected, got {type(document).__name__}")
+        return cls(
+            text,
+            _key(document, "name", str, ""),
+            _key(document, "public_tcbinfo", bool, True),
+            _key(document, "no_instance_id", bool, False),
+        )
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """Make up the app-compose of an app that has nothing but a name."""
+        document = {
+            "manifest_version": 2,
+            "name": name,
+            "runner": "docker-compose",
+            "docker_compose_file": f"services:\n  {name}:\n    image: {name}\n",
+            "kms_enabled": True,
+            "gateway_enabled": False,
+            "public_logs": True,
+            "public_sysinfo": True,
+            "public_tcbinfo": True,
+            "allowed_envs": [],
+            "no_instance_id": False,
+            "secure_time": False,
+        }
+        return cls.parse(json.dumps(document, indent=2))
+
+    @property
+    def compose_hash(self) -> bytes:
+        """SHA-256 of the text, 32 bytes."""
+        return hashlib.sha256(self.text.encode()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class KeyProvider:
+    """Who gave the guest its keys: `none` with an empty id, `local-sgx` with its MR, `kms` with the SPKI of its root CA (hex)."""
+
+    name: Literal["none", "local-sgx", "kms"]
+    id: str = ""
+
+    def to_json(self) -> bytes:
+        """The payload of the `key-provider` event."""
+        return json.dumps({"name": self.name, "id": self.id}, separators=(",", ":")).encode()
+
+
+class TrustDomain:
+    """One VM from power-on: `boot` measures its identity, `complete` what follows once it has keys."""
+
+    def __init__(
+        self,
+        platform: Platform,
+        image: OsImage,
+        compose: AppCompose,
+        *,
+        instance_seed: bytes,
+        vm_config: VmConfig | None = None,
+        app_id: bytes | None = None,
+    ) -> None:
+        self.platform, self.image, self.compose = platform, image, compose
+        self.vm_config = vm_config or image.vm_config()
+        self.vm_config_json = self.vm_config.to_json()
+        self.app_id = app_id if app_id is not None else compose.compose_hash[:20]
+        self.instance_id = b"" if compose.no_instance_id else hashlib.sha256(instance_seed + self.app_id).digest()[:20]
+        registers, log = image.boot(self.vm_config)
+        self._mr_td = registers.mrtd
+        self._rtmrs = [registers.rtmr0, registers.rtmr1, registers.rtmr2, _ZERO]
+        self._log = tuple(TdxEvent(e.imr, e.event_type, e.digest, e.event, e.event_payload) for e in log)
+        self.runtime_events: tuple[RuntimeEvent, ...] = ()
+
+    @property
+    def event_log(self) -> tuple[TdxEvent, ...]:
+        """The whole log: the firmware's events, then the runtime ones."""
+        return self._log
+
+    @property
+    def compose_hash(self) -> bytes:
+        """SHA-256 of the app-compose text."""
+        return self.compose.compose_hash
+
+    def boot(self) -> None:
+        """Measure who this is. A domain that fetches keys from a KMS does so right after."""
+        self.measure("system-preparing", b"")
+        self.measure("app-id", self.app_id)
+        self.measure("compose-hash", self.compose_hash)
+        self.measure("instance-id", self.instance_id)
+        self.measure(BOOT_MR_DONE, b"")
+
+    def complete(
+        self, key_provider: KeyProvider, *, os_image_hash: bytes | None = None, mr_kms: bytes | None = None
+    ) -> None:
+        """Measure what the keys came from, and finish. The KMS's answer gives `os_image_hash`; only 0.5.x measures `mr_kms`."""
+        if mr_kms is not None:
+            self.measure("mr-kms", mr_kms)
+        if os_image_hash is not None:
+            self.measure("os-image-hash", os_image_hash)
+        self.measure("key-provider", key_provider.to_json())
+        self.measure("storage-fs", b"zfs")
+        self.measure(SYSTEM_READY, b"")
+
+    def measure(self, event: str, payload: bytes) -> None:
+        """Extend RTMR3 with a runtime event."""
+        runtime = RuntimeEvent(event, payload)
+        line = TdxEvent.of(runtime)
+        self._rtmrs[3] = hashlib.sha384(self._rtmrs[3] + line.digest).digest()
+        self.runtime_events += (runtime,)
+        self._log += (line,)
+
+    def report(self, report_data: bytes) -> TdReport:
+        """The TD report as the TDX module gives it, over 64 bytes of report_data."""
+        return TdReport(
+            tee_tcb_svn=TEE_TCB_SVN,
+            mr_seam=self.platform.mr_seam,
+            mr_signer_seam=_ZERO,
+            seam_attributes=bytes(8),
+            td_attributes=TD_ATTRIBUTES,
+            xfam=XFAM,
+            mr_td=self._mr_td,
+            mr_config_id=_ZERO,
+            mr_owner=_ZERO,
+            mr_owner_config=_ZERO,
+            rt_mr0=self._rtmrs[0],
+            rt_mr1=self._rtmrs[1],
+            rt_mr2=self._rtmrs[2],
+            rt_mr3=self._rtmrs[3],
+            report_data=report_data,
+        )
+
+    def attest(self, report_data: bytes) -> Attestation:
+        """Quote 64 bytes of report_data and put the evidence together, in the form real hardware sends (V0)."""
+        quote = self.platform.quote(self.report(report_data))
+        return Attestation(quote, self._log, self.runtime_events, report_data, self.vm_config_json)
+
+
+def _key(document: dict[str, Any], key: str, kind: type, default: Any) -> Any:
+    value = document.get(key, default)
+    if not isinstance(value, kind):
+        raise FormatError(f"app-compose: {key}: {kind.__name__} expected, got {type(value).__name__}")
+    return value

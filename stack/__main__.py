@@ -1,0 +1,5 @@
+"""`python -m stack` is `dstack-emu`."""
+
+from stack.cli import main
+
+main()

@@ -1,0 +1,51 @@
+"""What a stack is made of: seed, addresses, folders.
+
+Ports are the runbook's by default, so its commands work as they stand.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, Self
+
+from simulator.seed import DEFAULT_SEED
+
+PORTS: Final[Mapping[str, int]] = MappingProxyType(
+    {
+        "pccs": 8081,
+        "auth-src": 3101,
+        "auth-dst": 3102,
+        "agent-src": 8091,
+        "agent-dst": 8092,
+        "kms-src": 9301,
+        "kms-dst": 9302,
+        "app": 8090,
+    }
+)
+"""Services in the order they are bound, and the ports they have by default."""
+
+
+class StackError(Exception):
+    """A stack that cannot be brought up; the text names the part and the next step."""
+
+
+@dataclass(frozen=True, slots=True)
+class StackConfig:
+    """Settings of one stack.
+
+    `state` is the folder for keys, sockets and policies (None: a temporary one, gone afterwards); `policies` another
+    place for the two policy files. With `fresh` it stops at the runbook's starting point. `host` is where it listens.
+    """
+
+    seed: str = DEFAULT_SEED
+    fresh: bool = False
+    host: str = "127.0.0.1"
+    ports: Mapping[str, int] = field(default_factory=lambda: PORTS)
+    state: Path | None = None
+    policies: Path | None = None
+
+    @classmethod
+    def on_free_ports(cls, **settings: object) -> Self:
+        """The same with a free port for each service."""
+        return cls(**settings, ports=dict.fromkeys(PORTS, 0))  # type: ignore[arg-type]  # fields by name

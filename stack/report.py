@@ -1,0 +1,52 @@
+"""What `dstack-emu up` shows a person when the stack is ready."""
+
+from typing import Any
+
+_WHAT = {
+    "pccs": "collateral for quotes of this world",
+    "auth-src": "decides for kms-src",
+    "auth-dst": "decides for kms-dst",
+    "agent-src": "guest agent of kms-src",
+    "agent-dst": "guest agent of kms-dst",
+    "kms-src": "KMS, source",
+    "kms-dst": "KMS, destination",
+    "app": "guest agent of the app",
+}
+
+
+def show(description: dict[str, Any], seconds: float) -> str:
+    """Render a stack's description: a table of services, measured values, and lines to paste."""
+    fresh = description["fresh"]
+    state = "fresh: both KMS wait to be set up, both policies deny" if fresh else "ready"
+    lines = [f"dstack-emu is {state} ({seconds:.1f} s). It protects nothing.", ""]
+    lines += [f"  {name:<10} {url:<28} {_WHAT[name]}" for name, url in description["services"].items()]
+    lines += ["", "Measured:"]
+    for side, info in description["kms"].items():
+        lines += [f"  kms-{side}  mr_aggregated {info['mr_aggregated']}", f"           device_id     {info['device_id']}"]
+    app = description["app"]
+    lines += [f"  app      app_id {app['app_id']}  compose_hash {app['compose_hash']}", "", "Policies, read for every question:"]
+    lines += [f"  {path}" for path in description["policies"].values()]
+    lines += ["", "To paste:"]
+    lines += [f"  export {name}={value}" for name, value in description["env"].items()]
+    lines += [f"  {line}" for line in (_fresh_steps(description) if fresh else _ready_steps(description))]
+    lines += ["", f"State: {description['state']}. Ctrl-C stops it."]
+    return "\n".join(lines)
+
+
+def _fresh_steps(description: dict[str, Any]) -> list[str]:
+    kms = description["services"]["kms-src"]
+    return [
+        f"curl -s -X POST '{kms}/prpc/Onboard.GetAttestationInfo?json'",
+        f"curl -s -X POST '{kms}/prpc/Onboard.Bootstrap?json' -d '{{\"domain\":\"127.0.0.1\"}}'   # refused: edit the policy",
+        f"curl -s '{kms}/finish'",
+    ]
+
+
+def _ready_steps(description: dict[str, Any]) -> list[str]:
+    services, sock = description["services"], description["app"]["dstack_sock"]
+    return [
+        f"curl -s --unix-socket {sock} http://localhost/Info",
+        f"curl -s --unix-socket {sock} 'http://localhost/GetQuote?report_data=00'",
+        f"curl -s --cacert {description['kms_ca']} '{services['kms-src']}/prpc/KMS.GetMeta?json'",
+        f"curl -s --cacert {description['kms_ca']} '{services['kms-src']}/prpc/KMS.GetTempCaCert?json'",
+    ]

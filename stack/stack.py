@@ -1,0 +1,353 @@
+"""The whole deployment in one process: PCCS, two webhooks, two KMS in their trust domains, and an app in its own.
+
+Everything talks over real sockets, by the public interfaces that a real deployment has: the stack measures a KMS by asking
+it, allows it by writing a policy file, and boots the app through GetAppKey.
+
+    async with Stack(StackConfig(seed="mine")) as stack:
+        print(stack.description()["services"]["kms-src"])
+"""
+
+import json
+import logging
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+from aiohttp import web
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
+
+from attest.proto import kms_pb2 as pb
+from attest.prpc import encode_json
+from attest.verify import TrustAnchor
+from auth.server import simple_app
+from kms_emu.cert_dir import ROOT_CA_CERT
+from kms_emu.config import KmsConfig
+from kms_emu.errors import KmsError
+from kms_emu.server import KmsServer
+from simulator.agent import GuestAgent
+from simulator.agent_server import dstack_app, tappd_app, tcp_app
+from simulator.app_keys import OwnKeys
+from simulator.errors import GuestError
+from simulator.guest_boot import fetch_keys
+from simulator.image import OsImage
+from simulator.intel import Intel
+from simulator.pccs import pccs_app
+from simulator.seed import Seed
+from simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
+from stack import policy_files
+from stack.config import PORTS, StackConfig, StackError
+from transport.client import PrpcClient, RpcError, TransportError
+from transport.listen import bind_tcp, bind_unix, serve
+from transport.pccs_client import AttestationVerifier, PccsClient
+
+ISSUED_AT: Final = 1_767_225_600
+"""2026-01-01T00:00:00Z: every certificate of a stack is dated from here, so that the same seed gives the same bytes on any day.
+Whatever is judged is judged by the clock on the wall."""
+
+KMS_DOMAIN: Final = "127.0.0.1"
+"""The name in the KMS's certificates: it becomes an IP address there, so the printed URLs verify under the KMS's root."""
+
+TIMEOUT: Final = 30.0
+DESCRIPTION_FILE: Final = "stack.json"
+SIDES: Final = ("src", "dst")
+
+Progress = Callable[[str], None]
+M = TypeVar("M", bound=Message)
+
+log = logging.getLogger("stack")
+
+
+def wall_clock() -> int:
+    """Unix seconds, now."""
+    return int(time.time())
+
+
+class Stack:
+    """One deployment. Enter it to bring it up; leaving it stops every part."""
+
+    def __init__(self, config: StackConfig | None = None, progress: Progress = log.info) -> None:
+        self.config = config or StackConfig()
+        self._progress = progress
+        self._exit = AsyncExitStack()
+        self._sockets: dict[str, socket.socket] = {}
+        self.services: dict[str, str] = {}
+        self.kms: dict[str, KmsServer] = {}
+        self.kms_info: dict[str, dict[str, Any]] = {}
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._exit.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._exit.aclose()
+
+    # ---- bringing it up
+
+    async def _start(self) -> None:
+        config = self.config
+        self.state = self._state_folder()
+        self._bind()
+        seed = Seed.of(config.seed)
+        self.intel = Intel(seed)
+        self._seed = seed
+        self.root_ca = self.state / "root-ca.pem"
+        self.root_ca.write_text(self.intel.root_pem)
+        self.kms_ca = self.state / "kms-src" / "certs" / ROOT_CA_CERT
+        image = OsImage.from_seed(seed.derive)
+        await self._serve("pccs", pccs_app(self.intel))
+        self.verifier = self._verifier()
+        self.policies = self._prepare_policies()
+        for side in SIDES:
+            await self._serve(f"auth-{side}", simple_app(str(self.policies[side])))
+        for side in SIDES:
+            await self._start_kms(side, image)
+        self.app = await self._start_app(image)
+        if not config.fresh:
+            await self._make_ready()
+        else:
+            self.kms_info = {side: await self._measure(side) for side in SIDES if self.kms[side].phase == "onboard"}
+        (self.state / DESCRIPTION_FILE).write_text(json.dumps(self.description()) + "\n")
+
+    def _state_folder(self) -> Path:
+        if self.config.state is None:
+            folder = Path(tempfile.mkdtemp(prefix="dstack-emu-"))
+            self._exit.callback(shutil.rmtree, folder, ignore_errors=True)
+            return folder
+        folder = self.config.state.absolute()
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise StackError(f"the state folder {folder} cannot be made: {error.strerror}") from error
+        return folder
+
+    def _bind(self) -> None:
+        """Take every port first, so that one that is taken is known before anything runs."""
+        for name in PORTS:
+            sock = bind_tcp(self.config.host, self.config.ports[name], setting=f"--port {name}=PORT or --free-ports")
+            self._exit.callback(sock.close)
+            self._sockets[name] = sock
+
+    async def _serve(self, name: str, app: web.Application) -> None:
+        server = await serve(app, self._sockets[name])
+        self._exit.push_async_callback(server.close)
+        self.services[name] = server.url
+
+    async def _serve_unix(self, app: web.Application, path: Path) -> None:
+        server = await serve(app, bind_unix(path, setting="--state DIR"))
+        self._exit.push_async_callback(server.close)
+
+    def _verifier(self) -> AttestationVerifier:
+        pccs = PccsClient(self.services["pccs"])
+        self._exit.push_async_callback(pccs.close)
+        return AttestationVerifier(pccs, TrustAnchor(self.intel.root_der), wall_clock)
+
+    def _prepare_policies(self) -> dict[str, Path]:
+        folder = (self.config.policies or self.state / "policies").absolute()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            paths = {side: folder / f"auth-{side}.json" for side in SIDES}
+            for path in paths.values():
+                if not path.exists():
+                    policy_files.write(path, policy_files.DENY_ALL)
+        except OSError as error:
+            raise StackError(f"the policies folder {folder} cannot be written: {error.strerror}") from error
+        return paths
+
+    def _domain(self, name: str, image: OsImage) -> TrustDomain:
+        """Power a trust domain on, on a machine of its own."""
+        seed = self._seed.child(f"trust domain {name}")
+        domain = TrustDomain(
+            self.intel.platform(f"host of {name}"),
+            image,
+            AppCompose.named(name),
+            instance_seed=seed.derive("instance id", 32),
+        )
+        domain.boot()
+        return domain
+
+    async def _serve_agent(self, name: str, service: str, agent: GuestAgent) -> Path:
+        """Let a trust domain's agent listen: two sockets in the state folder, and a TCP port."""
+        folder = self.state / name
+        folder.mkdir(exist_ok=True, mode=0o700)
+        await self._serve_unix(dstack_app(agent), folder / "dstack.sock")
+        await self._serve_unix(tappd_app(agent), folder / "tappd.sock")
+        await self._serve(service, tcp_app(agent))
+        return folder
+
+    async def _start_kms(self, side: str, image: OsImage) -> None:
+        """Start a KMS in a trust domain that got its own keys from a local key provider, as production KMS have them."""
+        name = f"kms-{side}"
+        self._progress(f"starting {name}")
+        domain = self._domain(name, image)
+        seed = self._seed.child(f"kms {side}")
+        provider = KeyProvider("local-sgx", seed.derive("key provider mr", 32).hex())
+        domain.complete(provider)
+        agent = GuestAgent(domain, seed.stream("agent"))
+        own = OwnKeys.from_seed(domain, seed.derive("sealing key", 32), provider, ISSUED_AT)
+        await agent.provide(own.keys, own.issuer)
+        folder = await self._serve_agent(name, f"agent-{side}", agent)
+        kms = KmsServer(
+            self._kms_config(side, folder / "certs"),
+            f"unix:{folder / 'dstack.sock'}",
+            entropy=seed.stream("kms"),
+            clock=wall_clock,
+            issue_clock=lambda: ISSUED_AT,
+            sock=self._sockets[name],
+        )
+        self._exit.push_async_callback(kms.stop)
+        try:
+            await kms.start()
+        except KmsError as error:
+            raise StackError(f"{name}: {error}") from error
+        self.kms[side] = kms
+        self._note_url(side)
+
+    def _kms_config(self, side: str, certs: Path) -> KmsConfig:
+        host, port = self._sockets[f"kms-{side}"].getsockname()[:2]
+        document = {
+            "rpc": {
+                "address": host,
+                "port": port,
+                "tls": {
+                    "key": str(certs / "rpc.key"),
+                    "certs": str(certs / "rpc.crt"),
+                    "mutual": {"ca_certs": str(certs / "tmp-ca.crt")},
+                },
+            },
+            "core": {
+                "cert_dir": str(certs),
+                "site_name": f"dstack-emu {side}",
+                "attestation": {
+                    "insecure_allow_external_trust_anchors": True,
+                    "urls": {"pccs": self.services["pccs"]},
+                    "root_ca": {"tdx": str(self.root_ca)},
+                },
+                "image": {"verify": False},
+                "auth_api": {"type": "webhook", "webhook": {"url": self.services[f"auth-{side}"]}},
+                "onboard": {"address": host, "port": port},
+            },
+        }
+        return KmsConfig.from_document(document, f"kms-{side}")
+
+    def _note_url(self, side: str) -> None:
+        self.services[f"kms-{side}"] = self.kms[side].url
+
+    async def _start_app(self, image: OsImage) -> GuestAgent:
+        self._progress("starting the app's trust domain")
+        agent = GuestAgent(self._domain("app", image), self._seed.stream("app agent"))
+        await self._serve_agent("app", "app", agent)
+        return agent
+
+    # ---- the authorization flow
+
+    async def _make_ready(self) -> None:
+        """Walk the runbook to its end: measure, allow, bootstrap, onboard, finish, boot the app."""
+        if all(kms.phase == "runtime" for kms in self.kms.values()):
+            self._progress("both KMS have their keys already")
+            self.kms_info = self._remembered_info()
+        else:
+            self._progress("measuring both KMS and allowing them")
+            for side in SIDES:
+                self.kms_info[side] = await self._measure(side)
+            self._allow_everyone()
+            self._progress("bootstrapping kms-src")
+            await self._ask("src", "Bootstrap", pb.BootstrapRequest(domain=KMS_DOMAIN), pb.BootstrapResponse)
+            await self._finish("src")
+            self._progress("onboarding kms-dst from kms-src")
+            request = pb.OnboardRequest(source_url=f"{self.services['kms-src']}/prpc", domain=KMS_DOMAIN)
+            await self._ask("dst", "Onboard", request, pb.OnboardResponse)
+            await self._finish("dst")
+        self._progress("booting the app through kms-src")
+        await self._boot_app()
+
+    def _allow_everyone(self) -> None:
+        domain = self.app.domain
+        images = [info["os_image_hash"] for info in self.kms_info.values()] + [domain.image.os_image_hash.hex()]
+        measured = [info["mr_aggregated"] for info in self.kms_info.values()]
+        app = policy_files.AppRule(domain.app_id.hex(), domain.compose_hash.hex())
+        for path in self.policies.values():
+            policy_files.write(path, policy_files.allow(images, measured, [app]))
+
+    async def _measure(self, side: str) -> dict[str, Any]:
+        """Ask a KMS what it measures, as it says it to a person."""
+        info = await self._ask(side, "GetAttestationInfo", Empty(), pb.AttestationInfoResponse)
+        measured: dict[str, Any] = json.loads(encode_json(info))
+        return measured
+
+    def _remembered_info(self) -> dict[str, dict[str, Any]]:
+        """What both KMS measured when this state was made: only a fresh KMS can be asked."""
+        try:
+            remembered: dict[str, dict[str, Any]] = json.loads((self.state / DESCRIPTION_FILE).read_text())["kms"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StackError(
+                f"{self.state / DESCRIPTION_FILE} does not say what the KMS of this state measured ({error}): "
+                "start with another --state folder"
+            ) from error
+        return remembered
+
+    async def _ask(self, side: str, method: str, request: Message, answer: type[M]) -> M:
+        """Call one RPC of a KMS in its onboard phase."""
+        async with PrpcClient(self.services[f"kms-{side}"], timeout=TIMEOUT) as client:
+            try:
+                return await client.call(f"prpc/Onboard.{method}", request, answer)
+            except RpcError as error:
+                raise StackError(f"kms-{side}: {method}: {error.text}") from error
+            except TransportError as error:
+                raise StackError(f"kms-{side}: {method}: {error}") from error
+
+    async def _finish(self, side: str) -> None:
+        await self._ask(side, "Finish", Empty(), Empty)
+        try:
+            await self.kms[side].reached_runtime()
+        except KmsError as error:
+            raise StackError(f"kms-{side}: {error}") from error
+        self._note_url(side)
+
+    async def _boot_app(self) -> None:
+        url, entropy = self.services["kms-src"], self._seed.stream("app boot")
+        try:
+            keys, issuer = await fetch_keys(self.app.domain, url, self.verifier, entropy, ISSUED_AT)
+            self._exit.push_async_callback(issuer.close)
+            await self.app.provide(keys, issuer)
+        except GuestError as error:
+            raise StackError(f"app: {error}") from error
+
+    # ---- what there is
+
+    def description(self) -> dict[str, Any]:
+        """Everything a client needs to know, as `--json` prints it."""
+        app, folder = self.app.domain, self.state / "app"
+        return {
+            "services": dict(self.services),
+            "policies": {side: str(path) for side, path in self.policies.items()},
+            "root_ca": str(self.root_ca),
+            "kms_ca": str(self.kms_ca),
+            "kms": self.kms_info,
+            "app": {
+                "app_id": app.app_id.hex(),
+                "instance_id": app.instance_id.hex(),
+                "compose_hash": app.compose_hash.hex(),
+                "dstack_sock": str(folder / "dstack.sock"),
+                "tappd_sock": str(folder / "tappd.sock"),
+            },
+            "env": {
+                "DSTACK_SIMULATOR_ENDPOINT": str(folder / "dstack.sock"),
+                "TAPPD_SIMULATOR_ENDPOINT": str(folder / "tappd.sock"),
+            },
+            "state": str(self.state),
+            "seed": self.config.seed,
+            "fresh": self.config.fresh,
+        }

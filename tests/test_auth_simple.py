@@ -1,0 +1,753 @@
+"""auth-simple: its rules, its config file's life, and its contracts, over real sockets."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from auth.boot_info import BootInfo, parse_boot_info
+from auth.errors import ConfigError
+from auth.policy import COMPATS, Compat, Policy, evaluate
+from auth.server import simple_app
+from auth.simple import SimpleAuth, SimpleSettings
+from tests.vectors import golden
+
+Client = TestClient[web.Request, web.Application]
+
+ZERO = "0x0000000000000000000000000000000000000000"
+OS_IMAGE = "0x1fbb0cf9cc6cfbf23d6b779776fabad2c5403d643badb9e5e238615e4960a78a"
+BOOT_INFO: dict[str, Any] = {
+    "mrAggregated": "0xabc123",
+    "osImageHash": OS_IMAGE,
+    "appId": "0xa0",
+    "composeHash": "0xc0",
+    "instanceId": "0x10",
+    "deviceId": "0xd0",
+    "tcbStatus": "UpToDate",
+    "advisoryIds": [],
+    "mrSystem": "",
+}
+CONFIG: dict[str, Any] = {
+    "osImages": [OS_IMAGE],
+    "gatewayAppId": "0x9a",
+    "kms": {"mrAggregated": ["0xabc123"], "devices": ["0xd0"], "allowAnyDevice": False},
+    "apps": {"0xa0": {"composeHashes": ["0xc0"], "devices": ["0xd0"], "allowAnyDevice": False}},
+}
+ALLOWED = {"isAllowed": True, "reason": "", "gatewayAppId": "0x9a"}
+
+
+def denied(reason: str, gateway_app_id: str = "0x9a") -> dict[str, Any]:
+    return {"isAllowed": False, "reason": reason, "gatewayAppId": gateway_app_id}
+
+
+def config_with(**changed: Any) -> dict[str, Any]:
+    return {**CONFIG, **changed}
+
+
+def kms_with(**changed: Any) -> dict[str, Any]:
+    return config_with(kms={**CONFIG["kms"], **changed})
+
+
+def app_with(**changed: Any) -> dict[str, Any]:
+    return config_with(apps={"0xa0": {**CONFIG["apps"]["0xa0"], **changed}})
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write(tmp_path / "auth-config.json", CONFIG)
+
+
+def write(path: Path, document: object) -> Path:
+    return write_text(path, json.dumps(document))
+
+
+def write_text(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def replace_in_place(path: Path, old: str, new: str) -> None:
+    """Change the content and nothing that a `stat` shows: same inode, size and time."""
+    before = path.stat()
+    path.write_text(path.read_text().replace(old, new))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (before.st_size, before.st_mtime_ns, before.st_ino) == (
+        after.st_size,
+        after.st_mtime_ns,
+        after.st_ino,
+    )
+
+
+async def ask(client: Client, caller: str, **changed: Any) -> Any:
+    async with client.post(f"/bootAuth/{caller}", json={**BOOT_INFO, **changed}) as response:
+        assert response.status == 200
+        return await response.json()
+
+
+async def decide(path: Path, caller: str, compat: Compat = "readme", **changed: Any) -> Any:
+    async with TestClient(TestServer(simple_app(path, compat=compat))) as client:
+        return await ask(client, caller, **changed)
+
+
+async def info(path: Path | str) -> Any:
+    async with TestClient(TestServer(simple_app(path))) as client, client.get("/") as response:
+        assert response.status == 200
+        return await response.json()
+
+
+# --- every rule
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+@pytest.mark.parametrize("caller", ["app", "kms"])
+async def test_listed_boot_is_allowed(config: Path, caller: str, compat: Compat) -> None:
+    assert await decide(config, caller, compat) == ALLOWED
+
+
+async def test_answers_are_the_documented_bytes(config: Path) -> None:
+    async with TestClient(TestServer(simple_app(config))) as client:
+        async with client.post("/bootAuth/kms", json=BOOT_INFO) as response:
+            assert response.headers["Content-Type"] == "application/json"
+            assert await response.text() == '{"isAllowed":true,"reason":"","gatewayAppId":"0x9a"}'
+        async with client.get("/") as response:
+            assert await response.text() == (
+                f'{{"status":"ok","kmsContractAddr":"{ZERO}","gatewayAppId":"0x9a","chainId":0,'
+                f'"appAuthImplementation":"{ZERO}","appImplementation":"{ZERO}","configPath":"{config}"}}'
+            )
+
+
+@pytest.mark.parametrize(
+    ("caller", "changed", "reason"),
+    [
+        ("app", {"tcbStatus": "OutOfDate"}, "TCB status is not up to date"),
+        ("app", {"tcbStatus": ""}, "TCB status is not up to date"),
+        ("app", {"tcbStatus": "uptodate"}, "TCB status is not up to date"),
+        ("kms", {"tcbStatus": "SWHardeningNeeded"}, "TCB status is not up to date"),
+        ("app", {"osImageHash": "0x00"}, "OS image is not allowed"),
+        ("kms", {"osImageHash": ""}, "OS image is not allowed"),
+        ("kms", {"mrAggregated": "0xabc124"}, "aggregated MR not allowed"),
+        ("kms", {"deviceId": "0xd1"}, "KMS is not allowed to boot on this device"),
+        ("app", {"appId": "0xa1"}, "app not registered"),
+        ("app", {"composeHash": "0xc1"}, "compose hash not allowed"),
+        ("app", {"deviceId": "0xd1"}, "app is not allowed to boot on this device"),
+    ],
+)
+async def test_one_value_changed_is_denied_with_its_reason(
+    config: Path, caller: str, changed: dict[str, Any], reason: str
+) -> None:
+    assert await decide(config, caller, **changed) == denied(reason)
+
+
+async def test_absent_tcb_status_is_not_up_to_date(config: Path) -> None:
+    required = {key: BOOT_INFO[key] for key in list(BOOT_INFO)[:6]}
+    async with (
+        TestClient(TestServer(simple_app(config))) as client,
+        client.post("/bootAuth/app", json=required) as response,
+    ):
+        assert await response.json() == denied("TCB status is not up to date")
+
+
+async def test_an_app_is_not_asked_for_kms_values_nor_a_kms_for_app_values(config: Path) -> None:
+    assert await decide(config, "app", mrAggregated="0x00") == ALLOWED
+    assert await decide(config, "kms", appId="0x00", composeHash="0x00") == ALLOWED
+
+
+async def test_rules_are_checked_in_order(config: Path) -> None:
+    """All is wrong at first; each denial names the next rule, whose value is then put right."""
+    hex_keys = ["osImageHash", "mrAggregated", "appId", "composeHash", "deviceId"]
+    wrong: dict[str, Any] = dict.fromkeys(hex_keys, "0x00")
+    common = [("tcbStatus", "TCB status is not up to date"), ("osImageHash", "OS image is not allowed")]
+    kms = [
+        ("mrAggregated", "aggregated MR not allowed"),
+        ("deviceId", "KMS is not allowed to boot on this device"),
+    ]
+    app = [
+        ("appId", "app not registered"),
+        ("composeHash", "compose hash not allowed"),
+        ("deviceId", "app is not allowed to boot on this device"),
+    ]
+    for caller, rules in [("kms", common + kms), ("app", common + app)]:
+        changed = {**wrong, "tcbStatus": "Revoked"}
+        for key, reason in rules:
+            assert await decide(config, caller, **changed) == denied(reason)
+            del changed[key]
+        assert await decide(config, caller, **changed) == ALLOWED
+
+
+@pytest.mark.parametrize(
+    ("document", "caller", "reason"),
+    [
+        ({}, "app", "OS image is not allowed"),
+        ({}, "kms", "OS image is not allowed"),
+        (config_with(osImages=[]), "app", "OS image is not allowed"),
+        (config_with(kms={}), "kms", "aggregated MR not allowed"),
+        (kms_with(mrAggregated=[], allowAnyDevice=True), "kms", "aggregated MR not allowed"),
+        (config_with(apps={}), "app", "app not registered"),
+        (config_with(apps={"0xa0": {}}), "app", "compose hash not allowed"),
+        (app_with(composeHashes=[], allowAnyDevice=True), "app", "compose hash not allowed"),
+    ],
+)
+async def test_what_the_config_leaves_out_is_denied_under_every_contract(
+    config: Path, document: dict[str, Any], caller: str, reason: str
+) -> None:
+    write(config, document)
+    for compat in COMPATS:
+        assert await decide(config, caller, compat) == denied(reason, document.get("gatewayAppId", ""))
+
+
+async def test_any_device_is_admitted_where_the_config_says_so(config: Path) -> None:
+    for devices in [[], ["0xd0"]]:
+        write(config, kms_with(devices=devices, allowAnyDevice=True))
+        assert await decide(config, "kms", deviceId="0xd1") == ALLOWED
+        write(config, app_with(devices=devices, allowAnyDevice=True))
+        assert await decide(config, "app", deviceId="0xd1") == ALLOWED
+
+
+# --- hex
+
+
+@pytest.mark.parametrize(
+    "respell", [str.upper, str.lower, lambda text: text[2:], lambda text: "0X" + text[2:].upper()]
+)
+async def test_hex_is_compared_without_regard_to_case_and_prefix(
+    config: Path, respell: Callable[[str], str]
+) -> None:
+    hex_keys = ["mrAggregated", "osImageHash", "appId", "composeHash", "deviceId"]
+    respelt: dict[str, Any] = {key: respell(BOOT_INFO[key]) for key in hex_keys}
+    for caller in ["app", "kms"]:
+        assert await decide(config, caller, **respelt) == ALLOWED
+    spelt_config = {
+        "osImages": [respell(OS_IMAGE)],
+        "gatewayAppId": "0x9a",
+        "kms": {"mrAggregated": [respell("0xabc123")], "devices": [respell("0xd0")]},
+        "apps": {respell("0xa0"): {"composeHashes": [respell("0xc0")], "devices": [respell("0xd0")]}},
+    }
+    write(config, spelt_config)
+    for caller in ["app", "kms"]:
+        assert await decide(config, caller) == ALLOWED
+        assert await decide(config, caller, **respelt) == ALLOWED
+
+
+async def test_hex_is_compared_as_text_otherwise(config: Path) -> None:
+    assert await decide(config, "app", appId="0x00a0") == denied("app not registered")
+    assert await decide(config, "app", appId=" 0xa0") == denied("app not registered")
+
+
+async def test_of_two_spellings_of_an_app_the_first_counts(config: Path) -> None:
+    section = {"composeHashes": ["0xc0"], "allowAnyDevice": True}
+    write(config, config_with(apps={"A0": section, "0xa0": {}}))
+    assert await decide(config, "app") == ALLOWED
+    write(config, config_with(apps={"0xa0": {}, "A0": section}))
+    assert await decide(config, "app") == denied("compose hash not allowed")
+
+
+# --- contracts
+
+
+async def test_empty_devices_admit_no_device_by_the_readme_and_every_device_upstream(config: Path) -> None:
+    write(config, kms_with(devices=[]))
+    assert await decide(config, "kms") == denied("KMS is not allowed to boot on this device")
+    assert await decide(config, "kms", "upstream") == ALLOWED
+    assert await decide(config, "kms", "next") == ALLOWED
+    write(config, config_with(apps={"0xa0": {"composeHashes": ["0xc0"]}}))
+    assert await decide(config, "app") == denied("app is not allowed to boot on this device")
+    assert await decide(config, "app", "upstream") == ALLOWED
+    assert await decide(config, "app", "next") == ALLOWED
+
+
+async def test_only_next_takes_tcb_statuses_from_the_config(config: Path) -> None:
+    assert await decide(config, "kms", "next", tcbStatus="OutOfDate") == denied("TCB status is not allowed")
+    write(config, config_with(allowedTcbStatuses=["OutOfDate"]))
+    for compat in ("readme", "upstream"):
+        expected = denied("TCB status is not up to date")
+        assert await decide(config, "kms", compat, tcbStatus="OutOfDate") == expected
+        assert await decide(config, "kms", compat) == ALLOWED
+    assert await decide(config, "kms", "next", tcbStatus="OutOfDate") == ALLOWED
+    assert await decide(config, "kms", "next") == denied("TCB status is not allowed")
+    write(config, config_with(allowedTcbStatuses=[]))
+    assert await decide(config, "kms", "next") == denied("TCB status is not allowed")
+
+
+async def test_only_next_looks_at_advisories(config: Path) -> None:
+    advisories = ["INTEL-SA-00001", "INTEL-SA-00002"]
+    for compat in ("readme", "upstream"):
+        assert await decide(config, "app", compat, advisoryIds=advisories) == ALLOWED
+    assert await decide(config, "app", "next", advisoryIds=advisories) == denied("advisory ID is not allowed")
+    write(config, config_with(allowedAdvisoryIds=advisories[:1]))
+    assert await decide(config, "app", "next", advisoryIds=advisories[:1]) == ALLOWED
+    assert await decide(config, "app", "next", advisoryIds=advisories) == denied("advisory ID is not allowed")
+    lower = [advisories[0].lower()]
+    assert await decide(config, "app", "next", advisoryIds=lower) == denied("advisory ID is not allowed")
+
+
+async def test_next_checks_advisories_between_tcb_and_os_image(config: Path) -> None:
+    wrong: dict[str, Any] = {"tcbStatus": "Revoked", "advisoryIds": ["x"], "osImageHash": "0x00"}
+    assert await decide(config, "app", "next", **wrong) == denied("TCB status is not allowed")
+    del wrong["tcbStatus"]
+    assert await decide(config, "app", "next", **wrong) == denied("advisory ID is not allowed")
+    del wrong["advisoryIds"]
+    assert await decide(config, "app", "next", **wrong) == denied("OS image is not allowed")
+
+
+async def test_decision_that_another_contract_makes_otherwise_is_warned_of(
+    config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(config, kms_with(devices=[]))
+    await decide(config, "kms")
+    await decide(config, "kms", "upstream")
+    await decide(config, "app", advisoryIds=["x"])
+    await decide(config, "app", "next", advisoryIds=["x"])
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [
+        "KMS boot denied by rule kms_device of the readme contract; otherwise under: upstream, next",
+        "KMS boot allowed by rule allowed of the upstream contract; otherwise under: readme",
+        "app boot allowed by rule allowed of the readme contract; otherwise under: next",
+        "app boot denied by rule advisory_ids of the next contract; otherwise under: readme, upstream",
+    ]
+
+
+async def test_decision_on_which_all_contracts_agree_is_not_warned_of(
+    config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes: list[dict[str, Any]] = [{}, {"tcbStatus": "OutOfDate"}, {"deviceId": "0xd1"}]
+    for changed in changes:
+        await decide(config, "kms", **changed)
+    assert [record for record in caplog.records if record.name == "auth.simple"] == []
+
+
+def test_decision_names_the_rule_that_decided() -> None:
+    policy = Policy.model_validate_json(json.dumps(CONFIG))
+
+    def rule(is_kms: bool, **changed: Any) -> str:
+        return evaluate(policy, parse_boot_info({**BOOT_INFO, **changed}), is_kms, compat="next").rule
+
+    assert rule(True) == rule(False) == "allowed"
+    assert rule(True, tcbStatus="x") == "tcb_status"
+    assert rule(True, advisoryIds=["x"]) == "advisory_ids"
+    assert rule(True, osImageHash="x") == "os_image"
+    assert rule(True, mrAggregated="x") == "kms_mr_aggregated"
+    assert rule(True, deviceId="x") == "kms_device"
+    assert rule(False, appId="x") == "app_registered"
+    assert rule(False, composeHash="x") == "app_compose_hash"
+    assert rule(False, deviceId="x") == "app_device"
+
+
+_words = st.sampled_from(["", "0x", "aa", "0xAA", "0XAA", "bb", "0xbb"])
+_lists = st.lists(_words, max_size=2)
+_sections = st.fixed_dictionaries({"devices": _lists, "allowAnyDevice": st.booleans()})
+_kms = st.tuples(_sections, _lists).map(lambda pair: {**pair[0], "mrAggregated": pair[1]})
+_app = st.tuples(_sections, _lists).map(lambda pair: {**pair[0], "composeHashes": pair[1]})
+_configs = st.fixed_dictionaries(
+    {"osImages": _lists, "kms": _kms, "apps": st.dictionaries(_words, _app, max_size=2)},
+    optional={
+        "allowedTcbStatuses": st.just(["OutOfDate"]),
+        "allowedAdvisoryIds": st.just(["INTEL-SA-00001"]),
+    },
+)
+_boot_infos = st.builds(
+    BootInfo,
+    mr_aggregated=_words,
+    os_image_hash=_words,
+    app_id=_words,
+    compose_hash=_words,
+    instance_id=_words,
+    device_id=_words,
+    tcb_status=st.sampled_from(["UpToDate", "OutOfDate"]),
+    advisory_ids=st.lists(st.sampled_from(["INTEL-SA-00001", "x"]), max_size=2).map(tuple),
+)
+
+
+@given(config=_configs, boot_info=_boot_infos, is_kms=st.booleans())
+def test_contracts_relate_as_documented(config: dict[str, Any], boot_info: BootInfo, is_kms: bool) -> None:
+    policy = Policy.model_validate_json(json.dumps(config))
+    decisions = {compat: evaluate(policy, boot_info, is_kms, compat=compat) for compat in COMPATS}
+    allowing = {compat for compat, decision in decisions.items() if decision.is_allowed}
+    for compat, decision in decisions.items():
+        assert set(decision.differs_from) == {
+            other for other in COMPATS if (other in allowing) != (compat in allowing)
+        }
+        assert decision.is_allowed == (decision.reason == "") == (decision.rule == "allowed")
+    if "readme" in allowing:
+        assert "upstream" in allowing
+    if not boot_info.advisory_ids and "allowedTcbStatuses" not in config:
+        assert ("next" in allowing) == ("upstream" in allowing)
+
+
+# --- the file's life
+
+
+async def test_config_replaced_between_two_requests_takes_effect(config: Path) -> None:
+    async with TestClient(TestServer(simple_app(config))) as client:
+        assert await ask(client, "app") == ALLOWED
+        replacement = write(config.with_name("new.json"), config_with(apps={}, gatewayAppId="0x9b"))
+        os.replace(replacement, config)
+        assert await ask(client, "app") == denied("app not registered", "0x9b")
+        write(config, CONFIG)
+        assert await ask(client, "app") == ALLOWED
+
+
+async def test_config_rewritten_with_same_size_and_time_takes_effect(config: Path) -> None:
+    async with TestClient(TestServer(simple_app(config))) as client:
+        assert await ask(client, "app") == ALLOWED
+        replace_in_place(config, '"0xc0"', '"0xc1"')
+        assert await ask(client, "app") == denied("compose hash not allowed")
+
+
+def test_unchanged_config_is_read_but_not_parsed_again(config: Path) -> None:
+    service = SimpleAuth(config)
+    first = service.policy()
+    write(config, CONFIG)
+    assert service.policy() is first
+    write(config, config_with(gatewayAppId="0x9b"))
+    assert service.policy().gateway_app_id == "0x9b"
+
+
+async def test_config_that_appears_vanishes_and_returns_takes_effect(tmp_path: Path) -> None:
+    path = tmp_path / "later.json"
+    async with TestClient(TestServer(simple_app(path))) as client:
+        missing = denied(f"config file not found: {path}", "")
+        assert await ask(client, "kms") == missing
+        write(path, CONFIG)
+        assert await ask(client, "kms") == ALLOWED
+        os.remove(path)
+        assert await ask(client, "kms") == missing
+        write(path, CONFIG)
+        assert await ask(client, "kms") == ALLOWED
+
+
+async def test_config_broken_after_a_good_one_denies_and_the_good_one_is_not_remembered(config: Path) -> None:
+    async with TestClient(TestServer(simple_app(config))) as client:
+        assert await ask(client, "kms") == ALLOWED
+        write_text(config, "{")
+        for _ in range(2):
+            assert not (await ask(client, "kms"))["isAllowed"]
+        write(config, CONFIG)
+        assert await ask(client, "kms") == ALLOWED
+
+
+def test_half_written_config_denies_at_every_length(config: Path) -> None:
+    """Every beginning of a file that allows, short of the whole, denies: by the file, not by a rule."""
+    content = config.read_bytes()
+    service = SimpleAuth(config)
+    boot_info = parse_boot_info(BOOT_INFO)
+    assert service.decide(boot_info, is_kms=False).is_allowed
+    for length in range(len(content)):
+        config.write_bytes(content[:length])
+        decision = service.decide(boot_info, is_kms=False)
+        assert (decision.is_allowed, decision.rule, decision.gateway_app_id) == (False, "config", "")
+        assert decision.reason.startswith(f"failed to load config: {config}: Invalid JSON: ")
+
+
+async def test_half_written_config_denies_over_http(config: Path) -> None:
+    write_text(config, json.dumps(CONFIG)[:40])
+    answer = await decide(config, "app")
+    assert (answer["isAllowed"], answer["gatewayAppId"]) == (False, "")
+    assert answer["reason"].startswith(f"failed to load config: {config}: Invalid JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "detail"),
+    [
+        ("", "Invalid JSON: "),
+        ("auth", "Invalid JSON: "),
+        ('{"osImages": [],}', "Invalid JSON: "),
+        ("{} {}", "Invalid JSON: "),
+        ('{"chainId": NaN}', "Invalid JSON: NaN is not JSON"),
+        ('{"unknown": Infinity}', "Invalid JSON: Infinity is not JSON"),
+        ("\ufeff{}", "Invalid JSON: "),
+        ("[]", "Input should be an object"),
+        ("null", "Input should be an object"),
+        ('"x"', "Input should be an object"),
+        ('{"osImages": "0x00"}', "osImages: Input should be a valid array"),
+        ('{"osImages": null}', "osImages: Input should be a valid array"),
+        ('{"osImages": ["0x00", 1]}', "osImages.1: Input should be a valid string"),
+        ('{"osImages": [1, 2, 3]}', "osImages.0: Input should be a valid string (and 2 more)"),
+        ('{"gatewayAppId": 1}', "gatewayAppId: Input should be a valid string"),
+        ('{"gatewayAppId": null}', "gatewayAppId: Input should be a valid string"),
+        ('{"kmsContractAddr": []}', "kmsContractAddr: Input should be a valid string"),
+        ('{"chainId": "1"}', "chainId: Input should be a valid integer"),
+        ('{"chainId": 1.5}', "chainId: Input should be a valid integer"),
+        ('{"chainId": true}', "chainId: Input should be a valid integer"),
+        ('{"chainId": -1}', "chainId: Input should be greater than or equal to 0"),
+        ('{"chainId": 18446744073709551616}', "chainId: Input should be less than 18446744073709551616"),
+        ('{"kms": []}', "kms: Input should be an object"),
+        ('{"kms": null}', "kms: Input should be an object"),
+        ('{"kms": {"mrAggregated": {}}}', "kms.mrAggregated: Input should be a valid array"),
+        ('{"kms": {"allowAnyDevice": "true"}}', "kms.allowAnyDevice: Input should be a valid boolean"),
+        ('{"kms": {"allowAnyDevice": 1}}', "kms.allowAnyDevice: Input should be a valid boolean"),
+        ('{"kms": {"allowAnyDevice": null}}', "kms.allowAnyDevice: Input should be a valid boolean"),
+        ('{"apps": []}', "apps: Input should be an object"),
+        ('{"apps": {"0xa0": []}}', "apps.0xa0: Input should be an object"),
+        ('{"apps": {"0xa0": {"devices": "0xd0"}}}', "apps.0xa0.devices: Input should be a valid array"),
+        ('{"allowedTcbStatuses": "UpToDate"}', "allowedTcbStatuses: Input should be a valid array"),
+        ('{"allowedAdvisoryIds": [null]}', "allowedAdvisoryIds.0: Input should be a valid string"),
+    ],
+)
+async def test_broken_config_denies_and_says_what_is_wrong(
+    config: Path, content: str, detail: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_text(config, content)
+    answer = await decide(config, "kms", "upstream")
+    start = f"failed to load config: {config}: {detail}"
+    assert (answer["isAllowed"], answer["gatewayAppId"]) == (False, "")
+    assert answer["reason"].startswith(start) if detail.endswith(": ") else answer["reason"] == start
+    assert ("auth.simple", logging.ERROR, answer["reason"]) in caplog.record_tuples
+
+
+async def test_broken_section_denies_even_boots_that_do_not_need_it(config: Path) -> None:
+    write(config, config_with(apps={**CONFIG["apps"], "0xa1": {"devices": None}}))
+    answer = await decide(config, "kms")
+    expected = f"failed to load config: {config}: apps.0xa1.devices: Input should be a valid array"
+    assert answer == denied(expected, "")
+
+
+def _directory(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def _fifo(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def _loop(path: Path) -> Path:
+    path.symlink_to(path)
+    return path
+
+
+def _below_a_file(path: Path) -> Path:
+    path.write_text("{}")
+    return path / "config.json"
+
+
+def _forbidden(path: Path) -> Path:
+    if os.geteuid() == 0:
+        pytest.skip("root reads every file")
+    path.write_text("{}")
+    path.chmod(0)
+    return path
+
+
+def _unreadable(path: Path) -> Path:
+    memory = Path("/proc/self/mem")  # opens, and fails to be read from its beginning
+    if not memory.exists():
+        pytest.skip(f"{memory} does not exist here")
+    path.symlink_to(memory)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "detail"),
+    [
+        (_directory, "Is a directory"),
+        (_fifo, "Not a regular file"),
+        (_loop, "Too many levels of symbolic links"),
+        (_below_a_file, "Not a directory"),
+        (_forbidden, "Permission denied"),
+        (_unreadable, "Input/output error"),
+        (lambda path: path.with_name("a" * 300), "File name too long"),
+        (lambda path: path.with_name("a\0b"), "embedded null byte"),
+    ],
+)
+async def test_config_that_cannot_be_read_denies_and_says_why(
+    tmp_path: Path, make: Callable[[Path], Path], detail: str
+) -> None:
+    path = make(tmp_path / "config.json")
+    reason = f"failed to load config: {path}: {detail}"
+    assert await decide(path, "app") == denied(reason, "")
+    answer = await info(path)
+    assert (answer["status"], answer["configError"]) == ("ok", reason)
+
+
+async def test_config_behind_a_symbolic_link_is_read(config: Path) -> None:
+    link = config.with_name("link.json")
+    link.symlink_to(config.name)
+    assert await decide(link, "app") == ALLOWED
+
+
+# --- info
+
+
+async def test_info_gives_the_config_s_values(config: Path) -> None:
+    values = {"kmsContractAddr": "0x01", "chainId": 8453, "appImplementation": "0x02"}
+    write(config, config_with(**values))
+    assert await info(config) == {
+        "status": "ok",
+        "kmsContractAddr": "0x01",
+        "gatewayAppId": "0x9a",
+        "chainId": 8453,
+        "appAuthImplementation": "0x02",
+        "appImplementation": "0x02",
+        "configPath": str(config),
+    }
+
+
+async def test_info_without_a_usable_config_is_ok_with_zero_values_and_the_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "none.json"
+    reason = f"config file not found: {path}"
+    assert await info(path) == {
+        "status": "ok",
+        "kmsContractAddr": ZERO,
+        "gatewayAppId": "",
+        "chainId": 0,
+        "appAuthImplementation": ZERO,
+        "appImplementation": ZERO,
+        "configPath": str(path),
+        "configError": reason,
+    }
+    assert ("auth.simple", logging.ERROR, reason) in caplog.record_tuples
+
+
+async def test_info_after_a_config_broke_shows_none_of_its_values(config: Path) -> None:
+    async with TestClient(TestServer(simple_app(config))) as client:
+        async with client.get("/") as response:
+            assert (await response.json())["gatewayAppId"] == "0x9a"
+        write_text(config, "{")
+        async with client.get("/") as response:
+            assert (await response.json())["gatewayAppId"] == ""
+
+
+async def test_config_path_keeps_its_spelling(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(config.parent)
+    answer = await info("./auth-config.json")
+    assert (answer["configPath"], answer["gatewayAppId"]) == ("./auth-config.json", "0x9a")
+
+
+# --- logs
+
+
+async def test_requests_and_results_are_logged_as_upstream_does(
+    config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "auth.simple")
+    await decide(config, "app")
+    await decide(config, "kms", mrAggregated="0x00")
+    assert [record.getMessage() for record in caplog.records if record.name == "auth.simple"] == [
+        'app boot auth request: {"appId":"0xa0","composeHash":"0xc0","instanceId":"0x10"}',
+        'app boot auth result: {"isAllowed":true,"reason":"","gatewayAppId":"0x9a"}',
+        f'KMS boot auth request: {{"osImageHash":"{OS_IMAGE}","mrAggregated":"0x00","instanceId":"0x10"}}',
+        "KMS boot auth result: "
+        '{"isAllowed":false,"reason":"aggregated MR not allowed","gatewayAppId":"0x9a"}',
+    ]
+
+
+# --- settings
+
+
+def test_settings_come_from_the_environment() -> None:
+    assert SimpleSettings.from_env({}) == SimpleSettings("./auth-config.json", "readme")
+    assert SimpleSettings.from_env({"AUTH_CONFIG_PATH": "", "AUTH_SIMPLE_COMPAT": ""}) == SimpleSettings()
+    env = {"AUTH_CONFIG_PATH": "/x/y.json", "AUTH_SIMPLE_COMPAT": "next"}
+    assert SimpleSettings.from_env(env) == SimpleSettings("/x/y.json", "next")
+
+
+@pytest.mark.parametrize("text", ["README", "v0.5.11", "readme "])
+def test_unknown_contract_refuses_to_start(text: str) -> None:
+    expected = f'AUTH_SIMPLE_COMPAT is "{text}", expected one of readme, upstream, next'
+    with pytest.raises(ConfigError) as caught:
+        SimpleSettings.from_env({"AUTH_SIMPLE_COMPAT": text})
+    assert str(caught.value) == expected
+    with pytest.raises(ConfigError) as caught:
+        simple_app("x.json", compat=text)  # type: ignore[arg-type]
+    assert str(caught.value) == expected
+
+
+# --- examples of others
+
+
+async def test_readme_example_for_a_kms(config: Path) -> None:
+    os_image = "0x0b327bcd642788b0517de3ff46d31ebd3847b6c64ea40bacde268bb9f1c8ec83"
+    write_text(
+        config,
+        """{
+  "osImages": ["0x0b327bcd642788b0517de3ff46d31ebd3847b6c64ea40bacde268bb9f1c8ec83"],
+  "kms": {
+    "mrAggregated": ["0x<kms-mr-aggregated>"],
+    "allowAnyDevice": true
+  },
+  "apps": {}
+}""",
+    )
+    boot: dict[str, Any] = {"osImageHash": os_image, "mrAggregated": "0x<kms-mr-aggregated>"}
+    assert await decide(config, "kms", **boot) == {"isAllowed": True, "reason": "", "gatewayAppId": ""}
+    assert await decide(config, "kms", osImageHash=os_image) == denied("aggregated MR not allowed", "")
+    assert await decide(config, "app", **boot) == denied("app not registered", "")
+
+
+async def test_readme_example_with_gateway_and_app(config: Path) -> None:
+    write_text(
+        config,
+        """{
+  "osImages": ["0x..."],
+  "gatewayAppId": "0x...",
+  "kms": {
+    "mrAggregated": ["0x..."],
+    "devices": [],
+    "allowAnyDevice": true
+  },
+  "apps": {
+    "0xYourAppId": {
+      "composeHashes": ["0xabc...", "0xdef..."],
+      "devices": [],
+      "allowAnyDevice": true
+    }
+  }
+}""",
+    )
+    boot: dict[str, Any] = {"osImageHash": "...", "mrAggregated": "0x...", "appId": "YOURAPPID"}
+    for compose_hash in ["0xabc...", "DEF..."]:
+        answer = await decide(config, "app", **boot, composeHash=compose_hash)
+        assert answer == {"isAllowed": True, "reason": "", "gatewayAppId": "0x..."}
+    assert await decide(config, "app", **boot) == denied("compose hash not allowed", "0x...")
+    assert (await decide(config, "kms", **boot))["isAllowed"]
+
+
+async def test_unknown_keys_are_ignored_at_every_level(config: Path) -> None:
+    write(
+        config,
+        {
+            **CONFIG,
+            "_comment": "x",
+            "os_images": ["ignored"],
+            "kms": {**CONFIG["kms"], "allow_any_device": True, "allowAnyDevices": True},
+            "apps": {"0xa0": {**CONFIG["apps"]["0xa0"], "allowAnyDevices": True}},
+        },
+    )
+    assert await decide(config, "app") == ALLOWED
+    assert await decide(config, "kms", deviceId="0xd1") == denied("KMS is not allowed to boot on this device")
+    assert await decide(config, "app", deviceId="0xd1") == denied("app is not allowed to boot on this device")
+
+
+async def test_keys_of_the_config_are_camel_case_only(config: Path) -> None:
+    write(config, {"os_images": [OS_IMAGE], **{key: CONFIG[key] for key in ("gatewayAppId", "kms", "apps")}})
+    assert await decide(config, "kms") == denied("OS image is not allowed")
+
+
+async def test_requests_of_the_real_kms_are_decided_by_their_values(config: Path) -> None:
+    requests = [row for row in golden("webhook-requests.json")["requests"] if "/bootAuth/" in row["path"]]
+    assert {row["path"] for row in requests} == {"/bootAuth/app", "/bootAuth/kms"}
+    async with TestClient(TestServer(simple_app(config))) as client:
+        for row in requests:
+            sent = json.loads(row["body"])
+            headers = {"content-type": dict(row["headers"])["content-type"]}
+            app = {"composeHashes": ["0x" + sent["composeHash"]], "devices": [sent["deviceId"].upper()]}
+            kms = {"mrAggregated": [sent["mrAggregated"]], "devices": ["0x" + sent["deviceId"]]}
+            listed = {"osImages": [sent["osImageHash"]], "kms": kms, "apps": {"0x" + sent["appId"]: app}}
+            for document, is_allowed in [(listed, True), ({**listed, "kms": {}, "apps": {}}, False)]:
+                write(config, document)
+                async with client.post(row["path"], data=row["body"], headers=headers) as response:
+                    assert (await response.json())["isAllowed"] is (
+                        is_allowed and sent["tcbStatus"] == "UpToDate"
+                    )

@@ -1,0 +1,1030 @@
+"""The pRPC HTTP transport: recorded calls to a toy service, raw sockets, curl, the published SDK, TLS."""
+
+import asyncio
+import contextlib
+import datetime
+import ipaddress
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from dstack_sdk import DstackClient
+from google.protobuf.empty_pb2 import Empty
+
+from attest.errors import FormatError, VerificationError
+from attest.proto import dstack_guest_pb2 as guest
+from attest.proto import kms_pb2 as kms
+from attest.proto.prpc_pb2 import PrpcError
+from tests.vectors import golden
+from transport.client import PrpcClient, RpcError, TransportError
+from transport.listen import GRACE, ListenError, Server, bind_tcp, bind_unix, serve
+from transport.prpc_server import MAX_BODY, add_prpc
+from transport.service import Rpc, ServiceTable
+
+# ---- A service that answers as much as the recorded codec rows need --------------------------------------
+
+
+class ToyError(Exception):
+    """Refusals of the toy, in the words of the program it stands for."""
+
+
+@dataclass
+class Toy:
+    """Knows the names and limits of the real services, and none of their keys."""
+
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    may_answer: asyncio.Event = field(default_factory=asyncio.Event)
+    seen: list[str] = field(default_factory=list)
+
+    async def bootstrap(self, _: web.Request, request: kms.BootstrapRequest) -> kms.BootstrapResponse:
+        self.seen.append("bootstrap")
+        name = request.domain
+        if not name or len(name) > 253 or not name.isascii():
+            raise ToyError("domain must be a non-empty ASCII DNS name of at most 253 bytes")
+        if not all(re.fullmatch("[a-z0-9-]+", label) for label in name.split(".")):
+            raise ToyError("domain contains an invalid DNS label")
+        return kms.BootstrapResponse(ca_pubkey=name.encode())
+
+    async def finish(self, _: web.Request, request: Empty) -> Empty:
+        return Empty()
+
+    async def public_key(self, _: web.Request, request: kms.AppId) -> kms.PublicKeyResponse:
+        if len(request.app_id) != 20:
+            raise ToyError("app_id must be 20 bytes")
+        return kms.PublicKeyResponse(public_key=request.app_id, timestamp=1)
+
+    async def app_key(self, _: web.Request, request: kms.GetAppKeyRequest) -> kms.AppKeyResponse:
+        return kms.AppKeyResponse(os_image_hash=bytes(request.api_version))
+
+    async def meta(self, _: web.Request, request: Empty) -> kms.GetMetaResponse:
+        return kms.GetMetaResponse(ca_cert="é")
+
+    async def get_key(self, _: web.Request, request: guest.GetKeyArgs) -> guest.GetKeyResponse:
+        return guest.GetKeyResponse(
+            key=request.path.encode().ljust(32, b"\x00"), signature_chain=[b"\x01", b"\x02"]
+        )
+
+    async def tls_key(self, _: web.Request, request: guest.GetTlsKeyArgs) -> guest.GetTlsKeyResponse:
+        return guest.GetTlsKeyResponse(key=request.subject, certificate_chain=request.alt_names)
+
+    async def version(self, _: web.Request, request: Empty) -> guest.WorkerVersion:
+        return guest.WorkerVersion(version="1")
+
+    async def quote(self, _: web.Request, request: guest.RawQuoteArgs) -> guest.GetQuoteResponse:
+        """Waits until the test lets it answer."""
+        self.started.set()
+        await self.may_answer.wait()
+        return guest.GetQuoteResponse(report_data=request.report_data)
+
+    async def broken(self, _: web.Request, request: Empty) -> Empty:
+        raise ValueError("5f-secret-5f")
+
+    async def unproven(self, _: web.Request, request: Empty) -> Empty:
+        raise VerificationError("quote is é")
+
+    def onboard(self) -> ServiceTable[web.Request]:
+        return ServiceTable(
+            "Onboard.",
+            {
+                "Bootstrap": Rpc("Bootstrap", kms.BootstrapRequest, kms.BootstrapResponse, self.bootstrap),
+                "Finish": Rpc("Finish", Empty, Empty, self.finish),
+            },
+        )
+
+    def kms(self) -> ServiceTable[web.Request]:
+        return ServiceTable(
+            "KMS.",
+            {
+                "GetAppEnvEncryptPubKey": Rpc(
+                    "GetAppEnvEncryptPubKey", kms.AppId, kms.PublicKeyResponse, self.public_key
+                ),
+                "GetAppKey": Rpc("GetAppKey", kms.GetAppKeyRequest, kms.AppKeyResponse, self.app_key),
+                "GetMeta": Rpc("GetMeta", Empty, kms.GetMetaResponse, self.meta),
+            },
+        )
+
+    def guest(self) -> ServiceTable[web.Request]:
+        return ServiceTable(
+            "DstackGuest.",
+            {
+                "GetKey": Rpc("GetKey", guest.GetKeyArgs, guest.GetKeyResponse, self.get_key),
+                "GetTlsKey": Rpc("GetTlsKey", guest.GetTlsKeyArgs, guest.GetTlsKeyResponse, self.tls_key),
+                "GetQuote": Rpc("GetQuote", guest.RawQuoteArgs, guest.GetQuoteResponse, self.quote),
+                "Version": Rpc("Version", Empty, guest.WorkerVersion, self.version),
+                "Broken": Rpc("Broken", Empty, Empty, self.broken),
+                "Unproven": Rpc("Unproven", Empty, Empty, self.unproven),
+            },
+        )
+
+
+async def caller(request: web.Request) -> web.Request:
+    return request
+
+
+def application(
+    toy: Toy, *mounts: str, context: Callable[[web.Request], Awaitable[web.Request]] = caller
+) -> web.Application:
+    """The toy's services where upstream has them: `onboard` and `kms` at /prpc, `guest` at the root."""
+    app = web.Application()
+    for mount in mounts:
+        table = {"onboard": toy.onboard, "kms": toy.kms, "guest": toy.guest}[mount]()
+        at_root = mount == "guest"
+        add_prpc(app, "" if at_root else "/prpc", table, context, errors=(ToyError,), trim=not at_root)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def served(
+    app: web.Application, sock: socket.socket | None = None, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[Server]:
+    server = await serve(app, sock or bind_tcp("127.0.0.1", 0), tls)
+    try:
+        yield server
+    finally:
+        await server.close()
+
+
+# ---- Raw HTTP/1.1, so that nothing of aiohttp stands on both sides ---------------------------------------
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def kind(self) -> str:
+        return self.headers.get("content-type", "").partition(";")[0]
+
+    @property
+    def error(self) -> str:
+        if self.kind == "application/json":
+            text = json.loads(self.body)["error"]
+            assert isinstance(text, str)
+            return text
+        return PrpcError.FromString(self.body).message
+
+
+async def connect(server: Server) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    if server.url.startswith("unix:"):
+        return await asyncio.open_unix_connection(server.url.removeprefix("unix:"))
+    host, _, port = server.url.removeprefix("http://").rpartition(":")
+    return await asyncio.open_connection(host.strip("[]"), int(port))
+
+
+async def read_answer(reader: asyncio.StreamReader) -> Answer:
+    """Read one answer by its Content-Length, which every answer has to have."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    headers = {}
+    for line in filter(None, head[1:]):
+        name, _, value = line.partition(":")
+        headers[name.lower()] = value.strip()
+    assert "transfer-encoding" not in headers
+    return Answer(int(head[0].split()[1]), headers, await reader.readexactly(int(headers["content-length"])))
+
+
+def raw(
+    method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None, close: bool = False
+) -> bytes:
+    lines = {"Host": "x", "Content-Length": str(len(body)), **(headers or {})}
+    if close:
+        lines["Connection"] = "close"
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + body
+
+
+async def exchange(server: Server, request: bytes) -> Answer:
+    reader, writer = await connect(server)
+    writer.write(request)
+    try:
+        return await read_answer(reader)
+    finally:
+        writer.close()
+
+
+async def post(server: Server, path: str, body: bytes = b"", **headers: str) -> Answer:
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    return await exchange(server, raw("POST", path, body, names))
+
+
+# ---- Recorded calls --------------------------------------------------------------------------------------
+
+FOREIGN = re.compile(
+    r"at line \d+|failed to decode Protobuf|invalid type:|invalid value:|duplicate field|trailing characters|"
+    r"invalid unicode|Invalid character|Odd number"
+)
+ROWS = {
+    "onboard": [
+        *("unknown_method_json", "unknown_method_get", "kms_method_in_onboard_phase", "prefix_only"),
+        *("prpc_slash", "prpc_none", "trailing_json", "json_array", "json_array1", "json_null"),
+        *("missing_field", "wrong_type", "null_field", "dup_field", "invalid_utf8", "bad_domain_label"),
+        *("domain_too_long", "domain_trailing_dot", "domain_nonascii", "domain_port"),
+        *("json_by_content_type", "json_by_content_type_charset", "json_flag_true", "json_flag_1"),
+        *("json_flag_0", "json_flag_false", "json_flag_False_then_true", "json_flag_eq_empty"),
+        *("bin_empty", "bin_garbage", "bin_wrong_wire", "bin_bad_utf8", "bin_bad_domain", "bin_field0"),
+        *("bin_octet_stream", "get_query_none", "get_query_json", "get_query_dup", "put", "patch"),
+        *("metrics_not_mounted", "post_health", "finish_without_keys_rpc", "finish_rpc_bin"),
+    ],
+    "kms": [
+        *("onboard_method_gone", "getmeta_bin", "envpub_id1", "envpub_get", "envpub_upper", "envpub_bin"),
+        *("getappkey_apiver_str", "getappkey_apiver_neg", "envpub_odd_hex", "envpub_short"),
+        *("envpub_missing", "envpub_empty_body", "envpub_get_badhex", "envpub_list", "envpub_bin_empty"),
+        *("envpub_bin_garbage", "envpub_21", "unknown_method", "empty_bad_json", "empty_array_json"),
+        *("empty_with_fields", "empty_bin_garbage", "put", "admin_on_main", "root"),
+    ],
+    "guest": [
+        *("version", "version_prpc_path", "version_prefixed", "root", "unknown", "unknown_bin"),
+        *("tappd_method", "getkey_empty_obj", "getkey_empty_body", "getkey_bin", "getkey_wrongtype"),
+        *("getkey_json_no_ctype", "getkey_textplain", "getkey_json_query", "tls_null_opt", "tls_wrongtype"),
+    ],
+}
+
+
+def rows_of(service: str) -> list[dict[str, Any]]:
+    wanted = {"onboard": ("kms", "onboard"), "kms": ("kms", "runtime"), "guest": ("agent", "dstack.sock")}
+    rows = [
+        row
+        for row in golden("wire.json")
+        if (row["component"], row.get("phase") or row.get("socket")) == wanted[service]
+        and row["name"] in ROWS[service]
+    ]
+    assert {row["name"] for row in rows} == set(ROWS[service])
+    return rows
+
+
+def request_body(request: dict[str, Any]) -> bytes:
+    """A recorded body; bytes that JSON could not hold are written as a backslash, x and two digits."""
+    if "body_hex" in request:
+        return bytes.fromhex(request["body_hex"])
+    text = request.get("body", "").encode()
+    return re.sub(rb"\\x([0-9a-f]{2})", lambda found: bytes([int(found[1], 16)]), text)
+
+
+def recorded_error(answer: dict[str, Any]) -> str:
+    if answer["headers"]["content-type"] == "application/json":
+        return str(json.loads(answer["body"])["error"])
+    return PrpcError.FromString(request_body(answer)).message
+
+
+@pytest.mark.parametrize("service", ["onboard", "kms", "guest"])
+async def test_recorded_codec_calls_are_answered_as_by_the_real_program(service: str) -> None:
+    async with served(application(Toy(), service)) as server:
+        for row in rows_of(service):
+            request, wanted, name = row["request"], row["response"], row["name"]
+            headers = {"Content-Type": request["content_type"]} if request.get("content_type") else {}
+            path = request["path"]
+            answer = await exchange(server, raw(request["method"], path, request_body(request), headers))
+            assert (answer.status, answer.headers.get("content-type")) == (
+                wanted["status"],
+                wanted["headers"]["content-type"],
+            ), name
+            if wanted["status"] == 400:
+                text = recorded_error(wanted)
+                if FOREIGN.search(text) is None:
+                    assert answer.error == text, name
+                else:
+                    assert answer.error, name
+                    assert answer.body.startswith(b'{\n  "error": "') == (
+                        answer.kind == "application/json"
+                    ), name
+            elif wanted["status"] == 200 and answer.kind == "application/json":
+                assert (answer.body == b"null") == (wanted["body"] == "null"), name
+
+
+# Not among them: requests of HTTP/1.1 without Host or with both ways of framing, which aiohttp refuses.
+EDGE_ROWS = {
+    "http-edge kms-tls": [
+        *("chunked", "bad_version", "pct_encoded_method", "trailing_slash"),
+        *("expect_gzip_request", "pipelined"),
+    ],
+    "http-edge agent-unix": [
+        *("http10", "chunked", "bad_version", "two_cl", "absolute_form", "double_slash"),
+        *("accept_encoding", "pipelined"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("component", "service"), [("http-edge kms-tls", "kms"), ("http-edge agent-unix", "guest")]
+)
+async def test_recorded_raw_http_is_answered_as_by_the_real_program(component: str, service: str) -> None:
+    rows = [
+        r for r in golden("wire.json") if r["component"] == component and r["name"] in EDGE_ROWS[component]
+    ]
+    assert len(rows) == len(EDGE_ROWS[component])
+    async with served(application(Toy(), service)) as server:
+        for row in rows:
+            reader, writer = await connect(server)
+            writer.write(row["raw_request"].encode())
+            answers = [await read_answer(reader) for _ in range(2 if row["name"] == "pipelined" else 1)]
+            writer.close()
+            for answer in answers:
+                assert answer.status == row["response"]["status"], row["name"]
+                if answer.status == 200:
+                    assert answer.headers["content-type"] == "application/json", row["name"]
+                    assert "content-encoding" not in answer.headers, row["name"]
+
+
+async def test_a_body_of_exactly_the_limit_is_read_and_one_byte_more_is_not() -> None:
+    toy = Toy()
+    async with served(application(toy, "onboard")) as server:
+        filler = b'{"domain":"' + b" " * (MAX_BODY - 13) + b'"}'
+        assert len(filler) == MAX_BODY
+        exact = await post(server, "/prpc/Onboard.Bootstrap?json", filler)
+        assert exact.error == "domain must be a non-empty ASCII DNS name of at most 253 bytes"
+        assert toy.seen == ["bootstrap"]
+        larger = await post(server, "/prpc/Onboard.Bootstrap?json", filler + b" ")
+        assert (larger.status, larger.error) == (400, "failed to read data: payload too large")
+        assert toy.seen == ["bootstrap"]
+
+
+async def test_an_oversized_body_is_refused_in_json_by_the_query_alone() -> None:
+    async with served(application(Toy(), "onboard")) as server:
+        body = bytes(MAX_BODY + 1)
+        answer = await post(server, "/prpc/Onboard.Bootstrap", body, Content_Type="application/json")
+        assert (answer.kind, answer.error) == (
+            "application/octet-stream",
+            "failed to read data: payload too large",
+        )
+
+
+# ---- The order of a call, and its errors -----------------------------------------------------------------
+
+
+async def refusing(request: web.Request) -> web.Request:
+    raise ToyError("invalid quote: report data mismatch")
+
+
+@pytest.mark.parametrize("path", ["/prpc/Onboard.Bootstrap", "/prpc/Nope"])
+async def test_the_context_is_judged_before_the_name_and_the_content_type(path: str) -> None:
+    async with served(application(Toy(), "onboard", context=refusing)) as server:
+        by_query = await post(server, path + "?json", b"{")
+        by_type = await post(server, path, b"{", Content_Type="application/json")
+        by_verb = await exchange(server, raw("GET", path))
+        assert [a.kind for a in (by_query, by_type, by_verb)] == [
+            "application/json",
+            "application/octet-stream",
+            "application/json",
+        ]
+        for answer in (by_query, by_type, by_verb):
+            assert (answer.status, answer.error) == (400, "invalid quote: report data mismatch")
+
+
+async def test_an_unexpected_error_is_logged_and_answered_without_details(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with served(application(Toy(), "guest")) as server:
+        with caplog.at_level(logging.ERROR, "transport.prpc_server"):
+            answer = await post(server, "/Broken?json")
+    assert answer.body == b'{\n  "error": "internal error: ValueError"\n}'
+    (record,) = [r for r in caplog.records if r.name == "transport.prpc_server"]
+    assert record.getMessage() == "DstackGuest.Broken failed"
+    assert record.exc_info is not None
+
+
+async def test_an_attest_error_is_answered_with_its_text_in_ascii() -> None:
+    async with served(application(Toy(), "guest")) as server:
+        assert (await post(server, "/Unproven?json")).body == b'{\n  "error": "quote is \\u00e9"\n}'
+        assert (await post(server, "/Unproven")).error == "quote is é"
+
+
+async def test_an_http_error_of_the_context_keeps_its_status() -> None:
+    async def unauthorized(request: web.Request) -> web.Request:
+        raise web.HTTPUnauthorized
+
+    async with served(application(Toy(), "kms", context=unauthorized)) as server:
+        assert (await post(server, "/prpc/GetMeta")).status == 401
+
+
+async def test_answers_are_ascii_on_one_line_over_a_kept_connection() -> None:
+    async with served(application(Toy(), "kms")) as server:
+        reader, writer = await connect(server)
+        for _ in range(2):
+            writer.write(raw("POST", "/prpc/KMS.GetMeta?json"))
+            answer = await read_answer(reader)
+            assert answer.headers["content-type"] == "application/json"
+            assert answer.body.startswith(b'{"ca_cert":"\\u00e9","allow_any_upgrade":false,')
+        writer.close()
+
+
+async def test_an_empty_answer_is_null_in_json_and_no_bytes_in_protobuf() -> None:
+    async with served(application(Toy(), "onboard")) as server:
+        assert (await post(server, "/prpc/Finish?json", b"{bad")).body == b"null"
+        binary = await post(server, "/prpc/Finish", b"\xff")
+        assert (binary.status, binary.headers["content-length"], binary.kind) == (
+            200,
+            "0",
+            "application/octet-stream",
+        )
+
+
+async def test_head_answers_as_get_without_a_body() -> None:
+    async with served(application(Toy(), "kms")) as server:
+        reader, writer = await connect(server)
+        writer.write(raw("HEAD", "/prpc/KMS.GetMeta", close=True))
+        head = (await reader.read()).decode()
+        writer.close()
+        assert head.startswith("HTTP/1.1 200 ")
+        assert "content-type: application/json\r\n" in head.lower()
+        assert head.endswith("\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/prpc/", 422),
+        ("POST", "/prpc/", 422),
+        ("PUT", "/prpc/", 404),
+        ("GET", "/prpc", 404),
+        ("DELETE", "/prpc/GetMeta", 404),
+        ("POST", "/prpc/GetMeta/", 404),
+        ("POST", "/GetMeta", 404),
+    ],
+)
+async def test_what_nobody_serves_is_a_page_or_json_by_accept(method: str, path: str, status: int) -> None:
+    async with served(application(Toy(), "kms")) as server:
+        page = await exchange(server, raw(method, path))
+        assert (page.status, page.headers["content-type"]) == (status, "text/html; charset=utf-8")
+        assert b"<html>" in page.body
+        for accept in ("application/json", "text/html;q=0.5, application/json", "*/*, application/json"):
+            answer = await exchange(server, raw(method, path, headers={"Accept": accept}))
+            assert (answer.status, answer.kind) == (status, "application/json"), accept
+            assert json.loads(answer.body)["error"]["code"] == status
+        for accept in ("*/*", "text/html, application/json", "application/json;q=x", ""):
+            answer = await exchange(server, raw(method, path, headers={"Accept": accept}))
+            assert (answer.status, answer.kind) == (status, "text/html"), accept
+
+
+async def test_a_page_of_the_owner_at_the_mount_goes_before_the_422() -> None:
+    async def page(request: web.Request) -> web.Response:
+        return web.Response(text="dashboard")
+
+    app = application(Toy(), "guest", "kms")
+    app.router.add_get("/", page)
+    async with served(app) as server:
+        assert (await exchange(server, raw("GET", "/"))).body == b"dashboard"
+        assert (await exchange(server, raw("POST", "/"))).status == 422
+        assert (await exchange(server, raw("GET", "/prpc/"))).status == 422
+        assert json.loads((await post(server, "/prpc/GetMeta?json")).body)["ca_cert"] == "é"
+        assert json.loads((await post(server, "/Version?json")).body)["version"] == "1"
+
+
+# ---- How requests arrive ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def sock(request: pytest.FixtureRequest, tmp_path: Path) -> socket.socket:
+    return bind_tcp("127.0.0.1", 0) if request.param == "tcp" else bind_unix(tmp_path / "s.sock")
+
+
+async def test_a_client_that_half_closes_after_its_request_is_answered(sock: socket.socket) -> None:
+    toy = Toy()
+    async with served(application(toy, "guest"), sock) as server:
+        reader, writer = await connect(server)
+        writer.write(raw("POST", "/GetQuote?json", b'{"report_data":"0102"}'))
+        writer.write_eof()
+        await toy.started.wait()
+        # A whole other call: by then the server has seen the end of file of the first connection.
+        assert (await post(server, "/Version?json")).status == 200
+        toy.may_answer.set()
+        assert json.loads((await read_answer(reader)).body)["report_data"] == "0102"
+        assert await reader.read() == b""  # and the server closes
+        writer.close()
+
+
+async def test_a_client_that_half_closes_while_idle_is_closed(sock: socket.socket) -> None:
+    async with served(application(Toy(), "guest"), sock) as server:
+        for sent in (b"", b"POST /Ver", raw("POST", "/Version?json")):
+            reader, writer = await connect(server)
+            writer.write(sent)
+            if sent.startswith(b"POST /Version"):
+                assert (await read_answer(reader)).status == 200
+            writer.write_eof()
+            assert await reader.read() == b""
+            writer.close()
+
+
+@pytest.mark.parametrize("count", [2, 80])
+async def test_pipelined_requests_before_a_half_close_are_all_answered_in_order(
+    sock: socket.socket, count: int
+) -> None:
+    async with served(application(Toy(), "guest"), sock) as server:
+        reader, writer = await connect(server)
+        for number in range(count):
+            writer.write(raw("POST", "/GetKey?json", json.dumps({"path": str(number)}).encode()))
+        writer.write_eof()
+        for number in range(count):
+            key = bytes.fromhex(json.loads((await read_answer(reader)).body)["key"])
+            assert key.rstrip(b"\x00") == str(number).encode()
+        assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_large_body_before_a_half_close_is_answered(sock: socket.socket) -> None:
+    async with served(application(Toy(), "guest"), sock) as server:
+        reader, writer = await connect(server)
+        writer.write(raw("POST", "/GetTlsKey?json", json.dumps({"subject": "x" * 5_000_000}).encode()))
+        writer.write_eof()
+        answer = await read_answer_of_any_size(reader)
+        assert len(json.loads(answer)["key"]) == 5_000_000
+        writer.close()
+
+
+async def read_answer_of_any_size(reader: asyncio.StreamReader) -> bytes:
+    return (await reader.read()).partition(b"\r\n\r\n")[2]
+
+
+async def test_a_half_close_within_a_body_ends_the_connection_and_reaches_no_handler(
+    sock: socket.socket,
+) -> None:
+    toy = Toy()
+    async with served(application(toy, "onboard"), sock) as server:
+        reader, writer = await connect(server)
+        whole = raw("POST", "/prpc/Bootstrap?json", b'{"domain":"a"}')
+        writer.write(whole[:-1])
+        writer.write_eof()
+        await reader.read()
+        writer.close()
+        assert toy.seen == []
+
+
+async def test_a_request_in_single_bytes_is_answered(sock: socket.socket) -> None:
+    async with served(application(Toy(), "onboard"), sock) as server:
+        reader, writer = await connect(server)
+        for byte in raw("POST", "/prpc/Bootstrap?json", b'{"domain":"a.b"}'):
+            writer.write(bytes([byte]))
+            await writer.drain()
+        assert json.loads((await read_answer(reader)).body)["ca_pubkey"] == b"a.b".hex()
+        writer.close()
+
+
+async def test_expect_100_continue_is_answered_before_the_body() -> None:
+    async with served(application(Toy(), "onboard")) as server:
+        reader, writer = await connect(server)
+        request = raw("POST", "/prpc/Bootstrap?json", b'{"domain":"a"}', {"Expect": "100-continue"})
+        head, _, body = request.partition(b"\r\n\r\n")
+        writer.write(head + b"\r\n\r\n")
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(body)
+        assert (await read_answer(reader)).status == 200
+        writer.close()
+
+
+async def test_a_body_with_broken_chunks_is_an_error_and_reaches_no_handler() -> None:
+    toy = Toy()
+    async with served(application(toy, "onboard")) as server:
+        reader, writer = await connect(server)
+        writer.write(
+            b"POST /prpc/Bootstrap?json HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"
+        )
+        writer.write(b"cdeXX\r\n")
+        assert (await read_answer(reader)).status == 400
+        assert toy.seen == []
+        writer.close()
+
+
+# ---- Clients that others wrote ---------------------------------------------------------------------------
+
+
+async def test_curl_gets_json_over_a_unix_socket(tmp_path: Path) -> None:
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("curl is not installed")
+    async with served(application(Toy(), "guest"), bind_unix(tmp_path / "dstack.sock")) as server:
+        process = await asyncio.create_subprocess_exec(
+            *(curl, "-sS", "--fail-with-body", "--unix-socket", server.url.removeprefix("unix:")),
+            *("-H", "Content-Type: application/json", "-d", '{"path":"a"}', "http://localhost/GetKey"),
+            stdout=subprocess.PIPE,
+        )
+        out, _ = await process.communicate()
+    assert process.returncode == 0
+    assert json.loads(out) == {"key": (b"a".ljust(32, b"\x00")).hex(), "signature_chain": ["01", "02"]}
+
+
+async def test_the_published_python_sdk_gets_its_answers(sock: socket.socket) -> None:
+    toy = Toy()
+    toy.may_answer.set()
+    async with served(application(toy, "guest"), sock) as server:
+        client = DstackClient(server.url.removeprefix("unix:"))
+        key = await asyncio.to_thread(client.get_key, "a", "signing")
+        assert key.decode_key() == b"a".ljust(32, b"\x00")
+        assert key.decode_signature_chain() == [b"\x01", b"\x02"]
+        quote = await asyncio.to_thread(client.get_quote, b"\x07")
+        assert quote.report_data == "07"
+
+
+# ---- Our client ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bare", [True, False])
+async def test_client_calls_over_each_kind_of_address(sock: socket.socket, bare: bool) -> None:
+    async with served(application(Toy(), "guest", "kms"), sock) as server:
+        address = server.url.removeprefix("unix:") if bare else server.url
+        async with PrpcClient(address, timeout=5) as client:
+            key = await client.call("GetKey", guest.GetKeyArgs(path="é"), guest.GetKeyResponse)
+            assert key.key.rstrip(b"\x00").decode() == "é"
+            meta = await client.call("prpc/KMS.GetMeta", Empty(), kms.GetMetaResponse)
+            assert meta.ca_cert == "é"
+
+
+async def test_client_calls_below_the_path_of_its_address() -> None:
+    async with (
+        served(application(Toy(), "onboard")) as server,
+        PrpcClient(server.url + "/prpc/", timeout=5) as c,
+    ):
+        assert await c.call("Finish", Empty(), Empty) == Empty()
+
+
+async def test_client_sends_null_for_empty_and_no_content_type() -> None:
+    requests = []
+
+    async def record(request: web.Request) -> web.Response:
+        requests.append((request.method, request.path_qs, await request.read(), dict(request.headers)))
+        return web.Response(body=b'{"version":"2"}')
+
+    app = web.Application()
+    app.router.add_route("*", "/{any}", record)
+    async with served(app) as server, PrpcClient(server.url, timeout=5) as client:
+        assert (await client.call("Version", Empty(), guest.WorkerVersion)).version == "2"
+    ((method, path, body, headers),) = requests
+    assert (method, path, body) == ("POST", "/Version?json", b"null")
+    assert "Content-Type" not in headers
+
+
+async def test_client_raises_the_services_error_with_status_and_body() -> None:
+    async with served(application(Toy(), "kms")) as server, PrpcClient(server.url, timeout=5) as client:
+        with pytest.raises(RpcError, match=r"^app_id must be 20 bytes$") as caught:
+            await client.call("prpc/GetAppEnvEncryptPubKey", kms.AppId(), kms.PublicKeyResponse)
+        assert (caught.value.status, caught.value.text) == (400, "app_id must be 20 bytes")
+        assert caught.value.body == '{\n  "error": "app_id must be 20 bytes"\n}'
+        with pytest.raises(RpcError) as other:
+            await client.call("nowhere", Empty(), Empty)
+        assert other.value.status == 404
+
+
+def answering(answer: bytes) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    return handle
+
+
+@pytest.mark.parametrize(
+    ("answer", "cause"),
+    [
+        (b"", "connection closed before the answer"),
+        (b"SSH-2.0-x\r\n\r\n", "the answer is not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nnull", "connection closed within the answer"),
+        (
+            b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + bytes(10 * 1024 * 1024 + 1),
+            "the answer is longer than 10485760 bytes",
+        ),
+    ],
+)
+async def test_client_names_why_there_is_no_answer(answer: bytes, cause: str) -> None:
+    listener = await asyncio.start_server(answering(answer), "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    async with listener, PrpcClient(url, timeout=5) as client:
+        with pytest.raises(TransportError) as caught:
+            await client.call("Version", Empty(), guest.WorkerVersion)
+        await client.close()
+    assert str(caught.value) == f"error sending request for url ({url}/Version?json): {cause}"
+    assert (caught.value.url, caught.value.cause) == (f"{url}/Version?json", cause)
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (b"", "invalid type: null, expected message WorkerVersion"),
+        (b"<html>", "invalid JSON: Expecting value at line 1 column 1"),
+    ],
+)
+async def test_client_refuses_an_answer_that_is_not_the_message(body: bytes, error: str) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
+    listener = await asyncio.start_server(answering(head + body), "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    async with listener, PrpcClient(url, timeout=5) as client:
+        with pytest.raises(FormatError) as caught:
+            await client.call("Version", Empty(), guest.WorkerVersion)
+        await client.close()
+    assert str(caught.value) == error
+
+
+async def test_client_names_a_refused_connection_and_a_missing_socket(tmp_path: Path) -> None:
+    with bind_tcp("127.0.0.1", 0) as closed:
+        port = closed.getsockname()[1]
+    for address, cause in [
+        (f"http://127.0.0.1:{port}", "Connection refused"),
+        (f"unix:{tmp_path}/none.sock", "No such file or directory"),
+    ]:
+        async with PrpcClient(address, timeout=5) as client:
+            with pytest.raises(TransportError) as caught:
+                await client.call("Version", Empty(), guest.WorkerVersion)
+        assert caught.value.cause == cause
+        assert address in str(caught.value)
+
+
+async def test_client_gives_up_after_its_timeout() -> None:
+    toy = Toy()
+    async with served(application(toy, "guest")) as server, PrpcClient(server.url, timeout=0.05) as client:
+        with pytest.raises(TransportError) as caught:
+            await client.call("GetQuote", guest.RawQuoteArgs(), guest.GetQuoteResponse)
+        assert caught.value.cause == "no answer within 0.05 s"
+        toy.may_answer.set()
+
+
+@pytest.mark.parametrize("address", ["not a url", "ftp://host", "localhost:80"])
+def test_client_refuses_an_address_it_cannot_call(address: str) -> None:
+    with pytest.raises(TransportError, match=r"neither an http\(s\) URL nor a socket path"):
+        PrpcClient(address, timeout=5)
+
+
+async def test_client_names_a_url_without_a_host() -> None:
+    async with PrpcClient("http://", timeout=5) as client:
+        with pytest.raises(TransportError, match="not a URL"):
+            await client.call("Version", Empty(), Empty)
+
+
+# ---- TLS -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Identity:
+    certificate: x509.Certificate
+    cert_file: str
+    key_file: str
+
+    @property
+    def der(self) -> bytes:
+        return self.certificate.public_bytes(Encoding.DER)
+
+
+def self_signed(folder: Path, name: str) -> Identity:
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+        )
+        .sign(key, hashes.SHA256())
+    )
+    cert_file, key_file = folder / f"{name}.crt", folder / f"{name}.key"
+    cert_file.write_bytes(certificate.public_bytes(Encoding.PEM))
+    key_file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return Identity(certificate, str(cert_file), str(key_file))
+
+
+@pytest.fixture
+def identity(tmp_path: Path) -> Identity:
+    return self_signed(tmp_path, "server")
+
+
+def server_tls(identity: Identity, *, client_ca: Identity | None = None) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(identity.cert_file, identity.key_file)
+    if client_ca is not None:
+        context.load_verify_locations(client_ca.cert_file)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+async def test_client_shows_the_servers_certificate_on_every_call_before_the_status(
+    identity: Identity,
+) -> None:
+    shown: list[bytes | None] = []
+
+    async def check(der: bytes | None) -> None:
+        shown.append(der)
+        if len(shown) == 3:
+            raise VerificationError("not attested")
+
+    trust = ssl.create_default_context(cafile=identity.cert_file)
+    async with served(application(Toy(), "kms"), tls=server_tls(identity)) as server:
+        assert server.url.startswith("https://127.0.0.1:")
+        async with PrpcClient(server.url + "/prpc", timeout=5, ssl=trust, check_server=check) as client:
+            assert (await client.call("GetMeta", Empty(), kms.GetMetaResponse)).ca_cert == "é"
+            with pytest.raises(RpcError):
+                await client.call("Nope", Empty(), Empty)
+            with pytest.raises(VerificationError, match="not attested"):
+                await client.call("Nope", Empty(), Empty)
+    assert shown == [identity.der] * 3
+
+
+async def test_client_shows_no_certificate_without_tls() -> None:
+    shown: list[bytes | None] = []
+
+    async def check(der: bytes | None) -> None:
+        shown.append(der)
+
+    async with (
+        served(application(Toy(), "guest")) as server,
+        PrpcClient(server.url, timeout=5, check_server=check) as client,
+    ):
+        await client.call("Version", Empty(), guest.WorkerVersion)
+    assert shown == [None]
+
+
+async def test_client_names_tls_where_the_server_is_not_trusted(identity: Identity) -> None:
+    async with (
+        served(application(Toy(), "kms"), tls=server_tls(identity)) as server,
+        PrpcClient(server.url, timeout=5) as client,
+    ):
+        with pytest.raises(TransportError) as caught:
+            await client.call("prpc/GetMeta", Empty(), kms.GetMetaResponse)
+    assert caught.value.cause.startswith("TLS: ")
+    assert "self-signed certificate" in caught.value.cause
+
+
+async def test_client_names_tls_where_its_own_certificate_is_refused(
+    identity: Identity, tmp_path: Path
+) -> None:
+    other = self_signed(tmp_path, "other")
+    context = ssl.create_default_context(cafile=identity.cert_file)
+    context.load_cert_chain(other.cert_file, other.key_file)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2  # in 1.3 the client is through before it is refused
+    tls = server_tls(identity, client_ca=self_signed(tmp_path, "ca"))
+    async with (
+        served(application(Toy(), "kms"), tls=tls) as server,
+        PrpcClient(server.url, timeout=5, ssl=context) as client,
+    ):
+        with pytest.raises(TransportError) as caught:
+            await client.call("prpc/GetMeta", Empty(), kms.GetMetaResponse)
+    # The alert may come, or the connection end before it: that is up to asyncio and the system.
+    assert caught.value.cause.startswith("TLS: ") or caught.value.cause == "Connection reset by peer"
+
+
+async def test_the_context_sees_the_clients_certificate(identity: Identity, tmp_path: Path) -> None:
+    mine = self_signed(tmp_path, "client")
+    seen = []
+
+    async def note(request: web.Request) -> web.Request:
+        assert request.transport is not None
+        seen.append(request.transport.get_extra_info("ssl_object").getpeercert(binary_form=True))
+        return request
+
+    context = ssl.create_default_context(cafile=identity.cert_file)
+    context.load_cert_chain(mine.cert_file, mine.key_file)
+    app = application(Toy(), "kms", context=note)
+    async with (
+        served(app, tls=server_tls(identity, client_ca=mine)) as server,
+        PrpcClient(server.url, timeout=5, ssl=context) as client,
+    ):
+        await client.call("prpc/GetMeta", Empty(), kms.GetMetaResponse)
+    assert seen == [mine.der]
+
+
+# ---- Listening -------------------------------------------------------------------------------------------
+
+
+def test_bind_tcp_of_a_taken_port_names_address_cause_and_setting() -> None:
+    with bind_tcp("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ListenError) as caught:
+            bind_tcp("127.0.0.1", port, setting="core.onboard.port")
+    assert str(caught.value) == (
+        f"cannot listen on 127.0.0.1:{port}: the address is in use (set by core.onboard.port)"
+    )
+    assert caught.value.setting == "core.onboard.port"
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "cause"),
+    [
+        ("192.0.2.1", 0, "192.0.2.1:0: this machine has no such address"),
+        ("no host.invalid", 0, "no host.invalid:0: no such address"),
+        ("127.0.0.1", 65536, "127.0.0.1:65536: the port is not in 0 to 65535"),
+    ],
+)
+def test_bind_tcp_of_an_impossible_address_names_the_cause(host: str, port: int, cause: str) -> None:
+    with pytest.raises(ListenError, match=re.escape(f"cannot listen on {cause}")):
+        bind_tcp(host, port)
+
+
+def test_bind_unix_replaces_a_socket_file_that_nobody_listens_on(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    bind_unix(path).close()
+    assert path.is_socket()
+    with bind_unix(path) as sock, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        assert sock.getsockname() == str(path)
+
+
+def test_bind_unix_leaves_a_live_socket_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    with bind_unix(path):
+        with pytest.raises(
+            ListenError, match=r"unix:.*/s\.sock: another process listens there \(set by X\)$"
+        ):
+            bind_unix(path, setting="X")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+
+
+def test_bind_unix_leaves_other_files_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    path.write_text("mine")
+    with pytest.raises(ListenError, match="a file that is not a socket is there"):
+        bind_unix(path)
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [("x" * 200, "the path is too long for a socket"), ("none/s.sock", "its folder does not exist")],
+)
+def test_bind_unix_of_an_impossible_path_names_the_cause(tmp_path: Path, name: str, cause: str) -> None:
+    with pytest.raises(ListenError, match=cause):
+        bind_unix(tmp_path / name)
+
+
+async def test_a_bound_socket_takes_connections_before_it_is_served() -> None:
+    sock = bind_tcp("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*sock.getsockname())
+    writer.write(raw("POST", "/Version?json"))
+    async with served(application(Toy(), "guest"), sock):
+        assert (await read_answer(reader)).status == 200
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")]
+)
+async def test_the_url_of_a_server_is_one_to_connect_to(host: str, shown: str) -> None:
+    try:
+        sock = bind_tcp(host, 0)
+    except ListenError:
+        pytest.skip(f"this machine has no {host}")
+    async with served(application(Toy(), "guest"), sock) as server:
+        assert server.url == f"http://{shown}:{sock.getsockname()[1]}"
+        assert (await post(server, "/Version?json")).status == 200
+
+
+async def test_close_ends_idle_connections_at_once_and_removes_the_socket_file(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    server = await serve(application(Toy(), "guest"), bind_unix(path))
+    reader, writer = await connect(server)
+    writer.write(raw("POST", "/Version?json"))
+    await read_answer(reader)
+    begun = asyncio.get_running_loop().time()
+    await server.close()
+    assert asyncio.get_running_loop().time() - begun < GRACE / 2
+    assert await reader.read() == b""
+    assert not path.exists()
+    writer.close()
+
+
+async def test_close_lets_a_call_in_progress_finish() -> None:
+    toy = Toy()
+    server = await serve(application(toy, "guest"), bind_tcp("127.0.0.1", 0))
+    reader, writer = await connect(server)
+    writer.write(raw("POST", "/GetQuote?json", b'{"report_data":"07"}'))
+    await toy.started.wait()
+    closing = asyncio.create_task(server.close())
+    toy.may_answer.set()
+    assert json.loads((await read_answer(reader)).body)["report_data"] == "07"
+    await closing
+    writer.close()
+
+
+async def test_close_keeps_a_socket_file_that_another_server_put_there(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    first = await serve(application(Toy(), "guest"), bind_unix(path))
+    os.rename(path, tmp_path / "moved")
+    async with served(application(Toy(), "guest"), bind_unix(path)) as second:
+        await first.close()
+        assert (await post(second, "/Version?json")).status == 200
+
+
+async def test_serve_closes_the_socket_where_the_application_does_not_start() -> None:
+    async def fail(app: web.Application) -> None:
+        raise ToyError("no")
+
+    app = application(Toy(), "guest")
+    app.on_startup.append(fail)
+    sock = bind_tcp("127.0.0.1", 0)
+    with pytest.raises(ToyError):
+        await serve(app, sock)
+    assert sock.fileno() == -1

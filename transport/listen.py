@@ -1,0 +1,214 @@
+"""Listening sockets, and serving an application on one.
+
+Binding stands apart from serving: a bound socket already listens, so its address is known and clients may
+connect before the application is up, and a port that is taken is known before anything else is started.
+
+Serving differs from aiohttp's own in three points, all needed by real clients: a client that shuts down its
+sending side still gets its answers, Content-Encoding of a request is not undone (upstream ignores it), and
+closing does not wait for clients that keep their connections open.
+
+Not here: TLS settings (an ssl.SSLContext is the caller's), file permissions (the caller's umask).
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import ssl
+import stat
+from pathlib import Path
+from typing import Any, Final
+
+from aiohttp import web
+from aiohttp.streams import StreamReader
+
+GRACE: Final = 2.0
+"""Seconds that calls in progress get to finish when a server is closed."""
+
+_BACKLOG: Final = 1024
+
+
+class ListenError(Exception):
+    """An address that cannot be listened on: which, why, and the setting that names it where one is known."""
+
+    def __init__(self, address: str, cause: str, setting: str = "") -> None:
+        super().__init__(f"cannot listen on {address}: {cause}" + (f" (set by {setting})" if setting else ""))
+        self.address = address
+        self.cause = cause
+        self.setting = setting
+
+
+def bind_tcp(host: str, port: int, *, setting: str = "") -> socket.socket:
+    """Bind and listen on a TCP address; port 0 takes a free one. Errors name `setting`, if given."""
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if not 0 <= port <= 65535:  # getaddrinfo would cut it to 16 bits
+        raise ListenError(address, "the port is not in 0 to 65535", setting)
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
+        raise ListenError(address, f"no such address: {error}", setting) from error
+    family, kind, protocol, _, target = found[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(target)
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ListenError(address, _why(error), setting) from error
+    return sock
+
+
+def bind_unix(path: str | os.PathLike[str], *, setting: str = "") -> socket.socket:
+    """Bind and listen on a socket file.
+
+    A socket file that nobody listens on any more is replaced. One that answers, or a file of another kind, is
+    left alone and refused. The folder has to exist.
+    """
+    path = os.path.abspath(path)
+    address = f"unix:{path}"
+    _remove_stale(path, address, setting)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(path)
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ListenError(address, _why(error), setting) from error
+    return sock
+
+
+def _remove_stale(path: str, address: str, setting: str) -> None:
+    try:
+        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ListenError(address, _why(error), setting) from error
+    if not is_socket:
+        raise ListenError(address, "a file that is not a socket is there", setting)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # a listener with a full backlog would block
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise ListenError(address, f"a socket is there: {_why(error)}", setting) from error
+    raise ListenError(address, "another process listens there", setting)
+
+
+def _why(error: OSError) -> str:
+    if (
+        error.errno is None
+    ):  # the only error of bind that Python raises itself: a path too long for the system
+        return f"the path is too long for a socket ({error})"
+    reasons = {
+        errno.EADDRINUSE: "the address is in use",
+        errno.EADDRNOTAVAIL: "this machine has no such address",
+        errno.EACCES: "permission denied",
+        errno.ENOENT: "its folder does not exist",
+    }
+    return reasons.get(error.errno) or os.strerror(error.errno)
+
+
+class Server:
+    """An application being served. Made by `serve`."""
+
+    def __init__(self, runner: web.AppRunner, sock: socket.socket, secure: bool) -> None:
+        self._runner = runner
+        self._file: tuple[Path, int] | None = None
+        if sock.family == socket.AF_UNIX:
+            path = Path(sock.getsockname())
+            self._file = (path, path.stat().st_ino)
+            self._url = f"unix:{path}"
+        else:
+            host, port = sock.getsockname()[:2]
+            # An unspecified address is one to listen on, not one to connect to.
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+            self._url = f"{'https' if secure else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches it: `http(s)://host:port` or `unix:/path`."""
+        return self._url
+
+    async def close(self) -> None:
+        """Stop listening, give calls in progress GRACE to finish, close all connections, remove the file."""
+        await self._runner.cleanup()
+        if self._file is not None:
+            path, inode = self._file
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_ino == inode:  # not the one that another server put there since
+                    path.unlink()
+
+
+async def serve(
+    app: web.Application, sock: socket.socket, ssl_context: ssl.SSLContext | None = None
+) -> Server:
+    """Start an application on a bound socket, which it owns from here on."""
+    runner = _Runner(app, shutdown_timeout=GRACE)
+    try:
+        server = Server(runner, sock, ssl_context is not None)
+        await runner.setup()
+        await web.SockSite(runner, sock, ssl_context=ssl_context, backlog=_BACKLOG).start()
+    except BaseException:
+        await runner.cleanup()
+        sock.close()
+        raise
+    return server
+
+
+# ---- Half-closed connections -----------------------------------------------------------------------------
+# aiohttp closes a connection at once when the client shuts down its sending side, answered or not: a client
+# that writes a request, shuts down and then reads would get nothing. What follows reaches into aiohttp's request
+# loop, for which it has no public hook; tests/test_transport.py holds it to the behaviour.
+
+
+class _Runner(web.AppRunner):
+    async def _make_server(self) -> web.Server:
+        server = await super()._make_server()
+        return _HalfCloseServer(server.request_handler, request_factory=server.request_factory)
+
+
+class _HalfCloseServer(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(self, loop=asyncio.get_running_loop(), access_log=None, auto_decompress=False)
+
+
+class _Connection(web.RequestHandler):
+    """Answers what has been asked in full before the client's end of file, then closes."""
+
+    __slots__ = ("_half_closed", "_last_body")
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._half_closed = False
+        self._last_body: StreamReader | None = None
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._messages:
+            self._last_body = self._messages[-1][1]
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # aiohttp narrows asyncio's own type
+        """Keep the connection (True) while a request that came in whole waits for its answer."""
+        idle = self._waiter is not None and not self._waiter.done()
+        if self._last_body is None or not self._last_body.is_eof() or idle or self.ssl_context is not None:
+            return None  # TLS has no half-closed connections in asyncio
+        self._half_closed = True
+        if not self._messages:
+            self.close()  # after the request in progress
+        return True
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        finished = await super().finish_response(request, resp, start_time)
+        if self._half_closed and not self._messages:
+            self.close()
+        return finished

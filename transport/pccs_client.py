@@ -1,0 +1,115 @@
+"""Fetching collateral from a PCCS, and judging evidence with it.
+
+Four requests for each verification, as the real KMS makes them, so a platform that is revoked at the PCCS is refused at
+the very next call; an ETag makes the answer to an unchanged document short. Nothing is trusted for having been cached:
+`attest.verify` checks signatures and dates every time. Source: `dcap-qvl` src/collateral.rs at 0.7.0; dstack
+`dstack-attest/src/attestation.rs:181` at 312dc605.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import aiohttp
+from dcap_qvl import QuoteCollateralV3
+
+from attest.attestation import Attestation
+from attest.collateral import (
+    PCK_CRL_ISSUER_HEADER,
+    QE_IDENTITY_ISSUER_HEADER,
+    TCB_INFO_ISSUER_HEADERS,
+    CollateralKey,
+    Document,
+    assemble,
+)
+from attest.errors import AttestError, VerificationError
+from attest.verify import TrustAnchor, VerifiedAttestation, require_bound_to_key, verify_attestation
+from transport.client import TransportError, describe_failure
+
+Clock = Callable[[], int]
+"""Unix seconds, now."""
+
+DEFAULT_TIMEOUT = 10.0
+MAX_DOCUMENT = 1024 * 1024
+_ISSUER_HEADERS = (PCK_CRL_ISSUER_HEADER, *TCB_INFO_ISSUER_HEADERS, QE_IDENTITY_ISSUER_HEADER)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cached:
+    etag: str
+    document: Document
+
+
+class PccsClient:
+    """One PCCS, asked over kept-alive connections. Close it."""
+
+    def __init__(self, base_url: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        self.base_url = base_url.rstrip("/")
+        self._seconds = timeout
+        self._session: aiohttp.ClientSession | None = None
+        self._documents: dict[str, _Cached] = {}
+        self._assembled: dict[CollateralKey, tuple[tuple[Document, ...], QuoteCollateralV3]] = {}
+
+    async def collateral(self, quote: bytes) -> QuoteCollateralV3:
+        """Ask for what this quote needs; raise `TransportError` naming the URL, or `FormatError` for an answer that is none."""
+        key = CollateralKey.of_quote(quote)
+        documents = tuple(await asyncio.gather(*(self._fetch(path) for path in key.requests())))
+        known = self._assembled.get(key)
+        if known is not None and all(a is b for a, b in zip(known[0], documents, strict=True)):
+            return known[1]
+        collateral = assemble(*documents)
+        self._assembled[key] = (documents, collateral)
+        return collateral
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def _fetch(self, path: str) -> Document:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=self._seconds), cookie_jar=aiohttp.DummyCookieJar()
+            )
+        url = self.base_url + path
+        cached = self._documents.get(path)
+        headers = {"If-None-Match": cached.etag} if cached else {}
+        try:
+            async with self._session.get(url, headers=headers) as response:
+                if response.status == 304 and cached:
+                    return cached.document
+                if response.status != 200:
+                    raise TransportError(url, f"PCCS status {response.status}, 200 expected")
+                body = b""
+                async for chunk in response.content.iter_any():
+                    body += chunk
+                    if len(body) > MAX_DOCUMENT:
+                        raise TransportError(url, f"the answer is longer than {MAX_DOCUMENT} bytes")
+                chain = next((response.headers[h] for h in _ISSUER_HEADERS if h in response.headers), "")
+                document = Document(body, chain)
+                if etag := response.headers.get("ETag"):
+                    self._documents[path] = _Cached(etag, document)
+                return document
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise TransportError(url, describe_failure(error, self._seconds)) from error
+
+
+class AttestationVerifier:
+    """Judges evidence under one root, with collateral of one PCCS, at the time of one clock."""
+
+    def __init__(self, pccs: PccsClient, anchor: TrustAnchor, clock: Clock) -> None:
+        self.pccs, self.anchor, self.clock = pccs, anchor, clock
+
+    async def verify(self, attestation: Attestation) -> VerifiedAttestation:
+        """Verify evidence; raise `VerificationError`, its cause in upstream's words (a PCCS that is down among them)."""
+        try:
+            collateral = await self.pccs.collateral(attestation.quote)
+        except (TransportError, AttestError) as error:
+            raise VerificationError(f"failed to verify TDX quote: {error}") from error
+        return verify_attestation(attestation, collateral, self.anchor, self.clock())
+
+    async def verify_bound(self, attestation: Attestation, spki: bytes) -> VerifiedAttestation:
+        """Verify evidence that must bind a TLS key (SPKI DER): the binding first, then the evidence, as upstream."""
+        require_bound_to_key(attestation, spki)
+        return await self.verify(attestation)

@@ -1,0 +1,159 @@
+"""pRPC over HTTP: puts the RPCs of a service table under a path of an aiohttp application.
+
+One order for every call, as upstream: context (who asks; for a KMS that verifies the client certificate's
+attestation), body, name, decode, handler, encode. What the caller may know is an HTTP 400 with the text of
+the error, whatever went wrong; the rest is logged here and answered without details.
+
+Not here: sockets (transport/listen.py), encodings (attest/prpc.py), and any service.
+
+Source of truth: Dstack-TEE/dstack, branch next at 312dc605, dstack/ra-rpc/src/rocket_helper.rs, and recorded
+answers of the real programs.
+"""
+
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Final, TypeVar
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from attest.errors import AttestError
+from attest.prpc import (
+    BINARY_TYPE,
+    JSON_TYPE,
+    decode_binary,
+    decode_json,
+    decode_query,
+    encode_binary,
+    encode_json,
+    error_body,
+    trim_prefix,
+    wants_json,
+)
+from transport.service import ServiceTable
+
+C = TypeVar("C")
+
+MAX_BODY: Final = 10 * 1024 * 1024
+"""Bytes of a request body: so many are accepted, one more is not."""
+
+_log = logging.getLogger(__name__)
+_MOUNTS: Final = web.AppKey("prpc_mounts", set[str])
+
+
+class _CallError(Exception):
+    """A call that reaches no handler; the text is for the caller."""
+
+
+def add_prpc(
+    app: web.Application,
+    mount: str,
+    table: ServiceTable[C],
+    context: Callable[[web.Request], Awaitable[C]],
+    *,
+    errors: tuple[type[Exception], ...],
+    trim: bool = True,
+) -> None:
+    """Serve `table` at POST and GET `<mount>/<Method>`; `mount` is empty or starts with a slash.
+
+    `context` is awaited first, before the body is read. An exception of `errors`, or an AttestError, from it
+    or from a handler becomes an HTTP 400 with its text; a web.HTTPException keeps its own status; any other
+    is logged with its traceback and answered by its type's name alone. Without `trim`, names that carry the
+    table's prefix are unknown.
+
+    The application's answer to what nobody serves becomes upstream's page: 404 also for a wrong verb, and 422
+    for a mount without a method. A page of the owner's own at `<mount>/` goes before it.
+    """
+    prefix = table.prefix if trim else ""
+    refusals: tuple[type[Exception], ...] = (_CallError, AttestError, *errors)
+
+    async def call(request: web.Request) -> web.Response:
+        verb = "GET" if request.method == "HEAD" else request.method
+        query = request.rel_url.raw_query_string
+        name = trim_prefix(request.match_info["method"], prefix)
+        as_json = wants_json(verb, query)
+        try:
+            ctx = await context(request)
+            body = b"" if verb == "GET" else await _read_body(request)
+            as_json = wants_json(verb, query, request.headers.get("Content-Type"))
+            rpc = table.rpcs.get(name)
+            if rpc is None:
+                raise _CallError(f"Service not found: {name}")
+            if verb == "GET":
+                message = decode_query(rpc.request_type, query)
+            else:
+                message = (decode_json if as_json else decode_binary)(rpc.request_type, body)
+            answer = await rpc.handler(ctx, message)
+            return _respond(200, encode_json(answer) if as_json else encode_binary(answer), as_json)
+        except refusals as error:
+            return _respond(400, error_body(str(error), as_json), as_json)
+        except web.HTTPException:
+            raise
+        except Exception as error:
+            _log.exception("%s%s failed", table.prefix, name)
+            return _respond(400, error_body(f"internal error: {type(error).__name__}", as_json), as_json)
+
+    if _MOUNTS not in app:
+        app[_MOUNTS] = set()
+        app.middlewares.append(_answer_unserved)
+    app[_MOUNTS].add(f"{mount}/")
+    # Slashes before the method count once, however many there are.
+    path = mount + "/{_:/*}{method:[^/]+}"
+    app.router.add_post(path, call)
+    app.router.add_get(path, call)
+
+
+async def _read_body(request: web.Request) -> bytes:
+    chunks = []
+    size = 0
+    try:
+        async for chunk in request.content.iter_any():
+            size += len(chunk)
+            if size > MAX_BODY:
+                raise _CallError("failed to read data: payload too large")
+            chunks.append(chunk)
+    except (web.RequestPayloadError, ConnectionError) as error:
+        raise _CallError("failed to read data: the body broke off") from error
+    return b"".join(chunks)
+
+
+def _respond(status: int, body: bytes, as_json: bool) -> web.Response:
+    return web.Response(
+        status=status, body=body, headers={"Content-Type": JSON_TYPE if as_json else BINARY_TYPE}
+    )
+
+
+@web.middleware
+async def _answer_unserved(request: web.Request, handler: Handler) -> web.StreamResponse:
+    if request.match_info.http_exception is None:
+        return await handler(request)
+    at_mount = request.path in request.app[_MOUNTS] and request.method in ("GET", "HEAD", "POST")
+    return _page(HTTPStatus.UNPROCESSABLE_ENTITY if at_mount else HTTPStatus.NOT_FOUND, request)
+
+
+def _page(status: HTTPStatus, request: web.Request) -> web.Response:
+    if _prefers_json(request.headers.get("Accept", "")):
+        error = {"code": status.value, "reason": status.phrase, "description": status.description}
+        return web.Response(
+            status=status, body=json.dumps({"error": error}, indent=2).encode(), content_type=JSON_TYPE
+        )
+    title = f"{status.value} {status.phrase}"
+    page = f"<!DOCTYPE html>\n<html><head><title>{title}</title></head><body><h1>{title}</h1></body></html>\n"
+    return web.Response(status=status, text=page, content_type="text/html")
+
+
+def _prefers_json(accept: str) -> bool:
+    """Whether JSON is the first choice of an Accept header: highest q, then no wildcard, then first named."""
+    best, best_rank = "", (0.0, 0)
+    for choice in accept.split(","):
+        kind, *parameters = (part.strip().lower() for part in choice.split(";"))
+        quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+        try:
+            rank = (float(quality), -kind.count("*"))
+        except ValueError:
+            continue
+        if rank > best_rank:
+            best, best_rank = kind, rank
+    return best == JSON_TYPE
