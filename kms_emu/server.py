@@ -19,6 +19,7 @@ from attest.attestation import Attestation
 from attest.certificate import CertificateAuthority, attestation_of, certificate_spki, load_der
 from attest.verify import TrustAnchor
 from attest.version import REVISION, UPSTREAM
+from kms_emu.admin import admin_app
 from kms_emu.auth_api import AuthApi, DevAuth, WebhookAuth
 from kms_emu.cert_dir import ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT, CertDir
 from kms_emu.config import Core, KmsConfig
@@ -70,7 +71,11 @@ def auth_api(core: Core) -> AuthApi:
 
 
 class KmsServer:
-    """One KMS. `start` returns when it answers; `wait` until it ended, raising what it ended with; `stop` ends it."""
+    """One KMS. `start` returns when it answers; `wait` until it ended, raising what it ended with; `stop` ends it.
+
+    `agent_address` is where its guest agent listens; `clock` is what evidence is judged by, `issue_clock` what certificates
+    are dated by (the same unless given); `sock` a bound socket to serve on; `admin_token` what the admin listener asks for.
+    """
 
     def __init__(
         self,
@@ -81,9 +86,13 @@ class KmsServer:
         clock: Clock,
         issue_clock: Clock | None = None,
         sock: socket.socket | None = None,
+        admin_token: str | None = None,
     ) -> None:
-        self.config, self.phase = config, "starting"
+        self.config = config
+        self.phase: Phase = "starting"
         core = config.core
+        self._admin_token = admin_token
+        self._admin_server: Server | None = None
         self._folder = CertDir(core.cert_dir)
         self._pccs = PccsClient(core.pccs)
         self._env = Environment(
@@ -158,8 +167,9 @@ class KmsServer:
 
     async def _close(self) -> None:
         self.phase = "stopped"
-        if self._server is not None:
-            await self._server.close()
+        for server in (self._server, self._admin_server):
+            if server is not None:
+                await server.close()
         if self._sock is not None:
             self._sock.close()
         await self._env.agent.close()
@@ -236,10 +246,21 @@ class KmsServer:
         if env.core.metrics.enabled:
             app.router.add_get("/metrics", metrics.render)
         add_prpc(app, "/prpc", kms_table(KmsService(env, kms_keys)), caller_of(env.verifier), errors=(KmsError,))
-        self._server = await serve(app, self._sock, self._tls_context())
+        tls_context = self._tls_context()
+        await self._serve_admin()
+        self._server = await serve(app, self._sock, tls_context)
         self.phase = "runtime"
         self._runtime.set()
         log.info("runtime phase at %s", self.url)
+
+    async def _serve_admin(self) -> None:
+        admin, image = self.config.core.admin, self.config.core.image
+        if not admin.enabled:
+            return
+        if self._admin_token is None:
+            log.warning("core.admin.insecure_no_auth = true: the admin listener asks for no credential")
+        sock = bind_tcp(admin.address, admin.port, setting="core.admin.address and core.admin.port")
+        self._admin_server = await serve(admin_app(image.cache_dir, self._admin_token), sock)
 
     async def _reissue_certificates(self) -> KmsKeys:
         """Issue the RPC certificate over fresh evidence, and anew each CA certificate that is about to expire."""

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from attest.errors import AttestError
 from attest.version import EMULATOR, UPSTREAM
+from kms_emu.admin import admin_token
 from kms_emu.config import KmsConfig
 from kms_emu.errors import ConfigError, KmsError
 from kms_emu.guest_agent import DEFAULT_ADDRESS
@@ -180,7 +181,8 @@ def _kms(arguments: argparse.Namespace) -> int:
 
 async def _run_kms(config: KmsConfig, agent: str) -> int:
     stop = _stop_on_signals()
-    kms = KmsServer(config, agent, entropy=os.urandom, clock=wall_clock)
+    token = admin_token(config.core.admin, os.environ) if config.core.admin.enabled else None
+    kms = KmsServer(config, agent, entropy=os.urandom, clock=wall_clock, admin_token=token)
     await kms.start()
     print(f"KMS ({kms.phase} phase) at {kms.url}. {WARNING}", file=sys.stderr, flush=True)
     waiting, stopping = asyncio.create_task(kms.wait()), asyncio.create_task(stop.wait())

@@ -394,7 +394,7 @@ async def test_an_unexpected_error_is_logged_and_answered_without_details(
             answer = await post(server, "/Broken?json")
     assert answer.body == b'{\n  "error": "internal error: ValueError"\n}'
     (record,) = [r for r in caplog.records if r.name == "transport.prpc_server"]
-    assert record.getMessage() == "DstackGuest.Broken failed"
+    assert record.getMessage() == "'DstackGuest.Broken' failed"
     assert record.exc_info is not None
 
 
@@ -1006,6 +1006,19 @@ async def test_close_lets_a_call_in_progress_finish() -> None:
     toy.may_answer.set()
     assert json.loads((await read_answer(reader)).body)["report_data"] == "07"
     await closing
+    writer.close()
+
+
+async def test_close_does_not_wait_for_a_call_that_never_ends() -> None:
+    toy = Toy()
+    server = await serve(application(toy, "guest"), bind_tcp("127.0.0.1", 0))
+    reader, writer = await connect(server)
+    writer.write(raw("POST", "/GetQuote?json"))
+    await toy.started.wait()
+    begun = asyncio.get_running_loop().time()
+    await server.close()
+    assert asyncio.get_running_loop().time() - begun < GRACE + 1
+    assert await reader.read() == b""
     writer.close()
 
 

@@ -24,7 +24,7 @@ from aiohttp import web
 from aiohttp.streams import StreamReader
 
 GRACE: Final = 2.0
-"""Seconds that calls in progress get to finish when a server is closed."""
+"""Seconds that closing a server takes at most; calls in progress get half of them to finish."""
 
 _BACKLOG: Final = 1024
 
@@ -138,7 +138,7 @@ class Server:
         return self._url
 
     async def close(self) -> None:
-        """Stop listening, give calls in progress GRACE to finish, close all connections, remove the file."""
+        """Stop listening, let calls in progress finish (see GRACE), close connections, remove the file."""
         await self._runner.cleanup()
         if self._file is not None:
             path, inode = self._file
@@ -151,7 +151,8 @@ async def serve(
     app: web.Application, sock: socket.socket, ssl_context: ssl.SSLContext | None = None
 ) -> Server:
     """Start an application on a bound socket, which it owns from here on."""
-    runner = _Runner(app, shutdown_timeout=GRACE)
+    # aiohttp waits this long twice: for a handler to finish, and for it to end once it is cancelled.
+    runner = _Runner(app, shutdown_timeout=GRACE / 2)
     try:
         server = Server(runner, sock, ssl_context is not None)
         await runner.setup()
@@ -165,8 +166,8 @@ async def serve(
 
 # ---- Half-closed connections -----------------------------------------------------------------------------
 # aiohttp closes a connection at once when the client shuts down its sending side, answered or not: a client
-# that writes a request, shuts down and then reads would get nothing. What follows reaches into aiohttp's request
-# loop, for which it has no public hook; tests/test_transport.py holds it to the behaviour.
+# that writes a request, shuts down and then reads would get nothing. What follows reaches into aiohttp's
+# request loop, for which it has no public hook; tests/test_transport.py holds it to the behaviour.
 
 
 class _Runner(web.AppRunner):

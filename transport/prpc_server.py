@@ -92,7 +92,7 @@ def add_prpc(
         except web.HTTPException:
             raise
         except Exception as error:
-            _log.exception("%s%s failed", table.prefix, name)
+            _log.exception("%r failed", table.prefix + name)  # the name may be anything
             return _respond(400, error_body(f"internal error: {type(error).__name__}", as_json), as_json)
 
     if _MOUNTS not in app:

@@ -1,0 +1,62 @@
+"""A stack as a user runs it: the command in a process of its own, on free ports, asked over its sockets."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.vectors import ROOT
+
+READY_TIMEOUT = 30
+
+
+class RunningStack:
+    """What a ready `dstack-emu up --json` printed, and curl to ask it with."""
+
+    def __init__(self, description: dict[str, Any]) -> None:
+        self.description = description
+        self.services: dict[str, str] = description["services"]
+        self.policies = {side: Path(path) for side, path in description["policies"].items()}
+
+    def curl(self, url: str, *arguments: str) -> tuple[int, str]:
+        """Ask with curl as a person would (`-k`: certificates are checked where a test says so); return status and body."""
+        command = ["curl", "-sk", "--max-time", "20", "-w", "\n%{http_code}", *arguments, url]
+        out = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
+        body, _, status = out.rpartition("\n")
+        return int(status), body
+
+    def rpc(self, service: str, method: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        """POST one pRPC in JSON at /prpc of a service; return status and parsed body."""
+        scheme, rest = self.services[service].split("://")
+        if service.startswith("kms") and not method.startswith("Onboard."):
+            scheme = "https"  # the port speaks TLS once the onboard phase is over
+        content = ("-H", "Content-Type: application/json", "-d", json.dumps(body or {}))
+        status, text = self.curl(f"{scheme}://{rest}/prpc/{method}?json", "-X", "POST", *content)
+        return status, json.loads(text)
+
+
+@contextmanager
+def running_stack(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[RunningStack]:
+    """Run `dstack-emu up --json --free-ports …` until the block ends."""
+    command = [sys.executable, "-m", "stack", "up", "--json", "--free-ports", *arguments]
+    env = {**os.environ, **(environment or {})}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        line = process.stdout.readline()
+        if not line:
+            process.wait(READY_TIMEOUT)
+            raise AssertionError(f"the stack ended with {process.returncode}: {process.stderr.read()}")
+        yield RunningStack(json.loads(line))
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
