@@ -1,6 +1,7 @@
-"""The dstack attestation protocol as pure functions over bytes: quotes, event logs, evidence, certificates, keys, codecs.
+"""The dstack attestation protocol as pure functions over bytes: quotes, event logs, evidence, certificates, keys,
+codecs.
 
-Nothing here opens a socket, reads a clock, an environment variable or a file: time, keys and bytes come in as arguments.
-Who forges evidence (`simulator`) and who judges it (`kms_emu`) both build on this package, and vectors recorded from real
-hardware keep it honest.
+Nothing here opens a socket, reads a clock, an environment variable or a file: time, keys and bytes come in as
+arguments. Who forges evidence (`simulator`) and who judges it (`kms_emu`) both build on this package, and vectors
+recorded from real hardware keep it honest.
 """

@@ -28,7 +28,10 @@ _ZERO_48: Final = bytes(48)
 
 @dataclass(frozen=True, slots=True)
 class AppInfo:
-    """Identity and measurements of one trust domain. Hashes are 32 bytes; app and instance id 20 (an instance id may be empty)."""
+    """Identity and measurements of one trust domain.
+
+    Hashes are 32 bytes, app and instance id 20; an instance id may be empty.
+    """
 
     app_id: bytes
     compose_hash: bytes
@@ -131,14 +134,15 @@ def mr_system(report: TdReport, key_provider_info: bytes) -> bytes:
 def mr_aggregated(report: TdReport, rtmr3: bytes) -> bytes:
     """SHA-256 over MRTD, RTMR0 to 2 and the replayed RTMR3; then the three owner fields unless all of them are zero."""
     owner = (report.mr_config_id, report.mr_owner, report.mr_owner_config)
-    parts = (report.mr_td, *report.rtmrs[:3], rtmr3)
-    if any(field != _ZERO_48 for field in owner):
-        parts += owner
-    return hashlib.sha256(b"".join(parts)).digest()
+    counted = owner if any(field != _ZERO_48 for field in owner) else ()
+    return hashlib.sha256(b"".join((report.mr_td, *report.rtmrs[:3], rtmr3, *counted))).digest()
 
 
 def os_image_hash(config: str) -> bytes:
-    """Read the OS image hash from a VM config, or from the `vm_config` text inside a larger config; empty without one."""
+    """Read the OS image hash from a VM config, or from the `vm_config` text inside a larger config.
+
+    Empty where neither names one. Raises `FormatError`.
+    """
     if not config:
         return b""
     try:

@@ -72,7 +72,9 @@ class Attestation:
     def _encode_v1(self) -> bytes:
         stack: dict[str, Any] = {
             "report_data": list(self.report_data),
-            "runtime_events": [_versioned({"event": e.event, "payload": e.payload}, e.version) for e in self.runtime_events],
+            "runtime_events": [
+                _versioned({"event": e.event, "payload": e.payload}, e.version) for e in self.runtime_events
+            ],
             "config": self.config,
         }
         if self.report_data_payload is not None:
@@ -185,7 +187,11 @@ def _from_document(document: Any) -> Attestation:
         quote=_field(evidence, "quote", _octets),
         event_log=tuple(_event_from_msgpack(item) for item in _field(evidence, "event_log", _sequence)),
         runtime_events=tuple(
-            RuntimeEvent(_field(item, "event", _text), _field(item, "payload", _octets), _field(item, "version", _event_version, 1))
+            RuntimeEvent(
+                _field(item, "event", _text),
+                _field(item, "payload", _octets),
+                _field(item, "version", _event_version, 1),
+            )
             for item in _field(claims, "runtime_events", _sequence)
         ),
         report_data=report_data,

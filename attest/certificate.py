@@ -8,6 +8,7 @@ Intel's hierarchy are the simulator's business. Reading a certificate proves not
 import datetime
 import hashlib
 import ipaddress
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -16,6 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from attest import der
 from attest.app_info import AppInfo
@@ -175,12 +177,17 @@ def usage_of(certificate: x509.Certificate) -> str | None:
 
 
 def _name(request: CertificateRequest) -> x509.Name:
-    # Upstream puts any text into the common name, empty or longer than X.520's 64 characters: so do we, unvalidated.
-    attributes = [x509.NameAttribute(x509.NameOID.COMMON_NAME, request.subject, _validate=False)]
+    attributes = [_attribute(x509.NameOID.COMMON_NAME, request.subject)]
     if request.organization is not None:
-        organization = x509.NameAttribute(x509.NameOID.ORGANIZATION_NAME, request.organization, _validate=False)
-        attributes.insert(0, organization)
+        attributes.insert(0, _attribute(x509.NameOID.ORGANIZATION_NAME, request.organization))
     return x509.Name(attributes)
+
+
+def _attribute(oid: x509.ObjectIdentifier, text: str) -> x509.NameAttribute[str]:
+    """Make an attribute of any text, as upstream: empty ones and those over X.520's 64 characters included."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # cryptography's about the length
+        return x509.NameAttribute(oid, text, _validate=False)
 
 
 def _serial(key: ec.EllipticCurvePublicKey) -> int:
@@ -193,7 +200,9 @@ def _moment(seconds: int, what: str) -> datetime.datetime:
     try:
         return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     except (OverflowError, ValueError, OSError) as error:
-        raise FormatError(f"{what}: a time that X.509 can hold expected (before the year 10000), got {seconds}") from error
+        raise FormatError(
+            f"{what}: a time that X.509 can hold expected (before the year 10000), got {seconds}"
+        ) from error
 
 
 def _sign(
@@ -227,8 +236,8 @@ def _extensions(request: CertificateRequest) -> list[tuple[x509.ExtensionType, b
     purposes = [
         oid
         for oid, wanted in (
-            (x509.ExtendedKeyUsageOID.SERVER_AUTH, request.server_auth),
-            (x509.ExtendedKeyUsageOID.CLIENT_AUTH, request.client_auth),
+            (ExtendedKeyUsageOID.SERVER_AUTH, request.server_auth),
+            (ExtendedKeyUsageOID.CLIENT_AUTH, request.client_auth),
         )
         if wanted
     ]

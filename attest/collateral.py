@@ -28,7 +28,7 @@ QE_IDENTITY_ISSUER_HEADER: Final = "SGX-Enclave-Identity-Issuer-Chain"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One answer of a PCCS: the body and the issuer chain from its header (percent-encoded PEM), empty where it has none."""
+    """One answer of a PCCS: the body, and the issuer chain from its header (percent-encoded PEM; empty without one)."""
 
     body: bytes
     issuer_chain: str = ""
@@ -51,7 +51,7 @@ class CollateralKey:
             raise FormatError(error_chain(error)) from error
 
     def requests(self) -> tuple[str, str, str, str]:
-        """Paths with queries of PCK CRL, TCB info, QE identity and root CA CRL, in the order that verifiers ask them."""
+        """Paths with queries of PCK CRL, TCB info, QE identity and root CA CRL, in the order of upstream's requests."""
         return (
             f"{PCK_CRL_PATH}?ca={self.ca}&encoding=der",
             f"{TCB_INFO_PATH}?fmspc={self.fmspc}",

@@ -16,7 +16,7 @@ from attest import scale
 from attest.app_info import decode_app_info
 from attest.attestation import Attestation, decode, from_quote_and_log
 from attest.certificate import CertificateRequest, load_spki
-from attest.errors import FormatError, VerificationError
+from attest.errors import VerificationError
 from attest.scale import Decoder
 
 CONFIRM: Final = "please sign cert:"
@@ -103,7 +103,7 @@ class SigningRequest:
         return cls(confirm, public_key, config, attestation, encoded)
 
     def certificate_request(self, *, usage: str, app_id: bytes | None = None) -> CertificateRequest:
-        """What a CA that grants this request issues. The app info is read from the evidence, which must be verified before."""
+        """What a CA that grants this request issues; the app info comes from the evidence, verified before."""
         config = self.config
         return CertificateRequest(
             public_key=load_spki(self.public_key),

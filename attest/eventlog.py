@@ -23,7 +23,10 @@ BOOT_MR_DONE: Final = "boot-mr-done"
 
 @dataclass(frozen=True, slots=True)
 class RuntimeEvent:
-    """An event that dstack itself measures into RTMR3. Version 2 hashes a canonical JSON text instead of joined bytes."""
+    """An event that dstack itself measures into RTMR3.
+
+    Version 2 hashes a canonical JSON text instead of joined bytes.
+    """
 
     event: str
     payload: bytes
@@ -43,7 +46,10 @@ class RuntimeEvent:
 
 @dataclass(frozen=True, slots=True)
 class TdxEvent:
-    """One line of the log: register (0 to 3), type, digest (48 bytes, or empty where it was stripped), name, payload."""
+    """One line of the log: register (0 to 3), type, digest, name, payload.
+
+    The digest is 48 bytes, or empty where it was stripped.
+    """
 
     imr: int
     event_type: int
@@ -144,7 +150,10 @@ def find_payload(events: Iterable[RuntimeEvent], name: str) -> bytes:
 
 
 def strip(log: Sequence[TdxEvent]) -> tuple[TdxEvent, ...]:
-    """Cut a log to what a certificate carries: the ACPI events whole, every IMR 3 event; the digest of runtime events emptied."""
+    """Cut a log to what a certificate carries.
+
+    The ACPI events whole, every IMR 3 event, the digest of runtime events emptied.
+    """
     out = []
     for event in log:
         if event.is_acpi_data:

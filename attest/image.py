@@ -16,7 +16,7 @@ specification vol. 3; payloads: TCG PC Client Platform Firmware Profile; kernel 
 
 import hashlib
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
@@ -26,6 +26,7 @@ from uuid import UUID
 import cbor2
 
 from attest.errors import FormatError
+from attest.eventlog import ACPI_PAYLOAD, TdxEvent, replay_register
 from attest.vmconfig import VmConfig
 
 MEASUREMENT_FILE = "measurement.tdx.cbor"
@@ -55,7 +56,6 @@ EV_EFI_PLATFORM_FIRMWARE_BLOB2 = 0x8000000A
 EV_EFI_HANDOFF_TABLES2 = 0x8000000B
 
 ACPI_EVENT_NAMES = ("acpi-loader", "acpi-rsdp", "acpi-tables")
-ACPI_EVENT_PAYLOAD = b"ACPI DATA"
 
 # sha384 of the three blobs that QEMU hands to the firmware, in the order of ACPI_EVENT_NAMES.
 AcpiDigests = tuple[bytes, bytes, bytes]
@@ -82,9 +82,7 @@ def sha256sum_txt(files: Mapping[str, bytes]) -> bytes:
     """
     if unknown := files.keys() - set(CHECKED_FILES):
         raise FormatError(f"no line in sha256sum.txt for {', '.join(sorted(unknown))}")
-    lines = [
-        f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in CHECKED_FILES if name in files
-    ]
+    lines = [f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in CHECKED_FILES if name in files]
     return "".join(lines).encode()
 
 
@@ -199,9 +197,7 @@ class ImageMeasurement:
         except (cbor2.CBORDecodeError, FormatError) as error:
             raise FormatError(f"TdxOsImageMeasurement: failed to decode CBOR: {error}") from error
         if version != MEASUREMENT_VERSION:
-            raise FormatError(
-                f"TdxOsImageMeasurement: unsupported version {version}, expected {MEASUREMENT_VERSION}"
-            )
+            raise FormatError(f"TdxOsImageMeasurement: unsupported version {version}, expected {MEASUREMENT_VERSION}")
         return measurement
 
 
@@ -233,9 +229,7 @@ def _patch_kernel(kernel: bytes, initrd_size: int, memory_size: int) -> bytes:
     patched = bytearray(kernel)
     (protocol,) = struct.unpack_from("<H", patched, 0x206)
     if protocol < 0x20C or not patched[0x211] & 0x01:
-        raise FormatError(
-            f"kernel boot protocol {protocol:#06x} loaded low, expected 0x020c or later, loaded high"
-        )
+        raise FormatError(f"kernel boot protocol {protocol:#06x} loaded low, expected 0x020c or later, loaded high")
     patched[0x210] = 0xB0  # type_of_loader: QEMU
     patched[0x211] |= 0x80  # loadflags: CAN_USE_HEAP
     struct.pack_into("<II", patched, 0x224, 0xFE00, 0x20000)  # heap_end_ptr, cmd_line_ptr
@@ -246,9 +240,7 @@ def _patch_kernel(kernel: bytes, initrd_size: int, memory_size: int) -> bytes:
     below_4g = _LOW_MEMORY if memory_size >= _HIGH_MEMORY else memory_size
     initrd_max = min(0xFFFF_FFFF if xloadflags & 0x40 else 0x37FF_FFFF, below_4g - _ACPI_DATA_SIZE - 1)
     if initrd_size >= initrd_max:
-        raise FormatError(
-            f"initrd is too large: {initrd_size} bytes, expected less than {max(initrd_max, 0)}"
-        )
+        raise FormatError(f"initrd is too large: {initrd_size} bytes, expected less than {max(initrd_max, 0)}")
     struct.pack_into("<II", patched, 0x218, (initrd_max - initrd_size) & ~0xFFF, initrd_size)
     return bytes(patched)
 
@@ -278,9 +270,7 @@ def _authenticode_sha384(pe: bytes) -> bytes:
     certificates_size = field("I", certificates + 4, "certificate table size")
     headers_size = field("I", optional + 60, "size of headers")
     if not certificates + 8 <= headers_size <= len(pe):
-        raise FormatError(
-            f"kernel PE: size of headers {headers_size}, expected {certificates + 8} to {len(pe)}"
-        )
+        raise FormatError(f"kernel PE: size of headers {headers_size}, expected {certificates + 8} to {len(pe)}")
 
     digest = hashlib.sha384(pe[:checksum])
     digest.update(pe[checksum + 4 : certificates])
@@ -332,9 +322,7 @@ class TdHobWitness:
         if len(numbers) > 3 + 2 * numbers[2]:
             raise FormatError("TD HOB witness has trailing bytes")
         base, hob = numbers[:2]
-        ranges = tuple(
-            (base + start, pages) for start, pages in zip(numbers[3::2], numbers[4::2], strict=True)
-        )
+        ranges = tuple((base + start, pages) for start, pages in zip(numbers[3::2], numbers[4::2], strict=True))
         if (base + hob) * _PAGE >= _ADDRESS_LIMIT:
             raise FormatError("TD HOB base address overflow")
         if any((start + pages) * _PAGE > _ADDRESS_LIMIT for start, pages in ranges):
@@ -422,21 +410,6 @@ def _leb128_numbers(data: bytes) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class BootEvent:
-    """One entry of the boot log: imr 0 to 2, the TCG event type, the 48 bytes extended, a name, the payload.
-
-    Firmware names no event; the guest names the three of ACPI data after the fact. The digest is of the
-    payload only for some events: a variable, a separator, an action.
-    """
-
-    imr: int
-    event_type: int
-    digest: bytes
-    event: str
-    event_payload: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class Registers:
     """MRTD and the three RTMRs that are final when user space starts, 48 bytes each."""
 
@@ -484,7 +457,7 @@ def require_lite_memory_size(memory_size: int) -> None:
 
 def boot_event_log(
     measurement: ImageMeasurement, vm_config: VmConfig, acpi_digests: AcpiDigests, kernel_size: int = 0
-) -> tuple[BootEvent, ...]:
+) -> tuple[TdxEvent, ...]:
     """List the boot events of IMR 0 to 2, payloads kept, in the order in which hardware logs them.
 
     kernel_size only fills a payload that no digest covers. Raises FormatError for a memory size that the
@@ -501,12 +474,10 @@ def boot_event_log(
     cmdline = _digest(measurement.cmdline_sha384, "image.kernel_cmdline_sha384")
 
     td_hob_table = b"\x09TdxTable\0" + struct.pack("<Q16sQ", 1, _TD_HOB_TABLE.bytes_le, witness.hob_address)
-    image_load = (
-        struct.pack("<4Q", _KERNEL_ADDRESS, kernel_size, 0, len(_KERNEL_DEVICE_PATH)) + _KERNEL_DEVICE_PATH
-    )
+    image_load = struct.pack("<4Q", _KERNEL_ADDRESS, kernel_size, 0, len(_KERNEL_DEVICE_PATH)) + _KERNEL_DEVICE_PATH
     return (
-        BootEvent(0, EV_EFI_HANDOFF_TABLES2, td_hob, "", td_hob_table),
-        BootEvent(0, EV_EFI_PLATFORM_FIRMWARE_BLOB2, _CFV_SHA384, "", _CFV_BLOB),
+        TdxEvent(0, EV_EFI_HANDOFF_TABLES2, td_hob, "", td_hob_table),
+        TdxEvent(0, EV_EFI_PLATFORM_FIRMWARE_BLOB2, _CFV_SHA384, "", _CFV_BLOB),
         *(
             _hashed(0, EV_EFI_VARIABLE_DRIVER_CONFIG, _variable(vendor, name))
             for vendor, name in (
@@ -519,17 +490,17 @@ def boot_event_log(
         ),
         _hashed(0, EV_SEPARATOR, bytes(4)),
         *(
-            BootEvent(0, EV_PLATFORM_CONFIG_FLAGS, digest, name, ACPI_EVENT_PAYLOAD)
+            TdxEvent(0, EV_PLATFORM_CONFIG_FLAGS, digest, name, ACPI_PAYLOAD)
             for name, digest in zip(ACPI_EVENT_NAMES, acpi_digests, strict=True)
         ),
-        BootEvent(1, EV_EFI_BOOT_SERVICES_APPLICATION, kernel, "", image_load),
+        TdxEvent(1, EV_EFI_BOOT_SERVICES_APPLICATION, kernel, "", image_load),
         # Unlike the driver variables above, of these two only the data is hashed.
         _boot_variable("BootOrder", bytes(2)),
         _boot_variable("Boot0000", _BOOT_0000),
         _hashed(1, EV_EFI_ACTION, b"Calling EFI Application from Boot Option"),
         _hashed(1, EV_SEPARATOR, bytes(4)),
-        BootEvent(2, EV_EVENT_TAG, cmdline, "", _LOAD_OPTIONS_TAG),
-        BootEvent(2, EV_EVENT_TAG, initrd, "", _INITRD_TAG),
+        TdxEvent(2, EV_EVENT_TAG, cmdline, "", _LOAD_OPTIONS_TAG),
+        TdxEvent(2, EV_EVENT_TAG, initrd, "", _INITRD_TAG),
         _hashed(1, EV_EFI_ACTION, b"Exit Boot Services Invocation"),
         _hashed(1, EV_EFI_ACTION, b"Exit Boot Services Returned with Success"),
     )
@@ -545,16 +516,7 @@ def measure(measurement: ImageMeasurement, vm_config: VmConfig, acpi_digests: Ac
     two_pass = _adds_pages_in_two_passes(vm_config)
     mrtd = _digest(measurement.mrtd_two_pass if two_pass else measurement.mrtd_single_pass, "tdvf.mrtd")
     events = boot_event_log(measurement, vm_config, acpi_digests)
-    return Registers(mrtd, replay(events, 0), replay(events, 1), replay(events, 2))
-
-
-def replay(events: Iterable[BootEvent], imr: int) -> bytes:
-    """Fold the digests of one IMR, in log order, into its 48-byte register."""
-    register = bytes(48)
-    for event in events:
-        if event.imr == imr:
-            register = _sha384(register + event.digest)
-    return register
+    return Registers(mrtd, *(replay_register(events, imr) for imr in range(3)))
 
 
 def _adds_pages_in_two_passes(vm_config: VmConfig) -> bool:
@@ -574,9 +536,7 @@ def _qemu_version(text: str) -> tuple[int, ...]:
     try:
         version = tuple(map(_u32, text.split(".")))
         if len(version) != 3:
-            raise FormatError(
-                f"Version string must have exactly 3 parts (major.minor.patch), got {len(version)}"
-            )
+            raise FormatError(f"Version string must have exactly 3 parts (major.minor.patch), got {len(version)}")
     except FormatError as error:
         raise FormatError(f"Failed to parse QEMU version: {error}") from error
     return version
@@ -598,12 +558,12 @@ def _variable(vendor: UUID, name: str, data: bytes = b"") -> bytes:
     return vendor.bytes_le + struct.pack("<QQ", len(name), len(data)) + name.encode("utf-16-le") + data
 
 
-def _boot_variable(name: str, data: bytes) -> BootEvent:
-    return BootEvent(0, EV_EFI_VARIABLE_BOOT, _sha384(data), "", _variable(_EFI_GLOBAL_VARIABLE, name, data))
+def _boot_variable(name: str, data: bytes) -> TdxEvent:
+    return TdxEvent(0, EV_EFI_VARIABLE_BOOT, _sha384(data), "", _variable(_EFI_GLOBAL_VARIABLE, name, data))
 
 
-def _hashed(imr: int, event_type: int, payload: bytes) -> BootEvent:
-    return BootEvent(imr, event_type, _sha384(payload), "", payload)
+def _hashed(imr: int, event_type: int, payload: bytes) -> TdxEvent:
+    return TdxEvent(imr, event_type, _sha384(payload), "", payload)
 
 
 def _digest(value: bytes, field: str) -> bytes:

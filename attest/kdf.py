@@ -27,10 +27,15 @@ def derive_key(material: bytes, context: list[bytes], size: int = 32) -> bytes:
 
 
 def p256_key(scalar: bytes) -> ec.EllipticCurvePrivateKey:
-    """Make a P-256 private key of a 32-byte big-endian scalar; raise `FormatError` when it is zero or not below the order."""
+    """Make a P-256 private key of a 32-byte big-endian scalar.
+
+    Raises `FormatError` when it is zero or not below the order.
+    """
     value = int.from_bytes(scalar, "big")
     if len(scalar) != 32 or not 0 < value < P256_ORDER:
-        raise FormatError(f"P-256 scalar: 32 bytes below the group order expected, got {len(scalar)} bytes out of range")
+        raise FormatError(
+            f"P-256 scalar: 32 bytes below the group order expected, got {len(scalar)} bytes out of range"
+        )
     return ec.derive_private_key(value, ec.SECP256R1())
 
 

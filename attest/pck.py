@@ -35,7 +35,9 @@ class PckExtension:
             _entry(f"2.{TCB_COMPONENTS + 1}", der.integer(self.pce_svn)),
             _entry(f"2.{TCB_COMPONENTS + 2}", der.octet_string(self.cpu_svn)),
         )
-        configuration = der.sequence(*(_entry(f"7.{i}", der.boolean(flag)) for i, flag in ((1, True), (2, False), (3, True))))
+        configuration = der.sequence(
+            *(_entry(f"7.{i}", der.boolean(flag)) for i, flag in ((1, True), (2, False), (3, True)))
+        )
         return der.sequence(
             _entry("1", der.octet_string(self.ppid)),
             _entry("2", tcb),

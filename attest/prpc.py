@@ -205,9 +205,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise FormatError(f"invalid JSON: {name} is not a value")
 
 
-_DECODER: Final = json.JSONDecoder(
-    object_pairs_hook=tuple, parse_int=_json_integer, parse_constant=_refuse_constant
-)
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=tuple, parse_int=_json_integer, parse_constant=_refuse_constant)
 
 
 def _read_fields(table: _Table, value: object) -> dict[str, object]:

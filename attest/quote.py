@@ -174,14 +174,18 @@ class QuoteSignature:
         signature, key = reader.take(64), reader.take(64)
         kind, size = struct.unpack("<HI", reader.take(6))
         if kind != CERTIFICATION_QE_REPORT:
-            raise FormatError(f"quote certification data: type {CERTIFICATION_QE_REPORT} (QE report) expected, got {kind}")
+            raise FormatError(
+                f"quote certification data: type {CERTIFICATION_QE_REPORT} (QE report) expected, got {kind}"
+            )
         inner = _Reader(reader.take(size), "quote certification data")
         reader.end()
         report, report_signature = inner.take(QE_REPORT_SIZE), inner.take(64)
         auth_data = inner.take(struct.unpack("<H", inner.take(2))[0])
         kind, size = struct.unpack("<HI", inner.take(6))
         if kind != CERTIFICATION_PCK_CHAIN:
-            raise FormatError(f"quote certification data: type {CERTIFICATION_PCK_CHAIN} (PCK chain) expected, got {kind}")
+            raise FormatError(
+                f"quote certification data: type {CERTIFICATION_PCK_CHAIN} (PCK chain) expected, got {kind}"
+            )
         chain = inner.take(size)
         inner.end()
         return cls(signature, key, report, report_signature, auth_data, chain)
@@ -216,7 +220,7 @@ class Quote:
 
 
 def qe_report_data(attestation_key: bytes, qe_authentication_data: bytes) -> bytes:
-    """What the QE report's 64 bytes of report_data are: SHA-256 of attestation key and authentication data, 32 zero bytes."""
+    """What the QE report's report_data is: SHA-256 of attestation key and authentication data, then 32 zero bytes."""
     return hashlib.sha256(attestation_key + qe_authentication_data).digest().ljust(64, b"\0")
 
 

@@ -51,7 +51,9 @@ class Decoder:
         """Read `size` bytes."""
         end = self.offset + size
         if end > len(self.data):
-            raise FormatError(f"{what}: {size} bytes expected at offset {self.offset}, got {len(self.data) - self.offset}")
+            raise FormatError(
+                f"{what}: {size} bytes expected at offset {self.offset}, got {len(self.data) - self.offset}"
+            )
         piece = self.data[self.offset : end]
         self.offset = end
         return piece

@@ -88,6 +88,9 @@ def app_key_message(app_id: bytes, public_key: bytes) -> bytes:
 
 
 def env_key_message(app_id: bytes, public_key: bytes, timestamp: int | None = None) -> bytes:
-    """What the root k256 key signs for an app's X25519 env key; `signature_v1` puts a big-endian u64 time after the app id."""
+    """What the root k256 key signs for an app's X25519 env key.
+
+    `signature_v1` puts the time as a big-endian u64 after the app id.
+    """
     stamp = b"" if timestamp is None else timestamp.to_bytes(8, "big")
     return ENV_ENCRYPT_PUBKEY + b":" + app_id + stamp + public_key

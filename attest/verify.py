@@ -81,9 +81,7 @@ class VerifiedAttestation:
         )
 
 
-def verify_quote(
-    quote: bytes, collateral: dcap_qvl.QuoteCollateralV3, anchor: TrustAnchor, now: int
-) -> VerifiedQuote:
+def verify_quote(quote: bytes, collateral: dcap_qvl.QuoteCollateralV3, anchor: TrustAnchor, now: int) -> VerifiedQuote:
     """Verify a TDX quote at Unix time `now`; raise `VerificationError` with `dcap-qvl`'s causes.
 
     Success proves that a platform under this root signed the report. It does not prove a good TCB status, a production

@@ -6,15 +6,16 @@ A listener of its own, as in next; it does not start without a credential. Sourc
 
 import base64
 import binascii
+import contextlib
 import hmac
 import shutil
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from string import hexdigits
 from typing import Final
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
+from aiohttp.typedefs import Handler, Middleware
 from google.protobuf.empty_pb2 import Empty
 
 from attest.proto import kms_pb2 as pb
@@ -24,12 +25,15 @@ from transport.prpc_server import add_prpc
 from transport.service import Rpc, ServiceTable, without_context
 
 REALM: Final = "dstack-kms admin"
-TOKEN_HEADER: Final = "X-Admin-Token"
+TOKEN_HEADER: Final = "X-Admin-Token"  # noqa: S105 - a header's name
 TOKEN_VARIABLES: Final = ("DSTACK_KMS_ADMIN_TOKEN", "ADMIN_API_TOKEN")
 
 
 def admin_token(admin: Admin, environment: Mapping[str, str]) -> str | None:
-    """The token that admits, or None where `insecure_no_auth` lets anyone in; raise `ConfigError` where there is neither."""
+    """The token that admits, or None where `insecure_no_auth` lets anyone in.
+
+    Raises `ConfigError` where there is neither.
+    """
     if admin.insecure_no_auth:
         return None
     if admin.htpasswd_file:
@@ -39,7 +43,8 @@ def admin_token(admin: Admin, environment: Mapping[str, str]) -> str | None:
     if not token:
         raise ConfigError(
             "admin API is enabled but neither auth_token nor htpasswd_file is configured; set core.admin.auth_token, "
-            "DSTACK_KMS_ADMIN_TOKEN, ADMIN_API_TOKEN, core.admin.htpasswd_file, or insecure_no_auth = true (testing only)"
+            "DSTACK_KMS_ADMIN_TOKEN, ADMIN_API_TOKEN, core.admin.htpasswd_file, or insecure_no_auth = true "
+            "(testing only)"
         )
     return token
 
@@ -65,7 +70,7 @@ def admin_app(cache_dir: Path, token: str | None) -> web.Application:
     return app
 
 
-def _require_token(token: str | None) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+def _require_token(token: str | None) -> Middleware:
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         if token is None or any(hmac.compare_digest(given.encode(), token.encode()) for given in _given(request)):
@@ -82,10 +87,8 @@ def _given(request: web.Request) -> list[str]:
     if scheme.lower() == "bearer":
         given.append(value.strip())
     elif scheme.lower() == "basic":
-        try:
+        with contextlib.suppress(binascii.Error, UnicodeDecodeError):
             given.append(base64.b64decode(value, validate=True).decode().partition(":")[0])
-        except (binascii.Error, UnicodeDecodeError):
-            pass
     return given
 
 

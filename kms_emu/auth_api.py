@@ -116,7 +116,9 @@ class WebhookAuth:
             self._session = aiohttp.ClientSession(timeout=timeout, headers={"User-Agent": USER_AGENT})
         headers = {} if body is None else {"Content-Type": "application/json"}
         try:
-            async with self._session.request(method, url, data=body, headers=headers, allow_redirects=False) as response:
+            async with self._session.request(
+                method, url, data=body, headers=headers, allow_redirects=False
+            ) as response:
                 data = b""
                 async for chunk in response.content.iter_any():
                     data += chunk
@@ -124,7 +126,9 @@ class WebhookAuth:
                         raise UnavailableError(f"auth api {url} answered more than {MAX_ANSWER} bytes")
                 status = response.status
         except TimeoutError as error:
-            raise UnavailableError(f"error sending request for url ({url}): no answer within {self._timeout:g} s") from error
+            raise UnavailableError(
+                f"error sending request for url ({url}): no answer within {self._timeout:g} s"
+            ) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise UnavailableError(f"error sending request for url ({url}): {error or type(error).__name__}") from error
         shown = data[:SHOWN].decode(errors="replace")

@@ -1,8 +1,9 @@
 """The folder where a KMS keeps its keys, with upstream's file names.
 
-Keys appear all at once or not at all: they are written into a folder beside their places, made durable, and moved; a start
-after a crash finishes the move or throws the unfinished folder away. `cert_dir` may be a mount point and exist empty, so
-everything happens inside it. Private files are 0600. Source of the names: dstack `kms/src/config.rs` at 312dc605.
+Keys appear all at once or not at all: they are written into a folder beside their places, made durable, and moved; a
+start after a crash finishes the move or throws the unfinished folder away. `cert_dir` may be a mount point and exist
+empty, so everything happens inside it. Private files are 0600. Source of the names: dstack `kms/src/config.rs` at
+312dc605.
 """
 
 import os
@@ -37,7 +38,10 @@ class CertDir:
         self.path = path
 
     def prepare(self) -> None:
-        """Make the folder, and finish or discard what a crash left; raise `ConfigError` where the folder cannot be used."""
+        """Make the folder, and finish or discard what a crash left.
+
+        Raises `ConfigError` where the folder cannot be used.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             if (self.path / _COMMITTED).is_dir():

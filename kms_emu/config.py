@@ -1,7 +1,8 @@
 """The KMS's configuration: upstream's kms.toml, with the keys of 0.5.x and of next.
 
 Source: dstack `kms/kms.toml` and `kms/src/config.rs` at 312dc605 and 40eaf35e. Every known key is accepted; an unknown
-one is an error that names it. What a key is for and this KMS does not do is said where it is used, or in docs/fidelity.md.
+one is an error that names it. What a key is for and this KMS does not do is said where it is used, or in
+docs/fidelity.md.
 """
 
 import re
@@ -24,6 +25,7 @@ def _seconds(value: Any) -> Any:
 
 
 Seconds = Annotated[float, BeforeValidator(_seconds)]
+Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class _Section(BaseModel):
@@ -49,7 +51,7 @@ class Rpc(_Section):
     """[rpc]: where the runtime phase listens."""
 
     address: str = "0.0.0.0"  # noqa: S104 - upstream's default; the emulator's own commands bind loopback
-    port: int = Field(8000, ge=0, le=65535)
+    port: Port = 8000
     tls: Tls = Tls()
 
 
@@ -121,7 +123,7 @@ class OnboardConfig(_Section):
     enabled: bool = True
     auto_bootstrap_domain: str = ""
     address: str = "0.0.0.0"  # noqa: S104 - as above
-    port: int = Field(8000, ge=0, le=65535)
+    port: Port = 8000
     quote_enabled: bool = True
 
 
@@ -130,7 +132,7 @@ class Admin(_Section):
 
     enabled: bool = False
     address: str = "127.0.0.1"
-    port: int = Field(8001, ge=0, le=65535)
+    port: Port = 8001
     auth_token: str = ""
     htpasswd_file: str = ""
     insecure_no_auth: bool = False

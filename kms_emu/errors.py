@@ -1,7 +1,7 @@
 """What the KMS refuses, and why: one family, whose classes say what kind of refusal it is and whose text is upstream's.
 
-A front end answers with the text; the class decides a gRPC status code. `context` adds the outer words of an error chain
-(`App not allowed: Boot denied: …`) as upstream's anyhow chains have them.
+A front end answers with the text; the class decides a gRPC status code. `context` adds the outer words of an error
+chain (`App not allowed: Boot denied: …`) as upstream's anyhow chains have them.
 """
 
 import copy
@@ -48,7 +48,10 @@ class ConfigError(KmsError):
 
 @contextmanager
 def context(text: str, otherwise: type[KmsError] = NotAttestedError) -> Iterator[None]:
-    """Put `text` before every refusal from inside; a refusal of the protocol package becomes one of kind `otherwise`."""
+    """Put `text` before every refusal from inside.
+
+    A refusal of the protocol package becomes one of kind `otherwise`.
+    """
     try:
         yield
     except KmsError as error:

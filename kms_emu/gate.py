@@ -2,9 +2,10 @@
 
     evidence → admit → BootInfo → auth webhook → decision → release → grant → keys
 
-`kms_emu.keys` takes grants alone, and only this module makes them. Three kinds: the KMS itself is allowed (`SelfGrant`), an
-app is (`AppGrant`), another KMS is (`KmsGrant`). No decision is cached; only the KMS's own boot info is, for the process.
-Source: dstack `kms/src/main_service.rs` (`ensure_*`) and `main_service/upgrade_authority.rs` at 312dc605.
+`kms_emu.keys` takes grants alone, and only this module makes them. Three kinds: the KMS itself is allowed
+(`SelfGrant`), an app is (`AppGrant`), another KMS is (`KmsGrant`). No decision is cached; only the KMS's own boot info
+is, for the process. Source: dstack `kms/src/main_service.rs` (`ensure_*`) and `main_service/upgrade_authority.rs` at
+312dc605.
 """
 
 from collections.abc import Awaitable, Callable

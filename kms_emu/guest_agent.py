@@ -4,10 +4,11 @@ A KMS is an application in a trust domain like any other; DSTACK_AGENT_ADDRESS s
 (`unix:/path` or `http://host:port`). There is no way around it: a KMS without an agent answers no trusted RPC.
 """
 
+from google.protobuf.empty_pb2 import Empty
+
 from attest.attestation import Attestation, decode
 from attest.errors import AttestError
 from attest.proto import dstack_guest_pb2 as pb
-from google.protobuf.empty_pb2 import Empty
 from kms_emu.errors import NotAttestedError, UnavailableError
 from transport.client import PrpcClient, RpcError, TransportError
 

@@ -15,7 +15,15 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from attest import certificate as cert
 from attest.attestation import Attestation
 from attest.csr import SigningRequest
-from attest.kdf import derive_dh_secret, derive_key, derive_p256, load_p256_pem, p256_from_uniform, p256_scalar, pkcs8_pem
+from attest.kdf import (
+    derive_dh_secret,
+    derive_key,
+    derive_p256,
+    load_p256_pem,
+    p256_from_uniform,
+    p256_scalar,
+    pkcs8_pem,
+)
 from attest.signature import app_key_message, env_key_message, k256_key, sign_recoverable
 from kms_emu import cert_dir as files
 from kms_emu.gate import AppGrant, KmsGrant, SelfGrant
@@ -33,7 +41,9 @@ class RootKeys:
     k256: PrivateKey
 
     @classmethod
-    def of(cls, temp_key: ec.EllipticCurvePrivateKey, root_key: ec.EllipticCurvePrivateKey, k256: PrivateKey, now: int) -> Self:
+    def of(
+        cls, temp_key: ec.EllipticCurvePrivateKey, root_key: ec.EllipticCurvePrivateKey, k256: PrivateKey, now: int
+    ) -> Self:
         """Issue both CA certificates for keys that are new, or were taken over from another KMS."""
         temp = cert.CertificateRequest(
             public_key=temp_key.public_key(),

@@ -1,7 +1,7 @@
 """Taking over the root keys of another KMS: the receiver's side of Onboard.
 
-The source is judged by its evidence and this KMS's own webhook before its keys are asked for; it judges this one in turn.
-Source: dstack `kms/src/onboard_service.rs` (`Keys::onboard`) at 312dc605.
+The source is judged by its evidence and this KMS's own webhook before its keys are asked for; it judges this one in
+turn. Source: dstack `kms/src/onboard_service.rs` (`Keys::onboard`) at 312dc605.
 """
 
 from dataclasses import dataclass, replace
@@ -97,7 +97,8 @@ class Receiver:
         with context("failed to build KMS boot info from attestation"):
             boot_info = boot_info_of(source)
         if not boot_info.os_image_hash:
-            # A certificate with the legacy extensions carries no vm_config: upstream judges it by the receiver's own image.
+            # A certificate with the legacy extensions carries no vm_config: upstream judges it by the receiver's own
+            # image.
             with context("failed to get local KMS boot info for os_image_hash fallback"):
                 own = boot_info_of(await own_evidence(self.agent, self.verifier))
             boot_info = replace(boot_info, os_image_hash=own.os_image_hash)

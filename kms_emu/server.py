@@ -73,8 +73,9 @@ def auth_api(core: Core) -> AuthApi:
 class KmsServer:
     """One KMS. `start` returns when it answers; `wait` until it ended, raising what it ended with; `stop` ends it.
 
-    `agent_address` is where its guest agent listens; `clock` is what evidence is judged by, `issue_clock` what certificates
-    are dated by (the same unless given); `sock` a bound socket to serve on; `admin_token` what the admin listener asks for.
+    `agent_address` is where its guest agent listens; `clock` is what evidence is judged by, `issue_clock` what
+    certificates are dated by (the same unless given); `sock` a bound socket to serve on; `admin_token` what the admin
+    listener asks for.
     """
 
     def __init__(
@@ -126,7 +127,9 @@ class KmsServer:
         if core.image.verify:
             log.warning("core.image.verify: OS images are not measured yet; os_image_hash is believed as claimed")
         if not core.enforce_self_authorization:
-            log.warning("core.enforce_self_authorization = false: trusted RPCs are not gated by this KMS's own attestation")
+            log.warning(
+                "core.enforce_self_authorization = false: trusted RPCs are not gated by this KMS's own attestation"
+            )
         if not core.attest_rpc_cert:
             log.warning("core.attest_rpc_cert = false: the RPC certificate carries no attestation")
         fresh = core.onboard.enabled and not self._folder.has_keys()
@@ -274,7 +277,8 @@ class KmsServer:
         temp_ca = new.temp_ca if _expires_by(old.temp_ca, limit) else old.temp_ca
         kms_keys = KmsKeys(RootKeys(root_ca, temp_ca, old.k256), stored.rpc_key, stored.domain)
         with context(
-            "Failed to reissue the attested KMS RPC certificate; refusing to start with a potentially unattested certificate"
+            "Failed to reissue the attested KMS RPC certificate; "
+            "refusing to start with a potentially unattested certificate"
         ):
             certificate = await env.rpc_certificate(kms_keys)
         for name, authority, before in ((ROOT_CA_CERT, root_ca, old.root_ca), (TMP_CA_CERT, temp_ca, old.temp_ca)):

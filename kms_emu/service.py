@@ -1,7 +1,7 @@
 """The KMS's RPCs: one method each, over plain values; who may call what is decided by `kms_emu.gate`.
 
-Two services for two phases. `OnboardService` runs while there are no keys, `KmsService` once there are. Order of checks,
-error contexts and texts: dstack `kms/src/{onboard_service,main_service}.rs` at 312dc605.
+Two services for two phases. `OnboardService` runs while there are no keys, `KmsService` once there are. Order of
+checks, error contexts and texts: dstack `kms/src/{onboard_service,main_service}.rs` at 312dc605.
 """
 
 import asyncio
@@ -101,7 +101,7 @@ class OnboardService:
         return answer
 
     async def auto_bootstrap(self, domain: str) -> None:
-        """Bootstrap without being asked, as `auto_bootstrap_domain` wants it; upstream writes no bootstrap info then."""
+        """Bootstrap without being asked, as `auto_bootstrap_domain` wants it; no bootstrap info is written then."""
         validate_domain(domain)
         with context("KMS is not allowed to auto-bootstrap"):
             await self._require_self_allowed()

@@ -165,7 +165,10 @@ class GuestAgent:
         return self._provided
 
     def _derive(self, path: str, algorithm: str) -> tuple[bytes, bytes]:
-        """The key at a path (32 bytes whatever the algorithm) and its public key: 33 bytes compressed, or 32 of ed25519."""
+        """The key at a path and its public key.
+
+        The key is 32 bytes whatever the algorithm; the public key 33 (compressed), or 32 of ed25519.
+        """
         key = derive_key(self.keys.k256_key, [path.encode()])
         if algorithm == "ed25519":
             return key, ed25519.Ed25519PrivateKey.from_private_bytes(key).public_key().public_bytes_raw()
@@ -203,7 +206,10 @@ class GuestAgent:
     # ---- identity
 
     async def info(self) -> pb.AppInfo:
-        """Say who this domain is and what it measures; `device_id` is the true one (upstream's agent does not know its own)."""
+        """Say who this domain is and what it measures.
+
+        `device_id` is the true one: upstream's agent does not know its own.
+        """
         return self._info(hide_tcb_info=False)
 
     async def public_info(self) -> pb.AppInfo:

@@ -1,8 +1,8 @@
 """Where a guest agent listens: dstack.sock, tappd.sock, and one TCP port with everything.
 
-Inside a CVM each service has a listener of its own. The TCP port serves all of them for SDK clients that are pointed at one
-URL: DstackGuest at `/`, Tappd and Worker at `/prpc`, and a small page for people at `/`. Source of the mounts: dstack
-`guest-agent/src/{server,http_routes}.rs` at 312dc605.
+Inside a CVM each service has a listener of its own. The TCP port serves all of them for SDK clients that are pointed
+at one URL: DstackGuest at `/`, Tappd and Worker at `/prpc`, and a small page for people at `/`. Source of the mounts:
+dstack `guest-agent/src/{server,http_routes}.rs` at 312dc605.
 """
 
 from html import escape
@@ -69,5 +69,6 @@ async def _page(agent: GuestAgent) -> str:
     name = escape(info.app_name)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name} (EMULATED)</title></head>\n'
-        f"<body><h1>{name}</h1><p>An EMULATED trust domain: it protects nothing.</p><table>{rows}</table></body></html>\n"
+        f"<body><h1>{name}</h1><p>An EMULATED trust domain: it protects nothing.</p>\n"
+        f"<table>{rows}</table></body></html>\n"
     )

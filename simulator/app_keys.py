@@ -25,7 +25,10 @@ class CertificateIssuer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AppKeys:
-    """Keys of one app instance. Sizes: disk, env and k256 keys 32 bytes, k256_signature 65; empty where nobody gave one."""
+    """Keys of one app instance; a field is empty where nobody gave it.
+
+    Sizes: disk, env and k256 keys 32 bytes, k256_signature 65.
+    """
 
     disk_crypt_key: bytes
     env_crypt_key: bytes

@@ -2,4 +2,4 @@
 
 
 class GuestError(Exception):
-    """A guest that cannot do what it was asked: keys or a certificate were refused to it, or a service is out of reach."""
+    """A guest that cannot do what it was asked: keys or a certificate were refused, or a service is out of reach."""

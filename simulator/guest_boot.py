@@ -1,8 +1,8 @@
 """A guest that boots with keys from a KMS, as dstack-util does it.
 
-GetTempCaCert without CA checks, an RA-TLS certificate under the temporary CA, then mTLS with the KMS's root pinned, whose
-certificate must have the usage `kms:rpc`; then GetAppKey, and the events that record where the keys came from. Source:
-dstack `dstack-util/src/system_setup.rs:2016-2200` and `cert-client/src/lib.rs` at 312dc605.
+GetTempCaCert without CA checks, an RA-TLS certificate under the temporary CA, then mTLS with the KMS's root pinned,
+whose certificate must have the usage `kms:rpc`; then GetAppKey, and the events that record where the keys came from.
+Source: dstack `dstack-util/src/system_setup.rs:2016-2200` and `cert-client/src/lib.rs` at 312dc605.
 """
 
 from dataclasses import dataclass

@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Self
 
+from attest.eventlog import TdxEvent
 from attest.image import (
     ACPI_EVENT_NAMES,
     MEASUREMENT_FILE,
     OVMF_VARIANT,
     AcpiDigests,
-    BootEvent,
     ImageMeasurement,
     Registers,
     TdHobWitness,
@@ -79,9 +79,7 @@ class OsImage:
     os_image_hash: bytes
 
     @classmethod
-    def from_seed(
-        cls, derive: Callable[[str, int], bytes], name: str = "dstack-emu", version: str = "0.5.11"
-    ) -> Self:
+    def from_seed(cls, derive: Callable[[str, int], bytes], name: str = "dstack-emu", version: str = "0.5.11") -> Self:
         """Make up an image; `derive(label, n)` gives n bytes, always the same ones for the same label.
 
         Another name or version gives another image, as a release would.
@@ -196,7 +194,7 @@ class OsImage:
         loader, rsdp, tables = (made_up_digest(name, devices) for name in ACPI_EVENT_NAMES)
         return loader, rsdp, tables
 
-    def boot(self, vm_config: VmConfig) -> tuple[Registers, tuple[BootEvent, ...]]:
+    def boot(self, vm_config: VmConfig) -> tuple[Registers, tuple[TdxEvent, ...]]:
         """Boot this image, whatever image vm_config claims, on the machine that vm_config describes.
 
         Raises FormatError for a machine whose registers the measurement document cannot give.

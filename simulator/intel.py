@@ -1,8 +1,9 @@
 """The emulated Intel: root CA, PCK CA, TCB signer, CRLs, QE identity, and platforms that sign quotes.
 
-What a verifier checks is real (chains, signatures, CRLs, TCB matching); only the root of trust is made up, and every name
-says so. All of it grows from the seed, with fixed dates, so it is byte-identical in every process. Source of the formats:
-Intel PCK Certificate and CRL Profile 1.5; Intel PCS API v4; `dcap-qvl` src/verify.rs at 0.7.0 for what is looked at.
+What a verifier checks is real (chains, signatures, CRLs, TCB matching); only the root of trust is made up, and every
+name says so. All of it grows from the seed, with fixed dates, so it is byte-identical in every process. Source of the
+formats: Intel PCK Certificate and CRL Profile 1.5; Intel PCS API v4; `dcap-qvl` src/verify.rs at 0.7.0 for what is
+looked at.
 """
 
 import datetime
@@ -69,7 +70,9 @@ class Intel:
         self._tcb_key = self._seed.p256("tcb signing key")
         self.root = self._certify("SGX Root CA", "SGX Root CA", self._root_key.public_key(), self._root_key, ca=1)
         # A verifier reads "Platform" in this name and asks for `ca=platform`.
-        self.pck_ca = self._certify("SGX PCK Platform CA", "SGX Root CA", self._pck_ca_key.public_key(), self._root_key, ca=0)
+        self.pck_ca = self._certify(
+            "SGX PCK Platform CA", "SGX Root CA", self._pck_ca_key.public_key(), self._root_key, ca=0
+        )
         self.tcb_signer = self._certify("SGX TCB Signing", "SGX Root CA", self._tcb_key.public_key(), self._root_key)
         self.qe_mr_enclave = self._seed.derive("qe mrenclave", 32)
         self.qe_mr_signer = self._seed.derive("qe mrsigner", 32)
@@ -220,7 +223,10 @@ class Intel:
 
 
 class Platform:
-    """One emulated machine: its PCK certificate, its quoting enclave, and what Intel says about it (`state`, changeable)."""
+    """One emulated machine: its PCK certificate, its quoting enclave, and what Intel says about it.
+
+    That `state` may be changed while it runs: collateral follows at once.
+    """
 
     def __init__(self, intel: Intel, name: str, seed: Seed) -> None:
         self.name = name
@@ -259,7 +265,11 @@ class Platform:
 
 
 def _qe_report(intel: Intel, attestation_key: bytes) -> bytes:
-    """The report of the quoting enclave, 384 bytes: 0 cpusvn, 48 attributes, 64 mrenclave, 128 mrsigner, 256 isvprodid, 258 isvsvn, 320 report_data."""
+    """The report of the quoting enclave, 384 bytes.
+
+    0 cpusvn[16], 48 attributes[16], 64 mrenclave[32], 128 mrsigner[32], 256 isvprodid u16, 258 isvsvn u16,
+    320 report_data[64].
+    """
     report = bytearray(384)
     report[0:16] = CPU_SVN
     report[48:64] = QE_ATTRIBUTES

@@ -5,7 +5,6 @@ cost. Older clients' `/sgx/` spellings and both spellings of the TCB chain heade
 """
 
 import hashlib
-from collections.abc import Callable
 from urllib.parse import quote
 
 from aiohttp import web
@@ -32,7 +31,7 @@ _JSON, _DER, _TEXT, _PEM = "application/json", "application/pkix-crl", "text/pla
 def pccs_app(intel: Intel) -> web.Application:
     """Make the HTTP application over one emulated vendor."""
 
-    def pck_crl(request: web.Request) -> web.Response:
+    async def pck_crl(request: web.Request) -> web.Response:
         ca = request.query.get("ca", "")
         if ca != "platform":
             return _refuse(400, f"ca: `platform` expected, got {ca!r}")
@@ -41,21 +40,24 @@ def pccs_app(intel: Intel) -> web.Application:
             body = body.hex().encode()  # PCS answers PEM here, PCCS hex: clients ask for DER
         return _answer(request, Document(body, intel.chain(intel.pck_ca)), _DER, PCK_CRL_ISSUER_HEADER)
 
-    def tcb_info(request: web.Request) -> web.Response:
+    async def tcb_info(request: web.Request) -> web.Response:
         fmspc = request.query.get("fmspc", "")
         platform = intel.platform_of_fmspc(fmspc)
         if platform is None:
             return _refuse(404, f"no platform here has the FMSPC {fmspc!r}: was its quote made with this seed?")
         return _answer(request, intel.tcb_info(platform), _JSON, *TCB_INFO_ISSUER_HEADERS)
 
-    def qe_identity(request: web.Request) -> web.Response:
+    async def qe_identity(request: web.Request) -> web.Response:
         return _answer(request, intel.qe_identity, _JSON, QE_IDENTITY_ISSUER_HEADER)
 
-    def root_ca_crl(request: web.Request) -> web.Response:
+    async def root_ca_crl(request: web.Request) -> web.Response:
         return _answer(request, Document(intel.root_ca_crl.hex().encode()), _TEXT)
 
-    def root_ca(request: web.Request) -> web.Response:
+    async def root_ca(request: web.Request) -> web.Response:
         return _answer(request, Document(intel.root_pem.encode()), _PEM)
+
+    async def health(request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok", "service": "dstack-emu-pccs"})
 
     app = web.Application()
     for path, handler in (
@@ -66,17 +68,10 @@ def pccs_app(intel: Intel) -> web.Application:
         (SGX_QE_IDENTITY_PATH, qe_identity),
         (ROOT_CA_CRL_PATH, root_ca_crl),
         (ROOT_CA_PATH, root_ca),
-        ("/health", lambda request: web.json_response({"status": "ok", "service": "dstack-emu-pccs"})),
+        ("/health", health),
     ):
-        app.router.add_get(path, _async(handler))
+        app.router.add_get(path, handler)
     return app
-
-
-def _async(handler: Callable[[web.Request], web.Response]) -> Callable[[web.Request], object]:
-    async def handle(request: web.Request) -> web.Response:
-        return handler(request)
-
-    return handle
 
 
 def _answer(request: web.Request, document: Document, content_type: str, *chain_headers: str) -> web.Response:

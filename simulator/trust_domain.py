@@ -1,8 +1,8 @@
 """A trust domain (CVM): its boot, its registers, its evidence.
 
 The boot sequence is dstack-util's: what it measures, in which order, before and after keys are fetched. Source: dstack
-`dstack-util/src/system_setup.rs` at 312dc605 (0.5.x measures `mr-kms` before `os-image-hash`). A domain has no sockets and
-no keys of its own: `simulator.agent` answers for it.
+`dstack-util/src/system_setup.rs` at 312dc605 (0.5.x measures `mr-kms` before `os-image-hash`). A domain has no sockets
+and no keys of its own: `simulator.agent` answers for it.
 """
 
 import hashlib
@@ -76,7 +76,10 @@ class AppCompose:
 
 @dataclass(frozen=True, slots=True)
 class KeyProvider:
-    """Who gave the guest its keys: `none` with an empty id, `local-sgx` with its MR, `kms` with the SPKI of its root CA (hex)."""
+    """Who gave the guest its keys.
+
+    `none` with an empty id, `local-sgx` with its MR, `kms` with the SPKI of its root CA (all hex).
+    """
 
     name: Literal["none", "local-sgx", "kms"]
     id: str = ""
@@ -107,7 +110,7 @@ class TrustDomain:
         registers, log = image.boot(self.vm_config)
         self._mr_td = registers.mrtd
         self._rtmrs = [registers.rtmr0, registers.rtmr1, registers.rtmr2, _ZERO]
-        self._log = tuple(TdxEvent(e.imr, e.event_type, e.digest, e.event, e.event_payload) for e in log)
+        self._log = log
         self.runtime_events: tuple[RuntimeEvent, ...] = ()
 
     @property
@@ -131,7 +134,10 @@ class TrustDomain:
     def complete(
         self, key_provider: KeyProvider, *, os_image_hash: bytes | None = None, mr_kms: bytes | None = None
     ) -> None:
-        """Measure what the keys came from, and finish. The KMS's answer gives `os_image_hash`; only 0.5.x measures `mr_kms`."""
+        """Measure what the keys came from, and finish.
+
+        `os_image_hash` is from the KMS's answer; only 0.5.x measures `mr_kms`.
+        """
         if mr_kms is not None:
             self.measure("mr-kms", mr_kms)
         if os_image_hash is not None:

@@ -55,9 +55,10 @@ def _fail(text: str, status: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dstack-emu",
-        description=f"A local simulated TDX stack for dstack {UPSTREAM}: guest agent, KMS, PCCS and auth webhooks. {WARNING}",
-        epilog="First steps: `dstack-emu up` brings everything up; `dstack-emu up --fresh` stops where the KMS authorization "
-        "runbook begins. Each command explains itself with --help.",
+        description="A local simulated TDX stack for dstack "
+        f"{UPSTREAM}: guest agent, KMS, PCCS and auth webhooks. {WARNING}",
+        epilog="First steps: `dstack-emu up` brings everything up; `dstack-emu up --fresh` stops where the KMS "
+        "authorization runbook begins. Each command explains itself with --help.",
     )
     parser.add_argument("--version", action="version", version=f"dstack-emu {EMULATOR} (dstack {UPSTREAM})")
     verbosity = argparse.ArgumentParser(add_help=False)
@@ -72,16 +73,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _UP = (
-    "Bring up a PCCS, two auth-simple webhooks, two KMS in trust domains of their own, and an app; measure both KMS, allow "
-    "them, bootstrap the source, onboard the destination, and boot the app with keys from the source. It runs until Ctrl-C. "
-    "The two policy files may be edited meanwhile: they are read anew for every question. " + WARNING
+    "Bring up a PCCS, two auth-simple webhooks, two KMS in trust domains of their own, and an app; measure both KMS, "
+    "allow them, bootstrap the source, onboard the destination, and boot the app with keys from the source. It runs "
+    "until Ctrl-C. The two policy files may be edited meanwhile: they are read anew for every question. " + WARNING
 )
 
 
 def _add_up(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--fresh", action="store_true", help="stop at the runbook's start: fresh KMS, policies that deny")
-    parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="the same text gives the same bytes (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, and nothing else on stdout")
+    parser.add_argument("--fresh", action="store_true", help="stop at the runbook's start: no keys, policies that deny")
+    parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="the same text gives the same bytes")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
     parser.add_argument("--listen", default="127.0.0.1", metavar="HOST", help="address to listen on (%(default)s)")
     parser.add_argument("--free-ports", action="store_true", help="take free ports instead of the runbook's")
     parser.add_argument(
@@ -93,8 +94,8 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
         help="another port for one service (0: a free one); names and defaults: "
         + ", ".join(f"{name}={port}" for name, port in PORTS.items()),
     )
-    parser.add_argument("--state", type=Path, metavar="DIR", help="keep keys, sockets and policies here, and resume from them")
-    parser.add_argument("--policies", type=Path, metavar="DIR", help="keep auth-src.json and auth-dst.json here instead")
+    parser.add_argument("--state", type=Path, metavar="DIR", help="keep keys, sockets and policies here, and resume")
+    parser.add_argument("--policies", type=Path, metavar="DIR", help="keep auth-src.json and auth-dst.json here")
     parser.set_defaults(run=_up)
 
 
@@ -197,7 +198,7 @@ async def _run_kms(config: KmsConfig, agent: str) -> int:
     return 0
 
 
-_HEALTH = "Ask every service of the stack in a state folder; exit 0 when all of them answer, 1 with the reason otherwise."
+_HEALTH = "Ask every service of the stack in a state folder; exit 0 when all answer, 1 with the reason otherwise."
 
 
 def _add_health(parser: argparse.ArgumentParser) -> None:

@@ -22,9 +22,16 @@ def show(description: dict[str, Any], seconds: float) -> str:
     lines += [f"  {name:<10} {url:<28} {_WHAT[name]}" for name, url in description["services"].items()]
     lines += ["", "Measured:"]
     for side, info in description["kms"].items():
-        lines += [f"  kms-{side}  mr_aggregated {info['mr_aggregated']}", f"           device_id     {info['device_id']}"]
+        lines += [
+            f"  kms-{side}  mr_aggregated {info['mr_aggregated']}",
+            f"           device_id     {info['device_id']}",
+        ]
     app = description["app"]
-    lines += [f"  app      app_id {app['app_id']}  compose_hash {app['compose_hash']}", "", "Policies, read for every question:"]
+    lines += [
+        f"  app      app_id {app['app_id']}  compose_hash {app['compose_hash']}",
+        "",
+        "Policies, read for every question:",
+    ]
     lines += [f"  {path}" for path in description["policies"].values()]
     lines += ["", "To paste:"]
     lines += [f"  export {name}={value}" for name, value in description["env"].items()]
@@ -37,7 +44,7 @@ def _fresh_steps(description: dict[str, Any]) -> list[str]:
     kms = description["services"]["kms-src"]
     return [
         f"curl -s -X POST '{kms}/prpc/Onboard.GetAttestationInfo?json'",
-        f"curl -s -X POST '{kms}/prpc/Onboard.Bootstrap?json' -d '{{\"domain\":\"127.0.0.1\"}}'   # refused: edit the policy",
+        f"curl -s -X POST '{kms}/prpc/Onboard.Bootstrap?json' -d '{{\"domain\":\"127.0.0.1\"}}'   # refused",
         f"curl -s '{kms}/finish'",
     ]
 

@@ -1,7 +1,7 @@
 """The whole deployment in one process: PCCS, two webhooks, two KMS in their trust domains, and an app in its own.
 
-Everything talks over real sockets, by the public interfaces that a real deployment has: the stack measures a KMS by asking
-it, allows it by writing a policy file, and boots the app through GetAppKey.
+Everything talks over real sockets, by the public interfaces that a real deployment has: the stack measures a KMS by
+asking it, allows it by writing a policy file, and boots the app through GetAppKey.
 
     async with Stack(StackConfig(seed="mine")) as stack:
         print(stack.description()["services"]["kms-src"])
@@ -48,11 +48,11 @@ from transport.listen import bind_tcp, bind_unix, serve
 from transport.pccs_client import AttestationVerifier, PccsClient
 
 ISSUED_AT: Final = 1_767_225_600
-"""2026-01-01T00:00:00Z: every certificate of a stack is dated from here, so that the same seed gives the same bytes on any day.
-Whatever is judged is judged by the clock on the wall."""
+"""2026-01-01T00:00:00Z: every certificate of a stack is dated from here, so that the same seed gives the same bytes on
+any day. Whatever is judged is judged by the clock on the wall."""
 
 KMS_DOMAIN: Final = "127.0.0.1"
-"""The name in the KMS's certificates: it becomes an IP address there, so the printed URLs verify under the KMS's root."""
+"""The name in the KMS's certificates, an IP address there: the printed URLs verify under the KMS's root."""
 
 TIMEOUT: Final = 30.0
 DESCRIPTION_FILE: Final = "stack.json"
@@ -188,7 +188,7 @@ class Stack:
         return folder
 
     async def _start_kms(self, side: str, image: OsImage) -> None:
-        """Start a KMS in a trust domain that got its own keys from a local key provider, as production KMS have them."""
+        """Start a KMS in a trust domain with keys of a local key provider, as production KMS have them."""
         name = f"kms-{side}"
         self._progress(f"starting {name}")
         domain = self._domain(name, image)

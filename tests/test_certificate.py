@@ -6,6 +6,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from attest import certificate as c
 from attest.csr import SigningRequest
@@ -25,10 +26,10 @@ def _all(value: Any) -> list[dict[str, Any]]:
 
 def _reissue(recorded: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     """Ask our own CA for what a recorded certificate is, from its decoded content alone."""
-    extensions = {e.oid: e.value for e in recorded.extensions}
-    san = extensions.get(x509.ExtensionOID.SUBJECT_ALTERNATIVE_NAME)
-    purposes = list(extensions.get(x509.ExtensionOID.EXTENDED_KEY_USAGE, []))  # type: ignore[call-overload]
-    constraints: Any = extensions.get(x509.ExtensionOID.BASIC_CONSTRAINTS)
+    extensions: dict[x509.ObjectIdentifier, Any] = {e.oid: e.value for e in recorded.extensions}
+    san = extensions.get(ExtensionOID.SUBJECT_ALTERNATIVE_NAME)
+    purposes = list(extensions.get(ExtensionOID.EXTENDED_KEY_USAGE, []))
+    constraints: Any = extensions.get(ExtensionOID.BASIC_CONSTRAINTS)
     attribute = {a.oid: str(a.value) for a in recorded.subject}
     public = recorded.public_key()
     assert isinstance(public, ec.EllipticCurvePublicKey)
@@ -38,8 +39,8 @@ def _reissue(recorded: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> x50
         organization=attribute.get(x509.NameOID.ORGANIZATION_NAME),
         alt_names=[str(n.value) for n in san] if isinstance(san, x509.SubjectAlternativeName) else (),
         ca_path_length=constraints.path_length if constraints else None,
-        server_auth=x509.ExtendedKeyUsageOID.SERVER_AUTH in purposes,
-        client_auth=x509.ExtendedKeyUsageOID.CLIENT_AUTH in purposes,
+        server_auth=ExtendedKeyUsageOID.SERVER_AUTH in purposes,
+        client_auth=ExtendedKeyUsageOID.CLIENT_AUTH in purposes,
         app_id=c.extension_payload(recorded, c.OID_APP_ID),
         usage=c.usage_of(recorded),
         attestation=c.attestation_of(recorded),

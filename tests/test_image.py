@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attest.errors import FormatError
+from attest.eventlog import TdxEvent, replay_register
 from attest.image import (
     MEASUREMENT_FILE,
     AcpiDigests,
-    BootEvent,
     ImageMeasurement,
     Registers,
     TdHobWitness,
@@ -29,7 +29,6 @@ from attest.image import (
     kernel_authenticode,
     measure,
     os_image_hash,
-    replay,
     sha256sum_entry,
     sha256sum_txt,
 )
@@ -77,10 +76,10 @@ def registers_from_hex(registers: dict[str, str]) -> Registers:
     return Registers(**{name: bytes.fromhex(value) for name, value in registers.items()})
 
 
-def rows_to_events(event_log: str) -> tuple[BootEvent, ...]:
+def rows_to_events(event_log: str) -> tuple[TdxEvent, ...]:
     rows = [row for row in json.loads(event_log) if row["imr"] < 3]
     return tuple(
-        BootEvent(
+        TdxEvent(
             row["imr"],
             row["event_type"],
             bytes.fromhex(row["digest"]),
@@ -130,7 +129,7 @@ def test_each_event_and_running_value_equals_fixture(
     for imr in range(3):
         ours = [event for event in events if event.imr == imr]
         rows += [
-            (event.imr, event.event_type, event.digest.hex(), replay(ours[: count + 1], imr).hex())
+            (event.imr, event.event_type, event.digest.hex(), replay_register(ours[: count + 1], imr).hex())
             for count, event in enumerate(ours)
         ]
     assert rows == [(row["imr"], row["event_type"], row["digest"], row["after"]) for row in expected]
@@ -168,7 +167,7 @@ def test_event_rows_equal_hardware_log_when_boot_is_computed(acpi: AcpiDigests) 
         replace(event, event_payload=b"") for event in logged
     ]
     registers = registers_of_quote(bytes.fromhex(answer["quote"]))
-    assert tuple(replay(logged, imr) for imr in range(3)) == (
+    assert tuple(replay_register(logged, imr) for imr in range(3)) == (
         registers.rtmr0,
         registers.rtmr1,
         registers.rtmr2,
@@ -683,7 +682,7 @@ def test_vm_config_of_the_image_carries_all_that_measuring_needs(image: OsImage)
     registers, events = image.boot(config)
     acpi = [event.digest for event in events if event.event.startswith("acpi-")]
     assert measure(document, config, (acpi[0], acpi[1], acpi[2])) == registers
-    assert [replay(events, imr) for imr in range(3)] == [registers.rtmr0, registers.rtmr1, registers.rtmr2]
+    assert [replay_register(events, imr) for imr in range(3)] == [registers.rtmr0, registers.rtmr1, registers.rtmr2]
 
 
 def changed_registers(before: Registers, after: Registers) -> set[str]:

@@ -69,7 +69,7 @@ def test_golden_signatures_of_every_identity_are_equal_and_recover_the_root_key(
 
 def test_golden_messages_signed_with_any_prefix_are_equal() -> None:
     for case in golden("keys.json")["sign_message"]:
-        message = b"".join((case["prefix"].encode(), b":", bytes.fromhex(case["app_id"]), bytes.fromhex(case["message"])))
+        message = case["prefix"].encode() + b":" + bytes.fromhex(case["app_id"]) + bytes.fromhex(case["message"])
         assert sign_recoverable(k256_key(bytes.fromhex(case["key"])), message).hex() == case["signature"]
 
 

@@ -129,7 +129,7 @@ class Server:
         else:
             host, port = sock.getsockname()[:2]
             # An unspecified address is one to listen on, not one to connect to.
-            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
             self._url = f"{'https' if secure else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
     @property
@@ -152,6 +152,8 @@ async def serve(
 ) -> Server:
     """Start an application on a bound socket, which it owns from here on."""
     # aiohttp waits this long twice: for a handler to finish, and for it to end once it is cancelled.
+    if ssl_context is not None:
+        ssl_context.sslobject_class = _AlertingSslObject
     runner = _Runner(app, shutdown_timeout=GRACE / 2)
     try:
         server = Server(runner, sock, ssl_context is not None)
@@ -162,6 +164,29 @@ async def serve(
         sock.close()
         raise
     return server
+
+
+# ---- TLS alerts --------------------------------------------------------------------------------------------
+# asyncio closes a connection whose handshake failed without sending what OpenSSL has to say about it, so a client with
+# another CA's certificate would see its connection end and not why.
+
+
+class _AlertingSslObject(ssl.SSLObject):
+    """Lets the alert of a failed handshake out before the failure is reported."""
+
+    _failure: ssl.SSLError | None = None
+
+    def do_handshake(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as error:
+            self._failure = error
+            # Asked to read on, asyncio first sends what is written; the client, having the alert, ends the connection.
+            raise ssl.SSLWantReadError from error
 
 
 # ---- Half-closed connections -----------------------------------------------------------------------------

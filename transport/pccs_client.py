@@ -51,7 +51,10 @@ class PccsClient:
         self._assembled: dict[CollateralKey, tuple[tuple[Document, ...], QuoteCollateralV3]] = {}
 
     async def collateral(self, quote: bytes) -> QuoteCollateralV3:
-        """Ask for what this quote needs; raise `TransportError` naming the URL, or `FormatError` for an answer that is none."""
+        """Ask for what this quote needs.
+
+        Raises `TransportError` naming the URL, or `FormatError` for an answer that is none.
+        """
         key = CollateralKey.of_quote(quote)
         documents = tuple(await asyncio.gather(*(self._fetch(path) for path in key.requests())))
         known = self._assembled.get(key)
@@ -102,7 +105,10 @@ class AttestationVerifier:
         self.pccs, self.anchor, self.clock = pccs, anchor, clock
 
     async def verify(self, attestation: Attestation) -> VerifiedAttestation:
-        """Verify evidence; raise `VerificationError`, its cause in upstream's words (a PCCS that is down among them)."""
+        """Verify evidence.
+
+        Raises `VerificationError`, its cause in upstream's words; a PCCS that is down is one.
+        """
         try:
             collateral = await self.pccs.collateral(attestation.quote)
         except (TransportError, AttestError) as error:

@@ -67,7 +67,10 @@ async def make_identity(
 
 
 class RaTlsError(Exception):
-    """No usable answer of a server: nothing came, it refused, or what came cannot be read. Texts as upstream's client has them."""
+    """No usable answer of a server: nothing came, it refused, or what came cannot be read.
+
+    Texts as upstream's client has them.
+    """
 
 
 class RaTlsClient:
@@ -130,7 +133,9 @@ class RaTlsClient:
         try:
             verified = await self._verifier.verify_bound(attestation, certificate_spki(certificate))
         except AttestError as error:
-            raise VerificationError(f"failed to verify the attestation report presented by the server: {error}") from error
+            raise VerificationError(
+                f"failed to verify the attestation report presented by the server: {error}"
+            ) from error
         return Peer(verified, usage_of(certificate))
 
 
@@ -143,7 +148,8 @@ def _context(identity: Identity | None, root_ca: str | None) -> ssl.SSLContext:
     else:
         context.load_verify_locations(cadata=root_ca)
     if identity is not None:
-        # OpenSSL reads a certificate chain from files alone; this folder is the process's own (mode 0700) and short-lived.
+        # OpenSSL reads a certificate chain from files alone; this folder is the process's own (mode 0700) and
+        # short-lived.
         with tempfile.TemporaryDirectory(prefix="dstack-emu-") as folder:
             certificate, key = Path(folder, "client.crt"), Path(folder, "client.key")
             certificate.write_text(identity.certificate)

@@ -1,0 +1,256 @@
+"""A guest that shares nothing with the emulator: what anyone could write after reading the protocol.
+
+It knows HTTP, TLS, X.509 and SHA-512 by the standard library and `cryptography`, and imports no package of this repository,
+so a mistake that both sides of the emulator make alike is no agreement here.
+"""
+
+import datetime
+import hashlib
+import http.client
+import json
+import socket
+import ssl
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+
+OID_ATTESTATION = x509.ObjectIdentifier("1.3.6.1.4.1.62397.1.8")
+TIMEOUT = 20
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Status and body (parsed where it is JSON) of one call."""
+
+    status: int
+    body: Any
+
+    @property
+    def error(self) -> str:
+        """The text of a refusal, which pRPC always sends as a 400 with one key."""
+        assert self.status == 400, self
+        assert list(self.body) == ["error"], self
+        return str(self.body["error"])
+
+    @property
+    def value(self) -> dict[str, Any]:
+        """The body of a success."""
+        assert self.status == 200, self
+        assert isinstance(self.body, dict), self
+        return self.body
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=TIMEOUT)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(TIMEOUT)
+        self.sock.connect(self._path)
+
+
+def ask(connection: http.client.HTTPConnection, path: str, body: dict[str, Any] | None = None) -> Answer:
+    """POST JSON (GET where there is no body) and read the answer."""
+    if body is None:
+        connection.request("GET", path)
+    else:
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    raw = response.read()
+    is_json = (response.getheader("Content-Type") or "").startswith("application/json")
+    return Answer(response.status, json.loads(raw) if is_json else raw.decode())
+
+
+def ask_agent(address: str, method: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Call one method of a guest agent, by the path of its socket or by its URL."""
+    parts = urlsplit(address)
+    tcp = http.client.HTTPConnection(parts.netloc, timeout=TIMEOUT)
+    connection = tcp if parts.scheme else _UnixConnection(address)
+    try:
+        return ask(connection, f"/{method}", body or {}).value
+    finally:
+        connection.close()
+
+
+def attest(agent: str, spki: bytes) -> bytes:
+    """Have an agent quote the binding of a TLS key (SPKI DER): a versioned attestation."""
+    report_data = hashlib.sha512(b"ratls-cert:" + spki).hexdigest()
+    return bytes.fromhex(ask_agent(agent, "Attest", {"report_data": report_data})["attestation"])
+
+
+def quote_of(attestation: bytes) -> tuple[int, bytes]:
+    """Offset and bytes of the quote in a SCALE attestation: 0x00, variant 0 (TDX), then a vector with a compact length."""
+    assert attestation[:2] == b"\0\0", "not the form that hardware sends"
+    length = int.from_bytes(attestation[2:4], "little")
+    assert length & 3 == 1, "a quote is between 64 and 16383 bytes long: a compact length of two bytes"
+    return 4, attestation[4 : 4 + (length >> 2)]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A client certificate with its key."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+
+@dataclass(frozen=True)
+class Authority:
+    """A CA that one holds the key of."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+    @classmethod
+    def invent(cls, common_name: str) -> Self:
+        """Make a CA that nobody knows, under any name."""
+        key = new_key()
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common_name)])
+        constraints = x509.BasicConstraints(ca=True, path_length=0)
+        return cls(_certificate(name, name, key).add_extension(constraints, critical=True).sign(key, hashes.SHA256()), key)
+
+    def issue(self, key: ec.EllipticCurvePrivateKey, attestation: bytes | None) -> Identity:
+        """Make a client certificate, with an attestation inside unless that is None."""
+        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "foreign client")])
+        builder = _certificate(subject, self.certificate.subject, key)
+        if attestation is not None:
+            extension = x509.UnrecognizedExtension(OID_ATTESTATION, der_octet_string(attestation))
+            builder = builder.add_extension(extension, critical=False)
+        return Identity(builder.sign(self.key, hashes.SHA256()), key)
+
+
+def new_key() -> ec.EllipticCurvePrivateKey:
+    """Make a P-256 key."""
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def spki_of(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """Public key as SubjectPublicKeyInfo DER."""
+    return key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def der_octet_string(data: bytes) -> bytes:
+    """Encode an OCTET STRING, the value inside dstack's certificate extensions."""
+    if len(data) < 0x80:
+        return b"\x04" + bytes([len(data)]) + data
+    size = struct.pack(">I", len(data)).lstrip(b"\0")
+    return b"\x04" + bytes([0x80 | len(size)]) + size + data
+
+
+def _certificate(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
+) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+    )
+
+
+class KmsConnection:
+    """One kept-alive TLS connection to a KMS."""
+
+    def __init__(self, url: str, *, identity: Identity | None = None, root_ca: str | None = None) -> None:
+        self._http = http.client.HTTPSConnection(
+            urlsplit(url).netloc, context=tls_context(identity, root_ca), timeout=TIMEOUT
+        )
+
+    def call(self, method: str, **arguments: Any) -> Answer:
+        """POST one RPC in JSON."""
+        return ask(self._http, f"/prpc/KMS.{method}?json", arguments)
+
+    def get(self, path: str) -> Answer:
+        """GET a page."""
+        return ask(self._http, path)
+
+    @property
+    def socket(self) -> object:
+        """The socket it goes over, which shows whether two calls shared a connection."""
+        return self._http.sock
+
+    def close(self) -> None:
+        """Hang up."""
+        self._http.close()
+
+
+@contextmanager
+def kms(url: str, *, identity: Identity | None = None, root_ca: str | None = None) -> Iterator[KmsConnection]:
+    """Connect to a KMS, with its root pinned where one is given."""
+    connection = KmsConnection(url, identity=identity, root_ca=root_ca)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def tls_context(identity: Identity | None, root_ca: str | None) -> ssl.SSLContext:
+    """Client settings: verify under one root, or not at all; show a certificate, or none."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if root_ca is None:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    else:
+        context.load_verify_locations(cadata=root_ca)
+    if identity is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "client.pem")
+            key = identity.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+            file.write_bytes(key + identity.certificate.public_bytes(Encoding.PEM))
+            context.load_cert_chain(file)
+    return context
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A guest that wants keys of a KMS: where both answer, and the CA under which the KMS wants certificates."""
+
+    kms_url: str
+    agent: str
+    temp_ca: Authority
+    root_ca: str
+
+    @classmethod
+    def of(cls, kms_url: str, agent: str) -> Self:
+        """Ask the KMS for its temporary CA, trusting whoever answers, as a guest's first step is."""
+        with kms(kms_url) as connection:
+            answer = connection.call("GetTempCaCert").value
+        certificate = x509.load_pem_x509_certificate(answer["temp_ca_cert"].encode())
+        key = load_pem_private_key(answer["temp_ca_key"].encode(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        return cls(kms_url, agent, Authority(certificate, key), answer["ca_cert"])
+
+    def at(self, kms_url: str) -> "Guest":
+        """The same guest before another KMS with the same keys."""
+        return replace(self, kms_url=kms_url)
+
+    def identity(self) -> Identity:
+        """A new key, attested, with a certificate."""
+        key = new_key()
+        return self.temp_ca.issue(key, attest(self.agent, spki_of(key)))
+
+    def get_app_key(self, identity: Identity | None = None, **arguments: Any) -> Answer:
+        """GetAppKey over a connection of its own, with the KMS's root pinned; a fresh identity unless one is given."""
+        with kms(self.kms_url, identity=identity or self.identity(), root_ca=self.root_ca) as connection:
+            return connection.call("GetAppKey", **{"api_version": 1, **arguments})
