@@ -1,4 +1,4 @@
-"""A TDX quote, version 4: header, TD report, signature data.
+"""A TDX quote, version 4 or 5: header, TD report, signature data.
 
 Layout: Intel TDX DCAP Quote Generation Library 4.0, appendix A.3; checked against `dcap-qvl` src/quote.rs and quotes of
 real hardware. Encoding and parsing only: whether a quote proves anything is `attest.verify`'s business, and goes
@@ -19,6 +19,8 @@ CERTIFICATION_QE_REPORT: Final = 6
 CERTIFICATION_PCK_CHAIN: Final = 5
 HEADER_SIZE: Final = 48
 TD10_SIZE: Final = 584
+TD15_SIZE: Final = 648
+BODY_TD10, BODY_TD15 = 2, 3
 QE_REPORT_SIZE: Final = 384
 
 _HEADER = struct.Struct("<HHIHH16s20s")
@@ -130,8 +132,46 @@ TD10_FIELDS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
+class TdReport15(TdReport):
+    """The TD 1.5 report body (TD15), 648 bytes: TD10, then tee_tcb_svn2[16] and mr_service_td[48]. Version 5 only."""
+
+    tee_tcb_svn2: bytes = bytes(16)
+    mr_service_td: bytes = bytes(48)
+
+    def encode(self) -> bytes:
+        """Encode to 648 bytes."""
+        tail = self.tee_tcb_svn2 + self.mr_service_td
+        if len(tail) != TD15_SIZE - TD10_SIZE:
+            raise FormatError(f"TD report: tee_tcb_svn2 and mr_service_td are {len(tail)} bytes, 64 expected")
+        # Not super(): a slotted dataclass is a new class, which zero-argument super() does not know.
+        return TdReport.encode(self) + tail
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Parse 648 bytes."""
+        base = TdReport.parse(data[:TD10_SIZE])
+        values = {name: getattr(base, name) for name, _ in TD10_FIELDS}
+        second, service = data[TD10_SIZE : TD10_SIZE + 16], data[TD10_SIZE + 16 :]
+        return cls(**values, tee_tcb_svn2=second, mr_service_td=service)
+
+
+def encode_body(report: TdReport, version: int) -> bytes:
+    """Encode a report as a quote of that version carries it: version 5 puts body type (u16) and size (u32) before it.
+
+    Raises `FormatError` for another version, and for a TD15 report in version 4.
+    """
+    body = report.encode()
+    is_td15 = isinstance(report, TdReport15)
+    if version == 5:
+        return struct.pack("<HI", BODY_TD15 if is_td15 else BODY_TD10, len(body)) + body
+    if version != 4 or is_td15:
+        raise FormatError(f"quote: version 4 (TD10) or 5 expected, got {version} with {type(report).__name__}")
+    return body
+
+
+@dataclass(frozen=True, slots=True)
 class QuoteSignature:
-    """The signature data of a v4 quote: u32 length, then, from offset 636:
+    """The signature data of a quote: u32 length, then (in version 4 from offset 636):
 
     signature r, s[64] by the attestation key over header and body; attestation key X, Y[64]; u16 type 6, u32 size;
     QE report[384]; its signature r, s[64] by the PCK key; u16 size and QE authentication data; u16 type 5, u32 size and
@@ -202,21 +242,35 @@ class Quote:
 
     def encode(self) -> bytes:
         """Encode to the very bytes that `parse` read."""
-        return b"".join((self.header.encode(), self.report.encode(), self.signature.encode(), self.trailing))
+        body = encode_body(self.report, self.header.version)
+        return b"".join((self.header.encode(), body, self.signature.encode(), self.trailing))
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """Parse a TDX quote of version 4; raise `FormatError` for anything else or anything cut short."""
+        """Parse a TDX quote of version 4 or 5; raise `FormatError` for anything else or anything cut short."""
         reader = _Reader(data, "quote")
         header = QuoteHeader.parse(reader.take(HEADER_SIZE))
-        if (header.version, header.tee_type) != (4, TEE_TYPE_TDX):
+        if header.version not in (4, 5) or header.tee_type != TEE_TYPE_TDX:
             raise FormatError(
-                f"quote: version 4 and TEE type {TEE_TYPE_TDX:#x} (TDX) expected, "
+                f"quote: version 4 or 5 and TEE type {TEE_TYPE_TDX:#x} (TDX) expected, "
                 f"got version {header.version} and TEE type {header.tee_type:#x}"
             )
-        report = TdReport.parse(reader.take(TD10_SIZE))
+        report = _read_report(reader) if header.version == 5 else TdReport.parse(reader.take(TD10_SIZE))
         size = struct.unpack("<I", reader.take(4))[0]
         return cls(header, report, QuoteSignature.parse(reader.take(size)), reader.rest())
+
+
+def _read_report(reader: "_Reader") -> TdReport:
+    """Read the typed body of a version 5 quote."""
+    kind, size = struct.unpack("<HI", reader.take(6))
+    if (kind, size) == (BODY_TD10, TD10_SIZE):
+        return TdReport.parse(reader.take(size))
+    if (kind, size) == (BODY_TD15, TD15_SIZE):
+        return TdReport15.parse(reader.take(size))
+    raise FormatError(
+        f"quote: body type {BODY_TD10} of {TD10_SIZE} bytes or {BODY_TD15} of {TD15_SIZE} expected, "
+        f"got type {kind} of {size}"
+    )
 
 
 def qe_report_data(attestation_key: bytes, qe_authentication_data: bytes) -> bytes:

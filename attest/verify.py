@@ -18,7 +18,7 @@ from attest.collateral import error_chain
 from attest.errors import FormatError, VerificationError
 from attest.eventlog import replay_runtime, validate_preimages
 from attest.pck import device_id
-from attest.quote import Quote, TdReport
+from attest.quote import Quote, TdReport, TdReport15
 from attest.report_data import APP_DATA, ratls_report_data, report_data
 
 DEBUG_BIT: Final = 0x01
@@ -117,6 +117,8 @@ def verify_attestation(
     except VerificationError as error:
         raise VerificationError(f"failed to verify TDX quote: {error}") from error
     report = verified.report
+    if isinstance(report, TdReport15) and any(report.mr_service_td):
+        raise VerificationError("Invalid mr service td")
     if report.td_attributes[0] & DEBUG_BIT:
         raise VerificationError("Debug mode is not allowed")
     if any(report.mr_signer_seam):

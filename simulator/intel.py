@@ -1,87 +1,99 @@
-"""The emulated Intel: root CA, PCK CA, TCB signer, CRLs, QE identity, and platforms that sign quotes.
+"""The emulated Intel: root CA, PCK CA, TCB signer, CRLs, QE identity, and what it says of each platform.
 
 What a verifier checks is real (chains, signatures, CRLs, TCB matching); only the root of trust is made up, and every
-name says so. All of it grows from the seed, with fixed dates, so it is byte-identical in every process. Source of the
-formats: Intel PCK Certificate and CRL Profile 1.5; Intel PCS API v4; `dcap-qvl` src/verify.rs at 0.7.0 for what is
-looked at.
+name says so. All of it grows from the seed, with fixed dates, so it is byte-identical in every process. What the vendor
+says can be changed while it runs: `state` for all its platforms, `Platform.state` for one. Source of the formats: Intel
+PCK Certificate and CRL Profile 1.5; Intel PCS API v4; `dcap-qvl` src/verify.rs at 0.7.0 for what is looked at.
 """
 
 import datetime
+import functools
+import hashlib
+import hmac
 import json
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from attest.collateral import Document
 from attest.errors import FormatError
-from attest.pck import OID_SGX_EXTENSION, PckExtension, device_id
-from attest.quote import QuoteHeader, QuoteSignature, TdReport, qe_report_data
+from attest.pck import OID_SGX_EXTENSION, PckExtension
+from simulator.platform import (
+    CPU_SVN,
+    PCE_ID,
+    PCE_SVN,
+    QE_ATTRIBUTES,
+    QE_ISV_SVN,
+    QE_PRODUCT,
+    TDX_MODULE_SVN,
+    TDX_MODULE_VERSION,
+    TEE_TCB_SVN,
+    Platform,
+    PlatformState,
+    TcbStatus,
+    raw_signature,
+    require_statuses,
+)
 from simulator.seed import Seed
 
 EMULATED: Final = "dstack-emu EMULATED (protects nothing)"
 VALID_FROM: Final = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
 VALID_UNTIL: Final = datetime.datetime(2099, 12, 31, tzinfo=datetime.UTC)
-
-TCB_STATUSES: Final = (
-    "UpToDate",
-    "SWHardeningNeeded",
-    "ConfigurationNeeded",
-    "ConfigurationAndSWHardeningNeeded",
-    "OutOfDate",
-    "OutOfDateConfigurationNeeded",
-    "Revoked",
-)
-
-TDX_MODULE_VERSION, TDX_MODULE_SVN = 1, 11
-TEE_TCB_SVN: Final = bytes((TDX_MODULE_SVN, TDX_MODULE_VERSION, 4)).ljust(16, b"\0")
-CPU_SVN: Final = bytes((3, 3, 2, 2, 4, 1, 0, 5)).ljust(16, b"\0")
-PCE_SVN: Final = 13
-PCE_ID: Final = bytes(2)
-QE_SVN, QE_PRODUCT, QE_ISV_SVN = 0, 2, 4
-QE_ATTRIBUTES: Final = bytes.fromhex("1500000000000000e700000000000000")
-QE_AUTH_DATA: Final = bytes(range(32))
 TCB_EVALUATION: Final = 17
+
+Dating = Literal["current", "expired", "not-yet-valid"]
+"""Whether a collateral document is valid now, was, or will be."""
+
+DATES: Final[dict[Dating, tuple[datetime.datetime, datetime.datetime]]] = {
+    "current": (VALID_FROM, VALID_UNTIL),
+    "expired": (VALID_FROM, datetime.datetime(2024, 2, 1, tzinfo=datetime.UTC)),
+    "not-yet-valid": (datetime.datetime(2099, 1, 1, tzinfo=datetime.UTC), VALID_UNTIL),
+}
+"""issueDate and nextUpdate of each."""
 
 
 @dataclass(frozen=True, slots=True)
-class PlatformState:
-    """What Intel says about a platform's TCB: a status of `TCB_STATUSES` and the advisories that go with it."""
+class VendorState:
+    """What the vendor says for all platforms: of the quoting enclave, its PCK CA, and how its documents are dated."""
 
-    tcb_status: str = "UpToDate"
-    advisory_ids: tuple[str, ...] = ()
+    qe_status: TcbStatus = "UpToDate"
+    qe_advisory_ids: tuple[str, ...] = ()
+    pck_ca_revoked: bool = False
+    tcb_info_dating: Dating = "current"
+    qe_identity_dating: Dating = "current"
+    pck_crl_dating: Dating = "current"
+    root_ca_crl_dating: Dating = "current"
 
     def __post_init__(self) -> None:
-        if self.tcb_status not in TCB_STATUSES:
-            raise FormatError(f"TCB status: one of {', '.join(TCB_STATUSES)} expected, got {self.tcb_status!r}")
+        require_statuses(self.qe_status)
+        datings = (self.tcb_info_dating, self.qe_identity_dating, self.pck_crl_dating, self.root_ca_crl_dating)
+        if wrong := [dating for dating in datings if dating not in get_args(Dating)]:
+            raise FormatError(f"collateral dating: one of {', '.join(get_args(Dating))} expected, got {wrong[0]!r}")
 
 
 class Intel:
     """The made-up vendor: one root, one PCK CA, one TCB signer, and the platforms they certify."""
 
     def __init__(self, seed: Seed) -> None:
-        self._seed = seed.child("intel")
-        self._root_key = self._seed.p256("root key")
-        self._pck_ca_key = self._seed.p256("pck ca key")
-        self._tcb_key = self._seed.p256("tcb signing key")
+        self.seed = seed.child("intel")
+        self._root_key = self.seed.p256("root key")
+        self._pck_ca_key = self.seed.p256("pck ca key")
+        self._tcb_key = self.seed.p256("tcb signing key")
         self.root = self._certify("SGX Root CA", "SGX Root CA", self._root_key.public_key(), self._root_key, ca=1)
         # A verifier reads "Platform" in this name and asks for `ca=platform`.
         self.pck_ca = self._certify(
             "SGX PCK Platform CA", "SGX Root CA", self._pck_ca_key.public_key(), self._root_key, ca=0
         )
         self.tcb_signer = self._certify("SGX TCB Signing", "SGX Root CA", self._tcb_key.public_key(), self._root_key)
-        self.qe_mr_enclave = self._seed.derive("qe mrenclave", 32)
-        self.qe_mr_signer = self._seed.derive("qe mrsigner", 32)
-        self.mr_seam = self._seed.derive("mr_seam", 48)
+        self.qe_mr_enclave = self.seed.derive("qe mrenclave", 32)
+        self.qe_mr_signer = self.seed.derive("qe mrsigner", 32)
+        self.mr_seam = self.seed.derive("mr_seam", 48)
+        self.state = VendorState()
         self._platforms: dict[str, Platform] = {}
-        self._tcb_infos: dict[tuple[str, PlatformState], Document] = {}
-        self.root_ca_crl = self._crl(self.root, self._root_key)
-        self.pck_crl = self._crl(self.pck_ca, self._pck_ca_key)
-        self.qe_identity = self._qe_identity()
 
     @property
     def root_der(self) -> bytes:
@@ -93,58 +105,88 @@ class Intel:
         """The root certificate in PEM."""
         return self.root.public_bytes(Encoding.PEM).decode()
 
-    def platform(self, name: str) -> "Platform":
+    @functools.cached_property
+    def stranger(self) -> "Intel":
+        """Another vendor that nobody believes, for platforms whose quotes lead to another root."""
+        return Intel(self.seed.child("another vendor"))
+
+    # ---- platforms
+
+    def platform(self, name: str) -> Platform:
         """The platform of that name: always the same machine, with its own PPID and FMSPC."""
         if name not in self._platforms:
-            self._platforms[name] = Platform(self, name, self._seed.child(f"platform {name}"))
+            self._platforms[name] = Platform(self, name)
         return self._platforms[name]
 
-    def platform_of_fmspc(self, fmspc: str) -> "Platform | None":
-        """The platform with that FMSPC (hex), if it was made."""
-        return next((p for p in self._platforms.values() if p.fmspc.hex() == fmspc.lower()), None)
+    def fmspc(self, name: str) -> bytes:
+        """The FMSPC (6 bytes) of a platform: half of it proves to a PCCS of the same seed that the platform is ours."""
+        nonce = self.seed.derive(f"fmspc {name}", 3)
+        return nonce + self._fmspc_proof(nonce)
 
-    def tcb_info(self, platform: "Platform") -> Document:
-        """What the vendor says of a platform now: TCB info, signed."""
-        key = platform.name, platform.state
-        if key not in self._tcb_infos:
-            self._tcb_infos[key] = self._tcb_info(platform)
-        return self._tcb_infos[key]
+    def knows_fmspc(self, fmspc: bytes) -> bool:
+        """Whether a platform of this seed, made in this process or another, may have that FMSPC."""
+        return len(fmspc) == 6 and hmac.compare_digest(fmspc[3:], self._fmspc_proof(fmspc[:3]))
 
-    def _tcb_info(self, platform: "Platform") -> Document:
+    def state_of(self, fmspc: bytes) -> PlatformState:
+        """The state of the platform with that FMSPC; the default where it was not made in this process."""
+        return next((p.state for p in self._platforms.values() if p.fmspc == fmspc), PlatformState())
+
+    def _fmspc_proof(self, nonce: bytes) -> bytes:
+        return hmac.digest(self.seed.material, b"fmspc" + nonce, hashlib.sha256)[:3]
+
+    # ---- collateral, from the present state
+
+    def tcb_info(self, fmspc: bytes) -> Document:
+        """TCB info of a platform, signed."""
+        return self._tcb_info(fmspc, self.state_of(fmspc), self.state.tcb_info_dating)
+
+    @property
+    def qe_identity(self) -> Document:
+        """The identity of the quoting enclave, signed."""
+        state = self.state
+        return self._qe_identity(state.qe_status, state.qe_advisory_ids, state.qe_identity_dating)
+
+    @property
+    def pck_crl(self) -> Document:
+        """The PCK CA's CRL (DER) with its issuer chain: it names the platforms whose state says so."""
+        revoked = tuple(p.pck_certificate.serial_number for p in self._platforms.values() if p.state.pck_revoked)
+        return Document(self._pck_crl(revoked, self.state.pck_crl_dating), self.chain(self.pck_ca))
+
+    @property
+    def root_ca_crl(self) -> bytes:
+        """The root's CRL (DER): it names the PCK CA when the state says so."""
+        return self._root_ca_crl(self.state.pck_ca_revoked, self.state.root_ca_crl_dating)
+
+    # Made once for each state asked about; a vendor lives as long as its process, and states are few.
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019 - as just said
+    def _tcb_info(self, fmspc: bytes, state: PlatformState, dating: Dating) -> Document:
+        module = _level({"isvsvn": TDX_MODULE_SVN}, state.module_status, state.module_advisory_ids)
+        tcb = {
+            "sgxtcbcomponents": [{"svn": svn} for svn in CPU_SVN],
+            "pcesvn": PCE_SVN,
+            "tdxtcbcomponents": [{"svn": svn} for svn in TEE_TCB_SVN],
+        }
         body = {
             "id": "TDX",
             "version": 3,
-            "issueDate": _iso(VALID_FROM),
-            "nextUpdate": _iso(VALID_UNTIL),
-            "fmspc": platform.fmspc.hex().upper(),
+            **_dates(dating),
+            "fmspc": fmspc.hex().upper(),
             "pceId": PCE_ID.hex(),
             "tcbType": 0,
             "tcbEvaluationDataNumber": TCB_EVALUATION,
             "tdxModule": _module(),
-            "tdxModuleIdentities": [
-                {"id": f"TDX_{TDX_MODULE_VERSION:02X}", **_module(), "tcbLevels": [_level({"isvsvn": 1}, "UpToDate")]}
-            ],
-            "tcbLevels": [
-                _level(
-                    {
-                        "sgxtcbcomponents": [{"svn": svn} for svn in CPU_SVN],
-                        "pcesvn": PCE_SVN,
-                        "tdxtcbcomponents": [{"svn": svn} for svn in TEE_TCB_SVN],
-                    },
-                    platform.state.tcb_status,
-                    platform.state.advisory_ids,
-                )
-            ],
+            "tdxModuleIdentities": [{"id": f"TDX_{TDX_MODULE_VERSION:02X}", **_module(), "tcbLevels": [module]}],
+            "tcbLevels": [_level(tcb, state.tcb_status, state.advisory_ids)],
         }
         return self._signed("tcbInfo", body)
 
-    def _qe_identity(self) -> Document:
-        """The identity of the quoting enclave, signed."""
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - as above
+    def _qe_identity(self, status: TcbStatus, advisory_ids: tuple[str, ...], dating: Dating) -> Document:
         body = {
             "id": "TD_QE",
             "version": 2,
-            "issueDate": _iso(VALID_FROM),
-            "nextUpdate": _iso(VALID_UNTIL),
+            **_dates(dating),
             "tcbEvaluationDataNumber": TCB_EVALUATION,
             "miscselect": "00000000",
             "miscselectMask": "FFFFFFFF",
@@ -152,9 +194,20 @@ class Intel:
             "attributesMask": "FBFFFFFFFFFFFFFF0000000000000000",
             "mrsigner": self.qe_mr_signer.hex().upper(),
             "isvprodid": QE_PRODUCT,
-            "tcbLevels": [_level({"isvsvn": QE_ISV_SVN}, "UpToDate")],
+            "tcbLevels": [_level({"isvsvn": QE_ISV_SVN}, status, advisory_ids)],
         }
         return self._signed("enclaveIdentity", body)
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - as above
+    def _pck_crl(self, revoked: tuple[int, ...], dating: Dating) -> bytes:
+        return _crl(self.pck_ca, self._pck_ca_key, revoked, dating)
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - as above
+    def _root_ca_crl(self, pck_ca_revoked: bool, dating: Dating) -> bytes:
+        revoked = (self.pck_ca.serial_number,) if pck_ca_revoked else ()
+        return _crl(self.root, self._root_key, revoked, dating)
+
+    # ---- certificates
 
     def chain(self, *certificates: x509.Certificate) -> str:
         """PEM of certificates in order, closed by the root."""
@@ -203,87 +256,27 @@ class Intel:
             builder = builder.add_extension(extra, False)
         return builder.sign(issuer_key, hashes.SHA256(), ecdsa_deterministic=True)
 
-    def _crl(self, issuer: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> bytes:
-        crl = (
-            x509.CertificateRevocationListBuilder()
-            .issuer_name(issuer.subject)
-            .last_update(VALID_FROM)
-            .next_update(VALID_UNTIL)
-            .add_extension(x509.CRLNumber(1), False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), False)
-            .sign(key, hashes.SHA256(), ecdsa_deterministic=True)
-        )
-        return crl.public_bytes(Encoding.DER)
-
     def _signed(self, key: str, body: dict[str, Any]) -> Document:
         # The verifier re-serialises the inner object before it checks the signature: exactly this form.
         inner = json.dumps(body, separators=(",", ":"), ensure_ascii=False)
-        signature = _sign(self._tcb_key, inner.encode())
+        signature = raw_signature(self._tcb_key, inner.encode())
         return Document(f'{{"{key}":{inner},"signature":"{signature.hex()}"}}'.encode(), self.chain(self.tcb_signer))
 
 
-class Platform:
-    """One emulated machine: its PCK certificate, its quoting enclave, and what Intel says about it.
-
-    That `state` may be changed while it runs: collateral follows at once.
-    """
-
-    def __init__(self, intel: Intel, name: str, seed: Seed) -> None:
-        self.name = name
-        self.ppid = seed.derive("ppid", 16)
-        self.fmspc = seed.derive("fmspc", 6)
-        self.state = PlatformState()
-        pck_key = seed.p256("pck key")
-        instance_id = seed.derive("platform instance id", 16)
-        extension = PckExtension(self.ppid, CPU_SVN, PCE_SVN, PCE_ID, self.fmspc, instance_id)
-        self.pck_certificate = intel.certify_pck(pck_key.public_key(), extension)
-        self.mr_seam = intel.mr_seam
-        self._attestation_key = seed.p256("attestation key")
-        public = self._attestation_key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)[1:]
-        qe_report = _qe_report(intel, public)
-        self._header = QuoteHeader(qe_svn=QE_SVN, pce_svn=PCE_SVN).encode()
-        # All of the signature data but the signature itself is the same in every quote of this platform.
-        self._after_signature = QuoteSignature(
-            signature=bytes(64),
-            attestation_key=public,
-            qe_report=qe_report,
-            qe_report_signature=_sign(pck_key, qe_report),
-            qe_authentication_data=QE_AUTH_DATA,
-            pck_chain=intel.chain(self.pck_certificate, intel.pck_ca).encode(),
-        ).encode()
-
-    @property
-    def device_id(self) -> bytes:
-        """SHA-256 of the PPID, 32 bytes."""
-        return device_id(self.ppid)
-
-    def quote(self, report: TdReport) -> bytes:
-        """Sign a TD report of this platform: a v4 quote."""
-        signed = self._header + report.encode()
-        signature_data = self._after_signature
-        return b"".join((signed, signature_data[:4], _sign(self._attestation_key, signed), signature_data[68:]))
-
-
-def _qe_report(intel: Intel, attestation_key: bytes) -> bytes:
-    """The report of the quoting enclave, 384 bytes.
-
-    0 cpusvn[16], 48 attributes[16], 64 mrenclave[32], 128 mrsigner[32], 256 isvprodid u16, 258 isvsvn u16,
-    320 report_data[64].
-    """
-    report = bytearray(384)
-    report[0:16] = CPU_SVN
-    report[48:64] = QE_ATTRIBUTES
-    report[64:96] = intel.qe_mr_enclave
-    report[128:160] = intel.qe_mr_signer
-    report[256:258] = QE_PRODUCT.to_bytes(2, "little")
-    report[258:260] = QE_ISV_SVN.to_bytes(2, "little")
-    report[320:384] = qe_report_data(attestation_key, QE_AUTH_DATA)
-    return bytes(report)
-
-
-def _sign(key: ec.EllipticCurvePrivateKey, data: bytes) -> bytes:
-    r, s = decode_dss_signature(key.sign(data, ec.ECDSA(hashes.SHA256(), deterministic_signing=True)))
-    return r.to_bytes(32, "big") + s.to_bytes(32, "big")
+def _crl(issuer: x509.Certificate, key: ec.EllipticCurvePrivateKey, revoked: tuple[int, ...], dating: Dating) -> bytes:
+    issued, next_update = DATES[dating]
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(issuer.subject)
+        .last_update(issued)
+        .next_update(next_update)
+        .add_extension(x509.CRLNumber(1), False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), False)
+    )
+    for serial in revoked:
+        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(VALID_FROM).build()
+        builder = builder.add_revoked_certificate(entry)
+    return builder.sign(key, hashes.SHA256(), ecdsa_deterministic=True).public_bytes(Encoding.DER)
 
 
 def _name(common_name: str) -> x509.Name:
@@ -299,7 +292,12 @@ def _module() -> dict[str, str]:
     return {"mrsigner": bytes(48).hex(), "attributes": bytes(8).hex(), "attributesMask": "F" * 16}
 
 
-def _level(tcb: dict[str, Any], status: str, advisory_ids: tuple[str, ...] = ()) -> dict[str, Any]:
+def _dates(dating: Dating) -> dict[str, str]:
+    issued, next_update = DATES[dating]
+    return {"issueDate": _iso(issued), "nextUpdate": _iso(next_update)}
+
+
+def _level(tcb: dict[str, Any], status: TcbStatus, advisory_ids: tuple[str, ...] = ()) -> dict[str, Any]:
     level: dict[str, Any] = {"tcb": tcb, "tcbDate": _iso(VALID_FROM), "tcbStatus": status}
     if advisory_ids:
         level["advisoryIDs"] = list(advisory_ids)

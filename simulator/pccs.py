@@ -8,6 +8,8 @@ import hashlib
 from urllib.parse import quote
 
 from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from attest.collateral import (
     PCK_CRL_ISSUER_HEADER,
@@ -23,9 +25,9 @@ from simulator.intel import Intel
 
 SGX_TCB_INFO_PATH = TCB_INFO_PATH.replace("/tdx/", "/sgx/")
 SGX_QE_IDENTITY_PATH = QE_IDENTITY_PATH.replace("/tdx/", "/sgx/")
-ROOT_CA_PATH = "/root-ca.pem"
 
 _JSON, _DER, _TEXT, _PEM = "application/json", "application/pkix-crl", "text/plain", "application/x-pem-file"
+_CERTIFICATE = "application/pkix-cert"
 
 
 def pccs_app(intel: Intel) -> web.Application:
@@ -35,17 +37,21 @@ def pccs_app(intel: Intel) -> web.Application:
         ca = request.query.get("ca", "")
         if ca != "platform":
             return _refuse(400, f"ca: `platform` expected, got {ca!r}")
-        body = intel.pck_crl
-        if request.query.get("encoding", "pem") != "der":
-            body = body.hex().encode()  # PCS answers PEM here, PCCS hex: clients ask for DER
-        return _answer(request, Document(body, intel.chain(intel.pck_ca)), _DER, PCK_CRL_ISSUER_HEADER)
+        crl = intel.pck_crl
+        if request.query.get("encoding", "pem") == "der":
+            return _answer(request, crl, _DER, PCK_CRL_ISSUER_HEADER)
+        pem = x509.load_der_x509_crl(crl.body).public_bytes(Encoding.PEM)
+        return _answer(request, Document(pem, crl.issuer_chain), _PEM, PCK_CRL_ISSUER_HEADER)
 
     async def tcb_info(request: web.Request) -> web.Response:
         fmspc = request.query.get("fmspc", "")
-        platform = intel.platform_of_fmspc(fmspc)
-        if platform is None:
-            return _refuse(404, f"no platform here has the FMSPC {fmspc!r}: was its quote made with this seed?")
-        return _answer(request, intel.tcb_info(platform), _JSON, *TCB_INFO_ISSUER_HEADERS)
+        try:
+            number = bytes.fromhex(fmspc)
+        except ValueError:
+            number = b""
+        if not intel.knows_fmspc(number):
+            return _refuse(404, f"no platform of this seed has the FMSPC {fmspc!r}: 12 hex digits of one expected")
+        return _answer(request, intel.tcb_info(number), _JSON, *TCB_INFO_ISSUER_HEADERS)
 
     async def qe_identity(request: web.Request) -> web.Response:
         return _answer(request, intel.qe_identity, _JSON, QE_IDENTITY_ISSUER_HEADER)
@@ -53,8 +59,11 @@ def pccs_app(intel: Intel) -> web.Application:
     async def root_ca_crl(request: web.Request) -> web.Response:
         return _answer(request, Document(intel.root_ca_crl.hex().encode()), _TEXT)
 
-    async def root_ca(request: web.Request) -> web.Response:
+    async def root_ca_pem(request: web.Request) -> web.Response:
         return _answer(request, Document(intel.root_pem.encode()), _PEM)
+
+    async def root_ca_der(request: web.Request) -> web.Response:
+        return _answer(request, Document(intel.root_der), _CERTIFICATE)
 
     async def health(request: web.Request) -> web.Response:
         return web.json_response({"status": "ok", "service": "dstack-emu-pccs"})
@@ -67,7 +76,8 @@ def pccs_app(intel: Intel) -> web.Application:
         (QE_IDENTITY_PATH, qe_identity),
         (SGX_QE_IDENTITY_PATH, qe_identity),
         (ROOT_CA_CRL_PATH, root_ca_crl),
-        (ROOT_CA_PATH, root_ca),
+        ("/root-ca.pem", root_ca_pem),
+        ("/root-ca.der", root_ca_der),
         ("/health", health),
     ):
         app.router.add_get(path, handler)

@@ -16,7 +16,7 @@ from attest.eventlog import BOOT_MR_DONE, SYSTEM_READY, RuntimeEvent, TdxEvent
 from attest.quote import TdReport
 from attest.vmconfig import VmConfig
 from simulator.image import OsImage
-from simulator.intel import TEE_TCB_SVN, Platform
+from simulator.platform import TEE_TCB_SVN, Platform
 
 TD_ATTRIBUTES: Final = bytes.fromhex("0000001000000000")
 """SEPT_VE_DISABLE set, debug off, as a production domain has it."""

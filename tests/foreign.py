@@ -1,7 +1,7 @@
 """A guest that shares nothing with the emulator: what anyone could write after reading the protocol.
 
-It knows HTTP, TLS, X.509 and SHA-512 by the standard library and `cryptography`, and imports no package of this repository,
-so a mistake that both sides of the emulator make alike is no agreement here.
+It knows HTTP, TLS, X.509 and SHA-512 by the standard library and `cryptography`, and imports no package of this
+repository, so a mistake that both sides of the emulator make alike is no agreement here.
 """
 
 import datetime
@@ -31,6 +31,8 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 OID_ATTESTATION = x509.ObjectIdentifier("1.3.6.1.4.1.62397.1.8")
+OID_QUOTE = x509.ObjectIdentifier("1.3.6.1.4.1.62397.1.1")
+OID_EVENT_LOG = x509.ObjectIdentifier("1.3.6.1.4.1.62397.1.2")
 TIMEOUT = 20
 
 
@@ -92,12 +94,16 @@ def ask_agent(address: str, method: str, body: dict[str, Any] | None = None) -> 
 
 def attest(agent: str, spki: bytes) -> bytes:
     """Have an agent quote the binding of a TLS key (SPKI DER): a versioned attestation."""
-    report_data = hashlib.sha512(b"ratls-cert:" + spki).hexdigest()
-    return bytes.fromhex(ask_agent(agent, "Attest", {"report_data": report_data})["attestation"])
+    return bytes.fromhex(ask_agent(agent, "Attest", {"report_data": binding_of(spki).hex()})["attestation"])
+
+
+def binding_of(spki: bytes) -> bytes:
+    """The report_data that binds a TLS key (SPKI DER), 64 bytes."""
+    return hashlib.sha512(b"ratls-cert:" + spki).digest()
 
 
 def quote_of(attestation: bytes) -> tuple[int, bytes]:
-    """Offset and bytes of the quote in a SCALE attestation: 0x00, variant 0 (TDX), then a vector with a compact length."""
+    """Offset and bytes of the quote in a SCALE attestation: 0x00, variant 0 (TDX), a vector with a compact length."""
     assert attestation[:2] == b"\0\0", "not the form that hardware sends"
     length = int.from_bytes(attestation[2:4], "little")
     assert length & 3 == 1, "a quote is between 64 and 16383 bytes long: a compact length of two bytes"
@@ -125,14 +131,19 @@ class Authority:
         key = new_key()
         name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common_name)])
         constraints = x509.BasicConstraints(ca=True, path_length=0)
-        return cls(_certificate(name, name, key).add_extension(constraints, critical=True).sign(key, hashes.SHA256()), key)
+        builder = _certificate(name, name, key).add_extension(constraints, critical=True)
+        return cls(builder.sign(key, hashes.SHA256()), key)
 
     def issue(self, key: ec.EllipticCurvePrivateKey, attestation: bytes | None) -> Identity:
         """Make a client certificate, with an attestation inside unless that is None."""
+        return self.issue_with(key, {} if attestation is None else {OID_ATTESTATION: attestation})
+
+    def issue_with(self, key: ec.EllipticCurvePrivateKey, values: dict[x509.ObjectIdentifier, bytes]) -> Identity:
+        """Make a client certificate with any of dstack's extensions."""
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "foreign client")])
         builder = _certificate(subject, self.certificate.subject, key)
-        if attestation is not None:
-            extension = x509.UnrecognizedExtension(OID_ATTESTATION, der_octet_string(attestation))
+        for oid, value in values.items():
+            extension = x509.UnrecognizedExtension(oid, der_octet_string(value))
             builder = builder.add_extension(extension, critical=False)
         return Identity(builder.sign(self.key, hashes.SHA256()), key)
 
@@ -220,6 +231,24 @@ def tls_context(identity: Identity | None, root_ca: str | None) -> ssl.SSLContex
             file.write_bytes(key + identity.certificate.public_bytes(Encoding.PEM))
             context.load_cert_chain(file)
     return context
+
+
+def signing_request(key: ec.EllipticCurvePrivateKey, attestation: bytes, subject: str) -> dict[str, Any]:
+    """Arguments of SignCert for a server certificate: the request in SCALE (version 2), signed by the key it names."""
+    nothing, no, yes = b"\0", b"\0", b"\1"
+    config = nothing + _scale(subject.encode()) + _compact(1) + _scale(subject.encode())
+    config += yes + no + yes + no + nothing + nothing  # server, client, attestation, app info; not before, not after
+    csr = _scale(b"please sign cert:") + _scale(spki_of(key)) + config + attestation
+    signature = key.sign(csr, ec.ECDSA(hashes.SHA256()))
+    return {"api_version": 2, "csr": csr.hex(), "signature": signature.hex()}
+
+
+def _scale(data: bytes) -> bytes:
+    return _compact(len(data)) + data
+
+
+def _compact(number: int) -> bytes:
+    return bytes([number << 2]) if number < 64 else (number << 2 | 1).to_bytes(2, "little")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,10 @@ class RunningStack:
         self.policies = {side: Path(path) for side, path in description["policies"].items()}
 
     def curl(self, url: str, *arguments: str) -> tuple[int, str]:
-        """Ask with curl as a person would (`-k`: certificates are checked where a test says so); return status and body."""
+        """Ask with curl as a person would; return status and body.
+
+        With `-k`: certificates are checked where a test says so.
+        """
         command = ["curl", "-sk", "--max-time", "20", "-w", "\n%{http_code}", *arguments, url]
         out = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
         body, _, status = out.rpartition("\n")
@@ -37,6 +40,19 @@ class RunningStack:
         content = ("-H", "Content-Type: application/json", "-d", json.dumps(body or {}))
         status, text = self.curl(f"{scheme}://{rest}/prpc/{method}?json", "-X", "POST", *content)
         return status, json.loads(text)
+
+    @contextmanager
+    def policy_changed(self, side: str, change: Callable[[dict[str, Any]], object]) -> Iterator[None]:
+        """Edit the policy file of one side while the block runs, and put the old text back after it."""
+        path = self.policies[side]
+        before = path.read_text()
+        policy = json.loads(before)
+        change(policy)
+        path.write_text(json.dumps(policy))
+        try:
+            yield
+        finally:
+            path.write_text(before)
 
 
 @contextmanager

@@ -1,0 +1,42 @@
+"""`python -m bench`: run the benchmarks, print each figure, and write all of them to bench/latest.json."""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from bench.figure import FULL, QUICK, Figure, Measure
+
+LATEST: Final = Path(__file__).parent / "latest.json"
+BENCHMARKS: Final = ("quotes", "verification", "getquote", "startup", "getappkey", "getappkey_new", "gettempcacert")
+
+
+def main() -> None:
+    """Run what is asked for; a benchmark that cannot run ends it with its error, a missed bar does not."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--only", action="append", choices=BENCHMARKS, metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--quick", action="store_true", help="shorter rounds, and fewer: rough figures")
+    arguments = parser.parse_args()
+    print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}; medians of alternating rounds", flush=True)
+    began, figures = time.monotonic(), list[Figure]()
+    for name in arguments.only or BENCHMARKS:
+        measure: Measure = importlib.import_module(f"bench.{name}").measure
+        for figure in measure(QUICK if arguments.quick else FULL):
+            print(figure, flush=True)
+            figures.append(figure)
+    write(figures, LATEST)
+    missed = sum(not figure.ok for figure in figures)
+    print(f"{time.monotonic() - began:.0f} s; {missed} of {sum(f.bar is not None for f in figures)} bars missed; {LATEST}")
+
+
+def write(figures: list[Figure], path: Path) -> None:
+    """Put the figures of a run in place of the last one's."""
+    path.write_text(json.dumps({figure.name: figure.to_json() for figure in figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

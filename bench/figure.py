@@ -1,0 +1,97 @@
+"""What a benchmark gives: figures with their bars; and how rates are compared fairly."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Measure = Callable[["Effort"], Iterable["Figure"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long to look: each side gets `rounds` rounds of `seconds`; a process is started `starts` times."""
+
+    rounds: int = 5
+    seconds: float = 0.8
+    starts: int = 5
+
+
+FULL, QUICK = Effort(), Effort(rounds=3, seconds=0.25, starts=3)
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What a value has to reach, or not to pass."""
+
+    value: float
+    at_most: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a value clears it."""
+        return value <= self.value if self.at_most else value >= self.value
+
+    def __str__(self) -> str:
+        return f"{'<=' if self.at_most else '>='} {show(self.value)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number of a run. A figure without a bar is there to read the others by."""
+
+    name: str
+    value: float
+    unit: str
+    bar: Bar | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether it clears its bar, if it has one."""
+        return self.bar is None or self.bar.holds(self.value)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry in latest.json."""
+        bar = None if self.bar is None else str(self.bar)
+        return {"value": float(show(self.value)), "unit": self.unit, "bar": bar, "ok": self.ok}
+
+    def __str__(self) -> str:
+        verdict = "" if self.bar is None else f"  bar {self.bar}: {'ok' if self.ok else 'MISSED'}"
+        return f"{self.name:<34} {show(self.value):>8} {self.unit:<28}{verdict}".rstrip()
+
+
+def show(value: float) -> str:
+    """Write a number with the digits that mean something."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def rate_of(work: Callable[[], object]) -> Callable[[float], float]:
+    """Make a measurement of a function: call it for so many seconds, return calls a second."""
+
+    def measure(seconds: float) -> float:
+        calls, began = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - began) < seconds:
+            for _ in range(8):  # the clock costs too
+                work()
+            calls += 8
+        return calls / elapsed
+
+    return measure
+
+
+def alternate(effort: Effort, *sides: Callable[[float], float]) -> list[list[float]]:
+    """Measure the sides in turn, A B A B …, after a warm-up; return the rates of each side, round by round."""
+    for side in sides:
+        side(effort.seconds / 2)
+    rounds = [[side(effort.seconds) for side in sides] for _ in range(effort.rounds)]
+    return [list(rates) for rates in zip(*rounds, strict=True)]
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle one."""
+    return statistics.median(values)
+
+
+def ratio(rates: Sequence[float], reference: Sequence[float]) -> float:
+    """Median of the quotients of neighbouring rounds: what disturbs both sides of a round cancels out."""
+    return statistics.median(a / b for a, b in zip(rates, reference, strict=True))

@@ -1,0 +1,41 @@
+"""GetAppKey over kept-alive mTLS connections, against a bare aiohttp server that makes the same inner calls.
+
+Every call waits for the PCCS (is the collateral still what it was?) and for two decisions of the webhook. The reference
+waits for three requests by aiohttp's client and does nothing else; ours are six, for collateral is four documents.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+from bench.figure import Bar, Effort, Figure, alternate, median, ratio
+from bench.kms import measured_kms, tls
+from bench.load import closed_loop
+from bench.processes import cpu_seconds
+from bench.reference import bare_kms
+
+CONNECTIONS = 8
+BAR, SHARE_BAR = 1000, 0.5
+
+
+def measure(effort: Effort) -> Iterator[Figure]:
+    """Calls a second, as a share of the bare server's, and for each second that the KMS itself computed."""
+    with ExitStack() as stack:
+        kms = stack.enter_context(measured_kms())
+        body, contexts = kms.app_key_request(), [tls(identity) for identity in kms.identities(CONNECTIONS)]
+        ours = [kms.connect(context, "GetAppKey", body) for context in contexts]
+        port = stack.enter_context(bare_kms(kms, documents=1, decides_app=True, answer=ours[0].call()))
+        bare = [kms.connect(context, "GetAppKey", body, port) for context in contexts]
+        for connection in (*ours, *bare):
+            stack.callback(connection.close)
+        loop, computed = closed_loop(ours), list[float]()
+
+        def measured(seconds: float) -> float:
+            before = cpu_seconds(kms.pid)
+            rate = loop(seconds)
+            computed.append(rate * seconds / (cpu_seconds(kms.pid) - before))
+            return rate
+
+        rates, bare_rates = alternate(effort, measured, closed_loop(bare))
+    yield Figure("getappkey_keepalive", median(rates), "calls/s", Bar(BAR))
+    yield Figure("getappkey_to_bare_server", ratio(rates, bare_rates), "x bare aiohttp, 3 inner calls", Bar(SHARE_BAR))
+    yield Figure("getappkey_per_kms_cpu_second", median(computed), "calls per CPU second")

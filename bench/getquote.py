@@ -1,0 +1,35 @@
+"""GetQuote over the agent's socket, against a bare aiohttp handler that gives the very same bytes from memory."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from bench.figure import Bar, Effort, Figure, alternate, median, ratio
+from bench.load import Connection, closed_loop, connect_unix, post
+from bench.processes import OTHER_CORE, SERVER_CORE, on_core, running, running_stack
+
+CONNECTIONS = 8
+BAR = 2000
+
+
+def measure(effort: Effort) -> Iterator[Figure]:
+    """Quotes a second over a unix socket; the server has a core of its own."""
+    with ExitStack() as stack:
+        socket_path = stack.enter_context(running_stack(SERVER_CORE))["app"]["dstack_sock"]
+        stack.enter_context(on_core(OTHER_CORE))
+        request = post("/GetQuote", json.dumps({"report_data": os.urandom(64).hex()}).encode())
+        ours = [Connection(connect_unix(socket_path), request) for _ in range(CONNECTIONS)]
+        body = Path(stack.enter_context(tempfile.TemporaryDirectory()), "answer")
+        body.write_bytes(ours[0].call())
+        command = (sys.executable, "-m", "bench.bare_server", "constant", str(body))
+        _, line = stack.enter_context(running(command, SERVER_CORE))
+        bare = [Connection(connect_unix(json.loads(line)["socket"]), request) for _ in range(CONNECTIONS)]
+        for connection in (*ours, *bare):
+            stack.callback(connection.close)
+        rates, bare_rates = alternate(effort, closed_loop(ours), closed_loop(bare))
+    yield Figure("getquote_socket", median(rates), "calls/s", Bar(BAR))
+    yield Figure("getquote_to_bare_server", ratio(rates, bare_rates), "x bare aiohttp, same bytes")

@@ -1,0 +1,29 @@
+"""GetTempCaCert over kept-alive TLS, against a bare aiohttp server that asks the webhook as well.
+
+A caller without a certificate, hence no evidence: the one inner call is the KMS's self check.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+from bench.figure import Bar, Effort, Figure, alternate, median, ratio
+from bench.kms import measured_kms, tls
+from bench.load import closed_loop
+from bench.reference import bare_kms
+
+CONNECTIONS = 8
+SHARE_BAR = 0.5
+
+
+def measure(effort: Effort) -> Iterator[Figure]:
+    """Calls a second, and as a share of the bare server's."""
+    with ExitStack() as stack:
+        kms = stack.enter_context(measured_kms())
+        ours = [kms.connect(tls(), "GetTempCaCert") for _ in range(CONNECTIONS)]
+        port = stack.enter_context(bare_kms(kms, documents=0, decides_app=False, answer=ours[0].call()))
+        bare = [kms.connect(tls(), "GetTempCaCert", port=port) for _ in range(CONNECTIONS)]
+        for connection in (*ours, *bare):
+            stack.callback(connection.close)
+        rates, bare_rates = alternate(effort, closed_loop(ours), closed_loop(bare))
+    yield Figure("gettempcacert_keepalive", median(rates), "calls/s")
+    yield Figure("gettempcacert_to_bare_server", ratio(rates, bare_rates), "x bare aiohttp, 1 inner call", Bar(SHARE_BAR))

@@ -1,0 +1,154 @@
+"""A KMS that is measured: a process of its own on a core of its own; stack (agent, PCCS, webhook) and client on the other.
+
+It is set up as a person would: a kms.toml beside a stack, whose policy allows it because it measures what kms-src measures.
+"""
+
+import asyncio
+import json
+import ssl
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
+
+from attest.attestation import Attestation, decode
+from attest.certificate import load_authority
+from attest.kdf import load_p256_pem
+from attest.proto import dstack_guest_pb2, kms_pb2
+from bench.load import Connection, connect_tls, connect_unix, post
+from bench.processes import OTHER_CORE, SERVER_CORE, on_core, running, running_stack
+from transport.client import PrpcClient
+from transport.ratls import Identity, make_identity
+
+TIMEOUT = 10.0
+A = TypeVar("A", bound=Message)
+
+_TOML = """
+[rpc]
+address = "127.0.0.1"
+port = 0
+[rpc.tls]
+key = "{certs}/rpc.key"
+certs = "{certs}/rpc.crt"
+[rpc.tls.mutual]
+ca_certs = "{certs}/tmp-ca.crt"
+[core]
+cert_dir = "{certs}"
+[core.attestation]
+insecure_allow_external_trust_anchors = true
+[core.attestation.urls]
+pccs = "{pccs}"
+[core.attestation.root_ca]
+tdx = "{root}"
+[core.image]
+verify = false
+[core.auth_api.webhook]
+url = "{webhook}"
+[core.onboard]
+address = "127.0.0.1"
+port = 0
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredKms:
+    """A KMS in its runtime phase: process, address, certificates, and the stack it stands in."""
+
+    pid: int
+    address: tuple[str, int]
+    certs: Path
+    stack: dict[str, Any]
+    temp_ca: kms_pb2.GetTempCaCertResponse
+
+    @property
+    def root_der(self) -> bytes:
+        """The root that this KMS believes."""
+        return ssl.PEM_cert_to_DER_cert(Path(self.stack["root_ca"]).read_text())
+
+    def connect(self, context: ssl.SSLContext, method: str, body: bytes = b"", port: int | None = None) -> Connection:
+        """Connect, to this KMS or to a server at another port, for calls of one method."""
+        host, own_port = self.address
+        return Connection(connect_tls((host, port or own_port), context), post(f"/prpc/KMS.{method}?json", body))
+
+    def app_key_request(self) -> bytes:
+        """The body of GetAppKey, as the stack's app asks it."""
+        vm_config: str = json.loads(call(self.stack["app"]["dstack_sock"], "Info"))["vm_config"]
+        return json.dumps({"api_version": 1, "vm_config": vm_config}).encode()
+
+    def identities(self, count: int) -> list[Identity]:
+        """Make certificates for the stack's app: each of a key of its own, with evidence quoted for it."""
+        temp_ca = load_authority(
+            self.temp_ca.temp_ca_cert, load_p256_pem(self.temp_ca.temp_ca_key, "key"), "temporary CA"
+        )
+
+        async def make() -> list[Identity]:
+            async with PrpcClient(self.stack["app"]["dstack_sock"], timeout=TIMEOUT) as agent:
+
+                async def attester(report_data: bytes) -> Attestation:
+                    question = dstack_guest_pb2.RawQuoteArgs(report_data=report_data)
+                    return decode((await agent.call("Attest", question, dstack_guest_pb2.AttestResponse)).attestation)
+
+                keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(count)]
+                return [await make_identity(temp_ca, key, attester, int(time.time())) for key in keys]
+
+        return asyncio.run(make())
+
+
+@contextmanager
+def measured_kms() -> Iterator[MeasuredKms]:
+    """Run a stack and a KMS, bootstrap it, and end its onboard phase; the block runs on the client's core."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, running_stack(OTHER_CORE) as stack:
+        certs, config = Path(folder, "certs"), Path(folder, "kms.toml")
+        services = stack["services"]
+        config.write_text(
+            _TOML.format(certs=certs, pccs=services["pccs"], root=stack["root_ca"], webhook=services["auth-src"])
+        )
+        command = (sys.executable, "-m", "stack", "kms", "--config", str(config))
+        environment = {"DSTACK_AGENT_ADDRESS": services["agent-src"]}
+        with (
+            running(command, SERVER_CORE, environment=environment, ready_on_stderr=True) as (process, line),
+            on_core(OTHER_CORE),
+        ):
+            url = urlsplit(next(word.rstrip(".") for word in line.split() if word.startswith("http")))
+            assert url.hostname is not None
+            assert url.port is not None
+            temp_ca = asyncio.run(_set_up(f"{url.hostname}:{url.port}"))
+            yield MeasuredKms(process.pid, (url.hostname, url.port), certs, stack, temp_ca)
+
+
+async def _set_up(address: str) -> kms_pb2.GetTempCaCertResponse:
+    async with PrpcClient(f"http://{address}/prpc", timeout=TIMEOUT) as client:
+        await client.call("Onboard.Bootstrap", kms_pb2.BootstrapRequest(domain="localhost"), kms_pb2.BootstrapResponse)
+        await client.call("Onboard.Finish", Empty(), Empty)
+    async with PrpcClient(f"https://{address}/prpc", timeout=TIMEOUT, ssl=tls()) as client:
+        return await client.call("GetTempCaCert", Empty(), kms_pb2.GetTempCaCertResponse)
+
+
+def tls(identity: Identity | None = None) -> ssl.SSLContext:
+    """A client's TLS settings: any server will do, and a certificate to present."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if identity is not None:
+        with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:  # OpenSSL reads files alone
+            file.write(identity.key + identity.certificate)
+            file.flush()
+            context.load_cert_chain(file.name)
+    return context
+
+
+def call(socket_path: str, method: str, body: bytes = b"{}") -> bytes:
+    """Ask a guest agent once."""
+    connection = Connection(connect_unix(socket_path), post(f"/{method}", body))
+    try:
+        return connection.call()
+    finally:
+        connection.close()

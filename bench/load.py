@@ -1,0 +1,97 @@
+"""A load generator that costs little: blocking sockets in turn, one request under way on each.
+
+It reads what it needs of an answer (status and Content-Length) and nothing else, so that the server is what is measured.
+"""
+
+import socket
+import ssl
+import time
+from collections.abc import Callable, Sequence
+
+_TIMEOUT = 30.0
+
+
+class LoadError(Exception):
+    """An answer that is not a 200 with a length: what is measured does not work."""
+
+
+class Connection:
+    """A kept-alive connection that sends one request again and again."""
+
+    def __init__(self, sock: socket.socket, request: bytes) -> None:
+        sock.settimeout(_TIMEOUT)
+        self._sock, self._request = sock, request
+
+    def send(self) -> None:
+        """Send the request."""
+        self._sock.sendall(self._request)
+
+    def receive(self) -> bytes:
+        """Read one answer, and return its body."""
+        data = bytearray()
+        while (end := data.find(b"\r\n\r\n")) < 0:
+            self._more(data)
+        head = bytes(data[:end]).lower()
+        _, found, length = head.partition(b"\r\ncontent-length:")
+        if not found:
+            raise LoadError(f"an answer with a length expected, got {head[:200]!r}")
+        total = end + 4 + int(length.split(b"\r\n", 1)[0])
+        while len(data) < total:
+            self._more(data)
+        if head.split(b" ", 2)[1] != b"200":
+            raise LoadError(bytes(data[:1000]).decode(errors="replace"))
+        return bytes(data[end + 4 :])
+
+    def call(self) -> bytes:
+        """Send, and read the answer."""
+        self.send()
+        return self.receive()
+
+    def close(self) -> None:
+        """Close it."""
+        self._sock.close()
+
+    def _more(self, data: bytearray) -> None:
+        chunk = self._sock.recv(65536)
+        if not chunk:
+            raise LoadError("the connection was closed within an answer")
+        data += chunk
+
+
+def post(path: str, body: bytes, host: str = "localhost") -> bytes:
+    """Write a POST of JSON as it goes over the wire."""
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def connect_unix(path: str) -> socket.socket:
+    """Connect to a socket file."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(path)
+    return sock
+
+
+def connect_tls(address: tuple[str, int], context: ssl.SSLContext) -> socket.socket:
+    """Connect to a TLS server, handshake included."""
+    sock = socket.create_connection(address, timeout=_TIMEOUT)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return context.wrap_socket(sock, server_hostname=address[0])
+
+
+def closed_loop(connections: Sequence[Connection]) -> Callable[[float], float]:
+    """Make a measurement: keep one request under way on every connection for so many seconds, return calls a second."""
+
+    def measure(seconds: float) -> float:
+        calls, began = 0, time.perf_counter()
+        for connection in connections:
+            connection.send()
+        while time.perf_counter() - began < seconds:
+            for connection in connections:
+                connection.receive()
+                connection.send()
+            calls += len(connections)
+        for connection in connections:
+            connection.receive()
+        return (calls + len(connections)) / (time.perf_counter() - began)
+
+    return measure

@@ -1,0 +1,68 @@
+"""The bare server beside a measured KMS: it asks what the KMS has to ask, with the same words, and does nothing else."""
+
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from dcap_qvl import QuoteCollateralV3
+
+from attest.attestation import decode
+from attest.collateral import CollateralKey
+from attest.proto import dstack_guest_pb2 as pb
+from attest.verify import TrustAnchor
+from bench.bare_server import Inner
+from bench.kms import TIMEOUT, MeasuredKms
+from bench.processes import SERVER_CORE, running
+from kms_emu.gate import boot_info_of
+from transport.client import PrpcClient
+from transport.pccs_client import AttestationVerifier, PccsClient
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """The evidence of a guest, with what a KMS asks about it: four documents of the PCCS, one decision of the webhook."""
+
+    quote: bytes
+    collateral: QuoteCollateralV3
+    documents: list[str]
+    boot_info: str
+
+
+async def ask_evidence(kms: MeasuredKms, agent: str) -> Evidence:
+    """Ask a guest agent of the stack for evidence, and verify it once."""
+    root, pccs = TrustAnchor(kms.root_der), PccsClient(kms.stack["services"]["pccs"])
+    try:
+        async with PrpcClient(agent, timeout=TIMEOUT) as client:
+            answer = await client.call("Attest", pb.RawQuoteArgs(report_data=bytes(64)), pb.AttestResponse)
+        attestation = decode(answer.attestation)
+        verified = await AttestationVerifier(pccs, root, lambda: int(time.time())).verify(attestation)
+        return Evidence(
+            attestation.quote,
+            await pccs.collateral(attestation.quote),
+            [pccs.base_url + path for path in CollateralKey.of_quote(attestation.quote).requests()],
+            boot_info_of(verified).to_json().decode(),
+        )
+    finally:
+        await pccs.close()
+
+
+@contextmanager
+def bare_kms(kms: MeasuredKms, *, documents: int, decides_app: bool, answer: bytes) -> Iterator[int]:
+    """Run a bare server that makes these inner calls for each of its own, on the KMS's core; give its port."""
+    app = asyncio.run(ask_evidence(kms, kms.stack["app"]["dstack_sock"]))
+    own = asyncio.run(ask_evidence(kms, kms.stack["services"]["agent-src"]))
+    webhook = kms.stack["services"]["auth-src"]
+    questions = [(f"{webhook}/bootAuth/kms", own.boot_info)]
+    if decides_app:
+        questions.append((f"{webhook}/bootAuth/app", app.boot_info))
+    inner = Inner(str(kms.certs), questions, app.documents[:documents], answer.decode())
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(inner.to_json())
+        file.flush()
+        with running((sys.executable, "-m", "bench.bare_server", "kms", file.name), SERVER_CORE) as (_, line):
+            yield json.loads(line)["port"]

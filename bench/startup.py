@@ -1,0 +1,27 @@
+"""How long a stack takes to be ready and to be gone, and what it holds in memory meanwhile."""
+
+import time
+from collections.abc import Iterator
+
+from bench.figure import Bar, Effort, Figure, median
+from bench.processes import UP, resident_memory, running
+
+READY_BAR, STOP_BAR, MEMORY_BAR = 1.5, 0.5, 160.0
+
+
+def measure(effort: Effort) -> Iterator[Figure]:
+    """Seconds from exec to the line that says ready, from SIGTERM to the end; resident memory when ready."""
+    ready, stopped, memory = [], [], []
+    for turn in range(effort.starts + 1):
+        began = time.perf_counter()
+        with running(UP) as (process, _):
+            is_ready = time.perf_counter()
+            held = resident_memory(process.pid)
+            asked = time.perf_counter()
+        if turn:  # the first one finds cold caches
+            ready.append(is_ready - began)
+            memory.append(held / 2**20)
+            stopped.append(time.perf_counter() - asked)
+    yield Figure("stack_ready", median(ready), "s", Bar(READY_BAR, at_most=True))
+    yield Figure("stack_stop", median(stopped), "s", Bar(STOP_BAR, at_most=True))
+    yield Figure("stack_memory", max(memory), "MiB", Bar(MEMORY_BAR, at_most=True))

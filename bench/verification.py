@@ -1,0 +1,32 @@
+"""How fast evidence is verified by the library, beside `dcap-qvl` alone, which does the cryptography."""
+
+import time
+from collections.abc import Iterator
+
+import dcap_qvl
+
+from attest.collateral import Document, assemble
+from attest.verify import TrustAnchor, verify_attestation
+from bench.figure import Bar, Effort, Figure, alternate, median, rate_of, ratio
+from bench.processes import SERVER_CORE, on_core
+from bench.quotes import booted_domain
+
+BAR = 0.75
+
+
+def measure(effort: Effort) -> Iterator[Figure]:
+    """Verifications a second on one core, and as a share of `dcap-qvl`'s."""
+    intel, domain = booted_domain()
+    pck_crl = Document(intel.pck_crl, intel.chain(intel.pck_ca))
+    root_ca_crl = Document(intel.root_ca_crl.hex().encode())
+    collateral = assemble(pck_crl, intel.tcb_info(domain.platform), intel.qe_identity, root_ca_crl)
+    evidence, root, now = domain.attest(bytes(64)), intel.root_der, int(time.time())
+    anchor = TrustAnchor(root)
+    with on_core(SERVER_CORE):
+        ours, bare = alternate(
+            effort,
+            rate_of(lambda: verify_attestation(evidence, collateral, anchor, now)),
+            rate_of(lambda: dcap_qvl.verify_with_root_ca(evidence.quote, collateral, root, now)),
+        )
+    yield Figure("verify_per_second", median(ours), "verifications/s")
+    yield Figure("verify_to_dcap_qvl", ratio(ours, bare), "x bare dcap-qvl", Bar(BAR))

@@ -1,0 +1,145 @@
+"""One emulated machine: its identity, its security versions, and the quoting enclave that signs for it.
+
+The vendor certifies it (`simulator.intel`); trust domains run on it (`simulator.trust_domain`). Source of the formats:
+Intel TDX DCAP Quote Generation Library 4.0, appendix A.3; `dcap-qvl` src/verify.rs at 0.7.0 for what is looked at.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from attest.errors import FormatError
+from attest.pck import PckExtension, device_id
+from attest.quote import QuoteHeader, QuoteSignature, TdReport, encode_body, qe_report_data
+
+if TYPE_CHECKING:
+    from simulator.intel import Intel
+
+TcbStatus = Literal[
+    "UpToDate",
+    "SWHardeningNeeded",
+    "ConfigurationNeeded",
+    "ConfigurationAndSWHardeningNeeded",
+    "OutOfDate",
+    "OutOfDateConfigurationNeeded",
+    "Revoked",
+]
+TCB_STATUSES: Final[tuple[TcbStatus, ...]] = get_args(TcbStatus)
+
+TDX_MODULE_VERSION, TDX_MODULE_SVN = 1, 11
+TEE_TCB_SVN: Final = bytes((TDX_MODULE_SVN, TDX_MODULE_VERSION, 4)).ljust(16, b"\0")
+CPU_SVN: Final = bytes((3, 3, 2, 2, 4, 1, 0, 5)).ljust(16, b"\0")
+PCE_SVN: Final = 13
+PCE_ID: Final = bytes(2)
+QE_SVN, QE_PRODUCT, QE_ISV_SVN = 0, 2, 4
+QE_ATTRIBUTES: Final = bytes.fromhex("1500000000000000e700000000000000")
+QE_AUTH_DATA: Final = bytes(range(32))
+
+
+def require_statuses(*statuses: str) -> None:
+    """Refuse what is no TCB status, naming those that are."""
+    for status in statuses:
+        if status not in TCB_STATUSES:
+            raise FormatError(f"TCB status: one of {', '.join(TCB_STATUSES)} expected, got {status!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class PlatformState:
+    """What holds for one platform: its TCB status and its TDX module's with their advisories, and what was done to it.
+
+    With `pck_revoked` its certificate is on the PCK CA's CRL; with `other_root` its quotes lead to a root that nobody
+    believes.
+    """
+
+    tcb_status: TcbStatus = "UpToDate"
+    advisory_ids: tuple[str, ...] = ()
+    module_status: TcbStatus = "UpToDate"
+    module_advisory_ids: tuple[str, ...] = ()
+    pck_revoked: bool = False
+    other_root: bool = False
+
+    def __post_init__(self) -> None:
+        require_statuses(self.tcb_status, self.module_status)
+
+
+class Platform:
+    """One emulated machine.
+
+    `state` may be changed while it runs: collateral and quotes follow at once.
+    """
+
+    def __init__(self, intel: "Intel", name: str) -> None:
+        seed = intel.seed.child(f"platform {name}")
+        self.name, self.state = name, PlatformState()
+        self.ppid = seed.derive("ppid", 16)
+        self.fmspc = intel.fmspc(name)
+        self.mr_seam = intel.mr_seam
+        self._intel = intel
+        self._pck_key = seed.p256("pck key")
+        self._attestation_key = seed.p256("attestation key")
+        instance_id = seed.derive("platform instance id", 16)
+        self._extension = PckExtension(self.ppid, CPU_SVN, PCE_SVN, PCE_ID, self.fmspc, instance_id)
+        self.pck_certificate = intel.certify_pck(self._pck_key.public_key(), self._extension)
+        self._signature_data = self._signature_data_under(intel)
+        self._foreign_signature_data = b""
+
+    @property
+    def device_id(self) -> bytes:
+        """SHA-256 of the PPID, 32 bytes."""
+        return device_id(self.ppid)
+
+    def quote(self, report: TdReport, version: int = 4) -> bytes:
+        """Sign a TD report of this platform: a quote of version 4 or 5."""
+        signed = QuoteHeader(version=version, qe_svn=QE_SVN, pce_svn=PCE_SVN).encode() + encode_body(report, version)
+        data = self._foreign_data() if self.state.other_root else self._signature_data
+        return b"".join((signed, data[:4], raw_signature(self._attestation_key, signed), data[68:]))
+
+    def _foreign_data(self) -> bytes:
+        if not self._foreign_signature_data:
+            self._foreign_signature_data = self._signature_data_under(self._intel.stranger)
+        return self._foreign_signature_data
+
+    def _signature_data_under(self, vendor: "Intel") -> bytes:
+        """All of the signature data, which but for the signature itself is the same in every quote."""
+        public = self._attestation_key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)[1:]
+        qe_report = _qe_report(vendor, public)
+        certificate = (
+            self.pck_certificate
+            if vendor is self._intel
+            else vendor.certify_pck(self._pck_key.public_key(), self._extension)
+        )
+        return QuoteSignature(
+            signature=bytes(64),
+            attestation_key=public,
+            qe_report=qe_report,
+            qe_report_signature=raw_signature(self._pck_key, qe_report),
+            qe_authentication_data=QE_AUTH_DATA,
+            pck_chain=vendor.chain(certificate, vendor.pck_ca).encode(),
+        ).encode()
+
+
+def raw_signature(key: ec.EllipticCurvePrivateKey, data: bytes) -> bytes:
+    """Sign as Intel's structures have it: r and s, 32 bytes each (SHA-256, RFC 6979)."""
+    r, s = decode_dss_signature(key.sign(data, ec.ECDSA(hashes.SHA256(), deterministic_signing=True)))
+    return r.to_bytes(32, "big") + s.to_bytes(32, "big")
+
+
+def _qe_report(vendor: "Intel", attestation_key: bytes) -> bytes:
+    """The report of the quoting enclave, 384 bytes.
+
+    0 cpusvn[16], 48 attributes[16], 64 mrenclave[32], 128 mrsigner[32], 256 isvprodid u16, 258 isvsvn u16,
+    320 report_data[64].
+    """
+    report = bytearray(384)
+    report[0:16] = CPU_SVN
+    report[48:64] = QE_ATTRIBUTES
+    report[64:96] = vendor.qe_mr_enclave
+    report[128:160] = vendor.qe_mr_signer
+    report[256:258] = QE_PRODUCT.to_bytes(2, "little")
+    report[258:260] = QE_ISV_SVN.to_bytes(2, "little")
+    report[320:384] = qe_report_data(attestation_key, QE_AUTH_DATA)
+    return bytes(report)

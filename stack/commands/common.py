@@ -1,0 +1,43 @@
+"""What several commands need: the warning, signals, waiting for ports in arguments."""
+
+import argparse
+import asyncio
+import signal
+import sys
+from typing import Final
+
+WARNING: Final = "An emulator: it protects nothing. Never give it a secret, never believe its evidence in production."
+
+
+class UsageError(Exception):
+    """Arguments, files or addresses that cannot be used; the command ends with status 2."""
+
+
+def stop_on_signals() -> asyncio.Event:
+    """Make an event that Ctrl-C and SIGTERM set."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+def say(text: str) -> None:
+    """Tell a person something on stderr: stdout is for what was asked."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def listen_address(text: str) -> tuple[str, int]:
+    """Read HOST:PORT (an IPv6 address in brackets) for argparse."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"HOST:PORT expected, with a port of 0 (a free one) to 65535, got {text!r}")
+    return host.strip("[]"), int(port)
+
+
+def hex_bytes(text: str) -> bytes:
+    """Read hex, with 0x or without, for argparse."""
+    try:
+        return bytes.fromhex(text.removeprefix("0x"))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"hex expected, got {text!r:.80}") from error
