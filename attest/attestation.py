@@ -5,6 +5,7 @@ with version 2 events or a pod payload). Source: dstack `dstack-attest/src/{atte
 another platform's evidence is a `FormatError` here. Decoding proves nothing; `attest.verify` does.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, Self
@@ -19,6 +20,9 @@ from attest.scale import Decoder
 
 MAX_SIZE: Final = 10 * 1024 * 1024
 REPORT_DATA_SIZE: Final = 64
+PIECE: Final = 256
+"""Octets of a quote that are packed, and remembered, at a time."""
+_PACKED_OCTETS: Final[tuple[bytes, ...]] = tuple(msgpack.packb(octet) for octet in range(256))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,25 +74,22 @@ class Attestation:
         return b"".join(parts)
 
     def _encode_v1(self) -> bytes:
-        stack: dict[str, Any] = {
-            "report_data": list(self.report_data),
-            "runtime_events": [
-                _versioned({"event": e.event, "payload": e.payload}, e.version) for e in self.runtime_events
-            ],
-            "config": self.config,
+        stack = {
+            "report_data": _pack_octets(self.report_data),
+            "runtime_events": _pack_runtime_events(self.runtime_events),
+            "config": _pack(self.config),
         }
         if self.report_data_payload is not None:
-            stack["report_data_payload"] = self.report_data_payload
-        document = {
-            "version": 1,
-            "platform": {
-                "kind": "tdx",
-                "data": {"quote": list(self.quote), "event_log": [_event_to_msgpack(e) for e in self.event_log]},
-            },
-            "stack": {"kind": "dstack" if self.report_data_payload is None else "dstack-pod", "data": stack},
-        }
-        packed: bytes = msgpack.packb(document)
-        return packed
+            stack["report_data_payload"] = _pack(self.report_data_payload)
+        kind = "dstack" if self.report_data_payload is None else "dstack-pod"
+        tdx = {"quote": _pack_octets(self.quote), "event_log": _pack_event_log(self.event_log)}
+        return _pack_map(
+            {
+                "version": _pack(1),
+                "platform": _pack_map({"kind": _pack("tdx"), "data": _pack_map(tdx)}),
+                "stack": _pack_map({"kind": _pack(kind), "data": _pack_map(stack)}),
+            }
+        )
 
 
 def decode(data: bytes) -> Attestation:
@@ -199,6 +200,44 @@ def _from_document(document: Any) -> Attestation:
         report_data_payload=_field(claims, "report_data_payload", _text) if stack_kind == "dstack-pod" else None,
         wire=1,
     )
+
+
+# Packing the msgpack form. What a domain says hardly changes from one quote to the next, so its parts are remembered.
+
+
+@functools.lru_cache(maxsize=256)
+def _pack(value: str | int) -> bytes:
+    packed: bytes = msgpack.packb(value)
+    return packed
+
+
+def _pack_map(items: dict[str, bytes]) -> bytes:
+    """A map of values that are packed already."""
+    header: bytes = msgpack.Packer().pack_map_header(len(items))
+    return header + b"".join([_pack(key) + value for key, value in items.items()])
+
+
+def _pack_octets(data: bytes) -> bytes:
+    """An array of integers, as upstream writes a Vec<u8>."""
+    header: bytes = msgpack.Packer().pack_array_header(len(data))
+    return header + b"".join([_pack_piece(data[at : at + PIECE]) for at in range(0, len(data), PIECE)])
+
+
+@functools.lru_cache(maxsize=256)
+def _pack_piece(piece: bytes) -> bytes:
+    return b"".join([_PACKED_OCTETS[octet] for octet in piece])
+
+
+@functools.lru_cache(maxsize=32)
+def _pack_event_log(log: tuple[TdxEvent, ...]) -> bytes:
+    packed: bytes = msgpack.packb([_event_to_msgpack(event) for event in log])
+    return packed
+
+
+@functools.lru_cache(maxsize=32)
+def _pack_runtime_events(events: tuple[RuntimeEvent, ...]) -> bytes:
+    packed: bytes = msgpack.packb([_versioned({"event": e.event, "payload": e.payload}, e.version) for e in events])
+    return packed
 
 
 def _event_to_msgpack(event: TdxEvent) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from bench.figure import Bar, Effort, Figure, alternate, median, ratio
 from bench.kms import measured_kms, tls
 from bench.load import closed_loop
-from bench.processes import cpu_seconds
+from bench.processes import CpuMeter
 from bench.reference import bare_kms
 
 CONNECTIONS = 8
@@ -27,15 +27,8 @@ def measure(effort: Effort) -> Iterator[Figure]:
         bare = [kms.connect(context, "GetAppKey", body, port) for context in contexts]
         for connection in (*ours, *bare):
             stack.callback(connection.close)
-        loop, computed = closed_loop(ours), list[float]()
-
-        def measured(seconds: float) -> float:
-            before = cpu_seconds(kms.pid)
-            rate = loop(seconds)
-            computed.append(rate * seconds / (cpu_seconds(kms.pid) - before))
-            return rate
-
-        rates, bare_rates = alternate(effort, measured, closed_loop(bare))
+        meter = CpuMeter(kms.pid, closed_loop(ours))
+        rates, bare_rates = alternate(effort, meter, closed_loop(bare))
     yield Figure("getappkey_keepalive", median(rates), "calls/s", Bar(BAR))
     yield Figure("getappkey_to_bare_server", ratio(rates, bare_rates), "x bare aiohttp, 3 inner calls", Bar(SHARE_BAR))
-    yield Figure("getappkey_per_kms_cpu_second", median(computed), "calls per CPU second")
+    yield Figure("getappkey_per_cpu_second", median(meter.calls_per_cpu_second), "calls/CPU s of the KMS")

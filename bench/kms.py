@@ -106,7 +106,7 @@ class MeasuredKms:
 @contextmanager
 def measured_kms() -> Iterator[MeasuredKms]:
     """Run a stack and a KMS, bootstrap it, and end its onboard phase; the block runs on the client's core."""
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder, running_stack(OTHER_CORE) as stack:
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, running_stack(OTHER_CORE) as (_, stack):
         certs, config = Path(folder, "certs"), Path(folder, "kms.toml")
         services = stack["services"]
         config.write_text(

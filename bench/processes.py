@@ -8,7 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
@@ -62,10 +63,10 @@ def running(
 
 
 @contextmanager
-def running_stack(core: int) -> Iterator[dict[str, Any]]:
-    """Run a whole stack on one core; give its description."""
-    with running(UP, core) as (_, line):
-        yield json.loads(line)
+def running_stack(core: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Run a whole stack on one core; give its process id and its description."""
+    with running(UP, core) as (process, line):
+        yield process.pid, json.loads(line)
 
 
 def resident_memory(pid: int) -> int:
@@ -76,7 +77,25 @@ def resident_memory(pid: int) -> int:
     raise ProcessError(f"process {pid} has no memory: it has ended")
 
 
-def cpu_seconds(pid: int) -> float:
+class CpuMeter:
+    """A measurement of calls a second that also notes how many calls a process gets done in a second of its own time.
+
+    The first number suffers from whatever else wants the core, the second hardly does.
+    """
+
+    def __init__(self, pid: int, measure: Callable[[float], float]) -> None:
+        self._pid, self._measure = pid, measure
+        self.calls_per_cpu_second: list[float] = []
+
+    def __call__(self, seconds: float) -> float:
+        used, began = _cpu_seconds(self._pid), time.perf_counter()
+        rate = self._measure(seconds)
+        calls = rate * (time.perf_counter() - began)
+        self.calls_per_cpu_second.append(calls / max(_cpu_seconds(self._pid) - used, 0.01))
+        return rate
+
+
+def _cpu_seconds(pid: int) -> float:
     """Processor time that a process has used, threads included."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -8,13 +8,14 @@ parsers' words are our own. Decisions are never cached.
 import http
 import json
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
 import aiohttp
 
 from attest.app_info import BootInfo
 from attest.version import UPSTREAM
 from kms_emu.errors import UnavailableError
+from transport.client import describe_failure
 
 USER_AGENT: Final = f"dstack-kms/{UPSTREAM}"
 TIMEOUT: Final = 10.0
@@ -125,12 +126,9 @@ class WebhookAuth:
                     if len(data) > MAX_ANSWER:
                         raise UnavailableError(f"auth api {url} answered more than {MAX_ANSWER} bytes")
                 status = response.status
-        except TimeoutError as error:
-            raise UnavailableError(
-                f"error sending request for url ({url}): no answer within {self._timeout:g} s"
-            ) from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise UnavailableError(f"error sending request for url ({url}): {error or type(error).__name__}") from error
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            cause = describe_failure(error, self._timeout)
+            raise UnavailableError(f"error sending request for url ({url}): {cause}") from error
         shown = data[:SHOWN].decode(errors="replace")
         if not 200 <= status < 300:
             raise UnavailableError(f"auth api {url} returned {_status_line(status)}: {shown}")
@@ -151,7 +149,8 @@ class _Fields:
     def __init__(self, answer: _Answer, what: str) -> None:
         self._complaint = answer.complaint
         try:
-            document = json.loads(answer.data)
+            # Of the JSON that Python reads, no more than upstream's parser: UTF-8 without NaN, and no field twice.
+            document = json.loads(answer.data.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise UnavailableError(f"{self._complaint}: {error}") from error
         if not isinstance(document, dict):
@@ -178,6 +177,8 @@ class _Fields:
 
     def _get(self, key: str, default: Any = None) -> Any:
         if key in self._document:
+            if self._document[key] is _TWICE:
+                raise UnavailableError(f"{self._complaint}: duplicate field `{key}`")
             return self._document[key]
         if default is None:
             raise UnavailableError(f"{self._complaint}: missing field `{key}`")
@@ -185,6 +186,20 @@ class _Fields:
 
     def _mistyped(self, key: str, value: Any, expected: str) -> UnavailableError:
         return UnavailableError(f"{self._complaint}: invalid type: {_kind(value)}, expected {expected} for `{key}`")
+
+
+_TWICE: Final = object()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for key, value in pairs:
+        document[key] = _TWICE if key in document else value
+    return document
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _kind(value: Any) -> str:

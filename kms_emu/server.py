@@ -75,7 +75,7 @@ class KmsServer:
 
     `agent_address` is where its guest agent listens; `clock` is what evidence is judged by, `issue_clock` what
     certificates are dated by (the same unless given); `sock` a bound socket to serve on; `admin_token` what the admin
-    listener asks for.
+    listener asks for; `auth` who decides, in place of the configured one.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class KmsServer:
         issue_clock: Clock | None = None,
         sock: socket.socket | None = None,
         admin_token: str | None = None,
+        auth: AuthApi | None = None,
     ) -> None:
         self.config = config
         self.phase: Phase = "starting"
@@ -100,7 +101,7 @@ class KmsServer:
             core=core,
             folder=self._folder,
             agent=GuestAgent(agent_address),
-            auth=auth_api(core),
+            auth=auth or auth_api(core),
             verifier=AttestationVerifier(self._pccs, trust_anchor(core), clock),
             clock=clock,
             issue_clock=issue_clock or clock,

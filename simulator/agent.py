@@ -5,6 +5,7 @@ One method for each RPC, over plain values and messages. Evidence is quoted afre
 """
 
 import base64
+import functools
 import json
 from typing import Any, Final
 
@@ -12,11 +13,11 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from google.protobuf.empty_pb2 import Empty
 
-from attest.app_info import decode_app_info
+from attest.app_info import AppInfo, decode_app_info
 from attest.certificate import spki_der
 from attest.csr import CertificateConfig, SigningRequest
 from attest.errors import AttestError, FormatError
-from attest.eventlog import for_get_quote, log_to_json
+from attest.eventlog import TdxEvent, for_get_quote, log_to_json
 from attest.kdf import derive_key, derive_p256, pkcs8_pem
 from attest.proto import dstack_guest_pb2 as pb
 from attest.report_data import APP_DATA, DEFAULT_HASH, pad_report_data, ratls_report_data, report_data
@@ -38,8 +39,9 @@ class GuestAgent:
     Before `provide` it is a domain that still waits for its keys: it gives evidence, and refuses what needs a key.
     """
 
-    def __init__(self, domain: TrustDomain, entropy: Entropy) -> None:
+    def __init__(self, domain: TrustDomain, entropy: Entropy, *, allow_emit_event: bool = True) -> None:
         self.domain, self._entropy = domain, entropy
+        self._allow_emit_event = allow_emit_event
         self._provided: tuple[AppKeys, CertificateIssuer] | None = None
         self._demo_certificate = ""
 
@@ -66,7 +68,9 @@ class GuestAgent:
         return pb.AttestResponse(attestation=self.domain.attest(pad_report_data(request.report_data)).encode())
 
     async def emit_event(self, request: pb.EmitEventArgs) -> Empty:
-        """Extend RTMR3 with an event of the application."""
+        """Extend RTMR3 with an event of the application; upstream's simulator refuses it, hardware does it."""
+        if not self._allow_emit_event:
+            raise GuestError(f"runtime event emission is unavailable in simulator mode: {request.event}")
         self.domain.measure(request.event, request.payload)
         return Empty()
 
@@ -97,7 +101,7 @@ class GuestAgent:
         evidence = self.domain.attest(data)
         return pb.GetQuoteResponse(
             quote=evidence.quote,
-            event_log=log_to_json(for_get_quote(evidence.event_log)),
+            event_log=_shown_log(evidence.event_log),
             report_data=data,
             vm_config=evidence.config,
             attestation=evidence.as_v1().encode(),
@@ -224,10 +228,12 @@ class GuestAgent:
         """The release this is taken for, and the emulator behind it."""
         return pb.WorkerVersion(version=UPSTREAM, rev=REVISION)
 
+    def app_info(self) -> AppInfo:
+        """Identity and measurements of the domain as it is now, with the true device id."""
+        return decode_app_info(self.domain.attest(bytes(64)), device_id=self.domain.platform.device_id)
+
     def _info(self, *, hide_tcb_info: bool) -> pb.AppInfo:
-        domain = self.domain
-        evidence = domain.attest(bytes(64))
-        info = decode_app_info(evidence, device_id=domain.platform.device_id)
+        domain, info = self.domain, self.app_info()
         report = domain.report(bytes(64))
         tcb_info = {
             "mrtd": report.mr_td.hex(),
@@ -236,7 +242,7 @@ class GuestAgent:
             "os_image_hash": info.os_image_hash.hex(),
             "compose_hash": info.compose_hash.hex(),
             "device_id": info.device_id.hex(),
-            "event_log": [event.to_json() for event in for_get_quote(evidence.event_log)],
+            "event_log": [event.to_json() for event in for_get_quote(domain.event_log)],
             "app_compose": domain.compose.text,
         }
         return pb.AppInfo(
@@ -252,6 +258,12 @@ class GuestAgent:
             compose_hash=info.compose_hash,
             vm_config="" if hide_tcb_info else domain.vm_config_json,
         )
+
+
+@functools.lru_cache(maxsize=32)
+def _shown_log(log: tuple[TdxEvent, ...]) -> str:
+    """A log as GetQuote answers it: the same text until something more is measured."""
+    return log_to_json(for_get_quote(log))
 
 
 def _known(algorithm: str, known: tuple[str, ...]) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Self
 
+from attest.errors import FormatError
 from attest.eventlog import TdxEvent
 from attest.image import (
     ACPI_EVENT_NAMES,
@@ -150,6 +151,19 @@ class OsImage:
         files = checked | {"sha256sum.txt": checksum_file, "digest.txt": f"{image_hash.hex()}\n".encode()}
         return cls(name, version, MappingProxyType(files), measurement, image_hash)
 
+    @classmethod
+    def of_config(cls, vm_config: VmConfig, name: str = "given", version: str = "") -> Self:
+        """The image that a VM config's own measurement document describes: of its files only those are known.
+
+        Raises FormatError where the config carries no document or one that cannot be read.
+        """
+        document = vm_config.tdx_measurement
+        if document is None:
+            raise FormatError("vm_config: tdx_measurement expected, got none")
+        files = {MEASUREMENT_FILE: document.measurement, "sha256sum.txt": document.checksum_file}
+        measurement = ImageMeasurement.decode(document.measurement)
+        return cls(name, version, MappingProxyType(files), measurement, os_image_hash(document.checksum_file))
+
     def vm_config(
         self,
         cpu_count: int = 2,
@@ -202,5 +216,5 @@ class OsImage:
         acpi_digests = self.acpi_digests(vm_config)
         registers = measure(self.measurement, vm_config, acpi_digests)
         return registers, boot_event_log(
-            self.measurement, vm_config, acpi_digests, kernel_size=len(self.files["bzImage"])
+            self.measurement, vm_config, acpi_digests, kernel_size=len(self.files.get("bzImage", b""))
         )

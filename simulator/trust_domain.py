@@ -13,13 +13,14 @@ from typing import Any, Final, Literal, Self
 from attest.attestation import Attestation
 from attest.errors import FormatError
 from attest.eventlog import BOOT_MR_DONE, SYSTEM_READY, RuntimeEvent, TdxEvent
-from attest.quote import TdReport
+from attest.quote import TdReport, TdReport15
 from attest.vmconfig import VmConfig
 from simulator.image import OsImage
 from simulator.platform import TEE_TCB_SVN, Platform
 
 TD_ATTRIBUTES: Final = bytes.fromhex("0000001000000000")
 """SEPT_VE_DISABLE set, debug off, as a production domain has it."""
+TD_ATTRIBUTES_DEBUG: Final = bytes.fromhex("0100001000000000")
 XFAM: Final = bytes.fromhex("e702060000000000")
 _ZERO: Final = bytes(48)
 
@@ -89,8 +90,30 @@ class KeyProvider:
         return json.dumps({"name": self.name, "id": self.id}, separators=(",", ":")).encode()
 
 
+@dataclass(frozen=True, slots=True)
+class DomainSettings:
+    """How a domain is set up beside what it boots: debug (nobody accepts it), its owner's field, the quotes it gets.
+
+    `mr_config_id` is 48 bytes; `quote_version` 4 or 5, `td15` (version 5 only) the longer report of TDX 1.5.
+    """
+
+    debug: bool = False
+    mr_config_id: bytes = _ZERO
+    quote_version: int = 4
+    td15: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.mr_config_id) != len(_ZERO):
+            raise FormatError(f"mr_config_id: {len(_ZERO)} bytes expected, got {len(self.mr_config_id)}")
+        if self.quote_version not in (4, 5) or (self.td15 and self.quote_version != 5):
+            raise FormatError(f"quote version: 4, or 5 (alone with TD15), expected, got {self.quote_version}")
+
+
 class TrustDomain:
-    """One VM from power-on: `boot` measures its identity, `complete` what follows once it has keys."""
+    """One VM from power-on: `boot` measures its identity, `complete` what follows once it has keys.
+
+    It boots `image` on the machine of `vm_config`; `claimed_config` is what it says of itself, the same unless given.
+    """
 
     def __init__(
         self,
@@ -100,11 +123,14 @@ class TrustDomain:
         *,
         instance_seed: bytes,
         vm_config: VmConfig | None = None,
+        claimed_config: str | None = None,
         app_id: bytes | None = None,
+        settings: DomainSettings | None = None,
     ) -> None:
         self.platform, self.image, self.compose = platform, image, compose
+        self.settings = settings or DomainSettings()
         self.vm_config = vm_config or image.vm_config()
-        self.vm_config_json = self.vm_config.to_json()
+        self.vm_config_json = self.vm_config.to_json() if claimed_config is None else claimed_config
         self.app_id = app_id if app_id is not None else compose.compose_hash[:20]
         self.instance_id = b"" if compose.no_instance_id else hashlib.sha256(instance_seed + self.app_id).digest()[:20]
         registers, log = image.boot(self.vm_config)
@@ -156,27 +182,25 @@ class TrustDomain:
 
     def report(self, report_data: bytes) -> TdReport:
         """The TD report as the TDX module gives it, over 64 bytes of report_data."""
-        return TdReport(
-            tee_tcb_svn=TEE_TCB_SVN,
-            mr_seam=self.platform.mr_seam,
-            mr_signer_seam=_ZERO,
-            seam_attributes=bytes(8),
-            td_attributes=TD_ATTRIBUTES,
-            xfam=XFAM,
-            mr_td=self._mr_td,
-            mr_config_id=_ZERO,
-            mr_owner=_ZERO,
-            mr_owner_config=_ZERO,
-            rt_mr0=self._rtmrs[0],
-            rt_mr1=self._rtmrs[1],
-            rt_mr2=self._rtmrs[2],
-            rt_mr3=self._rtmrs[3],
-            report_data=report_data,
+        fields = (
+            TEE_TCB_SVN,
+            self.platform.mr_seam,
+            _ZERO,  # mr_signer_seam
+            bytes(8),  # seam_attributes
+            TD_ATTRIBUTES_DEBUG if self.settings.debug else TD_ATTRIBUTES,
+            XFAM,
+            self._mr_td,
+            self.settings.mr_config_id,
+            _ZERO,  # mr_owner
+            _ZERO,  # mr_owner_config
+            *self._rtmrs,
+            report_data,
         )
+        return TdReport15(*fields, TEE_TCB_SVN, _ZERO) if self.settings.td15 else TdReport(*fields)
 
     def attest(self, report_data: bytes) -> Attestation:
         """Quote 64 bytes of report_data and put the evidence together, in the form real hardware sends (V0)."""
-        quote = self.platform.quote(self.report(report_data))
+        quote = self.platform.quote(self.report(report_data), self.settings.quote_version)
         return Attestation(quote, self._log, self.runtime_events, report_data, self.vm_config_json)
 
 

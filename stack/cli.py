@@ -10,13 +10,20 @@ from attest.errors import AttestError
 from attest.version import EMULATOR, UPSTREAM
 from kms_emu.errors import ConfigError, KmsError
 from simulator.errors import GuestError
-from stack.commands import health, kms, up
+from stack.commands import agent, health, kms, pccs, quote, up
 from stack.commands.common import WARNING, UsageError, say
 from stack.config import StackError
 from transport.client import TransportError
 from transport.listen import ListenError
 
-COMMANDS = {"up": up, "kms": kms, "health": health}
+COMMANDS = {
+    "up": up,
+    "agent": agent,
+    "pccs": pccs,
+    "quote": quote,
+    "kms": kms,
+    "health": health,
+}
 
 FAILED, USED_WRONGLY = 1, 2
 

@@ -12,7 +12,6 @@ import logging
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -42,14 +41,11 @@ from simulator.pccs import pccs_app
 from simulator.seed import Seed
 from simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
 from stack import policy_files
+from stack.clock import ISSUED_AT, wall_clock
 from stack.config import PORTS, StackConfig, StackError
 from transport.client import PrpcClient, RpcError, TransportError
 from transport.listen import bind_tcp, bind_unix, serve
 from transport.pccs_client import AttestationVerifier, PccsClient
-
-ISSUED_AT: Final = 1_767_225_600
-"""2026-01-01T00:00:00Z: every certificate of a stack is dated from here, so that the same seed gives the same bytes on
-any day. Whatever is judged is judged by the clock on the wall."""
 
 KMS_DOMAIN: Final = "127.0.0.1"
 """The name in the KMS's certificates, an IP address there: the printed URLs verify under the KMS's root."""
@@ -62,11 +58,6 @@ Progress = Callable[[str], None]
 M = TypeVar("M", bound=Message)
 
 log = logging.getLogger("stack")
-
-
-def wall_clock() -> int:
-    """Unix seconds, now."""
-    return int(time.time())
 
 
 class Stack:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,8 +18,8 @@ READY_TIMEOUT = 30
 class RunningStack:
     """What a ready `dstack-emu up --json` printed, and curl to ask it with."""
 
-    def __init__(self, description: dict[str, Any]) -> None:
-        self.description = description
+    def __init__(self, description: dict[str, Any], process: subprocess.Popen[str]) -> None:
+        self.description, self._process = description, process
         self.services: dict[str, str] = description["services"]
         self.policies = {side: Path(path) for side, path in description["policies"].items()}
 
@@ -41,6 +42,11 @@ class RunningStack:
         status, text = self.curl(f"{scheme}://{rest}/prpc/{method}?json", "-X", "POST", *content)
         return status, json.loads(text)
 
+    def ended(self) -> tuple[int, str]:
+        """Wait until the command has ended by itself; return its exit status and what it wrote to stderr."""
+        _, stderr = self._process.communicate(timeout=READY_TIMEOUT)
+        return self._process.returncode, stderr
+
     @contextmanager
     def policy_changed(self, side: str, change: Callable[[dict[str, Any]], object]) -> Iterator[None]:
         """Edit the policy file of one side while the block runs, and put the old text back after it."""
@@ -56,6 +62,26 @@ class RunningStack:
 
 
 @contextmanager
+def running_kms(config: Path, agent: str) -> Iterator[str]:
+    """Run `dstack-emu kms` on a kms.toml until the block ends, and yield its URL; the agent's address is upstream's."""
+    command = [sys.executable, "-m", "stack", "kms", "--config", str(config)]
+    env = {**os.environ, "DSTACK_AGENT_ADDRESS": agent}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = []
+    try:
+        for line in process.stderr:
+            said.append(line)
+            if found := re.search(r"^KMS \(\w+ phase\) at (https?://\S+)\.", line):
+                yield found[1]
+                return
+        raise AssertionError(f"the KMS ended with {process.wait(READY_TIMEOUT)}: {''.join(said)}")
+    finally:
+        process.terminate()
+        process.communicate(timeout=10)
+
+
+@contextmanager
 def running_stack(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[RunningStack]:
     """Run `dstack-emu up --json --free-ports …` until the block ends."""
     command = [sys.executable, "-m", "stack", "up", "--json", "--free-ports", *arguments]
@@ -68,7 +94,7 @@ def running_stack(*arguments: str, environment: dict[str, str] | None = None) ->
         if not line:
             process.wait(READY_TIMEOUT)
             raise AssertionError(f"the stack ended with {process.returncode}: {process.stderr.read()}")
-        yield RunningStack(json.loads(line))
+        yield RunningStack(json.loads(line), process)
     finally:
         process.terminate()
         try:

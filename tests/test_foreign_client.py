@@ -116,7 +116,7 @@ def test_app_keys_are_released_to_a_foreign_client(ready_stack: RunningStack, ov
 
 
 def test_app_keys_are_the_same_for_every_form_of_evidence(guest: Guest) -> None:
-    """Hardware sends the attestation as V0; GetQuote gives V1, and quote and log for the two extensions of old releases."""
+    """Hardware sends V0; GetQuote gives V1, and quote and log for the two extensions of old releases."""
     key = foreign.new_key()
     answer = foreign.ask_agent(guest.agent, "GetQuote", {"report_data": foreign.binding_of(foreign.spki_of(key)).hex()})
     quote, v1, log = bytes.fromhex(answer["quote"]), bytes.fromhex(answer["attestation"]), answer["event_log"].encode()

@@ -10,8 +10,8 @@ from kms_emu.config import KmsConfig
 from kms_emu.errors import KmsError
 from kms_emu.guest_agent import DEFAULT_ADDRESS
 from kms_emu.server import KmsServer
+from stack.clock import wall_clock
 from stack.commands.common import WARNING, say, stop_on_signals
-from stack.stack import wall_clock
 
 HELP = "run one KMS from a kms.toml"
 

@@ -1,0 +1,79 @@
+"""`dstack-emu agent`: a trust domain with its guest agent."""
+
+import argparse
+import asyncio
+import json
+from pathlib import Path
+
+from attest.errors import FormatError
+from stack.commands.common import WARNING, UsageError, listen_address, stop_on_signals
+from stack.commands.guest_options import add_guest_options, guest_config, load_key_file
+from stack.guest import Guest
+
+HELP = "run one guest agent with real quotes, and a PCCS for them"
+
+DESCRIPTION = (
+    "Run the guest agent of one emulated trust domain, on dstack.sock, tappd.sock and one TCP port that serves all its "
+    "services, so DSTACK_SIMULATOR_ENDPOINT and TAPPD_SIMULATOR_ENDPOINT may be the sockets or the URL. The app has "
+    "keys of its own; for keys from a KMS see `dstack-emu up`. " + WARNING
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument(
+        "--listen",
+        type=listen_address,
+        default=("127.0.0.1", 0),
+        metavar="HOST:PORT",
+        help="TCP (127.0.0.1, a free port)",
+    )
+    parser.add_argument(
+        "--dstack-sock", type=Path, metavar="PATH", help="where dstack.sock goes (default: a new folder)"
+    )
+    parser.add_argument("--tappd-sock", type=Path, metavar="PATH", help="where tappd.sock goes")
+    parser.add_argument("--pccs", metavar="URL", help="the PCCS that serves its collateral (default: one of its own)")
+    parser.add_argument(
+        "--keys", type=Path, metavar="FILE", help="upstream's key file (appkeys.json) instead of new keys"
+    )
+    parser.add_argument("--upstream-compat", action="store_true", help="refuse EmitEvent as upstream's simulator does")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
+    add_guest_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the agent until a signal."""
+    config = guest_config(
+        arguments, key_file=load_key_file(arguments.keys), allow_emit_event=not arguments.upstream_compat
+    )
+    host, port = arguments.listen
+    guest = Guest(
+        config,
+        host=host,
+        port=port,
+        pccs_url=arguments.pccs,
+        dstack_sock=arguments.dstack_sock,
+        tappd_sock=arguments.tappd_sock,
+    )
+    return asyncio.run(_serve(guest, as_json=arguments.json))
+
+
+async def _serve(guest: Guest, *, as_json: bool) -> int:
+    stop = stop_on_signals()
+    try:
+        await guest.__aenter__()
+    except FormatError as error:  # of options that only the boot can judge, such as the memory's size
+        raise UsageError(str(error)) from error
+    try:
+        description = guest.description()
+        if as_json:
+            print(json.dumps(description), flush=True)
+        else:
+            env = description.pop("env")
+            lines = [f"{name:<14} {value}" for name, value in description.items()]
+            lines += ["", *(f"export {name}={value}" for name, value in env.items()), "", "Ctrl-C stops it."]
+            print("\n".join(lines), flush=True)
+        await stop.wait()
+    finally:
+        await guest.__aexit__(None, None, None)
+    return 0

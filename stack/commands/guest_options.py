@@ -1,0 +1,148 @@
+"""Options by which `agent` and `quote` describe a guest: its platform, its VM, its app, and what is wrong with it."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any, Final, get_args
+
+from attest.errors import FormatError
+from simulator.guest_files import KeyFile, load_vm_config, read_text
+from simulator.intel import Dating, VendorState
+from simulator.platform import TCB_STATUSES, PlatformState
+from simulator.seed import DEFAULT_SEED
+from simulator.trust_domain import AppCompose, DomainSettings
+from stack.commands.common import UsageError, hex_bytes
+from stack.guest import GuestConfig, Machine
+
+_UNITS: Final = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+
+
+def memory_size(text: str) -> int:
+    """Read a size in bytes, or with a unit: 2G, 4096M."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"a size like 2G, 4096M or bytes expected, got {text!r}")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Add --seed, the same for every command that makes a world."""
+    parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="the same text gives the same bytes")
+
+
+def add_guest_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that describe a guest."""
+    default = GuestConfig()
+    add_seed(parser)
+    guest = parser.add_argument_group("the guest")
+    guest.add_argument(
+        "--platform", default=default.platform, metavar="NAME", help="the machine: each name has a device id of its own"
+    )
+    guest.add_argument(
+        "--app-compose", type=Path, metavar="FILE", help="the app's app-compose.json (made up without it)"
+    )
+    guest.add_argument("--app-id", type=hex_bytes, metavar="HEX", help="20 bytes (default: of the compose hash)")
+    guest.add_argument("--image", default="dstack-emu", metavar="NAME", help="name of the OS image (%(default)s)")
+    guest.add_argument("--image-version", default="0.5.11", metavar="TEXT", help="its version (%(default)s)")
+    guest.add_argument("--cpus", type=int, default=2, metavar="N", help="CPUs of the VM (%(default)s)")
+    guest.add_argument(
+        "--memory", type=memory_size, default=2 * 1024**3, metavar="SIZE", help="its memory: 2G, or 2816M and more"
+    )
+    guest.add_argument(
+        "--sys-config", type=Path, metavar="FILE", help="a sys-config.json whose vm_config goes before them"
+    )
+    guest.add_argument("--debug", action="store_true", help="a debug domain, which no verifier accepts")
+    guest.add_argument("--mr-config-id", type=hex_bytes, metavar="HEX", help="48 bytes that the domain is started with")
+    guest.add_argument(
+        "--quote-version", type=int, choices=(4, 5), default=4, help="version of its quotes (%(default)s)"
+    )
+    guest.add_argument("--td15", action="store_true", help="quote the TDX 1.5 report (quote version 5)")
+    add_world_options(parser)
+
+
+def add_world_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what the vendor says."""
+    world = parser.add_argument_group("what the emulated vendor says")
+    statuses = ", ".join(TCB_STATUSES)
+    world.add_argument("--tcb-status", default="UpToDate", metavar="STATUS", help=f"of the platform: {statuses}")
+    world.add_argument("--advisory", action="append", default=[], metavar="ID", help="an advisory that goes with it")
+    world.add_argument("--module-status", default="UpToDate", metavar="STATUS", help="of the platform's TDX module")
+    world.add_argument("--qe-status", default="UpToDate", metavar="STATUS", help="of the quoting enclave")
+    world.add_argument(
+        "--revoke", action="append", default=[], choices=("pck", "pck-ca"), help="the platform's certificate, or its CA"
+    )
+    world.add_argument("--other-root", action="store_true", help="let the platform's quotes lead to another root")
+    for document in ("tcb-info", "qe-identity", "pck-crl", "root-ca-crl"):
+        world.add_argument(f"--{document}", choices=get_args(Dating), default="current", help="how it is dated")
+
+
+def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
+    """Put the options together; raise `UsageError` naming the one that is wrong."""
+    try:
+        return GuestConfig(
+            seed=arguments.seed,
+            platform=arguments.platform,
+            compose=_compose(arguments.app_compose),
+            app_id=_app_id(arguments.app_id),
+            machine=Machine(
+                arguments.image,
+                arguments.image_version,
+                arguments.cpus,
+                arguments.memory,
+                None if arguments.sys_config is None else load_vm_config(arguments.sys_config),
+            ),
+            settings=DomainSettings(
+                arguments.debug,
+                bytes(48) if arguments.mr_config_id is None else arguments.mr_config_id,
+                arguments.quote_version,
+                arguments.td15,
+            ),
+            platform_state=platform_state(arguments),
+            vendor_state=vendor_state(arguments),
+            **more,
+        )
+    except FormatError as error:
+        raise UsageError(str(error)) from error
+
+
+def platform_state(arguments: argparse.Namespace) -> PlatformState:
+    """The platform's state that the options ask for."""
+    return PlatformState(
+        tcb_status=arguments.tcb_status,
+        advisory_ids=tuple(arguments.advisory),
+        module_status=arguments.module_status,
+        pck_revoked="pck" in arguments.revoke,
+        other_root=arguments.other_root,
+    )
+
+
+def vendor_state(arguments: argparse.Namespace) -> VendorState:
+    """The vendor's state that the options ask for."""
+    return VendorState(
+        qe_status=arguments.qe_status,
+        pck_ca_revoked="pck-ca" in arguments.revoke,
+        tcb_info_dating=arguments.tcb_info,
+        qe_identity_dating=arguments.qe_identity,
+        pck_crl_dating=arguments.pck_crl,
+        root_ca_crl_dating=arguments.root_ca_crl,
+    )
+
+
+def load_key_file(path: Path | None) -> KeyFile | None:
+    """Load upstream's key file, if one is given."""
+    try:
+        return None if path is None else KeyFile.load(path)
+    except FormatError as error:
+        raise UsageError(str(error)) from error
+
+
+def _compose(path: Path | None) -> AppCompose:
+    if path is None:
+        return GuestConfig().compose
+    return AppCompose.parse(read_text(path, "app-compose"))
+
+
+def _app_id(app_id: bytes | None) -> bytes | None:
+    if app_id is not None and len(app_id) != 20:
+        raise UsageError(f"--app-id: 20 bytes expected, got {len(app_id)}")
+    return app_id
