@@ -76,7 +76,7 @@ class PckExtension:
         components = bytes(tcb.integer(f"2.{i}", 0xFF) for i in range(1, TCB_COMPONENTS + 1))
         cpu_svn = tcb.octets(f"2.{TCB_COMPONENTS + 2}", TCB_COMPONENTS)
         configuration = _Entries(top.value("7"), "SGX extension configuration") if top.has("7") else None
-        flags = {name: configuration.flag(suffix) if configuration else None for suffix, name in _CONFIGURATION}
+        flags = {name: configuration and configuration.flag(suffix) for suffix, name in _CONFIGURATION}
         return cls(
             ppid=top.octets("1", 16),
             cpu_svn=cpu_svn,
@@ -125,16 +125,17 @@ class _Entries:
         _require_end(rest, what)
         while content:
             entry, content = der.read(content, der.SEQUENCE, f"{what}: entry")
-            oid, value = der.read(entry, der.OID, f"{what}: OID")
+            content_of_oid, value = der.read(entry, der.OID, f"{what}: OID")
+            oid = der.tlv(der.OID, content_of_oid)
             if oid in self._values:
-                raise FormatError(f"{what}: each OID once expected, got {der.tlv(der.OID, oid).hex()} again")
+                raise FormatError(f"{what}: each OID once expected, got {oid.hex():.40} again")
             self._values[oid] = value
 
     def has(self, suffix: str) -> bool:
-        return self._key(suffix) in self._values
+        return _oid(suffix) in self._values
 
     def value(self, suffix: str) -> bytes:
-        value = self._values.get(self._key(suffix))
+        value = self._values.get(_oid(suffix))
         if value is None:
             raise FormatError(f"{self._what}: {SGX_EXTENSION}.{suffix} expected, got none")
         return value
@@ -166,9 +167,6 @@ class _Entries:
         content, rest = der.read(self.value(suffix), tag, what)
         _require_end(rest, what)
         return content
-
-    def _key(self, suffix: str) -> bytes:
-        return der.read(_oid(suffix), der.OID, self._what)[0]
 
 
 def _require_end(rest: bytes, what: str) -> None:

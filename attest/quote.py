@@ -150,9 +150,13 @@ class TdReport15(TdReport):
     def parse(cls, data: bytes) -> Self:
         """Parse 648 bytes."""
         base = TdReport.parse(data[:TD10_SIZE])
+        return cls.of(base, data[TD10_SIZE : TD10_SIZE + 16], data[TD10_SIZE + 16 :])
+
+    @classmethod
+    def of(cls, base: TdReport, tee_tcb_svn2: bytes, mr_service_td: bytes = bytes(48)) -> Self:
+        """Extend a TD10 report."""
         values = {name: getattr(base, name) for name, _ in TD10_FIELDS}
-        second, service = data[TD10_SIZE : TD10_SIZE + 16], data[TD10_SIZE + 16 :]
-        return cls(**values, tee_tcb_svn2=second, mr_service_td=service)
+        return cls(**values, tee_tcb_svn2=tee_tcb_svn2, mr_service_td=mr_service_td)
 
 
 def encode_body(report: TdReport, version: int) -> bytes:

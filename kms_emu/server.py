@@ -29,7 +29,7 @@ from kms_emu.keys import Entropy, KmsKeys, RootKeys
 from kms_emu.metrics import AttestationMetrics
 from kms_emu.service import Caller, Environment, KmsService, OnboardService, kms_table, onboard_table
 from kms_emu.setup_page import setup_page
-from transport.listen import Server, bind_tcp, serve
+from transport.listen import Server, ServerTlsContext, bind_tcp, serve
 from transport.pccs_client import AttestationVerifier, Clock, PccsClient
 from transport.prpc_server import add_prpc
 
@@ -291,7 +291,7 @@ class KmsServer:
 
     def _tls_context(self) -> ssl.SSLContext:
         tls = self.config.rpc.tls
-        tls_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls_context = ServerTlsContext(ssl.PROTOCOL_TLS_SERVER)
         tls_context.minimum_version = ssl.TLSVersion.TLSv1_2
         tls_context.set_alpn_protocols(["http/1.1"])
         try:

@@ -196,7 +196,8 @@ class TrustDomain:
             *self._rtmrs,
             report_data,
         )
-        return TdReport15(*fields, TEE_TCB_SVN, _ZERO) if self.settings.td15 else TdReport(*fields)
+        report = TdReport(*fields)
+        return TdReport15.of(report, TEE_TCB_SVN) if self.settings.td15 else report
 
     def attest(self, report_data: bytes) -> Attestation:
         """Quote 64 bytes of report_data and put the evidence together, in the form real hardware sends (V0)."""

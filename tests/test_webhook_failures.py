@@ -43,8 +43,9 @@ MIB = 1024 * 1024
 
 def http(status: str, body: bytes, *headers: str) -> Reply:
     """An answer of HTTP/1.1, with the length of its body unless a header says another."""
-    lengths = () if any(header.startswith("Content-Length") for header in headers) else (f"Content-Length: {len(body)}",)
-    head = "\r\n".join((f"HTTP/1.1 {status}", *lengths, *headers, "", ""))
+    said = any(header.startswith("Content-Length: ") for header in headers)
+    length = () if said else (f"Content-Length: {len(body)}",)
+    head = "\r\n".join((f"HTTP/1.1 {status}", *length, *headers, "", ""))
     return lambda out: _write(out, head.encode() + body)
 
 
@@ -69,53 +70,63 @@ def _write(out: BufferedIOBase, data: bytes) -> None:
     out.write(data)
 
 
-class Webhook(socketserver.ThreadingTCPServer):
+class Webhook:
     """An HTTP server that keeps connections and answers its three questions (`app`, `kms`, `info`) as it is told.
 
-    A question that it was told nothing of is answered as it should be; what a reply writes last, before the connection
-    is closed, is up to the reply.
+    A question that it was told nothing of is answered as it should be; after a reply it was told, it hangs up.
     """
 
-    daemon_threads = True
-    allow_reuse_address = True
-    request_queue_size = 64
-
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self) -> None:
         self.replies: dict[str, Reply] = {}
+        self.port = 0
         self._connections: list[socket.socket] = []
-        webhook = self
+        self.listen()
 
-        class Handler(socketserver.StreamRequestHandler):
-            def handle(self) -> None:
-                webhook._connections.append(self.connection)
-                while question := _read_question(self.rfile):
-                    reply = webhook.replies.get(question)
-                    if reply is None:
-                        ok(INFO if question == "info" else ALLOW)(self.wfile)
-                        continue
-                    with contextlib.suppress(OSError):  # the KMS may have heard enough
-                        reply(self.wfile)
-                    return
-
-        super().__init__(("127.0.0.1", port), Handler)
-        self.port = int(self.server_address[1])
-        self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    @property
+    def url(self) -> str:
+        """What a KMS is told."""
+        return f"http://127.0.0.1:{self.port}"
 
     def url_of(self, question: str) -> str:
         """Where a KMS asks one of the questions."""
         return self.url if question == "info" else f"{self.url}/bootAuth/{question}"
 
+    def listen(self) -> None:
+        """Listen, where it listened before if it did."""
+        webhook = self
+
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                webhook._converse(self.connection, self.rfile, self.wfile)
+
+        class Listener(socketserver.ThreadingTCPServer):
+            daemon_threads = True
+            allow_reuse_address = True
+            request_queue_size = 64
+
+        self._listener = Listener(("127.0.0.1", self.port), Handler)
+        self.port = int(self._listener.server_address[1])
+        threading.Thread(target=self._listener.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
     def close(self) -> None:
         """Stop listening, and hang up."""
-        self.shutdown()
-        self.server_close()
+        self._listener.shutdown()
+        self._listener.server_close()
         for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+        self._connections.clear()
+
+    def _converse(self, connection: socket.socket, source: BufferedIOBase, out: BufferedIOBase) -> None:
+        self._connections.append(connection)
+        with contextlib.suppress(OSError):  # the KMS may have heard enough
+            while question := _read_question(source):
+                if reply := self.replies.get(question):
+                    return reply(out)
+                ok(INFO if question == "info" else ALLOW)(out)
 
 
-def _read_question(source: Any) -> str:
+def _read_question(source: BufferedIOBase) -> str:
     """Read one request to its end; return which question it is, or nothing at the end of the connection."""
     line = source.readline().decode()
     size = 0
@@ -241,9 +252,7 @@ def copied_keys(folder: Path, stack: RunningStack) -> None:
 
 
 @pytest.fixture(scope="module")
-def guest(
-    ready_stack: RunningStack, webhook: Webhook, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Guest]:
+def guest(ready_stack: RunningStack, webhook: Webhook, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     """A guest before a KMS that asks this file's webhook; its agent may be taken for an app or for another KMS."""
     folder = tmp_path_factory.mktemp("kms")
     copied_keys(folder, ready_stack)
@@ -365,22 +374,16 @@ def test_onboarding_refused_without_a_decision(
         own.close()
 
 
-def test_webhook_that_is_down_is_named_and_found_again(ready_stack: RunningStack, tmp_path: Path) -> None:
-    webhook = Webhook()
-    copied_keys(tmp_path, ready_stack)
-    try:
-        with running_kms(kms_toml(tmp_path, ready_stack, webhook.url), ready_stack.services["agent-src"]) as url:
-            guest = Guest.of(url, ready_stack.services["app"])
-            identity = guest.identity()
-            assert guest.get_app_key(identity).status == 200
-            webhook.close()
-            refusal = only_refuses(guest.get_app_key(identity))
-            assert refusal.startswith(SELF_CHECK + SENDING.format(url=webhook.url_of("kms")))
-            assert refusal.endswith("Connection refused")
-            webhook = Webhook(webhook.port)
-            assert guest.get_app_key(identity).status == 200
-    finally:
+def test_webhook_that_is_down_is_named_and_found_again(webhook: Webhook, guest: Guest) -> None:
+    with foreign.kms(guest.kms_url, identity=guest.identity()) as connection:
+        assert connection.call("GetAppKey", api_version=1).status == 200
         webhook.close()
+        try:
+            refusal = only_refuses(connection.call("GetAppKey", api_version=1))
+            assert refusal == f"{SELF_CHECK}{SENDING}Connection refused".format(url=webhook.url_of("kms"))
+        finally:
+            webhook.listen()
+        assert connection.call("GetAppKey", api_version=1).status == 200
 
 
 @pytest.mark.parametrize("says", ["nothing", "a little, and a little more"])

@@ -152,8 +152,6 @@ async def serve(
 ) -> Server:
     """Start an application on a bound socket, which it owns from here on."""
     # aiohttp waits this long twice: for a handler to finish, and for it to end once it is cancelled.
-    if ssl_context is not None:
-        ssl_context.sslobject_class = _AlertingSslObject
     runner = _Runner(app, shutdown_timeout=GRACE / 2)
     try:
         server = Server(runner, sock, ssl_context is not None)
@@ -174,6 +172,7 @@ async def serve(
 class _AlertingSslObject(ssl.SSLObject):
     """Lets the alert of a failed handshake out before the failure is reported."""
 
+    outgoing: ssl.MemoryBIO
     _failure: ssl.SSLError | None = None
 
     def do_handshake(self) -> None:
@@ -184,9 +183,31 @@ class _AlertingSslObject(ssl.SSLObject):
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise
         except ssl.SSLError as error:
+            if not self.outgoing.pending:
+                raise
             self._failure = error
             # Asked to read on, asyncio first sends what is written; the client, having the alert, ends the connection.
             raise ssl.SSLWantReadError from error
+
+
+class ServerTlsContext(ssl.SSLContext):
+    """A context for `serve`, whose failed handshakes end with OpenSSL's alert."""
+
+    sslobject_class = _AlertingSslObject
+
+    def wrap_bio(
+        self,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        server_side: bool = False,
+        server_hostname: str | bytes | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> ssl.SSLObject:
+        """Wrap as the standard library does, and remember where alerts are written to."""
+        wrapped = super().wrap_bio(incoming, outgoing, server_side, server_hostname, session)
+        if isinstance(wrapped, _AlertingSslObject):
+            wrapped.outgoing = outgoing
+        return wrapped
 
 
 # ---- Half-closed connections -----------------------------------------------------------------------------

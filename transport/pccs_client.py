@@ -1,12 +1,15 @@
 """Fetching collateral from a PCCS, and judging evidence with it.
 
 Four requests for each verification, as the real KMS makes them, so a platform that is revoked at the PCCS is refused at
-the very next call; an ETag makes the answer to an unchanged document short. Nothing is trusted for having been cached:
-`attest.verify` checks signatures and dates every time. Source: `dcap-qvl` src/collateral.rs at 0.7.0; dstack
+the very next call; an ETag makes the answer to an unchanged document short. Callers that come while requests are under
+way share the four that follow: nobody is judged by collateral that was asked for before he came. Nothing is trusted for
+having been cached: `attest.verify` checks signatures and dates, once a second where neither the evidence nor any document
+changed. Source: `dcap-qvl` src/collateral.rs at 0.7.0; dstack
 `dstack-attest/src/attestation.rs:181` at 312dc605.
 """
 
 import asyncio
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +34,8 @@ Clock = Callable[[], int]
 
 DEFAULT_TIMEOUT = 10.0
 MAX_DOCUMENT = 1024 * 1024
+PATIENCE = 0.1
+"""Seconds that callers wait for requests under way before they ask on their own."""
 _ISSUER_HEADERS = (PCK_CRL_ISSUER_HEADER, *TCB_INFO_ISSUER_HEADERS, QE_IDENTITY_ISSUER_HEADER)
 
 
@@ -49,13 +54,33 @@ class PccsClient:
         self._session: aiohttp.ClientSession | None = None
         self._documents: dict[str, _Cached] = {}
         self._assembled: dict[CollateralKey, tuple[tuple[Document, ...], QuoteCollateralV3]] = {}
+        self._coming: dict[CollateralKey, asyncio.Task[QuoteCollateralV3]] = {}
+        self._under_way: dict[CollateralKey, asyncio.Task[QuoteCollateralV3]] = {}
 
     async def collateral(self, quote: bytes) -> QuoteCollateralV3:
         """Ask for what this quote needs.
 
         Raises `TransportError` naming the URL, or `FormatError` for an answer that is none.
         """
-        key = CollateralKey.of_quote(quote)
+        key = _key_of_quote(quote)
+        question = self._coming.get(key)
+        if question is None:
+            question = self._coming[key] = asyncio.create_task(self._ask_in_turn(key, self._under_way.get(key)))
+        return await asyncio.shield(question)  # which others may be waiting for
+
+    async def _ask_in_turn(
+        self, key: CollateralKey, before: "asyncio.Task[QuoteCollateralV3] | None"
+    ) -> QuoteCollateralV3:
+        if before is not None:
+            await asyncio.wait((before,), timeout=PATIENCE)
+        question = self._under_way[key] = self._coming.pop(key)  # who comes from here on is too late for this one
+        try:
+            return await self._ask(key)
+        finally:
+            if self._under_way.get(key) is question:
+                del self._under_way[key]
+
+    async def _ask(self, key: CollateralKey) -> QuoteCollateralV3:
         documents = tuple(await asyncio.gather(*(self._fetch(path) for path in key.requests())))
         known = self._assembled.get(key)
         if known is not None and all(a is b for a, b in zip(known[0], documents, strict=True)):
@@ -65,7 +90,12 @@ class PccsClient:
         return collateral
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, and give up what is under way."""
+        questions = {*self._coming.values(), *self._under_way.values()}
+        for question in questions:
+            question.cancel()
+        await asyncio.gather(*questions, return_exceptions=True)
+        self._coming.clear()
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -98,11 +128,24 @@ class PccsClient:
             raise TransportError(url, describe_failure(error, self._seconds)) from error
 
 
+@functools.lru_cache(maxsize=256)
+def _key_of_quote(quote: bytes) -> CollateralKey:
+    return CollateralKey.of_quote(quote)
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    collateral: QuoteCollateralV3
+    verified: VerifiedAttestation
+
+
 class AttestationVerifier:
     """Judges evidence under one root, with collateral of one PCCS, at the time of one clock."""
 
     def __init__(self, pccs: PccsClient, anchor: TrustAnchor, clock: Clock) -> None:
         self.pccs, self.anchor, self.clock = pccs, anchor, clock
+        self._second = 0
+        self._judged: dict[bytes, _Judged] = {}
 
     async def verify(self, attestation: Attestation) -> VerifiedAttestation:
         """Verify evidence.
@@ -113,7 +156,19 @@ class AttestationVerifier:
             collateral = await self.pccs.collateral(attestation.quote)
         except (TransportError, AttestError) as error:
             raise VerificationError(f"failed to verify TDX quote: {error}") from error
-        return verify_attestation(attestation, collateral, self.anchor, self.clock())
+        return self._judge(attestation, collateral)
+
+    def _judge(self, attestation: Attestation, collateral: QuoteCollateralV3) -> VerifiedAttestation:
+        """Verify, unless the very same evidence was, under the very same collateral, within this second."""
+        now = self.clock()
+        if now != self._second:
+            self._second, self._judged = now, {}
+        known = self._judged.get(attestation.quote)
+        if known is not None and known.verified.attestation is attestation and known.collateral is collateral:
+            return known.verified
+        verified = verify_attestation(attestation, collateral, self.anchor, now)
+        self._judged[attestation.quote] = _Judged(collateral, verified)
+        return verified
 
     async def verify_bound(self, attestation: Attestation, spki: bytes) -> VerifiedAttestation:
         """Verify evidence that must bind a TLS key (SPKI DER): the binding first, then the evidence, as upstream."""

@@ -1,0 +1,69 @@
+"""Commands of `dstack-emu` as a user runs them: servers that print one line of JSON, and commands that end."""
+
+import http.client
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tests.vectors import ROOT
+
+
+def run_command(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """Run a command to its end."""
+    command = [sys.executable, "-m", "stack", *arguments]
+    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, timeout=60, check=False)
+
+
+def usage_error(*arguments: str) -> str:
+    """Run a command that must end with status 2 and one line on stderr; return that line without `Error: `."""
+    done = run_command(*arguments)
+    lines = done.stderr.decode().splitlines()
+    assert (done.returncode, done.stdout, len(lines)) == (2, b"", 1), done
+    return lines[0].removeprefix("Error: ")
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[dict[str, Any]]:
+    """Run a serving command with --json until the block ends; yield what its line says."""
+    command = [sys.executable, "-m", "stack", *arguments, "--json"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        yield json.loads(line)
+    finally:
+        process.terminate()
+        rest, errors = process.communicate(timeout=20)
+        assert (process.returncode, rest) == (0, ""), errors
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=20)
+        self.path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(self.path)
+
+
+def ask(address: str, path: str, body: Any = None) -> tuple[int, Any]:
+    """Ask a socket path or an http URL: POST a JSON body, or GET without one; return status and parsed answer."""
+    connection = (
+        _UnixConnection(address) if address.startswith("/") else http.client.HTTPConnection(address[7:], timeout=20)
+    )
+    try:
+        if body is None:
+            connection.request("GET", path)
+        else:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
