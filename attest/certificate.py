@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
@@ -40,6 +41,16 @@ ORGANIZATION: Final = "Dstack"
 NOT_BEFORE: Final = datetime.datetime(1975, 1, 1, tzinfo=datetime.UTC)
 LIFETIME: Final = 10 * 365 * 86400
 """Seconds from the time of issue to not_after, where nobody asks for another."""
+
+UNREADABLE: Final = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""What `cryptography` raises for X.509 that it cannot read: some when it is loaded, others only when a field is used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +103,7 @@ def load_spki(data: bytes) -> ec.EllipticCurvePublicKey:
     """Load a P-256 public key from SubjectPublicKeyInfo DER; raise `FormatError` when it is none."""
     try:
         key = load_der_public_key(data)
-    except ValueError as error:
+    except UNREADABLE as error:
         raise FormatError(f"Failed to parse pubkey: SubjectPublicKeyInfo expected, got {len(data)} bytes") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise FormatError("Unsupported algorithm")
@@ -108,7 +119,7 @@ def load_pem(text: str, what: str) -> x509.Certificate:
     """Load one certificate from PEM; raise `FormatError` naming `what` when it is none."""
     try:
         return x509.load_pem_x509_certificate(text.encode())
-    except ValueError as error:
+    except UNREADABLE as error:
         raise FormatError(f"{what}: PEM certificate expected ({error})") from error
 
 
@@ -116,22 +127,24 @@ def load_der(data: bytes) -> x509.Certificate:
     """Load a certificate from DER; raise `FormatError` when it is none."""
     try:
         return x509.load_der_x509_certificate(data)
-    except ValueError as error:
+    except UNREADABLE as error:
         raise FormatError(f"Failed to parse certificate: {error}") from error
 
 
 def load_authority(certificate_pem: str, key: ec.EllipticCurvePrivateKey, what: str) -> CertificateAuthority:
     """Put a CA together from its parts; raise `FormatError` when the certificate is another key's."""
     certificate = load_pem(certificate_pem, what)
-    public = certificate.public_key()
-    if not isinstance(public, ec.EllipticCurvePublicKey) or spki_der(public) != spki_der(key.public_key()):
+    if certificate_spki(certificate) != spki_der(key.public_key()):
         raise FormatError("CA certificate does not match private key")
     return CertificateAuthority(certificate, key)
 
 
 def certificate_spki(certificate: x509.Certificate) -> bytes:
-    """The SubjectPublicKeyInfo DER of a certificate's key, as its issuer wrote it."""
-    return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    """The SubjectPublicKeyInfo DER of a certificate's key, as its issuer wrote it; `FormatError` where it is none."""
+    try:
+        return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    except UNREADABLE as error:
+        raise FormatError(f"Failed to parse certificate: {error}") from error
 
 
 def extension_payload(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> bytes | None:
@@ -140,7 +153,7 @@ def extension_payload(certificate: x509.Certificate, oid: x509.ObjectIdentifier)
         extension = certificate.extensions.get_extension_for_oid(oid)
     except x509.ExtensionNotFound:
         return None
-    except ValueError as error:
+    except UNREADABLE as error:
         raise FormatError(f"Failed to parse certificate: {error}") from error
     value = extension.value
     if not isinstance(value, x509.UnrecognizedExtension):

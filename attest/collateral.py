@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from cryptography import x509
 from dcap_qvl import QuoteCollateralV3, parse_quote
 
+from attest.certificate import UNREADABLE
 from attest.errors import FormatError
 
 PCK_CRL_PATH: Final = "/sgx/certification/v4/pckcrl"
@@ -85,11 +86,11 @@ def earliest_expiry(collateral: QuoteCollateralV3) -> int:
     """Unix seconds of the first nextUpdate among the four documents: keep none of them past it."""
     dates = []
     for text, what in ((collateral.tcb_info, "TCB info"), (collateral.qe_identity, "QE identity")):
-        dates.append(_date(json.loads(text).get("nextUpdate"), what))
+        dates.append(_next_update(text, what))
     for crl, what in ((collateral.root_ca_crl, "root CA CRL"), (collateral.pck_crl, "PCK CRL")):
         try:
             next_update = x509.load_der_x509_crl(crl).next_update_utc
-        except ValueError as error:
+        except UNREADABLE as error:
             raise FormatError(f"{what}: DER CRL expected ({error})") from error
         if next_update is not None:
             dates.append(next_update)
@@ -124,8 +125,11 @@ def _chain(document: Document, what: str) -> str:
     return unquote(document.issuer_chain)
 
 
-def _date(value: Any, what: str) -> datetime.datetime:
+def _next_update(text: str, what: str) -> datetime.datetime:
     try:
-        return datetime.datetime.fromisoformat(value)
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{what}: nextUpdate expected as a date, got {value!r:.40}") from error
+        date = datetime.datetime.fromisoformat(json.loads(text)["nextUpdate"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise FormatError(f"{what}: nextUpdate expected as a date ({type(error).__name__}: {error})") from error
+    if date.tzinfo is None:
+        raise FormatError(f"{what}: nextUpdate expected with its time zone, got {date}")
+    return date

@@ -108,8 +108,8 @@ class TdxEvent:
             digest=_hex(value, "digest", ""),
             event=_text(value, "event"),
             event_payload=_hex(value, "event_payload"),
-            version=_integer(value, "version", 1),
-            preimage=value.get("preimage"),
+            version=_version(value),
+            preimage=None if value.get("preimage") is None else _text(value, "preimage"),
         )
 
 
@@ -211,9 +211,17 @@ def _integer(value: dict[str, Any], key: str, default: int | None = None) -> int
     return number
 
 
+def _version(value: dict[str, Any]) -> int:
+    version = _integer(value, "version", 1)
+    if version not in (1, 2):
+        raise FormatError(f"event: version: 1 or 2 expected, got {version}")
+    return version
+
+
 def _text(value: dict[str, Any], key: str) -> str:
     text = value.get(key)
-    if not isinstance(text, str):
+    # JSON's escapes can spell half of a surrogate pair, which no UTF-8 text, and so no digest, has.
+    if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
         raise FormatError(f"event: {key}: text expected, got {text!r:.40}")
     return text
 

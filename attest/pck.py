@@ -12,6 +12,7 @@ from typing import Final, Self
 from cryptography import x509
 
 from attest import der
+from attest.certificate import UNREADABLE
 from attest.errors import FormatError
 
 SGX_EXTENSION: Final = "1.2.840.113741.1.13.1"
@@ -94,7 +95,7 @@ def pck_extension_of(certificate: x509.Certificate) -> PckExtension:
     """Read the SGX extension of a PCK certificate; raise `FormatError` where there is none or it is malformed."""
     try:
         value = certificate.extensions.get_extension_for_oid(OID_SGX_EXTENSION).value
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError) as error:
+    except (x509.ExtensionNotFound, *UNREADABLE) as error:
         raise FormatError(f"PCK certificate: one SGX extension expected ({error})") from error
     if not isinstance(value, x509.UnrecognizedExtension):
         raise FormatError(f"PCK certificate: raw SGX extension expected, got {type(value).__name__}")

@@ -180,16 +180,20 @@ def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePri
 
 
 class KmsConnection:
-    """One kept-alive TLS connection to a KMS."""
+    """One kept-alive connection to a KMS: service KMS over TLS, or Onboard over plain HTTP while it has no keys."""
 
     def __init__(self, url: str, *, identity: Identity | None = None, root_ca: str | None = None) -> None:
-        self._http = http.client.HTTPSConnection(
-            urlsplit(url).netloc, context=tls_context(identity, root_ca), timeout=TIMEOUT
+        scheme, address = urlsplit(url)[:2]
+        self._service = "KMS" if scheme == "https" else "Onboard"
+        self._http = (
+            http.client.HTTPSConnection(address, context=tls_context(identity, root_ca), timeout=TIMEOUT)
+            if scheme == "https"
+            else http.client.HTTPConnection(address, timeout=TIMEOUT)
         )
 
     def call(self, method: str, **arguments: Any) -> Answer:
         """POST one RPC in JSON."""
-        return ask(self._http, f"/prpc/KMS.{method}?json", arguments)
+        return ask(self._http, f"/prpc/{self._service}.{method}?json", arguments)
 
     def get(self, path: str) -> Answer:
         """GET a page."""

@@ -124,7 +124,8 @@ async def test_requests_that_hang_hold_nobody_else_up(pccs: Pccs, verifier: Atte
     await asyncio.wait_for(pccs.reached.wait(), TIMEOUT)
     assert await _status(verifier, pccs.evidence()) == "UpToDate"
     assert not first.done()
-    first.cancel()
+    pccs.released.set()
+    assert await first == "UpToDate"
 
 
 async def test_a_caller_that_goes_away_takes_no_answer_from_another(

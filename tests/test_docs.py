@@ -1,0 +1,437 @@
+"""The documents hold: what they let a reader paste does what they say, and what they list is all there is.
+
+The README's commands run against stacks of their own. Its ports and its folder are replaced by free ones, nothing else.
+"""
+
+import argparse
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from attest.version import EMULATOR
+from kms_emu.admin import TOKEN_VARIABLES
+from kms_emu.config import KmsConfig
+from stack.cli import COMMANDS, parser
+from stack.config import PORTS
+from tests.running import RunningStack, running_stack
+from tests.vectors import ROOT
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PACKAGES = ("attest", "auth", "kms_emu", "simulator", "stack", "transport")
+STATE = "/tmp/emu"
+ANYTHING = "…"
+
+
+def document(name: str) -> str:
+    """The text of one document."""
+    return (ROOT / name).read_text()
+
+
+def section(text: str, heading: str) -> str:
+    """The text under a heading, up to the next one of its level or above."""
+    level = len(heading) - len(heading.lstrip("#"))
+    inside, rest = False, []
+    in_code = False
+    for line in text.splitlines():
+        in_code ^= line.startswith("```")
+        if not in_code and re.match(rf"#{{1,{level}}} ", line):
+            inside = line == heading
+        elif inside:
+            rest.append(line)
+    assert rest, f"no text under {heading!r}"
+    return "\n".join(rest)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A fenced block: its language and its text."""
+
+    language: str
+    text: str
+
+
+def blocks(text: str) -> list[Block]:
+    """The fenced blocks in order."""
+    return [Block(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
+
+
+def rows(text: str, header: str) -> list[list[str]]:
+    """The cells of each row of the tables whose first column has that header, backticks kept."""
+    found, inside = [], False
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")] if line.startswith("|") else []
+        if not cells:
+            inside = False
+        elif cells[0] == header:
+            inside = True
+        elif inside and not set(cells[0]) <= {"-"}:
+            found.append(cells)
+    assert found, f"no table whose first column is {header!r}"
+    return found
+
+
+def code(cell: str) -> list[str]:
+    """The code spans of a cell."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+# ---- What the README lets a reader paste
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder whose path is short enough for sockets, in place of the README's."""
+    with tempfile.TemporaryDirectory(prefix="emu", dir="/tmp") as name:
+        yield Path(name) / "s"
+
+
+class Reader:
+    """Someone with two terminals who pastes the blocks of a text in order."""
+
+    def __init__(self, text: str, folder: Path) -> None:
+        self.blocks, self.folder = blocks(text), folder
+        for tool in ("bash", "jq"):
+            if shutil.which(tool) is None:
+                pytest.skip(f"the README's commands need {tool}")
+
+    @contextmanager
+    def stack(self) -> Iterator[RunningStack]:
+        """Paste the next block into the first terminal: it starts a stack."""
+        block = self.blocks.pop(0)
+        command = block.text.strip().splitlines()[-1]
+        arguments = re.fullmatch(r'make up ARGS="(.*)"', command)
+        assert arguments, f"a command that starts a stack expected, got {command!r}"
+        with running_stack(*shlex.split(self.here(arguments[1]))) as stack:
+            yield stack
+
+    def here(self, text: str, stack: RunningStack | None = None) -> str:
+        """Put this run's folder, Python and ports in place of the documented ones."""
+        text = text.replace(STATE, str(self.folder)).replace(".venv/bin/python", sys.executable)
+        for name, port in PORTS.items() if stack else ():
+            assert stack
+            text = text.replace(f"127.0.0.1:{port}", stack.services[name].partition("://")[2])
+        return text
+
+    def paste(self, stack: RunningStack) -> list[tuple[Block, str, str]]:
+        """Paste into the second terminal all up to the next start; return commands, expected and seen output."""
+        pasted, script = [], []
+        while self.blocks and "make up" not in self.blocks[0].text:
+            block = self.blocks.pop(0)
+            assert block.language == "sh"
+            follows = self.blocks and self.blocks[0].language == "text"
+            pasted.append((block, self.blocks.pop(0).text if follows else ANYTHING))
+            script += [self.here(block.text, stack), "printf '\\n@@@\\n'"]
+        environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        done = subprocess.run(
+            ["bash"], input="\n".join(script), capture_output=True, text=True, timeout=50, env=environment, check=False
+        )
+        outputs = done.stdout.split("\n@@@\n")
+        assert len(outputs) == len(pasted) + 1, done.stderr
+        return [(block, expected, seen) for (block, expected), seen in zip(pasted, outputs, strict=False)]
+
+
+def matches(expected: str, seen: str) -> bool:
+    """Whether an output is as documented; `…` stands for anything, ends of lines do not count."""
+    pattern = ".*".join(map(re.escape, expected.strip().split(ANYTHING)))
+    return re.fullmatch(pattern, seen.strip(), re.DOTALL) is not None
+
+
+@pytest.mark.timeout(120)
+def test_first_quarter_of_an_hour_answers_as_written(folder: Path) -> None:
+    reader = Reader(section(document("README.md"), "## A first quarter of an hour"), folder)
+    checked = 0
+    for fresh in (True, False):
+        with reader.stack() as stack:
+            assert stack.description["fresh"] is fresh
+            for block, expected, seen in reader.paste(stack):
+                assert matches(expected, seen), f"{block.text}\nanswers\n{seen}\ninstead of\n{expected}"
+                checked += expected != ANYTHING
+        shutil.rmtree(folder)  # as the README says before the second one
+    assert not reader.blocks
+    assert checked >= 9
+
+
+@pytest.mark.timeout(120)
+def test_kms_of_ones_own_bootstraps_by_the_readmes_file(folder: Path) -> None:
+    text = section(document("README.md"), "## With your own programs")
+    config, command = (next(b.text for b in blocks(text) if b.language == language) for language in ("toml", "sh"))
+    with running_stack("--state", str(folder)) as stack:
+        reader = Reader("", folder)
+        file = folder / "kms.toml"
+        file.write_text(reader.here(config, stack).replace("9400", "0"))
+        agent = re.match(r"DSTACK_AGENT_ADDRESS=(\S+) \.venv/bin/dstack-emu kms -c kms\.toml", command)
+        assert agent
+        environment = {**os.environ, "DSTACK_AGENT_ADDRESS": reader.here(agent[1], stack)}
+        kms = subprocess.Popen(
+            [sys.executable, "-m", "stack", "kms", "-c", str(file)],
+            cwd=ROOT,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert kms.stderr
+            url = re.search(r"onboard phase\) at (\S+)\.", kms.stderr.readline())
+            assert url
+            post = ("-X", "POST", "-d", '{"domain":"127.0.0.1"}')
+            status, body = stack.curl(f"{url[1]}/prpc/Onboard.Bootstrap?json", *post)
+            assert (status, "k256_pubkey" in body) == (200, True)
+            assert stack.curl(f"{url[1]}/finish") == (200, "OK")
+        finally:
+            kms.terminate()
+            kms.communicate(timeout=10)
+
+
+@pytest.mark.timeout(120)
+def test_ci_fixture_of_the_readme_works(tmp_path: Path) -> None:
+    (fixture,) = (b.text for b in blocks(section(document("README.md"), "## In CI")) if b.language == "python")
+    command = f'[{sys.executable!r}, "-m", "stack", "up"'
+    (tmp_path / "test_ci.py").write_text(fixture.replace('["dstack-emu", "up"', command))
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_ci.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "1 passed" in done.stdout) == (0, True), done.stdout + done.stderr
+
+
+# ---- What the documents list
+
+
+def test_ports_of_the_readme_are_the_stacks() -> None:
+    table = rows(section(document("README.md"), "## What runs"), "name")
+    assert {code(name)[0]: int(port) for name, port, _ in table} == dict(PORTS)
+
+
+def test_json_keys_of_the_readme_are_those_of_the_line(ready_stack: RunningStack) -> None:
+    table = rows(section(document("README.md"), "## In CI"), "key of the line")
+    assert [code(key)[0] for key, _ in table] == list(ready_stack.description)
+    assert set(ready_stack.description["app"]) <= set(code({code(key)[0]: what for key, what in table}["app"]))
+
+
+def test_commands_of_the_readme_are_the_programs() -> None:
+    text = section(document("README.md"), "## What is there, and what is not yet")
+    assert [code(name)[0] for name, _ in rows(text, "command")] == [f"dstack-emu {name}" for name in COMMANDS]
+    promised = re.search(r"^- the commands (.*),", text, re.MULTILINE)
+    assert promised
+    assert not set(code(promised[1])) & set(COMMANDS)
+
+
+def options(command: str) -> set[str]:
+    """The option strings that a command takes."""
+    (commands,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return {option for action in commands.choices[command]._actions for option in action.option_strings}
+
+
+def documented_options(text: str) -> set[str]:
+    """The option strings that tables list, without their arguments."""
+    return {span.split()[0] for row in rows(text, "option") for span in code(row[0])}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_of_a_command_are_all_documented_and_no_others(command: str) -> None:
+    text = document("docs/configuration.md")
+    headings = re.findall(r"^## .*", text, re.MULTILINE)
+    of_it = [h for h in headings if h == f"## dstack-emu {command}" or re.search(rf"\(.*\b{command}\b", h)]
+    documented = documented_options(text.partition("\n## ")[0])  # what every command has
+    assert documented.union(*(documented_options(section(text, heading)) for heading in of_it)) == options(command)
+
+
+def test_port_names_are_documented_with_their_defaults() -> None:
+    (row,) = (row for row in rows(document("docs/configuration.md"), "option") if row[0] == "`--port NAME=PORT`")
+    assert re.findall(r"`([\w-]+)` (\d+)", row[-1]) == [(name, str(port)) for name, port in PORTS.items()]
+
+
+def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted names of a configuration's keys."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys_of(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def kms_keys() -> list[list[str]]:
+    """Key, default and effect of each row of the table of kms.toml."""
+    return rows(section(document("docs/configuration.md"), "## kms.toml"), "key")
+
+
+def test_keys_of_kms_toml_are_all_documented_and_no_others() -> None:
+    assert [code(key)[0] for key, *_ in kms_keys()] == sorted(
+        keys_of(KmsConfig), key=[code(key)[0] for key, *_ in kms_keys()].index
+    )
+
+
+def test_documented_defaults_of_kms_toml_are_the_programs() -> None:
+    given = [(code(key)[0], code(default)[0]) for key, default, _ in kms_keys() if default != "none"]
+    written = KmsConfig.from_document(tomllib.loads("\n".join(f"{key} = {value}" for key, value in given)), "docs")
+    assert written == KmsConfig()
+    unset = [code(key)[0] for key, default, _ in kms_keys() if default == "none"]
+    assert all(key == "default" or key.startswith("core.attestation.root_ca.") for key in unset)
+
+
+NO_VARIABLES = {"TD_QE"}
+"""Text of that form which is something else: the id in a QE identity."""
+
+
+def documented_variables(heading: str) -> set[str]:
+    """The variables in the tables of one section of the configuration page."""
+    return {code(name)[0] for name, *_ in rows(section(document("docs/configuration.md"), heading), "variable")}
+
+
+def test_variables_that_the_code_names_are_documented() -> None:
+    named = {
+        node.value
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", node.value)
+    }
+    assert {"DSTACK_AGENT_ADDRESS", *TOKEN_VARIABLES} <= named
+    assert named - NO_VARIABLES == documented_variables("## Environment variables")
+
+
+def test_settings_of_the_container_are_documented() -> None:
+    used = set(re.findall(r"\$\{(\w+)", document("docker-compose.yaml")))
+    assert used == documented_variables("## The container")
+
+
+# ---- That what they name exists
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", path.read_text()):
+        linked = (path.parent / target).resolve() if target else path
+        assert linked.is_file(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", linked.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_named_in_code_spans_exist(path: Path) -> None:
+    named = re.findall(rf"`((?:{'|'.join(PACKAGES)}|docs|proto|tests|tools)/[\w./-]*)`", path.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_changelog_has_the_present_version() -> None:
+    assert EMULATOR in document("CHANGELOG.md")
+
+
+# ---- Messages
+
+FOREIGN = {
+    "InvalidCrlSignatureForPublicKey": "dcap-qvl",
+    "QE report hash mismatch": "dcap-qvl",
+    "ISV enclave report signature is invalid": "dcap-qvl",
+    "Debug mode is enabled": "dcap-qvl",
+    "Failed to parse root CA CRL": "dcap-qvl",
+    "Extra inputs are not permitted": "pydantic",
+    "Connection refused": "the operating system",
+    "No Python 3.11, 3.12 or 3.13 runs here": "the Makefile",
+    "cannot make virtual environments": "the Makefile",
+}
+"""What a message has from elsewhere."""
+
+FILLED_IN = {
+    "cannot listen on unix:": "cannot listen on {address}",
+    "error sending request for url (https://": "the URL",
+    "kms-src": "kms-{side}",
+    "kms-src ended": "kms-{side} ended",
+    "core.verifi": "the key",
+    "returned 404 Not Found": "returned {status}",
+    "PCCS status 404, 200 expected": "PCCS status {status}",
+    "Request failed with status=400 Bad Request, error=": "status={status}, error={body}",
+    "/tcb?fmspc=": "the URL",
+}
+"""What a message has in place of what the code writes in braces."""
+
+
+def literals() -> str:
+    """All text that the program can say: its string literals, those of f-strings piece by piece."""
+    texts = [
+        node.value
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    return "\n".join(texts)
+
+
+def test_messages_of_the_troubleshooting_page_are_the_programs() -> None:
+    said = literals()
+    # The last section is about clients, and in their words.
+    own, _, _ = document("docs/troubleshooting.md").partition("\n## A client cannot connect")
+    pieces = {
+        piece.strip(" ,")
+        for heading in re.findall(r"^##+ (.*)", own, re.MULTILINE)
+        for message in code(heading)
+        for piece in re.split("…|: |; ", message)
+    }
+    unknown = {piece for piece in pieces if len(piece) > 2 and piece not in said} - {*FOREIGN, *FILLED_IN}
+    assert unknown == set()
+
+
+def ends(*arguments: str) -> tuple[int, str]:
+    """Run the program where it is going to fail; return its status and the last line on stderr."""
+    command = [sys.executable, "-m", "stack", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    return done.returncode, done.stderr.strip().splitlines()[-1]
+
+
+def unknown_key(folder: Path) -> list[str]:
+    file = folder / "kms.toml"
+    file.write_text("[core]\nverifi = 1\n")
+    return ["kms", "-c", str(file)]
+
+
+def no_opt_in(folder: Path) -> list[str]:
+    file = folder / "kms.toml"
+    file.write_text(f'[core]\ncert_dir = "{folder}"\n[core.attestation.root_ca]\ntdx = "root-ca.pem"\n')
+    return ["kms", "-c", str(file)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (lambda folder: ["up", "--free-ports", "--state", f"{folder}/{'x' * 100}"], 2, "the path is too long"),
+        (lambda folder: ["up", "--listen", "192.0.2.1"], 2, "this machine has no such address"),
+        (lambda folder: ["up", "--port", "kms=1"], 2, "NAME=PORT expected, with a name of"),
+        (lambda folder: ["health", "--state", str(folder)], 1, "no stack is ready in"),
+        (unknown_key, 2, "core.verifi: Extra inputs are not permitted"),
+        (no_opt_in, 2, "which needs core.attestation.insecure_allow_external_trust_anchors = true"),
+        (lambda folder: ["quote", "--td15"], 2, "quote version: 4, or 5 (alone with TD15), expected, got"),
+        (lambda folder: ["agent", "--memory", "1G"], 2, "requires memory_size == "),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_documented_message_appears(
+    arguments: Callable[[Path], list[str]], status: int, message: str, tmp_path: Path
+) -> None:
+    assert message in document("docs/troubleshooting.md")
+    seen = ends(*arguments(tmp_path))
+    assert (seen[0], message in seen[1]) == (status, True), seen
+
+
+def test_documented_message_appears_for_a_port_that_is_taken(ready_stack: RunningStack) -> None:
+    port = ready_stack.services["kms-src"].rpartition(":")[2]
+    status, message = ends("up", "--free-ports", "--port", f"kms-src={port}")
+    assert status == 2
+    assert message.endswith(
+        f"cannot listen on 127.0.0.1:{port}: the address is in use (set by --port kms-src=PORT or --free-ports)"
+    )
