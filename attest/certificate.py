@@ -50,7 +50,7 @@ UNREADABLE: Final = (
     x509.InvalidVersion,
     x509.UnsupportedGeneralNameType,
 )
-"""What `cryptography` raises for X.509 that it cannot read: some when it is loaded, others only when a field is used."""
+"""What `cryptography` raises for X.509 that it cannot read, on loading it or only when a field is used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

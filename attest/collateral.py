@@ -8,7 +8,7 @@ together. Source: Intel PCS API v4; `dcap-qvl` src/collateral.rs at 0.7.0.
 import datetime
 import json
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 from urllib.parse import unquote
 
 from cryptography import x509
@@ -69,17 +69,14 @@ def assemble(pck_crl: Document, tcb_info: Document, qe_identity: Document, root_
         root_crl = bytes.fromhex(root_ca_crl.body.decode())
     except ValueError as error:
         raise FormatError(f"root CA CRL: hex text expected, got {root_ca_crl.body[:40]!r}") from error
-    return QuoteCollateralV3(
-        _chain(pck_crl, "PCK CRL"),
-        root_crl,
-        pck_crl.body,
-        _chain(tcb_info, "TCB info"),
-        tcb,
-        tcb_signature,
-        _chain(qe_identity, "QE identity"),
-        qe,
-        qe_signature,
-    )
+    pck_chain, tcb_chain = _chain(pck_crl, "PCK CRL"), _chain(tcb_info, "TCB info")
+    qe_chain = _chain(qe_identity, "QE identity")
+    try:
+        return QuoteCollateralV3(
+            pck_chain, root_crl, pck_crl.body, tcb_chain, tcb, tcb_signature, qe_chain, qe, qe_signature
+        )
+    except UnicodeEncodeError as error:  # half a surrogate pair, from a JSON escape or a header
+        raise FormatError(f"collateral: text that UTF-8 can hold expected ({error.reason})") from error
 
 
 def earliest_expiry(collateral: QuoteCollateralV3) -> int:

@@ -77,7 +77,7 @@ class PckExtension:
         components = bytes(tcb.integer(f"2.{i}", 0xFF) for i in range(1, TCB_COMPONENTS + 1))
         cpu_svn = tcb.octets(f"2.{TCB_COMPONENTS + 2}", TCB_COMPONENTS)
         configuration = _Entries(top.value("7"), "SGX extension configuration") if top.has("7") else None
-        flags = {name: configuration and configuration.flag(suffix) for suffix, name in _CONFIGURATION}
+        flags = {name: None if configuration is None else configuration.flag(key) for key, name in _CONFIGURATION}
         return cls(
             ppid=top.octets("1", 16),
             cpu_svn=cpu_svn,
