@@ -56,7 +56,7 @@ class CollateralKey:
         return (
             f"{PCK_CRL_PATH}?ca={self.ca}&encoding=der",
             f"{TCB_INFO_PATH}?fmspc={self.fmspc}",
-            QE_IDENTITY_PATH,
+            f"{QE_IDENTITY_PATH}?update=standard",
             ROOT_CA_CRL_PATH,
         )
 

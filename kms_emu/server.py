@@ -43,14 +43,16 @@ log = logging.getLogger("kms_emu")
 
 def trust_anchor(core: Core) -> TrustAnchor:
     """Read the root that callers are judged under: Intel's own, or the configured one with the insecure opt-in."""
-    path = core.attestation.root_ca.tdx
+    roots = core.attestation.root_ca
+    given = [name for name in type(roots).model_fields if getattr(roots, name) is not None]
+    if given and not core.attestation.insecure_allow_external_trust_anchors:
+        raise ConfigError(
+            f"Failed to initialize KMS state: failed to load attestation verifier: core.attestation.root_ca.{given[0]} "
+            "is set, which needs core.attestation.insecure_allow_external_trust_anchors = true"
+        )
+    path = roots.tdx
     if path is None:
         return TrustAnchor.intel()
-    if not core.attestation.insecure_allow_external_trust_anchors:
-        raise ConfigError(
-            "Failed to initialize KMS state: failed to load attestation verifier: core.attestation.root_ca.tdx is set, "
-            "which needs core.attestation.insecure_allow_external_trust_anchors = true"
-        )
     try:
         data = path.read_bytes()
         certificate = (

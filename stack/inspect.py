@@ -413,7 +413,9 @@ def _read_attest_answer(value: Description) -> Finding | None:
         if {"ca_pubkey", "k256_pubkey"} <= value.keys():
             what = "Bootstrap answer of a KMS"
             keys = _octets(value, "ca_pubkey"), _octets(value, "k256_pubkey")
-            binding = Binding(to="the KMS's new root keys (ca_pubkey, k256_pubkey)", report_data=bootstrap_report_data(*keys))
+            binding = Binding(
+                to="the KMS's new root keys (ca_pubkey, k256_pubkey)", report_data=bootstrap_report_data(*keys)
+            )
     except FormatError as error:
         _looks_like("an answer with an attestation", error)
     found = _attestation_finding(attestation, binding)
@@ -549,7 +551,9 @@ def _describe_quote(quote: Quote) -> Description:
     out: Description = {
         "header": {
             "version": header.version,
-            "attestation_key_type": Named(header.attestation_key_type, _KEY_TYPES.get(header.attestation_key_type, "?")),
+            "attestation_key_type": Named(
+                header.attestation_key_type, _KEY_TYPES.get(header.attestation_key_type, "?")
+            ),
             "tee_type": Named(header.tee_type, "TDX"),
             "qe_svn": header.qe_svn,
             "pce_svn": header.pce_svn,
@@ -718,7 +722,9 @@ def _describe_replay(attestation: Attestation, report: TdReport | None) -> list[
             result = "nothing to compare with"
         else:
             result = "equal" if register == quoted else "differs"
-        out.append({"register": f"RTMR{imr}", "events": count, "replayed": register, "quoted": quoted, "result": result})
+        out.append(
+            {"register": f"RTMR{imr}", "events": count, "replayed": register, "quoted": quoted, "result": result}
+        )
     return out
 
 

@@ -39,6 +39,15 @@ def allow(os_images: list[str], mr_aggregated: list[str], apps: list[AppRule]) -
     }
 
 
+def is_placeholder(path: Path) -> bool:
+    """Whether a policy is still the placeholder that a stack wrote: nobody's own."""
+    try:
+        policy: object = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return policy == DENY_ALL
+
+
 def write(path: Path, policy: dict[str, Any]) -> None:
     """Put a policy in place at once."""
     temporary = path.with_name(f".{path.name}.new")

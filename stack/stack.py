@@ -90,6 +90,14 @@ class Stack:
     async def _start(self) -> None:
         config = self.config
         self.state = self._state_folder()
+        before = self._remembered()
+        if before and before.get("seed") != config.seed:
+            raise StackError(
+                f"{self.state} was made with the seed {before.get('seed')!r}, not {config.seed!r}: "
+                "give that seed, or another --state folder"
+            )
+        # Only a fresh KMS can be asked what it measures; what this state's measured before is remembered.
+        self.kms_info = dict(before.get("kms") or {})
         self._bind()
         seed = Seed.of(config.seed)
         self.intel = Intel(seed)
@@ -109,7 +117,7 @@ class Stack:
         if not config.fresh:
             await self._make_ready()
         else:
-            self.kms_info = {side: await self._measure(side) for side in SIDES if self.kms[side].phase == "onboard"}
+            self.kms_info |= {side: await self._measure(side) for side in SIDES if self.kms[side].phase == "onboard"}
         (self.state / DESCRIPTION_FILE).write_text(json.dumps(self.description()) + "\n")
 
     def _state_folder(self) -> Path:
@@ -127,7 +135,9 @@ class Stack:
     def _bind(self) -> None:
         """Take every port first, so that one that is taken is known before anything runs."""
         for name in PORTS:
-            sock = bind_tcp(self.config.host, self.config.ports[name], setting=f"--port {name}=PORT or --free-ports")
+            sock = bind_tcp(
+                self.config.host, self.config.ports[name], setting=f"--listen HOST, --port {name}=PORT or --free-ports"
+            )
             self._exit.callback(sock.close)
             self._sockets[name] = sock
 
@@ -246,23 +256,30 @@ class Stack:
 
     async def _make_ready(self) -> None:
         """Walk the runbook to its end: measure, allow, bootstrap, onboard, finish, boot the app."""
-        if all(kms.phase == "runtime" for kms in self.kms.values()):
-            self._progress("both KMS have their keys already")
-            self.kms_info = self._remembered_info()
-        else:
-            self._progress("measuring both KMS and allowing them")
-            for side in SIDES:
+        fresh = [side for side in SIDES if self.kms[side].phase == "onboard"]
+        if fresh:
+            self._progress("measuring and allowing")
+            for side in fresh:
                 self.kms_info[side] = await self._measure(side)
             self._allow_everyone()
+        if "src" in fresh:
             self._progress("bootstrapping kms-src")
             await self._ask("src", "Bootstrap", pb.BootstrapRequest(domain=KMS_DOMAIN), pb.BootstrapResponse)
             await self._finish("src")
+        if "dst" in fresh:
             self._progress("onboarding kms-dst from kms-src")
             request = pb.OnboardRequest(source_url=f"{self.services['kms-src']}/prpc", domain=KMS_DOMAIN)
             await self._ask("dst", "Onboard", request, pb.OnboardResponse)
             await self._finish("dst")
         self._progress("booting the app through kms-src")
-        await self._boot_app()
+        try:
+            await self._boot_app()
+        except StackError as error:
+            if fresh:
+                raise
+            # A resumed stack has the policy that it was left with: it comes up to have it changed.
+            self._progress(f"{error}")
+            self._progress("the app has no keys; the policy says so. All else is up")
 
     def _allow_everyone(self) -> None:
         domain = self.app.domain
@@ -270,7 +287,10 @@ class Stack:
         measured = [info["mr_aggregated"] for info in self.kms_info.values()]
         app = policy_files.AppRule(domain.app_id.hex(), domain.compose_hash.hex())
         for path in self.policies.values():
-            policy_files.write(path, policy_files.allow(images, measured, [app]))
+            if policy_files.is_placeholder(path):
+                policy_files.write(path, policy_files.allow(images, measured, [app]))
+            else:
+                self._progress(f"keeping {path} as it is")
 
     async def _measure(self, side: str) -> dict[str, Any]:
         """Ask a KMS what it measures, as it says it to a person."""
@@ -278,16 +298,16 @@ class Stack:
         measured: dict[str, Any] = json.loads(encode_json(info))
         return measured
 
-    def _remembered_info(self) -> dict[str, dict[str, Any]]:
-        """What both KMS measured when this state was made: only a fresh KMS can be asked."""
+    def _remembered(self) -> dict[str, Any]:
+        """The description that an earlier run left in this state folder, if any."""
+        path = self.state / DESCRIPTION_FILE
         try:
-            remembered: dict[str, dict[str, Any]] = json.loads((self.state / DESCRIPTION_FILE).read_text())["kms"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StackError(
-                f"{self.state / DESCRIPTION_FILE} does not say what the KMS of this state measured ({error}): "
-                "start with another --state folder"
-            ) from error
-        return remembered
+            remembered = json.loads(path.read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise StackError(f"{path} cannot be read ({error}): give another --state folder") from error
+        return remembered if isinstance(remembered, dict) else {}
 
     async def _ask(self, side: str, method: str, request: Message, answer: type[M]) -> M:
         """Call one RPC of a KMS in its onboard phase."""

@@ -34,6 +34,8 @@ Clock = Callable[[], int]
 
 DEFAULT_TIMEOUT = 10.0
 MAX_DOCUMENT = 1024 * 1024
+SHOWN = 200
+REMEMBERED = 1024
 PATIENCE = 0.1
 """Seconds that callers wait for requests under way before they ask on their own."""
 _ISSUER_HEADERS = (PCK_CRL_ISSUER_HEADER, *TCB_INFO_ISSUER_HEADERS, QE_IDENTITY_ISSUER_HEADER)
@@ -112,16 +114,20 @@ class PccsClient:
             async with self._session.get(url, headers=headers) as response:
                 if response.status == 304 and cached:
                     return cached.document
-                if response.status != 200:
-                    raise TransportError(url, f"PCCS status {response.status}, 200 expected")
                 body = b""
                 async for chunk in response.content.iter_any():
                     body += chunk
                     if len(body) > MAX_DOCUMENT:
                         raise TransportError(url, f"the answer is longer than {MAX_DOCUMENT} bytes")
+                if response.status != 200:
+                    said = body[:SHOWN].decode(errors="replace")
+                    raise TransportError(url, f"PCCS status {response.status}, 200 expected: {said}")
                 chain = next((response.headers[h] for h in _ISSUER_HEADERS if h in response.headers), "")
                 document = Document(body, chain)
                 if etag := response.headers.get("ETag"):
+                    if len(self._documents) >= REMEMBERED:  # whoever calls names a platform: that must not fill memory
+                        self._documents.clear()
+                        self._assembled.clear()
                     self._documents[path] = _Cached(etag, document)
                 return document
         except (aiohttp.ClientError, OSError, TimeoutError) as error:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from attest.errors import FormatError
 from stack.commands.common import WARNING, UsageError, listen_address, stop_on_signals
-from stack.commands.guest_options import add_guest_options, guest_config, load_key_file
+from stack.commands.guest_options import (
+    add_guest_options,
+    add_world_options,
+    guest_config,
+    load_key_file,
+    platform_state,
+    vendor_state,
+)
 from stack.guest import Guest
 
 HELP = "run one guest agent with real quotes, and a PCCS for them"
@@ -39,12 +46,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--upstream-compat", action="store_true", help="refuse EmitEvent as upstream's simulator does")
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
     add_guest_options(parser)
+    add_world_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the agent until a signal."""
+    try:
+        platform, vendor = platform_state(arguments), vendor_state(arguments)
+    except FormatError as error:
+        raise UsageError(str(error)) from error
     config = guest_config(
-        arguments, key_file=load_key_file(arguments.keys), allow_emit_event=not arguments.upstream_compat
+        arguments,
+        platform_state=platform,
+        vendor_state=vendor,
+        key_file=load_key_file(arguments.keys),
+        allow_emit_event=not arguments.upstream_compat,
     )
     host, port = arguments.listen
     guest = Guest(

@@ -57,7 +57,7 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
         "--quote-version", type=int, choices=(4, 5), default=4, help="version of its quotes (%(default)s)"
     )
     guest.add_argument("--td15", action="store_true", help="quote the TDX 1.5 report (quote version 5)")
-    add_world_options(parser)
+    guest.add_argument("--other-root", action="store_true", help="a platform whose quotes lead to another root")
 
 
 def add_world_options(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +71,6 @@ def add_world_options(parser: argparse.ArgumentParser) -> None:
     world.add_argument(
         "--revoke", action="append", default=[], choices=("pck", "pck-ca"), help="the platform's certificate, or its CA"
     )
-    world.add_argument("--other-root", action="store_true", help="let the platform's quotes lead to another root")
     for document in ("tcb-info", "qe-identity", "pck-crl", "root-ca-crl"):
         world.add_argument(f"--{document}", choices=get_args(Dating), default="current", help="how it is dated")
 
@@ -97,8 +96,6 @@ def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
                 arguments.quote_version,
                 arguments.td15,
             ),
-            platform_state=platform_state(arguments),
-            vendor_state=vendor_state(arguments),
             **more,
         )
     except FormatError as error:
@@ -112,7 +109,7 @@ def platform_state(arguments: argparse.Namespace) -> PlatformState:
         advisory_ids=tuple(arguments.advisory),
         module_status=arguments.module_status,
         pck_revoked="pck" in arguments.revoke,
-        other_root=arguments.other_root,
+        other_root=getattr(arguments, "other_root", False),
     )
 
 

@@ -9,6 +9,7 @@ from attest.errors import FormatError
 from attest.eventlog import for_get_quote
 from attest.report_data import pad_report_data
 from simulator.intel import Intel
+from simulator.platform import PlatformState
 from simulator.seed import Seed
 from simulator.trust_domain import KeyProvider
 from stack.commands.common import WARNING, UsageError, hex_bytes
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quote, and write."""
-    config = guest_config(arguments)
+    config = guest_config(arguments, platform_state=PlatformState(other_root=arguments.other_root))
     intel = Intel(Seed.of(config.seed))
     try:
         domain = power_on(intel, config)
