@@ -14,6 +14,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, Final
 
 import msgpack
@@ -391,8 +392,8 @@ def describe_replay(attestation: Attestation, report: TdReport | None) -> list[D
             result = "nothing to compare with"
         else:
             result = "equal" if register == quoted else "differs"
-        count = sum(event.imr == imr for event in attestation.event_log)
-        out.append({"register": f"RTMR{imr}", "events": count, "replayed": register, "quoted": quoted, "result": result})
+        line: Description = {"register": f"RTMR{imr}", "replayed": register, "quoted": quoted, "result": result}
+        out.append(line | {"events": sum(event.imr == imr for event in attestation.event_log)})
     return out
 
 
@@ -480,14 +481,14 @@ def _describe_extensions(certificate: x509.Certificate) -> Description:
                 out |= _describe_sgx_extension(certificate)
             case x509.UnrecognizedExtension() if value.oid in _OWN:
                 key, read = _OWN[value.oid]
-                out[key] = _attempt(lambda read=read: read(certificate))
+                out[key] = _attempt(partial(read, certificate))
         name = _OWN_EXTENSIONS.get(extension.oid, UNKNOWN_NAME)
         table.append(
             {
                 "oid": extension.oid.dotted_string,
                 "name": name if isinstance(value, x509.UnrecognizedExtension) else type(value).__name__,
                 "critical": extension.critical,
-                "bytes": len(_attempt(value.public_bytes)),
+                "bytes": len(value.value) if isinstance(value, x509.UnrecognizedExtension) else None,
             }
         )
     return out | {"extensions": table}
@@ -498,12 +499,16 @@ def _app_id(certificate: x509.Certificate) -> bytes | None:
 
 
 def _app_info(certificate: x509.Certificate) -> Description | bytes:
+    """An array of nine: eight byte strings, and an array of byte strings."""
     packed = certificates.extension_payload(certificate, certificates.OID_APP_INFO) or b""
     try:
-        *single, scripts = msgpack.unpackb(packed)
-        return _describe_app_info(AppInfo(*single, tuple(scripts)))
+        values: list[Any] = msgpack.unpackb(packed)
+        *single, scripts = values
     except (ValueError, TypeError, msgpack.UnpackException):
         return packed
+    if len(single) != 8 or not isinstance(scripts, list) or not all(isinstance(v, bytes) for v in (*single, *scripts)):
+        return packed
+    return _describe_app_info(AppInfo(*values[:8], tuple(scripts)))
 
 
 _OWN: Final[dict[x509.ObjectIdentifier, tuple[str, Callable[[x509.Certificate], Any]]]] = {

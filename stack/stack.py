@@ -135,9 +135,10 @@ class Stack:
     def _bind(self) -> None:
         """Take every port first, so that one that is taken is known before anything runs."""
         for name in PORTS:
-            sock = bind_tcp(
-                self.config.host, self.config.ports[name], setting=f"--listen HOST, --port {name}=PORT or --free-ports"
-            )
+            moved = f"--port {name}=PORT or --free-ports"
+            if self.config.host != "127.0.0.1":
+                moved = f"--listen {self.config.host}, {moved}"
+            sock = bind_tcp(self.config.host, self.config.ports[name], setting=moved)
             self._exit.callback(sock.close)
             self._sockets[name] = sock
 

@@ -1,9 +1,9 @@
 """Every check of a piece of evidence, as data: what holds, what does not, and what could not be asked.
 
-The checks are those of `attest.verify`, one by one and in its order, where that stops at the first that fails; the quote
-itself is judged by `attest.verify.verify_quote` alone. Beside them stand checks that a verifier of dstack leaves to
-others: the replay of the boot registers, the TCB status under `strict`, and what report_data binds. That all hold does
-not say that the application is a good one: which app and image it is, is for who asks to judge.
+The checks are those of `attest.verify` in its order, but one that fails does not end them; the quote itself is judged
+by `attest.verify.verify_quote` alone. Beside them stand some that dstack's verifier leaves to others: the replay of the
+boot registers, the TCB status under `strict`, and what report_data binds. That all hold does not make the application a
+good one: which app and which image it is, is for who asks to judge.
 """
 
 from collections.abc import Callable, Iterator
@@ -145,12 +145,12 @@ def _checks(evidence: Evidence, collect: Collect, policy: Policy) -> Iterator[Ch
         yield from _check_request(evidence.request, evidence.signature)
     if attestation is not None and attestation.report_data_payload is not None:
         wanted = report_data(APP_DATA, attestation.report_data_payload.encode())
-        yield _compare("pod_payload", attestation.report_data, wanted, "report_data is the app-data hash of the payload")
+        yield _compare("pod_payload", attestation.report_data, wanted, "report_data is the payload's app-data hash")
     verified: VerifiedQuote | None = None
     try:
         collateral = collect(evidence.quote)
     except (TransportError, AttestError) as error:
-        yield Check("collateral", False, str(error), "TCB info, QE identity and two CRLs for the platform of this quote")
+        yield Check("collateral", False, str(error), "TCB info, QE identity and two CRLs for this quote's platform")
         yield _skipped("quote", "there is no collateral")
     else:
         yield Check("collateral", True, detail=_describe(evidence.quote, collateral))
