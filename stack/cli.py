@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -16,7 +17,7 @@ from stack.config import StackError
 from transport.client import TransportError
 from transport.listen import ListenError
 
-COMMANDS = ("up", "agent", "pccs", "quote", "kms", "health")
+COMMANDS = ("up", "agent", "pccs", "quote", "kms", "health", "inspect", "verify")
 """Each is a module of `stack.commands`, imported when it is asked for: a command starts without what others need."""
 
 FAILED, USED_WRONGLY = 1, 2
@@ -35,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         status: int = _module(arguments.command).run(arguments)
     except (UsageError, StackError, ConfigError, ListenError) as error:
-        say(f"Error: {error}")
+        say(f"Error: {_one_line(error)}")
         status = USED_WRONGLY
     except (KmsError, GuestError, AttestError, TransportError) as error:
-        say(f"Error: {error}")
+        say(f"Error: {_one_line(error)}")
         status = FAILED
     sys.exit(status)
 
@@ -60,6 +61,11 @@ def parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
         command.add_argument("-v", "--verbose", action="count", default=0, help="log more to stderr (-vv: everything)")
         module.add_arguments(command)
     return top
+
+
+def _one_line(error: Exception) -> str:
+    """An error's text on one line: refusals of a KMS arrive as indented JSON inside one another."""
+    return re.sub(r"\s*\n\s*", " ", str(error))
 
 
 def _module(name: str) -> Any:

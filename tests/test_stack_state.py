@@ -1,0 +1,77 @@
+"""A stack that is stopped and started again: what its state folder keeps, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.running import running_stack
+from tests.vectors import ROOT
+
+
+def _up_fails(*arguments: str) -> str:
+    command = [sys.executable, "-m", "stack", "up", "--json", "--free-ports", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert sum("Error: " in line for line in done.stderr.splitlines()) == 1
+    return done.stderr.splitlines()[-1].removeprefix("Error: ")
+
+
+def test_resumed_stack_has_the_same_keys_measurements_and_app(tmp_path: Path) -> None:
+    with running_stack("--state", str(tmp_path)) as stack:
+        first = stack.description
+        meta = stack.rpc("kms-src", "KMS.GetMeta")[1]
+    with running_stack("--state", str(tmp_path)) as stack:
+        assert stack.rpc("kms-src", "KMS.GetMeta")[1] == meta
+        assert stack.rpc("kms-dst", "KMS.GetMeta")[1]["k256_pubkey"] == meta["k256_pubkey"]
+        assert {key: stack.description[key] for key in ("kms", "app")} == {key: first[key] for key in ("kms", "app")}
+
+
+def test_fresh_stack_that_was_half_set_up_by_hand_is_completed(tmp_path: Path) -> None:
+    with running_stack("--fresh", "--state", str(tmp_path)) as stack:
+        info = stack.description["kms"]["src"]
+        policy = json.loads(stack.policies["src"].read_text())
+        policy["osImages"], policy["kms"]["mrAggregated"] = [f"0x{info['os_image_hash']}"], [f"0x{info['mr_aggregated']}"]
+        stack.policies["src"].write_text(json.dumps(policy))
+        status, answer = stack.rpc("kms-src", "Onboard.Bootstrap", {"domain": "127.0.0.1"})
+        assert status == 200
+    # The policy is the operator's own by now: it stays, and it does not allow the destination.
+    assert "Boot denied: aggregated MR not allowed" in _up_fails("--state", str(tmp_path))
+    assert json.loads((tmp_path / "policies" / "auth-src.json").read_text()) == policy
+    (tmp_path / "policies" / "auth-src.json").unlink()
+    with running_stack("--state", str(tmp_path)) as stack:
+        assert stack.rpc("kms-dst", "KMS.GetMeta")[1]["k256_pubkey"] == answer["k256_pubkey"]
+
+
+def test_resumed_stack_whose_policy_denies_comes_up_without_keys_for_the_app(tmp_path: Path) -> None:
+    with running_stack("--state", str(tmp_path)) as stack:
+        policy = json.loads(stack.policies["src"].read_text())
+        stack.policies["src"].write_text(json.dumps({**policy, "apps": {}}))
+    with running_stack("--state", str(tmp_path)) as stack:
+        status, answer = stack.curl(f"{stack.services['app']}/GetKey?path=a")
+        assert (status, "has no keys yet" in answer) == (400, True)
+        assert stack.rpc("kms-src", "KMS.GetTempCaCert")[0] == 200
+
+
+def test_state_of_another_seed_is_refused_by_name(tmp_path: Path) -> None:
+    with running_stack("--fresh", "--seed", "one", "--state", str(tmp_path)):
+        pass
+    text = _up_fails("--seed", "two", "--state", str(tmp_path))
+    assert text == f"{tmp_path} was made with the seed 'one', not 'two': give that seed, or another --state folder"
+
+
+def test_policies_that_are_there_are_used_as_they_are(tmp_path: Path) -> None:
+    policies = tmp_path / "policies"
+    policies.mkdir()
+    own = '{"osImages": [], "kms": {"mrAggregated": ["0x00"]}, "apps": {}}'
+    (policies / "auth-src.json").write_text(own)
+    assert "KMS is not allowed to bootstrap: boot denied: OS image is not allowed" in _up_fails("--policies", str(policies))
+    assert (policies / "auth-src.json").read_text() == own
+
+
+@pytest.mark.parametrize("content", ["", "[", "\0"])
+def test_state_whose_description_is_broken_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "stack.json").write_text(content)
+    assert f"{tmp_path / 'stack.json'} cannot be read" in _up_fails("--state", str(tmp_path))
