@@ -5,6 +5,7 @@ Neither is proof: build them from evidence that `attest.verify` accepted. Source
 `dstack-attest/src/attestation.rs` (`decode_app_info_ex`) and `kms/src/main_service/upgrade_authority.rs` at 312dc605.
 """
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -138,6 +139,7 @@ def mr_aggregated(report: TdReport, rtmr3: bytes) -> bytes:
     return hashlib.sha256(b"".join((report.mr_td, *report.rtmrs[:3], rtmr3, *counted))).digest()
 
 
+@functools.lru_cache(maxsize=256)
 def os_image_hash(config: str) -> bytes:
     """Read the OS image hash from a VM config, or from the `vm_config` text inside a larger config.
 

@@ -6,10 +6,11 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from bench.figure import FULL, QUICK, Figure, Measure
+from bench.figure import FULL, QUICK, Effort, Figure, Measure
 
 LATEST: Final = Path(__file__).parent / "latest.json"
 BENCHMARKS: Final = ("quotes", "verification", "getquote", "startup", "getappkey", "getappkey_new", "gettempcacert")
@@ -18,22 +19,28 @@ BENCHMARKS: Final = ("quotes", "verification", "getquote", "startup", "getappkey
 def main() -> None:
     """Run what is asked for; a benchmark that cannot run ends it with its error, a missed bar does not."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--only", action="append", choices=BENCHMARKS, metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}")
+    known = ", ".join(BENCHMARKS)
+    parser.add_argument("--only", action="append", choices=BENCHMARKS, metavar="NAME", help=f"one of {known}")
     parser.add_argument("--quick", action="store_true", help="shorter rounds, and fewer: rough figures")
     arguments = parser.parse_args()
     print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}; medians of alternating rounds", flush=True)
-    began, figures = time.monotonic(), list[Figure]()
-    for name in arguments.only or BENCHMARKS:
-        measure: Measure = importlib.import_module(f"bench.{name}").measure
-        for figure in measure(QUICK if arguments.quick else FULL):
-            print(figure, flush=True)
-            figures.append(figure)
+    began, figures = time.monotonic(), []
+    for figure in run(arguments.only or BENCHMARKS, QUICK if arguments.quick else FULL):
+        print(figure, flush=True)
+        figures.append(figure)
     write(figures, LATEST)
-    missed = sum(not figure.ok for figure in figures)
-    print(f"{time.monotonic() - began:.0f} s; {missed} of {sum(f.bar is not None for f in figures)} bars missed; {LATEST}")
+    bars = [figure.ok for figure in figures if figure.bar is not None]
+    print(f"{time.monotonic() - began:.0f} s; {bars.count(False)} of {len(bars)} bars missed; written to {LATEST}")
 
 
-def write(figures: list[Figure], path: Path) -> None:
+def run(names: Sequence[str], effort: Effort) -> Iterator[Figure]:
+    """Run benchmarks by name."""
+    for name in names:
+        measure: Measure = importlib.import_module(f"bench.{name}").measure
+        yield from measure(effort)
+
+
+def write(figures: Sequence[Figure], path: Path) -> None:
     """Put the figures of a run in place of the last one's."""
     path.write_text(json.dumps({figure.name: figure.to_json() for figure in figures}, indent=2) + "\n")
 

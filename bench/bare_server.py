@@ -1,4 +1,4 @@
-"""The servers that ours are held against: as little as aiohttp lets one write. Run by the benchmarks, each in a process.
+"""The servers that ours are held against: as little as aiohttp lets one write. Each is run in a process of its own.
 
 `constant FILE` answers the bytes of a file over a unix socket. `kms FILE` reads a JSON description (`Inner`) and serves
 mTLS like a KMS: every POST waits for the calls that a KMS has to make inside, and derives and checks nothing.
@@ -37,8 +37,7 @@ class Inner:
         return json.dumps(asdict(self))
 
 
-async def _serve_constant(file: str) -> None:
-    body = Path(file).read_bytes()
+async def _serve_constant(body: bytes) -> None:
 
     async def answer(request: web.Request) -> web.Response:
         await request.read()
@@ -51,8 +50,8 @@ async def _serve_constant(file: str) -> None:
         await _until_stopped(runner, {"socket": path})
 
 
-async def _serve_kms(file: str) -> None:
-    inner = Inner(**json.loads(Path(file).read_text()))
+async def _serve_kms(description: bytes) -> None:
+    inner = Inner(**json.loads(description))
     etags: dict[str, str] = {}
     async with aiohttp.ClientSession() as session:
 
@@ -105,4 +104,4 @@ async def _until_stopped(runner: web.AppRunner, ready: dict[str, object]) -> Non
 
 
 if __name__ == "__main__":
-    asyncio.run({"constant": _serve_constant, "kms": _serve_kms}[sys.argv[1]](sys.argv[2]))
+    asyncio.run({"constant": _serve_constant, "kms": _serve_kms}[sys.argv[1]](Path(sys.argv[2]).read_bytes()))

@@ -1,6 +1,6 @@
-"""A KMS that is measured: a process of its own on a core of its own; stack (agent, PCCS, webhook) and client on the other.
+"""A KMS that is measured: a process on a core of its own; stack (agent, PCCS, webhook) and client share the other.
 
-It is set up as a person would: a kms.toml beside a stack, whose policy allows it because it measures what kms-src measures.
+It is set up as a person would: a kms.toml beside a stack, whose policy allows it: it measures what kms-src measures.
 """
 
 import asyncio
@@ -115,14 +115,15 @@ def measured_kms() -> Iterator[MeasuredKms]:
         command = (sys.executable, "-m", "stack", "kms", "--config", str(config))
         environment = {"DSTACK_AGENT_ADDRESS": services["agent-src"]}
         with (
-            running(command, SERVER_CORE, environment=environment, ready_on_stderr=True) as (process, line),
+            running(command, SERVER_CORE, environment=environment, ready="http://", ready_on="stderr") as (
+                process,
+                line,
+            ),
             on_core(OTHER_CORE),
         ):
             url = urlsplit(next(word.rstrip(".") for word in line.split() if word.startswith("http")))
-            assert url.hostname is not None
-            assert url.port is not None
-            temp_ca = asyncio.run(_set_up(f"{url.hostname}:{url.port}"))
-            yield MeasuredKms(process.pid, (url.hostname, url.port), certs, stack, temp_ca)
+            temp_ca = asyncio.run(_set_up(url.netloc))
+            yield MeasuredKms(process.pid, (str(url.hostname), int(url.port or 0)), certs, stack, temp_ca)
 
 
 async def _set_up(address: str) -> kms_pb2.GetTempCaCertResponse:

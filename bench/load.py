@@ -1,6 +1,6 @@
 """A load generator that costs little: blocking sockets in turn, one request under way on each.
 
-It reads what it needs of an answer (status and Content-Length) and nothing else, so that the server is what is measured.
+It reads of an answer what it needs (status, Content-Length) and nothing else, so that the server is what is measured.
 """
 
 import socket
@@ -60,8 +60,8 @@ class Connection:
 
 def post(path: str, body: bytes, host: str = "localhost") -> bytes:
     """Write a POST of JSON as it goes over the wire."""
-    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+    headers = f"Host: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    return f"POST {path} HTTP/1.1\r\n{headers}\r\n\r\n".encode() + body
 
 
 def connect_unix(path: str) -> socket.socket:

@@ -5,14 +5,14 @@ What is measured has a core for itself (`SERVER_CORE`); the load generator and w
 
 import json
 import os
-import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 _CORES: Final = sorted(os.sched_getaffinity(0))
@@ -20,6 +20,7 @@ SERVER_CORE: Final = _CORES[0]
 OTHER_CORE: Final = _CORES[-1]
 
 UP: Final = (sys.executable, "-m", "stack", "up", "--json", "--free-ports")
+STOP_TIMEOUT: Final = 10.0
 
 
 class ProcessError(Exception):
@@ -39,26 +40,48 @@ def on_core(core: int) -> Iterator[None]:
 
 @contextmanager
 def running(
-    command: Sequence[str], core: int | None = None, *, environment: Mapping[str, str] | None = None, ready_on_stderr: bool = False
+    command: Sequence[str],
+    core: int | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    ready: str = "{",
+    ready_on: Literal["stdout", "stderr"] = "stdout",
 ) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """Run a command of this project (on one core, if given); give the process and the line that says that it is ready."""
-    pipes = {"stderr" if ready_on_stderr else "stdout": subprocess.PIPE, "stdout" if ready_on_stderr else "stderr": subprocess.DEVNULL}
+    """Run a command of this project (on one core, if given) until the block ends.
+
+    Gives the process and the first line that has `ready` in it, once it has printed that.
+    """
     with on_core(core) if core is not None else nullcontext():
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(environment or {})}, text=True, **pipes)  # type: ignore[call-overload]
-    stream = process.stderr if ready_on_stderr else process.stdout
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stdout=subprocess.PIPE if ready_on == "stdout" else subprocess.DEVNULL,
+            stderr=subprocess.PIPE if ready_on == "stderr" else subprocess.DEVNULL,
+            text=True,
+        )
+    stream = process.stdout or process.stderr
+    assert stream is not None
+    rest = threading.Thread(target=stream.read, daemon=True)  # or the pipe would fill one day
     try:
-        line = stream.readline()
-        if not line.strip() or line.startswith(("Error", "Traceback")):
-            process.terminate()
-            raise ProcessError(f"{' '.join(command)} ended: {line}{stream.read()}")
+        said = []
+        for line in stream:
+            if ready in line:
+                break
+            said.append(line)
+        else:
+            raise ProcessError(f"{' '.join(command)} ended before it was ready: {''.join(said)}")
+        rest.start()
         yield process, line
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         try:
-            process.wait(10)
+            process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if rest.ident is not None:
+            rest.join()
         stream.close()
 
 
@@ -70,7 +93,7 @@ def running_stack(core: int) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def resident_memory(pid: int) -> int:
-    """Bytes that a process has in memory, its children's not included (a stack has none)."""
+    """Bytes that a process has in memory; a stack is one process."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
@@ -80,7 +103,7 @@ def resident_memory(pid: int) -> int:
 class CpuMeter:
     """A measurement of calls a second that also notes how many calls a process gets done in a second of its own time.
 
-    The first number suffers from whatever else wants the core, the second hardly does.
+    The first number suffers from whatever else wants the core, the second one less.
     """
 
     def __init__(self, pid: int, measure: Callable[[float], float]) -> None:
@@ -91,7 +114,8 @@ class CpuMeter:
         used, began = _cpu_seconds(self._pid), time.perf_counter()
         rate = self._measure(seconds)
         calls = rate * (time.perf_counter() - began)
-        self.calls_per_cpu_second.append(calls / max(_cpu_seconds(self._pid) - used, 0.01))
+        tick = 1 / os.sysconf("SC_CLK_TCK")
+        self.calls_per_cpu_second.append(calls / max(_cpu_seconds(self._pid) - used, tick))
         return rate
 
 

@@ -1,6 +1,6 @@
 """How fast the library makes evidence: a TD report signed into a quote, put together with log and configuration.
 
-The reference is what it cannot do without: ECDSA P-256 signatures, two of them, so that the bar leaves room for all else.
+The reference is what it cannot do without: ECDSA P-256 signatures; two of them, so that there is room for all else.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The bare server beside a measured KMS: it asks what the KMS has to ask, with the same words, and does nothing else."""
+"""The bare server beside a measured KMS: it asks what the KMS has to ask, in the same words, and does nothing else."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ from transport.pccs_client import AttestationVerifier, PccsClient
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The evidence of a guest, with what a KMS asks about it: four documents of the PCCS, one decision of the webhook."""
+    """The evidence of a guest, and what a KMS asks about it: four documents of the PCCS, a decision of the webhook."""
 
     quote: bytes
     collateral: QuoteCollateralV3
@@ -52,15 +52,13 @@ async def ask_evidence(kms: MeasuredKms, agent: str) -> Evidence:
 
 
 @contextmanager
-def bare_kms(kms: MeasuredKms, *, documents: int, decides_app: bool, answer: bytes) -> Iterator[int]:
-    """Run a bare server that makes these inner calls for each of its own, on the KMS's core; give its port."""
+def bare_kms(kms: MeasuredKms, *, documents: int, questions: int, answer: bytes) -> Iterator[int]:
+    """Run a bare server that makes so many inner calls for each of its own, on the KMS's core; give its port."""
     app = asyncio.run(ask_evidence(kms, kms.stack["app"]["dstack_sock"]))
     own = asyncio.run(ask_evidence(kms, kms.stack["services"]["agent-src"]))
     webhook = kms.stack["services"]["auth-src"]
-    questions = [(f"{webhook}/bootAuth/kms", own.boot_info)]
-    if decides_app:
-        questions.append((f"{webhook}/bootAuth/app", app.boot_info))
-    inner = Inner(str(kms.certs), questions, app.documents[:documents], answer.decode())
+    asked = [(f"{webhook}/bootAuth/kms", own.boot_info), (f"{webhook}/bootAuth/app", app.boot_info)][:questions]
+    inner = Inner(str(kms.certs), asked, app.documents[:documents], answer.decode())
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(inner.to_json())
         file.flush()

@@ -114,7 +114,9 @@ class WebhookAuth:
     async def _ask(self, method: str, url: str, body: bytes | None = None) -> "_Answer":
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=self._timeout)
-            self._session = aiohttp.ClientSession(timeout=timeout, headers={"User-Agent": USER_AGENT})
+            self._session = aiohttp.ClientSession(
+                timeout=timeout, headers={"User-Agent": USER_AGENT}, cookie_jar=aiohttp.DummyCookieJar()
+            )
         headers = {} if body is None else {"Content-Type": "application/json"}
         try:
             async with self._session.request(

@@ -295,6 +295,7 @@ class KmsServer:
         tls = self.config.rpc.tls
         tls_context = ServerTlsContext(ssl.PROTOCOL_TLS_SERVER)
         tls_context.minimum_version = ssl.TLSVersion.TLSv1_2
+        tls_context.num_tickets = 0  # each holds the client's whole certificate, its evidence included
         tls_context.set_alpn_protocols(["http/1.1"])
         try:
             tls_context.load_cert_chain(tls.certs, tls.key)

@@ -1,4 +1,4 @@
-"""Judging evidence with a PCCS's collateral: callers at the same time, callers one after another, and time that passes."""
+"""Judging evidence with collateral of a PCCS: callers at the same time, one after another, and time that passes."""
 
 import asyncio
 import time
@@ -128,9 +128,7 @@ async def test_requests_that_hang_hold_nobody_else_up(pccs: Pccs, verifier: Atte
     assert await first == "UpToDate"
 
 
-async def test_a_caller_that_goes_away_takes_no_answer_from_another(
-    pccs: Pccs, verifier: AttestationVerifier
-) -> None:
+async def test_a_caller_that_goes_away_takes_no_answer_from_another(pccs: Pccs, verifier: AttestationVerifier) -> None:
     evidence = pccs.evidence()
     gone, staying = (asyncio.create_task(_status(verifier, evidence)) for _ in range(2))
     await asyncio.sleep(0)
@@ -145,7 +143,7 @@ async def test_a_platform_revoked_within_the_same_second_is_refused_at_the_next_
     evidence = pccs.evidence()
     assert await _status(verifier, evidence) == "UpToDate"
     pccs.platform.state = replace(pccs.platform.state, pck_revoked=True)
-    with pytest.raises(VerificationError, match="(?i)revoked"):
+    with pytest.raises(VerificationError, match=r"(?i)revoked"):
         await _status(verifier, evidence)
     pccs.platform.state = replace(pccs.platform.state, pck_revoked=False)
     assert await _status(verifier, evidence) == "UpToDate"
@@ -157,13 +155,11 @@ async def test_collateral_that_expires_while_nothing_else_changes_is_refused(
     evidence = pccs.evidence()
     assert await _status(verifier, evidence) == "UpToDate"
     pccs.now = 5_000_000_000  # in 2128, after every document and certificate of the emulated vendor
-    with pytest.raises(VerificationError, match="(?i)expired"):
+    with pytest.raises(VerificationError, match=r"(?i)expired"):
         await _status(verifier, evidence)
 
 
-async def test_other_evidence_around_the_same_quote_is_verified_anew(
-    pccs: Pccs, verifier: AttestationVerifier
-) -> None:
+async def test_other_evidence_around_the_same_quote_is_verified_anew(pccs: Pccs, verifier: AttestationVerifier) -> None:
     evidence = pccs.evidence()
     assert await _status(verifier, evidence) == "UpToDate"
     with pytest.raises(VerificationError, match="tdx report_data mismatch"):
@@ -178,9 +174,7 @@ async def test_a_pccs_that_is_down_is_a_refusal_for_everyone_who_waits(pccs: Pcc
     socket.close()
     client = PccsClient(f"http://127.0.0.1:{port}")
     verifier = AttestationVerifier(client, TrustAnchor(pccs.intel.root_der), lambda: pccs.now)
-    refusals = await asyncio.gather(
-        *(_status(verifier, pccs.evidence()) for _ in range(3)), return_exceptions=True
-    )
+    refusals = await asyncio.gather(*(_status(verifier, pccs.evidence()) for _ in range(3)), return_exceptions=True)
     assert [type(refusal) for refusal in refusals] == [VerificationError] * 3
     assert all("Connection refused" in str(refusal) for refusal in refusals)
     await client.close()

@@ -3,9 +3,8 @@
 Four requests for each verification, as the real KMS makes them, so a platform that is revoked at the PCCS is refused at
 the very next call; an ETag makes the answer to an unchanged document short. Callers that come while requests are under
 way share the four that follow: nobody is judged by collateral that was asked for before he came. Nothing is trusted for
-having been cached: `attest.verify` checks signatures and dates, once a second where neither the evidence nor any document
-changed. Source: `dcap-qvl` src/collateral.rs at 0.7.0; dstack
-`dstack-attest/src/attestation.rs:181` at 312dc605.
+having been cached: `attest.verify` checks signatures and dates, once a second where neither the evidence nor a document
+changed. Source: `dcap-qvl` src/collateral.rs at 0.7.0; dstack `dstack-attest/src/attestation.rs:181` at 312dc605.
 """
 
 import asyncio
