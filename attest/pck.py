@@ -29,7 +29,7 @@ class PckExtension:
     """Sizes: ppid 16, cpu_svn 16 (the component SVNs), pce_id 2, fmspc 6, platform_instance_id 16 bytes.
 
     A certificate of the processor CA has neither an instance id (empty here) nor flags; a flag that it does not have is
-    None. `component_svns` is set only where the sixteen component SVNs are not the bytes of `cpu_svn`.
+    None. `component_svns` is set only where sixteen component SVNs are there and are not the bytes of `cpu_svn`.
     """
 
     ppid: bytes
@@ -70,12 +70,14 @@ class PckExtension:
     def parse(cls, data: bytes) -> Self:
         """Parse the extension's value; raise `FormatError` naming the entry that is missing, repeated or malformed.
 
-        Entries may stand in any order, and unknown ones are passed over: the format is Intel's to extend.
+        Entries may stand in any order, and unknown ones are passed over: the format is Intel's to extend. The component
+        SVNs may be left out, as in certificates of upstream's mock platform: TCB matching does not read them.
         """
         top = _Entries(data, "SGX extension")
         tcb = _Entries(top.value("2"), "SGX extension TCB")
-        components = bytes(tcb.integer(f"2.{i}", 0xFF) for i in range(1, TCB_COMPONENTS + 1))
         cpu_svn = tcb.octets(f"2.{TCB_COMPONENTS + 2}", TCB_COMPONENTS)
+        numbers = range(1, TCB_COMPONENTS + 1) if tcb.has("2.1") else ()
+        components = bytes(tcb.integer(f"2.{i}", 0xFF) for i in numbers)
         configuration = _Entries(top.value("7"), "SGX extension configuration") if top.has("7") else None
         flags = {name: None if configuration is None else configuration.flag(key) for key, name in _CONFIGURATION}
         return cls(

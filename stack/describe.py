@@ -230,7 +230,7 @@ def _describe_quote(quote: Quote) -> Description:
     header, signature, qe = quote.header, quote.signature, quote.signature.qe_report
     key_type = "ECDSA P-256" if header.attestation_key_type == ATTESTATION_KEY_ECDSA_P256 else UNKNOWN_NAME
     named = qe_report_data(signature.attestation_key, signature.qe_authentication_data)
-    out: Description = {
+    return {
         "header": {
             "version": header.version,
             "attestation_key_type": Named(header.attestation_key_type, key_type),
@@ -246,6 +246,7 @@ def _describe_quote(quote: Quote) -> Description:
             "attestation_key": signature.attestation_key,
             "qe_report_signature": signature.qe_report_signature,
             "qe_authentication_data": signature.qe_authentication_data,
+            **({"after_the_quote": quote.trailing} if quote.trailing else {}),
         },
         "qe_report": {
             "cpu_svn": qe[0:16],
@@ -260,7 +261,6 @@ def _describe_quote(quote: Quote) -> Description:
         },
         **_describe_pck_chain(signature.pck_chain),
     }
-    return out | {"after_the_quote": quote.trailing} if quote.trailing else out
 
 
 def _describe_td_report(report: TdReport) -> Description:
@@ -438,7 +438,7 @@ def _describe_certificate(certificate: x509.Certificate) -> Description:
         "kind": _attempt(lambda: _kind(certificate)),
         "subject": _name_of(certificate, "subject"),
         "issuer": _name_of(certificate, "issuer"),
-        "emulated": _is_emulated(certificate),
+        **({"emulated": True} if _is_emulated(certificate) else {}),
         "serial_number": f"{certificate.serial_number:x}",
         "not_before": _attempt(lambda: certificate.not_valid_before_utc),
         "not_after": _attempt(lambda: certificate.not_valid_after_utc),
@@ -502,13 +502,13 @@ def _app_info(certificate: x509.Certificate) -> Description | bytes:
     """An array of nine: eight byte strings, and an array of byte strings."""
     packed = certificates.extension_payload(certificate, certificates.OID_APP_INFO) or b""
     try:
-        values: list[Any] = msgpack.unpackb(packed)
-        *single, scripts = values
+        *single, scripts = msgpack.unpackb(packed)
     except (ValueError, TypeError, msgpack.UnpackException):
         return packed
     if len(single) != 8 or not isinstance(scripts, list) or not all(isinstance(v, bytes) for v in (*single, *scripts)):
         return packed
-    return _describe_app_info(AppInfo(*values[:8], tuple(scripts)))
+    names = (field.name for field in fields(AppInfo))
+    return _describe_app_info(AppInfo(**dict(zip(names, (*single, tuple(scripts)), strict=True))))
 
 
 _OWN: Final[dict[x509.ObjectIdentifier, tuple[str, Callable[[x509.Certificate], Any]]]] = {
@@ -561,7 +561,7 @@ def describe_crl(crl: x509.CertificateRevocationList) -> Description:
         "emulated": _is_emulated(crl),
         "last_update": _attempt(lambda: crl.last_update_utc),
         "next_update": _attempt(lambda: crl.next_update_utc),
-        "number": _attempt(lambda: [e.value.crl_number for e in crl.extensions if isinstance(e.value, x509.CRLNumber)]),
+        "number": _attempt(lambda: crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number),
         "sha256": hashlib.sha256(crl.public_bytes(Encoding.DER)).digest(),
         "revoked": _attempt(
             lambda: [{"serial_number": f"{one.serial_number:x}", "date": one.revocation_date_utc} for one in crl]
@@ -596,7 +596,7 @@ def _attempt(read: Callable[[], Any]) -> Any:
     """Read a field that may turn out malformed only now."""
     try:
         return read()
-    except (*UNREADABLE, AttestError) as error:
+    except (*UNREADABLE, x509.ExtensionNotFound, AttestError) as error:
         return f"{UNREAD}{error}"
 
 

@@ -8,6 +8,7 @@ import base64
 import binascii
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn
@@ -66,7 +67,10 @@ def inspect_input(data: bytes) -> Finding:
     """Find out what the input is, and describe it; raise `FormatError`, in one line, for what it cannot be."""
     if len(data) > MAX_SIZE:
         raise FormatError(f"input of at most {MAX_SIZE} bytes expected, got more")
-    if found := _recognise(data, 0):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # cryptography's, of odd certificates: they are shown as they are
+        found = _recognise(data, 0)
+    if found:
         return found
     got = f"{len(data)} bytes beginning {data[:8].hex()}" if data else "nothing"  # so few that no key is told
     raise FormatError(
@@ -205,7 +209,7 @@ def _chain_found(chain: list[x509.Certificate], form: str) -> Finding:
             evidence = evidence or Evidence.of_certificate(one)
         except FormatError as error:
             obstacle = obstacle or str(error)
-    several = f"chain of {len(chain)} certificates, the first of them: " if len(chain) > 1 else ""
+    several = f"chain of {len(chain)} certificates, first: " if len(chain) > 1 else ""
     description = {"certificates": described}
     return Finding(several + described[0]["kind"], description, evidence, form=(form,), obstacle=obstacle)
 
@@ -285,7 +289,8 @@ def _read_log(value: list[Any]) -> Finding | None:
 def _read_pccs_answer(value: Description) -> Finding | None:
     for key, what in (("tcbInfo", "TCB info"), ("enclaveIdentity", "QE identity")):
         if isinstance(value.get(key), dict):
-            return Finding(f"{what} with its signature, as a PCCS answers", value)
+            shown = {key: value[key], "signature": value.get("signature")}
+            return Finding(f"{what} with its signature, as a PCCS answers", shown)
     if "tcbLevels" in value and "id" in value:
         is_tcb_info = "fmspc" in value
         what, key = ("TCB info", "tcbInfo") if is_tcb_info else ("QE identity", "enclaveIdentity")
@@ -356,7 +361,7 @@ def _read_attest_answer(value: Description) -> Finding | None:
 
 
 def _read_attestation_info(value: Description) -> Finding | None:
-    if not {"device_id", "mr_aggregated", "os_image_hash"} <= value.keys():
+    if not {"device_id", "mr_aggregated"} <= value.keys() or not {"attestation_mode", "tee_variant"} & value.keys():
         return None
     shown, ppid, device = dict(value), _from_hex(str(value.get("ppid", ""))), _from_hex(str(value["device_id"]))
     if ppid:
@@ -391,8 +396,9 @@ def _read_parts(value: Any, depth: int) -> Finding | None:
         return None
     described = [{"at": path, "what": found.what, **found.description} for path, found in parts]
     first = next((found for _, found in parts if found.evidence), parts[0][1])
-    what = f"JSON with {len(parts)} known part{'s' if len(parts) > 1 else ''}, the first of them: {parts[0][1].what}"
-    return Finding(what, {"parts": described}, first.evidence, sure=False, obstacle=first.obstacle)
+    what = f"JSON with {len(parts)} known part{'s' if len(parts) > 1 else ''}, first: {parts[0][1].what}"
+    sure = all(found.sure for _, found in parts)
+    return Finding(what, {"parts": described}, first.evidence, sure=sure, obstacle=first.obstacle)
 
 
 def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:

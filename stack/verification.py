@@ -64,9 +64,7 @@ class Evidence:
     @classmethod
     def of_attestation(cls, attestation: Attestation, binding: Binding | None = None) -> Self:
         """Take a versioned attestation."""
-        return cls(
-            quote=attestation.quote, attestation=attestation, stated=attestation.report_data, binding=binding
-        )
+        return cls(quote=attestation.quote, attestation=attestation, stated=attestation.report_data, binding=binding)
 
     @classmethod
     def of_certificate(cls, certificate: x509.Certificate) -> Self | None:
@@ -210,11 +208,11 @@ def _check_status(verified: VerifiedQuote | None, strict: bool) -> Check:
 
 def _check_report(report: TdReport) -> Iterator[Check]:
     if isinstance(report, TdReport15):
-        yield _compare("service_td", report.mr_service_td, bytes(48), "no service TD is bound")
+        yield _compare("service_td", report.mr_service_td, bytes(48), "mr_service_td is zero: no service TD is bound")
     debug = bool(report.td_attributes[0] & DEBUG_BIT)
     got = f"td_attributes {report.td_attributes.hex()}"
     yield Check("not_debug", not debug, got, "debug bit (0x01 of the first byte) clear" if debug else "")
-    yield _compare("signer_seam", report.mr_signer_seam, bytes(48), "the TDX module is Intel's")
+    yield _compare("signer_seam", report.mr_signer_seam, bytes(48), "mr_signer_seam is zero")
 
 
 def _check_replays(attestation: Attestation | None, report: TdReport) -> Iterator[Check]:
@@ -252,11 +250,13 @@ def _check_preimages(attestation: Attestation) -> Check:
 def _check_other(evidence: Evidence, other: Attestation) -> Iterator[Check]:
     yield _compare("attestation_quote", other.quote, evidence.quote, "the attestation beside it holds the same quote")
     if evidence.attestation is not None:
-        same = other.runtime_events == evidence.attestation.runtime_events
-        detail = "the attestation beside it has the same runtime events"
-        yield Check("attestation_events", True, detail=detail) if same else Check(
-            "attestation_events", False, f"{len(other.runtime_events)} others", "those of the event log", detail
+        got, expected = (
+            ", ".join(f"{event.event} {event.payload.hex()}" for event in events)
+            for events in (other.runtime_events, evidence.attestation.runtime_events)
         )
+        detail = "the attestation beside it has the runtime events of the log"
+        same = other.runtime_events == evidence.attestation.runtime_events
+        yield Check("attestation_events", same, *(("", "") if same else (got, expected)), detail)
 
 
 def _compare(name: str, got: bytes, expected: bytes, detail: str) -> Check:

@@ -18,6 +18,7 @@ import msgpack
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -54,10 +55,14 @@ class World:
 
     intel: Intel
     domain: TrustDomain
-    spki: bytes
+    key: ec.EllipticCurvePrivateKey
     evidence: Attestation
     collateral: dcap_qvl.QuoteCollateralV3
     documents: tuple[collateral.Document, ...]
+
+    @property
+    def spki(self) -> bytes:
+        return certificate.spki_der(self.key.public_key())
 
     @property
     def anchor(self) -> TrustAnchor:
@@ -73,15 +78,15 @@ def world() -> World:
     )
     domain.boot()
     domain.complete(KeyProvider("kms", "00"))
-    spki = certificate.spki_der(seed.p256("tls").public_key())
-    evidence = domain.attest(ratls_report_data(spki))
+    key = seed.p256("tls")
+    evidence = domain.attest(ratls_report_data(certificate.spki_der(key.public_key())))
     documents = (
         intel.pck_crl,
         intel.tcb_info(domain.platform.fmspc),
         intel.qe_identity,
         collateral.Document(intel.root_ca_crl.hex().encode()),
     )
-    return World(intel, domain, spki, evidence, collateral.assemble(*documents), documents)
+    return World(intel, domain, key, evidence, collateral.assemble(*documents), documents)
 
 
 def with_events_of_version_2(evidence: Attestation) -> Attestation:
@@ -175,7 +180,7 @@ def legacy_certificate() -> x509.Certificate:
 
 def with_extensions(values: dict[x509.ObjectIdentifier, bytes]) -> x509.Certificate:
     """A certificate that carries the given raw extension values."""
-    key = world().intel.seed.p256("tls")
+    key = world().key
     builder = (
         x509.CertificateBuilder()
         .subject_name(authority().certificate.subject)
