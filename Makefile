@@ -22,7 +22,7 @@ up: $(VENV)/.runtime ## Run the whole stack in the foreground (ARGS="--fresh" an
 	@exec $(BIN)/dstack-emu up $(ARGS)
 
 test: $(VENV)/.dev ## Run the tests (ARGS="-k quote" and the like are passed on)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev ## Check the style
 	@$(BIN)/ruff check .

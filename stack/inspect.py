@@ -204,11 +204,10 @@ def _read_der(data: bytes) -> Finding | None:
 def _chain_found(chain: list[x509.Certificate], form: str) -> Finding:
     described = describe_certificates(chain)
     evidence, obstacle = None, ""
-    for one in chain:
-        try:
-            evidence = evidence or Evidence.of_certificate(one)
-        except FormatError as error:
-            obstacle = obstacle or str(error)
+    try:
+        evidence = next((found for one in chain if (found := Evidence.of_certificate(one))), None)
+    except FormatError as error:
+        obstacle = str(error)  # and no other certificate's evidence stands in for that which cannot be read
     several = f"chain of {len(chain)} certificates, first: " if len(chain) > 1 else ""
     description = {"certificates": described}
     return Finding(several + described[0]["kind"], description, evidence, form=(form,), obstacle=obstacle)
@@ -395,7 +394,7 @@ def _read_parts(value: Any, depth: int) -> Finding | None:
     if not parts:
         return None
     described = [{"at": path, "what": found.what, **found.description} for path, found in parts]
-    first = next((found for _, found in parts if found.evidence), parts[0][1])
+    first = next((found for _, found in parts if found.evidence or found.obstacle), parts[0][1])
     what = f"JSON with {len(parts)} known part{'s' if len(parts) > 1 else ''}, first: {parts[0][1].what}"
     sure = all(found.sure for _, found in parts)
     return Finding(what, {"parts": described}, first.evidence, sure=sure, obstacle=first.obstacle)

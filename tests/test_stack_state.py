@@ -33,7 +33,8 @@ def test_fresh_stack_that_was_half_set_up_by_hand_is_completed(tmp_path: Path) -
     with running_stack("--fresh", "--state", str(tmp_path)) as stack:
         info = stack.description["kms"]["src"]
         policy = json.loads(stack.policies["src"].read_text())
-        policy["osImages"], policy["kms"]["mrAggregated"] = [f"0x{info['os_image_hash']}"], [f"0x{info['mr_aggregated']}"]
+        policy["osImages"] = [f"0x{info['os_image_hash']}"]
+        policy["kms"]["mrAggregated"] = [f"0x{info['mr_aggregated']}"]
         stack.policies["src"].write_text(json.dumps(policy))
         status, answer = stack.rpc("kms-src", "Onboard.Bootstrap", {"domain": "127.0.0.1"})
         assert status == 200
@@ -67,7 +68,8 @@ def test_policies_that_are_there_are_used_as_they_are(tmp_path: Path) -> None:
     policies.mkdir()
     own = '{"osImages": [], "kms": {"mrAggregated": ["0x00"]}, "apps": {}}'
     (policies / "auth-src.json").write_text(own)
-    assert "KMS is not allowed to bootstrap: boot denied: OS image is not allowed" in _up_fails("--policies", str(policies))
+    refusal = "KMS is not allowed to bootstrap: boot denied: OS image is not allowed"
+    assert refusal in _up_fails("--policies", str(policies))
     assert (policies / "auth-src.json").read_text() == own
 
 

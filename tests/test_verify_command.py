@@ -585,6 +585,9 @@ def test_certificate_with_half_of_the_legacy_evidence_is_unusable_and_says_why(t
     file.write_bytes(half.public_bytes(Encoding.DER))
     what = "RA-TLS certificate (legacy: quote and event log)"
     assert run_inside("verify", str(file)) == (2, "", f"Error: {file}: {what}: TDX event log missing\n")
+    file.write_bytes(half.public_bytes(Encoding.PEM) + issued().public_bytes(Encoding.PEM))
+    status, _, err = run_inside("verify", str(file))
+    assert (status, err.endswith(": TDX event log missing\n")) == (2, True)  # the second's does not stand in for it
 
 
 def test_emulated_root_is_that_of_the_seed() -> None:
