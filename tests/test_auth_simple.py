@@ -1,5 +1,6 @@
 """auth-simple: its rules, its config file's life, and its contracts, over real sockets."""
 
+import errno
 import json
 import logging
 import os
@@ -538,6 +539,16 @@ def _forbidden(path: Path) -> Path:
     return path
 
 
+def _long_name(path: Path) -> Path:
+    path = path.with_name("a" * 300)
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            pytest.skip(f"this file system has its own word for a name of 300 letters: {error.strerror}")
+    return path
+
+
 def _unreadable(path: Path) -> Path:
     memory = Path("/proc/self/mem")  # opens, and fails to be read from its beginning
     if not memory.exists():
@@ -555,7 +566,7 @@ def _unreadable(path: Path) -> Path:
         (_below_a_file, "Not a directory"),
         (_forbidden, "Permission denied"),
         (_unreadable, "Input/output error"),
-        (lambda path: path.with_name("a" * 300), "File name too long"),
+        (_long_name, "File name too long"),
         (lambda path: path.with_name("a\0b"), "embedded null byte"),
     ],
 )

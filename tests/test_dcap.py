@@ -196,6 +196,26 @@ async def test_revoked_platform_is_refused(world: World) -> None:
     assert (await world.verify()).status == "UpToDate"
 
 
+# Header and body, the signature over them, attestation key, QE report, its signature, QE authentication data.
+SIGNED_REGIONS = ((0, 632), (636, 700), (700, 764), (770, 1154), (1154, 1218), (1220, 1252))
+
+
+async def test_quote_with_any_byte_of_its_signed_regions_changed_is_refused(world: World) -> None:
+    quote = world.platform.quote(world.domain.report(REPORT_DATA))
+    collateral, root = await dcap_qvl.get_collateral(world.url, quote), world.intel.root_der
+    assert dcap_qvl.verify_with_root_ca(quote, collateral, root, now()).status == "UpToDate"
+    held = []
+    for offset in (offset for start, end in SIGNED_REGIONS for offset in range(start, end)):
+        changed = bytearray(quote)
+        changed[offset] ^= 0x01
+        try:
+            dcap_qvl.verify_with_root_ca(bytes(changed), collateral, root, now())
+        except ValueError:
+            continue
+        held.append(offset)
+    assert held == []
+
+
 @pytest.mark.parametrize("version", [4, 5])
 async def test_quote_of_each_version_holds(world: World, version: int) -> None:
     assert (await world.verify(version)).status == "UpToDate"
