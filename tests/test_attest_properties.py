@@ -7,6 +7,7 @@ used as its readers use it.
 
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -41,7 +42,11 @@ from simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
 from tests.vectors import VECTORS
 
 NOW: Final = 1_795_264_581
-THOROUGH: Final = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+THOROUGH: Final = settings(
+    max_examples=int(os.environ.get("DSTACK_EMU_EXAMPLES", "60")),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 Operation = Callable[[], object]
 
