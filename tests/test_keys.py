@@ -4,13 +4,16 @@ import json
 from typing import Any
 
 import pytest
+from coincurve import PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from attest import kdf
+from attest.attestation import decode
 from attest.certificate import spki_der
 from attest.errors import FormatError, VerificationError
+from attest.eventlog import find_payload
 from attest.report_data import bootstrap_report_data, report_data
-from attest.signature import app_key_message, env_key_message, k256_key, recover, sign_recoverable
+from attest.signature import app_key_message, env_key_message, k256_key, keccak256, recover, sign_recoverable
 from tests.vectors import golden, vector_path
 
 
@@ -73,13 +76,21 @@ def test_golden_messages_signed_with_any_prefix_are_equal() -> None:
         assert sign_recoverable(k256_key(bytes.fromhex(case["key"])), message).hex() == case["signature"]
 
 
-def test_upstream_simulator_app_key_chain_recovers_one_root_key() -> None:
+def test_upstream_simulator_app_key_chain_recovers_one_key_for_its_app_alone() -> None:
     keys = json.loads(vector_path("appkeys.json").read_text())
-    app_key = k256_key(bytes.fromhex(keys["k256_key"]))
+    public_key = k256_key(bytes.fromhex(keys["k256_key"])).public_key.format()
     signature = bytes.fromhex(keys["k256_signature"])
-    # The fixture does not say which app id it was signed for: any message recovers some key, and only one is stable.
-    assert len(signature) == 65
-    assert len(recover(signature, app_key_message(bytes(20), app_key.public_key.format()))) == 33
+    # The fixture does not name its app: the attestation recorded beside it does.
+    events = decode(vector_path("hardware-attestation-v0.scale").read_bytes()).runtime_events
+    app_id = find_payload(events, "app-id")
+    root = recover(signature, app_key_message(app_id, public_key))
+    assert (
+        PublicKey.from_signature_and_message(
+            signature, keccak256(b"dstack-kms-issued:" + app_id + public_key), hasher=None
+        ).format()
+        == root
+    )
+    assert recover(signature, app_key_message(app_id[::-1], public_key)) != root
 
 
 def test_golden_report_data_of_every_tag_and_hash_is_equal() -> None:
