@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     """Make the parser of these commands."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="dstack-emu",
         description="A local simulated TDX stack for dstack "
         f"{UPSTREAM}: guest agent, KMS, PCCS and auth webhooks. {WARNING}",
@@ -61,6 +61,14 @@ def parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
         command.add_argument("-v", "--verbose", action="count", default=0, help="log more to stderr (-vv: everything)")
         module.add_arguments(command)
     return top
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, as every other error is said, without the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        say(f"Error: {message} (see {self.prog} --help)")
+        sys.exit(USED_WRONGLY)
 
 
 def _one_line(error: Exception) -> str:
