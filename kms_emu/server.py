@@ -29,6 +29,7 @@ from kms_emu.keys import Entropy, KmsKeys, RootKeys
 from kms_emu.metrics import AttestationMetrics
 from kms_emu.service import Caller, Environment, KmsService, OnboardService, kms_table, onboard_table
 from kms_emu.setup_page import setup_page
+from transport.image_store import ImageStore
 from transport.listen import Server, ServerTlsContext, bind_tcp, serve
 from transport.pccs_client import AttestationVerifier, Clock, PccsClient
 from transport.prpc_server import add_prpc
@@ -72,6 +73,12 @@ def auth_api(core: Core) -> AuthApi:
     return WebhookAuth(core.auth_api.webhook.url)
 
 
+def image_store(core: Core) -> ImageStore:
+    """Make what judges OS images, with the configured cache."""
+    image = core.image
+    return ImageStore(image.cache_dir, image.download_url, image.download_timeout)
+
+
 class KmsServer:
     """One KMS. `start` returns when it answers; `wait` until it ended, raising what it ended with; `stop` ends it.
 
@@ -108,6 +115,7 @@ class KmsServer:
             clock=clock,
             issue_clock=issue_clock or clock,
             entropy=entropy,
+            images=image_store(core) if core.image.verify else None,
         )
         self._sock = sock
         self._server: Server | None = None
@@ -127,8 +135,8 @@ class KmsServer:
         self._ended = asyncio.get_running_loop().create_future()
         self._folder.prepare()
         rpc, core = self.config.rpc, self.config.core
-        if core.image.verify:
-            log.warning("core.image.verify: OS images are not measured yet; os_image_hash is believed as claimed")
+        if not core.image.verify:
+            log.warning("core.image.verify = false: OS images are not measured; os_image_hash is believed as claimed")
         if not core.enforce_self_authorization:
             log.warning(
                 "core.enforce_self_authorization = false: trusted RPCs are not gated by this KMS's own attestation"
@@ -181,6 +189,8 @@ class KmsServer:
         await self._env.agent.close()
         await self._env.auth.close()
         await self._pccs.close()
+        if self._env.images is not None:
+            await self._env.images.close()
 
     def _end(self, error: BaseException | None) -> None:
         if self._ended is None or self._ended.done():

@@ -30,6 +30,7 @@ from kms_emu.gate import Gate, boot_info_of, require_app_id, require_kms_allowed
 from kms_emu.guest_agent import GuestAgent
 from kms_emu.keys import Entropy, KmsKeys
 from kms_emu.onboarding import ZERO_REPORT_DATA, Receiver, own_evidence
+from transport.image_store import ImageStore
 from transport.pccs_client import AttestationVerifier, Clock
 from transport.service import Rpc, ServiceTable, without_arguments, without_context
 
@@ -40,7 +41,8 @@ log = logging.getLogger("kms_emu")
 class Environment:
     """What a KMS runs with: configuration, storage, its agent, who decides, who verifies, time and randomness.
 
-    `clock` is the time that evidence and collateral are judged at; `issue_clock` dates certificates.
+    `clock` is the time that evidence and collateral are judged at; `issue_clock` dates certificates. Without `images`
+    (`core.image.verify` switched off) an OS image's hash is believed as claimed.
     """
 
     core: Core
@@ -51,6 +53,7 @@ class Environment:
     clock: Clock
     issue_clock: Clock
     entropy: Entropy
+    images: ImageStore | None = None
 
     async def rpc_evidence(self, kms_keys: KmsKeys) -> Attestation | None:
         """Attest the RPC listener's key; None where `attest_rpc_cert` is switched off."""
@@ -186,6 +189,7 @@ class KmsService:
             environment.auth,
             lambda: own_evidence(environment.agent, environment.verifier),
             enforce_self=environment.core.enforce_self_authorization,
+            images=environment.images,
         )
 
     async def get_meta(self) -> pb.GetMetaResponse:

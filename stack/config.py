@@ -25,6 +25,11 @@ PORTS: Final[Mapping[str, int]] = MappingProxyType(
 )
 """Services in the order they are bound, and the ports they have by default."""
 
+IMAGE_PORT: Final = 8089
+"""Where `dstack-emu image serve` listens by default."""
+IMAGE_URL: Final = f"http://127.0.0.1:{IMAGE_PORT}/mr_{{OS_IMAGE_HASH}}.tar.gz"
+"""Where a stack looks for images of the legacy variant; its own are of the lite one, and need no download."""
+
 
 class StackError(Exception):
     """A stack that cannot be brought up; the text names the part and the next step."""

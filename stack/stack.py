@@ -42,7 +42,7 @@ from simulator.seed import Seed
 from simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
 from stack import policy_files
 from stack.clock import ISSUED_AT, wall_clock
-from stack.config import PORTS, StackConfig, StackError
+from stack.config import IMAGE_URL, PORTS, StackConfig, StackError
 from transport.client import PrpcClient, RpcError, TransportError
 from transport.listen import bind_tcp, bind_unix, serve
 from transport.pccs_client import AttestationVerifier, PccsClient
@@ -237,7 +237,7 @@ class Stack:
                     "urls": {"pccs": self.services["pccs"]},
                     "root_ca": {"tdx": str(self.root_ca)},
                 },
-                "image": {"verify": False},
+                "image": {"cache_dir": str(self.state / "images"), "download_url": IMAGE_URL},
                 "auth_api": {"type": "webhook", "webhook": {"url": self.services[f"auth-{side}"]}},
                 "onboard": {"address": host, "port": port},
             },
