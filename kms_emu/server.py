@@ -22,7 +22,7 @@ from attest.version import REVISION, UPSTREAM
 from kms_emu.admin import admin_app
 from kms_emu.auth_api import AuthApi, DevAuth, WebhookAuth
 from kms_emu.cert_dir import ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT, CertDir
-from kms_emu.config import Core, KmsConfig
+from kms_emu.config import AttestationConfig, Core, KmsConfig
 from kms_emu.errors import ConfigError, KmsError, NotAttestedError, context
 from kms_emu.guest_agent import GuestAgent
 from kms_emu.keys import Entropy, KmsKeys, RootKeys
@@ -42,14 +42,17 @@ CA_RENEWAL_WINDOW: Final = 365 * 86400
 log = logging.getLogger("kms_emu")
 
 
-def trust_anchor(core: Core) -> TrustAnchor:
-    """Read the root that callers are judged under: Intel's own, or the configured one with the insecure opt-in."""
-    roots = core.attestation.root_ca
+def trust_anchor(attestation: AttestationConfig, section: str = "core.") -> TrustAnchor:
+    """Read the root that callers are judged under: Intel's own, or the configured one with the insecure opt-in.
+
+    `section` is what stands before `attestation` in the names of its keys.
+    """
+    roots = attestation.root_ca
     given = [name for name in type(roots).model_fields if getattr(roots, name) is not None]
-    if given and not core.attestation.insecure_allow_external_trust_anchors:
+    if given and not attestation.insecure_allow_external_trust_anchors:
         raise ConfigError(
-            f"Failed to initialize KMS state: failed to load attestation verifier: core.attestation.root_ca.{given[0]} "
-            "is set, which needs core.attestation.insecure_allow_external_trust_anchors = true"
+            f"failed to load attestation verifier: {section}attestation.root_ca.{given[0]} is set, which needs "
+            f"{section}attestation.insecure_allow_external_trust_anchors = true"
         )
     path = roots.tdx
     if path is None:
@@ -60,9 +63,11 @@ def trust_anchor(core: Core) -> TrustAnchor:
             x509.load_pem_x509_certificate(data) if b"-----BEGIN" in data else x509.load_der_x509_certificate(data)
         )
     except OSError as error:
-        raise ConfigError(f"core.attestation.root_ca.tdx: cannot read {path}: {error.strerror}") from error
+        raise ConfigError(f"{section}attestation.root_ca.tdx: cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"core.attestation.root_ca.tdx: {path} is no certificate in PEM or DER: {error}") from error
+        raise ConfigError(
+            f"{section}attestation.root_ca.tdx: {path} is no certificate in PEM or DER: {error}"
+        ) from error
     return TrustAnchor.of(certificate)
 
 
@@ -102,6 +107,8 @@ class KmsServer:
         self.config = config
         self.phase: Phase = "starting"
         core = config.core
+        with context("Failed to initialize KMS state"):
+            anchor = trust_anchor(core.attestation)
         self._admin_token = admin_token
         self._admin_server: Server | None = None
         self._folder = CertDir(core.cert_dir)
@@ -111,7 +118,7 @@ class KmsServer:
             folder=self._folder,
             agent=GuestAgent(agent_address),
             auth=auth or auth_api(core),
-            verifier=AttestationVerifier(self._pccs, trust_anchor(core), clock),
+            verifier=AttestationVerifier(self._pccs, anchor, clock),
             clock=clock,
             issue_clock=issue_clock or clock,
             entropy=entropy,

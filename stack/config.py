@@ -21,6 +21,7 @@ PORTS: Final[Mapping[str, int]] = MappingProxyType(
         "kms-src": 9301,
         "kms-dst": 9302,
         "app": 8090,
+        "verifier": 8088,
     }
 )
 """Services in the order they are bound, and the ports they have by default."""

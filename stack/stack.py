@@ -43,7 +43,10 @@ from simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
 from stack import policy_files
 from stack.clock import ISSUED_AT, wall_clock
 from stack.config import IMAGE_URL, PORTS, StackConfig, StackError
+from stack.verifier import Verifier
+from stack.verifier_server import verifier_app
 from transport.client import PrpcClient, RpcError, TransportError
+from transport.image_store import ImageStore
 from transport.listen import bind_tcp, bind_unix, serve
 from transport.pccs_client import AttestationVerifier, PccsClient
 
@@ -108,6 +111,7 @@ class Stack:
         image = OsImage.from_seed(seed.derive)
         await self._serve("pccs", pccs_app(self.intel))
         self.verifier = self._verifier()
+        await self._serve_verifier()
         self.policies = self._prepare_policies()
         for side in SIDES:
             await self._serve(f"auth-{side}", simple_app(str(self.policies[side])))
@@ -155,6 +159,12 @@ class Stack:
         pccs = PccsClient(self.services["pccs"])
         self._exit.push_async_callback(pccs.close)
         return AttestationVerifier(pccs, TrustAnchor(self.intel.root_der), wall_clock)
+
+    async def _serve_verifier(self) -> None:
+        """Judge for anybody who asks, with the KMS's own cache of images."""
+        images = ImageStore(self.state / "images", IMAGE_URL, TIMEOUT)
+        self._exit.push_async_callback(images.close)
+        await self._serve("verifier", verifier_app(Verifier(self.verifier, images)))
 
     def _prepare_policies(self) -> dict[str, Path]:
         folder = (self.config.policies or self.state / "policies").absolute()
