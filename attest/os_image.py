@@ -86,9 +86,7 @@ def _read_document(claimed_hash: bytes, document: TdxMeasurement) -> ImageMeasur
     try:
         require_document(claimed_hash, document)
     except FormatError as error:
-        raise VerificationError(
-            f"tdx lite measurement material does not match os_image_hash: {error}"
-        ) from error
+        raise VerificationError(f"tdx lite measurement material does not match os_image_hash: {error}") from error
     try:
         return ImageMeasurement.decode(document.measurement)
     except FormatError as error:

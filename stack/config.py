@@ -42,6 +42,7 @@ class StackConfig:
 
     `state` is the folder for keys, sockets and policies (None: a temporary one, gone afterwards); `policies` another
     place for the two policy files. With `fresh` it stops at the runbook's starting point. `host` is where it listens.
+    `image_dir` is the OS image that everything boots, instead of the seed's.
     """
 
     seed: str = DEFAULT_SEED
@@ -50,6 +51,7 @@ class StackConfig:
     ports: Mapping[str, int] = field(default_factory=lambda: PORTS)
     state: Path | None = None
     policies: Path | None = None
+    image_dir: Path | None = None
 
     @classmethod
     def on_free_ports(cls, **settings: object) -> Self:

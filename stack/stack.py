@@ -36,6 +36,7 @@ from simulator.app_keys import OwnKeys
 from simulator.errors import GuestError
 from simulator.guest_boot import fetch_keys
 from simulator.image import OsImage
+from simulator.image_files import ImageFileError, load_image
 from simulator.intel import Intel
 from simulator.pccs import pccs_app
 from simulator.seed import Seed
@@ -108,7 +109,7 @@ class Stack:
         self.root_ca = self.state / "root-ca.pem"
         self.root_ca.write_text(self.intel.root_pem)
         self.kms_ca = self.state / "kms-src" / "certs" / ROOT_CA_CERT
-        image = OsImage.from_seed(seed.derive)
+        image = self._image()
         await self._serve("pccs", pccs_app(self.intel))
         self.verifier = self._verifier()
         await self._serve_verifier()
@@ -154,6 +155,16 @@ class Stack:
     async def _serve_unix(self, app: web.Application, path: Path) -> None:
         server = await serve(app, bind_unix(path, setting="--state DIR"))
         self._exit.push_async_callback(server.close)
+
+    def _image(self) -> OsImage:
+        """The image that every trust domain boots."""
+        folder = self.config.image_dir
+        if folder is None:
+            return OsImage.from_seed(self._seed.derive)
+        try:
+            return load_image(folder)
+        except ImageFileError as error:
+            raise StackError(str(error)) from error
 
     def _verifier(self) -> AttestationVerifier:
         pccs = PccsClient(self.services["pccs"])
