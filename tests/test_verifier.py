@@ -31,13 +31,14 @@ from simulator.intel import Intel
 from simulator.pccs import pccs_app
 from simulator.seed import DEFAULT_SEED, Seed
 from simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
+from stack.cli import main
 from stack.clock import wall_clock
 from stack.config import PORTS
 from stack.verifier import Verifier
 from stack.verifier_config import VerifierConfig
 from stack.verifier_server import MAX_BODY, verifier_app
 from tests import foreign
-from tests.commands import run_command, serving, usage_error
+from tests.commands import run_command, serving
 from tests.test_attest_properties import with_events_of_version_2
 from tests.vectors import golden
 from transport.image_store import ImageStore
@@ -330,15 +331,19 @@ def test_one_file_is_judged_and_the_answer_written_beside_it(pccs: str, tmp_path
         (None, "Internal error: Failed to read file …"),
     ],
 )
-def test_one_file_that_is_no_request_fails_with_one_document(content: str | None, reason: str, tmp_path: Path) -> None:
+def test_one_file_that_is_no_request_fails_with_one_document(
+    content: str | None, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "request.json"
     if content is not None:
         path.write_text(content)
-    done = run_command("verifier", "--verify", str(path))
-    answer = json.loads(done.stdout)
-    assert (done.returncode, answer["is_valid"]) == (1, False)
+    with pytest.raises(SystemExit) as ended:
+        main(["verifier", "--verify", str(path)])
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert (ended.value.code, answer["is_valid"]) == (1, False)
     assert answer["reason"].startswith(reason.partition("…")[0])
-    assert done.stderr.decode().splitlines() == [f"Error: {answer['reason']}"]
+    assert err.splitlines() == [f"Error: {answer['reason']}"]
     assert not (tmp_path / "request.json.verification.json").exists()
 
 
@@ -518,11 +523,13 @@ def test_config_refused_naming_the_key(text: str, reason: str, tmp_path: Path) -
     assert str(tmp_path / "v.toml") in str(refused.value)
 
 
-def test_root_in_the_file_needs_its_opt_in(tmp_path: Path) -> None:
+def test_root_in_the_file_needs_its_opt_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "v.toml"
     path.write_text(f'[attestation.root_ca]\ntdx = "{tmp_path}/root.pem"\n')
-    said = usage_error("verifier", "-c", str(path))
-    assert said == (
-        "failed to load attestation verifier: attestation.root_ca.tdx is set, which needs "
-        "attestation.insecure_allow_external_trust_anchors = true"
+    with pytest.raises(SystemExit) as ended:
+        main(["verifier", "-c", str(path)])
+    assert (ended.value.code, capsys.readouterr().err) == (
+        2,
+        "Error: failed to load attestation verifier: attestation.root_ca.tdx is set, which needs "
+        "attestation.insecure_allow_external_trust_anchors = true\n",
     )
