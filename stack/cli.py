@@ -14,10 +14,9 @@ from kms_emu.errors import ConfigError, KmsError
 from simulator.errors import GuestError
 from stack.commands.common import WARNING, UsageError, say
 from stack.config import StackError
-from transport.client import TransportError
-from transport.listen import ListenError
+from transport.errors import ListenError, TransportError
 
-COMMANDS = ("up", "agent", "pccs", "quote", "inspect", "verify", "kms", "health")
+COMMANDS = ("up", "agent", "pccs", "quote", "inspect", "verify", "kms", "setup", "health")
 """Each is a module of `stack.commands`, imported when it is asked for: a command starts without what others need."""
 
 FAILED, USED_WRONGLY = 1, 2
