@@ -1,4 +1,4 @@
-"""Options by which `agent` and `quote` describe a guest: its platform, its VM, its app, and what is wrong with it."""
+"""Options by which `agent`, `boot` and `quote` describe a guest: platform, VM, app, and what is wrong with it."""
 
 import argparse
 import re
@@ -25,9 +25,9 @@ def memory_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
-def add_seed(parser: argparse.ArgumentParser) -> None:
+def add_seed(parser: argparse.ArgumentParser, what: str = "the same text gives the same bytes") -> None:
     """Add --seed, the same for every command that makes a world."""
-    parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="the same text gives the same bytes")
+    parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help=what)
 
 
 def add_guest_options(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +42,9 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
         "--app-compose", type=Path, metavar="FILE", help="the app's app-compose.json (made up without it)"
     )
     guest.add_argument("--app-id", type=hex_bytes, metavar="HEX", help="20 bytes (default: of the compose hash)")
+    guest.add_argument(
+        "--instance", default="", metavar="NAME", help="another instance of the app: each name has an id of its own"
+    )
     guest.add_argument("--image", default="dstack-emu", metavar="NAME", help="name of the OS image (%(default)s)")
     guest.add_argument("--image-version", default="0.5.11", metavar="TEXT", help="its version (%(default)s)")
     guest.add_argument("--cpus", type=int, default=2, metavar="N", help="CPUs of the VM (%(default)s)")
@@ -83,6 +86,7 @@ def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
             platform=arguments.platform,
             compose=_compose(arguments.app_compose),
             app_id=_app_id(arguments.app_id),
+            instance=arguments.instance,
             machine=Machine(
                 arguments.image,
                 arguments.image_version,
