@@ -54,9 +54,7 @@ class KmsIssuer:
         await self.client.close()
 
 
-async def kms_issuer(
-    domain: TrustDomain, access: KmsAccess, root_ca: str, entropy: Entropy, now: int
-) -> KmsIssuer:
+async def kms_issuer(domain: TrustDomain, access: KmsAccess, root_ca: str, entropy: Entropy, now: int) -> KmsIssuer:
     """Make a booted domain's access to SignCert: a new certificate under the temporary CA, the KMS's root (PEM) pinned.
 
     Nobody is asked for anything yet. As upstream's agent, it does not judge the KMS's own evidence again.
@@ -96,9 +94,7 @@ async def fetch_keys(
         finally:
             await client.close()
     provider = KeyProvider("kms", certificate_spki(root).hex())
-    domain.complete(
-        provider, os_image_hash=answer.os_image_hash, mr_kms=judge.mr_aggregated if measures_kms else None
-    )
+    domain.complete(provider, os_image_hash=answer.os_image_hash, mr_kms=judge.mr_aggregated if measures_kms else None)
     keys = AppKeys(
         disk_crypt_key=answer.disk_crypt_key,
         env_crypt_key=answer.env_crypt_key,

@@ -20,7 +20,6 @@ from auth.mock import MockSettings
 from auth.server import mock_app, simple_app
 from auth.simple import SimpleAuth, SimpleSettings
 from stack.commands.common import WARNING, UsageError, listen_address, say, stop_on_signals
-from stack.commands.guest_options import add_seed
 from transport.listen import bind_tcp, serve
 
 HELP = "run one webhook that decides for a KMS: auth-simple or auth-mock"
@@ -33,6 +32,9 @@ DESCRIPTION = (
     "MOCK_POLICY (allow-all, deny-all, deny-kms, deny-app, allowlist-device, allowlist-mr), MOCK_ALLOWED_DEVICE_IDS, "
     "MOCK_ALLOWED_MR_AGGREGATED and the values that it answers. " + WARNING
 )
+
+TALKATIVE: Final = ("auth",)
+"""Loggers whose information is shown without being asked for: the lines that upstream's programs always write."""
 
 DEFAULT_PORT: Final = 3000
 """Upstream's, where PORT is not set."""
@@ -51,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-c", "--config", metavar="FILE", help="the policy of `simple` (AUTH_CONFIG_PATH, else ./auth-config.json)"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
-    add_seed(parser, "without effect, a webhook has nothing to make up: taken as by every command that serves")
+    parser.add_argument(
+        "--seed", metavar="TEXT", help="taken as by every command that serves; a webhook has nothing to make up of it"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,8 @@ class _Webhook:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal."""
     if not arguments.verbose:
-        logging.getLogger("auth").setLevel(logging.INFO)  # the lines that upstream's programs always write
+        for name in TALKATIVE:
+            logging.getLogger(name).setLevel(logging.INFO)
     try:
         webhook = _simple(arguments.config) if arguments.kind == "simple" else _mock(arguments.config)
     except ConfigError as error:

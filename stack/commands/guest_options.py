@@ -25,9 +25,9 @@ def memory_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
-def add_seed(parser: argparse.ArgumentParser, what: str = "the same text gives the same bytes") -> None:
+def add_seed(parser: argparse.ArgumentParser) -> None:
     """Add --seed, the same for every command that makes a world."""
-    parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help=what)
+    parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="the same text gives the same bytes")
 
 
 def add_guest_options(parser: argparse.ArgumentParser) -> None:
