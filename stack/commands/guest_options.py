@@ -1,4 +1,4 @@
-"""Options by which `agent` and `quote` describe a guest: its platform, its VM, its app, and what is wrong with it."""
+"""Options by which `agent`, `boot` and `quote` describe a guest: platform, VM, app, and what is wrong with it."""
 
 import argparse
 import re
@@ -54,6 +54,9 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
         "--app-compose", type=Path, metavar="FILE", help="the app's app-compose.json (made up without it)"
     )
     guest.add_argument("--app-id", type=hex_bytes, metavar="HEX", help="20 bytes (default: of the compose hash)")
+    guest.add_argument(
+        "--instance", default="", metavar="NAME", help="another instance of the app: each name has an id of its own"
+    )
     guest.add_argument("--image", default="dstack-emu", metavar="NAME", help="name of the OS image (%(default)s)")
     guest.add_argument("--image-version", default="0.5.11", metavar="TEXT", help="its version (%(default)s)")
     guest.add_argument("--cpus", type=cpu_count, default=2, metavar="N", help="CPUs of the VM (%(default)s)")
@@ -97,6 +100,7 @@ def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
             platform=arguments.platform,
             compose=_compose(arguments.app_compose),
             app_id=_app_id(arguments.app_id),
+            instance=arguments.instance,
             machine=Machine(
                 arguments.image,
                 arguments.image_version,
