@@ -30,7 +30,7 @@ LEVELS: Final = {
 _FOLD: Final = re.compile(r"\s*[\r\n]\s*")
 _CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _USER_INFO: Final = re.compile(r"://[^/@\s\"]+@")
-_PRIVATE_KEY: Final = re.compile("-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL)
+_PRIVATE_KEY: Final = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
 
 
 def set_up(verbosity: int, form: Form, talkative: Sequence[str] = (), level: str | None = None) -> None:

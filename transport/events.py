@@ -51,6 +51,10 @@ class EventLog:
         """Log what ends the part."""
         self._log(logging.ERROR, name, fields)
 
+    def is_debug(self) -> bool:
+        """Whether `debug` is heard: what only it needs can be spared otherwise."""
+        return self._logger.isEnabledFor(logging.DEBUG)
+
     def _log(self, level: int, name: str, fields: dict[str, object]) -> None:
         if self._logger.isEnabledFor(level):
             self._logger.log(level, Event(name, **self._always, **fields))
