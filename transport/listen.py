@@ -31,8 +31,11 @@ GRACE: Final = 2.0
 _BACKLOG: Final = 1024
 
 
-def bind_tcp(host: str, port: int, *, setting: str = "") -> socket.socket:
-    """Bind and listen on a TCP address; port 0 takes a free one. Errors name `setting`, if given."""
+def bind_tcp(host: str, port: int, *, setting: str = "", listen: bool = True) -> socket.socket:
+    """Bind and listen on a TCP address; port 0 takes a free one. Errors name `setting`, if given.
+
+    Without `listen` the port is taken, but clients are turned away until something is served on it.
+    """
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if not 0 <= port <= 65535:  # getaddrinfo would cut it to 16 bits
         raise ListenError(address, "the port is not in 0 to 65535", setting)
@@ -45,7 +48,8 @@ def bind_tcp(host: str, port: int, *, setting: str = "") -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(target)
-        sock.listen(_BACKLOG)
+        if listen:
+            sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
         raise ListenError(address, _why(error), setting) from error
