@@ -15,10 +15,9 @@ from simulator.errors import GuestError
 from stack import logs
 from stack.commands.common import WARNING, UsageError, say
 from stack.config import StackError
-from transport.client import TransportError
-from transport.listen import ListenError
+from transport.errors import ListenError, TransportError
 
-COMMANDS = ("up", "agent", "pccs", "quote", "inspect", "verify", "kms", "health")
+COMMANDS = ("up", "agent", "boot", "pccs", "quote", "inspect", "verify", "kms", "auth", "setup", "health")
 """Each is a module of `stack.commands`, imported when it is asked for: a command starts without what others need."""
 
 FAILED, USED_WRONGLY = 1, 2
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     """Make the parser of these commands."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="dstack-emu",
         description="A local simulated TDX stack for dstack "
         f"{UPSTREAM}: guest agent, KMS, PCCS and auth webhooks. {WARNING}",
@@ -64,6 +63,14 @@ def parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
     return top
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, as every other error is said, without the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        say(f"Error: {message} (see {self.prog} --help)")
+        sys.exit(USED_WRONGLY)
 
 
 def _one_line(error: Exception) -> str:

@@ -23,20 +23,12 @@ from typing import Any, Final
 from aiohttp import web
 from aiohttp.streams import StreamReader
 
+from transport.errors import ListenError as ListenError
+
 GRACE: Final = 2.0
 """Seconds that closing a server takes at most; calls in progress get half of them to finish."""
 
 _BACKLOG: Final = 1024
-
-
-class ListenError(Exception):
-    """An address that cannot be listened on: which, why, and the setting that names it where one is known."""
-
-    def __init__(self, address: str, cause: str, setting: str = "") -> None:
-        super().__init__(f"cannot listen on {address}: {cause}" + (f" (set by {setting})" if setting else ""))
-        self.address = address
-        self.cause = cause
-        self.setting = setting
 
 
 def bind_tcp(host: str, port: int, *, setting: str = "", listen: bool = True) -> socket.socket:
