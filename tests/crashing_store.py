@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -116,13 +117,13 @@ def crash_store(root: Path, stored: dict[str, bytes]) -> dict[str, int]:
     while came_so_far:
         folder = root / f"store-{found['crashes']}"
         folder.mkdir()  # as a volume that is mounted: it exists, and is empty
-        came_so_far = killed_at(found["crashes"], lambda folder=folder: CertDir(folder).store(stored))
+        came_so_far = killed_at(found["crashes"], partial(CertDir(folder).store, stored))
         found["crashes"] += came_so_far
         recoveries, left = 0, state(folder)
         while left not in seen:
             again = root / "again"
             shutil.copytree(folder, again)
-            killed = killed_at(recoveries, lambda again=again: CertDir(again).prepare())
+            killed = killed_at(recoveries, CertDir(again).prepare)
             judge(again, stored)
             shutil.rmtree(again)
             if not killed:
@@ -143,7 +144,7 @@ def crash_replace(root: Path, stored: dict[str, bytes]) -> dict[str, int]:
         folder = root / "replace"
         folder.mkdir()
         CertDir(folder).store(stored)
-        came_so_far = killed_at(found["crashes"], lambda folder=folder: CertDir(folder).replace(RPC_CERT, b"new"))
+        came_so_far = killed_at(found["crashes"], partial(CertDir(folder).replace, RPC_CERT, b"new"))
         found["crashes"] += came_so_far
         is_new = (folder / RPC_CERT).read_bytes() == b"new"
         assert judge(folder, {**stored, RPC_CERT: b"new"} if is_new else stored)
