@@ -3,7 +3,7 @@
 A step is a line of kms_emu/cert_dir.py, or a call that reaches the file system from there (an audit event), so nothing
 of the code under test is replaced. After each crash the folder is judged as the next start judges it: all keys, to the
 byte, or none, and nothing else. Where a start has something to finish or to discard, it is killed at each of its own
-steps, too.
+calls, too.
 
 Run as a program: `python -m tests.crashing_store FOLDER`; one line of JSON.
 """
@@ -50,11 +50,11 @@ def files() -> dict[str, bytes]:
     return {**keys.files(certificate), BOOTSTRAP_INFO: b"{}"}
 
 
-def killed_at(step: int, action: Callable[[], object]) -> bool:
+def killed_at(step: int, action: Callable[[], object], *, lines: bool = True) -> bool:
     """Run an action in a process of its own that dies before its n-th step; whether it came that far."""
     child = os.fork()
     if child == 0:
-        _arm(step)
+        _arm(step, lines)
         action()
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -65,7 +65,7 @@ def killed_at(step: int, action: Callable[[], object]) -> bool:
     return False
 
 
-def _arm(step: int) -> None:
+def _arm(step: int, lines: bool) -> None:
     left = step
 
     def count() -> None:
@@ -86,7 +86,8 @@ def _arm(step: int) -> None:
             count()
 
     sys.addaudithook(audit)
-    sys.settrace(trace)
+    if lines:
+        sys.settrace(trace)
 
 
 def judge(folder: Path, stored: dict[str, bytes]) -> bool:
@@ -123,7 +124,7 @@ def crash_store(root: Path, stored: dict[str, bytes]) -> dict[str, int]:
         while left not in seen:
             again = root / "again"
             shutil.copytree(folder, again)
-            killed = killed_at(recoveries, CertDir(again).prepare)
+            killed = killed_at(recoveries, CertDir(again).prepare, lines=False)
             judge(again, stored)
             shutil.rmtree(again)
             if not killed:
