@@ -2,8 +2,8 @@
 
 No part of the test suite: it takes minutes. What must never happen is a start that finds something between all keys and
 none, a KMS that answered with keys and has others afterwards, or one that cannot be set up again. Of three moments one
-lies anywhere in the call, one after the first file was written, one after all were. The suite's own version, which kills
-at every step but of the storing alone, is tests/test_crash.py.
+lies anywhere in the call, one after the first file was written, one after all were. The suite's own version, which
+kills at every step but of the storing alone, is tests/test_crash.py.
 """
 
 import argparse
@@ -38,11 +38,13 @@ class Kms:
     def __init__(self, config: Path, agent: str) -> None:
         command = [sys.executable, "-m", "stack", "kms", "-c", str(config), "--listen", "127.0.0.1:0", "--json"]
         env = {**os.environ, "DSTACK_AGENT_ADDRESS": agent}
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        log = config.with_suffix(".log")
+        with log.open("w") as errors:
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=errors, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, f"the KMS ended with {self.process.wait()}"
+        assert line, f"the KMS ended with {self.process.wait()}: {log.read_text()}"
         self.description: dict[str, Any] = json.loads(line)
 
     def end(self, number: int) -> None:

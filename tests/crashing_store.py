@@ -3,7 +3,7 @@
 A step is a line of kms_emu/cert_dir.py, or a call that reaches the file system from there (an audit event), so nothing
 of the code under test is replaced. After each crash the folder is judged as the next start judges it: all keys, to the
 byte, or none, and nothing else. Where a start has something to finish or to discard, it is killed at each of its own
-steps, too.
+calls, too.
 
 Run as a program: `python -m tests.crashing_store FOLDER`; one line of JSON.
 """
@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -49,11 +50,11 @@ def files() -> dict[str, bytes]:
     return {**keys.files(certificate), BOOTSTRAP_INFO: b"{}"}
 
 
-def killed_at(step: int, action: Callable[[], object]) -> bool:
+def killed_at(step: int, action: Callable[[], object], *, lines: bool = True) -> bool:
     """Run an action in a process of its own that dies before its n-th step; whether it came that far."""
     child = os.fork()
     if child == 0:
-        _arm(step)
+        _arm(step, lines)
         action()
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -64,7 +65,7 @@ def killed_at(step: int, action: Callable[[], object]) -> bool:
     return False
 
 
-def _arm(step: int) -> None:
+def _arm(step: int, lines: bool) -> None:
     left = step
 
     def count() -> None:
@@ -85,7 +86,8 @@ def _arm(step: int) -> None:
             count()
 
     sys.addaudithook(audit)
-    sys.settrace(trace)
+    if lines:
+        sys.settrace(trace)
 
 
 def judge(folder: Path, stored: dict[str, bytes]) -> bool:
@@ -116,13 +118,13 @@ def crash_store(root: Path, stored: dict[str, bytes]) -> dict[str, int]:
     while came_so_far:
         folder = root / f"store-{found['crashes']}"
         folder.mkdir()  # as a volume that is mounted: it exists, and is empty
-        came_so_far = killed_at(found["crashes"], lambda folder=folder: CertDir(folder).store(stored))
+        came_so_far = killed_at(found["crashes"], partial(CertDir(folder).store, stored))
         found["crashes"] += came_so_far
         recoveries, left = 0, state(folder)
         while left not in seen:
             again = root / "again"
             shutil.copytree(folder, again)
-            killed = killed_at(recoveries, lambda again=again: CertDir(again).prepare())
+            killed = killed_at(recoveries, CertDir(again).prepare, lines=False)
             judge(again, stored)
             shutil.rmtree(again)
             if not killed:
@@ -143,7 +145,7 @@ def crash_replace(root: Path, stored: dict[str, bytes]) -> dict[str, int]:
         folder = root / "replace"
         folder.mkdir()
         CertDir(folder).store(stored)
-        came_so_far = killed_at(found["crashes"], lambda folder=folder: CertDir(folder).replace(RPC_CERT, b"new"))
+        came_so_far = killed_at(found["crashes"], partial(CertDir(folder).replace, RPC_CERT, b"new"))
         found["crashes"] += came_so_far
         is_new = (folder / RPC_CERT).read_bytes() == b"new"
         assert judge(folder, {**stored, RPC_CERT: b"new"} if is_new else stored)

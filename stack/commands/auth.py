@@ -7,7 +7,6 @@ What upstream's programs take from the environment, these take as well: PORT her
 import argparse
 import asyncio
 import json
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -69,9 +68,6 @@ class _Webhook:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal."""
-    if not arguments.verbose:
-        for name in TALKATIVE:
-            logging.getLogger(name).setLevel(logging.INFO)
     try:
         webhook = _simple(arguments.config) if arguments.kind == "simple" else _mock(arguments.config)
     except ConfigError as error:
