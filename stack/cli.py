@@ -17,7 +17,21 @@ from stack.commands.common import WARNING, UsageError, say
 from stack.config import StackError
 from transport.errors import ListenError, TransportError
 
-COMMANDS = ("up", "agent", "boot", "pccs", "quote", "inspect", "verify", "kms", "auth", "setup", "health")
+COMMANDS = (
+    "up",
+    "agent",
+    "boot",
+    "pccs",
+    "quote",
+    "inspect",
+    "verify",
+    "verifier",
+    "image",
+    "kms",
+    "auth",
+    "setup",
+    "health",
+)
 """Each is a module of `stack.commands`, imported when it is asked for: a command starts without what others need."""
 
 FAILED, USED_WRONGLY = 1, 2

@@ -25,6 +25,7 @@ from simulator.errors import GuestError, KmsUnreachableError
 from simulator.guest_boot import fetch_keys, kms_issuer
 from simulator.guest_files import KeyFile, KmsAccess
 from simulator.image import OsImage
+from simulator.image_files import load_image
 from simulator.intel import Intel, VendorState
 from simulator.pccs import pccs_app
 from simulator.platform import PlatformState
@@ -43,13 +44,18 @@ log = logging.getLogger("stack")
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The VM: CPUs, memory in bytes, the image it boots. `config`, a whole vm_config text, goes before them."""
+    """The VM: CPUs, memory in bytes, the image it boots.
+
+    `directory`, an image of its own, goes before the image's name and version; `config`, a whole vm_config text that
+    carries a measurement document, before all.
+    """
 
     image: str = "dstack-emu"
     version: str = "0.5.11"
     cpu_count: int = 2
     memory_size: int = 2 * 1024**3
     config: str | None = None
+    directory: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +109,15 @@ def power_on(intel: Intel, config: GuestConfig) -> TrustDomain:
     seed, machine = Seed.of(config.seed), config.machine
     platform = intel.platform(config.platform)
     platform.state, intel.state = config.platform_state, config.vendor_state
-    image = OsImage.from_seed(seed.derive, machine.image, machine.version)
+    image = (
+        OsImage.from_seed(seed.derive, machine.image, machine.version)
+        if machine.directory is None
+        else load_image(machine.directory)
+    )
     vm_config = image.vm_config(machine.cpu_count, machine.memory_size)
     if machine.config is not None:
         given = VmConfig.parse(machine.config)
-        if given.tdx_measurement is not None:
+        if given.tdx_measurement is not None and machine.directory is None:
             image, vm_config = OsImage.of_config(given), given
     domain = TrustDomain(
         platform,

@@ -36,15 +36,19 @@ from simulator.app_keys import OwnKeys
 from simulator.errors import GuestError
 from simulator.guest_boot import fetch_keys
 from simulator.image import OsImage
+from simulator.image_files import ImageFileError, load_image
 from simulator.intel import Intel
 from simulator.pccs import pccs_app
 from simulator.seed import Seed
 from simulator.trust_domain import AppCompose, TrustDomain
 from stack import policy_files
 from stack.clock import ISSUED_AT, wall_clock
-from stack.config import PORTS, StackConfig, StackError
+from stack.config import IMAGE_URL, PORTS, StackConfig, StackError
 from stack.guest import instance_seed, local_key_provider
+from stack.verifier import Verifier
+from stack.verifier_server import verifier_app
 from transport.client import PrpcClient, RpcError, TransportError
+from transport.image_store import ImageStore
 from transport.listen import bind_tcp, bind_unix, serve
 from transport.pccs_client import AttestationVerifier, PccsClient
 
@@ -106,9 +110,10 @@ class Stack:
         self.root_ca = self.state / "root-ca.pem"
         self.root_ca.write_text(self.intel.root_pem)
         self.kms_ca = self.state / "kms-src" / "certs" / ROOT_CA_CERT
-        image = OsImage.from_seed(seed.derive)
+        image = self._image()
         await self._serve("pccs", pccs_app(self.intel))
         self.verifier = self._verifier()
+        await self._serve_verifier()
         self.policies = self._prepare_policies()
         for side in SIDES:
             await self._serve(f"auth-{side}", simple_app(str(self.policies[side])))
@@ -152,10 +157,26 @@ class Stack:
         server = await serve(app, bind_unix(path, setting="--state DIR"))
         self._exit.push_async_callback(server.close)
 
+    def _image(self) -> OsImage:
+        """The image that every trust domain boots."""
+        folder = self.config.image_dir
+        if folder is None:
+            return OsImage.from_seed(self._seed.derive)
+        try:
+            return load_image(folder)
+        except ImageFileError as error:
+            raise StackError(str(error)) from error
+
     def _verifier(self) -> AttestationVerifier:
         pccs = PccsClient(self.services["pccs"])
         self._exit.push_async_callback(pccs.close)
         return AttestationVerifier(pccs, TrustAnchor(self.intel.root_der), wall_clock)
+
+    async def _serve_verifier(self) -> None:
+        """Judge for anybody who asks, with the KMS's own cache of images."""
+        images = ImageStore(self.state / "images", IMAGE_URL, TIMEOUT)
+        self._exit.push_async_callback(images.close)
+        await self._serve("verifier", verifier_app(Verifier(self.verifier, images)))
 
     def _prepare_policies(self) -> dict[str, Path]:
         folder = (self.config.policies or self.state / "policies").absolute()
@@ -237,7 +258,7 @@ class Stack:
                     "urls": {"pccs": self.services["pccs"]},
                     "root_ca": {"tdx": str(self.root_ca)},
                 },
-                "image": {"verify": False},
+                "image": {"cache_dir": str(self.state / "images"), "download_url": IMAGE_URL},
                 "auth_api": {"type": "webhook", "webhook": {"url": self.services[f"auth-{side}"]}},
                 "onboard": {"address": host, "port": port},
             },

@@ -63,6 +63,7 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     )
     guest.add_argument("--image", default="dstack-emu", metavar="NAME", help="name of the OS image (%(default)s)")
     guest.add_argument("--image-version", default="0.5.11", metavar="TEXT", help="its version (%(default)s)")
+    guest.add_argument("--image-dir", type=Path, metavar="DIR", help="boot this image (see `dstack-emu image build`)")
     guest.add_argument("--cpus", type=cpu_count, default=2, metavar="N", help="CPUs of the VM (%(default)s)")
     guest.add_argument(
         "--memory", type=memory_size, default=2 * 1024**3, metavar="SIZE", help="its memory: 2G, or 2816M and more"
@@ -111,6 +112,7 @@ def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
                 arguments.cpus,
                 arguments.memory,
                 None if arguments.sys_config is None else load_vm_config(arguments.sys_config),
+                arguments.image_dir,
             ),
             settings=DomainSettings(
                 arguments.debug,

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--state", type=Path, metavar="DIR", help="keep keys, sockets and policies here, and resume")
     parser.add_argument("--policies", type=Path, metavar="DIR", help="keep auth-src.json and auth-dst.json here")
+    parser.add_argument("--image-dir", type=Path, metavar="DIR", help="boot this OS image instead of the seed's")
 
 
 def _port(text: str) -> tuple[str, int]:
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         ports={**ports, **dict(arguments.port)},
         state=arguments.state,
         policies=arguments.policies,
+        image_dir=arguments.image_dir,
     )
     return asyncio.run(_run_stack(config, as_json=arguments.json))
 
