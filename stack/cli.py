@@ -17,7 +17,7 @@ from stack.config import PartEndedError, StackError
 from transport.client import TransportError
 from transport.listen import ListenError
 
-COMMANDS = ("up", "exec", "agent", "pccs", "quote", "inspect", "verify", "kms", "health")
+COMMANDS = ("up", "exec", "runbook", "agent", "pccs", "quote", "inspect", "verify", "kms", "health")
 """Each is a module of `stack.commands`, imported when it is asked for: a command starts without what others need."""
 
 FAILED, USED_WRONGLY, INTERRUPTED = 1, 2, 130

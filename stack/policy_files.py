@@ -50,6 +50,11 @@ def is_placeholder(path: Path) -> bool:
 
 def write(path: Path, policy: dict[str, Any]) -> None:
     """Put a policy in place at once."""
+    replace(path, (json.dumps(policy, indent=2) + "\n").encode())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Put a file's content in place at once."""
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(json.dumps(policy, indent=2) + "\n")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
