@@ -112,9 +112,9 @@ class KmsServer:
         self.config = config
         self.phase: Phase = "starting"
         core = config.core
-        with context(STATE_FAILED):
-            anchor = trust_anchor(core.attestation)
         self.log = EventLog("kms_emu", **({"site": core.site_name} if core.site_name else {}))
+        with context("Failed to initialize KMS state"):
+            anchor = trust_anchor(core.attestation)
         self._admin_token = admin_token
         self._admin_sock: socket.socket | None = None
         self._admin_server: Server | None = None

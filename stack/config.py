@@ -36,6 +36,10 @@ class StackError(Exception):
     """A stack that cannot be brought up; the text names the part and the next step."""
 
 
+class PartEndedError(Exception):
+    """A part that failed while the stack ran; the text names it. The others are stopped by then."""
+
+
 @dataclass(frozen=True, slots=True)
 class StackConfig:
     """Settings of one stack.

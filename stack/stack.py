@@ -45,8 +45,10 @@ from stack import policy_files
 from stack.clock import ISSUED_AT, wall_clock
 from stack.config import IMAGE_URL, PORTS, StackConfig, StackError
 from stack.guest import instance_seed, local_key_provider
+from stack.kept_logs import Logs
 from stack.verifier import Verifier
 from stack.verifier_server import verifier_app
+from stack.watch import Watch
 from transport.client import PrpcClient, RpcError, TransportError
 from transport.image_store import ImageStore
 from transport.listen import bind_tcp, bind_unix, serve
@@ -66,29 +68,42 @@ log = logging.getLogger("stack")
 
 
 class Stack:
-    """One deployment. Enter it to bring it up; leaving it stops every part."""
+    """One deployment. Enter it to bring it up; leaving it stops every part.
+
+    When a part fails meanwhile, the block is cancelled and ends with a `PartEndedError`. `services` has URLs, `intel`
+    and `root_ca` the trust root, `kms_info` what both KMS measure, `app.domain` the app, `logs` what the parts log.
+    """
 
     def __init__(self, config: StackConfig | None = None, progress: Progress = log.info) -> None:
         self.config = config or StackConfig()
         self._progress = progress
         self._exit = AsyncExitStack()
+        self._watch: Watch | None = None
         self._sockets: dict[str, socket.socket] = {}
+        self.logs = Logs()
         self.services: dict[str, str] = {}
         self.kms: dict[str, KmsServer] = {}
         self.kms_info: dict[str, dict[str, Any]] = {}
 
     async def __aenter__(self) -> Self:
+        self.logs.attach()
+        self._exit.callback(self.logs.detach)
         try:
             await self._start()
         except BaseException:
             await self._exit.aclose()
             raise
+        self._watch = Watch({f"kms-{side}": kms.wait for side, kms in self.kms.items()})
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._watch is None:
+            raise RuntimeError("the stack was not entered")
+        self._watch.stop()
         await self._exit.aclose()
+        self._watch.raise_failure(kind)
 
     # ---- bringing it up
 
@@ -149,12 +164,14 @@ class Stack:
             self._sockets[name] = sock
 
     async def _serve(self, name: str, app: web.Application) -> None:
-        server = await serve(app, self._sockets[name])
+        with self.logs.of(name):
+            server = await serve(app, self._sockets[name])
         self._exit.push_async_callback(server.close)
         self.services[name] = server.url
 
-    async def _serve_unix(self, app: web.Application, path: Path) -> None:
-        server = await serve(app, bind_unix(path, setting="--state DIR"))
+    async def _serve_unix(self, name: str, app: web.Application, path: Path) -> None:
+        with self.logs.of(name):
+            server = await serve(app, bind_unix(path, setting="--state DIR"))
         self._exit.push_async_callback(server.close)
 
     def _image(self) -> OsImage:
@@ -205,8 +222,8 @@ class Stack:
         """Let a trust domain's agent listen: two sockets in the state folder, and a TCP port."""
         folder = self.state / name
         folder.mkdir(exist_ok=True, mode=0o700)
-        await self._serve_unix(dstack_app(agent), folder / "dstack.sock")
-        await self._serve_unix(tappd_app(agent), folder / "tappd.sock")
+        await self._serve_unix(service, dstack_app(agent), folder / "dstack.sock")
+        await self._serve_unix(service, tappd_app(agent), folder / "tappd.sock")
         await self._serve(service, tcp_app(agent))
         return folder
 
@@ -232,7 +249,8 @@ class Stack:
         )
         self._exit.push_async_callback(kms.stop)
         try:
-            await kms.start()
+            with self.logs.of(name):
+                await kms.start()
         except KmsError as error:
             raise StackError(f"{name}: {error}") from error
         self.kms[side] = kms
