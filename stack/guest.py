@@ -81,6 +81,11 @@ class GuestConfig:
     kms: KmsBoot | None = None
     allow_emit_event: bool = True
 
+    @property
+    def name(self) -> str:
+        """The app's name, with the instance's where it has one."""
+        return f"{self.compose.name}: {self.instance}" if self.instance else self.compose.name
+
 
 def power_on(intel: Intel, config: GuestConfig) -> TrustDomain:
     """Boot a trust domain of that configuration, up to where it needs keys."""
@@ -97,7 +102,7 @@ def power_on(intel: Intel, config: GuestConfig) -> TrustDomain:
         platform,
         image,
         config.compose,
-        instance_seed=seed.derive(f"instance {config.compose.name}{config.instance and f': {config.instance}'}", 32),
+        instance_seed=seed.derive(f"instance {config.name}", 32),
         vm_config=vm_config,
         claimed_config=machine.config,
         app_id=config.app_id,
@@ -175,7 +180,7 @@ class Guest:
         return server.url
 
     async def _agent(self) -> GuestAgent:
-        seed = Seed.of(self.config.seed).child(f"guest {self.config.compose.name}")
+        seed = Seed.of(self.config.seed).child(f"guest {self.config.name}")
         agent = GuestAgent(self.domain, seed.stream("agent"), allow_emit_event=self.config.allow_emit_event)
         keys, issuer = await self._keys(seed)
         if isinstance(issuer, KmsIssuer):
