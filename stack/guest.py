@@ -93,6 +93,11 @@ class GuestConfig:
     key_provider: Literal["none", "local-sgx"] = "none"
     allow_emit_event: bool = True
 
+    @property
+    def name(self) -> str:
+        """The app's name, with the instance's where it has one."""
+        return f"{self.compose.name}: {self.instance}" if self.instance else self.compose.name
+
 
 def instance_seed(seed: Seed, name: str, instance: str = "") -> bytes:
     """What the instance id of a guest of that name grows from, 32 bytes; `instance` tells its instances apart."""
@@ -123,7 +128,11 @@ def power_on(intel: Intel, config: GuestConfig) -> TrustDomain:
         platform,
         image,
         config.compose,
+<<<<<<< HEAD
         instance_seed=instance_seed(seed, config.compose.name, config.instance),
+=======
+        instance_seed=seed.derive(f"instance {config.name}", 32),
+>>>>>>> boot5
         vm_config=vm_config,
         claimed_config=machine.config,
         app_id=config.app_id,
@@ -205,6 +214,7 @@ class Guest:
         self._exit.push_async_callback(server.close)
         return server.url
 
+<<<<<<< HEAD
     async def _provide(self, keys: AppKeys, issuer: CertificateIssuer) -> None:
         if self._kms_url:
             self._kms_ca.write_text(keys.ca_cert)
@@ -225,6 +235,16 @@ class Guest:
             else:
                 self._progress(f"keys from {kms.url}")
                 return
+=======
+    async def _agent(self) -> GuestAgent:
+        seed = Seed.of(self.config.seed).child(f"guest {self.config.name}")
+        agent = GuestAgent(self.domain, seed.stream("agent"), allow_emit_event=self.config.allow_emit_event)
+        keys, issuer = await self._keys(seed)
+        if isinstance(issuer, KmsIssuer):
+            self._exit.push_async_callback(issuer.close)
+        await agent.provide(keys, issuer)
+        return agent
+>>>>>>> boot5
 
     async def _keys(self, seed: Seed) -> tuple[AppKeys, CertificateIssuer]:
         """Get the keys, and measure where they came from; an issuer's connections are closed with the guest."""
