@@ -99,9 +99,9 @@ class GuestConfig:
         return f"{self.compose.name}: {self.instance}" if self.instance else self.compose.name
 
 
-def instance_seed(seed: Seed, name: str, instance: str = "") -> bytes:
-    """What the instance id of a guest of that name grows from, 32 bytes; `instance` tells its instances apart."""
-    return seed.derive(f"instance {name}{instance and f': {instance}'}", 32)
+def instance_seed(seed: Seed, name: str) -> bytes:
+    """What the instance id of a guest of that name grows from, 32 bytes."""
+    return seed.derive(f"instance {name}", 32)
 
 
 def local_key_provider(seed: Seed, name: str) -> KeyProvider:
@@ -128,11 +128,7 @@ def power_on(intel: Intel, config: GuestConfig) -> TrustDomain:
         platform,
         image,
         config.compose,
-<<<<<<< HEAD
-        instance_seed=instance_seed(seed, config.compose.name, config.instance),
-=======
-        instance_seed=seed.derive(f"instance {config.name}", 32),
->>>>>>> boot5
+        instance_seed=instance_seed(seed, config.name),
         vm_config=vm_config,
         claimed_config=machine.config,
         app_id=config.app_id,
@@ -189,7 +185,7 @@ class Guest:
         self.pccs_url = self._pccs_url or await self._serve_pccs()
         self.domain = power_on(self.intel, self.config)
         self._kms_ca = folder / "kms-ca.pem"
-        seed = Seed.of(self.config.seed).child(f"guest {self.config.compose.name}")
+        seed = Seed.of(self.config.seed).child(f"guest {self.config.name}")
         self.agent = GuestAgent(self.domain, seed.stream("agent"), allow_emit_event=self.config.allow_emit_event)
         kms = self.config.kms
         if kms is None or not kms.keeps_asking:
@@ -214,7 +210,6 @@ class Guest:
         self._exit.push_async_callback(server.close)
         return server.url
 
-<<<<<<< HEAD
     async def _provide(self, keys: AppKeys, issuer: CertificateIssuer) -> None:
         if self._kms_url:
             self._kms_ca.write_text(keys.ca_cert)
@@ -235,16 +230,6 @@ class Guest:
             else:
                 self._progress(f"keys from {kms.url}")
                 return
-=======
-    async def _agent(self) -> GuestAgent:
-        seed = Seed.of(self.config.seed).child(f"guest {self.config.name}")
-        agent = GuestAgent(self.domain, seed.stream("agent"), allow_emit_event=self.config.allow_emit_event)
-        keys, issuer = await self._keys(seed)
-        if isinstance(issuer, KmsIssuer):
-            self._exit.push_async_callback(issuer.close)
-        await agent.provide(keys, issuer)
-        return agent
->>>>>>> boot5
 
     async def _keys(self, seed: Seed) -> tuple[AppKeys, CertificateIssuer]:
         """Get the keys, and measure where they came from; an issuer's connections are closed with the guest."""
