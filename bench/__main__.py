@@ -22,6 +22,7 @@ BENCHMARKS: Final = (
     "getappkey",
     "getappkey_new",
     "gettempcacert",
+    "image_verify",
 )
 
 
