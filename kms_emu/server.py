@@ -22,7 +22,7 @@ from attest.version import REVISION, UPSTREAM
 from kms_emu.admin import admin_app
 from kms_emu.auth_api import AuthApi, DevAuth, WebhookAuth
 from kms_emu.cert_dir import ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT, CertDir
-from kms_emu.config import Core, KmsConfig
+from kms_emu.config import AttestationConfig, Core, KmsConfig
 from kms_emu.errors import ConfigError, KmsError, NotAttestedError, context
 from kms_emu.guest_agent import GuestAgent
 from kms_emu.image_cache import ImageCache
@@ -32,6 +32,7 @@ from kms_emu.metrics import AttestationMetrics
 from kms_emu.service import Caller, Environment, KmsService, OnboardService, kms_table, onboard_table
 from kms_emu.setup_page import content_security_policy, setup_page
 from transport.events import EventLog
+from transport.image_store import ImageStore
 from transport.listen import Server, ServerTlsContext, bind_tcp, serve
 from transport.pccs_client import AttestationVerifier, Clock, PccsClient
 from transport.prpc_server import add_prpc
@@ -46,14 +47,17 @@ REISSUE_FAILED: Final = (
 )
 STATE_FAILED: Final = "Failed to initialize KMS state"
 
-def trust_anchor(core: Core) -> TrustAnchor:
-    """Read the root that callers are judged under: Intel's own, or the configured one with the insecure opt-in."""
-    roots = core.attestation.root_ca
+def trust_anchor(attestation: AttestationConfig, section: str = "core.") -> TrustAnchor:
+    """Read the root that callers are judged under: Intel's own, or the configured one with the insecure opt-in.
+
+    `section` is what stands before `attestation` in the names of its keys.
+    """
+    roots = attestation.root_ca
     given = [name for name in type(roots).model_fields if getattr(roots, name) is not None]
-    if given and not core.attestation.insecure_allow_external_trust_anchors:
+    if given and not attestation.insecure_allow_external_trust_anchors:
         raise ConfigError(
-            f"Failed to initialize KMS state: failed to load attestation verifier: core.attestation.root_ca.{given[0]} "
-            "is set, which needs core.attestation.insecure_allow_external_trust_anchors = true"
+            f"failed to load attestation verifier: {section}attestation.root_ca.{given[0]} is set, which needs "
+            f"{section}attestation.insecure_allow_external_trust_anchors = true"
         )
     path = roots.tdx
     if path is None:
@@ -64,9 +68,11 @@ def trust_anchor(core: Core) -> TrustAnchor:
             x509.load_pem_x509_certificate(data) if b"-----BEGIN" in data else x509.load_der_x509_certificate(data)
         )
     except OSError as error:
-        raise ConfigError(f"core.attestation.root_ca.tdx: cannot read {path}: {error.strerror}") from error
+        raise ConfigError(f"{section}attestation.root_ca.tdx: cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"core.attestation.root_ca.tdx: {path} is no certificate in PEM or DER: {error}") from error
+        raise ConfigError(
+            f"{section}attestation.root_ca.tdx: {path} is no certificate in PEM or DER: {error}"
+        ) from error
     return TrustAnchor.of(certificate)
 
 
@@ -75,6 +81,12 @@ def auth_api(core: Core) -> AuthApi:
     if core.auth_api.type == "dev":
         return DevAuth(core.auth_api.dev.gateway_app_id)
     return WebhookAuth(core.auth_api.webhook.url)
+
+
+def image_store(core: Core) -> ImageStore:
+    """Make what judges OS images, with the configured cache."""
+    image = core.image
+    return ImageStore(image.cache_dir, image.download_url, image.download_timeout)
 
 
 class KmsServer:
@@ -101,6 +113,8 @@ class KmsServer:
         self.phase: Phase = "starting"
         core = config.core
         self.log = EventLog("kms_emu", **({"site": core.site_name} if core.site_name else {}))
+        with context("Failed to initialize KMS state"):
+            anchor = trust_anchor(core.attestation)
         self._admin_token = admin_token
         self._admin_sock: socket.socket | None = None
         self._admin_server: Server | None = None
@@ -111,12 +125,13 @@ class KmsServer:
             folder=self._folder,
             agent=GuestAgent(agent_address),
             auth=auth or auth_api(core),
-            verifier=AttestationVerifier(self._pccs, trust_anchor(core), clock),
+            verifier=AttestationVerifier(self._pccs, anchor, clock),
             clock=clock,
             issue_clock=issue_clock or clock,
             entropy=entropy,
             log=self.log,
             evidence_form=config.emulator.rpc_cert_evidence,
+            images=image_store(core) if core.image.verify else None,
         )
         self._sock = sock
         self._server: Server | None = None
@@ -165,9 +180,9 @@ class KmsServer:
     def _warn(self, core: Core) -> None:
         """Log the settings that make this KMS weaker than it looks."""
         warn = functools.partial(self.log.warning, "weakened")
-        if core.image.verify:
-            reason = "OS images are not measured yet; os_image_hash is believed as claimed"
-            warn(setting="core.image.verify = true", reason=reason)
+        if not core.image.verify:
+            reason = "OS images are not measured; os_image_hash is believed as claimed"
+            warn(setting="core.image.verify = false", reason=reason)
         if not core.enforce_self_authorization:
             reason = "trusted RPCs are not gated by this KMS's own attestation"
             warn(setting="core.enforce_self_authorization = false", reason=reason)
@@ -209,6 +224,8 @@ class KmsServer:
         await self._env.agent.close()
         await self._env.auth.close()
         await self._pccs.close()
+        if self._env.images is not None:
+            await self._env.images.close()
 
     def _end(self, error: BaseException | None) -> None:
         if self._ended is None or self._ended.done():

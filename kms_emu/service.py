@@ -33,6 +33,7 @@ from kms_emu.journal import journaled
 from kms_emu.keys import Entropy, KmsKeys
 from kms_emu.onboarding import ZERO_REPORT_DATA, Receiver, own_evidence
 from transport.events import EventLog
+from transport.image_store import ImageStore
 from transport.pccs_client import AttestationVerifier, Clock
 from transport.service import Rpc, ServiceTable, without_arguments, without_context
 
@@ -42,7 +43,8 @@ class Environment:
     """What a KMS runs with: configuration, storage, its agent, who decides, who verifies, time and randomness.
 
     `clock` is the time that evidence and collateral are judged at; `issue_clock` dates certificates. `evidence_form` is
-    how the RPC certificate carries its evidence.
+    how the RPC certificate carries its evidence. Without `images` (`core.image.verify` switched off) an OS image's hash
+    is believed as claimed.
     """
 
     core: Core
@@ -55,6 +57,7 @@ class Environment:
     entropy: Entropy
     log: EventLog
     evidence_form: EvidenceForm = "versioned"
+    images: ImageStore | None = None
 
     async def rpc_evidence(self, kms_keys: KmsKeys) -> Attestation | None:
         """Attest the RPC listener's key; None where `attest_rpc_cert` is switched off."""
@@ -201,6 +204,7 @@ class KmsService:
             environment.auth,
             lambda: own_evidence(environment.agent, environment.verifier),
             enforce_self=environment.core.enforce_self_authorization,
+            images=environment.images,
         )
 
     async def get_meta(self) -> pb.GetMetaResponse:

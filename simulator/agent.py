@@ -46,6 +46,11 @@ class GuestAgent:
         self._demo_certificate = ""
 
     @property
+    def has_keys(self) -> bool:
+        """Whether it was given keys."""
+        return self._provided is not None
+
+    @property
     def keys(self) -> AppKeys:
         """The keys it was given; raise `GuestError` while there are none."""
         return self._require_provided()[0]

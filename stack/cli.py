@@ -14,18 +14,41 @@ from kms_emu.errors import ConfigError, KmsError
 from simulator.errors import GuestError
 from stack import logs
 from stack.commands.common import WARNING, UsageError, say
-from stack.config import StackError
+from stack.config import PartEndedError, StackError
 from transport.errors import ListenError, TransportError
 
-COMMANDS = ("up", "agent", "boot", "pccs", "quote", "inspect", "verify", "kms", "auth", "setup", "health")
+COMMANDS = (
+    "up",
+    "exec",
+    "runbook",
+    "agent",
+    "boot",
+    "pccs",
+    "quote",
+    "inspect",
+    "verify",
+    "verifier",
+    "image",
+    "kms",
+    "auth",
+    "setup",
+    "health",
+)
 """Each is a module of `stack.commands`, imported when it is asked for: a command starts without what others need."""
 
-FAILED, USED_WRONGLY = 1, 2
+FAILED, USED_WRONGLY, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its status: 0 done, 1 failed, 2 used or set up wrongly."""
-    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        status = _run(sys.argv[1:] if argv is None else list(argv))
+    except KeyboardInterrupt:  # before the command was ready to take it
+        status = INTERRUPTED
+    sys.exit(status)
+
+
+def _run(words: Sequence[str]) -> int:
     named = next((word for word in words if word in COMMANDS), None)
     arguments = parser(COMMANDS if named is None else (named,)).parse_args(words)
     module = _module(arguments.command)
@@ -34,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     logs.set_up(arguments.verbose, arguments.log_format, getattr(module, "TALKATIVE", ()), level)
     try:
         status: int = module.run(arguments)
+        return status
     except (UsageError, StackError, ConfigError, ListenError) as error:
         say(f"Error: {_one_line(error)}")
-        status = USED_WRONGLY
-    except (KmsError, GuestError, AttestError, TransportError) as error:
+        return USED_WRONGLY
+    except (PartEndedError, KmsError, GuestError, AttestError, TransportError) as error:
         say(f"Error: {_one_line(error)}")
-        status = FAILED
-    sys.exit(status)
+        return FAILED
 
 
 def parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:

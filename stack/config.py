@@ -21,13 +21,23 @@ PORTS: Final[Mapping[str, int]] = MappingProxyType(
         "kms-src": 9301,
         "kms-dst": 9302,
         "app": 8090,
+        "verifier": 8088,
     }
 )
 """Services in the order they are bound, and the ports they have by default."""
 
+IMAGE_PORT: Final = 8089
+"""Where `dstack-emu image serve` listens by default."""
+IMAGE_URL: Final = f"http://127.0.0.1:{IMAGE_PORT}/mr_{{OS_IMAGE_HASH}}.tar.gz"
+"""Where a stack looks for images of the legacy variant; its own are of the lite one, and need no download."""
+
 
 class StackError(Exception):
     """A stack that cannot be brought up; the text names the part and the next step."""
+
+
+class PartEndedError(Exception):
+    """A part that failed while the stack ran; the text names it. The others are stopped by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +46,7 @@ class StackConfig:
 
     `state` is the folder for keys, sockets and policies (None: a temporary one, gone afterwards); `policies` another
     place for the two policy files. With `fresh` it stops at the runbook's starting point. `host` is where it listens.
+    `image_dir` is the OS image that everything boots, instead of the seed's.
     """
 
     seed: str = DEFAULT_SEED
@@ -44,6 +55,7 @@ class StackConfig:
     ports: Mapping[str, int] = field(default_factory=lambda: PORTS)
     state: Path | None = None
     policies: Path | None = None
+    image_dir: Path | None = None
 
     @classmethod
     def on_free_ports(cls, **settings: object) -> Self:

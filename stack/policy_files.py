@@ -59,8 +59,13 @@ def place(paths: Iterable[Path]) -> None:
 
 def write(path: Path, policy: dict[str, Any]) -> None:
     """Put a policy in place at once."""
+    replace(path, (json.dumps(policy, indent=2) + "\n").encode())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Put a file's content in place at once."""
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(json.dumps(policy, indent=2) + "\n")
+    temporary.write_bytes(content)
     if os.geteuid() == 0:  # in a container: whoever has the folder has to be able to edit the policies in it
         owner = path.parent.stat()
         os.chown(temporary, owner.st_uid, owner.st_gid)

@@ -36,14 +36,21 @@ from simulator.app_keys import OwnKeys
 from simulator.errors import GuestError
 from simulator.guest_boot import fetch_keys
 from simulator.image import OsImage
+from simulator.image_files import ImageFileError, load_image
 from simulator.intel import Intel
 from simulator.pccs import pccs_app
 from simulator.seed import Seed
-from simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
+from simulator.trust_domain import AppCompose, TrustDomain
 from stack import policy_files
 from stack.clock import ISSUED_AT, wall_clock
-from stack.config import PORTS, StackConfig, StackError
+from stack.config import IMAGE_URL, PORTS, StackConfig, StackError
+from stack.guest import instance_seed, local_key_provider
+from stack.kept_logs import Logs
+from stack.verifier import Verifier
+from stack.verifier_server import verifier_app
+from stack.watch import Watch
 from transport.client import PrpcClient, RpcError, TransportError
+from transport.image_store import ImageStore
 from transport.listen import bind_tcp, bind_unix, serve
 from transport.pccs_client import AttestationVerifier, PccsClient
 
@@ -61,29 +68,42 @@ log = logging.getLogger("stack")
 
 
 class Stack:
-    """One deployment. Enter it to bring it up; leaving it stops every part."""
+    """One deployment. Enter it to bring it up; leaving it stops every part.
+
+    When a part fails meanwhile, the block is cancelled and ends with a `PartEndedError`. `services` has URLs, `intel`
+    and `root_ca` the trust root, `kms_info` what both KMS measure, `app.domain` the app, `logs` what the parts log.
+    """
 
     def __init__(self, config: StackConfig | None = None, progress: Progress = log.info) -> None:
         self.config = config or StackConfig()
         self._progress = progress
         self._exit = AsyncExitStack()
+        self._watch: Watch | None = None
         self._sockets: dict[str, socket.socket] = {}
+        self.logs = Logs()
         self.services: dict[str, str] = {}
         self.kms: dict[str, KmsServer] = {}
         self.kms_info: dict[str, dict[str, Any]] = {}
 
     async def __aenter__(self) -> Self:
+        self.logs.attach()
+        self._exit.callback(self.logs.detach)
         try:
             await self._start()
         except BaseException:
             await self._exit.aclose()
             raise
+        self._watch = Watch({f"kms-{side}": kms.wait for side, kms in self.kms.items()})
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._watch is None:
+            raise RuntimeError("the stack was not entered")
+        self._watch.stop()
         await self._exit.aclose()
+        self._watch.raise_failure(kind)
 
     # ---- bringing it up
 
@@ -105,9 +125,10 @@ class Stack:
         self.root_ca = self.state / "root-ca.pem"
         self.root_ca.write_text(self.intel.root_pem)
         self.kms_ca = self.state / "kms-src" / "certs" / ROOT_CA_CERT
-        image = OsImage.from_seed(seed.derive)
+        image = self._image()
         await self._serve("pccs", pccs_app(self.intel))
         self.verifier = self._verifier()
+        await self._serve_verifier()
         self.policies = self._prepare_policies()
         for side in SIDES:
             await self._serve(f"auth-{side}", simple_app(str(self.policies[side])))
@@ -143,18 +164,36 @@ class Stack:
             self._sockets[name] = sock
 
     async def _serve(self, name: str, app: web.Application) -> None:
-        server = await serve(app, self._sockets[name])
+        with self.logs.of(name):
+            server = await serve(app, self._sockets[name])
         self._exit.push_async_callback(server.close)
         self.services[name] = server.url
 
-    async def _serve_unix(self, app: web.Application, path: Path) -> None:
-        server = await serve(app, bind_unix(path, setting="--state DIR"))
+    async def _serve_unix(self, name: str, app: web.Application, path: Path) -> None:
+        with self.logs.of(name):
+            server = await serve(app, bind_unix(path, setting="--state DIR"))
         self._exit.push_async_callback(server.close)
+
+    def _image(self) -> OsImage:
+        """The image that every trust domain boots."""
+        folder = self.config.image_dir
+        if folder is None:
+            return OsImage.from_seed(self._seed.derive)
+        try:
+            return load_image(folder)
+        except ImageFileError as error:
+            raise StackError(str(error)) from error
 
     def _verifier(self) -> AttestationVerifier:
         pccs = PccsClient(self.services["pccs"])
         self._exit.push_async_callback(pccs.close)
         return AttestationVerifier(pccs, TrustAnchor(self.intel.root_der), wall_clock)
+
+    async def _serve_verifier(self) -> None:
+        """Judge for anybody who asks, with the KMS's own cache of images."""
+        images = ImageStore(self.state / "images", IMAGE_URL, TIMEOUT)
+        self._exit.push_async_callback(images.close)
+        await self._serve("verifier", verifier_app(Verifier(self.verifier, images)))
 
     def _prepare_policies(self) -> dict[str, Path]:
         folder = (self.config.policies or self.state / "policies").absolute()
@@ -170,12 +209,11 @@ class Stack:
 
     def _domain(self, name: str, image: OsImage) -> TrustDomain:
         """Power a trust domain on, on a machine of its own."""
-        seed = self._seed.child(f"trust domain {name}")
         domain = TrustDomain(
             self.intel.platform(f"host of {name}"),
             image,
             AppCompose.named(name),
-            instance_seed=seed.derive("instance id", 32),
+            instance_seed=instance_seed(self._seed, name),
         )
         domain.boot()
         return domain
@@ -184,8 +222,8 @@ class Stack:
         """Let a trust domain's agent listen: two sockets in the state folder, and a TCP port."""
         folder = self.state / name
         folder.mkdir(exist_ok=True, mode=0o700)
-        await self._serve_unix(dstack_app(agent), folder / "dstack.sock")
-        await self._serve_unix(tappd_app(agent), folder / "tappd.sock")
+        await self._serve_unix(service, dstack_app(agent), folder / "dstack.sock")
+        await self._serve_unix(service, tappd_app(agent), folder / "tappd.sock")
         await self._serve(service, tcp_app(agent))
         return folder
 
@@ -195,7 +233,7 @@ class Stack:
         self._progress(f"starting {name}")
         domain = self._domain(name, image)
         seed = self._seed.child(f"kms {side}")
-        provider = KeyProvider("local-sgx", seed.derive("key provider mr", 32).hex())
+        provider = local_key_provider(self._seed, name)
         domain.complete(provider)
         agent = GuestAgent(domain, seed.stream("agent"))
         own = OwnKeys.from_seed(domain, seed.derive("sealing key", 32), provider, ISSUED_AT)
@@ -211,7 +249,8 @@ class Stack:
         )
         self._exit.push_async_callback(kms.stop)
         try:
-            await kms.start()
+            with self.logs.of(name):
+                await kms.start()
         except KmsError as error:
             raise StackError(f"{name}: {error}") from error
         self.kms[side] = kms
@@ -237,7 +276,7 @@ class Stack:
                     "urls": {"pccs": self.services["pccs"]},
                     "root_ca": {"tdx": str(self.root_ca)},
                 },
-                "image": {"verify": False},
+                "image": {"cache_dir": str(self.state / "images"), "download_url": IMAGE_URL},
                 "auth_api": {"type": "webhook", "webhook": {"url": self.services[f"auth-{side}"]}},
                 "onboard": {"address": host, "port": port},
             },

@@ -4,7 +4,7 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,11 @@ def test_certificates_pass_openssl_under_the_kms_root(
     assert openssl("verify", "-CAfile", temp_ca, "-purpose", "sslclient", str(shown)) == f"{shown}: OK\n"
 
 
+def emptied(section: str) -> Callable[[dict[str, Any]], object]:
+    """An edit of a policy."""
+    return lambda policy: policy[section].clear()
+
+
 def test_certificate_is_refused_in_the_kms_s_words_while_the_policy_denies(
     ready_stack: RunningStack, booted: dict[str, Any]
 ) -> None:
@@ -174,7 +179,7 @@ def test_certificate_is_refused_in_the_kms_s_words_while_the_policy_denies(
         "kms": "KMS self authorization failed: KMS is not allowed: aggregated MR not allowed",
     }
     for section, said in refusals.items():
-        with ready_stack.policy_changed("src", lambda policy, section=section: policy[section].clear()):
+        with ready_stack.policy_changed("src", emptied(section)):
             status, answer = ask(booted["dstack_sock"], "/GetTlsKey", {"subject": "app"})
             assert (status, said in answer["error"]) == (400, True)
             assert answer["error"].startswith("Failed to sign the CSR: Request failed with status=400 Bad Request, ")

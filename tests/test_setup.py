@@ -70,7 +70,7 @@ def test_service_that_does_not_answer_is_named(option: str) -> None:
 
 def test_health_of_nothing_and_of_no_url_is_refused() -> None:
     assert usage_error("health") == "nothing to ask: give --state DIR, --url URL or --kms HOST:PORT"
-    assert usage_error("health", "--url", "ftp://x") == "http(s) URL expected, got 'ftp://x'"
+    assert usage_error("health", "--url", "ftp://x") == "http(s)://host:port/path expected, got 'ftp://x'"
 
 
 def test_setup_where_nothing_answers_says_who(tmp_path: Path) -> None:

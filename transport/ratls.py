@@ -107,7 +107,7 @@ class RaTlsClient:
             except AttestError as error:
                 raise VerificationError(f"failed to validate the server attestation of {url}: {error}") from error
 
-        self._client = PrpcClient(url, timeout=timeout, ssl=_context(identity, root_ca), check_server=check)
+        self._client = PrpcClient(url, timeout=timeout, ssl=client_context(identity, root_ca), check_server=check)
 
     async def call(self, method: str, request: Message, answer: type[M]) -> M:
         """Ask one method and read its answer.
@@ -143,7 +143,8 @@ class RaTlsClient:
         return Peer(verified, usage_of(certificate))
 
 
-def _context(identity: Identity | None, root_ca: str | None) -> ssl.SSLContext:
+def client_context(identity: Identity | None = None, root_ca: str | None = None) -> ssl.SSLContext:
+    """Make a client's TLS settings: show an identity, if given; check the server under a root (PEM), or not at all."""
     # Not ssl.create_default_context(): from Python 3.13 it asks for authority key identifiers, which dstack's
     # certificates, ours as upstream's, do not carry.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keys", type=Path, metavar="FILE", help="upstream's key file (appkeys.json) instead of new keys"
     )
+    parser.add_argument(
+        "--key-provider",
+        choices=("none", "local-sgx"),
+        default="none",
+        help="who gave it its new keys, as it says; the KMS of `up` have local-sgx (%(default)s)",
+    )
     add_guest_options(parser)
     add_world_options(parser)
 
@@ -65,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         platform_state=platform,
         vendor_state=vendor,
         key_file=load_key_file(arguments.keys),
+        key_provider=arguments.key_provider,
         allow_emit_event=not arguments.upstream_compat,
     )
     return serve_guest(config, arguments)

@@ -36,16 +36,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long the KMS may be out of reach at first; it is asked again until then (not at all)",
     )
+    parser.add_argument(
+        "--keep-asking",
+        action="store_true",
+        help="listen at once, without keys, and ask until the KMS gives them, whatever it says meanwhile",
+    )
     add_listener_options(parser)
     add_guest_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Boot, and run the agent until a signal."""
+    kms = KmsBoot(
+        arguments.kms,
+        measures_kms=arguments.release == "0.5",
+        patience=arguments.wait,
+        keeps_asking=arguments.keep_asking,
+    )
     config = guest_config(
         arguments,
         platform_state=PlatformState(other_root=arguments.other_root),
-        kms=KmsBoot(arguments.kms, measures_kms=arguments.release == "0.5", patience=arguments.wait),
+        kms=kms,
         allow_emit_event=not arguments.upstream_compat,
     )
     return serve_guest(config, arguments)

@@ -12,7 +12,7 @@ from simulator.platform import PART_STATUSES, TCB_STATUSES, PlatformState
 from simulator.seed import DEFAULT_SEED
 from simulator.trust_domain import AppCompose, DomainSettings
 from stack.commands.common import UsageError, hex_bytes
-from stack.guest import GuestConfig, Machine
+from stack.guest import DEFAULT_NAME, GuestConfig, Machine
 
 _UNITS: Final = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 _MAX_MEMORY: Final = 1 << 52  # bytes that x86-64 can address physically
@@ -44,11 +44,15 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
 
 def add_guest_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that describe a guest."""
-    default = GuestConfig()
     add_seed(parser)
     guest = parser.add_argument_group("the guest")
     guest.add_argument(
-        "--platform", default=default.platform, metavar="NAME", help="the machine: each name has a device id of its own"
+        "--name", metavar="NAME", help=f"the app's name, where its app-compose is made up ({DEFAULT_NAME})"
+    )
+    guest.add_argument(
+        "--platform",
+        metavar="NAME",
+        help="the machine: each name has a device id of its own (`host of ` and the made-up app's name)",
     )
     guest.add_argument(
         "--app-compose", type=Path, metavar="FILE", help="the app's app-compose.json (made up without it)"
@@ -59,6 +63,7 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     )
     guest.add_argument("--image", default="dstack-emu", metavar="NAME", help="name of the OS image (%(default)s)")
     guest.add_argument("--image-version", default="0.5.11", metavar="TEXT", help="its version (%(default)s)")
+    guest.add_argument("--image-dir", type=Path, metavar="DIR", help="boot this image (see `dstack-emu image build`)")
     guest.add_argument("--cpus", type=cpu_count, default=2, metavar="N", help="CPUs of the VM (%(default)s)")
     guest.add_argument(
         "--memory", type=memory_size, default=2 * 1024**3, metavar="SIZE", help="its memory: 2G, or 2816M and more"
@@ -97,8 +102,8 @@ def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
     try:
         return GuestConfig(
             seed=arguments.seed,
-            platform=arguments.platform,
-            compose=_compose(arguments.app_compose),
+            platform=arguments.platform or f"host of {arguments.name or DEFAULT_NAME}",
+            compose=_compose(arguments.app_compose, arguments.name),
             app_id=_app_id(arguments.app_id),
             instance=arguments.instance,
             machine=Machine(
@@ -107,6 +112,7 @@ def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
                 arguments.cpus,
                 arguments.memory,
                 None if arguments.sys_config is None else load_vm_config(arguments.sys_config),
+                arguments.image_dir,
             ),
             settings=DomainSettings(
                 arguments.debug,
@@ -153,9 +159,11 @@ def load_key_file(path: Path | None) -> KeyFile | None:
         raise UsageError(str(error)) from error
 
 
-def _compose(path: Path | None) -> AppCompose:
+def _compose(path: Path | None, name: str | None) -> AppCompose:
     if path is None:
-        return GuestConfig().compose
+        return AppCompose.named(DEFAULT_NAME if name is None else name)
+    if name is not None:
+        raise UsageError("--name is for a made-up app-compose: with --app-compose the file has the name")
     return AppCompose.parse(read_text(path, "app-compose"))
 
 
