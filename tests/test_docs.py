@@ -185,7 +185,8 @@ def test_kms_of_ones_own_bootstraps_by_the_readmes_file(folder: Path) -> None:
         )
         try:
             assert kms.stderr
-            url = re.search(r"onboard phase\) at (\S+)\.", kms.stderr.readline())
+            greeting = next(line for line in kms.stderr if line.startswith("KMS ("))
+            url = re.search(r"onboard phase\) at (\S+)\.", greeting)
             assert url
             post = ("-X", "POST", "-d", '{"domain":"127.0.0.1"}')
             status, body = stack.curl(f"{url[1]}/prpc/Onboard.Bootstrap?json", *post)
