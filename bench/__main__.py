@@ -18,6 +18,7 @@ BENCHMARKS: Final = (
     "verification",
     "getquote",
     "startup",
+    "runbook",
     "getappkey",
     "getappkey_new",
     "gettempcacert",

@@ -177,10 +177,21 @@ class Core(_Section):
         return self.attestation.urls.pccs or self.pccs_url
 
 
+class Grpc(_Section):
+    """[emulator.grpc]: where gRPC is served, if it is."""
+
+    enabled: bool = False
+    address: str = "127.0.0.1"
+    port: Port = 8002
+    mtls_port: Port = 8003
+    admin_port: Port = 8004
+
+
 class Emulator(_Section):
     """[emulator], our own: what no upstream KMS of today does, and none minds in its file."""
 
     rpc_cert_evidence: EvidenceForm = "versioned"
+    grpc: Grpc = Grpc()
 
 
 class KmsConfig(_Section):

@@ -32,6 +32,7 @@ COMMANDS = (
     "kms",
     "auth",
     "setup",
+    "proto",
     "health",
 )
 """Each is a module of `stack.commands`, imported when it is asked for: a command starts without what others need."""

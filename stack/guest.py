@@ -32,7 +32,7 @@ from simulator.platform import PlatformState
 from simulator.seed import DEFAULT_SEED, Entropy, Seed
 from simulator.trust_domain import AppCompose, DomainSettings, KeyProvider, TrustDomain
 from stack.clock import ISSUED_AT, wall_clock
-from transport.listen import bind_tcp, bind_unix, serve
+from transport.listen import bind_tcp, bind_unix, reachable, reserve_unix, serve
 from transport.pccs_client import AttestationVerifier, PccsClient
 
 DEFAULT_NAME = "app"
@@ -93,10 +93,15 @@ class GuestConfig:
     key_provider: Literal["none", "local-sgx"] = "none"
     allow_emit_event: bool = True
 
+    @property
+    def name(self) -> str:
+        """The app's name, with the instance's where it has one."""
+        return f"{self.compose.name}: {self.instance}" if self.instance else self.compose.name
 
-def instance_seed(seed: Seed, name: str, instance: str = "") -> bytes:
-    """What the instance id of a guest of that name grows from, 32 bytes; `instance` tells its instances apart."""
-    return seed.derive(f"instance {name}{instance and f': {instance}'}", 32)
+
+def instance_seed(seed: Seed, name: str) -> bytes:
+    """What the instance id of a guest of that name grows from, 32 bytes."""
+    return seed.derive(f"instance {name}", 32)
 
 
 def local_key_provider(seed: Seed, name: str) -> KeyProvider:
@@ -123,7 +128,7 @@ def power_on(intel: Intel, config: GuestConfig) -> TrustDomain:
         platform,
         image,
         config.compose,
-        instance_seed=instance_seed(seed, config.compose.name, config.instance),
+        instance_seed=instance_seed(seed, config.name),
         vm_config=vm_config,
         claimed_config=machine.config,
         app_id=config.app_id,
@@ -149,11 +154,15 @@ class Guest:
         pccs_url: str | None = None,
         dstack_sock: Path | None = None,
         tappd_sock: Path | None = None,
+        grpc: tuple[str, int] | None = None,
+        grpc_sock: Path | None = None,
         progress: Callable[[str], None] = log.info,
     ) -> None:
         self.config, self._progress = config, progress
         self._host, self._port, self._pccs_url = host, port, pccs_url
         self._dstack_sock, self._tappd_sock = dstack_sock, tappd_sock
+        self._grpc, self._grpc_sock = grpc, grpc_sock
+        self.grpc: dict[str, str] = {}
         self._kms_url = "" if config.kms is None else config.kms.url.rstrip("/")
         self._exit = AsyncExitStack()
 
@@ -180,7 +189,7 @@ class Guest:
         self.pccs_url = self._pccs_url or await self._serve_pccs()
         self.domain = power_on(self.intel, self.config)
         self._kms_ca = folder / "kms-ca.pem"
-        seed = Seed.of(self.config.seed).child(f"guest {self.config.compose.name}")
+        seed = Seed.of(self.config.seed).child(f"guest {self.config.name}")
         self.agent = GuestAgent(self.domain, seed.stream("agent"), allow_emit_event=self.config.allow_emit_event)
         kms = self.config.kms
         if kms is None or not kms.keeps_asking:
@@ -196,9 +205,24 @@ class Guest:
         server = await serve(tcp_app(self.agent), sock)
         self._exit.push_async_callback(server.close)
         self.url = server.url
+        if self._grpc is not None or self._grpc_sock is not None:
+            await self._serve_grpc()
         if kms is not None and kms.keeps_asking:
             asking = asyncio.create_task(self._keep_asking(seed, kms), name="guest asks for its keys")
             self._exit.push_async_callback(_cancelled, asking)
+
+    async def _serve_grpc(self) -> None:
+        from simulator.agent_grpc import serve_agent  # costs time and memory that nobody else should pay
+
+        sock = path = None
+        if self._grpc_sock is not None:
+            path = self.grpc["grpc_sock"] = reserve_unix(self._grpc_sock, setting="--grpc-sock")
+        if self._grpc is not None:
+            sock = bind_tcp(*self._grpc, setting="--grpc HOST:PORT")
+            self._exit.callback(sock.close)
+            self.grpc["grpc_target"] = reachable(sock)
+        server = await serve_agent(self.agent, sock, path)
+        self._exit.push_async_callback(server.close)
 
     async def _serve_pccs(self) -> str:
         server = await serve(pccs_app(self.intel), bind_tcp(self._host, 0))
@@ -288,6 +312,7 @@ class Guest:
             "tappd_url": self.url,
             "dstack_sock": str(self.dstack_sock),
             "tappd_sock": str(self.tappd_sock),
+            **self.grpc,
             "pccs_url": self.pccs_url,
             "root_ca": str(self.root_ca),
             "app_id": domain.app_id.hex(),

@@ -63,7 +63,7 @@ class TextFormatter(logging.Formatter):
         """Write one line."""
         event = record.msg
         if isinstance(event, Event):
-            text = str(Event(event.name, **{key: _clean(str(value)) for key, value in event.fields.items()}))
+            text = str(Event(_clean(event.name), **_clean_fields(event)))
         else:
             text = _clean(record.getMessage())
         line = f"{_time(record)} {_level(record)} {record.name}: {text}"
@@ -84,10 +84,10 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "event": _clean(event.name),
         }
-        line |= {key: _clean(value) if isinstance(value, str) else value for key, value in event.fields.items()}
+        line |= _clean_fields(event)
         if record.exc_info:
             line["exception"] = _safe(self.formatException(record.exc_info))
-        return json.dumps(line, default=lambda value: _clean(str(value)))
+        return json.dumps(line)
 
 
 def _time(record: logging.LogRecord) -> str:
@@ -101,6 +101,12 @@ def _level(record: logging.LogRecord) -> str:
 
 def _clean(text: str) -> str:
     return _FOLD.sub(" ", _safe(text))
+
+
+def _clean_fields(event: Event) -> dict[str, object]:
+    return {
+        key: value if isinstance(value, bool | int) else _clean(str(value)) for key, value in event.fields.items()
+    }
 
 
 def _safe(text: str) -> str:

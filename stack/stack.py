@@ -43,7 +43,7 @@ from simulator.seed import Seed
 from simulator.trust_domain import AppCompose, TrustDomain
 from stack import policy_files
 from stack.clock import ISSUED_AT, wall_clock
-from stack.config import IMAGE_URL, PORTS, StackConfig, StackError
+from stack.config import GRPC_PORTS, IMAGE_URL, PORTS, StackConfig, StackError
 from stack.guest import instance_seed, local_key_provider
 from stack.kept_logs import Logs
 from stack.verifier import Verifier
@@ -51,7 +51,7 @@ from stack.verifier_server import verifier_app
 from stack.watch import Watch
 from transport.client import PrpcClient, RpcError, TransportError
 from transport.image_store import ImageStore
-from transport.listen import bind_tcp, bind_unix, serve
+from transport.listen import bind_tcp, bind_unix, reachable, reserve_unix, serve
 from transport.pccs_client import AttestationVerifier, PccsClient
 
 KMS_DOMAIN: Final = "127.0.0.1"
@@ -82,6 +82,7 @@ class Stack:
         self._sockets: dict[str, socket.socket] = {}
         self.logs = Logs()
         self.services: dict[str, str] = {}
+        self.grpc: dict[str, str] = {}
         self.kms: dict[str, KmsServer] = {}
         self.kms_info: dict[str, dict[str, Any]] = {}
 
@@ -155,11 +156,12 @@ class Stack:
 
     def _bind(self) -> None:
         """Take every port first, so that one that is taken is known before anything runs."""
-        for name in PORTS:
+        defaults = {**PORTS, **GRPC_PORTS} if self.config.grpc else PORTS
+        for name, default in defaults.items():
             moved = f"--port {name}=PORT or --free-ports"
             if self.config.host != "127.0.0.1":
                 moved = f"--listen {self.config.host}, {moved}"
-            sock = bind_tcp(self.config.host, self.config.ports[name], setting=moved)
+            sock = bind_tcp(self.config.host, self.config.ports.get(name, default), setting=moved)
             self._exit.callback(sock.close)
             self._sockets[name] = sock
 
@@ -225,6 +227,13 @@ class Stack:
         await self._serve_unix(service, dstack_app(agent), folder / "dstack.sock")
         await self._serve_unix(service, tappd_app(agent), folder / "tappd.sock")
         await self._serve(service, tcp_app(agent))
+        if self.config.grpc:
+            from simulator.agent_grpc import serve_agent  # costs time and memory that nobody else should pay
+
+            sock, path = self._sockets[f"{service}-grpc"], reserve_unix(folder / "grpc.sock", setting="--state DIR")
+            self.grpc[f"{service}-grpc"] = reachable(sock)
+            server = await serve_agent(agent, sock, path)
+            self._exit.push_async_callback(server.close)
         return folder
 
     async def _start_kms(self, side: str, image: OsImage) -> None:
@@ -246,6 +255,7 @@ class Stack:
             clock=wall_clock,
             issue_clock=lambda: ISSUED_AT,
             sock=self._sockets[name],
+            grpc_socks=self._kms_grpc_socks(name),
         )
         self._exit.push_async_callback(kms.stop)
         try:
@@ -255,6 +265,13 @@ class Stack:
             raise StackError(f"{name}: {error}") from error
         self.kms[side] = kms
         self._note_url(side)
+
+    def _kms_grpc_socks(self, name: str) -> dict[str, socket.socket]:
+        if not self.config.grpc:
+            return {}
+        socks = {"port": self._sockets[f"{name}-grpc"], "mtls_port": self._sockets[f"{name}-grpc-mtls"]}
+        self.grpc |= {f"{name}-grpc": reachable(socks["port"]), f"{name}-grpc-mtls": reachable(socks["mtls_port"])}
+        return socks
 
     def _kms_config(self, side: str, certs: Path) -> KmsConfig:
         host, port = self._sockets[f"kms-{side}"].getsockname()[:2]
@@ -280,6 +297,7 @@ class Stack:
                 "auth_api": {"type": "webhook", "webhook": {"url": self.services[f"auth-{side}"]}},
                 "onboard": {"address": host, "port": port},
             },
+            "emulator": {"grpc": {"enabled": self.config.grpc}},
         }
         return KmsConfig.from_document(document, f"kms-{side}")
 
@@ -383,6 +401,7 @@ class Stack:
         app, folder = self.app.domain, self.state / "app"
         return {
             "services": dict(self.services),
+            "grpc": dict(self.grpc),
             "policies": {side: str(path) for side, path in self.policies.items()},
             "root_ca": str(self.root_ca),
             "kms_ca": str(self.kms_ca),
@@ -393,6 +412,7 @@ class Stack:
                 "compose_hash": app.compose_hash.hex(),
                 "dstack_sock": str(folder / "dstack.sock"),
                 "tappd_sock": str(folder / "tappd.sock"),
+                **({"grpc_sock": str(folder / "grpc.sock")} if self.config.grpc else {}),
             },
             "env": {
                 "DSTACK_SIMULATOR_ENDPOINT": str(folder / "dstack.sock"),

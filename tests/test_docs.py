@@ -25,7 +25,7 @@ from attest.version import EMULATOR
 from kms_emu.admin import TOKEN_VARIABLES
 from kms_emu.config import KmsConfig
 from stack.cli import COMMANDS, parser
-from stack.config import PORTS
+from stack.config import GRPC_PORTS, PORTS
 from stack.verifier_config import VerifierConfig
 from tests.running import RunningStack, running_stack
 from tests.vectors import ROOT
@@ -185,7 +185,8 @@ def test_kms_of_ones_own_bootstraps_by_the_readmes_file(folder: Path) -> None:
         )
         try:
             assert kms.stderr
-            url = re.search(r"onboard phase\) at (\S+)\.", kms.stderr.readline())
+            greeting = next(line for line in kms.stderr if line.startswith("KMS ("))
+            url = re.search(r"onboard phase\) at (\S+)\.", greeting)
             assert url
             post = ("-X", "POST", "-d", '{"domain":"127.0.0.1"}')
             status, body = stack.curl(f"{url[1]}/prpc/Onboard.Bootstrap?json", *post)
@@ -260,7 +261,8 @@ def test_options_of_a_command_are_all_documented_and_no_others(command: str) -> 
 
 def test_port_names_are_documented_with_their_defaults() -> None:
     (row,) = (row for row in rows(document("docs/configuration.md"), "option") if row[0] == "`--port NAME=PORT`")
-    assert re.findall(r"`([\w-]+)` (\d+)", row[-1]) == [(name, str(port)) for name, port in PORTS.items()]
+    ports = {**PORTS, **GRPC_PORTS}
+    assert re.findall(r"`([\w-]+)` (\d+)", row[-1]) == [(name, str(port)) for name, port in ports.items()]
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

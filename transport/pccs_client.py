@@ -24,7 +24,7 @@ from attest.collateral import (
     Document,
     assemble,
 )
-from attest.errors import AttestError, VerificationError
+from attest.errors import AttestError, UnjudgedError, VerificationError
 from attest.verify import TrustAnchor, VerifiedAttestation, require_bound_to_key, verify_attestation
 from transport.client import TransportError, describe_failure
 
@@ -155,12 +155,17 @@ class AttestationVerifier:
     async def verify(self, attestation: Attestation) -> VerifiedAttestation:
         """Verify evidence.
 
-        Raises `VerificationError`, its cause in upstream's words; a PCCS that is down is one.
+        Raises `VerificationError`, its cause in upstream's words; a PCCS that is down, or answers no collateral, is a
+        `UnjudgedError`.
         """
+        try:
+            _key_of_quote(attestation.quote)
+        except AttestError as error:
+            raise VerificationError(f"failed to verify TDX quote: {error}") from error
         try:
             collateral = await self.pccs.collateral(attestation.quote)
         except (TransportError, AttestError) as error:
-            raise VerificationError(f"failed to verify TDX quote: {error}") from error
+            raise UnjudgedError(f"failed to verify TDX quote: {error}") from error
         return self._judge(attestation, collateral)
 
     def _judge(self, attestation: Attestation, collateral: QuoteCollateralV3) -> VerifiedAttestation:
