@@ -13,6 +13,7 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 import aiohttp
@@ -87,7 +88,10 @@ class KeepAliveClient:
             await connector.close()
 
     def _prepare(self, method: str, text: str) -> _Question:
-        url = yarl.URL(text)
+        try:
+            url = yarl.URL(text)
+        except ValueError as error:
+            raise aiohttp.InvalidURL(text, str(error)) from error
         if url.scheme not in ("http", "https") or not url.raw_host:
             raise aiohttp.InvalidURL(text)
         loop = asyncio.get_running_loop()
@@ -201,8 +205,26 @@ def _read_plain(data: bytes) -> Answer | None:
     The form: HTTP/1.1, status 200 with one Content-Length, or 304; each header once, in printable ASCII and none that
     changes how a body or connection is read; no byte more or less than the length says.
     """
-    match = _PLAIN.match(data)
-    if match is None or match.end() > _MAX_HEAD:
+    end = data.find(b"\r\n\r\n") + 4
+    if not 4 <= end <= _MAX_HEAD:
+        return None
+    head = _plain_head(data[:end])
+    if head is None or len(data) != end + head.length:
+        return None
+    return Answer(head.status, head.headers, data[end:])
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    status: int
+    headers: Mapping[str, str]
+    length: int
+
+
+@functools.lru_cache(maxsize=64)  # a server's heads differ by the second
+def _plain_head(data: bytes) -> _Head | None:
+    match = _PLAIN.fullmatch(data)
+    if match is None:
         return None
     headers: dict[str, str] = {}
     lines = match[2].decode("ascii").splitlines()
@@ -213,9 +235,9 @@ def _read_plain(data: bytes) -> Answer | None:
         return None
     if headers.get("connection", "keep-alive").lower() != "keep-alive":
         return None
-    length = headers.get("content-length", "")
-    if match[1] == b"304":
-        return Answer(304, headers, b"") if len(data) == match.end() and length in ("", "0") else None
-    if not length.isdecimal() or len(length) > 9 or len(data) != match.end() + int(length):
+    status, length = int(match[1]), headers.get("content-length")
+    if status == 304:  # it has no body, whatever the length of what it stands for
+        return _Head(status, MappingProxyType(headers), 0)
+    if length is None or not length.isdecimal() or len(length) > 9:
         return None
-    return Answer(200, headers, data[match.end() :])
+    return _Head(status, MappingProxyType(headers), int(length))
