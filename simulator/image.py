@@ -204,7 +204,7 @@ class OsImage:
     @staticmethod
     def acpi_digests(vm_config: VmConfig) -> AcpiDigests:
         """Make up the digests of QEMU's ACPI blobs: a function of the machine's devices, not of the image."""
-        devices = json.dumps(vm_config.model_dump(include=_ACPI_FIELDS), sort_keys=True).encode()
+        devices = json.dumps({name: getattr(vm_config, name) for name in _ACPI_FIELDS}, sort_keys=True).encode()
         loader, rsdp, tables = (made_up_digest(name, devices) for name in ACPI_EVENT_NAMES)
         return loader, rsdp, tables
 

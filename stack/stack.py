@@ -39,10 +39,11 @@ from simulator.image import OsImage
 from simulator.intel import Intel
 from simulator.pccs import pccs_app
 from simulator.seed import Seed
-from simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
+from simulator.trust_domain import AppCompose, TrustDomain
 from stack import policy_files
 from stack.clock import ISSUED_AT, wall_clock
 from stack.config import PORTS, StackConfig, StackError
+from stack.guest import instance_seed, local_key_provider
 from transport.client import PrpcClient, RpcError, TransportError
 from transport.listen import bind_tcp, bind_unix, serve
 from transport.pccs_client import AttestationVerifier, PccsClient
@@ -170,12 +171,11 @@ class Stack:
 
     def _domain(self, name: str, image: OsImage) -> TrustDomain:
         """Power a trust domain on, on a machine of its own."""
-        seed = self._seed.child(f"trust domain {name}")
         domain = TrustDomain(
             self.intel.platform(f"host of {name}"),
             image,
             AppCompose.named(name),
-            instance_seed=seed.derive("instance id", 32),
+            instance_seed=instance_seed(self._seed, name),
         )
         domain.boot()
         return domain
@@ -195,7 +195,7 @@ class Stack:
         self._progress(f"starting {name}")
         domain = self._domain(name, image)
         seed = self._seed.child(f"kms {side}")
-        provider = KeyProvider("local-sgx", seed.derive("key provider mr", 32).hex())
+        provider = local_key_provider(self._seed, name)
         domain.complete(provider)
         agent = GuestAgent(domain, seed.stream("agent"))
         own = OwnKeys.from_seed(domain, seed.derive("sealing key", 32), provider, ISSUED_AT)

@@ -223,7 +223,7 @@ def test_json_keys_of_the_readme_are_those_of_the_line(ready_stack: RunningStack
 def test_commands_of_the_readme_are_the_programs() -> None:
     text = section(document("README.md"), "## What is there, and what is not yet")
     assert [code(name)[0] for name, _ in rows(text, "command")] == [f"dstack-emu {name}" for name in COMMANDS]
-    promised = re.search(r"^- the commands (.*),", text, re.MULTILINE)
+    promised = re.search(r"^- the commands? (.*),", text, re.MULTILINE)
     assert promised
     assert not set(code(promised[1])) & set(COMMANDS)
 

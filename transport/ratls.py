@@ -73,6 +73,10 @@ class RaTlsError(Exception):
     """
 
 
+class RaTlsUnreachableError(RaTlsError):
+    """Nothing came: the server is not there, or speaks no TLS."""
+
+
 class RaTlsClient:
     """pRPC over TLS to one server. Close it.
 
@@ -113,7 +117,7 @@ class RaTlsClient:
         try:
             return await self._client.call(method, request, answer)
         except TransportError as error:
-            raise RaTlsError(f"Failed to send request: {error}") from error
+            raise RaTlsUnreachableError(f"Failed to send request: {error}") from error
         except RpcError as error:
             raise RaTlsError(f"Request failed with status={_status_line(error.status)}, error={error.body}") from error
         except FormatError as error:

@@ -15,6 +15,8 @@ from stack.stack import Stack
 
 HELP = "bring the whole stack up"
 
+TALKATIVE = ("kms_emu",)
+
 DESCRIPTION = (
     "Bring up a PCCS, two auth-simple webhooks, two KMS in trust domains of their own, and an app; measure both KMS, "
     "allow them, bootstrap the source, onboard the destination, and boot the app with keys from the source. It runs "
