@@ -89,9 +89,10 @@ class RootCaPaths(_Section):
 
 
 class AttestationConfig(_Section):
-    """[core.attestation] (next): another root than Intel's needs the insecure opt-in."""
+    """[core.attestation] (next): another root than Intel's needs the insecure opt-in. `collateral_ttl` is our own."""
 
     insecure_allow_external_trust_anchors: bool = False
+    collateral_ttl: Annotated[Seconds, Field(ge=0, allow_inf_nan=False)] = 0.0
     urls: AttestationUrls = AttestationUrls()
     root_ca: RootCaPaths = RootCaPaths()
 

@@ -127,7 +127,7 @@ class KmsServer:
         self._grpc_socks, self._grpc_interceptors = grpc_socks or {}, grpc_interceptors
         self._grpc: GrpcFront | None = None
         self._folder = CertDir(core.cert_dir)
-        self._pccs = PccsClient(core.pccs)
+        self._pccs = PccsClient(core.pccs, ttl=core.attestation.collateral_ttl)
         self._env = Environment(
             core=core,
             folder=self._folder,
