@@ -25,6 +25,7 @@ BENCHMARKS: Final = (
     "gettempcacert",
     "image_verify",
     "memory",
+    "grpc",
 )
 
 

@@ -232,7 +232,8 @@ class Stack:
 
             sock, path = self._sockets[f"{service}-grpc"], reserve_unix(folder / "grpc.sock", setting="--state DIR")
             self.grpc[f"{service}-grpc"] = reachable(sock)
-            server = await serve_agent(agent, sock, path)
+            with self.logs.of(service):
+                server = await serve_agent(agent, sock, path)
             self._exit.push_async_callback(server.close)
         return folder
 

@@ -29,6 +29,11 @@ FIGURES = {
     "image_verify": ["image_verify_to_without", "image_verify_first_time", "image_verify_known"],
     "gettempcacert": ["gettempcacert_keepalive", "gettempcacert_to_bare_server"],
     "memory": ["kms_memory", "kms_memory_growth"],
+    "grpc": [
+        f"{name}_{figure}"
+        for name in ("getquote", "getappkey")
+        for figure in ("grpc", "grpc_to_prpc", "grpc_per_cpu_second", "prpc_per_cpu_second")
+    ],
 }
 
 

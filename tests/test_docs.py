@@ -247,6 +247,8 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 
 def documented_options(text: str) -> set[str]:
     """The option strings that tables list, without their arguments."""
+    if "\n| option |" not in f"\n{text}":
+        return set()  # a command without options of its own
     return {span.split()[0] for row in rows(text, "option") for span in code(row[0])}
 
 
