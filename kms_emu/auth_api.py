@@ -15,7 +15,7 @@ import aiohttp
 from attest.app_info import BootInfo
 from attest.version import UPSTREAM
 from kms_emu.errors import UnavailableError
-from transport.client import describe_failure
+from transport.client import MoreHeaders, describe_failure
 
 USER_AGENT: Final = f"dstack-kms/{UPSTREAM}"
 TIMEOUT: Final = 10.0
@@ -79,11 +79,12 @@ class DevAuth:
 
 
 class WebhookAuth:
-    """auth_api `webhook`, asked over kept-alive connections. Close it."""
+    """auth_api `webhook`, asked over kept-alive connections; `headers` are added to each question. Close it."""
 
-    def __init__(self, url: str, *, timeout: float = TIMEOUT) -> None:
+    def __init__(self, url: str, *, timeout: float = TIMEOUT, headers: MoreHeaders | None = None) -> None:
         self.url = url
         self._timeout = timeout
+        self._more_headers = headers
         self._session: aiohttp.ClientSession | None = None
 
     async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
@@ -118,6 +119,8 @@ class WebhookAuth:
                 timeout=timeout, headers={"User-Agent": USER_AGENT}, cookie_jar=aiohttp.DummyCookieJar()
             )
         headers = {} if body is None else {"Content-Type": "application/json"}
+        if self._more_headers is not None:
+            headers |= self._more_headers()
         try:
             async with self._session.request(
                 method, url, data=body, headers=headers, allow_redirects=False

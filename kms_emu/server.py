@@ -9,12 +9,15 @@ import functools
 import logging
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 from cryptography import x509
 
+from attest.app_info import BootInfo
 from attest.attestation import Attestation
 from attest.certificate import CertificateAuthority, attestation_of, certificate_spki, load_der
 from attest.verify import TrustAnchor
@@ -24,14 +27,18 @@ from kms_emu.auth_api import AuthApi, DevAuth, WebhookAuth
 from kms_emu.cert_dir import ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT, CertDir
 from kms_emu.config import Core, KmsConfig
 from kms_emu.errors import ConfigError, KmsError, NotAttestedError, context
+from kms_emu.guest_agent import TIMEOUT as AGENT_TIMEOUT
 from kms_emu.guest_agent import GuestAgent
 from kms_emu.keys import Entropy, KmsKeys, RootKeys
 from kms_emu.metrics import AttestationMetrics
+from kms_emu.onboarding import Receiver
 from kms_emu.service import Caller, Environment, KmsService, OnboardService, kms_table, onboard_table
 from kms_emu.setup_page import setup_page
+from transport.client import MoreHeaders
 from transport.listen import Server, ServerTlsContext, bind_tcp, serve
 from transport.pccs_client import AttestationVerifier, Clock, PccsClient
 from transport.prpc_server import add_prpc
+from transport.ratls import TIMEOUT as SOURCE_TIMEOUT
 
 Phase = Literal["starting", "onboard", "runtime", "stopped"]
 
@@ -65,6 +72,21 @@ def trust_anchor(core: Core) -> TrustAnchor:
     return TrustAnchor.of(certificate)
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a KMS that is watched, or disturbed, is given from outside; on its own it needs none of it.
+
+    `middlewares` go around its listeners' applications; `verifier` judges in place of the configured PCCS and root;
+    `headers` are added to what it asks its agent and a source KMS. `timeout` is how long it waits for each of those
+    (None: each client's own).
+    """
+
+    middlewares: Sequence[Middleware] = ()
+    verifier: AttestationVerifier | None = None
+    headers: MoreHeaders | None = None
+    timeout: float | None = None
+
+
 def auth_api(core: Core) -> AuthApi:
     """Make the configured decider."""
     if core.auth_api.type == "dev":
@@ -72,12 +94,22 @@ def auth_api(core: Core) -> AuthApi:
     return WebhookAuth(core.auth_api.webhook.url)
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a running KMS knows beside its files: what it measures, once it asked, and its metrics' counters."""
+
+    own_boot_info: BootInfo | None = None
+    requests: int = 0
+    failures: int = 0
+
+
 class KmsServer:
     """One KMS. `start` returns when it answers; `wait` until it ended, raising what it ended with; `stop` ends it.
 
     `agent_address` is where its guest agent listens; `clock` is what evidence is judged by, `issue_clock` what
     certificates are dated by (the same unless given); `sock` a bound socket to serve on; `admin_token` what the admin
-    listener asks for; `auth` who decides, in place of the configured one.
+    listener asks for; `auth` who decides, in place of the configured one. It closes both `auth` and a verifier that it
+    was given.
     """
 
     def __init__(
@@ -91,6 +123,7 @@ class KmsServer:
         sock: socket.socket | None = None,
         admin_token: str | None = None,
         auth: AuthApi | None = None,
+        surroundings: Surroundings | None = None,
     ) -> None:
         self.config = config
         self.phase: Phase = "starting"
@@ -98,17 +131,24 @@ class KmsServer:
         self._admin_token = admin_token
         self._admin_server: Server | None = None
         self._folder = CertDir(core.cert_dir)
-        self._pccs = PccsClient(core.pccs)
+        around = surroundings or Surroundings()
+        self._middlewares = around.middlewares
+        agent = GuestAgent(agent_address, timeout=around.timeout or AGENT_TIMEOUT, headers=around.headers)
+        auth = auth or auth_api(core)
+        verifier = around.verifier or AttestationVerifier(PccsClient(core.pccs), trust_anchor(core), clock)
         self._env = Environment(
             core=core,
             folder=self._folder,
-            agent=GuestAgent(agent_address),
-            auth=auth or auth_api(core),
-            verifier=AttestationVerifier(self._pccs, trust_anchor(core), clock),
+            agent=agent,
+            auth=auth,
+            verifier=verifier,
             clock=clock,
             issue_clock=issue_clock or clock,
             entropy=entropy,
+            receiver=Receiver(agent, auth, verifier, entropy, around.timeout or SOURCE_TIMEOUT, around.headers),
         )
+        self._service: KmsService | None = None
+        self._metrics = AttestationMetrics()
         self._sock = sock
         self._server: Server | None = None
         self._leaving: asyncio.Task[None] | None = None
@@ -135,9 +175,33 @@ class KmsServer:
             )
         if not core.attest_rpc_cert:
             log.warning("core.attest_rpc_cert = false: the RPC certificate carries no attestation")
-        fresh = core.onboard.enabled and not self._folder.has_keys()
         if self._sock is None:
             self._sock = bind_tcp(rpc.address, rpc.port, setting="rpc.address and rpc.port")
+        await self._enter()
+
+    async def restart(self, change: Callable[[], None], *, onboard: bool | None = None) -> None:
+        """End what is served, `change` what its folder holds, and begin again at the same address, as a new process.
+
+        It enters the phase that its keys call for, or the one that `onboard` says.
+        """
+        assert self._sock is not None  # noqa: S101 - start() bound it
+        address, port = self._sock.getsockname()[:2]
+        if self._leaving is not None:
+            self._leaving.cancel()
+            await asyncio.gather(self._leaving, return_exceptions=True)
+            self._leaving = None
+        self._runtime.clear()
+        await self._close()
+        change()
+        self._folder.prepare()
+        self._service, self._metrics = None, AttestationMetrics()
+        self._sock = bind_tcp(address, port, setting="rpc.address and rpc.port")
+        await self._enter(onboard)
+
+    async def _enter(self, onboard: bool | None = None) -> None:
+        """Enter the phase that the stored keys call for, or the one that is named."""
+        core = self.config.core
+        fresh = core.onboard.enabled and not self._folder.has_keys() if onboard is None else onboard
         try:
             if fresh and core.onboard.auto_bootstrap_domain:
                 await OnboardService(self._env, self._finish).auto_bootstrap(core.onboard.auto_bootstrap_domain)
@@ -148,6 +212,18 @@ class KmsServer:
         except BaseException:
             await self.stop()
             raise
+
+    @property
+    def memory(self) -> Memory:
+        """What it knows beside its files; may be set back."""
+        own = None if self._service is None else self._service.gate.own_boot_info
+        return Memory(own, self._metrics.requests, self._metrics.failures)
+
+    @memory.setter
+    def memory(self, memory: Memory) -> None:
+        if self._service is not None:
+            self._service.gate.own_boot_info = memory.own_boot_info
+        self._metrics.requests, self._metrics.failures = memory.requests, memory.failures
 
     async def reached_runtime(self) -> None:
         """Wait until the runtime phase answers; raise what ended the KMS before."""
@@ -173,14 +249,15 @@ class KmsServer:
 
     async def _close(self) -> None:
         self.phase = "stopped"
-        for server in (self._server, self._admin_server):
+        servers, self._server, self._admin_server = (self._server, self._admin_server), None, None
+        for server in servers:
             if server is not None:
                 await server.close()
         if self._sock is not None:
             self._sock.close()
         await self._env.agent.close()
         await self._env.auth.close()
-        await self._pccs.close()
+        await self._env.verifier.pccs.close()
 
     def _end(self, error: BaseException | None) -> None:
         if self._ended is None or self._ended.done():
@@ -197,7 +274,7 @@ class KmsServer:
         assert self._sock is not None  # noqa: S101 - bound by start()
         core = self.config.core
         service = OnboardService(self._env, self._finish)
-        app = web.Application()
+        app = web.Application(middlewares=self._middlewares)
 
         async def index(request: web.Request) -> web.Response:
             return web.Response(text=setup_page(core.site_name), content_type="text/html")
@@ -241,8 +318,8 @@ class KmsServer:
     async def _enter_runtime(self) -> None:
         assert self._sock is not None  # noqa: S101 - bound by start()
         kms_keys = await self._reissue_certificates()
-        env, metrics = self._env, AttestationMetrics()
-        app = web.Application(middlewares=[metrics.middleware])
+        env, metrics = self._env, self._metrics
+        app = web.Application(middlewares=[*self._middlewares, metrics.middleware])
 
         async def version_header(request: web.Request, response: web.StreamResponse) -> None:
             response.headers["X-App-Version"] = f"v{UPSTREAM} ({REVISION})"
@@ -251,7 +328,8 @@ class KmsServer:
         app.router.add_get("/health", _health)
         if env.core.metrics.enabled:
             app.router.add_get("/metrics", metrics.render)
-        add_prpc(app, "/prpc", kms_table(KmsService(env, kms_keys)), caller_of(env.verifier), errors=(KmsError,))
+        self._service = KmsService(env, kms_keys)
+        add_prpc(app, "/prpc", kms_table(self._service), caller_of(env.verifier), errors=(KmsError,))
         tls_context = self._tls_context()
         await self._serve_admin()
         self._server = await serve(app, self._sock, tls_context)

@@ -51,6 +51,7 @@ class Environment:
     clock: Clock
     issue_clock: Clock
     entropy: Entropy
+    receiver: Receiver
 
     async def rpc_evidence(self, kms_keys: KmsKeys) -> Attestation | None:
         """Attest the RPC listener's key; None where `attest_rpc_cert` is switched off."""
@@ -116,9 +117,8 @@ class OnboardService:
             env = self._env
             if any(env.folder.exists(name) for name in (ROOT_CA_KEY, K256_KEY)):
                 raise WrongPhaseError("KMS has already been onboarded")
-            receiver = Receiver(env.agent, env.auth, env.verifier, env.entropy)
             with context("Failed to onboard"):
-                kms_keys = await receiver.take_keys(request.source_url, domain, env.issue_clock())
+                kms_keys = await env.receiver.take_keys(request.source_url, domain, env.issue_clock())
                 certificate = await env.rpc_certificate(kms_keys)
             with context("Failed to store keys"):
                 env.folder.store(kms_keys.files(certificate))
@@ -187,6 +187,11 @@ class KmsService:
             lambda: own_evidence(environment.agent, environment.verifier),
             enforce_self=environment.core.enforce_self_authorization,
         )
+
+    @property
+    def gate(self) -> Gate:
+        """What every trusted RPC passes."""
+        return self._gate
 
     async def get_meta(self) -> pb.GetMetaResponse:
         """Say who this KMS is; the only RPC without a self check."""

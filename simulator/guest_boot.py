@@ -5,6 +5,7 @@ whose certificate must have the usage `kms:rpc`; then GetAppKey, and the events 
 Source: dstack `dstack-util/src/system_setup.rs:2016-2200` and `cert-client/src/lib.rs` at 312dc605.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,8 +21,9 @@ from simulator.app_keys import AppKeys
 from simulator.errors import GuestError
 from simulator.seed import Entropy
 from simulator.trust_domain import KeyProvider, TrustDomain
+from transport.client import MoreHeaders
 from transport.pccs_client import AttestationVerifier
-from transport.ratls import Peer, RaTlsClient, RaTlsError, make_identity
+from transport.ratls import TIMEOUT, Identity, Peer, RaTlsClient, RaTlsError, make_identity
 
 API_VERSION: Final = 1
 CSR_VERSION: Final = 2
@@ -29,10 +31,11 @@ CSR_VERSION: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class KmsIssuer:
-    """Certificates from the KMS that gave the keys."""
+    """Certificates from the KMS that gave the keys; `identity` is what the client shows it."""
 
     client: RaTlsClient
     vm_config: str
+    identity: Identity
 
     async def sign(self, request: SigningRequest, signature: bytes) -> list[str]:
         """Ask the KMS's SignCert; the chain is leaf, app CA, root CA."""
@@ -51,16 +54,26 @@ class KmsIssuer:
 
 
 async def fetch_keys(
-    domain: TrustDomain, kms_url: str, verifier: AttestationVerifier, entropy: Entropy, now: int
+    domain: TrustDomain,
+    kms_url: str,
+    verifier: AttestationVerifier,
+    entropy: Entropy,
+    now: int,
+    *,
+    patience: float = TIMEOUT,
+    headers: MoreHeaders | None = None,
 ) -> tuple[AppKeys, KmsIssuer]:
     """Boot a domain through a KMS (`https://host:port`): fetch its keys, measure where they came from, and finish.
 
+    `patience` is how many seconds each call to the KMS may take, then and later; `headers` are added to each.
     Raises `GuestError` with the refusal in the KMS's own words; the domain stays as it was after its first events.
     """
     url = f"{kms_url.rstrip('/')}/prpc"
     try:
-        temp = await _temp_ca(url)
-        client = await _client(domain, url, temp, verifier, entropy, now)
+        connect = functools.partial(RaTlsClient, url, timeout=patience, headers=headers)
+        temp = await _temp_ca(connect())
+        identity = await _identity(domain, temp, entropy, now)
+        client = connect(identity=identity, root_ca=temp.ca_cert, verifier=verifier, judge=require_kms)
         try:
             request = pb.GetAppKeyRequest(api_version=API_VERSION, vm_config=domain.vm_config_json)
             answer = await client.call("GetAppKey", request, pb.AppKeyResponse)
@@ -81,36 +94,30 @@ async def fetch_keys(
         ca_cert=temp.ca_cert,
         provider=provider,
     )
-    return keys, KmsIssuer(client, domain.vm_config_json)
+    return keys, KmsIssuer(client, domain.vm_config_json, identity)
 
 
-async def _temp_ca(url: str) -> pb.GetTempCaCertResponse:
-    client = RaTlsClient(url)
+async def _temp_ca(client: RaTlsClient) -> pb.GetTempCaCertResponse:
     try:
         return await client.call("GetTempCaCert", Empty(), pb.GetTempCaCertResponse)
     finally:
         await client.close()
 
 
-async def _client(
-    domain: TrustDomain,
-    url: str,
-    temp: pb.GetTempCaCertResponse,
-    verifier: AttestationVerifier,
-    entropy: Entropy,
-    now: int,
-) -> RaTlsClient:
+async def _identity(
+    domain: TrustDomain, temp: pb.GetTempCaCertResponse, entropy: Entropy, now: int
+) -> Identity:
     temp_key = load_p256_pem(temp.temp_ca_key, "temporary CA key")
     temp_ca = load_authority(temp.temp_ca_cert, temp_key, "temporary CA certificate")
 
     async def attest(report_data: bytes) -> Attestation:
         return domain.attest(report_data)
 
-    identity = await make_identity(temp_ca, p256_from_uniform(entropy(48)), attest, now)
-    return RaTlsClient(url, identity=identity, root_ca=temp.ca_cert, verifier=verifier, judge=_require_kms)
+    return await make_identity(temp_ca, p256_from_uniform(entropy(48)), attest, now)
 
 
-def _require_kms(peer: Peer) -> None:
+def require_kms(peer: Peer) -> None:
+    """Refuse a server whose certificate is not of the usage `kms:rpc`."""
     if peer.usage is None:
         raise VerificationError("Missing server cert usage")
     if peer.usage != USAGE_KMS_RPC:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Final, Self
 
 from simulator.seed import DEFAULT_SEED
+from stack.world.journal import KEPT
 
 PORTS: Final[Mapping[str, int]] = MappingProxyType(
     {
@@ -21,9 +22,14 @@ PORTS: Final[Mapping[str, int]] = MappingProxyType(
         "kms-src": 9301,
         "kms-dst": 9302,
         "app": 8090,
+        "control": 8070,
     }
 )
 """Services in the order they are bound, and the ports they have by default."""
+
+
+DESCRIPTION_FILE: Final = "stack.json"
+"""The stack's description, in its state folder."""
 
 
 class StackError(Exception):
@@ -36,6 +42,8 @@ class StackConfig:
 
     `state` is the folder for keys, sockets and policies (None: a temporary one, gone afterwards); `policies` another
     place for the two policy files. With `fresh` it stops at the runbook's starting point. `host` is where it listens.
+    `journal` is a file that records of calls are appended to, `journal_size` how many stay in memory; `patience` how
+    many seconds the services wait for one another (None: as long as upstream).
     """
 
     seed: str = DEFAULT_SEED
@@ -44,6 +52,9 @@ class StackConfig:
     ports: Mapping[str, int] = field(default_factory=lambda: PORTS)
     state: Path | None = None
     policies: Path | None = None
+    journal: Path | None = None
+    journal_size: int = KEPT
+    patience: float | None = None
 
     @classmethod
     def on_free_ports(cls, **settings: object) -> Self:

@@ -145,7 +145,7 @@ class Guest:
         if file is None:
             provider = KeyProvider("none")
             self.domain.complete(provider)
-            own = OwnKeys.from_seed(self.domain, seed.derive("sealing key", 32), provider, ISSUED_AT)
+            own = OwnKeys.from_seed(self.domain, seed.derive("sealing key", 32), provider, lambda: ISSUED_AT)
             await agent.provide(own.keys, own.issuer)
         elif isinstance(file.issuer, KmsAccess):
             raise FormatError(
@@ -153,7 +153,7 @@ class Guest:
             )
         else:
             self.domain.complete(file.keys.provider)
-            await agent.provide(file.keys, LocalIssuer(file.issuer, ISSUED_AT))
+            await agent.provide(file.keys, LocalIssuer(file.issuer, lambda: ISSUED_AT))
         return agent
 
     def description(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ _WHAT = {
     "kms-src": "KMS, source",
     "kms-dst": "KMS, destination",
     "app": "guest agent of the app",
+    "control": "control API, for `dstack-emu ctl`",
 }
 
 

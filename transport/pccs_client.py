@@ -26,7 +26,7 @@ from attest.collateral import (
 )
 from attest.errors import AttestError, VerificationError
 from attest.verify import TrustAnchor, VerifiedAttestation, require_bound_to_key, verify_attestation
-from transport.client import TransportError, describe_failure
+from transport.client import MoreHeaders, TransportError, describe_failure
 
 Clock = Callable[[], int]
 """Unix seconds, now."""
@@ -49,9 +49,12 @@ class _Cached:
 class PccsClient:
     """One PCCS, asked over kept-alive connections. Close it."""
 
-    def __init__(self, base_url: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+    def __init__(
+        self, base_url: str, *, timeout: float = DEFAULT_TIMEOUT, headers: MoreHeaders | None = None
+    ) -> None:
         self.base_url = base_url.rstrip("/")
         self._seconds = timeout
+        self._more_headers = headers
         self._session: aiohttp.ClientSession | None = None
         self._documents: dict[str, _Cached] = {}
         self._assembled: dict[CollateralKey, tuple[tuple[Document, ...], QuoteCollateralV3]] = {}
@@ -90,6 +93,11 @@ class PccsClient:
         self._assembled[key] = (documents, collateral)
         return collateral
 
+    def forget(self) -> None:
+        """Forget every document: the next question for each is answered in full."""
+        self._documents.clear()
+        self._assembled.clear()
+
     async def close(self) -> None:
         """Close the connections, and give up what is under way."""
         questions = {*self._coming.values(), *self._under_way.values()}
@@ -109,6 +117,8 @@ class PccsClient:
         url = self.base_url + path
         cached = self._documents.get(path)
         headers = {"If-None-Match": cached.etag} if cached else {}
+        if self._more_headers is not None:
+            headers |= self._more_headers()
         try:
             async with self._session.get(url, headers=headers) as response:
                 if response.status == 304 and cached:
@@ -125,8 +135,7 @@ class PccsClient:
                 document = Document(body, chain)
                 if etag := response.headers.get("ETag"):
                     if len(self._documents) >= REMEMBERED:  # whoever calls names a platform: that must not fill memory
-                        self._documents.clear()
-                        self._assembled.clear()
+                        self.forget()
                     self._documents[path] = _Cached(etag, document)
                 return document
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
@@ -151,6 +160,11 @@ class AttestationVerifier:
         self.pccs, self.anchor, self.clock = pccs, anchor, clock
         self._second = 0
         self._judged: dict[bytes, _Judged] = {}
+
+    def forget(self) -> None:
+        """Forget every document and every verdict."""
+        self.pccs.forget()
+        self._second, self._judged = 0, {}
 
     async def verify(self, attestation: Attestation) -> VerifiedAttestation:
         """Verify evidence.

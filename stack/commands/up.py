@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + ", ".join(f"{name}={port}" for name, port in PORTS.items()),
     )
     parser.add_argument("--state", type=Path, metavar="DIR", help="keep keys, sockets and policies here, and resume")
+    parser.add_argument("--journal", type=Path, metavar="FILE", help="append a record of each call, as JSON lines")
     parser.add_argument("--policies", type=Path, metavar="DIR", help="keep auth-src.json and auth-dst.json here")
 
 
@@ -61,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         ports={**ports, **dict(arguments.port)},
         state=arguments.state,
         policies=arguments.policies,
+        journal=arguments.journal,
     )
     return asyncio.run(_run_stack(config, as_json=arguments.json))
 
