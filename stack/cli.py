@@ -17,7 +17,7 @@ from stack.config import StackError
 from transport.client import TransportError
 from transport.listen import ListenError
 
-COMMANDS = ("up", "agent", "pccs", "quote", "inspect", "verify", "kms", "health")
+COMMANDS = ("up", "agent", "pccs", "quote", "inspect", "verify", "kms", "health", "ctl")
 """Each is a module of `stack.commands`, imported when it is asked for: a command starts without what others need."""
 
 FAILED, USED_WRONGLY = 1, 2

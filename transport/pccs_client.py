@@ -173,9 +173,14 @@ class AttestationVerifier:
         """
         try:
             collateral = await self.pccs.collateral(attestation.quote)
+            return self._judge(attestation, collateral)
+        except VerificationError:
+            # A document that was damaged on the way would be kept under the ETag of the good one.
+            self.pccs.forget()
+            raise
         except (TransportError, AttestError) as error:
+            self.pccs.forget()
             raise VerificationError(f"failed to verify TDX quote: {error}") from error
-        return self._judge(attestation, collateral)
 
     def _judge(self, attestation: Attestation, collateral: QuoteCollateralV3) -> VerifiedAttestation:
         """Verify, unless the very same evidence was, under the very same collateral, within this second."""
