@@ -13,7 +13,16 @@ from typing import Final
 from bench.figure import FULL, QUICK, Effort, Figure, Measure
 
 LATEST: Final = Path(__file__).parent / "latest.json"
-BENCHMARKS: Final = ("quotes", "verification", "getquote", "startup", "getappkey", "getappkey_new", "gettempcacert")
+BENCHMARKS: Final = (
+    "quotes",
+    "verification",
+    "getquote",
+    "startup",
+    "getappkey",
+    "getappkey_new",
+    "gettempcacert",
+    "journal",
+)
 
 
 def main() -> None:

@@ -140,6 +140,10 @@ class Intel:
         """Every platform that was asked for so far, by name."""
         return dict(self._platforms)
 
+    def forget(self, name: str) -> None:
+        """Forget that a platform was asked for, and what was said of it; asked for again, it is the same machine."""
+        self._platforms.pop(name, None)
+
     def fmspc(self, name: str) -> bytes:
         """The FMSPC (6 bytes) of a platform: half of it proves to a PCCS of the same seed that the platform is ours."""
         nonce = self.seed.derive(f"fmspc {name}", 3)

@@ -25,6 +25,7 @@ FIGURES = {
     "getappkey": ["getappkey_keepalive", "getappkey_to_bare_server", "getappkey_per_cpu_second"],
     "getappkey_new": ["getappkey_new_connection", "getappkey_new_to_dcap_qvl", "getappkey_new_to_bare_server"],
     "gettempcacert": ["gettempcacert_keepalive", "gettempcacert_to_bare_server"],
+    "journal": ["getappkey_with_journal", "journal_to_no_journal", "snapshot", "revert"],
 }
 
 

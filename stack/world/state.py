@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
 from attest.app_info import BootInfo
 from attest.errors import FormatError
@@ -57,6 +57,10 @@ class FaultState(_Data):
     seen: Count
     met: Count
     chances: Count
+
+    @field_serializer("fault")
+    def _as_given(self, fault: Fault) -> dict[str, Any]:
+        return fault.model_dump(mode="json", exclude_unset=True)  # a field without meaning for its kind is refused
 
 
 class KeysState(_Data):
@@ -208,9 +212,12 @@ async def apply_state(stack: "Stack", state: StackState) -> None:
         stack.intel.state = state.vendor
         for name in state.platforms:
             stack.intel.platform(name)
-        for name, platform in stack.intel.platforms.items():
-            platform.state = state.platforms.get(name, PlatformState())
         await _apply_parts(stack, state)
+        for name, platform in stack.intel.platforms.items():
+            if name in state.platforms:
+                platform.state = state.platforms[name]
+            else:
+                stack.intel.forget(name)
         for side, content in state.policies.items():
             _put(stack.policies[side], content)
         for side, kms_state in state.kms.items():
