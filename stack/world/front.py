@@ -49,10 +49,10 @@ def front(service: str, journal: Journal, faults: Faults, *, stale: Stale | None
                 if met is None:
                     response = await handler(request)
                 else:
-                    call.notes["fault"] = {"id": met[0].id, "kind": met[1].kind}
+                    call.note("fault", {"id": met[0].id, "kind": met[1].kind})
                     response = await misbehave(*met, request, handler, stale)
                     if met[1].kind == "decision":
-                        call.notes["decision"] = {**call.notes.get("decision", {}), **_decided(response)}
+                        call.note("decision", {**call.notes.get("decision", {}), **_decided(response)})
             status = response.status
             if status >= 400:
                 error = journal.scrub(_error_text(response))
@@ -118,7 +118,7 @@ def decision_noter(policy_path: str) -> Observer:
             noted["otherwise_under"] = list(decision.differs_from)
         if not decision.is_allowed and (mismatch := _mismatch(auth, boot_info, decision.rule)) is not None:
             noted["mismatch"] = mismatch
-        call.notes["decision"] = noted
+        call.note("decision", noted)
 
     return note
 

@@ -17,7 +17,7 @@ from typing import Any, Final, TextIO
 
 from stack.world.trace import Attestation, Call, Child, entered, take_place
 
-KEPT: Final = 10_000
+KEPT: Final = 2000
 """Records in memory, unless another number is asked for."""
 
 RELEASED: Final = {
@@ -73,35 +73,41 @@ class Journal:
         asking = self._open.get(parent) if place else None
         if asking is None:
             self._begun += 1
-            made = Call(str(self._begun), service, call, caller, self._now(), None)
+            made = Call(str(self._begun), service, call, caller, self._now())
         else:
-            made = Call(f"{parent}.{place}", service, call, caller, self._now(), asking.root)
-            asking.inner[place] = made
+            made = Call(f"{parent}.{place}", service, call, caller, self._now())
+            asking.put(place, made)
         self._open[made.id] = made
         return made
 
     def end(self, call: Call, status: int | None, error: str = "") -> None:
         """Note how it ended: its status, or None where the connection was dropped."""
-        self._open.pop(call.id, None)
-        if call.root.ended is not None:
+        if self._open.get(call.id) is not call:
             return  # whoever asked has given up, and been noted
+        del self._open[call.id]
         call.status, call.error, call.ended = status, error, self._now()
-        if call.root is call:
-            self._ended.append(call)
-            if self._file is not None or self._followers:
-                self._publish(record_of(call))
+        if "." in call.id:
+            return
+        if self._open:
+            within = f"{call.id}."
+            for late in [span for span in self._open if span.startswith(within)]:
+                del self._open[late]
+        self._ended.append(call)
+        if self._file is not None or self._followers:
+            self._publish(record_of(call))
 
     @contextmanager
     def judging(self, asking: Child) -> Iterator[Attestation]:
         """Note evidence that is judged in the block, for a span."""
         place = take_place(asking)
-        made = asking.inner[place] = Attestation(f"{asking.id}.{place}", asking.root)
+        made = Attestation(f"{asking.id}.{place}")
+        asking.put(place, made)
         self._open[made.id] = made
         try:
             with entered(made):
                 yield made
         finally:
-            del self._open[made.id]
+            self._open.pop(made.id, None)
 
     def _publish(self, record: Record) -> None:
         if self._file is not None:

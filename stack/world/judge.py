@@ -60,13 +60,14 @@ class NotedAuth:
             with entered(call):
                 decision = await self._auth.decide(boot_info, is_kms=is_kms)
             status = 200
-            call.notes["decision"] = {
+            noted = {
                 "about": "kms" if is_kms else "app",
                 "allowed": decision.is_allowed,
                 "reason": decision.reason,
                 "rule": "",
                 "asked": _asked(boot_info),
             }
+            call.note("decision", noted)
             return decision
         except UnavailableError as error:
             text = self._journal.scrub(str(error))

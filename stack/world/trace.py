@@ -17,49 +17,54 @@ OUTSIDE: Final = "outside"
 
 Child = Union["Call", "Attestation"]
 
+_NOTHING: Final[dict[Any, Any]] = {}
 
-class Call:
-    """One call that a service answered, or refused: one span of a trace.
 
-    `notes` is what was found out on the way (a decision, a fault); `inner` what was asked for it, by place.
+class _Span:
+    """A part of a trace. `notes` is what was found out on the way, `inner` what was asked for it, by place.
+
+    There are many of them, and they are kept: no span refers to the one around it, and both dictionaries are made when
+    something goes in.
     """
 
-    __slots__ = (
-        "call",
-        "caller",
-        "ended",
-        "error",
-        "id",
-        "inner",
-        "notes",
-        "places",
-        "root",
-        "service",
-        "status",
-        "time",
-    )
+    __slots__ = ("id", "inner", "notes", "places")
 
-    def __init__(self, span: str, service: str, call: str, caller: str, time: float, root: "Call | None") -> None:
-        self.id, self.service, self.call, self.caller, self.time = span, service, call, caller, time
-        self.root = root or self
+    def __init__(self, span: str) -> None:
+        self.id = span
+        self.notes: dict[str, Any] = _NOTHING
+        self.inner: dict[int, Child] = _NOTHING
+        self.places = 0
+
+    def note(self, key: str, value: Any) -> None:
+        """Note something."""
+        if self.notes is _NOTHING:
+            self.notes = {}
+        self.notes[key] = value
+
+    def put(self, place: int, inner: Child) -> None:
+        """Put what was asked for it in its place."""
+        if self.inner is _NOTHING:
+            self.inner = {}
+        self.inner[place] = inner
+
+
+class Call(_Span):
+    """One call that a service answered, or refused."""
+
+    __slots__ = ("call", "caller", "ended", "error", "service", "status", "time")
+
+    def __init__(self, span: str, service: str, call: str, caller: str, time: float) -> None:
+        super().__init__(span)
+        self.service, self.call, self.caller, self.time = service, call, caller, time
         self.status: int | None = None
         self.error = ""
         self.ended: float | None = None
-        self.notes: dict[str, Any] = {}
-        self.inner: dict[int, Child] = {}
-        self.places = 0
 
 
-class Attestation:
+class Attestation(_Span):
     """Evidence that was judged: a span, for the collateral that was asked for it."""
 
-    __slots__ = ("id", "inner", "notes", "places", "root")
-
-    def __init__(self, span: str, root: Call) -> None:
-        self.id, self.root = span, root
-        self.notes: dict[str, Any] = {}
-        self.inner: dict[int, Child] = {}
-        self.places = 0
+    __slots__ = ()
 
 
 _current: ContextVar[Child | None] = ContextVar("span", default=None)
