@@ -41,6 +41,7 @@ from stack.world.control import Control
 from stack.world.control_server import control_app
 from stack.world.front import decision_noter
 from stack.world.guests import GuestSpec, RunningGuest, start_guest
+from stack.world.journal import JournalError
 from stack.world.judge import NotedVerifier
 from stack.world.kms import KmsSpec, RunningKms, start_kms
 from stack.world.trace import headers_of
@@ -104,9 +105,12 @@ class Stack:
         self.kms_info = dict(before.get("kms") or {})
         self._bind()
         self.seed = Seed.of(config.seed)
-        self.world = World(
-            self.seed, patience=config.patience, kept=config.journal_size, journal_file=config.journal
-        )
+        try:
+            self.world = World(
+                self.seed, patience=config.patience, kept=config.journal_size, journal_file=config.journal
+            )
+        except JournalError as error:
+            raise StackError(f"--journal: {error}") from error
         self.world.journal.scrub = self._scrub
         self._exit.callback(self.world.journal.close)
         self.intel = Intel(self.seed)

@@ -5,7 +5,6 @@ import json
 import os
 import stat
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,15 @@ from typing import Any
 import aiohttp
 import pytest
 import pytest_asyncio
+from aiohttp import web
 
-from stack.clock import ISSUED_AT, ClockError, StackClock
 from stack.stack import Stack
 from stack.world.control import Control
 from stack.world.models import ControlError
 from stack.world.operations import OPERATIONS, openapi
 from tests import foreign
-from tests.running import RunningStack
-from tests.vectors import ROOT
 from tests.world import own_stack
+from transport.listen import bind_tcp, serve
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -115,27 +113,6 @@ def _ask_kms(stack: Stack, method: str, **arguments: Any) -> foreign.Answer:
 
 def _files(folder: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
-def test_clock_follows_the_wall_until_it_is_touched() -> None:
-    wall = [1000.5]
-    clock = StackClock(lambda: wall[0])
-    assert (clock(), clock.issue()) == (1000, ISSUED_AT)
-    clock.set(5000)
-    wall[0] += 10
-    assert (clock(), clock.issue(), clock.is_frozen) == (5010, 5010, False)
-    clock.freeze()
-    wall[0] += 10
-    clock.advance(-10)
-    assert (clock(), clock.is_frozen) == (5000, True)
-    clock.resume()
-    wall[0] += 1
-    assert (clock(), clock.is_frozen) == (5001, False)
-    with pytest.raises(ClockError, match="Unix seconds from 0 to"):
-        clock.freeze(-1)
-    assert clock() == 5001
-    clock.follow_the_wall()
-    assert (clock(), clock.issue()) == (int(wall[0]), ISSUED_AT)
 
 
 # ---- going back
@@ -305,11 +282,34 @@ async def test_kms_that_shares_a_webhook_onboards_and_gives_the_same_keys(stack:
         await control.onboard_kms("third")
     control.allow("src", "kms-third")
     assert (await control.onboard_kms("third"))["phase"] == "runtime"
+    with pytest.raises(ControlError, match="it is in its runtime phase"):
+        await control.onboard_kms("third")
     before = stack.app.agent.keys.k256_key
     await control.boot_guest("app", "third")
     assert stack.app.agent.keys.k256_key == before
     with pytest.raises(ControlError, match="part of the stack"):
         await control.remove_kms("src")
+
+
+async def test_webhook_of_somebody_else_is_noted_and_is_sent_no_header_of_ours(control: Control) -> None:
+    seen: list[set[str]] = []
+
+    async def decide(request: web.Request) -> web.Response:
+        seen.append({name.lower() for name in request.headers})
+        return web.json_response({"isAllowed": len(seen) < 3, "reason": "enough", "gatewayAppId": ""})
+
+    app = web.Application()
+    app.router.add_post("/bootAuth/kms", decide)
+    server = await serve(app, bind_tcp("127.0.0.1", 0))
+    await control.add_kms("third", webhook=server.url)
+    control.allow("src", "kms-third")
+    before = control.journal.position
+    await control.onboard_kms("third", "src")
+    (asked,) = control.journal.find("/bootAuth/kms", service="webhook", caller="kms-third", since=before)
+    assert (asked["outcome"], asked["decision"]["allowed"]) == ("ok", True)
+    assert asked["decision"]["asked"]["mr_aggregated"] == control.guest("kms-src")["mr_aggregated"]
+    assert seen == [{"host", "user-agent", "content-type", "content-length", "accept", "accept-encoding"}]
+    await server.close()
 
 
 # ---- over HTTP
@@ -413,54 +413,3 @@ async def test_wrong_request_is_refused_with_the_reason(
 ) -> None:
     seen, answer = await _ask(stack, method, path, body)
     assert (seen, problem in answer["error"]) == (status, True), answer
-
-
-# ---- from a shell
-
-
-def _ctl(stack: RunningStack, *words: str, environment: dict[str, str] | None = None) -> tuple[int, str, str]:
-    where = [] if environment else ["--url", stack.services["control"]]
-    command = [sys.executable, "-m", "stack", "ctl", *where, *words]
-    env = {**os.environ, **(environment or {})}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30, check=False)
-    return done.returncode, done.stdout, done.stderr
-
-
-@pytest.mark.timeout(120)
-def test_shell_revokes_breaks_and_turns_back(ready_stack: RunningStack, tmp_path: Path) -> None:
-    def ctl(*words: str) -> str:
-        status, out, err = _ctl(ready_stack, *words)
-        assert (status, err) == (0, ""), (words, err)
-        return out
-
-    assert ctl("health") == "ready\n"
-    ctl("save", str(tmp_path / "state.json"))
-    assert stat.S_IMODE((tmp_path / "state.json").stat().st_mode) == 0o600
-    ctl("policy", "deny", "src", "app")
-    ctl("fault", "service=auth-dst", "kind=status", "status=503")
-    status, out, err = _ctl(ready_stack, "guest", "boot", "app")
-    assert (status, out, err.startswith("Error: Failed to get app keys from KMS: ")) == (1, "", True)
-    assert err.count("\n") == 1
-    tail = ctl("tail", "-n", "1", "--no-follow")
-    assert "stack → app Boot  400 Failed to get app keys" in tail
-    assert "kms-src → auth-src /bootAuth/app  denied: app not registered [app_registered]; app_id " in tail
-    assert ctl("journal", "count", "call=/bootAuth/app", "outcome=denied") == "1\n"
-    assert json.loads(ctl("fault"))[0]["status"] == 503
-    ctl("clock", "freeze", "2026-06-01")
-    assert json.loads(ctl("clock"))["now"] == 1_780_272_000
-    ctl("load", str(tmp_path / "state.json"))
-    assert ctl("fault") == "[]\n"
-    assert json.loads(ctl("guest", "boot", "app"))["has_keys"] is True
-
-
-@pytest.mark.timeout(120)
-def test_shell_finds_the_stack_by_its_folder_and_by_the_environment(ready_stack: RunningStack, tmp_path: Path) -> None:
-    environment = {"DSTACK_EMU_CONTROL": ready_stack.services["control"]}
-    assert _ctl(ready_stack, "health", environment=environment)[1] == "ready\n"
-    environment = {"DSTACK_EMU_CONTROL": "http://127.0.0.1:1"}
-    state = ready_stack.description["state"]
-    assert _ctl(ready_stack, "--state", state, "health", environment=environment)[1] == "ready\n"
-    status, _, err = _ctl(ready_stack, "health", environment=environment)
-    assert (status, "no stack answers at http://127.0.0.1:1" in err) == (2, True)
-    status, _, err = _ctl(ready_stack, "--state", str(tmp_path), "health", environment=environment)
-    assert (status, f"no stack is ready in {tmp_path}" in err) == (2, True)

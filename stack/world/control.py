@@ -3,6 +3,7 @@
 Each call takes effect before it returns, and what it refuses it leaves as it was.
 """
 
+import asyncio
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -41,6 +42,7 @@ class Control:
     def __init__(self, stack: "Stack") -> None:
         self._stack = stack
         self._snapshots: dict[str, StackState] = {}
+        self._going_back = asyncio.Lock()
 
     # ---- what there is
 
@@ -185,7 +187,8 @@ class Control:
 
     async def _apply(self, state: StackState) -> None:
         try:
-            await apply_state(self._stack, state)
+            async with self._going_back:
+                await apply_state(self._stack, state)
         except (StackError, GuestError, KmsError, FormatError) as error:
             raise ControlError(f"the state cannot be restored: {error}", 409) from error
 

@@ -1,8 +1,9 @@
 """KMS of a stack, each in a trust domain of its own: the two it begins with, and those that are made while it runs."""
 
+import shutil
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import Field
 
@@ -19,6 +20,10 @@ from transport.listen import bind_tcp, serve
 
 if TYPE_CHECKING:
     from stack.stack import Stack
+
+
+BEGUN_WITH: Final = ("src", "dst")
+"""The KMS that a stack begins with, whose files are its state folder's to keep; others begin without any."""
 
 
 class KmsSpec(_Spec):
@@ -71,6 +76,8 @@ async def start_kms(stack: "Stack", spec: KmsSpec) -> RunningKms:
     side, name = spec.name, f"kms-{spec.name}"
     if side in stack.kms:
         raise StackError(f"there is a KMS {side} already")
+    if side not in BEGUN_WITH:
+        _forget_files(stack, spec)
     seed = stack.seed.child(f"kms {side}")
     try:
         guest = await start_guest(stack, spec.guest, f"agent-{side}", seed)
@@ -151,8 +158,7 @@ async def _webhook(stack: "Stack", kms: RunningKms) -> tuple[str, bool]:
     service = f"auth-{side if wanted == 'own' else wanted}"
     if wanted == "own" and service not in stack.services:
         path = stack.policies["src"].with_name(f"{service}.json")
-        if not path.exists():
-            policy_files.write(path, policy_files.DENY_ALL)
+        policy_files.write(path, policy_files.DENY_ALL)
         stack.policies[side] = path
         server = await serve(stack.auth_app(side), bind_tcp(stack.config.host, 0))
         kms.exit.push_async_callback(server.close)
@@ -160,6 +166,13 @@ async def _webhook(stack: "Stack", kms: RunningKms) -> tuple[str, bool]:
     if service not in stack.services:
         raise StackError(f"webhook: own, the name of a KMS, or a URL expected, got {wanted!r:.100}")
     return stack.services[service], True
+
+
+def _forget_files(stack: "Stack", spec: KmsSpec) -> None:
+    """Remove the keys of a KMS that is made while the stack runs, and a policy of its own."""
+    shutil.rmtree(stack.state / f"kms-{spec.name}" / "certs", ignore_errors=True)
+    if spec.webhook == "own":
+        stack.policies["src"].with_name(f"auth-{spec.name}.json").unlink(missing_ok=True)
 
 
 async def remove_kms(stack: "Stack", kms: RunningKms) -> None:
@@ -172,6 +185,8 @@ async def remove_kms(stack: "Stack", kms: RunningKms) -> None:
     if kms.spec.webhook == "own":
         stack.services.pop(f"auth-{side}", None)
         stack.policies.pop(side, None)
+    if side not in BEGUN_WITH:
+        _forget_files(stack, kms.spec)
     stack.guests.pop(kms.guest.name, None)
     stack.kms.pop(side, None)
     stack.kms_parts.pop(side, None)
