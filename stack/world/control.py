@@ -5,7 +5,6 @@ Each call takes effect before it returns, and what it refuses it leaves as it wa
 
 import asyncio
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +15,6 @@ from kms_emu.errors import KmsError
 from simulator.errors import GuestError
 from simulator.intel import VendorState
 from simulator.platform import Platform, PlatformState
-from stack import policy_files
 from stack.clock import ClockError, StackClock
 from stack.config import StackError
 from stack.health import ask_services
@@ -25,6 +23,7 @@ from stack.world.guests import EventSpec, GuestSpec, RunningGuest, octets, start
 from stack.world.journal import Journal
 from stack.world.kms import KmsSpec, RunningKms, remove_kms, start_kms
 from stack.world.models import ClockChange, ControlError, Dates, PlatformChange, VendorChange, problems
+from stack.world.policies import PolicyControl
 from stack.world.state import StackState, apply_state, capture_state
 
 if TYPE_CHECKING:
@@ -36,11 +35,11 @@ READY = "ready"
 """The snapshot that a stack makes of itself when it is ready; `reset` goes back to it."""
 
 
-class Control:
+class Control(PolicyControl):
     """One stack, in the hands of a person."""
 
     def __init__(self, stack: "Stack") -> None:
-        self._stack = stack
+        super().__init__(stack)
         self._snapshots: dict[str, StackState] = {}
         self._going_back = asyncio.Lock()
 
@@ -268,12 +267,6 @@ class Control:
         self._stack.guests.pop(guest.name, None)
         self._stack.services.pop(guest.service, None)
 
-    def _known_guest(self, name: str) -> RunningGuest:
-        guest = self._stack.guests.get(name)
-        if guest is None:
-            raise ControlError(f"there is no trust domain {name!r:.60}: {', '.join(self._stack.guests)}", 404)
-        return guest
-
     async def add_kms(self, name: str, **spec: Any) -> dict[str, Any]:
         """Make a KMS without keys (fields of `KmsSpec`); `onboard_kms` gives it some."""
         given = _checked(KmsSpec, {"name": name, **spec})
@@ -352,61 +345,6 @@ class Control:
     def clear_faults(self) -> None:
         """Take all out of force."""
         self._stack.world.faults.clear()
-
-    # ---- who is allowed
-
-    def policies(self) -> dict[str, str]:
-        """The policy files, by KMS."""
-        return {side: str(path) for side, path in self._stack.policies.items()}
-
-    def policy(self, side: str) -> Any:
-        """A policy as it is now."""
-        try:
-            return json.loads(self._policy_path(side).read_text())
-        except (OSError, ValueError) as error:
-            raise ControlError(f"the policy of {side} cannot be read: {error}", 409) from error
-
-    def set_policy(self, side: str, policy: Mapping[str, Any]) -> None:
-        """Put a policy in place; it is not checked, so that a webhook can be seen to refuse a wrong one."""
-        path = self._policy_path(side)
-        try:
-            policy_files.write(path, dict(policy))
-        except OSError as error:
-            raise ControlError(f"{path} cannot be written: {error.strerror}", 409) from error
-
-    def allow(self, side: str, guest: str, *, this_device_only: bool = False) -> dict[str, Any]:
-        """Let a policy allow a trust domain as it is now, with its OS image."""
-        return self._changed(side, policy_files.allowing, guest, this_device_only)
-
-    def deny(self, side: str, guest: str) -> dict[str, Any]:
-        """Let a policy no longer allow a trust domain."""
-        return self._changed(side, policy_files.denying, guest, False)
-
-    def _changed(self, side: str, change: Any, name: str, this_device_only: bool) -> dict[str, Any]:
-        guest = self._known_guest(name)
-        info = guest.agent.app_info()
-        who = policy_files.Measured(
-            is_kms=name.startswith("kms-"),
-            app_id=info.app_id.hex(),
-            compose_hash=info.compose_hash.hex(),
-            mr_aggregated=info.mr_aggregated.hex(),
-            os_image_hash=info.os_image_hash.hex(),
-            device_id=info.device_id.hex() if this_device_only else None,
-        )
-        policy = self.policy(side)
-        if not isinstance(policy, dict):
-            raise ControlError(f"the policy of {side} is no object: set it first", 409)
-        try:
-            changed: dict[str, Any] = change(policy, who)
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise ControlError(f"the policy of {side} is none of auth-simple's: set it first", 409) from error
-        self.set_policy(side, changed)
-        return changed
-
-    def _policy_path(self, side: str) -> Any:
-        if side not in self._stack.policies:
-            raise ControlError(f"there is no policy {side!r:.60}: {', '.join(self._stack.policies)}", 404)
-        return self._stack.policies[side]
 
 
 def _platform(platform: Platform) -> dict[str, Any]:
