@@ -127,13 +127,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Do it, and print what was answered."""
     try:
         answer = arguments.act(Api(_find(arguments)), arguments)
+        if answer is not None and answer != {}:
+            print(answer if isinstance(answer, str) else json.dumps(answer, indent=2), flush=True)
     except RefusedError as error:
         say(f"Error: {' '.join(str(error).split())}")
         return 1
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
         return 0
-    if answer is not None and answer != {}:
-        print(answer if isinstance(answer, str) else json.dumps(answer, indent=2))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its end
     return 0
 
 
