@@ -19,12 +19,11 @@ RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --no-in
 
 FROM ${BASE_IMAGE}
 COPY --from=build /opt/venv /opt/venv
+COPY stack/healthcheck.py /usr/local/bin/healthcheck
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/var/lib/dstack-emu
 # By number: no user has to be made, and 1000 is who owns a folder that an ordinary person on Linux would mount.
 # A new named volume takes its owner from the folder it covers.
-RUN install -d -o 1000 -g 1000 /var/lib/dstack-emu /etc/dstack-emu
+RUN install -d -o 1000 -g 1000 /var/lib/dstack-emu /run/pccs /run/agent /run/app
 USER 1000:1000
 WORKDIR /var/lib/dstack-emu
-# auth of source and target, KMS source and target, PCCS, the app's guest agent
-EXPOSE 3101 3102 9301 9302 8081 8090
 ENTRYPOINT ["dstack-emu"]

@@ -13,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet install --co
 # setuptools comes first and by its pin: pip's isolated builds would take whichever is the newest that day.
 INSTALL := $(PIP) --no-build-isolation --editable
 
-.PHONY: help up test fuzz lint types imports check bench proto lock clean
+.PHONY: help up test fuzz crash lint types imports check bench proto lock clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,9 @@ test: $(VENV)/.dev ## Run the tests (ARGS="-k quote" and the like are passed on)
 
 fuzz: $(VENV)/.dev ## Try the decoders' properties on many more examples (EXAMPLES=5000)
 	@DSTACK_EMU_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest -n auto --timeout 3600 tests/test_attest_properties.py $(ARGS)
+
+crash: $(VENV)/.dev ## Kill a KMS at random moments of its set-up, and look what the next start makes of it
+	@$(BIN)/python -m tests.crash_campaign $(ARGS)
 
 lint: $(VENV)/.dev ## Check the style
 	@$(BIN)/ruff check .

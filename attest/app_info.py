@@ -24,6 +24,8 @@ UNKNOWN_DEVICE_ID: Final = hashlib.sha256(b"").digest()
 
 TEE_VARIANT_TDX: Final = "dstack-tdx"
 APP_ID_SIZE: Final = 20
+REMEMBERED_CONFIG: Final = 64 * 1024
+"""Characters of a config whose reading is remembered."""
 _ZERO_48: Final = bytes(48)
 
 
@@ -139,24 +141,39 @@ def mr_aggregated(report: TdReport, rtmr3: bytes) -> bytes:
     return hashlib.sha256(b"".join((report.mr_td, *report.rtmrs[:3], rtmr3, *counted))).digest()
 
 
-@functools.lru_cache(maxsize=256)
 def os_image_hash(config: str) -> bytes:
     """Read the OS image hash from a VM config, or from the `vm_config` text inside a larger config.
 
     Empty where neither names one. Raises `FormatError`.
     """
+    try:
+        return vm_config_of(config).os_image_hash
+    except FormatError as error:
+        raise FormatError(f"Failed to decode os image hash: {error}") from error
+
+
+def vm_config_of(config: str) -> VmConfig:
+    """Read a VM config, or the `vm_config` text inside a larger config; the empty text is the default config.
+
+    Raises `FormatError`. Who judges an image reads its config by this, as who asks the webhook about it does.
+    """
+    # Whoever calls sends this text: a long one must not stay in memory.
+    return _parse_remembered(config) if len(config) <= REMEMBERED_CONFIG else _parse(config)
+
+
+def _parse(config: str) -> VmConfig:
     if not config:
-        return b""
+        return VmConfig()
     try:
         document = json.loads(config)
     except (ValueError, RecursionError):
         document = None  # VmConfig.parse says what is wrong with it
     if isinstance(document, dict) and isinstance(document.get("vm_config"), str):
         config = document["vm_config"]
-    try:
-        return VmConfig.parse(config).os_image_hash
-    except FormatError as error:
-        raise FormatError(f"Failed to decode os image hash: {error}") from error
+    return VmConfig.parse(config)
+
+
+_parse_remembered = functools.lru_cache(maxsize=256)(_parse)
 
 
 def _init_script_hashes(attestation: Attestation) -> tuple[bytes, ...]:

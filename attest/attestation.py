@@ -16,6 +16,7 @@ from attest import scale
 from attest.errors import FormatError
 from attest.eventlog import RuntimeEvent, TdxEvent, log_from_json, strip
 from attest.quote import Quote
+from attest.remember import remember_by_identity
 from attest.scale import Decoder
 
 MAX_SIZE: Final = 10 * 1024 * 1024
@@ -228,13 +229,13 @@ def _pack_piece(piece: bytes) -> bytes:
     return b"".join([_PACKED_OCTETS[octet] for octet in piece])
 
 
-@functools.lru_cache(maxsize=32)
+@remember_by_identity
 def _pack_event_log(log: tuple[TdxEvent, ...]) -> bytes:
     packed: bytes = msgpack.packb([_event_to_msgpack(event) for event in log])
     return packed
 
 
-@functools.lru_cache(maxsize=32)
+@remember_by_identity
 def _pack_runtime_events(events: tuple[RuntimeEvent, ...]) -> bytes:
     packed: bytes = msgpack.packb([_versioned({"event": e.event, "payload": e.payload}, e.version) for e in events])
     return packed

@@ -9,9 +9,10 @@ import datetime
 import hashlib
 import ipaddress
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -24,6 +25,7 @@ from attest import der
 from attest.app_info import AppInfo
 from attest.attestation import Attestation, decode, from_quote_and_log
 from attest.errors import FormatError
+from attest.eventlog import log_to_json
 
 _PREFIX: Final = "1.3.6.1.4.1.62397.1"
 OID_TDX_QUOTE: Final = x509.ObjectIdentifier(f"{_PREFIX}.1")
@@ -41,6 +43,13 @@ ORGANIZATION: Final = "Dstack"
 NOT_BEFORE: Final = datetime.datetime(1975, 1, 1, tzinfo=datetime.UTC)
 LIFETIME: Final = 10 * 365 * 86400
 """Seconds from the time of issue to not_after, where nobody asks for another."""
+
+EvidenceForm = Literal["versioned", "legacy", "legacy-gzip"]
+"""How evidence stands in a certificate."""
+
+GZIP_MAGIC: Final = b"ELGZv1"
+MAX_INFLATED_LOG: Final = 16 * 1024
+"""Bytes that a compressed event log inflates to at most."""
 
 UNREADABLE: Final = (
     ValueError,
@@ -68,6 +77,7 @@ class CertificateRequest:
     app_info: AppInfo | None = None
     usage: str | None = None
     attestation: Attestation | None = None
+    evidence_form: EvidenceForm = "versioned"
     not_before: int | None = None
     not_after: int | None = None
 
@@ -178,9 +188,30 @@ def attestation_of(certificate: x509.Certificate) -> Attestation | None:
     if event_log is None:
         raise FormatError("TDX event log missing")
     try:
-        return from_quote_and_log(quote, event_log)
+        return from_quote_and_log(quote, inflate_log(event_log))
     except FormatError as error:
         raise FormatError(f"Failed to create attestation from TDX quote: {error}") from error
+
+
+def inflate_log(data: bytes) -> bytes:
+    """Open a legacy event log that is gzip after the magic word; give any other back as it is."""
+    if not data.startswith(GZIP_MAGIC):
+        return data
+    inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    try:
+        log = inflater.decompress(data[len(GZIP_MAGIC) :], MAX_INFLATED_LOG + 1)
+    except zlib.error as error:
+        raise FormatError(f"failed to decompress event log: {error}") from error
+    if len(log) > MAX_INFLATED_LOG:
+        raise FormatError(f"event log extension too large (>{MAX_INFLATED_LOG} bytes)")
+    if not inflater.eof:
+        raise FormatError("failed to decompress event log: it is cut short")
+    return log
+
+
+def _deflate_log(log: bytes) -> bytes:
+    packer = zlib.compressobj(level=9, wbits=zlib.MAX_WBITS | 16)  # writes no time of day: the same log, the same bytes
+    return GZIP_MAGIC + packer.compress(log) + packer.flush()
 
 
 def usage_of(certificate: x509.Certificate) -> str | None:
@@ -267,14 +298,24 @@ def _extensions(request: CertificateRequest) -> list[tuple[x509.ExtensionType, b
 
 
 def _own_extensions(request: CertificateRequest) -> list[x509.ExtensionType]:
-    attestation = None if request.attestation is None else request.attestation.stripped().encode()
     payloads = (
         (OID_APP_ID, request.app_id),
         (OID_APP_INFO, None if request.app_info is None else request.app_info.encode()),
         (OID_USAGE, None if request.usage is None else request.usage.encode()),
-        (OID_ATTESTATION, attestation),
+        *_evidence(request.attestation, request.evidence_form),
     )
     return [x509.UnrecognizedExtension(oid, der.octet_string(p)) for oid, p in payloads if p is not None]
+
+
+def _evidence(
+    attestation: Attestation | None, form: EvidenceForm
+) -> tuple[tuple[x509.ObjectIdentifier, bytes], ...]:
+    if attestation is None:
+        return ()
+    if form == "versioned":
+        return ((OID_ATTESTATION, attestation.stripped().encode()),)
+    log = log_to_json(attestation.event_log).encode()
+    return ((OID_TDX_QUOTE, attestation.quote), (OID_EVENT_LOG, log if form == "legacy" else _deflate_log(log)))
 
 
 def _key_usage(is_ca: bool) -> x509.KeyUsage:

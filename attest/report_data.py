@@ -8,10 +8,8 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from Crypto.Hash import keccak
-
 from attest.errors import FormatError
-from attest.signature import keccak256
+from attest.keccak import keccak
 
 SIZE: Final = 64
 RATLS_CERT: Final = "ratls-cert"
@@ -26,9 +24,9 @@ HASHES: Final[Mapping[str, Callable[[bytes], bytes]]] = {
     "sha3-256": lambda data: hashlib.sha3_256(data).digest(),
     "sha3-384": lambda data: hashlib.sha3_384(data).digest(),
     "sha3-512": lambda data: hashlib.sha3_512(data).digest(),
-    "keccak256": keccak256,
-    "keccak384": lambda data: keccak.new(digest_bits=384, data=data).digest(),
-    "keccak512": lambda data: keccak.new(digest_bits=512, data=data).digest(),
+    "keccak256": keccak,
+    "keccak384": lambda data: keccak(data, 384),
+    "keccak512": lambda data: keccak(data, 512),
 }
 
 
@@ -66,4 +64,4 @@ def bootstrap_report_data(ca_pubkey: bytes, k256_pubkey: bytes) -> bytes:
     Keccak-256 over a text, then 32 zero bytes. The misspelling in the text is part of the protocol.
     """
     text = f"dstack-kms-genereted-keys-v1:{ca_pubkey.hex()};{k256_pubkey.hex()};"
-    return keccak256(text.encode()).ljust(SIZE, b"\0")
+    return keccak(text.encode()).ljust(SIZE, b"\0")

@@ -8,20 +8,15 @@ import hashlib
 from typing import Final
 
 from coincurve import PrivateKey, PublicKey
-from Crypto.Hash import keccak
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from attest.errors import FormatError, VerificationError
+from attest.keccak import keccak
 
 KMS_ISSUED: Final = b"dstack-kms-issued"
 ENV_ENCRYPT_PUBKEY: Final = b"dstack-env-encrypt-pubkey"
 K256_ORDER: Final = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141
 """Order of the group of secp256k1 (SEC 2)."""
-
-
-def keccak256(data: bytes) -> bytes:
-    """Hash with the original Keccak-256 (not FIPS 202's SHA3-256): 32 bytes."""
-    return keccak.new(digest_bits=256, data=data).digest()
 
 
 def k256_key(secret: bytes, what: str = "secp256k1 key") -> PrivateKey:
@@ -35,19 +30,19 @@ def k256_key(secret: bytes, what: str = "secp256k1 key") -> PrivateKey:
 
 
 def sign_recoverable(key: PrivateKey, message: bytes) -> bytes:
-    """Sign keccak256(message): 65 bytes r, s, recovery id."""
-    return key.sign_recoverable(keccak256(message), hasher=None)
+    """Sign keccak(message): 65 bytes r, s, recovery id."""
+    return key.sign_recoverable(keccak(message), hasher=None)
 
 
 def recover(signature: bytes, message: bytes) -> bytes:
-    """Recover the signer of keccak256(message) as a 33-byte compressed SEC1 point.
+    """Recover the signer of keccak(message) as a 33-byte compressed SEC1 point.
 
     Success proves that the holder of the returned key signed this message; whose key it is, the caller must know.
     """
     if len(signature) != 65:
         raise FormatError(f"recoverable signature: 65 bytes expected, got {len(signature)}")
     try:
-        return PublicKey.from_signature_and_message(signature, keccak256(message), hasher=None).format()
+        return PublicKey.from_signature_and_message(signature, keccak(message), hasher=None).format()
     except Exception as error:  # coincurve raises bare Exception where libsecp256k1 finds no point
         raise VerificationError(f"recoverable signature: no key recovers ({error})") from error
 

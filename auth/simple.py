@@ -23,6 +23,8 @@ from auth.errors import ConfigError, MalformedJsonError
 from auth.policy import Compat, Policy, evaluate, parse_compat
 
 DEFAULT_CONFIG_PATH: Final = "./auth-config.json"
+READS: Final = 3
+"""How often a file is read that changes under the reading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +94,33 @@ class SimpleAuth:
 
 
 def _read(path: str) -> bytes:
-    """Read the whole file, in the event loop's thread: it is small, and a hop to another costs more."""
+    """Read the whole file, in the event loop's thread: it is small, and a hop to another costs more.
+
+    A file that was written to meanwhile, in place, is read again, and refused where that goes on: half of the one and
+    half of the other could be a policy that nobody wrote.
+    """
     try:
         with open(path, "rb", buffering=0, opener=_open_nonblocking) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            before = os.fstat(file.fileno())
+            if not stat.S_ISREG(before.st_mode):
                 raise ConfigError(f"failed to load config: {path}: Not a regular file")
-            return file.read()
+            for _ in range(READS):
+                content = file.read()
+                after = os.fstat(file.fileno())
+                if _version(after) == _version(before) and len(content) == after.st_size:
+                    return content
+                before = after
+                file.seek(0)
+        raise ConfigError(f"config is being rewritten: {path}")
     except FileNotFoundError as error:
         raise ConfigError(f"config file not found: {path}") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         detail = getattr(error, "strerror", None) or error
         raise ConfigError(f"failed to load config: {path}: {detail}") from error
+
+
+def _version(state: os.stat_result) -> tuple[int, int, int]:
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def _open_nonblocking(path: str, flags: int) -> int:

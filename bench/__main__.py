@@ -18,9 +18,11 @@ BENCHMARKS: Final = (
     "verification",
     "getquote",
     "startup",
+    "runbook",
     "getappkey",
     "getappkey_new",
     "gettempcacert",
+    "image_verify",
     "journal",
 )
 

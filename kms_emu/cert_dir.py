@@ -47,6 +47,8 @@ class CertDir:
             if (self.path / _COMMITTED).is_dir():
                 self._move_committed()
             shutil.rmtree(self.path / _UNFINISHED, ignore_errors=True)
+            for left in self.path.glob(".*.new"):  # by `replace`
+                left.unlink()
         except OSError as error:
             raise ConfigError(f"core.cert_dir {self.path} cannot be used: {error.strerror}") from error
 

@@ -2,16 +2,19 @@
 
 Source: dstack `kms/kms.toml` and `kms/src/config.rs` at 312dc605 and 40eaf35e. Every known key is accepted; an unknown
 one is an error that names it. What a key is for and this KMS does not do is said where it is used, or in
-docs/fidelity.md.
+docs/fidelity.md. The section `emulator` is ours. How the environment overrides keys: `kms_emu/environment.py`.
 """
 
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from attest.certificate import EvidenceForm
+from kms_emu import environment
 from kms_emu.errors import ConfigError
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -24,6 +27,17 @@ def _seconds(value: Any) -> Any:
     return value
 
 
+def _token_hash(value: Any) -> Any:
+    """Read the SHA-256 of a token in hex, as upstream: upper case and a leading 0x are fine."""
+    if not isinstance(value, str) or not value:
+        return value
+    digits = value.removeprefix("0x").lower()
+    if not re.fullmatch("[0-9a-f]{64}", digits):
+        raise ValueError("the SHA-256 of the token in hex expected: 64 digits")
+    return digits
+
+
+TokenHash = Annotated[str, BeforeValidator(_token_hash)]
 Seconds = Annotated[float, BeforeValidator(_seconds)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -149,7 +163,7 @@ class Core(_Section):
     sev_snp_key_release: bool = False
     aws_nitro_tpm_key_release: bool = False
     pccs_url: str = ""
-    admin_token_hash: str = ""
+    admin_token_hash: TokenHash = ""
     attestation: AttestationConfig = AttestationConfig()
     image: Image = Image()
     metrics: Metrics = Metrics()
@@ -163,23 +177,33 @@ class Core(_Section):
         return self.attestation.urls.pccs or self.pccs_url
 
 
+class Emulator(_Section):
+    """[emulator], our own: what no upstream KMS of today does, and none minds in its file."""
+
+    rpc_cert_evidence: EvidenceForm = "versioned"
+
+
 class KmsConfig(_Section):
     """The whole file. `default` is the web server's own section upstream: known, and without effect here."""
 
     default: dict[str, Any] = {}
     rpc: Rpc = Rpc()
     core: Core = Core()
+    emulator: Emulator = Emulator()
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read a kms.toml; raise `ConfigError` naming the file and each key that is wrong."""
+    def load(cls, path: Path, variables: Mapping[str, str] | None = None) -> Self:
+        """Read a kms.toml, with the keys that `variables` override.
+
+        Raises `ConfigError` naming the file and each key that is wrong, or the variable.
+        """
         try:
             document = tomllib.loads(path.read_text())
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is no TOML: {error}") from error
-        return cls.from_document(document, str(path))
+        return cls.from_document(environment.merged(document, environment.overrides(cls, variables or {})), str(path))
 
     @classmethod
     def from_document(cls, document: dict[str, Any], source: str) -> Self:
@@ -189,3 +213,10 @@ class KmsConfig(_Section):
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
             raise ConfigError(f"{source}: {problems}") from error
+
+    def listening_at(self, host: str, port: int) -> Self:
+        """The same, with both phases at one address."""
+        where = {"address": host, "port": port}
+        onboard = self.core.onboard.model_copy(update=where)
+        core = self.core.model_copy(update={"onboard": onboard})
+        return self.model_copy(update={"rpc": self.rpc.model_copy(update=where), "core": core})

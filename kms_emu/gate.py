@@ -1,6 +1,6 @@
 """The gate: nobody gets a key without a decision, and the types say so.
 
-    evidence → admit → BootInfo → auth webhook → decision → release → grant → keys
+    evidence → admit → BootInfo → auth webhook → decision → OS image → release → grant → keys
 
 `kms_emu.keys` takes grants alone, and only this module makes them. Three kinds: the KMS itself is allowed
 (`SelfGrant`), an app is (`AppGrant`), another KMS is (`KmsGrant`). No decision is cached; only the KMS's own boot info
@@ -16,6 +16,7 @@ from attest.errors import AttestError
 from attest.verify import VerifiedAttestation
 from kms_emu.auth_api import AuthApi
 from kms_emu.errors import BootDeniedError, InvalidRequestError, NotAttestedError, context
+from transport.image_store import ImageStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +64,20 @@ class Gate:
     """Asks the webhook, for this KMS and for whoever wants keys of it.
 
     `own_evidence` attests the KMS with zero report_data; it is asked once, at the first self check, and what it said is
-    `own_boot_info` from then on.
+    `own_boot_info` from then on. `images` judges the OS image of whoever the webhook allowed; without it the
+    os_image_hash that the webhook saw is believed as claimed.
     """
 
     def __init__(
-        self, auth: AuthApi, own_evidence: Callable[[], Awaitable[VerifiedAttestation]], *, enforce_self: bool = True
+        self,
+        auth: AuthApi,
+        own_evidence: Callable[[], Awaitable[VerifiedAttestation]],
+        *,
+        enforce_self: bool = True,
+        images: ImageStore | None = None,
     ) -> None:
         self._auth, self._own_evidence, self._enforce_self = auth, own_evidence, enforce_self
+        self._images = images
         self.own_boot_info: BootInfo | None = None
 
     async def self_check(self) -> SelfGrant:
@@ -90,19 +98,31 @@ class Gate:
         self, of_kms: SelfGrant, caller: VerifiedAttestation | None, *, vm_config: str, boot_time: bool = False
     ) -> AppGrant:
         """Ask whether the caller may have its app's keys, or a certificate (`boot_time`)."""
-        boot_info = boot_info_of(_require(caller), vm_config=vm_config, boot_time=boot_time)
+        evidence = _require(caller)
+        boot_info = boot_info_of(evidence, vm_config=vm_config, boot_time=boot_time)
         decision = await self._auth.decide(boot_info, is_kms=False)
         if decision.is_allowed is not True:
             raise BootDeniedError(f"Boot denied: {decision.reason}")
+        await self._require_image(evidence, vm_config)
         return AppGrant(of_kms, boot_info, decision.gateway_app_id)
 
     async def admit_kms(self, of_kms: SelfGrant, caller: VerifiedAttestation | None, *, vm_config: str) -> KmsGrant:
         """Ask whether the caller may become a KMS with the same root keys."""
-        boot_info = boot_info_of(_require(caller), vm_config=vm_config)
+        evidence = _require(caller)
+        boot_info = boot_info_of(evidence, vm_config=vm_config)
         decision = await self._auth.decide(boot_info, is_kms=True)
         if decision.is_allowed is not True:
             raise BootDeniedError(f"Boot denied: {decision.reason}")
+        await self._require_image(evidence, vm_config)
         return KmsGrant(of_kms, boot_info)
+
+    async def _require_image(self, evidence: VerifiedAttestation, vm_config: str) -> None:
+        """Refuse who did not boot the image that its config names, and that the webhook was asked about."""
+        if self._images is None:
+            return
+        text = "Failed to verify os image hash"
+        with context(f"{text}: {text}"):  # upstream says it twice
+            await self._images.verify(evidence, vm_config)
 
 
 async def require_kms_allowed(auth: AuthApi, boot_info: BootInfo) -> None:

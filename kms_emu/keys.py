@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from attest import certificate as cert
 from attest.attestation import Attestation
 from attest.csr import SigningRequest
+from attest.errors import FormatError
 from attest.kdf import (
     derive_dh_secret,
     derive_key,
@@ -67,7 +68,12 @@ class RootKeys:
         return self.k256.public_key.format()
 
     def issue_rpc_certificate(
-        self, key: ec.EllipticCurvePrivateKey, domain: str, attestation: Attestation | None, now: int
+        self,
+        key: ec.EllipticCurvePrivateKey,
+        domain: str,
+        attestation: Attestation | None,
+        now: int,
+        evidence_form: cert.EvidenceForm = "versioned",
     ) -> str:
         """Issue the certificate of the RPC listener (PEM)."""
         request = cert.CertificateRequest(
@@ -76,6 +82,7 @@ class RootKeys:
             alt_names=(domain,),
             usage=cert.USAGE_KMS_RPC,
             attestation=attestation,
+            evidence_form=evidence_form,
         )
         return cert.pem(self.root_ca.issue(request, now))
 
@@ -95,23 +102,31 @@ class KmsKeys:
         return cls(RootKeys.of(temp, root, _new_k256(entropy), now), rpc, domain)
 
     @classmethod
-    def load(cls, folder: files.CertDir) -> Self:
-        """Read stored keys; raise `ConfigError` or `FormatError` naming the file that is missing or broken."""
-        roots = RootKeys(
-            cert.load_authority(
-                folder.read_text(files.ROOT_CA_CERT),
-                load_p256_pem(folder.read_text(files.ROOT_CA_KEY), files.ROOT_CA_KEY),
-                files.ROOT_CA_CERT,
-            ),
-            cert.load_authority(
-                folder.read_text(files.TMP_CA_CERT),
-                load_p256_pem(folder.read_text(files.TMP_CA_KEY), files.TMP_CA_KEY),
-                files.TMP_CA_CERT,
-            ),
-            k256_key(folder.read(files.K256_KEY), files.K256_KEY),
+    def load(cls, folder: files.CertDir, domain: str = "") -> Self:
+        """Read stored keys; raise `ConfigError` or `FormatError` naming the file that is missing or broken.
+
+        Whether a CA certificate is its key's is not judged: `require_own_certificates`. `domain`, where it is given,
+        goes before the stored one.
+        """
+        temp_key, root_key, rpc_key = (
+            load_p256_pem(folder.read_text(name), name) for name in (files.TMP_CA_KEY, files.ROOT_CA_KEY, files.RPC_KEY)
         )
-        rpc_key = load_p256_pem(folder.read_text(files.RPC_KEY), files.RPC_KEY)
-        return cls(roots, rpc_key, folder.read_text(files.RPC_DOMAIN).strip())
+        secret = folder.read(files.K256_KEY)
+        if 24 <= len(secret) < 32:
+            secret = secret.rjust(32, b"\0")  # as upstream's library reads a scalar without its leading zeros
+        k256 = k256_key(secret, files.K256_KEY)
+        domain = domain or folder.read_text(files.RPC_DOMAIN)
+        root_ca, temp_ca = (
+            cert.CertificateAuthority(cert.load_pem(folder.read_text(name), name), key)
+            for name, key in ((files.ROOT_CA_CERT, root_key), (files.TMP_CA_CERT, temp_key))
+        )
+        return cls(RootKeys(root_ca, temp_ca, k256), rpc_key, domain.strip())
+
+    def require_own_certificates(self) -> None:
+        """Refuse stored CA certificates that are another key's."""
+        for authority, what in ((self.roots.root_ca, "root CA"), (self.roots.temp_ca, "temp ca")):
+            if cert.certificate_spki(authority.certificate) != cert.spki_der(authority.key.public_key()):
+                raise FormatError(f"Failed to load {what} certificate: CA certificate does not match private key")
 
     def files(self, rpc_certificate: str) -> dict[str, bytes]:
         """What is stored, by upstream's file names."""

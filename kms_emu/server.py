@@ -6,7 +6,6 @@ between waits for the handshake and is not refused. Source: dstack `kms/src/main
 
 import asyncio
 import functools
-import logging
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
@@ -20,21 +19,26 @@ from cryptography import x509
 from attest.app_info import BootInfo
 from attest.attestation import Attestation
 from attest.certificate import CertificateAuthority, attestation_of, certificate_spki, load_der
+from attest.errors import AttestError
 from attest.verify import TrustAnchor
 from attest.version import REVISION, UPSTREAM
 from kms_emu.admin import admin_app
 from kms_emu.auth_api import AuthApi, DevAuth, WebhookAuth
 from kms_emu.cert_dir import ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT, CertDir
-from kms_emu.config import Core, KmsConfig
+from kms_emu.config import AttestationConfig, Core, KmsConfig
 from kms_emu.errors import ConfigError, KmsError, NotAttestedError, context
 from kms_emu.guest_agent import TIMEOUT as AGENT_TIMEOUT
 from kms_emu.guest_agent import GuestAgent
+from kms_emu.image_cache import ImageCache
+from kms_emu.journal import log_refusal
 from kms_emu.keys import Entropy, KmsKeys, RootKeys
 from kms_emu.metrics import AttestationMetrics
 from kms_emu.onboarding import Receiver
 from kms_emu.service import Caller, Environment, KmsService, OnboardService, kms_table, onboard_table
-from kms_emu.setup_page import setup_page
+from kms_emu.setup_page import content_security_policy, setup_page
 from transport.client import MoreHeaders
+from transport.events import EventLog
+from transport.image_store import ImageStore
 from transport.listen import Server, ServerTlsContext, bind_tcp, serve
 from transport.pccs_client import AttestationVerifier, Clock, PccsClient
 from transport.prpc_server import add_prpc
@@ -45,17 +49,22 @@ Phase = Literal["starting", "onboard", "runtime", "stopped"]
 CA_RENEWAL_WINDOW: Final = 365 * 86400
 """Seconds before its end at which a stored CA certificate is issued anew."""
 
-log = logging.getLogger("kms_emu")
+REISSUE_FAILED: Final = (
+    "Failed to reissue the attested KMS RPC certificate; refusing to start with a potentially unattested certificate"
+)
+STATE_FAILED: Final = "Failed to initialize KMS state"
 
+def trust_anchor(attestation: AttestationConfig, section: str = "core.") -> TrustAnchor:
+    """Read the root that callers are judged under: Intel's own, or the configured one with the insecure opt-in.
 
-def trust_anchor(core: Core) -> TrustAnchor:
-    """Read the root that callers are judged under: Intel's own, or the configured one with the insecure opt-in."""
-    roots = core.attestation.root_ca
+    `section` is what stands before `attestation` in the names of its keys.
+    """
+    roots = attestation.root_ca
     given = [name for name in type(roots).model_fields if getattr(roots, name) is not None]
-    if given and not core.attestation.insecure_allow_external_trust_anchors:
+    if given and not attestation.insecure_allow_external_trust_anchors:
         raise ConfigError(
-            f"Failed to initialize KMS state: failed to load attestation verifier: core.attestation.root_ca.{given[0]} "
-            "is set, which needs core.attestation.insecure_allow_external_trust_anchors = true"
+            f"failed to load attestation verifier: {section}attestation.root_ca.{given[0]} is set, which needs "
+            f"{section}attestation.insecure_allow_external_trust_anchors = true"
         )
     path = roots.tdx
     if path is None:
@@ -66,9 +75,11 @@ def trust_anchor(core: Core) -> TrustAnchor:
             x509.load_pem_x509_certificate(data) if b"-----BEGIN" in data else x509.load_der_x509_certificate(data)
         )
     except OSError as error:
-        raise ConfigError(f"core.attestation.root_ca.tdx: cannot read {path}: {error.strerror}") from error
+        raise ConfigError(f"{section}attestation.root_ca.tdx: cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"core.attestation.root_ca.tdx: {path} is no certificate in PEM or DER: {error}") from error
+        raise ConfigError(
+            f"{section}attestation.root_ca.tdx: {path} is no certificate in PEM or DER: {error}"
+        ) from error
     return TrustAnchor.of(certificate)
 
 
@@ -92,6 +103,12 @@ def auth_api(core: Core) -> AuthApi:
     if core.auth_api.type == "dev":
         return DevAuth(core.auth_api.dev.gateway_app_id)
     return WebhookAuth(core.auth_api.webhook.url)
+
+
+def image_store(core: Core) -> ImageStore:
+    """Make what judges OS images, with the configured cache."""
+    image = core.image
+    return ImageStore(image.cache_dir, image.download_url, image.download_timeout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +145,18 @@ class KmsServer:
         self.config = config
         self.phase: Phase = "starting"
         core = config.core
+        self.log = EventLog("kms_emu", **({"site": core.site_name} if core.site_name else {}))
+        with context("Failed to initialize KMS state"):
+            anchor = trust_anchor(core.attestation)
         self._admin_token = admin_token
+        self._admin_sock: socket.socket | None = None
         self._admin_server: Server | None = None
         self._folder = CertDir(core.cert_dir)
         around = surroundings or Surroundings()
         self._middlewares = around.middlewares
         agent = GuestAgent(agent_address, timeout=around.timeout or AGENT_TIMEOUT, headers=around.headers)
         auth = auth or auth_api(core)
-        verifier = around.verifier or AttestationVerifier(PccsClient(core.pccs), trust_anchor(core), clock)
+        verifier = around.verifier or AttestationVerifier(PccsClient(core.pccs), anchor, clock)
         self._env = Environment(
             core=core,
             folder=self._folder,
@@ -146,6 +167,9 @@ class KmsServer:
             issue_clock=issue_clock or clock,
             entropy=entropy,
             receiver=Receiver(agent, auth, verifier, entropy, around.timeout or SOURCE_TIMEOUT, around.headers),
+            log=self.log,
+            evidence_form=config.emulator.rpc_cert_evidence,
+            images=image_store(core) if core.image.verify else None,
         )
         self._service: KmsService | None = None
         self._metrics = AttestationMetrics()
@@ -162,19 +186,20 @@ class KmsServer:
             raise RuntimeError("the KMS is not started")
         return self._server.url
 
+    @property
+    def admin_url(self) -> str | None:
+        """Where its admin listener answers in the runtime phase; None without one."""
+        if self._admin_sock is None:
+            return None
+        host, port = self._admin_sock.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
     async def start(self) -> None:
         """Bind, finish or discard what a crash left, and enter the phase that the stored keys call for."""
         self._ended = asyncio.get_running_loop().create_future()
         self._folder.prepare()
         rpc, core = self.config.rpc, self.config.core
-        if core.image.verify:
-            log.warning("core.image.verify: OS images are not measured yet; os_image_hash is believed as claimed")
-        if not core.enforce_self_authorization:
-            log.warning(
-                "core.enforce_self_authorization = false: trusted RPCs are not gated by this KMS's own attestation"
-            )
-        if not core.attest_rpc_cert:
-            log.warning("core.attest_rpc_cert = false: the RPC certificate carries no attestation")
+        self._warn(core)
         if self._sock is None:
             self._sock = bind_tcp(rpc.address, rpc.port, setting="rpc.address and rpc.port")
         await self._enter()
@@ -203,6 +228,9 @@ class KmsServer:
         core = self.config.core
         fresh = core.onboard.enabled and not self._folder.has_keys() if onboard is None else onboard
         try:
+            if core.admin.enabled:  # bound now, so that a port that is taken is known; answering once there are keys
+                where = "core.admin.address and core.admin.port"
+                self._admin_sock = bind_tcp(core.admin.address, core.admin.port, setting=where, listen=False)
             if fresh and core.onboard.auto_bootstrap_domain:
                 await OnboardService(self._env, self._finish).auto_bootstrap(core.onboard.auto_bootstrap_domain)
             elif fresh:
@@ -224,6 +252,20 @@ class KmsServer:
         if self._service is not None:
             self._service.gate.own_boot_info = memory.own_boot_info
         self._metrics.requests, self._metrics.failures = memory.requests, memory.failures
+
+    def _warn(self, core: Core) -> None:
+        """Log the settings that make this KMS weaker than it looks."""
+        warn = functools.partial(self.log.warning, "weakened")
+        if not core.image.verify:
+            reason = "OS images are not measured; os_image_hash is believed as claimed"
+            warn(setting="core.image.verify = false", reason=reason)
+        if not core.enforce_self_authorization:
+            reason = "trusted RPCs are not gated by this KMS's own attestation"
+            warn(setting="core.enforce_self_authorization = false", reason=reason)
+        if not core.attest_rpc_cert:
+            warn(setting="core.attest_rpc_cert = false", reason="the RPC certificate carries no attestation")
+        if core.admin.enabled and self._admin_token is None:
+            warn(setting="core.admin.insecure_no_auth = true", reason="the admin listener asks for no credential")
 
     async def reached_runtime(self) -> None:
         """Wait until the runtime phase answers; raise what ended the KMS before."""
@@ -253,11 +295,14 @@ class KmsServer:
         for server in servers:
             if server is not None:
                 await server.close()
-        if self._sock is not None:
-            self._sock.close()
+        for sock in (self._sock, self._admin_sock):
+            if sock is not None:
+                sock.close()
         await self._env.agent.close()
         await self._env.auth.close()
         await self._env.verifier.pccs.close()
+        if self._env.images is not None:
+            await self._env.images.close()
 
     def _end(self, error: BaseException | None) -> None:
         if self._ended is None or self._ended.done():
@@ -277,7 +322,8 @@ class KmsServer:
         app = web.Application(middlewares=self._middlewares)
 
         async def index(request: web.Request) -> web.Response:
-            return web.Response(text=setup_page(core.site_name), content_type="text/html")
+            headers = {"Content-Security-Policy": content_security_policy()}
+            return web.Response(text=setup_page(core.site_name), content_type="text/html", headers=headers)
 
         async def finish(request: web.Request) -> web.Response:
             self._finish()
@@ -294,10 +340,11 @@ class KmsServer:
         sock = self._sock.dup() if here else bind_tcp(core.onboard.address, core.onboard.port, setting="core.onboard")
         self._server = await serve(app, sock)
         self.phase = "onboard"
-        log.info("onboard phase at %s", self.url)
+        self.log.info("onboard phase", url=self.url)
 
     def _finish(self) -> None:
         if self._leaving is None:
+            self.log.info("finish", has_keys=self._folder.has_keys())
             self._leaving = asyncio.create_task(self._leave_onboard(), name="kms leaves the onboard phase")
 
     async def _leave_onboard(self) -> None:
@@ -309,7 +356,7 @@ class KmsServer:
                 raise KmsError("Failed to onboard")
             await self._enter_runtime()
         except Exception as error:  # the task's edge: whoever waits for the KMS gets it
-            log.error("%s", error)
+            self.log.error("ended", reason=error)
             await self._close()
             self._end(error)
 
@@ -329,43 +376,41 @@ class KmsServer:
         if env.core.metrics.enabled:
             app.router.add_get("/metrics", metrics.render)
         self._service = KmsService(env, kms_keys)
-        add_prpc(app, "/prpc", kms_table(self._service), caller_of(env.verifier), errors=(KmsError,))
+        table, caller = kms_table(self._service), caller_of(env.verifier, self.log)
+        add_prpc(app, "/prpc", table, caller, errors=(KmsError,))
         tls_context = self._tls_context()
         await self._serve_admin()
         self._server = await serve(app, self._sock, tls_context)
         self.phase = "runtime"
         self._runtime.set()
-        log.info("runtime phase at %s", self.url)
+        self.log.info("runtime phase", url=self.url, domain=kms_keys.domain)
 
     async def _serve_admin(self) -> None:
-        admin, image = self.config.core.admin, self.config.core.image
-        if not admin.enabled:
+        if self._admin_sock is None:
             return
-        if self._admin_token is None:
-            log.warning("core.admin.insecure_no_auth = true: the admin listener asks for no credential")
-        sock = bind_tcp(admin.address, admin.port, setting="core.admin.address and core.admin.port")
-        self._admin_server = await serve(admin_app(image.cache_dir, self._admin_token), sock)
+        cache = ImageCache(self.config.core.image.cache_dir)
+        self._admin_server = await serve(admin_app(cache, self._admin_token, self.log), self._admin_sock)
+        self.log.info("admin listener", url=self.admin_url)
 
     async def _reissue_certificates(self) -> KmsKeys:
         """Issue the RPC certificate over fresh evidence, and anew each CA certificate that is about to expire."""
         env, folder = self._env, self._folder
-        with context("Failed to initialize KMS state", ConfigError):
-            stored = KmsKeys.load(folder)
+        with context(REISSUE_FAILED, ConfigError):
+            stored = KmsKeys.load(folder, env.core.onboard.auto_bootstrap_domain)
+        with context(STATE_FAILED, ConfigError):
+            stored.require_own_certificates()
         old = stored.roots
         new = RootKeys.of(old.temp_ca.key, old.root_ca.key, old.k256, env.issue_clock())
         limit = env.clock() + CA_RENEWAL_WINDOW
         root_ca = new.root_ca if _expires_by(old.root_ca, limit) else old.root_ca
         temp_ca = new.temp_ca if _expires_by(old.temp_ca, limit) else old.temp_ca
         kms_keys = KmsKeys(RootKeys(root_ca, temp_ca, old.k256), stored.rpc_key, stored.domain)
-        with context(
-            "Failed to reissue the attested KMS RPC certificate; "
-            "refusing to start with a potentially unattested certificate"
-        ):
+        with context(f"{REISSUE_FAILED}: Failed to regenerate certificates"):
             certificate = await env.rpc_certificate(kms_keys)
         for name, authority, before in ((ROOT_CA_CERT, root_ca, old.root_ca), (TMP_CA_CERT, temp_ca, old.temp_ca)):
             if authority is not before:
                 folder.replace(name, authority.pem.encode())
-                log.info("renewed %s", name)
+                self.log.info("renewed", file=name)
         folder.replace(RPC_CERT, certificate.encode())
         return kms_keys
 
@@ -387,7 +432,7 @@ class KmsServer:
         return tls_context
 
 
-def caller_of(verifier: AttestationVerifier) -> Callable[[web.Request], Awaitable[Caller]]:
+def caller_of(verifier: AttestationVerifier, log: EventLog) -> Callable[[web.Request], Awaitable[Caller]]:
     """Make the function that says who calls, from the client certificate of the connection.
 
     OpenSSL has checked by then that the certificate is the temporary CA's and the client holds its key. Evidence inside
@@ -395,6 +440,13 @@ def caller_of(verifier: AttestationVerifier) -> Callable[[web.Request], Awaitabl
     """
 
     async def caller(request: web.Request) -> Caller:
+        try:
+            return await identify(request)
+        except (KmsError, AttestError) as error:
+            log_refusal(log, error, path=request.path)
+            raise
+
+    async def identify(request: web.Request) -> Caller:
         channel = None if request.transport is None else request.transport.get_extra_info("ssl_object")
         certificate = None if channel is None else channel.getpeercert(binary_form=True)
         if certificate is None:

@@ -5,17 +5,17 @@ checks, error contexts and texts: dstack `kms/src/{onboard_service,main_service}
 """
 
 import asyncio
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 
 from attest.attestation import Attestation
-from attest.certificate import spki_der
+from attest.certificate import EvidenceForm, spki_der
 from attest.csr import SigningRequest
 from attest.errors import FormatError
+from attest.eventlog import find_payload
 from attest.pck import device_id
 from attest.proto import kms_pb2 as pb
 from attest.prpc import decode_json, encode_json
@@ -28,19 +28,23 @@ from kms_emu.config import Core
 from kms_emu.errors import InvalidRequestError, UnavailableError, WrongPhaseError, context
 from kms_emu.gate import Gate, boot_info_of, require_app_id, require_kms_allowed
 from kms_emu.guest_agent import GuestAgent
+from kms_emu.image_cache import ImageCache, main_listener_rpc
+from kms_emu.journal import journaled
 from kms_emu.keys import Entropy, KmsKeys
 from kms_emu.onboarding import ZERO_REPORT_DATA, Receiver, own_evidence
+from transport.events import EventLog
+from transport.image_store import ImageStore
 from transport.pccs_client import AttestationVerifier, Clock
 from transport.service import Rpc, ServiceTable, without_arguments, without_context
-
-log = logging.getLogger("kms_emu")
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
     """What a KMS runs with: configuration, storage, its agent, who decides, who verifies, time and randomness.
 
-    `clock` is the time that evidence and collateral are judged at; `issue_clock` dates certificates.
+    `clock` is the time that evidence and collateral are judged at; `issue_clock` dates certificates. `evidence_form` is
+    how the RPC certificate carries its evidence. Without `images` (`core.image.verify` switched off) an OS image's hash
+    is believed as claimed.
     """
 
     core: Core
@@ -52,6 +56,9 @@ class Environment:
     issue_clock: Clock
     entropy: Entropy
     receiver: Receiver
+    log: EventLog
+    evidence_form: EvidenceForm = "versioned"
+    images: ImageStore | None = None
 
     async def rpc_evidence(self, kms_keys: KmsKeys) -> Attestation | None:
         """Attest the RPC listener's key; None where `attest_rpc_cert` is switched off."""
@@ -63,7 +70,9 @@ class Environment:
     async def rpc_certificate(self, kms_keys: KmsKeys) -> str:
         """Issue the RPC listener's certificate over fresh evidence (PEM)."""
         evidence = await self.rpc_evidence(kms_keys)
-        return kms_keys.roots.issue_rpc_certificate(kms_keys.rpc_key, kms_keys.domain, evidence, self.issue_clock())
+        return kms_keys.roots.issue_rpc_certificate(
+            kms_keys.rpc_key, kms_keys.domain, evidence, self.issue_clock(), self.evidence_form
+        )
 
 
 def validate_domain(domain: str) -> str:
@@ -82,6 +91,7 @@ class OnboardService:
 
     def __init__(self, environment: Environment, finish: Callable[[], None]) -> None:
         self._env, self._finish = environment, finish
+        self.log = environment.log
         self._lock = asyncio.Lock()
 
     async def bootstrap(self, request: pb.BootstrapRequest) -> pb.BootstrapResponse:
@@ -98,7 +108,7 @@ class OnboardService:
             attestation = await env.agent.attest(bootstrap_report_data(ca_pubkey, k256_pubkey))
             answer = pb.BootstrapResponse(ca_pubkey=ca_pubkey, k256_pubkey=k256_pubkey, attestation=attestation)
             env.folder.store({**files, BOOTSTRAP_INFO: encode_json(answer)})
-        log.info("bootstrapped for %s", domain)
+        self.log.info("bootstrapped", domain=domain, k256_pubkey=k256_pubkey.hex())
         return answer
 
     async def auto_bootstrap(self, domain: str) -> None:
@@ -106,9 +116,9 @@ class OnboardService:
         validate_domain(domain)
         with context("KMS is not allowed to auto-bootstrap"):
             await self._require_self_allowed()
-        _, files = await self._generate(domain)
+        kms_keys, files = await self._generate(domain)
         self._env.folder.store(files)
-        log.info("bootstrapped for %s without being asked (core.onboard.auto_bootstrap_domain)", domain)
+        self.log.info("bootstrapped", domain=domain, k256_pubkey=kms_keys.roots.k256_pubkey.hex(), asked=False)
 
     async def onboard(self, request: pb.OnboardRequest) -> pb.OnboardResponse:
         """Take over and store the root keys of a source KMS, if both sides are allowed."""
@@ -122,8 +132,9 @@ class OnboardService:
                 certificate = await env.rpc_certificate(kms_keys)
             with context("Failed to store keys"):
                 env.folder.store(kms_keys.files(certificate))
-        log.info("onboarded from %s for %s", request.source_url, domain)
-        return pb.OnboardResponse(k256_pubkey=kms_keys.roots.k256_pubkey)
+        k256_pubkey = kms_keys.roots.k256_pubkey
+        self.log.info("onboarded", source=request.source_url, domain=domain, k256_pubkey=k256_pubkey.hex())
+        return pb.OnboardResponse(k256_pubkey=k256_pubkey)
 
     async def attestation_info(self) -> pb.AttestationInfoResponse:
         """Say what this KMS measures: what a policy that shall allow it needs."""
@@ -139,7 +150,7 @@ class OnboardService:
             info = await env.auth.info()
             eth_rpc_url, kms_contract_address = info.eth_rpc_url or "", info.kms_contract_address or ""
         except UnavailableError as error:
-            log.warning("failed to get auth api info: %s", error)
+            self.log.warning("failed to get auth api info", reason=error)
         boot_info = boot_info_of(verified, vm_config=vm_config)
         return pb.AttestationInfoResponse(
             device_id=device_id(verified.quote.ppid),
@@ -176,16 +187,24 @@ class Caller:
 
     attestation: VerifiedAttestation | None = None
 
+    def fields(self) -> Mapping[str, object]:
+        """Who it is, for the log."""
+        if self.attestation is None:
+            return {}
+        return {"app_id": find_payload(self.attestation.attestation.runtime_events, "app-id").hex()}
+
 
 class KmsService:
     """The trusted RPCs, each behind the self check, and GetMeta."""
 
     def __init__(self, environment: Environment, kms_keys: KmsKeys) -> None:
         self._env, self._keys = environment, kms_keys
+        self.log, self.core = environment.log, environment.core
         self._gate = Gate(
             environment.auth,
             lambda: own_evidence(environment.agent, environment.verifier),
             enforce_self=environment.core.enforce_self_authorization,
+            images=environment.images,
         )
 
     @property
@@ -276,25 +295,27 @@ class KmsService:
         try:
             return decode_json(pb.BootstrapResponse, self._env.folder.read(BOOTSTRAP_INFO))
         except FormatError as error:
-            log.warning("%s is not readable: %s", BOOTSTRAP_INFO, error)
+            self.log.warning("not readable", file=BOOTSTRAP_INFO, reason=error)
             return None
 
 
 def onboard_table(service: OnboardService) -> ServiceTable[None]:
     """The RPCs of the onboard phase."""
-    return _table(
+    table: ServiceTable[None] = _table(
         "Onboard.",
         Rpc("Bootstrap", pb.BootstrapRequest, pb.BootstrapResponse, without_context(service.bootstrap)),
         Rpc("Onboard", pb.OnboardRequest, pb.OnboardResponse, without_context(service.onboard)),
         Rpc("GetAttestationInfo", Empty, pb.AttestationInfoResponse, without_arguments(service.attestation_info)),
         Rpc("Finish", Empty, Empty, without_arguments(service.finish)),
     )
+    return journaled(table, service.log)
 
 
 def kms_table(service: KmsService) -> ServiceTable[Caller]:
-    """The RPCs of the runtime phase."""
+    """The RPCs of the runtime phase, with 0.5.x's ClearImageCache where the configuration has a token for it."""
     env_key = without_context(service.get_app_env_encrypt_pub_key)
-    return _table(
+    token_hash, cache = service.core.admin_token_hash, ImageCache(service.core.image.cache_dir)
+    table: ServiceTable[Caller] = _table(
         "KMS.",
         Rpc("GetMeta", Empty, pb.GetMetaResponse, without_arguments(service.get_meta)),
         Rpc("GetTempCaCert", Empty, pb.GetTempCaCertResponse, without_arguments(service.get_temp_ca_cert)),
@@ -302,7 +323,9 @@ def kms_table(service: KmsService) -> ServiceTable[Caller]:
         Rpc("GetKmsKey", pb.GetKmsKeyRequest, pb.KmsKeyResponse, service.get_kms_key),
         Rpc("GetAppEnvEncryptPubKey", pb.AppId, pb.PublicKeyResponse, env_key),
         Rpc("SignCert", pb.SignCertRequest, pb.SignCertResponse, without_context(service.sign_cert)),
+        *([main_listener_rpc(cache, token_hash)] if token_hash else []),
     )
+    return journaled(table, service.log, Caller.fields)
 
 
 def _table(prefix: str, *rpcs: Rpc[Any, Any, Any]) -> ServiceTable[Any]:

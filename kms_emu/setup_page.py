@@ -1,29 +1,36 @@
-"""The page a person sees at a fresh KMS: what it measures, and the calls that set it up.
+"""The page a person sees at a fresh KMS: what it measures, and buttons for the calls that set it up.
 
-Plain HTML over the same RPCs that curl uses; no script, so what it shows is what there is to do.
+One HTML file with its script inside (`static/setup.html`): it loads nothing from elsewhere, calls the RPCs that curl
+would, and shows a refusal in the KMS's words. Without JavaScript it shows the curl commands.
 """
 
+import base64
+import functools
+import hashlib
+import re
 from html import escape
+from importlib import resources
+from typing import Final
+
+_SITE: Final = "<!--site-->"
 
 
 def setup_page(site_name: str) -> str:
     """Render the page."""
-    site = f" at {escape(site_name)}" if site_name else ""
-    json_type = "-H 'Content-Type: application/json'"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><title>dstack KMS (EMULATED): set-up</title></head>
-<body>
-<h1>A fresh dstack KMS{site} (EMULATED: it protects nothing)</h1>
-<p>It has no keys yet. Read what it measures, allow that in its auth webhook's policy, then bootstrap it or onboard it
-from another KMS, and finish: the same port then answers over TLS.</p>
-<ol>
-<li><a href="/prpc/Onboard.GetAttestationInfo">What it measures</a></li>
-<li>Bootstrap: <code>curl -s -X POST "$KMS/prpc/Onboard.Bootstrap?json" {json_type} -d
-'{{"domain":"kms.example.test"}}'</code></li> <li>or onboard: <code>curl -s -X POST "$KMS/prpc/Onboard.Onboard?json"
-{json_type} -d '{{"source_url":"https://other-kms:9301/prpc","domain":"kms.example.test"}}'</code></li>
-<li>Finish: <code>curl -s "$KMS/finish"</code></li>
-</ol>
-</body>
-</html>
-"""
+    return _template().replace(_SITE, f" at {escape(site_name)}" if site_name else "")
+
+
+@functools.cache
+def content_security_policy() -> str:
+    """The header that lets the page run its own script, talk to its own KMS, and nothing else."""
+    (script,) = re.findall("<script>(.*)</script>", _template(), re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+@functools.cache
+def _template() -> str:
+    return resources.files("kms_emu").joinpath("static/setup.html").read_text()

@@ -5,7 +5,6 @@ One method for each RPC, over plain values and messages. Evidence is quoted afre
 """
 
 import base64
-import functools
 import json
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,6 +20,7 @@ from attest.errors import AttestError, FormatError
 from attest.eventlog import TdxEvent, for_get_quote, log_to_json
 from attest.kdf import derive_key, derive_p256, pkcs8_pem
 from attest.proto import dstack_guest_pb2 as pb
+from attest.remember import remember_by_identity
 from attest.report_data import APP_DATA, DEFAULT_HASH, pad_report_data, ratls_report_data, report_data
 from attest.signature import k256_key, k256_sign, k256_verify, sign_recoverable
 from attest.version import REVISION, UPSTREAM
@@ -54,6 +54,11 @@ class GuestAgent:
         self._allow_emit_event = allow_emit_event
         self._provided: tuple[AppKeys, CertificateIssuer] | None = None
         self._demo_certificate = ""
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether it was given keys."""
+        return self._provided is not None
 
     @property
     def keys(self) -> AppKeys:
@@ -280,7 +285,7 @@ class GuestAgent:
         )
 
 
-@functools.lru_cache(maxsize=32)
+@remember_by_identity
 def _shown_log(log: tuple[TdxEvent, ...]) -> str:
     """A log as GetQuote answers it: the same text until something more is measured."""
     return log_to_json(for_get_quote(log))

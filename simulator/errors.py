@@ -3,3 +3,7 @@
 
 class GuestError(Exception):
     """A guest that cannot do what it was asked: keys or a certificate were refused, or a service is out of reach."""
+
+
+class KmsUnreachableError(GuestError):
+    """A KMS that nothing came from: it is not up yet, or not there. Any answer, a refusal too, is another error."""

@@ -2,28 +2,32 @@
 
 GetTempCaCert without CA checks, an RA-TLS certificate under the temporary CA, then mTLS with the KMS's root pinned,
 whose certificate must have the usage `kms:rpc`; then GetAppKey, and the events that record where the keys came from.
-Source: dstack `dstack-util/src/system_setup.rs:2016-2200` and `cert-client/src/lib.rs` at 312dc605.
+Source: dstack `dstack-util/src/system_setup.rs:2016-2200` and `cert-client/src/lib.rs` at 312dc605; what 0.5.x does
+beside that, `system_setup.rs:824-898` at 40eaf35e.
 """
 
 import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
 from google.protobuf.empty_pb2 import Empty
 
 from attest.attestation import Attestation
-from attest.certificate import USAGE_KMS_RPC, certificate_spki, load_authority, load_pem
+from attest.certificate import USAGE_KMS_RPC, CertificateAuthority, certificate_spki, load_authority, load_pem
 from attest.csr import SigningRequest
 from attest.errors import AttestError, VerificationError
 from attest.kdf import load_p256_pem, p256_from_uniform
 from attest.proto import kms_pb2 as pb
 from simulator.app_keys import AppKeys
-from simulator.errors import GuestError
+from simulator.errors import GuestError, KmsUnreachableError
+from simulator.guest_files import KmsAccess
 from simulator.seed import Entropy
 from simulator.trust_domain import KeyProvider, TrustDomain
 from transport.client import MoreHeaders
 from transport.pccs_client import AttestationVerifier
-from transport.ratls import TIMEOUT, Identity, Peer, RaTlsClient, RaTlsError, make_identity
+from transport.ratls import TIMEOUT, Identity, Peer, RaTlsClient, RaTlsError, RaTlsUnreachableError, make_identity
 
 API_VERSION: Final = 1
 CSR_VERSION: Final = 2
@@ -31,7 +35,7 @@ CSR_VERSION: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class KmsIssuer:
-    """Certificates from the KMS that gave the keys; `identity` is what the client shows it."""
+    """Certificates from the KMS that gave the keys; `identity` is what the client shows it. Close it."""
 
     client: RaTlsClient
     vm_config: str
@@ -53,6 +57,24 @@ class KmsIssuer:
         await self.client.close()
 
 
+async def kms_issuer(
+    domain: TrustDomain,
+    access: KmsAccess,
+    root_ca: str,
+    entropy: Entropy,
+    now: int,
+    *,
+    connect: Callable[..., RaTlsClient] = RaTlsClient,
+) -> KmsIssuer:
+    """Make a booted domain's access to SignCert: a new certificate under the temporary CA, the KMS's root (PEM) pinned.
+
+    Nobody is asked for anything yet. As upstream's agent, it does not judge the KMS's own evidence again. `connect`
+    makes the client, where it is not to be the plain one.
+    """
+    identity = await _identity(domain, access.temp_ca, entropy, now)
+    return KmsIssuer(connect(access.url, identity=identity, root_ca=root_ca), domain.vm_config_json, identity)
+
+
 async def fetch_keys(
     domain: TrustDomain,
     kms_url: str,
@@ -60,31 +82,35 @@ async def fetch_keys(
     entropy: Entropy,
     now: int,
     *,
+    measures_kms: bool = False,
     patience: float = TIMEOUT,
     headers: MoreHeaders | None = None,
 ) -> tuple[AppKeys, KmsIssuer]:
     """Boot a domain through a KMS (`https://host:port`): fetch its keys, measure where they came from, and finish.
 
-    `patience` is how many seconds each call to the KMS may take, then and later; `headers` are added to each.
-    Raises `GuestError` with the refusal in the KMS's own words; the domain stays as it was after its first events.
+    With `measures_kms` it measures the KMS as well, as 0.5.x does, where the KMS's certificate carries evidence.
+    `patience` is how many seconds each call to the KMS may take, then and later; `headers` are added to each. Raises
+    `GuestError` with the refusal in the KMS's own words, `KmsUnreachableError` where nothing came from it; the domain
+    stays as it was after its first events then.
     """
     url = f"{kms_url.rstrip('/')}/prpc"
-    try:
-        connect = functools.partial(RaTlsClient, url, timeout=patience, headers=headers)
-        temp = await _temp_ca(connect())
-        identity = await _identity(domain, temp, entropy, now)
-        client = connect(identity=identity, root_ca=temp.ca_cert, verifier=verifier, judge=require_kms)
+    connect = functools.partial(RaTlsClient, timeout=patience, headers=headers)
+    judge = _KmsJudge()
+    with _refused_as():
+        temp = await _temp_ca(connect, url)
+        temp_key = load_p256_pem(temp.temp_ca_key, "temporary CA key")
+        access = KmsAccess(url, load_authority(temp.temp_ca_cert, temp_key, "temporary CA certificate"))
+        root = load_pem(temp.ca_cert, "KMS root CA certificate")
+        identity = await _identity(domain, access.temp_ca, entropy, now)
+        client = connect(url, identity=identity, root_ca=temp.ca_cert, verifier=verifier, judge=judge)
+        request = pb.GetAppKeyRequest(api_version=API_VERSION, vm_config=domain.vm_config_json)
         try:
-            request = pb.GetAppKeyRequest(api_version=API_VERSION, vm_config=domain.vm_config_json)
-            answer = await client.call("GetAppKey", request, pb.AppKeyResponse)
-        except BaseException:
+            with _refused_as("Failed to get app key: "):
+                answer = await client.call("GetAppKey", request, pb.AppKeyResponse)
+        finally:
             await client.close()
-            raise
-    except (RaTlsError, AttestError) as error:
-        raise GuestError(f"Failed to get app keys from KMS: {error}") from error
-    root = load_pem(temp.ca_cert, "KMS root CA certificate")
     provider = KeyProvider("kms", certificate_spki(root).hex())
-    domain.complete(provider, os_image_hash=answer.os_image_hash)
+    domain.complete(provider, os_image_hash=answer.os_image_hash, mr_kms=judge.mr_aggregated if measures_kms else None)
     keys = AppKeys(
         disk_crypt_key=answer.disk_crypt_key,
         env_crypt_key=answer.env_crypt_key,
@@ -94,31 +120,44 @@ async def fetch_keys(
         ca_cert=temp.ca_cert,
         provider=provider,
     )
-    return keys, KmsIssuer(client, domain.vm_config_json, identity)
+    return keys, await kms_issuer(domain, access, temp.ca_cert, entropy, now, connect=connect)
 
 
-async def _temp_ca(client: RaTlsClient) -> pb.GetTempCaCertResponse:
-    try:
-        return await client.call("GetTempCaCert", Empty(), pb.GetTempCaCertResponse)
-    finally:
-        await client.close()
+async def _temp_ca(connect: Callable[..., RaTlsClient], url: str) -> pb.GetTempCaCertResponse:
+    with _refused_as("Failed to get temp ca cert: ", nothing_came=KmsUnreachableError):
+        client = connect(url)
+        try:
+            return await client.call("GetTempCaCert", Empty(), pb.GetTempCaCertResponse)
+        finally:
+            await client.close()
 
 
-async def _identity(
-    domain: TrustDomain, temp: pb.GetTempCaCertResponse, entropy: Entropy, now: int
-) -> Identity:
-    temp_key = load_p256_pem(temp.temp_ca_key, "temporary CA key")
-    temp_ca = load_authority(temp.temp_ca_cert, temp_key, "temporary CA certificate")
-
+async def _identity(domain: TrustDomain, temp_ca: CertificateAuthority, entropy: Entropy, now: int) -> Identity:
     async def attest(report_data: bytes) -> Attestation:
         return domain.attest(report_data)
 
     return await make_identity(temp_ca, p256_from_uniform(entropy(48)), attest, now)
 
 
-def require_kms(peer: Peer) -> None:
-    """Refuse a server whose certificate is not of the usage `kms:rpc`."""
-    if peer.usage is None:
-        raise VerificationError("Missing server cert usage")
-    if peer.usage != USAGE_KMS_RPC:
-        raise VerificationError(f"Invalid server cert usage: {peer.usage}")
+class _KmsJudge:
+    """Takes a server for a KMS by its certificate's usage, and notes what it measures."""
+
+    def __init__(self) -> None:
+        self.mr_aggregated: bytes | None = None
+
+    def __call__(self, peer: Peer) -> None:
+        if peer.usage is None:
+            raise VerificationError("missing server cert usage")
+        if peer.usage != USAGE_KMS_RPC:
+            raise VerificationError(f"Invalid server cert usage: {peer.usage}")
+        if peer.attestation is not None:
+            self.mr_aggregated = peer.attestation.app_info().mr_aggregated
+
+
+@contextmanager
+def _refused_as(step: str = "", *, nothing_came: type[GuestError] = GuestError) -> Iterator[None]:
+    try:
+        yield
+    except (RaTlsError, AttestError) as error:
+        kind = nothing_came if isinstance(error, RaTlsUnreachableError) else GuestError
+        raise kind(f"Failed to get app keys from KMS: {step}{error}") from error

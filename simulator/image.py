@@ -1,8 +1,8 @@
 """A made-up OS image, derived from a seed, and the machine that boots it.
 
-Its firmware, kernel and initrd are random bytes: nothing runs them. Command line, initrd, TD HOB and every
-event around them are measured as real ones are, so a verifier that is given the image's own measurement
-document accepts its boots.
+Its firmware, kernel and initrd are random bytes, unless they are given: nothing runs them. Command line, initrd,
+TD HOB and every event around them are measured as real ones are, so a verifier that is given the image's own
+measurement document accepts its boots.
 
 What this module does not do: build a TDVF, a kernel PE or a root filesystem. MRTDs and kernel digest are
 therefore not what upstream's tools would compute from these files, and the image is good for the lite variant
@@ -31,6 +31,7 @@ from attest.image import (
     boot_event_log,
     cmdline_sha384,
     initrd_sha384,
+    kernel_authenticode,
     measure,
     os_image_hash,
     sha256sum_txt,
@@ -65,6 +66,26 @@ def made_up_digest(label: str, content: bytes) -> bytes:
     return hashlib.sha384(f"dstack-emu {label}\0".encode() + content).digest()
 
 
+def is_bootable(kernel: bytes) -> bool:
+    """Whether these bytes claim to be a kernel that a firmware boots (a PE), and not bytes that stand for one."""
+    return kernel.startswith(b"MZ")
+
+
+def kernel_digest(kernel: bytes, initrd_size: int) -> bytes:
+    """Measure a kernel, or make its digest up where it is none; raise FormatError for a PE that cannot be measured."""
+    return kernel_authenticode(kernel, initrd_size) if is_bootable(kernel) else made_up_digest("kernel", kernel)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageParts:
+    """Parts of an image that somebody has; the others are made up. cmdline is metadata.json's."""
+
+    firmware: bytes | None = None
+    kernel: bytes | None = None
+    initrd: bytes | None = None
+    cmdline: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class OsImage:
     """An image directory held in memory, without the rootfs: only a hash in the command line stands for it.
@@ -80,24 +101,34 @@ class OsImage:
     os_image_hash: bytes
 
     @classmethod
-    def from_seed(cls, derive: Callable[[str, int], bytes], name: str = "dstack-emu", version: str = "0.5.11") -> Self:
+    def from_seed(
+        cls,
+        derive: Callable[[str, int], bytes],
+        name: str = "dstack-emu",
+        version: str = "0.5.11",
+        given: ImageParts | None = None,
+    ) -> Self:
         """Make up an image; `derive(label, n)` gives n bytes, always the same ones for the same label.
 
-        Another name or version gives another image, as a release would.
+        Another name or version gives another image, as a release would. Parts that are given are not made up; a kernel
+        among them that is a bootable PE is measured as one.
         """
+        given = given or ImageParts()
 
         def content(part: str, size: int) -> bytes:
             return derive(f"os-image/{name}/{version}/{part}", size)
 
-        kernel = content("bzImage", 4096)
+        kernel = content("bzImage", 4096) if given.kernel is None else given.kernel
+        initrd = content("initramfs.cpio.gz", 4096) if given.initrd is None else given.initrd
+        made_up = f"console=ttyS0 dstack.rootfs_hash={content('rootfs', 32).hex()} dstack.rootfs_size=4096"
         return cls.build(
             name=name,
             version=version,
-            firmware=content("ovmf.fd", 4096),
+            firmware=content("ovmf.fd", 4096) if given.firmware is None else given.firmware,
             kernel=kernel,
-            kernel_authenticode=made_up_digest("kernel", kernel),
-            initrd=content("initramfs.cpio.gz", 4096),
-            cmdline=f"console=ttyS0 dstack.rootfs_hash={content('rootfs', 32).hex()} dstack.rootfs_size=4096",
+            kernel_authenticode=kernel_digest(kernel, len(initrd)),
+            initrd=initrd,
+            cmdline=made_up if given.cmdline is None else given.cmdline,
             git_revision=content("git", 20).hex(),
         )
 
@@ -204,7 +235,7 @@ class OsImage:
     @staticmethod
     def acpi_digests(vm_config: VmConfig) -> AcpiDigests:
         """Make up the digests of QEMU's ACPI blobs: a function of the machine's devices, not of the image."""
-        devices = json.dumps(vm_config.model_dump(include=_ACPI_FIELDS), sort_keys=True).encode()
+        devices = json.dumps({name: getattr(vm_config, name) for name in _ACPI_FIELDS}, sort_keys=True).encode()
         loader, rsdp, tables = (made_up_digest(name, devices) for name in ACPI_EVENT_NAMES)
         return loader, rsdp, tables
 

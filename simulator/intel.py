@@ -24,6 +24,7 @@ from attest.errors import FormatError
 from attest.pck import OID_SGX_EXTENSION, PckExtension
 from simulator.platform import (
     CPU_SVN,
+    PART_STATUSES,
     PCE_ID,
     PCE_SVN,
     QE_ATTRIBUTES,
@@ -32,11 +33,12 @@ from simulator.platform import (
     TDX_MODULE_SVN,
     TDX_MODULE_VERSION,
     TEE_TCB_SVN,
+    PartStatus,
     Platform,
     PlatformState,
     TcbStatus,
     raw_signature,
-    require_statuses,
+    require_status,
 )
 from simulator.seed import Seed
 
@@ -77,7 +79,7 @@ DATES: Final[dict[Dating, tuple[datetime.datetime, datetime.datetime]]] = {
 class VendorState:
     """What the vendor says for all platforms: of the quoting enclave, its PCK CA, and how its documents are dated."""
 
-    qe_status: TcbStatus = "UpToDate"
+    qe_status: PartStatus = "UpToDate"
     qe_advisory_ids: tuple[str, ...] = ()
     pck_ca_revoked: bool = False
     tcb_info_dating: Dating | Validity = "current"
@@ -86,7 +88,7 @@ class VendorState:
     root_ca_crl_dating: Dating | Validity = "current"
 
     def __post_init__(self) -> None:
-        require_statuses(self.qe_status)
+        require_status(self.qe_status, PART_STATUSES, "the quoting enclave")
         datings = (self.tcb_info_dating, self.qe_identity_dating, self.pck_crl_dating, self.root_ca_crl_dating)
         if wrong := [d for d in datings if not isinstance(d, Validity) and d not in get_args(Dating)]:
             raise FormatError(f"collateral dating: one of {', '.join(get_args(Dating))} expected, got {wrong[0]!r}")
@@ -209,7 +211,7 @@ class Intel:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - as above
     def _qe_identity(
-        self, status: TcbStatus, advisory_ids: tuple[str, ...], dating: Dating | Validity
+        self, status: PartStatus, advisory_ids: tuple[str, ...], dating: Dating | Validity
     ) -> Document:
         body = {
             "id": "TD_QE",

@@ -4,6 +4,7 @@ The vendor certifies it (`simulator.intel`); trust domains run on it (`simulator
 Intel TDX DCAP Quote Generation Library 4.0, appendix A.3; `dcap-qvl` src/verify.rs at 0.7.0 for what is looked at.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
@@ -30,6 +31,10 @@ TcbStatus = Literal[
 ]
 TCB_STATUSES: Final[tuple[TcbStatus, ...]] = get_args(TcbStatus)
 
+PartStatus = Literal["UpToDate", "OutOfDate", "Revoked"]
+"""What Intel says of a TDX module or a quoting enclave alone; a verifier knows no other status there."""
+PART_STATUSES: Final[tuple[PartStatus, ...]] = get_args(PartStatus)
+
 TDX_MODULE_VERSION, TDX_MODULE_SVN = 1, 11
 TEE_TCB_SVN: Final = bytes((TDX_MODULE_SVN, TDX_MODULE_VERSION, 4)).ljust(16, b"\0")
 CPU_SVN: Final = bytes((3, 3, 2, 2, 4, 1, 0, 5)).ljust(16, b"\0")
@@ -40,11 +45,10 @@ QE_ATTRIBUTES: Final = bytes.fromhex("1500000000000000e700000000000000")
 QE_AUTH_DATA: Final = bytes(range(32))
 
 
-def require_statuses(*statuses: str) -> None:
-    """Refuse what is no TCB status, naming those that are."""
-    for status in statuses:
-        if status not in TCB_STATUSES:
-            raise FormatError(f"TCB status: one of {', '.join(TCB_STATUSES)} expected, got {status!r}")
+def require_status(status: str, known: Sequence[str], of: str) -> None:
+    """Refuse what is no TCB status there, naming those that are."""
+    if status not in known:
+        raise FormatError(f"TCB status of {of}: one of {', '.join(known)} expected, got {status!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +61,14 @@ class PlatformState:
 
     tcb_status: TcbStatus = "UpToDate"
     advisory_ids: tuple[str, ...] = ()
-    module_status: TcbStatus = "UpToDate"
+    module_status: PartStatus = "UpToDate"
     module_advisory_ids: tuple[str, ...] = ()
     pck_revoked: bool = False
     other_root: bool = False
 
     def __post_init__(self) -> None:
-        require_statuses(self.tcb_status, self.module_status)
+        require_status(self.tcb_status, TCB_STATUSES, "the platform")
+        require_status(self.module_status, PART_STATUSES, "the TDX module")
 
 
 class Platform:

@@ -22,10 +22,16 @@ PORTS: Final[Mapping[str, int]] = MappingProxyType(
         "kms-src": 9301,
         "kms-dst": 9302,
         "app": 8090,
+        "verifier": 8088,
         "control": 8070,
     }
 )
 """Services in the order they are bound, and the ports they have by default."""
+
+IMAGE_PORT: Final = 8089
+"""Where `dstack-emu image serve` listens by default."""
+IMAGE_URL: Final = f"http://127.0.0.1:{IMAGE_PORT}/mr_{{OS_IMAGE_HASH}}.tar.gz"
+"""Where a stack looks for images of the legacy variant; its own are of the lite one, and need no download."""
 
 
 DESCRIPTION_FILE: Final = "stack.json"
@@ -36,14 +42,19 @@ class StackError(Exception):
     """A stack that cannot be brought up; the text names the part and the next step."""
 
 
+class PartEndedError(Exception):
+    """A part that failed while the stack ran; the text names it. The others are stopped by then."""
+
+
 @dataclass(frozen=True, slots=True)
 class StackConfig:
     """Settings of one stack.
 
     `state` is the folder for keys, sockets and policies (None: a temporary one, gone afterwards); `policies` another
     place for the two policy files. With `fresh` it stops at the runbook's starting point. `host` is where it listens.
-    `journal` is a file that records of calls are appended to, `journal_size` how many stay in memory; `patience` how
-    many seconds the services wait for one another (None: as long as upstream).
+    `image_dir` is the OS image that everything boots, instead of the seed's. `journal` is a file that records of calls
+    are appended to, `journal_size` how many stay in memory; `patience` how many seconds the services wait for one
+    another (None: as long as upstream).
     """
 
     seed: str = DEFAULT_SEED
@@ -52,6 +63,7 @@ class StackConfig:
     ports: Mapping[str, int] = field(default_factory=lambda: PORTS)
     state: Path | None = None
     policies: Path | None = None
+    image_dir: Path | None = None
     journal: Path | None = None
     journal_size: int = KEPT
     patience: float | None = None

@@ -11,7 +11,6 @@ specification (TD attributes); Intel SDM volume 1, section 13.1 (the bits of XFA
 import datetime
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -28,7 +27,7 @@ from dcap_qvl import QuoteCollateralV3
 
 from attest import certificate as certificates
 from attest.app_info import UNKNOWN_DEVICE_ID, AppInfo, decode_app_info
-from attest.attestation import Attestation, from_quote_and_log
+from attest.attestation import Attestation
 from attest.certificate import UNREADABLE
 from attest.collateral import earliest_expiry
 from attest.csr import SigningRequest
@@ -38,13 +37,11 @@ from attest.pck import OID_SGX_EXTENSION, SGX_TYPES, device_id, pck_extension_of
 from attest.quote import ATTESTATION_KEY_ECDSA_P256, TEE_TYPE_TDX, Quote, TdReport, qe_report_data
 from attest.verify import DEBUG_BIT
 from simulator.intel import EMULATED
-from stack.verification import Binding, Evidence, replayed
+from stack.verification import Evidence, replayed
 
 Description = dict[str, Any]
 
 MAX_NESTING: Final = 32
-MAX_LEGACY_LOG: Final = 16 * 1024
-COMPRESSED_LOG: Final = b"ELGZv1"
 
 UNREAD: Final = "cannot be read: "
 UNKNOWN_NAME: Final = "?"
@@ -521,28 +518,14 @@ _OWN: Final[dict[x509.ObjectIdentifier, tuple[str, Callable[[x509.Certificate], 
 def _describe_evidence_in(certificate: x509.Certificate) -> Description:
     try:
         evidence = Evidence.of_certificate(certificate)
-    except FormatError as error:
-        evidence = _compressed_evidence(certificate)
-        if evidence is None:
-            return {"evidence": f"{UNREAD}{error}"}
-        note = "compressed (ELGZv1): dstack's own reader refuses it"
-        return {"event_log_form": note, "evidence": describe_evidence(evidence)}
-    return {"evidence": describe_evidence(evidence)} if evidence else {}
-
-
-def _compressed_evidence(certificate: x509.Certificate) -> Evidence | None:
-    """Evidence of a legacy certificate whose event log is gzip after a magic word, if it is one."""
-    try:
-        quote = certificates.extension_payload(certificate, certificates.OID_TDX_QUOTE)
         packed = certificates.extension_payload(certificate, certificates.OID_EVENT_LOG) or b""
-        if quote is None or not packed.startswith(COMPRESSED_LOG):
-            return None
-        log = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16).decompress(packed[len(COMPRESSED_LOG) :], MAX_LEGACY_LOG)
-        attestation = from_quote_and_log(quote, log)
-        binding = Binding.to_key("this certificate's key", certificates.certificate_spki(certificate))
-    except (AttestError, zlib.error):
-        return None
-    return Evidence(quote=quote, attestation=attestation, binding=binding)
+    except FormatError as error:
+        return {"evidence": f"{UNREAD}{error}"}
+    if evidence is None:
+        return {}
+    compressed = evidence.stated is None and packed.startswith(certificates.GZIP_MAGIC)
+    form = {"event_log_form": "compressed (ELGZv1): dstack's own reader refuses it"} if compressed else {}
+    return form | {"evidence": describe_evidence(evidence)}
 
 
 def _describe_briefly(certificate: x509.Certificate) -> Description:

@@ -1,58 +1,112 @@
-"""One trust domain with its agent and, unless another is named, a PCCS of its own: what `dstack-emu agent` runs.
+"""One trust domain with its agent and, unless another is named, a PCCS of its own: what `agent` and `boot` run.
 
-An agent without a KMS, as upstream's simulator is one; for the whole authorization flow there is `stack.stack`.
+`dstack-emu agent` has keys of its own or of a file, as upstream's simulator; `dstack-emu boot` gets them from a KMS
+that runs elsewhere. For the whole authorization flow in one process there is `stack.stack`.
 """
 
+import asyncio
+import logging
 import tempfile
+import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Literal, Self
 
-from attest.errors import FormatError
+from attest.app_info import os_image_hash
+from attest.verify import TrustAnchor
 from attest.vmconfig import VmConfig
 from simulator.agent import GuestAgent
 from simulator.agent_server import dstack_app, tappd_app, tcp_app
-from simulator.app_keys import LocalIssuer, OwnKeys
+from simulator.app_keys import AppKeys, CertificateIssuer, LocalIssuer, OwnKeys
+from simulator.errors import GuestError, KmsUnreachableError
+from simulator.guest_boot import fetch_keys, kms_issuer
 from simulator.guest_files import KeyFile, KmsAccess
 from simulator.image import OsImage
+from simulator.image_files import load_image
 from simulator.intel import Intel, VendorState
 from simulator.pccs import pccs_app
 from simulator.platform import PlatformState
-from simulator.seed import DEFAULT_SEED, Seed
+from simulator.seed import DEFAULT_SEED, Entropy, Seed
 from simulator.trust_domain import AppCompose, DomainSettings, KeyProvider, TrustDomain
-from stack.clock import ISSUED_AT
+from stack.clock import ISSUED_AT, wall_clock
 from transport.listen import bind_tcp, bind_unix, serve
+from transport.pccs_client import AttestationVerifier, PccsClient
 
 DEFAULT_NAME = "app"
+RETRY_PAUSE: Final = 0.5
+"""Seconds between two questions to a KMS that is not there yet."""
+
+log = logging.getLogger("stack")
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The VM: CPUs, memory in bytes, the image it boots. `config`, a whole vm_config text, goes before them."""
+    """The VM: CPUs, memory in bytes, the image it boots.
+
+    `directory`, an image of its own, goes before the image's name and version; `config`, a whole vm_config text that
+    carries a measurement document, before all.
+    """
 
     image: str = "dstack-emu"
     version: str = "0.5.11"
     cpu_count: int = 2
     memory_size: int = 2 * 1024**3
     config: str | None = None
+    directory: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KmsBoot:
+    """Where a guest gets its keys: the KMS's URL (`https://host:port`), and for how many seconds it may be missing yet.
+
+    With `measures_kms` the guest measures the KMS, as 0.5.x does. With `keeps_asking` it listens at once, without keys,
+    and asks until it gets them, whatever the refusal.
+    """
+
+    url: str
+    measures_kms: bool = False
+    patience: float = 0.0
+    keeps_asking: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class GuestConfig:
-    """Settings of one emulated guest."""
+    """Settings of one emulated guest. It has keys of `kms`, else of `key_file`, else its own.
+
+    A guest with keys of its own says that `key_provider` gave them.
+    """
 
     seed: str = DEFAULT_SEED
     platform: str = f"host of {DEFAULT_NAME}"
     compose: AppCompose = field(default_factory=lambda: AppCompose.named(DEFAULT_NAME))
     app_id: bytes | None = None
+    instance: str = ""
     machine: Machine = field(default_factory=Machine)
     settings: DomainSettings = field(default_factory=DomainSettings)
     platform_state: PlatformState = field(default_factory=PlatformState)
     vendor_state: VendorState = field(default_factory=VendorState)
     key_file: KeyFile | None = None
+    kms: KmsBoot | None = None
+    key_provider: Literal["none", "local-sgx"] = "none"
     allow_emit_event: bool = True
+
+    @property
+    def name(self) -> str:
+        """The app's name, with the instance's where it has one."""
+        return f"{self.compose.name}: {self.instance}" if self.instance else self.compose.name
+
+
+def instance_seed(seed: Seed, name: str) -> bytes:
+    """What the instance id of a guest of that name grows from, 32 bytes."""
+    return seed.derive(f"instance {name}", 32)
+
+
+def local_key_provider(seed: Seed, name: str) -> KeyProvider:
+    """The local key provider, an SGX enclave, of a guest of that name."""
+    return KeyProvider("local-sgx", seed.derive(f"key provider of {name}", 32).hex())
 
 
 def power_on(intel: Intel, config: GuestConfig) -> TrustDomain:
@@ -60,17 +114,21 @@ def power_on(intel: Intel, config: GuestConfig) -> TrustDomain:
     seed, machine = Seed.of(config.seed), config.machine
     platform = intel.platform(config.platform)
     platform.state, intel.state = config.platform_state, config.vendor_state
-    image = OsImage.from_seed(seed.derive, machine.image, machine.version)
+    image = (
+        OsImage.from_seed(seed.derive, machine.image, machine.version)
+        if machine.directory is None
+        else load_image(machine.directory)
+    )
     vm_config = image.vm_config(machine.cpu_count, machine.memory_size)
     if machine.config is not None:
         given = VmConfig.parse(machine.config)
-        if given.tdx_measurement is not None:
+        if given.tdx_measurement is not None and machine.directory is None:
             image, vm_config = OsImage.of_config(given), given
     domain = TrustDomain(
         platform,
         image,
         config.compose,
-        instance_seed=seed.derive(f"instance {config.compose.name}", 32),
+        instance_seed=instance_seed(seed, config.name),
         vm_config=vm_config,
         claimed_config=machine.config,
         app_id=config.app_id,
@@ -78,6 +136,10 @@ def power_on(intel: Intel, config: GuestConfig) -> TrustDomain:
     )
     domain.boot()
     return domain
+
+
+_OTHER_WORLD: Final = ("PCCS status 404", "InvalidCrlSignatureForPublicKey")
+"""What verifiers say of evidence from another seed: a platform that no PCCS knows, collateral under another root."""
 
 
 class Guest:
@@ -92,10 +154,12 @@ class Guest:
         pccs_url: str | None = None,
         dstack_sock: Path | None = None,
         tappd_sock: Path | None = None,
+        progress: Callable[[str], None] = log.info,
     ) -> None:
-        self.config = config
+        self.config, self._progress = config, progress
         self._host, self._port, self._pccs_url = host, port, pccs_url
         self._dstack_sock, self._tappd_sock = dstack_sock, tappd_sock
+        self._kms_url = "" if config.kms is None else config.kms.url.rstrip("/")
         self._exit = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -120,7 +184,12 @@ class Guest:
         self.root_ca.write_text(self.intel.root_pem)
         self.pccs_url = self._pccs_url or await self._serve_pccs()
         self.domain = power_on(self.intel, self.config)
-        self.agent = await self._agent()
+        self._kms_ca = folder / "kms-ca.pem"
+        seed = Seed.of(self.config.seed).child(f"guest {self.config.name}")
+        self.agent = GuestAgent(self.domain, seed.stream("agent"), allow_emit_event=self.config.allow_emit_event)
+        kms = self.config.kms
+        if kms is None or not kms.keeps_asking:
+            await self._provide(*await self._keys(seed))
         self.dstack_sock = self._dstack_sock or folder / "dstack.sock"
         self.tappd_sock = self._tappd_sock or folder / "tappd.sock"
         for app, path, option in (
@@ -132,29 +201,89 @@ class Guest:
         server = await serve(tcp_app(self.agent), sock)
         self._exit.push_async_callback(server.close)
         self.url = server.url
+        if kms is not None and kms.keeps_asking:
+            asking = asyncio.create_task(self._keep_asking(seed, kms), name="guest asks for its keys")
+            self._exit.push_async_callback(_cancelled, asking)
 
     async def _serve_pccs(self) -> str:
         server = await serve(pccs_app(self.intel), bind_tcp(self._host, 0))
         self._exit.push_async_callback(server.close)
         return server.url
 
-    async def _agent(self) -> GuestAgent:
-        seed = Seed.of(self.config.seed).child(f"guest {self.config.compose.name}")
-        agent = GuestAgent(self.domain, seed.stream("agent"), allow_emit_event=self.config.allow_emit_event)
+    async def _provide(self, keys: AppKeys, issuer: CertificateIssuer) -> None:
+        if self._kms_url:
+            self._kms_ca.write_text(keys.ca_cert)
+        await self.agent.provide(keys, issuer)
+
+    async def _keep_asking(self, seed: Seed, kms: KmsBoot) -> None:
+        given: tuple[AppKeys, CertificateIssuer] | None = None
+        said = ""
+        while True:
+            try:
+                given = given or await self._keys(seed)
+                await self._provide(*given)
+            except GuestError as error:
+                if str(error) != said:
+                    said = str(error)
+                    self._progress(f"no keys yet: {error}")
+                await asyncio.sleep(RETRY_PAUSE)
+            else:
+                self._progress(f"keys from {kms.url}")
+                return
+
+    async def _keys(self, seed: Seed) -> tuple[AppKeys, CertificateIssuer]:
+        """Get the keys, and measure where they came from; an issuer's connections are closed with the guest."""
         file = self.config.key_file
+        if self.config.kms is not None:
+            return await self._keys_of_kms(self.config.kms, seed.stream("boot"))
         if file is None:
-            provider = KeyProvider("none")
+            own_seed, name = Seed.of(self.config.seed), self.config.compose.name
+            local = self.config.key_provider == "local-sgx"
+            provider = local_key_provider(own_seed, name) if local else KeyProvider("none")
             self.domain.complete(provider)
             own = OwnKeys.from_seed(self.domain, seed.derive("sealing key", 32), provider, lambda: ISSUED_AT)
-            await agent.provide(own.keys, own.issuer)
-        elif isinstance(file.issuer, KmsAccess):
-            raise FormatError(
-                "key file: keys of a KMS cannot be used without it; boot an app through a KMS with `dstack-emu up`"
-            )
-        else:
-            self.domain.complete(file.keys.provider)
-            await agent.provide(file.keys, LocalIssuer(file.issuer, lambda: ISSUED_AT))
-        return agent
+            return own.keys, own.issuer
+        if isinstance(file.issuer, KmsAccess):
+            self._kms_url = file.issuer.url.removesuffix("/prpc")
+            # What a KMS answers with the keys is the hash that the guest claims.
+            claimed = os_image_hash(self.domain.vm_config_json)
+            self.domain.complete(file.keys.provider, os_image_hash=claimed)
+            entropy = seed.stream("boot")
+            issuer = await kms_issuer(self.domain, file.issuer, file.keys.ca_cert, entropy, ISSUED_AT)
+            self._exit.push_async_callback(issuer.close)
+            return file.keys, issuer
+        self.domain.complete(file.keys.provider)
+        return file.keys, LocalIssuer(file.issuer, lambda: ISSUED_AT)
+
+    async def _keys_of_kms(self, kms: KmsBoot, entropy: Entropy) -> tuple[AppKeys, CertificateIssuer]:
+        pccs = PccsClient(self.pccs_url)
+        self._exit.push_async_callback(pccs.close)
+        verifier = AttestationVerifier(pccs, TrustAnchor(self.intel.root_der), wall_clock)
+        patient_until, said = time.monotonic() + kms.patience, ""
+        while True:
+            try:
+                keys, issuer = await fetch_keys(
+                    self.domain, kms.url, verifier, entropy, ISSUED_AT, measures_kms=kms.measures_kms
+                )
+                self._exit.push_async_callback(issuer.close)
+                return keys, issuer
+            except KmsUnreachableError as error:
+                if time.monotonic() + RETRY_PAUSE > patient_until:
+                    raise
+                if str(error) != said:
+                    said = str(error)
+                    self._progress(f"waiting up to {kms.patience:g} s for {kms.url}: {error}")
+                await asyncio.sleep(RETRY_PAUSE)
+            except GuestError as error:
+                if any(sign in str(error) for sign in _OTHER_WORLD):
+                    raise GuestError(f"{error} ({self._one_world()})") from error
+                raise
+
+    def _one_world(self) -> str:
+        return (
+            f"the guest is of the seed {self.config.seed!r}: it and the KMS must be of one seed, "
+            "and the PCCS of each a PCCS of that seed"
+        )
 
     def description(self) -> dict[str, Any]:
         """Everything a client needs to know, as `--json` prints it."""
@@ -172,8 +301,22 @@ class Guest:
             "mr_aggregated": info.mr_aggregated.hex(),
             "os_image_hash": info.os_image_hash.hex(),
             "compose_hash": domain.compose_hash.hex(),
+            **self._kms_description(),
             "env": {
                 "DSTACK_SIMULATOR_ENDPOINT": str(self.dstack_sock),
                 "TAPPD_SIMULATOR_ENDPOINT": str(self.tappd_sock),
             },
         }
+
+    def _kms_description(self) -> dict[str, str]:
+        if not self._kms_url:
+            return {}
+        description = {"kms_url": self._kms_url, "kms_ca": str(self._kms_ca)}
+        if self.agent.has_keys:
+            description["gateway_app_id"] = self.agent.keys.gateway_app_id
+        return description
+
+
+async def _cancelled(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

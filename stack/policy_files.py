@@ -5,6 +5,7 @@ Plain JSON that a person edits while the stack runs: auth-simple reads it anew f
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -48,10 +49,26 @@ def is_placeholder(path: Path) -> bool:
     return policy == DENY_ALL
 
 
+def place(paths: Iterable[Path]) -> None:
+    """Put the placeholder where there is no policy yet, and make its folder."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write(path, DENY_ALL)
+
+
 def write(path: Path, policy: dict[str, Any]) -> None:
     """Put a policy in place at once."""
+    replace(path, (json.dumps(policy, indent=2) + "\n").encode())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Put a file's content in place at once."""
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(json.dumps(policy, indent=2) + "\n")
+    temporary.write_bytes(content)
+    if os.geteuid() == 0:  # in a container: whoever has the folder has to be able to edit the policies in it
+        owner = path.parent.stat()
+        os.chown(temporary, owner.st_uid, owner.st_gid)
     os.replace(temporary, path)
 
 

@@ -32,11 +32,17 @@ from kms_emu.cert_dir import ROOT_CA_CERT
 from kms_emu.errors import KmsError
 from kms_emu.server import KmsServer
 from simulator.errors import GuestError
+from simulator.image import OsImage
+from simulator.image_files import ImageFileError, load_image
 from simulator.intel import Intel
 from simulator.pccs import pccs_app
 from simulator.seed import Seed
 from stack import policy_files
-from stack.config import DESCRIPTION_FILE, PORTS, StackConfig, StackError
+from stack.config import DESCRIPTION_FILE, IMAGE_URL, PORTS, StackConfig, StackError
+from stack.kept_logs import Logs
+from stack.verifier import Verifier
+from stack.verifier_server import verifier_app
+from stack.watch import Watch
 from stack.world.control import Control
 from stack.world.control_server import control_app
 from stack.world.front import decision_noter
@@ -47,6 +53,7 @@ from stack.world.kms import KmsSpec, RunningKms, start_kms
 from stack.world.trace import headers_of
 from stack.world.world import World
 from transport.client import PrpcClient, RpcError, TransportError
+from transport.image_store import ImageStore
 from transport.listen import bind_tcp, serve
 
 KMS_DOMAIN: Final = "127.0.0.1"
@@ -63,12 +70,19 @@ log = logging.getLogger("stack")
 
 
 class Stack:
-    """One deployment. Enter it to bring it up; leaving it stops every part."""
+    """One deployment. Enter it to bring it up; leaving it stops every part.
+
+    When a part fails meanwhile, the block is cancelled and ends with a `PartEndedError`. `services` has URLs, `intel`
+    and `root_ca` the trust root, `kms_info` what both KMS measure, `app.domain` the app, `logs` what the parts log;
+    `control` is what can be done to it.
+    """
 
     def __init__(self, config: StackConfig | None = None, progress: Progress = log.info) -> None:
         self.config = config or StackConfig()
         self._progress = progress
         self._exit = AsyncExitStack()
+        self._watch: Watch | None = None
+        self.logs = Logs()
         self._sockets: dict[str, socket.socket] = {}
         self.services: dict[str, str] = {}
         self.guests: dict[str, RunningGuest] = {}
@@ -78,17 +92,24 @@ class Stack:
         self.control = Control(self)
 
     async def __aenter__(self) -> Self:
+        self.logs.attach()
+        self._exit.callback(self.logs.detach)
         try:
             await self._start()
         except BaseException:
             await self._exit.aclose()
             raise
+        self._watch = Watch({f"kms-{side}": kms.wait for side, kms in self.kms.items()})
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._watch is None:
+            raise RuntimeError("the stack was not entered")
+        self._watch.stop()
         await self._exit.aclose()
+        self._watch.raise_failure(kind)
 
     # ---- bringing it up
 
@@ -117,9 +138,11 @@ class Stack:
         self.root_ca = self.state / "root-ca.pem"
         self.root_ca.write_text(self.intel.root_pem)
         self.kms_ca = self.state / "kms-src" / "certs" / ROOT_CA_CERT
+        self.image = self._image()
         await self._serve("pccs", self.world.around("pccs", pccs_app(self.intel), stale=self._stale))
         self.verifier = self.verifier_of("app")
         self._exit.push_async_callback(self.verifier.pccs.close)
+        await self._serve_verifier()
         self.policies = self._prepare_policies()
         for side in SIDES:
             await self._serve(f"auth-{side}", self.auth_app(side))
@@ -164,9 +187,28 @@ class Stack:
             self._sockets[name] = sock
 
     async def _serve(self, name: str, app: web.Application) -> None:
-        server = await serve(app, self._sockets[name])
+        with self.logs.of(name):
+            server = await serve(app, self._sockets[name])
         self._exit.push_async_callback(server.close)
         self.services[name] = server.url
+
+    def _image(self) -> OsImage:
+        """The image that every trust domain boots, unless it names another."""
+        folder = self.config.image_dir
+        if folder is None:
+            return OsImage.from_seed(self.seed.derive)
+        try:
+            return load_image(folder)
+        except ImageFileError as error:
+            raise StackError(str(error)) from error
+
+    async def _serve_verifier(self) -> None:
+        """Judge for anybody who asks, with the KMS's own cache of images."""
+        images = ImageStore(self.state / "images", IMAGE_URL, TIMEOUT)
+        self._exit.push_async_callback(images.close)
+        judge = self.verifier_of("verifier")
+        self._exit.push_async_callback(judge.pccs.close)
+        await self._serve("verifier", self.world.around("verifier", verifier_app(Verifier(judge, images))))
 
     async def _close_parts(self) -> None:
         for kms in reversed(self.kms_parts.values()):

@@ -2,45 +2,59 @@
 
 import http.client
 import json
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from tests.vectors import ROOT
 
 
-def run_command(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def run_command(
+    *arguments: str, stdin: bytes = b"", environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
     """Run a command to its end."""
     command = [sys.executable, "-m", "stack", *arguments]
-    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, timeout=60, check=False)
+    env = {**os.environ, **(environment or {})}
+    return subprocess.run(command, cwd=ROOT, env=env, input=stdin, capture_output=True, timeout=60, check=False)
 
 
-def usage_error(*arguments: str) -> str:
+def usage_error(*arguments: str, environment: dict[str, str] | None = None) -> str:
     """Run a command that must end with status 2 and one line on stderr; return that line without `Error: `."""
-    done = run_command(*arguments)
+    done = run_command(*arguments, environment=environment)
     lines = done.stderr.decode().splitlines()
     assert (done.returncode, done.stdout, len(lines)) == (2, b"", 1), done
     return lines[0].removeprefix("Error: ")
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[dict[str, Any]]:
-    """Run a serving command with --json until the block ends; yield what its line says."""
+def serving(*arguments: str, environment: dict[str, str] | None = None, log: Path | None = None) -> Iterator[Any]:
+    """Run a serving command with --json until the block ends; yield what its line says.
+
+    Its stderr goes to `log`, for commands that say more there than a pipe holds.
+    """
     command = [sys.executable, "-m", "stack", *arguments, "--json"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        line = process.stdout.readline()
-        assert line, process.stderr.read()
-        yield json.loads(line)
-    finally:
-        process.terminate()
-        rest, errors = process.communicate(timeout=20)
-        assert (process.returncode, rest) == (0, ""), errors
+    env = {**os.environ, **(environment or {})}
+    with tempfile.TemporaryFile("w+") if log is None else log.open("w+") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            if not line:
+                process.wait(20)
+                errors.seek(0)
+                raise AssertionError(f"{arguments} ended with {process.returncode}: {errors.read()}")
+            yield json.loads(line)
+        finally:
+            process.terminate()
+            rest, _ = process.communicate(timeout=20)
+        errors.seek(0)
+        assert (process.returncode, rest) == (0, ""), errors.read()
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,13 @@ def ready_stack() -> Iterator[RunningStack]:
     """One ready stack for the tests of a file; a test that changes a policy puts it back."""
     with running_stack() as stack:
         yield stack
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose path is short enough for sockets below it."""
+    with tempfile.TemporaryDirectory(prefix="emu", dir="/tmp") as name:
+        yield Path(name)
 
 
 @pytest.fixture

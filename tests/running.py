@@ -2,13 +2,13 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tests.vectors import ROOT
 
@@ -18,8 +18,8 @@ READY_TIMEOUT = 30
 class RunningStack:
     """What a ready `dstack-emu up --json` printed, and curl to ask it with."""
 
-    def __init__(self, description: dict[str, Any], process: subprocess.Popen[str]) -> None:
-        self.description, self._process = description, process
+    def __init__(self, description: dict[str, Any], process: subprocess.Popen[str], errors: IO[str]) -> None:
+        self.description, self._process, self._errors = description, process, errors
         self.services: dict[str, str] = description["services"]
         self.policies = {side: Path(path) for side, path in description["policies"].items()}
 
@@ -44,8 +44,9 @@ class RunningStack:
 
     def ended(self) -> tuple[int, str]:
         """Wait until the command has ended by itself; return its exit status and what it wrote to stderr."""
-        _, stderr = self._process.communicate(timeout=READY_TIMEOUT)
-        return self._process.returncode, stderr
+        self._process.communicate(timeout=READY_TIMEOUT)
+        self._errors.seek(0)
+        return self._process.returncode, self._errors.read()
 
     @contextmanager
     def policy_changed(self, side: str, change: Callable[[dict[str, Any]], object]) -> Iterator[None]:
@@ -64,21 +65,21 @@ class RunningStack:
 @contextmanager
 def running_kms(config: Path, agent: str) -> Iterator[str]:
     """Run `dstack-emu kms` on a kms.toml until the block ends, and yield its URL; the agent's address is upstream's."""
-    command = [sys.executable, "-m", "stack", "kms", "--config", str(config)]
+    command = [sys.executable, "-m", "stack", "kms", "--config", str(config), "--json"]
     env = {**os.environ, "DSTACK_AGENT_ADDRESS": agent}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    said = []
-    try:
-        for line in process.stderr:
-            said.append(line)
-            if found := re.search(r"^KMS \(\w+ phase\) at (https?://\S+)\.", line):
-                yield found[1]
-                return
-        raise AssertionError(f"the KMS ended with {process.wait(READY_TIMEOUT)}: {''.join(said)}")
-    finally:
-        process.terminate()
-        process.communicate(timeout=10)
+    with tempfile.TemporaryFile("w+") as errors:  # more is logged than a pipe holds
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            if not line:
+                process.wait(READY_TIMEOUT)
+                errors.seek(0)
+                raise AssertionError(f"the KMS ended with {process.returncode}: {errors.read()}")
+            yield json.loads(line)["url"]
+        finally:
+            process.terminate()
+            process.communicate(timeout=READY_TIMEOUT)
 
 
 @contextmanager
@@ -86,19 +87,20 @@ def running_stack(*arguments: str, environment: dict[str, str] | None = None) ->
     """Run `dstack-emu up --json --free-ports …` until the block ends."""
     command = [sys.executable, "-m", "stack", "up", "--json", "--free-ports", *arguments]
     env = {**os.environ, **(environment or {})}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        line = process.stdout.readline()
-        if not line:
-            process.wait(READY_TIMEOUT)
-            raise AssertionError(f"the stack ended with {process.returncode}: {process.stderr.read()}")
-        yield RunningStack(json.loads(line), process)
-    finally:
-        process.terminate()
+    with tempfile.TemporaryFile("w+") as errors:  # more is logged than a pipe holds
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
         try:
-            process.communicate(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+            line = process.stdout.readline()
+            if not line:
+                process.wait(READY_TIMEOUT)
+                errors.seek(0)
+                raise AssertionError(f"the stack ended with {process.returncode}: {errors.read()}")
+            yield RunningStack(json.loads(line), process, errors)
+        finally:
+            process.terminate()
+            try:
+                process.communicate(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()

@@ -21,14 +21,14 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from attest.errors import VerificationError
+from attest.errors import FormatError, VerificationError
 from attest.verify import TrustAnchor, verify_quote
 from simulator.image import OsImage
 from simulator.intel import Intel, VendorState
 from simulator.pccs import pccs_app
 from simulator.platform import TCB_STATUSES, Platform, PlatformState, TcbStatus
 from simulator.seed import Seed
-from simulator.trust_domain import AppCompose, TrustDomain
+from simulator.trust_domain import AppCompose, DomainSettings, TrustDomain
 from tests import foreign
 from tests.running import RunningStack
 from tests.vectors import vector_path
@@ -187,6 +187,54 @@ async def test_platform_has_the_status_that_the_vendor_gives_it(world: World, st
     world.platform.state = PlatformState()
     verified = await world.verify()
     assert (verified.status, tuple(verified.advisory_ids)) == ("UpToDate", ())
+
+
+@pytest.mark.parametrize("part", ["quoting enclave", "TDX module"])
+async def test_part_of_the_platform_that_is_out_of_date_makes_it_so(world: World, part: str) -> None:
+    if part == "TDX module":
+        world.platform.state = PlatformState(module_status="OutOfDate", module_advisory_ids=ADVISORIES)
+    else:
+        world.intel.state = VendorState(qe_status="OutOfDate", qe_advisory_ids=ADVISORIES)
+    verified = await world.verify()
+    assert (verified.status, tuple(verified.advisory_ids)) == ("OutOfDate", ADVISORIES)
+
+
+@pytest.mark.parametrize("kind", [PlatformState, VendorState])
+def test_status_that_no_verifier_knows_of_a_part_is_refused(kind: type) -> None:
+    name, of = ("module_status", "TDX module") if kind is PlatformState else ("qe_status", "quoting enclave")
+    expected = f"TCB status of the {of}: one of UpToDate, OutOfDate, Revoked expected, got 'SWHardeningNeeded'"
+    with pytest.raises(FormatError) as error:
+        kind(**{name: "SWHardeningNeeded"})
+    assert str(error.value) == expected
+
+
+async def test_quote_with_a_td15_report_holds(world: World) -> None:
+    domain = TrustDomain(
+        world.platform,
+        world.domain.image,
+        AppCompose.named("app"),
+        instance_seed=bytes(32),
+        settings=DomainSettings(quote_version=5, td15=True, mr_config_id=b"m" * 48),
+    )
+    quote = domain.attest(REPORT_DATA).quote
+    collateral = await dcap_qvl.get_collateral(world.url, quote)
+    verified = dcap_qvl.verify_with_root_ca(quote, collateral, world.intel.root_der, now())
+    assert verified.status == "UpToDate"
+    assert json.loads(verified.to_json())["report"]["TD15"]["base"]["mr_config_id"] == (b"m" * 48).hex()
+
+
+async def test_quote_of_a_debug_domain_is_refused(world: World) -> None:
+    domain = TrustDomain(
+        world.platform,
+        world.domain.image,
+        AppCompose.named("app"),
+        instance_seed=bytes(32),
+        settings=DomainSettings(debug=True),
+    )
+    quote = domain.attest(REPORT_DATA).quote
+    collateral = await dcap_qvl.get_collateral(world.url, quote)
+    with pytest.raises(ValueError, match="Debug mode is enabled"):
+        dcap_qvl.verify_with_root_ca(quote, collateral, world.intel.root_der, now())
 
 
 async def test_revoked_platform_is_refused(world: World) -> None:

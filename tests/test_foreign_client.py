@@ -463,11 +463,13 @@ def test_device_allowed_by_its_id(ready_stack: RunningStack, guest: Guest) -> No
 
 def test_os_image_of_the_request_is_judged(ready_stack: RunningStack, guest: Guest) -> None:
     image = "ab" * 32
-    claim = json.dumps({"os_image_hash": image})
+    claim = json.dumps({"os_image_hash": image, "tdx_attestation_variant": "lite"})
     refusal = "App not allowed: Boot denied: OS image is not allowed"
     assert guest.get_app_key(vm_config=claim).error == refusal
+    twice = "Failed to verify os image hash: Failed to verify os image hash"
+    measured = f"App not allowed: {twice}: tdx lite attestation requires vm_config.tdx_measurement"
     with ready_stack.policy_changed("src", lambda policy: policy["osImages"].append(f"0x{image}")):
-        assert guest.get_app_key(vm_config=claim).value["os_image_hash"] == image
+        assert guest.get_app_key(vm_config=claim).error == measured
     assert guest.get_app_key(vm_config=claim).error == refusal
     assert guest.get_app_key().status == 200
 

@@ -172,7 +172,8 @@ def test_app_compose_and_sys_config_load_as_they_are(tmp_path: Path) -> None:
         (("--dstack-sock", "/tmp/" + "x" * 120), "the path is too long for a socket"),
         (("--app-id", "00"), "--app-id: 20 bytes expected, got 1"),
         (("--mr-config-id", "00"), "mr_config_id: 48 bytes expected, got 1"),
-        (("--tcb-status", "Fine"), "TCB status: one of UpToDate, "),
+        (("--tcb-status", "Fine"), "TCB status of the platform: one of UpToDate, "),
+        (("--module-status", "SWHardeningNeeded"), "TCB status of the TDX module: one of UpToDate, OutOfDate, Revoked"),
         (("--td15",), "quote version: 4, or 5 (alone with TD15), expected, got 4"),
     ],
 )

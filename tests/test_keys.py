@@ -12,8 +12,9 @@ from attest.attestation import decode
 from attest.certificate import spki_der
 from attest.errors import FormatError, VerificationError
 from attest.eventlog import find_payload
+from attest.keccak import keccak
 from attest.report_data import bootstrap_report_data, report_data
-from attest.signature import app_key_message, env_key_message, k256_key, keccak256, recover, sign_recoverable
+from attest.signature import app_key_message, env_key_message, k256_key, recover, sign_recoverable
 from tests.vectors import golden, vector_path
 
 
@@ -86,7 +87,7 @@ def test_upstream_simulator_app_key_chain_recovers_one_key_for_its_app_alone() -
     root = recover(signature, app_key_message(app_id, public_key))
     assert (
         PublicKey.from_signature_and_message(
-            signature, keccak256(b"dstack-kms-issued:" + app_id + public_key), hasher=None
+            signature, keccak(b"dstack-kms-issued:" + app_id + public_key), hasher=None
         ).format()
         == root
     )

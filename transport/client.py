@@ -23,6 +23,7 @@ from aiohttp.connector import Connection
 from google.protobuf.message import Message
 
 from attest.prpc import decode_json, encode_json
+from transport.errors import TransportError as TransportError
 
 A = TypeVar("A", bound=Message)
 
@@ -34,15 +35,6 @@ MoreHeaders = Callable[[], Mapping[str, str]]
 """Headers that a client adds to a request, asked for at each one, in the context of who makes it."""
 
 _server_certificate: ContextVar[bytes | None] = ContextVar("server_certificate", default=None)
-
-
-class TransportError(Exception):
-    """A call that got no usable answer: which URL, and why."""
-
-    def __init__(self, url: str, cause: str) -> None:
-        super().__init__(f"error sending request for url ({url}): {cause}")
-        self.url = url
-        self.cause = cause
 
 
 class RpcError(Exception):

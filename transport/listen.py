@@ -23,24 +23,19 @@ from typing import Any, Final
 from aiohttp import web
 from aiohttp.streams import StreamReader
 
+from transport.errors import ListenError as ListenError
+
 GRACE: Final = 2.0
 """Seconds that closing a server takes at most; calls in progress get half of them to finish."""
 
 _BACKLOG: Final = 1024
 
 
-class ListenError(Exception):
-    """An address that cannot be listened on: which, why, and the setting that names it where one is known."""
+def bind_tcp(host: str, port: int, *, setting: str = "", listen: bool = True) -> socket.socket:
+    """Bind and listen on a TCP address; port 0 takes a free one. Errors name `setting`, if given.
 
-    def __init__(self, address: str, cause: str, setting: str = "") -> None:
-        super().__init__(f"cannot listen on {address}: {cause}" + (f" (set by {setting})" if setting else ""))
-        self.address = address
-        self.cause = cause
-        self.setting = setting
-
-
-def bind_tcp(host: str, port: int, *, setting: str = "") -> socket.socket:
-    """Bind and listen on a TCP address; port 0 takes a free one. Errors name `setting`, if given."""
+    Without `listen` the port is taken, but clients are turned away until something is served on it.
+    """
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if not 0 <= port <= 65535:  # getaddrinfo would cut it to 16 bits
         raise ListenError(address, "the port is not in 0 to 65535", setting)
@@ -53,7 +48,8 @@ def bind_tcp(host: str, port: int, *, setting: str = "") -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(target)
-        sock.listen(_BACKLOG)
+        if listen:
+            sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
         raise ListenError(address, _why(error), setting) from error

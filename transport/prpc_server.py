@@ -130,10 +130,11 @@ async def _answer_unserved(request: web.Request, handler: Handler) -> web.Stream
     if request.match_info.http_exception is None:
         return await handler(request)
     at_mount = request.path in request.app[_MOUNTS] and request.method in ("GET", "HEAD", "POST")
-    return _page(HTTPStatus.UNPROCESSABLE_ENTITY if at_mount else HTTPStatus.NOT_FOUND, request)
+    return status_page(HTTPStatus.UNPROCESSABLE_ENTITY if at_mount else HTTPStatus.NOT_FOUND, request)
 
 
-def _page(status: HTTPStatus, request: web.Request) -> web.Response:
+def status_page(status: HTTPStatus, request: web.Request) -> web.Response:
+    """Answer by a status alone, as upstream's web server does: a page, or JSON where Accept prefers it."""
     if _prefers_json(request.headers.get("Accept", "")):
         error = {"code": status.value, "reason": status.phrase, "description": status.description}
         return web.Response(

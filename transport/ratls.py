@@ -73,6 +73,10 @@ class RaTlsError(Exception):
     """
 
 
+class RaTlsUnreachableError(RaTlsError):
+    """Nothing came: the server is not there, or speaks no TLS."""
+
+
 class RaTlsClient:
     """pRPC over TLS to one server. Close it.
 
@@ -104,7 +108,7 @@ class RaTlsClient:
             except AttestError as error:
                 raise VerificationError(f"failed to validate the server attestation of {url}: {error}") from error
 
-        tls = _context(identity, root_ca)
+        tls = client_context(identity, root_ca)
         self._client = PrpcClient(url, timeout=timeout, ssl=tls, check_server=check, headers=headers)
 
     async def call(self, method: str, request: Message, answer: type[M]) -> M:
@@ -115,7 +119,7 @@ class RaTlsClient:
         try:
             return await self._client.call(method, request, answer)
         except TransportError as error:
-            raise RaTlsError(f"Failed to send request: {error}") from error
+            raise RaTlsUnreachableError(f"Failed to send request: {error}") from error
         except RpcError as error:
             raise RaTlsError(f"Request failed with status={_status_line(error.status)}, error={error.body}") from error
         except FormatError as error:
@@ -141,7 +145,8 @@ class RaTlsClient:
         return Peer(verified, usage_of(certificate))
 
 
-def _context(identity: Identity | None, root_ca: str | None) -> ssl.SSLContext:
+def client_context(identity: Identity | None = None, root_ca: str | None = None) -> ssl.SSLContext:
+    """Make a client's TLS settings: show an identity, if given; check the server under a root (PEM), or not at all."""
     # Not ssl.create_default_context(): from Python 3.13 it asks for authority key identifiers, which dstack's
     # certificates, ours as upstream's, do not carry.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

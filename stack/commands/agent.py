@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from attest.errors import FormatError
-from stack.commands.common import WARNING, UsageError, listen_address, stop_on_signals
+from stack.commands.common import WARNING, UsageError, listen_address, say, stop_on_signals
 from stack.commands.guest_options import (
     add_guest_options,
     add_world_options,
@@ -15,19 +15,35 @@ from stack.commands.guest_options import (
     platform_state,
     vendor_state,
 )
-from stack.guest import Guest
+from stack.guest import Guest, GuestConfig
 
 HELP = "run one guest agent with real quotes, and a PCCS for them"
 
 DESCRIPTION = (
     "Run the guest agent of one emulated trust domain, on dstack.sock, tappd.sock and one TCP port that serves all its "
     "services, so DSTACK_SIMULATOR_ENDPOINT and TAPPD_SIMULATOR_ENDPOINT may be the sockets or the URL. The app has "
-    "keys of its own; for keys from a KMS see `dstack-emu up`. " + WARNING
+    "keys of its own, or those of a file; for keys from a KMS see `dstack-emu boot`. " + WARNING
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
+    add_listener_options(parser)
+    parser.add_argument(
+        "--keys", type=Path, metavar="FILE", help="upstream's key file (appkeys.json) instead of new keys"
+    )
+    parser.add_argument(
+        "--key-provider",
+        choices=("none", "local-sgx"),
+        default="none",
+        help="who gave it its new keys, as it says; the KMS of `up` have local-sgx (%(default)s)",
+    )
+    add_guest_options(parser)
+    add_world_options(parser)
+
+
+def add_listener_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where a guest's agent listens, and how it answers."""
     parser.add_argument(
         "--listen",
         type=listen_address,
@@ -40,13 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tappd-sock", type=Path, metavar="PATH", help="where tappd.sock goes")
     parser.add_argument("--pccs", metavar="URL", help="the PCCS that serves its collateral (default: one of its own)")
-    parser.add_argument(
-        "--keys", type=Path, metavar="FILE", help="upstream's key file (appkeys.json) instead of new keys"
-    )
     parser.add_argument("--upstream-compat", action="store_true", help="refuse EmitEvent as upstream's simulator does")
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
-    add_guest_options(parser)
-    add_world_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,8 +71,14 @@ def run(arguments: argparse.Namespace) -> int:
         platform_state=platform,
         vendor_state=vendor,
         key_file=load_key_file(arguments.keys),
+        key_provider=arguments.key_provider,
         allow_emit_event=not arguments.upstream_compat,
     )
+    return serve_guest(config, arguments)
+
+
+def serve_guest(config: GuestConfig, arguments: argparse.Namespace) -> int:
+    """Run a guest until a signal, by the listener's options."""
     host, port = arguments.listen
     guest = Guest(
         config,
@@ -70,14 +87,21 @@ def run(arguments: argparse.Namespace) -> int:
         pccs_url=arguments.pccs,
         dstack_sock=arguments.dstack_sock,
         tappd_sock=arguments.tappd_sock,
+        progress=say,
     )
     return asyncio.run(_serve(guest, as_json=arguments.json))
 
 
 async def _serve(guest: Guest, *, as_json: bool) -> int:
     stop = stop_on_signals()
+    starting, stopping = asyncio.create_task(guest.__aenter__()), asyncio.create_task(stop.wait())
+    await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():  # it waits for a KMS
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        return 0
     try:
-        await guest.__aenter__()
+        starting.result()
     except FormatError as error:  # of options that only the boot can judge, such as the memory's size
         raise UsageError(str(error)) from error
     try:
@@ -89,7 +113,7 @@ async def _serve(guest: Guest, *, as_json: bool) -> int:
             lines = [f"{name:<14} {value}" for name, value in description.items()]
             lines += ["", *(f"export {name}={value}" for name, value in env.items()), "", "Ctrl-C stops it."]
             print("\n".join(lines), flush=True)
-        await stop.wait()
+        await stopping
     finally:
         await guest.__aexit__(None, None, None)
     return 0

@@ -4,7 +4,10 @@ import argparse
 import asyncio
 import signal
 import sys
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
 
 WARNING: Final = "An emulator: it protects nothing. Never give it a secret, never believe its evidence in production."
 
@@ -20,6 +23,43 @@ def stop_on_signals() -> asyncio.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     return stop
+
+
+class Interrupted(Exception):
+    """A signal ended what ran, and it has cleaned up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+    @property
+    def status(self) -> int:
+        """The exit status that a shell gives a command that such a signal ended."""
+        return 128 + self.number
+
+
+async def interruptible(work: Coroutine[Any, Any, T]) -> T:
+    """Do some work; at Ctrl-C, SIGTERM or SIGHUP cancel it, let it clean up, and raise `Interrupted`.
+
+    Further signals do not disturb the cleaning up.
+    """
+    task, numbers = asyncio.ensure_future(work), list[int]()
+
+    def interrupt(number: int) -> None:
+        if not numbers:
+            task.cancel()
+        numbers.append(number)
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+            loop.add_signal_handler(number, interrupt, number)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not numbers:
+            raise
+        raise Interrupted(numbers[0]) from None
 
 
 def say(text: str) -> None:

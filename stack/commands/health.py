@@ -1,25 +1,44 @@
-"""`dstack-emu health`: is a running stack ready?"""
+"""`dstack-emu health`: is a running stack, or one service of it, ready?"""
 
 import argparse
 import asyncio
 from pathlib import Path
 
-from stack.commands.common import say
-from stack.health import check_health
+from stack.commands.common import UsageError, say
+from stack.healthcheck import ask
 
-HELP = "ask whether a stack is ready"
+HELP = "ask whether a stack, or one service, is ready"
 
-DESCRIPTION = "Ask every service of the stack in a state folder; exit 0 when all answer, 1 with the reason otherwise."
+DESCRIPTION = (
+    "Ask every service of the stack in a state folder, or those that are named; exit 0 when all answer, 1 with the "
+    "reason otherwise."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("--state", type=Path, required=True, metavar="DIR", help="the folder given to `up --state`")
+    parser.add_argument("--state", type=Path, metavar="DIR", help="the folder given to `up --state`")
+    parser.add_argument(
+        "--url", action="append", default=[], metavar="URL", help="http(s)://host:port/path that has to answer with 200"
+    )
+    parser.add_argument(
+        "--kms", action="append", default=[], metavar="HOST:PORT", help="a KMS that has to answer, in whichever phase"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Ask, and say what is wrong."""
-    problems = asyncio.run(check_health(arguments.state))
+    if arguments.state is None and not arguments.url and not arguments.kms:
+        raise UsageError("nothing to ask: give --state DIR, --url URL or --kms HOST:PORT")
+    targets = [*arguments.url, *(f"kms:{address}" for address in arguments.kms)]
+    try:
+        problems = [problem for target in targets if (problem := ask(target))]
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if arguments.state is not None:
+        from stack.health import check_health  # with it comes the whole stack, which one URL does not need
+
+        problems += asyncio.run(check_health(arguments.state))
     for problem in problems:
         say(problem)
     if not problems:

@@ -15,6 +15,7 @@ from attest.errors import FormatError
 from stack.commands.common import UsageError
 from stack.describe import UNKNOWN_NAME, UNREAD, Description, Named, as_json
 from stack.inspect import MAX_SIZE, Finding, inspect_input
+from stack.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 
 HELP = "say what a file is, and show what stands in it"
 
@@ -32,8 +33,6 @@ HEX_DIGITS: Final = 64
 """Digits in a line: a register of 48 bytes takes two."""
 LONGEST: Final = 640
 """Characters of a value shown to a person; --json has it whole."""
-
-BOLD, RED, GREEN, YELLOW = "1", "31", "32", "33"
 
 _HEADINGS: Final = {
     "td_report": "TD report",
@@ -84,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         head = {"what": found.what, "sure": found.sure, "form": list(found.form), "size": len(data)}
         show(json.dumps(head | as_json(found.description)))
     else:
-        colour = wants_colour()
+        colour = wants_colour(sys.stdout)
         lines = [paint(headline(found, len(data)), BOLD, colour), *render(found.description, colour)]
         if found.evidence:
             lines += ["", "Read, not verified: `dstack-emu verify` judges it."]
@@ -125,21 +124,6 @@ def show(text: str) -> None:
     except BrokenPipeError:
         # Python flushes stdout once more on its way out, and would complain there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def wants_colour() -> bool:
-    """Colours only for a terminal, and not where NO_COLOR is set (no-color.org)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
-def paint(text: str, tone: str, colour: bool) -> str:
-    """Put text in a colour."""
-    return f"\033[{tone}m{text}\033[0m" if colour and tone else text
-
-
-def printable(text: str) -> str:
-    """Text of others, with whatever could play tricks on a terminal spelt out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # ---- rendering

@@ -2,43 +2,77 @@
 
 import argparse
 import asyncio
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from kms_emu.admin import admin_token
+from kms_emu.cert_dir import ROOT_CA_CERT
 from kms_emu.config import KmsConfig
+from kms_emu.environment import PREFIX
 from kms_emu.errors import KmsError
 from kms_emu.guest_agent import DEFAULT_ADDRESS
 from kms_emu.server import KmsServer
-from stack.clock import wall_clock
-from stack.commands.common import WARNING, say, stop_on_signals
+from simulator.seed import Seed
+from stack.clock import ISSUED_AT, wall_clock
+from stack.commands.common import WARNING, listen_address, say, stop_on_signals
+from transport.listen import bind_tcp
 
 HELP = "run one KMS from a kms.toml"
 
 DESCRIPTION = (
     "Run one KMS from upstream's kms.toml, both phases on one port. The guest agent that quotes for it is named by the "
-    f"environment variable DSTACK_AGENT_ADDRESS (unix:/path or http://host:port; default {DEFAULT_ADDRESS}). " + WARNING
+    f"environment variable DSTACK_AGENT_ADDRESS (unix:/path or http://host:port; default {DEFAULT_ADDRESS}). Any key "
+    f"of the file can be set by a variable: {PREFIX}CORE__SITE_NAME is core.site_name. " + WARNING
 )
+
+TALKATIVE = ("kms_emu",)
+LEVEL_VARIABLE = "RUST_LOG"
+"""Upstream's variable for the level of its log, and so ours for this command."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="the kms.toml")
+    parser.add_argument(
+        "--listen",
+        type=listen_address,
+        metavar="HOST:PORT",
+        help="where both phases listen, instead of what the file says (port 0: a free one)",
+    )
+    parser.add_argument(
+        "--seed", metavar="TEXT", help="the same text gives the same keys and certificates (default: random ones)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the KMS until it ends or a signal comes."""
-    config = KmsConfig.load(arguments.config)
+    config = KmsConfig.load(arguments.config, os.environ)
     agent = os.environ.get("DSTACK_AGENT_ADDRESS") or DEFAULT_ADDRESS
-    return asyncio.run(_run_kms(config, agent))
+    return asyncio.run(_run_kms(config, agent, arguments))
 
 
-async def _run_kms(config: KmsConfig, agent: str) -> int:
+def _kms(config: KmsConfig, agent: str, arguments: argparse.Namespace) -> KmsServer:
+    options: dict[str, Any] = {"entropy": os.urandom, "clock": wall_clock}
+    if arguments.seed is not None:
+        options |= {"entropy": Seed.of(arguments.seed).stream("kms"), "issue_clock": lambda: ISSUED_AT}
+    if config.core.admin.enabled:
+        options["admin_token"] = admin_token(config.core.admin, os.environ)
+    if arguments.listen is not None:
+        options["sock"] = bind_tcp(*arguments.listen, setting="--listen HOST:PORT")
+        config = config.listening_at(*arguments.listen)
+    return KmsServer(config, agent, **options)
+
+
+async def _run_kms(config: KmsConfig, agent: str, arguments: argparse.Namespace) -> int:
     stop = stop_on_signals()
-    token = admin_token(config.core.admin, os.environ) if config.core.admin.enabled else None
-    kms = KmsServer(config, agent, entropy=os.urandom, clock=wall_clock, admin_token=token)
+    kms = _kms(config, agent, arguments)
     await kms.start()
     say(f"KMS ({kms.phase} phase) at {kms.url}. {WARNING}")
+    if arguments.json:
+        print(json.dumps(_description(kms)), flush=True)
     waiting, stopping = asyncio.create_task(kms.wait()), asyncio.create_task(stop.wait())
     await asyncio.wait((waiting, stopping), return_when=asyncio.FIRST_COMPLETED)
     if waiting.done():
@@ -49,3 +83,16 @@ async def _run_kms(config: KmsConfig, agent: str) -> int:
     if was_fresh:
         raise KmsError("Failed to onboard")  # upstream's answer to a signal before there are keys
     return 0
+
+
+def _description(kms: KmsServer) -> dict[str, Any]:
+    """What a program needs to know, as `--json` prints it. The port stays the same in the runtime phase."""
+    cert_dir = kms.config.core.cert_dir.absolute()
+    return {
+        "url": kms.url,
+        "phase": kms.phase,
+        "address": kms.url.partition("://")[2],
+        "admin_url": kms.admin_url,
+        "cert_dir": str(cert_dir),
+        "kms_ca": str(cert_dir / ROOT_CA_CERT),
+    }

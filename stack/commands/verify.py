@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,21 +21,9 @@ from attest.verify import TrustAnchor
 from simulator.intel import Intel
 from simulator.seed import DEFAULT_SEED, Seed
 from stack.commands.common import UsageError, hex_bytes
-from stack.commands.inspect import (
-    BOLD,
-    GREEN,
-    RED,
-    WIDTH,
-    YELLOW,
-    add_input,
-    headline,
-    paint,
-    printable,
-    read_input,
-    show,
-    wants_colour,
-)
+from stack.commands.inspect import WIDTH, add_input, headline, read_input, show
 from stack.config import PORTS
+from stack.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 from stack.verification import Check, Collect, Policy, all_hold, verify_evidence
 from transport.pccs_client import PccsClient
 
@@ -99,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         head = {"ok": all_hold(checks), "what": found.what, "root": policy.root, "time": policy.now}
         show(json.dumps(head | {"checks": [asdict(check) for check in checks]}))
     else:
-        show("\n".join(_render(headline(found, len(data)), checks, policy, wants_colour())))
+        show("\n".join(_render(headline(found, len(data)), checks, policy, wants_colour(sys.stdout))))
     return 0 if all_hold(checks) else 1
 
 

@@ -15,6 +15,7 @@ from simulator.guest_boot import KmsIssuer, fetch_keys
 from simulator.image import OsImage
 from simulator.seed import Seed, Stream
 from simulator.trust_domain import AppCompose, DomainSettings, TrustDomain
+from stack.guest import instance_seed
 from stack.world.trace import entered, headers_of
 from transport.listen import bind_tcp, bind_unix, serve
 from transport.ratls import TIMEOUT as KMS_TIMEOUT
@@ -48,14 +49,15 @@ class GuestSpec(_Spec):
     """Who a trust domain is: everything that is measured, and the machine it runs on.
 
     `app_id` is the first 20 bytes of the compose hash unless given; `compose` the text of its app-compose.json, made up
-    unless given. `events` follow the boot's own, before keys are fetched. `instance` tells instances of an app apart.
+    unless given. Without `image` it boots the stack's own. `events` follow the boot's own, before keys are fetched.
+    `instance` tells instances of an app apart.
     """
 
     name: Name
     app_id: Hex | None = None
     compose: str | None = None
     instance: str | None = None
-    image: str = "dstack-emu"
+    image: str | None = None
     image_version: str = "0.5.11"
     platform: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     cpu_count: Annotated[int, Field(ge=1, le=1024)] = 2
@@ -79,12 +81,12 @@ class GuestSpec(_Spec):
     def power_on(self, stack: "Stack") -> TrustDomain:
         """Boot it, up to where it needs keys; raise `FormatError` for a machine or an app-compose that cannot be."""
         derive = stack.seed.derive
-        image = OsImage.from_seed(derive, self.image, self.image_version)
+        image = stack.image if self.image is None else OsImage.from_seed(derive, self.image, self.image_version)
         domain = TrustDomain(
             stack.intel.platform(self.machine),
             image,
             AppCompose.named(self.name) if self.compose is None else AppCompose.parse(self.compose),
-            instance_seed=stack.seed.child(f"trust domain {self.instance or self.name}").derive("instance id", 32),
+            instance_seed=instance_seed(stack.seed, self.instance or self.name),
             vm_config=image.vm_config(self.cpu_count, self.memory_size),
             app_id=None if self.app_id is None else octets(self.app_id),
             settings=DomainSettings(self.debug, octets(self.mr_config_id), self.quote_version),
@@ -119,10 +121,12 @@ class RunningGuest:
         world = stack.world
         for app, file in ((dstack_app, "dstack.sock"), (tappd_app, "tappd.sock")):
             sock = bind_unix(self.folder / file, setting="--state DIR")
-            server = await serve(world.around(self.service, app(self.agent)), sock)
+            with stack.logs.of(self.service):
+                server = await serve(world.around(self.service, app(self.agent)), sock)
             self._exit.push_async_callback(server.close)
         sock = stack.take_socket(self.service) or bind_tcp(stack.config.host, 0)
-        server = await serve(world.around(self.service, tcp_app(self.agent)), sock)
+        with stack.logs.of(self.service):
+            server = await serve(world.around(self.service, tcp_app(self.agent)), sock)
         self._exit.push_async_callback(server.close)
         self.url = stack.services[self.service] = server.url
 

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import Field
 
+from attest.certificate import EvidenceForm
 from kms_emu.config import KmsConfig
 from kms_emu.errors import KmsError
 from kms_emu.server import KmsServer
 from simulator.app_keys import OwnKeys
 from simulator.errors import GuestError
-from simulator.trust_domain import KeyProvider
 from stack import policy_files
-from stack.config import StackError
+from stack.config import IMAGE_URL, StackError
+from stack.guest import local_key_provider
 from stack.world.guests import GuestSpec, Name, RunningGuest, _Spec, start_guest
 from transport.listen import bind_tcp, serve
 
@@ -31,15 +32,16 @@ class KmsSpec(_Spec):
 
     `webhook` is `own` (a new auth-simple with a policy of its own, that denies everyone), the name of another KMS whose
     webhook it shares, or the URL of somebody's. Fields of the trust domain are those of `GuestSpec`; `settings` are
-    keys of kms.toml's [core].
+    keys of kms.toml's [core], `rpc_cert_evidence` is the key of its [emulator]: with `legacy` it is a source of 0.5.x.
     """
 
     name: Annotated[Name, Field(max_length=20)]
     webhook: Annotated[str, Field(min_length=1, max_length=2000)] = "own"
     platform: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    image: str = "dstack-emu"
+    image: str | None = None
     image_version: str = "0.5.11"
     compose: str | None = None
+    rpc_cert_evidence: EvidenceForm = "versioned"
     settings: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -85,7 +87,7 @@ async def start_kms(stack: "Stack", spec: KmsSpec) -> RunningKms:
         raise StackError(str(error)) from error
     kms = RunningKms(spec, guest)
     try:
-        provider = KeyProvider("local-sgx", seed.derive("key provider mr", 32).hex())
+        provider = local_key_provider(stack.seed, name)
         guest.domain.complete(provider)
         own = OwnKeys.from_seed(guest.domain, seed.derive("sealing key", 32), provider, stack.world.clock.issue)
         await guest.agent.provide(own.keys, own.issuer)
@@ -125,12 +127,13 @@ async def _serve_kms(stack: "Stack", kms: RunningKms) -> None:
                 "urls": {"pccs": stack.services["pccs"]},
                 "root_ca": {"tdx": str(stack.root_ca)},
             },
-            "image": {"verify": False},
+            "image": {"cache_dir": str(stack.state / "images"), "download_url": IMAGE_URL},
             "auth_api": {"type": "webhook", "webhook": {"url": webhook}},
             "onboard": {"address": host, "port": port},
         },
     }
     document["core"] |= kms.spec.settings
+    document["emulator"] = {"rpc_cert_evidence": kms.spec.rpc_cert_evidence}
     try:
         server = KmsServer(
             KmsConfig.from_document(document, name),
@@ -143,7 +146,8 @@ async def _serve_kms(stack: "Stack", kms: RunningKms) -> None:
             surroundings=stack.world.surroundings(name, stack.verifier_of(name)),
         )
         kms.exit.push_async_callback(server.stop)
-        await server.start()
+        with stack.logs.of(name):
+            await server.start()
     except KmsError as error:
         raise StackError(f"{name}: {error}") from error
     stack.kms[side] = server

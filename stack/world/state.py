@@ -22,7 +22,7 @@ from kms_emu.cert_dir import PRIVATE, RPC_CERT
 from kms_emu.server import Memory
 from simulator.agent import Provided
 from simulator.app_keys import AppKeys
-from simulator.guest_boot import KmsIssuer, require_kms
+from simulator.guest_boot import KmsIssuer
 from simulator.intel import VendorState
 from simulator.platform import PlatformState
 from stack.clock import ClockState
@@ -287,8 +287,6 @@ async def _apply_guest(stack: "Stack", guest: RunningGuest, state: GuestState) -
         f"{stack.services[f'kms-{kept.kms}']}/prpc",
         identity=kept.identity,
         root_ca=kept.keys.ca_cert,
-        verifier=stack.verifier,
-        judge=require_kms,
         timeout=world.patience or KMS_TIMEOUT,
         headers=headers_of(guest.name),
     )

@@ -1,0 +1,60 @@
+#!/opt/venv/bin/python -IS
+"""Whether a service answers its health check: a program of one file, for containers, that starts in no time.
+
+    healthcheck http://127.0.0.1:8081/health      that URL has to answer with status 200
+    healthcheck kms:127.0.0.1:9301                a KMS, which speaks TLS only once it has keys
+
+Nothing of the project is imported, and no HTTP library either: a container asks every few seconds. A certificate is not
+checked, since the question is only whether the service answers.
+"""
+
+import socket
+import sys
+from typing import Final
+
+TIMEOUT: Final = 5.0
+MAX_HEAD: Final = 4096
+
+
+def ask(target: str) -> str:
+    """Ask a URL or `kms:host:port`; return what is wrong, nothing when it answers with 200. Raises `ValueError`."""
+    if target.startswith("kms:"):
+        address = target.removeprefix("kms:")
+        return ask(f"http://{address}/health") and ask(f"https://{address}/health")
+    scheme, separator, rest = target.partition("://")
+    host, path = rest.partition("/")[::2]
+    name, colon, port = host.rpartition(":")
+    if scheme not in ("http", "https") or not separator or not colon or not name or not port.isdecimal():
+        raise ValueError(f"http(s)://host:port/path expected, got {target!r}")
+    try:
+        status = _get((name.strip("[]"), int(port)), f"/{path}", secure=scheme == "https")
+    except (OSError, OverflowError) as error:
+        return f"{target}: {error}"
+    return "" if status == "200" else f"{target} answered {status or 'no HTTP'}, 200 expected"
+
+
+def _get(address: tuple[str, int], path: str, *, secure: bool) -> str:
+    """The status of a GET, as it stands in the first line; empty where that is no HTTP."""
+    with socket.create_connection(address, TIMEOUT) as plain:
+        stream: socket.socket = plain
+        if secure:
+            import ssl  # which the plain services need not wait for
+
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            stream = context.wrap_socket(plain)
+        stream.sendall(f"GET {path} HTTP/1.1\r\nHost: {address[0]}\r\nConnection: close\r\n\r\n".encode())
+        head = b""
+        while b"\r\n" not in head and len(head) < MAX_HEAD:
+            chunk = stream.recv(MAX_HEAD)
+            if not chunk:
+                break
+            head += chunk
+    words = head.split(b" ", 2)
+    return words[1].decode(errors="replace") if len(words) == 3 and words[0].startswith(b"HTTP/") else ""
+
+
+if __name__ == "__main__":
+    found = [problem for target in sys.argv[1:] if (problem := ask(target))]
+    print("\n".join(found) or "ready")
+    sys.exit(bool(found))

@@ -1,0 +1,112 @@
+"""Asking a KMS as an operator asks it: a method and JSON go in, a status and JSON come out.
+
+`Caller` is the seam between the runbook and a transport. The one here is pRPC, in JSON over HTTP/1.1; no certificate of
+a server is checked in it, as the runbook's own `curl -sk` checks none: what a server proves is a step of its own.
+"""
+
+import json
+from dataclasses import dataclass
+from ssl import SSLContext
+from typing import Any, Final, Protocol
+
+import aiohttp
+
+from transport.client import MAX_RESPONSE, TransportError, describe_failure
+from transport.ratls import Identity, client_context
+
+TIMEOUT: Final = 60.0
+"""Seconds for one call: a platform may take its time to quote."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back: a status, and the body, parsed where it is JSON. Status 0: nothing came, the body says why."""
+
+    status: int
+    body: Any
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is a success."""
+        return self.status == 200
+
+    @property
+    def error(self) -> str:
+        """The text of a refusal; empty for a success."""
+        if self.ok:
+            return ""
+        text = self.body.get("error") if isinstance(self.body, dict) else None
+        return text if isinstance(text, str) else str(self.body)
+
+    def field(self, name: str) -> Any:
+        """A field of a success, None where there is none."""
+        return self.body.get(name) if self.ok and isinstance(self.body, dict) else None
+
+
+class Caller(Protocol):
+    """A transport."""
+
+    async def call(self, url: str, method: str, arguments: dict[str, Any], identity: Identity | None = None) -> Answer:
+        """Call `Service.Method` at an address, with a client certificate if one is given. Raises nothing."""
+        ...
+
+    async def get(self, url: str) -> Answer:
+        """GET a page: not every question is an RPC. Raises nothing."""
+        ...
+
+    async def close(self) -> None:
+        """Close the connections."""
+        ...
+
+
+class PrpcCaller:
+    """pRPC in JSON."""
+
+    def __init__(self) -> None:
+        self._anonymous = client_context()
+        self._contexts: dict[Identity, SSLContext] = {}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def call(self, url: str, method: str, arguments: dict[str, Any], identity: Identity | None = None) -> Answer:
+        """POST to `/prpc/Service.Method?json`."""
+        return await self._ask("POST", f"{url}/prpc/{method}?json", json.dumps(arguments), identity)
+
+    async def get(self, url: str) -> Answer:
+        """GET a page."""
+        return await self._ask("GET", url, None, None)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def _ask(self, verb: str, url: str, body: str | None, identity: Identity | None) -> Answer:
+        if self._session is None:
+            timeout = aiohttp.ClientTimeout(total=TIMEOUT)
+            self._session = aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar())
+        if identity is not None and identity not in self._contexts:
+            self._contexts[identity] = client_context(identity)
+        tls = self._anonymous if identity is None else self._contexts[identity]
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        try:
+            request = self._session.request(verb, url, data=body, headers=headers, ssl=tls, allow_redirects=False)
+            async with request as response:
+                text = await _read(response, url)
+                status = response.status
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            return Answer(0, f"no answer: {describe_failure(error, TIMEOUT)}")
+        except TransportError as error:
+            return Answer(0, f"no answer: {error.cause}")
+        try:
+            return Answer(status, json.loads(text))
+        except (ValueError, RecursionError):
+            return Answer(status, text)
+
+
+async def _read(response: aiohttp.ClientResponse, url: str) -> str:
+    data = b""
+    async for chunk in response.content.iter_any():
+        data += chunk
+        if len(data) > MAX_RESPONSE:
+            raise TransportError(url, f"longer than {MAX_RESPONSE} bytes")
+    return data.decode(errors="replace")

@@ -1,0 +1,79 @@
+"""A client with evidence, as an app that boots: a certificate under a KMS's temporary CA, with a quote inside."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from attest.attestation import Attestation
+from attest.certificate import CertificateAuthority, CertificateRequest, load_authority, pem, spki_der
+from attest.csr import CertificateConfig, SigningRequest
+from attest.kdf import load_p256_pem, p256_from_uniform, pkcs8_pem
+from attest.report_data import ratls_report_data
+from kms_emu.guest_agent import GuestAgent
+from simulator.seed import Entropy
+from transport.pccs_client import Clock
+from transport.ratls import CLIENT_SUBJECT, Identity
+
+CSR_VERSION: Final = 2
+CSR_NAME: Final = "runbook.example.test"
+IN_MRTD: Final = 200
+"""Offset of a byte that is within the measurement of the firmware in every version of a quote."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttestedClient:
+    """Makes identities for an app: its agent quotes, the KMS's temporary CA signs."""
+
+    agent: GuestAgent
+    temp_ca: CertificateAuthority
+    entropy: Entropy
+    clock: Clock
+
+    @classmethod
+    def of(cls, answer: dict[str, Any], agent: GuestAgent, entropy: Entropy, clock: Clock) -> "AttestedClient":
+        """Take the CA from an answer of GetTempCaCert; raise `FormatError` where it is none."""
+        key = load_p256_pem(str(answer.get("temp_ca_key")), "temporary CA key")
+        temp_ca = load_authority(str(answer.get("temp_ca_cert")), key, "temporary CA certificate")
+        return cls(agent, temp_ca, entropy, clock)
+
+    async def identity(self, *, altered: bool = False) -> Identity:
+        """A new key with evidence that binds it, of which one bit is changed if asked for.
+
+        Raises `KmsError` where the agent gives none, as the others do.
+        """
+        key = self._key()
+        evidence = await self._evidence(key)
+        return self._issue(key, _altered(evidence) if altered else evidence)
+
+    async def identity_with_stolen_evidence(self) -> Identity:
+        """A new key with evidence that binds another one."""
+        return self._issue(self._key(), await self._evidence(self._key()))
+
+    def identity_without_evidence(self) -> Identity:
+        """A new key with none."""
+        return self._issue(self._key(), None)
+
+    async def signing_request(self, *, altered: bool = False) -> dict[str, Any]:
+        """Arguments of SignCert for a new key with evidence, of which one bit is changed if asked for."""
+        key = self._key()
+        evidence = await self._evidence(key)
+        config = CertificateConfig(subject=CSR_NAME, alt_names=(CSR_NAME,), server_auth=True)
+        request = SigningRequest.make(spki_der(key.public_key()), config, _altered(evidence) if altered else evidence)
+        return {"api_version": CSR_VERSION, "csr": request.encoded.hex(), "signature": request.sign(key).hex()}
+
+    def _key(self) -> ec.EllipticCurvePrivateKey:
+        return p256_from_uniform(self.entropy(48))
+
+    async def _evidence(self, key: ec.EllipticCurvePrivateKey) -> Attestation:
+        return await self.agent.evidence(ratls_report_data(spki_der(key.public_key())))
+
+    def _issue(self, key: ec.EllipticCurvePrivateKey, attestation: Attestation | None) -> Identity:
+        request = CertificateRequest(public_key=key.public_key(), subject=CLIENT_SUBJECT, attestation=attestation)
+        return Identity(pem(self.temp_ca.issue(request, self.clock())), pkcs8_pem(key))
+
+
+def _altered(attestation: Attestation) -> Attestation:
+    quote = bytearray(attestation.quote)
+    quote[IN_MRTD] ^= 1
+    return replace(attestation, quote=bytes(quote))

@@ -1,0 +1,208 @@
+"""The webhooks as commands: how they are set, what they print and log; what they answer is tested by the library."""
+
+import json
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands import ask, serving, usage_error
+
+BOOT_INFO: dict[str, Any] = {
+    "mrAggregated": "ab" * 32,
+    "osImageHash": "0f" * 32,
+    "appId": "a0" * 20,
+    "composeHash": "c0" * 32,
+    "instanceId": "10" * 20,
+    "deviceId": "d0" * 32,
+    "tcbStatus": "UpToDate",
+    "advisoryIds": [],
+}
+POLICY: dict[str, Any] = {
+    "osImages": ["0x" + "0f" * 32],
+    "gatewayAppId": "0x9a",
+    "kms": {"mrAggregated": ["0x" + "ab" * 32], "devices": [], "allowAnyDevice": True},
+    "apps": {"0x" + "a0" * 20: {"composeHashes": ["0x" + "c0" * 32], "devices": [], "allowAnyDevice": True}},
+}
+ALLOWED = {"isAllowed": True, "reason": "", "gatewayAppId": "0x9a"}
+FREE = ("--listen", "127.0.0.1:0")
+
+
+def denied(reason: str, gateway: str = "0x9a") -> dict[str, Any]:
+    return {"isAllowed": False, "reason": reason, "gatewayAppId": gateway}
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    """A policy file that allows BOOT_INFO."""
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(POLICY))
+    return path
+
+
+def decision(url: str, caller: str = "app", **changed: Any) -> Any:
+    status, answer = ask(url, f"/bootAuth/{caller}", {**BOOT_INFO, **changed})
+    assert status == 200
+    return answer
+
+
+def log_lines(path: Path) -> list[str]:
+    """What a command logged, without the time before it."""
+    return [re.sub(r"^.*? (?=auth\.)", "", line) for line in path.read_text().splitlines()]
+
+
+# ---- auth simple
+
+
+def test_simple_decides_by_its_file_and_says_so(policy: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serving("auth", "simple", *FREE, "--config", str(policy), log=log) as said:
+        assert said == {"url": said["url"], "config_path": str(policy), "compat": "readme"}
+        assert said["url"].startswith("http://127.0.0.1:")
+        assert decision(said["url"]) == decision(said["url"], "kms") == ALLOWED
+        policy.write_text(json.dumps({**POLICY, "apps": {}}))
+        assert decision(said["url"]) == denied("app not registered")
+        assert ask(said["url"], "/health") == (200, {"status": "ok"})
+        assert ask(said["url"], "/")[1]["configPath"] == str(policy)
+        assert "/bootAuth/kms" in ask(said["url"], "/openapi.json")[1]["paths"]
+    asked = {name: BOOT_INFO[name] for name in ("appId", "composeHash", "instanceId")}
+    of_kms = {name: BOOT_INFO[name] for name in ("osImageHash", "mrAggregated", "instanceId")}
+    assert log_lines(log) == [
+        f"auth.simple: {line}"
+        for line in (
+            f"app boot auth request: {_compact(asked)}",
+            f"app boot auth result: {_compact(ALLOWED)}",
+            f"KMS boot auth request: {_compact(of_kms)}",
+            f"KMS boot auth result: {_compact(ALLOWED)}",
+            f"app boot auth request: {_compact(asked)}",
+            f"app boot auth result: {_compact(denied('app not registered'))}",
+        )
+    ]
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def test_simple_without_its_file_runs_and_denies_until_it_is_there(policy: Path, tmp_path: Path) -> None:
+    path, log = tmp_path / "missing.json", tmp_path / "log"
+    missing = f"config file not found: {path}"
+    with serving("auth", "simple", *FREE, "--config", str(path), log=log) as said:
+        assert log.read_text() == f"{missing}; everything is denied until this file can be used\n"
+        assert decision(said["url"], "kms") == denied(missing, "")
+        policy.rename(path)
+        assert decision(said["url"], "kms") == ALLOWED
+
+
+@pytest.mark.parametrize(("compat", "allowed"), [("", False), ("upstream", True)])
+def test_simple_takes_the_variables_of_the_original(policy: Path, compat: str, allowed: bool) -> None:
+    policy.write_text(json.dumps({**POLICY, "kms": {"mrAggregated": POLICY["kms"]["mrAggregated"], "devices": []}}))
+    environment = {"PORT": "0", "AUTH_CONFIG_PATH": str(policy), "AUTH_SIMPLE_COMPAT": compat}
+    with serving("auth", "simple", environment=environment) as said:
+        assert (said["config_path"], said["compat"]) == (str(policy), compat or "readme")
+        assert said["url"].startswith("http://127.0.0.1:")
+        answer = decision(said["url"], "kms")
+        assert answer == (ALLOWED if allowed else denied("KMS is not allowed to boot on this device"))
+
+
+def test_simple_options_go_before_variables(policy: Path, tmp_path: Path) -> None:
+    environment = {"PORT": "1", "AUTH_CONFIG_PATH": str(tmp_path / "other.json")}
+    with serving("auth", "simple", *FREE, "-c", str(policy), "--seed", "any", environment=environment) as said:
+        assert decision(said["url"]) == ALLOWED
+
+
+def test_simple_never_decides_by_half_a_file(policy: Path, tmp_path: Path) -> None:
+    """Replaced at once, a file is the old or the new one; rewritten in place, it may also be none."""
+    other = tmp_path / "other.json"
+    padding = {"note": "x" * 20_000}  # more than one page, and more than one read of a careless reader
+    texts = [json.dumps({**POLICY, **padding}), json.dumps({**padding, **POLICY, "apps": {}, "gatewayAppId": "0x9b"})]
+    whole = [ALLOWED, denied("app not registered", "0x9b")]
+    policy.write_text(texts[0])
+    done = threading.Event()
+
+    def replace() -> None:
+        while not done.is_set():
+            for text in reversed(texts):
+                other.write_text(text)
+                os.replace(other, policy)
+
+    def rewrite() -> None:
+        while not done.is_set():
+            for text in reversed(texts):
+                policy.write_text(text)
+
+    with serving("auth", "simple", *FREE, "--config", str(policy), log=tmp_path / "log") as said:
+        for change, in_place in ((replace, False), (rewrite, True)):
+            done.clear()
+            writer = threading.Thread(target=change)
+            writer.start()
+            try:
+                answers = [decision(said["url"]) for _ in range(200)]
+            finally:
+                done.set()
+                writer.join()
+            none = [answer for answer in answers if answer not in whole]
+            broken = (f"failed to load config: {policy}: ", f"config is being rewritten: {policy}")
+            assert all(in_place and not answer["isAllowed"] for answer in none)
+            assert all(answer["reason"].startswith(broken) for answer in none)
+            assert {answer["gatewayAppId"] for answer in answers if answer in whole} == {"0x9a", "0x9b"}
+
+
+# ---- auth mock
+
+
+@pytest.mark.parametrize(
+    ("environment", "app", "kms"),
+    [
+        ({}, (True, "mock app always allowed"), (True, "mock KMS always allowed")),
+        (
+            {"MOCK_POLICY": "deny-kms"},
+            (True, "mock app allowed (deny-kms policy)"),
+            (False, "mock policy: deny-kms"),
+        ),
+        (
+            {"MOCK_POLICY": "allowlist-device", "MOCK_ALLOWED_DEVICE_IDS": f"{'d0' * 32}, other"},
+            (True, f"mock policy: device {'d0' * 32} allowed"),
+            (True, f"mock policy: device {'d0' * 32} allowed"),
+        ),
+    ],
+)
+def test_mock_takes_the_variables_of_the_original(
+    environment: dict[str, str], app: tuple[bool, str], kms: tuple[bool, str], tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with serving("auth", "mock", environment={"PORT": "0", **environment}, log=log) as said:
+        assert said == {"url": said["url"], "policy": environment.get("MOCK_POLICY", "allow-all")}
+        assert said["url"].startswith("http://127.0.0.1:")
+        for caller, expected in (("app", app), ("kms", kms)):
+            answer = decision(said["url"], caller)
+            assert (answer["isAllowed"], answer["reason"]) == expected
+    asked = _compact({name: BOOT_INFO[name] for name in ("appId", "instanceId")})
+    assert log_lines(log) == [f"auth.mock: mock {caller} boot auth request: {asked}" for caller in ("app", "KMS")]
+
+
+# ---- wrong use
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        (("mock",), {"NODE_ENV": "production"}, "auth-mock must not run with NODE_ENV=production"),
+        (("mock", "--config", "x"), {}, "--config is for `auth simple`: `auth mock` decides by MOCK_POLICY"),
+        (("simple",), {"PORT": "65536"}, 'PORT is "65536", expected a number of 0 (a free one) to 65535'),
+    ],
+)
+def test_wrong_use_is_one_line(
+    arguments: tuple[str, ...], environment: dict[str, str], said: str, policy: Path
+) -> None:
+    assert usage_error("auth", *arguments, environment={"AUTH_CONFIG_PATH": str(policy), **environment}) == said
+
+
+def test_port_that_is_taken_is_named_with_its_settings(policy: Path) -> None:
+    with serving("auth", "simple", *FREE, "-c", str(policy)) as said:
+        port = said["url"].rpartition(":")[2]
+        taken = f"cannot listen on 127.0.0.1:{port}: the address is in use (set by --listen HOST:PORT or PORT)"
+        assert usage_error("auth", "simple", "-c", str(policy), environment={"PORT": port}) == taken

@@ -1,0 +1,32 @@
+"""A KMS that is killed while it stores its keys: the next start finds all of them, or none and nothing else.
+
+Here at every step of the storing alone; `make crash` does it to the whole KMS, at random moments.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from tests.vectors import ROOT
+
+MEMORY = "/dev/shm"
+
+
+@pytest.mark.timeout(180)
+def test_crash_at_any_step_of_storing_leaves_all_keys_or_none() -> None:
+    # In memory where there is some: what is flushed to a disk, hundreds of times, proves nothing more.
+    with tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as folder:
+        run = [sys.executable, "-m", "tests.crashing_store", folder]
+        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    store, replace = found["store"], found["replace"]
+    assert store["with keys"] + store["without keys"] == store["crashes"] + 1
+    assert replace["old"] + replace["new"] == replace["crashes"] + 1
+    assert min(store["with keys"], store["without keys"], replace["old"], replace["new"]) >= 5
+    assert store["crashes"] > 100
+    assert store["crashes of the next start"] > 100

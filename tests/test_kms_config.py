@@ -1,0 +1,126 @@
+"""kms.toml and the variables that override it: every key by its name, every mistake by its variable."""
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from kms_emu.config import KmsConfig
+from kms_emu.environment import merged, overrides
+from kms_emu.errors import ConfigError
+from tests.commands import usage_error
+from tests.kms_process import variables
+
+
+def configured(variables: dict[str, str], document: str = "") -> KmsConfig:
+    """What a file and variables make together."""
+    return KmsConfig.from_document(merged(tomllib.loads(document), overrides(KmsConfig, variables)), "kms.toml")
+
+
+def leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of each key."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+KEYS = dict(leaves(KmsConfig()))
+
+
+def as_text(value: Any) -> str:
+    """A default as a variable says it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None else str(value)
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if key != "default"])
+def test_every_key_can_be_set_by_a_variable(key: str) -> None:
+    default = KEYS[key]
+    assert configured(variables({key: as_text(default)})) == KmsConfig()
+    other: Any
+    match default:
+        case bool():
+            other, text = not default, as_text(not default)
+        case int():
+            other, text = 4711, "4711"
+        case float():
+            other, text = 0.25, "250ms"
+        case Path() | None:
+            other, text = Path("/somewhere else"), "/somewhere else"
+        case _:
+            text = {
+                "core.auth_api.type": "dev",
+                "core.admin_token_hash": "ab" * 32,
+                "emulator.rpc_cert_evidence": "legacy",
+            }.get(key, "a text = \"with\" [signs]")
+            other = text
+    changed = dict(leaves(configured(variables({key: text}))))
+    assert changed == {**KEYS, key: other}
+
+
+def test_variable_goes_before_the_file_and_leaves_its_neighbours() -> None:
+    file = '[core]\nsite_name = "of the file"\n[core.auth_api.webhook]\nurl = "http://of.the.file"\n'
+    config = configured({"DSTACK_EMU_KMS_CORE__AUTH_API__WEBHOOK__URL": "http://of.the.variable"}, file)
+    assert config.core.auth_api.webhook.url == "http://of.the.variable"
+    assert config.core.site_name == "of the file"
+
+
+def test_other_variables_are_left_alone() -> None:
+    others = {"ROCKET_PORT": "1", "KMS_PORT": "2", "DSTACK_EMU_KMSX": "3", "dstack_emu_kms_rpc__port": "4"}
+    assert configured(others) == KmsConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("CORE__SIGHT_NAME", "x", "kms.toml has no key core.sight_name"),
+        ("CORE_SITE_NAME", "x", "kms.toml has no key core_site_name"),
+        ("RPC__PORT__NUMBER", "1", "kms.toml has no key rpc.port.number"),
+        ("", "1", "kms.toml has no key "),
+        ("RPC__", "1", "kms.toml has no key rpc."),
+        ("RPC", "1", "rpc is a section of kms.toml, a key expected"),
+        ("DEFAULT", "1", "default is a section of kms.toml, a key expected"),
+        ("RPC__PORT", "http", "Input should be a valid integer, unable to parse string as an integer, got 'http'"),
+        ("RPC__PORT", "65536", "Input should be less than or equal to 65535, got '65536'"),
+        ("RPC__PORT", "", "Input should be a valid integer, unable to parse string as an integer, got ''"),
+        ("CORE__IMAGE__VERIFY", "yes", "true or false expected, got 'yes'"),
+        ("CORE__IMAGE__VERIFY", "True", "true or false expected, got 'True'"),
+        ("CORE__AUTH_API__TYPE", "eth", "Input should be 'webhook' or 'dev', got 'eth'"),
+        ("CORE__IMAGE__DOWNLOAD_TIMEOUT", "2 minutes", "Input should be a valid number"),
+        ("CORE__ADMIN_TOKEN_HASH", "abc", "Value error, the SHA-256 of the token in hex expected: 64 digits"),
+    ],
+)
+def test_variable_that_cannot_be_is_named(name: str, value: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        configured({f"DSTACK_EMU_KMS_{name}": value})
+    assert str(refusal.value).startswith(f"DSTACK_EMU_KMS_{name}: {said}")
+
+
+def test_file_whose_section_is_no_table_is_refused_by_key() -> None:
+    with pytest.raises(ConfigError, match="^kms.toml: core: Input should be a valid dictionary"):
+        configured({"DSTACK_EMU_KMS_CORE__SITE_NAME": "x"}, "core = 1")
+
+
+def test_command_ends_with_the_variables_name(tmp_path: Path) -> None:
+    (tmp_path / "kms.toml").write_text("")
+    wrong = {"DSTACK_EMU_KMS_CORE__SIGHT_NAME": "x"}
+    said = usage_error("kms", "-c", str(tmp_path / "kms.toml"), environment=wrong)
+    assert said == "DSTACK_EMU_KMS_CORE__SIGHT_NAME: kms.toml has no key core.sight_name"
+
+
+@pytest.mark.parametrize("value", ["AB" * 32, "0x" + "ab" * 32])
+def test_token_hash_is_read_as_upstream_reads_hex(value: str) -> None:
+    assert configured({}, f'[core]\nadmin_token_hash = "{value}"').core.admin_token_hash == "ab" * 32
+
+
+def test_listening_at_sets_both_phases_and_nothing_else() -> None:
+    changed = dict(leaves(KmsConfig().listening_at("127.0.0.1", 1)))
+    both = {"rpc.address": "127.0.0.1", "core.onboard.address": "127.0.0.1", "rpc.port": 1, "core.onboard.port": 1}
+    assert changed == {**KEYS, **both}

@@ -1,0 +1,177 @@
+"""A KMS as a legacy source: its RPC certificate carries quote and event log as releases before 0.5.9 wrote them.
+
+The receiver runs in a trust domain with another OS image, so it shows whose image it asks its webhook about.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+
+from tests import foreign
+from tests.commands import serving
+from tests.foreign import Guest
+from tests.kms_process import Kms, World, running, variables
+from tests.running import RunningStack
+
+pytestmark = pytest.mark.timeout(180)
+
+FORMS = ["versioned", "legacy", "legacy-gzip"]
+MAGIC = b"ELGZv1"
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """The source's trust domain."""
+    with serving("agent") as description:
+        yield World.of(description)
+
+
+@pytest.fixture(scope="module")
+def other_world() -> Iterator[World]:
+    """The receiver's, of another image."""
+    with serving("agent", "--image", "another") as description:
+        yield World.of(description)
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def source(request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kms]:
+    """A KMS with keys, its evidence in one of the forms."""
+    keys = {"emulator.rpc_cert_evidence": request.param, "core.onboard.auto_bootstrap_domain": "127.0.0.1"}
+    with running(tmp_path_factory.mktemp("source"), world, **variables(keys)) as kms:
+        yield kms
+
+
+def form_of(kms: Kms) -> str:
+    """The form that a KMS's certificate has."""
+    values = extensions(kms)
+    if foreign.OID_ATTESTATION in values:
+        return "versioned"
+    return "legacy-gzip" if values[foreign.OID_EVENT_LOG].startswith(MAGIC) else "legacy"
+
+
+def extensions(kms: Kms) -> dict[x509.ObjectIdentifier, bytes]:
+    """dstack's own extensions of a KMS's certificate, in order, out of their OCTET STRINGs."""
+    certificate = x509.load_pem_x509_certificate((kms.certs / "rpc.crt").read_bytes())
+    found = {}
+    for extension in certificate.extensions:
+        if isinstance(value := extension.value, x509.UnrecognizedExtension):
+            assert value.value[0] == 4
+            size = value.value[1]
+            found[extension.oid] = value.value[2 + (size & 0x7F if size & 0x80 else 0) :]
+    return found
+
+
+def test_certificate_has_the_extensions_of_its_form(source: Kms) -> None:
+    values = extensions(source)
+    oids = [oid.dotted_string.rpartition(".")[2] for oid in values]
+    assert oids == (["4", "8"] if form_of(source) == "versioned" else ["4", "1", "2"])
+    if form_of(source) == "versioned":
+        return
+    log = values[foreign.OID_EVENT_LOG]
+    if form_of(source) == "legacy-gzip":
+        log = gzip.decompress(log.removeprefix(MAGIC))
+    events = json.loads(log)
+    assert {event["imr"] for event in events} == {0, 1, 2, 3}, "the whole log"
+    assert all(event["digest"] for event in events)
+    assert values[foreign.OID_QUOTE][:2] == b"\x04\0"
+
+
+@pytest.fixture
+def policy(tmp_path: Path, other_world: World) -> Path:
+    """A policy that allows no image yet."""
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps({"osImages": [], "kms": {"mrAggregated": [], "allowAnyDevice": True}, "apps": {}}))
+    return path
+
+
+def test_receiver_asks_about_a_legacy_source_with_its_own_image(
+    source: Kms, world: World, other_world: World, policy: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "auth.log"
+    with serving("auth", "simple", "--listen", "127.0.0.1:0", "--config", str(policy), log=log) as auth:
+        keys = {"core.auth_api.type": "webhook", "core.auth_api.webhook.url": auth["url"]}
+        with running(tmp_path, other_world, **variables(keys)) as kms:
+            onboarding = {"source_url": source.runtime_url, "domain": "127.0.0.1"}
+            refused = "Failed to onboard: Source KMS is not allowed for onboarding: boot denied: "
+            assert kms.rpc("Onboard.Onboard", onboarding) == (400, {"error": refused + "OS image is not allowed"})
+            asked = json.loads(log.read_text().partition("KMS boot auth request: ")[2].splitlines()[0])
+            expected = world if form_of(source) == "versioned" else other_world
+            assert asked["osImageHash"] == expected.os_image_hash
+
+            rules: dict[str, Any] = json.loads(policy.read_text())
+            rules["osImages"] = [f"0x{asked['osImageHash']}"]
+            policy.write_text(json.dumps(rules))
+            assert kms.rpc("Onboard.Onboard", onboarding) == (400, {"error": refused + "aggregated MR not allowed"})
+            rules["kms"]["mrAggregated"] = [f"0x{asked['mrAggregated']}"]
+            policy.write_text(json.dumps(rules))
+            assert not list(kms.certs.iterdir())
+            status, answer = kms.rpc("Onboard.Onboard", onboarding)
+            assert (status, answer) == (200, {"k256_pubkey": source.rpc("KMS.GetMeta")[1]["k256_pubkey"]})
+            assert (kms.certs / "root-ca.key").read_bytes() == (source.certs / "root-ca.key").read_bytes()
+
+
+def test_source_without_evidence_is_refused_whatever_the_form(world: World, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    keys = {
+        "emulator.rpc_cert_evidence": "legacy",
+        "core.attest_rpc_cert": "false",
+        "core.onboard.auto_bootstrap_domain": "127.0.0.1",
+    }
+    with (
+        running(tmp_path / "source", world, **variables(keys)) as source,
+        running(tmp_path, world) as kms,
+    ):
+        status, refusal = kms.rpc("Onboard.Onboard", {"source_url": source.runtime_url, "domain": "127.0.0.1"})
+        assert status == 400
+        assert refusal["error"].endswith("Source KMS certificate does not contain attestation")
+
+
+# ---- callers with such certificates
+
+
+def packed(log: bytes) -> bytes:
+    """An event log in the compressed form."""
+    return MAGIC + gzip.compress(log)
+
+
+@pytest.fixture
+def guest(ready_stack: RunningStack) -> Guest:
+    """A guest with the app's agent, before the source KMS of a stack."""
+    return Guest.of(ready_stack.services["kms-src"], ready_stack.description["app"]["dstack_sock"])
+
+
+def test_getappkey_answers_callers_with_legacy_certificates(guest: Guest) -> None:
+    key = foreign.new_key()
+    answer = foreign.ask_agent(guest.agent, "GetQuote", {"report_data": foreign.binding_of(foreign.spki_of(key)).hex()})
+    quote, log = bytes.fromhex(answer["quote"]), answer["event_log"].encode()
+
+    def ask(event_log: bytes | None, vm_config: str = answer["vm_config"]) -> foreign.Answer:
+        values = {foreign.OID_QUOTE: quote}
+        if event_log is not None:
+            values[foreign.OID_EVENT_LOG] = event_log
+        return guest.get_app_key(guest.temp_ca.issue_with(key, values), vm_config=vm_config)
+
+    wanted = guest.get_app_key().value
+    assert ask(log).value == ask(packed(log)).value == wanted
+    # Nobody says which image it is, where the request does not.
+    for form in (log, packed(log)):
+        assert ask(form, vm_config="").error == "App not allowed: Boot denied: OS image is not allowed"
+    context = "Failed to create attestation from TDX quote: "
+    assert ask(None).error == "TDX event log missing"
+    assert ask(packed(log)[:-9]).error == context + "failed to decompress event log: it is cut short"
+    assert ask(MAGIC + log).error.startswith(context + "failed to decompress event log: ")
+    assert ask(MAGIC + zlib.compress(log)).error.startswith(context + "failed to decompress event log: ")
+    assert ask(packed(log + b" " * 16384)).error == context + "event log extension too large (>16384 bytes)"
+    assert ask(packed(b" " * 100_000_000)).error == context + "event log extension too large (>16384 bytes)"
+    events = json.loads(log)
+    lie = json.dumps([{**event, "event_payload": "00"} if event["event"] == "app-id" else event for event in events])
+    for form in (lie.encode(), packed(lie.encode())):
+        assert ask(form).error.startswith("invalid quote: RTMR3 mismatch, quoted: ")
+    other = guest.temp_ca.issue_with(foreign.new_key(), {foreign.OID_QUOTE: quote, foreign.OID_EVENT_LOG: packed(log)})
+    assert guest.get_app_key(other).error == "invalid quote: report data mismatch"

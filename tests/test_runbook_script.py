@@ -1,0 +1,161 @@
+"""The runbook's own commands, from "Shared setup" on, run by bash against `dstack-emu up --fresh`.
+
+They are taken out of the document as it was handed to us: a page whose lines have lost their fences, so that a command
+and what follows it stand on one line in places. `FUSED` takes those apart, `LEFT_OUT` leaves out what starts, deploys
+and stops machines, and `read` is all that is changed in the rest. The document lies beside the recorded vectors; where
+it is not there, the test skips.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.running import RunningStack, running_stack
+from tests.vectors import VECTORS
+
+DOCUMENT = VECTORS.parent / "seeds" / "kms-self-authorization-runbook.txt"
+FIRST = "export REPO_ROOT="
+"""Where the shared setup begins."""
+FOLDER = "/tmp/kms-self-auth"
+
+FUSED = (
+    r"^(EOF)(?=.)",
+    r"^(done)(?=.)",
+    r"(\| jq \.)(?=\S)",
+    rf"({FOLDER}/[\w-]+\.(?:json|pid))(?=[A-Z]|- )",
+    r'(/finish")(?=.)',
+    rf"({FOLDER})(?=[A-Z])",
+    r"^(export \w+='[^']*')(?=.)",
+    r"^([A-Z_]+=\$\(.*\))(?=[A-Z])",
+    r"(\|\| true)(?=.)",
+)
+"""Ends of commands that the next line is fused to."""
+
+COMMAND = re.compile(r"(export|mkdir|cd|cat|curl|until|sed|cp|echo|bun|vmm-cli\.py|kill|tar) |\./|[A-Z_]+=")
+LEFT_OUT = {
+    r"\bbun\b": "our stack has the webhooks",
+    r"REPO_ROOT": "nor is there a checkout of dstack",
+    r"^echo \$!": "their process ids",
+    r"^vmm-cli\.py": "our stack has the KMS",
+    r"<kms-\w+-runtime-host>": "a place to fill in; the address was exported before",
+    r"sdk/simulator|^\./": "our stack has the guest agents",
+    r"^kill": "our stack is stopped by whoever started it",
+}
+
+KEPT = ("curl -s", "cat >", "jq -r", 'sed "s/', "cp /tmp", "tar czf", "export KMS_")
+"""What must come through whole: as often in the script as in the document."""
+
+
+def document() -> str:
+    """The document from the shared setup on, its fused lines taken apart."""
+    if not DOCUMENT.exists():
+        pytest.skip(f"the runbook is not at {DOCUMENT} (DSTACK_EMU_VECTORS names the folder beside its own)")
+    text = DOCUMENT.read_text()
+    text = text[text.index(FIRST) :]
+    for end in FUSED:
+        text = re.sub(end, r"\1\n", text, flags=re.MULTILINE)
+    return text
+
+
+def commands(text: str) -> Iterator[str]:
+    """The commands of a page of prose, each with the lines that belong to it."""
+    lines = iter(text.splitlines())
+    for line in lines:
+        if not COMMAND.match(line):
+            continue
+        command = [line]
+        end = "EOF" if "<<" in line else "done" if line.startswith("until ") else None
+        while end is not None and command[-1] != end:
+            command.append(next(lines))
+        while end is None and command[-1].endswith("\\"):
+            command.append(next(lines))
+        yield "\n".join(command)
+
+
+def read(command: str, folder: Path, stack: RunningStack) -> str:
+    """A command as it is read here: our folder, our ports, and no failing curl where a refusal is expected."""
+    if "denied.json" in command:
+        command = command.replace("curl -sf ", "curl -s ")
+    for side, port in (("src", 9301), ("dst", 9302)):
+        command = command.replace(f"127.0.0.1:{port}", stack.services[f"kms-{side}"].partition("://")[2])
+    for side, port in (("src", 3101), ("dst", 3102)):
+        command = command.replace(f"127.0.0.1:{port}", stack.services[f"auth-{side}"].partition("://")[2])
+    return command.replace(FOLDER, str(folder))
+
+
+def test_commands_are_taken_out_of_the_document_whole() -> None:
+    text = document()
+    script = "\n".join(command for command in commands(text) if not is_left_out(command))
+    for word in KEPT:
+        placeholders = len(re.findall(rf"{word}.*<kms-", text))
+        assert script.count(word) == text.count(word) - placeholders > 0, word
+    for reason in LEFT_OUT:
+        assert any(re.search(reason, command) for command in commands(text)), f"nothing to leave out: {reason}"
+    for end in FUSED:
+        assert re.search(end, DOCUMENT.read_text(), re.MULTILINE), f"nothing to take apart: {end}"
+
+
+def is_left_out(command: str) -> bool:
+    """Whether a command is none for here."""
+    return any(re.search(pattern, command) for pattern in LEFT_OUT)
+
+
+@pytest.mark.timeout(120)
+def test_runbooks_own_commands_give_what_it_expects(tmp_path: Path) -> None:
+    text = document()
+    for tool in ("bash", "jq"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"the runbook's commands need {tool}")
+    folder = tmp_path / "kms-self-auth"
+    with running_stack("--fresh", "--policies", str(folder)) as stack:
+        script = [read(command, folder, stack) for command in commands(text) if not is_left_out(command)]
+        done = subprocess.run(
+            ["bash", "-eu", "-o", "pipefail"],
+            input="\n".join(script),
+            cwd=tmp_path,
+            env={**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert_as_expected(folder, stack)
+    assert (tmp_path / "kms-self-auth-results.tar.gz").stat().st_size > 1000
+
+
+def assert_as_expected(folder: Path, stack: RunningStack) -> None:
+    """What the document says of each case, of the files that its commands leave."""
+
+    def left(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+        return found
+
+    for side in ("src", "dst"):
+        info = left(f"kms-{side}-attestation")
+        assert {"device_id", "mr_aggregated", "os_image_hash", "attestation_mode"} <= set(info)
+        assert info == stack.description["kms"][side]
+    # Case 1
+    assert left("bootstrap-src-denied") == {
+        "error": "KMS is not allowed to bootstrap: boot denied: aggregated MR not allowed"
+    }
+    # Case 2
+    bootstrapped = left("bootstrap-src-allowed")
+    assert set(bootstrapped) == {"ca_pubkey", "k256_pubkey", "attestation"}
+    assert left("kms-src-meta")["bootstrap_info"] == bootstrapped
+    # Case 3
+    assert "Source KMS is not allowed for onboarding: boot denied" in left("onboard-dst-denied")["error"]
+    assert left("onboard-dst-allowed") == {"k256_pubkey": bootstrapped["k256_pubkey"]}
+    assert left("kms-dst-meta")["k256_pubkey"] == bootstrapped["k256_pubkey"]
+    # Case 4
+    assert set(left("get-temp-ca-allowed")) == {"temp_ca_cert", "temp_ca_key", "ca_cert"}
+    assert left("get-temp-ca-denied") == {
+        "error": "KMS self authorization failed: KMS is not allowed: aggregated MR not allowed"
+    }

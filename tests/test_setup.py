@@ -1,0 +1,80 @@
+"""`dstack-emu setup` and `health`: a stack that runs elsewhere, by its public interfaces alone."""
+
+import json
+import ssl
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.commands import run_command, usage_error
+from tests.running import RunningStack, running_stack
+
+
+def arguments(stack: RunningStack) -> list[str]:
+    """What names the services of a stack."""
+    urls = stack.services
+    policies = str(stack.policies["src"].parent)
+    return ["--kms-src", urls["kms-src"], "--kms-dst", urls["kms-dst"], "--app", urls["app"], "--policies", policies]
+
+
+def test_ready_stack_is_left_as_it_is(ready_stack: RunningStack) -> None:
+    before = {side: path.read_bytes() for side, path in ready_stack.policies.items()}
+    done = run_command("setup", *arguments(ready_stack), "--json")
+    assert (done.returncode, json.loads(done.stdout)["fresh"]) == (0, False), done
+    assert done.stderr.decode().splitlines() == ["waiting for the app's keys"]
+    assert {side: path.read_bytes() for side, path in ready_stack.policies.items()} == before
+
+
+def test_kms_that_is_denied_is_said_in_its_own_words(fresh_stack: RunningStack) -> None:
+    fresh_stack.policies["src"].write_text('{"osImages": []}')
+    done = run_command("setup", *arguments(fresh_stack))
+    assert done.returncode == 2
+    assert done.stderr.decode().splitlines()[-1] == (
+        "Error: kms-src: Bootstrap: KMS is not allowed to bootstrap: boot denied: OS image is not allowed"
+    )
+    # The other policy was the placeholder, this one a person's own.
+    assert json.loads(fresh_stack.policies["src"].read_text()) == {"osImages": []}
+    assert json.loads(fresh_stack.policies["dst"].read_text())["osImages"]
+
+
+def test_fresh_setup_only_places_policies_that_deny(fresh_stack: RunningStack, tmp_path: Path) -> None:
+    words = [*arguments(fresh_stack)[:-1], str(tmp_path / "new"), "--fresh"]
+    assert run_command("setup", *words).returncode == 0
+    written = json.loads((tmp_path / "new" / "auth-dst.json").read_text())
+    assert (written["osImages"], written["kms"]["mrAggregated"]) == ([], [])
+    assert run_command("health", "--kms", fresh_stack.services["kms-src"].partition("://")[2]).stdout == b"ready\n"
+
+
+def test_kms_that_is_set_up_has_the_host_of_its_url_in_its_certificate() -> None:
+    with running_stack("--fresh") as stack:
+        words = arguments(stack)
+        del words[4:6]  # the app of a fresh stack asks for no keys
+        assert run_command("setup", *words).returncode == 0
+        for name in ("kms-src", "kms-dst"):
+            ca = json.loads(stack.curl(f"https://{stack.services[name][7:]}/prpc/KMS.GetMeta?json")[1])["ca_cert"]
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.load_verify_locations(cadata=ca)
+            with urllib.request.urlopen(f"https://{stack.services[name][7:]}/health", context=context) as answer:
+                assert answer.status == 200
+        assert run_command("health", "--kms", stack.services["kms-dst"].partition("://")[2]).returncode == 0
+
+
+@pytest.mark.parametrize("option", ["--url", "--kms"])
+def test_service_that_does_not_answer_is_named(option: str) -> None:
+    address = "http://127.0.0.1:1/health" if option == "--url" else "127.0.0.1:1"
+    done = run_command("health", option, address)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.endswith(b"127.0.0.1:1/health: [Errno 111] Connection refused\n")
+
+
+def test_health_of_nothing_and_of_no_url_is_refused() -> None:
+    assert usage_error("health") == "nothing to ask: give --state DIR, --url URL or --kms HOST:PORT"
+    assert usage_error("health", "--url", "ftp://x") == "http(s)://host:port/path expected, got 'ftp://x'"
+
+
+def test_setup_where_nothing_answers_says_who(tmp_path: Path) -> None:
+    words = ["--kms-src", "http://127.0.0.1:1", "--kms-dst", "http://127.0.0.1:1", "--app", "http://127.0.0.1:1"]
+    done = run_command("setup", *words, "--policies", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr == b"Error: kms-src at http://127.0.0.1:1: Connection refused\n"

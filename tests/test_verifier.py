@@ -1,0 +1,535 @@
+"""The verifier service, against the answers that the real one gave; its two one-shot modes; its configuration."""
+
+import datetime
+import http.client
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from attest.attestation import Attestation
+from attest.errors import FormatError
+from attest.eventlog import log_to_json, replay_runtime
+from attest.image import Registers
+from attest.os_image import cache_key, encode_cache_entry
+from attest.report_data import APP_DATA, report_data
+from attest.verify import TrustAnchor
+from kms_emu.errors import ConfigError
+from simulator.image import OsImage
+from simulator.image_files import fill_cache
+from simulator.intel import Intel
+from simulator.pccs import pccs_app
+from simulator.seed import DEFAULT_SEED, Seed
+from simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
+from stack.cli import main
+from stack.clock import wall_clock
+from stack.config import PORTS
+from stack.verifier import Verifier
+from stack.verifier_config import VerifierConfig
+from stack.verifier_server import MAX_BODY, verifier_app
+from tests import foreign
+from tests.commands import run_command, serving
+from tests.test_attest_properties import with_events_of_version_2
+from tests.vectors import golden
+from transport.image_store import ImageStore
+from transport.listen import bind_tcp, serve
+from transport.pccs_client import AttestationVerifier, PccsClient
+
+Json = dict[str, Any]
+INTEL = Intel(Seed.of(DEFAULT_SEED))
+IMAGE = OsImage.from_seed(Seed.of(DEFAULT_SEED).derive)
+NO_SERVER = "http://127.0.0.1:9/mr_{OS_IMAGE_HASH}.tar.gz"
+
+
+def domain(claim: str | None = None) -> TrustDomain:
+    """A guest that has booted and got its keys from somewhere; it claims a config, or tells the truth."""
+    guest = TrustDomain(
+        INTEL.platform("host of app"), IMAGE, AppCompose.named("app"), instance_seed=b"", claimed_config=claim
+    )
+    guest.boot()
+    guest.complete(KeyProvider("kms", "00112233"))
+    return guest
+
+
+@dataclass
+class Service:
+    """A verifier on a socket, under the emulated root, with a cache of its own."""
+
+    url: str
+    cache: Path
+    judge: Verifier
+
+    async def post(self, body: Any, path: str = "/verify") -> tuple[int, str, str]:
+        """POST JSON, or bytes as they are; return status, content type and body."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        async with aiohttp.ClientSession() as session, session.post(self.url + path, data=data) as response:
+            return response.status, response.content_type, await response.text()
+
+    async def verify(self, **request: Any) -> Json:
+        status, kind, body = await self.post(request)
+        assert (status, kind) == (200, "application/json"), body
+        answer: Json = json.loads(body)
+        return answer
+
+
+@pytest.fixture
+async def service(tmp_path: Path) -> AsyncIterator[Service]:
+    pccs_server = await serve(pccs_app(INTEL), bind_tcp("127.0.0.1", 0))
+    pccs, images = PccsClient(pccs_server.url), ImageStore(tmp_path / "cache", NO_SERVER, 5)
+    judge = Verifier(AttestationVerifier(pccs, TrustAnchor.of(INTEL.root), wall_clock), images)
+    server = await serve(verifier_app(judge), bind_tcp("127.0.0.1", 0))
+    yield Service(server.url, tmp_path / "cache", judge)
+    await server.close()
+    await images.close()
+    await pccs.close()
+    await pccs_server.close()
+
+
+# ---- the recorded answers
+
+HARDWARE_LIKE = report_data("ratls-cert", b"key")
+
+
+def _recorded_config() -> str:
+    text: str = golden("attestations.json")["vm_config"]
+    return text
+
+
+def _quote_request(evidence: Attestation) -> Json:
+    return {
+        "quote": evidence.quote.hex(),
+        "event_log": log_to_json(evidence.event_log),
+        "vm_config": evidence.config,
+    }
+
+
+def _attestation_request(evidence: Attestation) -> Json:
+    return {"attestation": evidence.encode().hex()}
+
+
+def _pod(guest: TrustDomain) -> Json:
+    payload = "a pod's claim"
+    evidence = guest.attest(report_data(APP_DATA, payload.encode()))
+    return _attestation_request(replace(evidence, report_data_payload=payload, wire=1))
+
+
+def _of_version_2(guest: TrustDomain) -> Attestation:
+    """Evidence whose runtime events are version 2 ones, quoted as such."""
+    told = with_events_of_version_2(guest.attest(HARDWARE_LIKE))
+    report = replace(guest.report(HARDWARE_LIKE), rt_mr3=replay_runtime(told.runtime_events))
+    return replace(told, quote=guest.platform.quote(report, 4))
+
+
+def _tampered(guest: TrustDomain) -> Json:
+    request = _quote_request(guest.attest(HARDWARE_LIKE))
+    quote = bytearray.fromhex(request["quote"])
+    quote[48 + 584 + 4 + 64] ^= 1  # the attestation key, which the quoting enclave vouches for
+    return request | {"quote": quote.hex()}
+
+
+REQUESTS: dict[str, Callable[[TrustDomain], Json]] = {
+    "verify_att_id1_v1": lambda guest: _attestation_request(guest.attest(HARDWARE_LIKE).as_v1()),
+    "verify_att_id1_v1-ev2": lambda guest: _attestation_request(_of_version_2(guest)),
+    "verify_att_id1_v1-pod": _pod,
+    "verify_att_stripped": lambda guest: _attestation_request(guest.attest(HARDWARE_LIKE).as_v1().stripped()),
+    "verify_att_stripped_ev2": lambda guest: _attestation_request(_of_version_2(guest).stripped()),
+    "verify_quote": lambda guest: _quote_request(guest.attest(HARDWARE_LIKE)),
+    "verify_quote_tampered": _tampered,
+}
+"""How the requests are made whose bytes were not recorded, only what was in them."""
+
+
+def masked(answer: Json) -> Json:
+    """An answer without what is of another guest, and without the words of a foreign HTTP client."""
+    reason = answer["reason"]
+    if reason is not None:
+        head, sending, rest = reason.partition("error sending request for url ")
+        reason = head + sending + (rest.partition(")")[0] if sending else "")
+    details = dict(answer["details"])
+    if details["report_data"] is not None:
+        assert len(details["report_data"]) == 128
+        details["report_data"] = "…"
+    return answer | {"reason": reason, "details": details}
+
+
+def recorded_rows() -> list[Json]:
+    rows = [row for row in golden("wire.json") if row["component"] == "verifier-or-auth"]
+    return [row for row in rows if row["request"]["path"] == "/verify"]
+
+
+async def test_recorded_calls_are_answered_as_by_the_real_verifier(service: Service) -> None:
+    guest = domain(_recorded_config())
+    replayed = 0
+    for row in recorded_rows():
+        name, request, expected = row["name"], row["request"], row["response"]
+        if request["method"] == "GET":
+            async with aiohttp.ClientSession() as session, session.get(service.url + "/verify") as response:
+                assert (response.status, response.content_type) == (expected["status"], "text/html")
+        else:
+            body = REQUESTS[name](guest) if name in REQUESTS else request["body"].encode()
+            status, kind, text = await service.post(body)
+            assert (status, kind) == (expected["status"], expected["headers"]["content-type"]), name
+            ours, theirs = json.loads(text), json.loads(expected["body"])
+            assert masked(ours) == masked(theirs), name
+            assert [list(ours), list(ours["details"])] == [list(theirs), list(theirs["details"])], name
+        replayed += 1
+    assert replayed == 10
+
+
+# ---- what is valid
+
+
+async def test_lite_guest_is_valid_in_each_form(service: Service) -> None:
+    evidence = domain().attest(HARDWARE_LIKE)
+    forms = [
+        await service.verify(**request)
+        for request in (
+            _attestation_request(evidence),
+            _attestation_request(evidence.as_v1()),
+            _attestation_request(evidence.stripped()),
+            _quote_request(evidence),
+            _attestation_request(evidence) | {"quote": "00", "event_log": "no", "vm_config": "no", "unknown": 1},
+        )
+    ]
+    assert forms == [forms[0]] * len(forms)
+    details = forms[0]["details"]
+    assert (forms[0]["is_valid"], forms[0]["reason"]) == (True, None)
+    assert details["key_provider"] == {"name": "kms", "id": "00112233"}
+    assert details["tcb_status"] == "UpToDate"
+    assert list(details["boot_info"]) == [
+        "teeVariant",
+        "mrAggregated",
+        "osImageHash",
+        "mrSystem",
+        "appId",
+        "composeHash",
+        "instanceId",
+        "deviceId",
+        "keyProviderInfo",
+        "tcbStatus",
+        "advisoryIds",
+    ]
+    assert details["boot_info"]["mrAggregated"] == details["app_info"]["mr_aggregated"]
+    assert not service.cache.exists()
+
+
+async def test_legacy_guest_is_valid_by_a_cache_that_was_filled_before(service: Service) -> None:
+    config = replace(IMAGE.vm_config(), tdx_attestation_variant="legacy")
+    registers, _ = IMAGE.boot(config)
+    fill_cache(IMAGE, service.cache, cache_key(config), encode_cache_entry(registers))
+    answer = await service.verify(**_attestation_request(domain(config.to_json()).attest(HARDWARE_LIKE)))
+    assert (answer["is_valid"], answer["reason"]) == (True, None)
+    assert answer["details"]["acpi_tables_verified"] is True
+    assert answer["details"]["os_image_is_dev"] is False
+    assert answer["details"]["os_image_version"] == "0.5.11"
+
+
+async def test_image_says_what_it_is_though_registers_differ(service: Service) -> None:
+    config = replace(IMAGE.vm_config(), tdx_attestation_variant="legacy")
+    fill_cache(IMAGE, service.cache, cache_key(config), encode_cache_entry(Registers(*[bytes(48)] * 4)))
+    answer = await service.verify(**_attestation_request(domain(config.to_json()).attest(HARDWARE_LIKE)))
+    assert answer["reason"].startswith(
+        "OS image hash verification failed: MRs do not match: MRTD mismatch: expected=00"
+    )
+    assert answer["details"]["os_image_version"] == "0.5.11"
+    assert answer["details"]["acpi_tables_verified"] is False
+
+
+# ---- what is no request
+
+
+@pytest.mark.parametrize(
+    ("request_body", "reason"),
+    [
+        ({"quote": "00"}, "Event log is required"),
+        ({"quote": "00", "event_log": "no"}, "Failed to create attestation"),
+        ({"quote": "00", "event_log": "[]"}, "Failed to create attestation"),
+        ({"attestation": "77"}, "Failed to decode attestaion"),
+        ({"attestation": None, "quote": None}, "Quote is required"),
+    ],
+)
+async def test_unreadable_evidence_is_an_internal_error(service: Service, request_body: Json, reason: str) -> None:
+    answer = await service.verify(**request_body)
+    assert (answer["is_valid"], answer["reason"]) == (False, f"Internal error: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{bad", 400),
+        (b"", 400),
+        (b"[]", 422),
+        (b'{"quote": "0"}', 422),
+        (b'{"quote": 1}', 422),
+        (b'{"debug": "yes"}', 422),
+        (b'{"quote": "00", "quote": "00"}', 422),
+        (b'{"vm_config": {}}', 422),
+        (b" " * (MAX_BODY + 1), 413),
+    ],
+)
+async def test_what_is_no_request_gets_a_page(service: Service, body: bytes, status: int) -> None:
+    got, kind, _ = await service.post(body)
+    assert (got, kind) == (status, "text/html")
+
+
+async def test_unknown_paths_are_404_and_health_answers(service: Service) -> None:
+    assert (await service.post({}, "/other"))[0] == 404
+    async with aiohttp.ClientSession() as session, session.get(f"{service.url}/health") as response:
+        assert (response.status, await response.text()) == (200, '{"status":"ok","service":"dstack-verifier"}')
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def pccs() -> Iterator[str]:
+    with serving("pccs", "--listen", "127.0.0.1:0") as description:
+        yield description["url"]
+
+
+def written(path: Path, document: Any) -> str:
+    path.write_text(json.dumps(document))
+    return str(path)
+
+
+def test_service_answers_as_a_command(pccs: str) -> None:
+    with serving("verifier", "--listen", "127.0.0.1:0", "--pccs", pccs) as description:
+        assert description["root"] == "the emulated root of seed 'dstack-emu'"
+        connection = http.client.HTTPConnection(urlsplit(description["url"]).netloc, timeout=20)
+        connection.request("POST", "/verify", json.dumps(_attestation_request(domain().attest(HARDWARE_LIKE))))
+        assert json.loads(connection.getresponse().read())["is_valid"] is True
+
+
+def test_one_file_is_judged_and_the_answer_written_beside_it(pccs: str, tmp_path: Path) -> None:
+    good = written(tmp_path / "good.json", _attestation_request(domain().attest(HARDWARE_LIKE)))
+    done = run_command("verifier", "--pccs", pccs, "--verify", good)
+    answer = json.loads(done.stdout)
+    assert (done.returncode, answer["is_valid"], done.stderr) == (0, True, b"")
+    assert json.loads((tmp_path / "good.json.verification.json").read_text()) == answer
+    # Under another root the same file proves nothing.
+    done = run_command("verifier", "--pccs", pccs, "--verify", good, "--seed", "another")
+    assert (done.returncode, json.loads(done.stdout)["is_valid"]) == (1, False)
+    assert json.loads(done.stdout)["reason"].startswith("Quote verification failed: failed to verify TDX quote: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{}", "Internal error: Quote is required"),
+        ('{"attestation": "77"}', "Internal error: Failed to decode attestaion: Unknown attestation wire format"),
+        ("{bad", "Internal error: Failed to parse JSON: …"),
+        (None, "Internal error: Failed to read file …"),
+    ],
+)
+def test_one_file_that_is_no_request_fails_with_one_document(
+    content: str | None, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "request.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        main(["verifier", "--verify", str(path)])
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert (ended.value.code, answer["is_valid"]) == (1, False)
+    assert answer["reason"].startswith(reason.partition("…")[0])
+    assert err.splitlines() == [f"Error: {answer['reason']}"]
+    assert not (tmp_path / "request.json.verification.json").exists()
+
+
+def certificate(
+    evidence: Callable[[bytes], bytes] | None,
+    key: ec.EllipticCurvePrivateKey,
+    *,
+    usage: bool = True,
+    purposes: tuple[x509.ObjectIdentifier, ...] = (ExtendedKeyUsageOID.SERVER_AUTH,),
+    name: str | None = "app.example.com",
+    days: int = 1,
+    signer: ec.EllipticCurvePrivateKey | None = None,
+) -> x509.Certificate:
+    """A certificate that a server might show, self-signed unless another signs."""
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "endpoint")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(subject).public_key(key.public_key())
+    builder = builder.serial_number(1).not_valid_before(now - datetime.timedelta(days=3))
+    builder = builder.not_valid_after(now + datetime.timedelta(days=days))
+    flags = dict.fromkeys(
+        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "crl_sign"), False
+    )
+    key_usage = x509.KeyUsage(
+        digital_signature=usage, key_cert_sign=not usage, encipher_only=False, decipher_only=False, **flags
+    )
+    builder = builder.add_extension(key_usage, critical=True)
+    if purposes:
+        builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+    if name is not None:
+        builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+    if evidence is not None:
+        value = foreign.der_octet_string(evidence(foreign.spki_of(key)))
+        extension = x509.UnrecognizedExtension(foreign.OID_ATTESTATION, value)
+        builder = builder.add_extension(extension, critical=False)
+    return builder.sign(signer or key, hashes.SHA256())
+
+
+def attested(spki: bytes) -> bytes:
+    return domain().attest(report_data("ratls-cert", spki)).stripped().encode()
+
+
+KEY = ec.generate_private_key(ec.SECP256R1())
+
+
+async def test_self_signed_certificate_is_judged(service: Service) -> None:
+    made = certificate(attested, KEY)
+    answers = [
+        await service.judge.verify_certificate(made.public_bytes(form), wall_clock)
+        for form in (Encoding.PEM, Encoding.DER)
+    ]
+    assert answers[0] == answers[1]
+    details = answers[0]["details"]
+    assert answers[0]["is_valid"] is True
+    assert details["public_key_der"] == foreign.spki_of(KEY).hex()
+    assert details["app_info"]["os_image_hash"] == IMAGE.os_image_hash.hex()
+    assert details["app_info"]["os_image_hash_verified"] is True
+
+
+async def test_image_of_the_legacy_variant_is_not_downloaded_for_a_certificate(service: Service) -> None:
+    claim = replace(IMAGE.vm_config(), tdx_attestation_variant="legacy").to_json()
+    made = certificate(lambda spki: domain(claim).attest(report_data("ratls-cert", spki)).stripped().encode(), KEY)
+    answer = await service.judge.verify_certificate(made.public_bytes(Encoding.PEM), wall_clock)
+    assert answer["details"]["app_info"]["os_image_hash_verified"] is False
+
+
+def test_certificate_is_judged_by_the_command(pccs: str, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.pem", tmp_path / "bad.pem"
+    good.write_bytes(certificate(attested, KEY).public_bytes(Encoding.PEM))
+    bad.write_bytes(certificate(attested, KEY, name=None).public_bytes(Encoding.PEM))
+    done = run_command("verifier", "--pccs", pccs, "--verify-cert", str(good))
+    assert (done.returncode, json.loads(done.stdout)["is_valid"]) == (0, True)
+    assert json.loads((tmp_path / "good.pem.ratls-verification.json").read_text()) == json.loads(done.stdout)
+    done = run_command("verifier", "--pccs", pccs, "--verify-cert", str(bad))
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"Error: certificate SAN extension missing\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"good.pem", "bad.pem", "good.pem.ratls-verification.json"}
+
+
+OTHER = ec.generate_private_key(ec.SECP256R1())
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (lambda: certificate(attested, KEY, signer=OTHER), "certificate self-signature verification failed"),
+        (lambda: certificate(attested, KEY, days=-1), "certificate is outside its validity period"),
+        (
+            lambda: certificate(attested, KEY, usage=False),
+            "certificate key usage does not permit digital signatures",
+        ),
+        (lambda: certificate(attested, KEY, purposes=()), "certificate extended key usage extension missing"),
+        (
+            lambda: certificate(attested, KEY, purposes=(ExtendedKeyUsageOID.CODE_SIGNING,)),
+            "certificate extended key usage permits neither server nor client authentication",
+        ),
+        (lambda: certificate(attested, KEY, name=None), "certificate SAN extension missing"),
+        (
+            lambda: certificate(None, KEY),
+            "failed to verify RA-TLS certificate: RA-TLS attestation extension missing",
+        ),
+        (
+            lambda: certificate(lambda spki: attested(foreign.spki_of(OTHER)), KEY),
+            "failed to verify RA-TLS certificate: RA-TLS attestation verification failed: report data mismatch",
+        ),
+    ],
+)
+async def test_certificate_refused(made: Callable[[], x509.Certificate], reason: str, service: Service) -> None:
+    with pytest.raises(FormatError) as refused:
+        await service.judge.verify_certificate(made().public_bytes(Encoding.PEM), wall_clock)
+    assert str(refused.value) == reason
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "failed to parse X.509 certificate: "),
+        (b"-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n", "failed to parse PEM certificate: "),
+    ],
+)
+async def test_what_is_no_certificate_refused(data: bytes, reason: str, service: Service) -> None:
+    with pytest.raises(FormatError, match=f"^{reason}"):
+        await service.judge.verify_certificate(data, wall_clock)
+
+
+# ---- configuration
+
+
+def load(path: Path, text: str, **environment: str) -> VerifierConfig:
+    path.write_text(text)
+    return VerifierConfig.load(path, environment)
+
+
+def test_upstreams_file_is_read_and_variables_go_before_it(tmp_path: Path) -> None:
+    text = """
+        address = "0.0.0.0"
+        port = 18080
+        image_cache_dir = "/var/cache/images"
+        image_download_url = "https://example.com/mr_{OS_IMAGE_HASH}.tar.gz"
+        image_download_timeout_secs = 7
+        [attestation]
+        insecure_allow_external_trust_anchors = false
+        [attestation.urls]
+        pccs = "http://127.0.0.1:1"
+        [attestation.root_ca]
+    """
+    config = load(tmp_path / "v.toml", text)
+    assert (config.address, config.port, config.image_download_timeout_secs) == ("0.0.0.0", 18080, 7)
+    assert config.attestation.urls.pccs == "http://127.0.0.1:1"
+    config = load(
+        tmp_path / "v.toml",
+        text,
+        DSTACK_VERIFIER_PORT="19090",
+        DSTACK_VERIFIER_ATTESTATION__URLS__PCCS="http://127.0.0.1:2",
+    )
+    assert (config.port, config.attestation.urls.pccs) == (19090, "http://127.0.0.1:2")
+    assert load(tmp_path / "v.toml", 'host = "127.0.0.2"').address == "127.0.0.2"
+    assert VerifierConfig.load(None, {}).port == PORTS["verifier"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("port = 0", "port: "),
+        ('address = "localhost"', "address: "),
+        ('image_cache_dir = " "', "image_cache_dir must not be empty"),
+        ("image_download_timeout_secs = 0", "image_download_timeout_secs: "),
+        ('image_download_url = "http://127.0.0.1/x"', "image_download_url must contain {OS_IMAGE_HASH}"),
+        ('image_download_url = "ftp://h/{OS_IMAGE_HASH}"', "image_download_url must use http or https"),
+        ("unknown = 1", "unknown: Extra inputs are not permitted"),
+        ("[attestation]\nunknown = 1", "attestation.unknown: Extra inputs are not permitted"),
+        ("port", "is no TOML"),
+    ],
+)
+def test_config_refused_naming_the_key(text: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(tmp_path / "v.toml", text)
+    assert reason in str(refused.value)
+    assert str(tmp_path / "v.toml") in str(refused.value)
+
+
+def test_root_in_the_file_needs_its_opt_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "v.toml"
+    path.write_text(f'[attestation.root_ca]\ntdx = "{tmp_path}/root.pem"\n')
+    with pytest.raises(SystemExit) as ended:
+        main(["verifier", "-c", str(path)])
+    assert (ended.value.code, capsys.readouterr().err) == (
+        2,
+        "Error: failed to load attestation verifier: attestation.root_ca.tdx is set, which needs "
+        "attestation.insecure_allow_external_trust_anchors = true\n",
+    )
