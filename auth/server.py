@@ -35,11 +35,17 @@ _JSON_CONTENT_TYPE: Final = re.compile(
 _LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
-def simple_app(config_path: Path | str, *, compat: Compat = "readme") -> web.Application:
+Observer = Callable[[BootInfo, bool, Decision], None]
+"""Is told of each decision: question, whether it was about a KMS, answer."""
+
+
+def simple_app(
+    config_path: Path | str, *, compat: Compat = "readme", observer: Observer | None = None
+) -> web.Application:
     """Build auth-simple over one config file; raises `ConfigError` for a `compat` that is none.
 
-    Logs upstream's lines to `auth.simple`, an error for a file that cannot be used, and a warning for each
-    decision that another contract would have made otherwise.
+    `observer` is told of each decision. Logs upstream's lines to `auth.simple`, an error for a file that cannot be
+    used, and a warning for each decision that another contract would have made otherwise.
     """
     service = SimpleAuth(config_path, compat=compat)
     log = logging.getLogger("auth.simple")
@@ -71,6 +77,8 @@ def simple_app(config_path: Path | str, *, compat: Compat = "readme") -> web.App
                 ", ".join(decision.differs_from),
             )
         log.info("%s boot auth result: %s", caller, _Json(_boot_response(decision)))
+        if observer is not None:
+            observer(boot_info, is_kms, decision)
         return decision
 
     title = "auth-simple: boot authorization by a config file"

@@ -26,6 +26,7 @@ BENCHMARKS: Final = (
     "image_verify",
     "memory",
     "grpc",
+    "journal",
 )
 
 

@@ -16,8 +16,8 @@ import aiohttp
 from attest.app_info import BootInfo
 from attest.version import UPSTREAM
 from kms_emu.errors import UnavailableError
-from transport.client import describe_failure
-from transport.keepalive import AnswerTooLongError, KeepAliveClient
+from transport.client import MoreHeaders, describe_failure
+from transport.keepalive import AnswerTooLongError, KeepAliveClient, header_lines
 
 USER_AGENT: Final = f"dstack-kms/{UPSTREAM}"
 TIMEOUT: Final = 10.0
@@ -81,11 +81,12 @@ class DevAuth:
 
 
 class WebhookAuth:
-    """auth_api `webhook`, asked over kept-alive connections. Close it."""
+    """auth_api `webhook`, asked over kept-alive connections; `headers` are added to each question. Close it."""
 
-    def __init__(self, url: str, *, timeout: float = TIMEOUT) -> None:
+    def __init__(self, url: str, *, timeout: float = TIMEOUT, headers: MoreHeaders | None = None) -> None:
         self.url = url
         self._timeout = timeout
+        self._more_headers = headers
         self._client = KeepAliveClient(timeout=timeout, max_answer=MAX_ANSWER, headers={"User-Agent": USER_AGENT})
         base = url.rstrip("/")
         self._boot_auth = {True: f"{base}/bootAuth/kms", False: f"{base}/bootAuth/app"}
@@ -114,6 +115,8 @@ class WebhookAuth:
 
     async def _ask(self, method: str, url: str, body: bytes | None = None) -> "_Answer":
         headers = "" if body is None else "Content-Type: application/json\r\n"
+        if self._more_headers is not None:
+            headers += header_lines(self._more_headers())
         try:
             answer = await self._client.ask(method, url, body, headers)
         except AnswerTooLongError as error:

@@ -65,8 +65,9 @@ def boot_info_of(evidence: VerifiedAttestation, *, vm_config: str = "", boot_tim
 class Gate:
     """Asks the webhook, for this KMS and for whoever wants keys of it.
 
-    `own_evidence` attests the KMS with zero report_data; it is asked once, at the first self check. `images` judges the
-    OS image of whoever the webhook allowed; without it the os_image_hash that the webhook saw is believed as claimed.
+    `own_evidence` attests the KMS with zero report_data; it is asked once, at the first self check, and what it said is
+    `own_boot_info` from then on. `images` judges the OS image of whoever the webhook allowed; without it the
+    os_image_hash that the webhook saw is believed as claimed.
     """
 
     def __init__(
@@ -79,21 +80,21 @@ class Gate:
     ) -> None:
         self._auth, self._own_evidence, self._enforce_self = auth, own_evidence, enforce_self
         self._images = images
-        self._own_boot_info: BootInfo | None = None
+        self.own_boot_info: BootInfo | None = None
 
     async def self_check(self) -> SelfGrant:
         """Ask whether this KMS may still run; every trusted RPC begins here."""
         if not self._enforce_self:
             return SelfGrant(None)
         with context("KMS self authorization failed"):
-            if self._own_boot_info is None:
+            if self.own_boot_info is None:
                 with context("Failed to load cached self boot info"):
-                    self._own_boot_info = boot_info_of(await self._own_evidence())
+                    self.own_boot_info = boot_info_of(await self._own_evidence())
             with context("Failed to call self KMS auth check"):
-                decision = await self._auth.decide(self._own_boot_info, is_kms=True)
+                decision = await self._auth.decide(self.own_boot_info, is_kms=True)
             if decision.is_allowed is not True:
                 raise BootDeniedError(f"KMS is not allowed: {decision.reason}")
-            return SelfGrant(self._own_boot_info)
+            return SelfGrant(self.own_boot_info)
 
     async def admit_app(
         self, of_kms: SelfGrant, caller: VerifiedAttestation | None, *, vm_config: str, boot_time: bool = False

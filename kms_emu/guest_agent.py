@@ -10,7 +10,7 @@ from attest.attestation import Attestation, decode
 from attest.errors import AttestError
 from attest.proto import dstack_guest_pb2 as pb
 from kms_emu.errors import NotAttestedError, UnavailableError
-from transport.client import PrpcClient, RpcError, TransportError
+from transport.client import MoreHeaders, PrpcClient, RpcError, TransportError
 
 DEFAULT_ADDRESS = "unix:/var/run/dstack.sock"
 TIMEOUT = 10.0
@@ -19,8 +19,8 @@ TIMEOUT = 10.0
 class GuestAgent:
     """A client of one guest agent. Close it."""
 
-    def __init__(self, address: str, *, timeout: float = TIMEOUT) -> None:
-        self._client = PrpcClient(address, timeout=timeout)
+    def __init__(self, address: str, *, timeout: float = TIMEOUT, headers: MoreHeaders | None = None) -> None:
+        self._client = PrpcClient(address, timeout=timeout, headers=headers)
 
     async def attest(self, report_data: bytes) -> bytes:
         """Quote report_data: a versioned attestation, as its bytes came. Raises `UnavailableError`."""

@@ -4,6 +4,7 @@ The source is judged by its evidence and this KMS's own webhook before its keys 
 turn. Source: dstack `kms/src/onboard_service.rs` (`Keys::onboard`) at 312dc605.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -20,8 +21,9 @@ from kms_emu.errors import BootDeniedError, NotAttestedError, UnavailableError, 
 from kms_emu.gate import boot_info_of, require_kms_allowed
 from kms_emu.guest_agent import GuestAgent
 from kms_emu.keys import Entropy, KmsKeys, RootKeys
+from transport.client import MoreHeaders
 from transport.pccs_client import AttestationVerifier
-from transport.ratls import Peer, RaTlsClient, RaTlsError, RefusedError, make_identity
+from transport.ratls import TIMEOUT, Peer, RaTlsClient, RaTlsError, RefusedError, make_identity
 
 ZERO_REPORT_DATA: Final = bytes(64)
 
@@ -42,6 +44,8 @@ class Receiver:
     auth: AuthApi
     verifier: AttestationVerifier
     entropy: Entropy
+    timeout: float = TIMEOUT
+    headers: MoreHeaders | None = None
 
     async def take_keys(self, source_url: str, domain: str, now: int) -> KmsKeys:
         """Ask `source_url` (with or without `/prpc`) for its root keys; raise the first refusal on the way."""
@@ -64,7 +68,10 @@ class Receiver:
                 raise VerificationError("Source KMS certificate does not contain attestation")
             source.append(peer.attestation)
 
-        client = RaTlsClient(url, verifier=self.verifier, judge=judge)
+        connect = functools.partial(
+            RaTlsClient, url, verifier=self.verifier, judge=judge, timeout=self.timeout, headers=self.headers
+        )
+        client = connect()
         try:
             temp = await client.call("GetTempCaCert", Empty(), pb.GetTempCaCertResponse)
         finally:
@@ -78,7 +85,7 @@ class Receiver:
         with context("Failed to get info"):
             vm_config = await self.agent.vm_config()
         # The keys go to whoever holds the evidence above, so the second connection must be with the same evidence, too.
-        client = RaTlsClient(url, identity=identity, verifier=self.verifier, judge=judge)
+        client = connect(identity=identity)
         try:
             answer = await client.call("GetKmsKey", pb.GetKmsKeyRequest(vm_config=vm_config), pb.KmsKeyResponse)
         finally:

@@ -9,11 +9,14 @@ import functools
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 from cryptography import x509
 
+from attest.app_info import BootInfo
 from attest.certificate import CertificateAuthority
 from attest.errors import AttestError
 from attest.verify import TrustAnchor
@@ -24,18 +27,22 @@ from kms_emu.caller import caller_of
 from kms_emu.cert_dir import ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT, CertDir
 from kms_emu.config import AttestationConfig, Core, KmsConfig
 from kms_emu.errors import ConfigError, KmsError, context
+from kms_emu.guest_agent import TIMEOUT as AGENT_TIMEOUT
 from kms_emu.guest_agent import GuestAgent
 from kms_emu.image_cache import ImageCache
 from kms_emu.journal import log_refusal
 from kms_emu.keys import Entropy, KmsKeys, RootKeys
 from kms_emu.metrics import AttestationMetrics
+from kms_emu.onboarding import Receiver
 from kms_emu.service import Caller, Environment, KmsService, OnboardService, kms_table, onboard_table
 from kms_emu.setup_page import content_security_policy, setup_page
+from transport.client import MoreHeaders
 from transport.events import EventLog
 from transport.image_store import ImageStore
 from transport.listen import Server, ServerTlsContext, bind_tcp, serve
 from transport.pccs_client import AttestationVerifier, Clock, PccsClient
 from transport.prpc_server import add_prpc
+from transport.ratls import TIMEOUT as SOURCE_TIMEOUT
 
 if TYPE_CHECKING:
     from kms_emu.grpc_front import GrpcFront
@@ -79,6 +86,21 @@ def trust_anchor(attestation: AttestationConfig, section: str = "core.") -> Trus
     return TrustAnchor.of(certificate)
 
 
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a KMS that is watched, or disturbed, is given from outside; on its own it needs none of it.
+
+    `middlewares` go around its listeners' applications; `verifier` judges in place of the configured PCCS and root;
+    `headers` are added to what it asks its agent and a source KMS. `timeout` is how long it waits for each of those
+    (None: each client's own).
+    """
+
+    middlewares: Sequence[Middleware] = ()
+    verifier: AttestationVerifier | None = None
+    headers: MoreHeaders | None = None
+    timeout: float | None = None
+
+
 def auth_api(core: Core) -> AuthApi:
     """Make the configured decider."""
     if core.auth_api.type == "dev":
@@ -92,13 +114,23 @@ def image_store(core: Core) -> ImageStore:
     return ImageStore(image.cache_dir, image.download_url, image.download_timeout)
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a running KMS knows beside its files: what it measures, once it asked, and its metrics' counters."""
+
+    own_boot_info: BootInfo | None = None
+    requests: int = 0
+    failures: int = 0
+
+
 class KmsServer:
     """One KMS. `start` returns when it answers; `wait` until it ended, raising what it ended with; `stop` ends it.
 
     `agent_address` is where its guest agent listens; `clock` is what evidence is judged by, `issue_clock` what
     certificates are dated by (the same unless given); `sock` a bound socket to serve on; `admin_token` what the admin
-    listener asks for; `auth` who decides, in place of the configured one. For gRPC, if it is switched on:
-    `grpc_socks` are sockets that were bound already, by their keys in `emulator.grpc`; `grpc_interceptors` grpc.aio's.
+    listener asks for; `auth` who decides, in place of the configured one. It closes both `auth` and a verifier that it
+    was given. For gRPC, if it is switched on: `grpc_socks` are sockets that were bound already, by their keys in
+    `emulator.grpc`; `grpc_interceptors` grpc.aio's.
     """
 
     def __init__(
@@ -114,6 +146,7 @@ class KmsServer:
         auth: AuthApi | None = None,
         grpc_socks: Mapping[str, socket.socket] | None = None,
         grpc_interceptors: Sequence[Any] = (),
+        surroundings: Surroundings | None = None,
     ) -> None:
         self.config = config
         self.phase: Phase = "starting"
@@ -127,20 +160,28 @@ class KmsServer:
         self._grpc_socks, self._grpc_interceptors = grpc_socks or {}, grpc_interceptors
         self._grpc: GrpcFront | None = None
         self._folder = CertDir(core.cert_dir)
-        self._pccs = PccsClient(core.pccs, ttl=core.attestation.collateral_ttl)
+        around = surroundings or Surroundings()
+        self._middlewares = around.middlewares
+        agent = GuestAgent(agent_address, timeout=around.timeout or AGENT_TIMEOUT, headers=around.headers)
+        auth = auth or auth_api(core)
+        pccs = PccsClient(core.pccs, ttl=core.attestation.collateral_ttl)
+        verifier = around.verifier or AttestationVerifier(pccs, anchor, clock)
         self._env = Environment(
             core=core,
             folder=self._folder,
-            agent=GuestAgent(agent_address),
-            auth=auth or auth_api(core),
-            verifier=AttestationVerifier(self._pccs, anchor, clock),
+            agent=agent,
+            auth=auth,
+            verifier=verifier,
             clock=clock,
             issue_clock=issue_clock or clock,
             entropy=entropy,
+            receiver=Receiver(agent, auth, verifier, entropy, around.timeout or SOURCE_TIMEOUT, around.headers),
             log=self.log,
             evidence_form=config.emulator.rpc_cert_evidence,
             images=image_store(core) if core.image.verify else None,
         )
+        self._service: KmsService | None = None
+        self._metrics = AttestationMetrics()
         self._sock = sock
         self._server: Server | None = None
         self._leaving: asyncio.Task[None] | None = None
@@ -173,9 +214,33 @@ class KmsServer:
         self._folder.prepare()
         rpc, core = self.config.rpc, self.config.core
         self._warn(core)
-        fresh = core.onboard.enabled and not self._folder.has_keys()
         if self._sock is None:
             self._sock = bind_tcp(rpc.address, rpc.port, setting="rpc.address and rpc.port")
+        await self._enter()
+
+    async def restart(self, change: Callable[[], None], *, onboard: bool | None = None) -> None:
+        """End what is served, `change` what its folder holds, and begin again at the same address, as a new process.
+
+        It enters the phase that its keys call for, or the one that `onboard` says.
+        """
+        assert self._sock is not None  # noqa: S101 - start() bound it
+        address, port = self._sock.getsockname()[:2]
+        if self._leaving is not None:
+            self._leaving.cancel()
+            await asyncio.gather(self._leaving, return_exceptions=True)
+            self._leaving = None
+        self._runtime.clear()
+        await self._close()
+        change()
+        self._folder.prepare()
+        self._service, self._metrics = None, AttestationMetrics()
+        self._sock = bind_tcp(address, port, setting="rpc.address and rpc.port")
+        await self._enter(onboard)
+
+    async def _enter(self, onboard: bool | None = None) -> None:
+        """Enter the phase that the stored keys call for, or the one that is named."""
+        core = self.config.core
+        fresh = core.onboard.enabled and not self._folder.has_keys() if onboard is None else onboard
         try:
             if core.admin.enabled:  # bound now, so that a port that is taken is known; answering once there are keys
                 where = "core.admin.address and core.admin.port"
@@ -199,6 +264,18 @@ class KmsServer:
         except BaseException:
             await self.stop()
             raise
+
+    @property
+    def memory(self) -> Memory:
+        """What it knows beside its files; may be set back."""
+        own = None if self._service is None else self._service.gate.own_boot_info
+        return Memory(own, self._metrics.requests, self._metrics.failures)
+
+    @memory.setter
+    def memory(self, memory: Memory) -> None:
+        if self._service is not None:
+            self._service.gate.own_boot_info = memory.own_boot_info
+        self._metrics.requests, self._metrics.failures = memory.requests, memory.failures
 
     def _warn(self, core: Core) -> None:
         """Log the settings that make this KMS weaker than it looks."""
@@ -238,7 +315,8 @@ class KmsServer:
 
     async def _close(self) -> None:
         self.phase = "stopped"
-        for server in (self._server, self._admin_server):
+        servers, self._server, self._admin_server = (self._server, self._admin_server), None, None
+        for server in servers:
             if server is not None:
                 await server.close()
         if self._grpc is not None:
@@ -248,7 +326,7 @@ class KmsServer:
                 sock.close()
         await self._env.agent.close()
         await self._env.auth.close()
-        await self._pccs.close()
+        await self._env.verifier.pccs.close()
         if self._env.images is not None:
             await self._env.images.close()
 
@@ -267,7 +345,7 @@ class KmsServer:
         assert self._sock is not None  # noqa: S101 - bound by start()
         core = self.config.core
         service = OnboardService(self._env, self._finish)
-        app = web.Application()
+        app = web.Application(middlewares=self._middlewares)
 
         async def index(request: web.Request) -> web.Response:
             headers = {"Content-Security-Policy": content_security_policy()}
@@ -317,8 +395,8 @@ class KmsServer:
     async def _enter_runtime(self) -> None:
         assert self._sock is not None  # noqa: S101 - bound by start()
         kms_keys = await self._reissue_certificates()
-        env, metrics = self._env, AttestationMetrics()
-        app = web.Application(middlewares=[metrics.middleware])
+        env, metrics = self._env, self._metrics
+        app = web.Application(middlewares=[*self._middlewares, metrics.middleware])
 
         async def version_header(request: web.Request, response: web.StreamResponse) -> None:
             response.headers["X-App-Version"] = f"v{UPSTREAM} ({REVISION})"
@@ -327,7 +405,7 @@ class KmsServer:
         app.router.add_get("/health", _health)
         if env.core.metrics.enabled:
             app.router.add_get("/metrics", metrics.render)
-        service = KmsService(env, kms_keys)
+        self._service = service = KmsService(env, kms_keys)
         add_prpc(app, "/prpc", kms_table(service), caller(env.verifier, self.log), errors=(KmsError,))
         tls_context = self._tls_context()
         await self._serve_admin()

@@ -55,6 +55,7 @@ class Environment:
     clock: Clock
     issue_clock: Clock
     entropy: Entropy
+    receiver: Receiver
     log: EventLog
     evidence_form: EvidenceForm = "versioned"
     images: ImageStore | None = None
@@ -126,9 +127,8 @@ class OnboardService:
             env = self._env
             if any(env.folder.exists(name) for name in (ROOT_CA_KEY, K256_KEY)):
                 raise WrongPhaseError("KMS has already been onboarded")
-            receiver = Receiver(env.agent, env.auth, env.verifier, env.entropy)
             with context("Failed to onboard"):
-                kms_keys = await receiver.take_keys(request.source_url, domain, env.issue_clock())
+                kms_keys = await env.receiver.take_keys(request.source_url, domain, env.issue_clock())
                 certificate = await env.rpc_certificate(kms_keys)
             with context("Failed to store keys"):
                 env.folder.store(kms_keys.files(certificate))
@@ -207,6 +207,11 @@ class KmsService:
             enforce_self=environment.core.enforce_self_authorization,
             images=environment.images,
         )
+
+    @property
+    def gate(self) -> Gate:
+        """What every trusted RPC passes."""
+        return self._gate
 
     async def get_meta(self) -> pb.GetMetaResponse:
         """Say who this KMS is; the only RPC without a self check."""

@@ -6,6 +6,7 @@ One method for each RPC, over plain values and messages. Evidence is quoted afre
 
 import base64
 import json
+from dataclasses import dataclass
 from typing import Any, Final
 
 from cryptography.exceptions import InvalidSignature
@@ -33,6 +34,15 @@ SIGNING_PATH, SIGNING_PURPOSE = "vms", "signing"
 PREHASHED: Final = "secp256k1_prehashed"
 
 
+@dataclass(frozen=True, slots=True)
+class Provided:
+    """What an agent has of its keys: them, who certifies, and the certificate (PEM) that Info shows."""
+
+    keys: AppKeys
+    issuer: CertificateIssuer
+    demo_certificate: str
+
+
 class GuestAgent:
     """Answers for one trust domain.
 
@@ -54,6 +64,16 @@ class GuestAgent:
     def keys(self) -> AppKeys:
         """The keys it was given; raise `GuestError` while there are none."""
         return self._require_provided()[0]
+
+    @property
+    def provided(self) -> Provided | None:
+        """What it was given and made of it, None while it waits; may be set back."""
+        return None if self._provided is None else Provided(*self._provided, self._demo_certificate)
+
+    @provided.setter
+    def provided(self, provided: Provided | None) -> None:
+        self._provided = None if provided is None else (provided.keys, provided.issuer)
+        self._demo_certificate = "" if provided is None else provided.demo_certificate
 
     async def provide(self, keys: AppKeys, issuer: CertificateIssuer) -> None:
         """Take keys, and get the certificate that Info shows, as the agent does at its start."""

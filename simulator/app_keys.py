@@ -5,6 +5,7 @@ Without a KMS the guest makes them itself, as dstack-util does (`gen_app_keys_fr
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -41,15 +42,15 @@ class AppKeys:
 
 @dataclass(frozen=True, slots=True)
 class LocalIssuer:
-    """The app's own CA, for a guest without a KMS."""
+    """The app's own CA, for a guest without a KMS; `clock` dates what it issues."""
 
     authority: CertificateAuthority
-    now: int
+    clock: Callable[[], int]
 
     async def sign(self, request: SigningRequest, signature: bytes) -> list[str]:
         """Issue under the app's CA: leaf and CA."""
         request.verify_signature(signature)
-        leaf = self.authority.issue(request.certificate_request(usage=USAGE_APP_LEAF), self.now)
+        leaf = self.authority.issue(request.certificate_request(usage=USAGE_APP_LEAF), self.clock())
         return [pem(leaf), self.authority.pem]
 
 
@@ -61,7 +62,9 @@ class OwnKeys:
     issuer: LocalIssuer
 
     @classmethod
-    def from_seed(cls, domain: TrustDomain, seed: bytes, provider: KeyProvider, now: int) -> Self:
+    def from_seed(
+        cls, domain: TrustDomain, seed: bytes, provider: KeyProvider, clock: Callable[[], int]
+    ) -> Self:
         """Derive them; the CA certificate carries the domain's evidence as of now."""
         key = derive_p256(seed, [b"app-key"])
         disk_key = derive_p256(seed, [b"app-disk-key"])
@@ -71,7 +74,7 @@ class OwnKeys:
             ca_path_length=1,
             attestation=domain.attest(ratls_report_data(spki_der(key.public_key()))),
         )
-        authority = self_signed(request, key, now)
+        authority = self_signed(request, key, clock())
         keys = AppKeys(
             disk_crypt_key=hashlib.sha256(pkcs8_der(disk_key)).digest(),
             env_crypt_key=b"",
@@ -81,4 +84,4 @@ class OwnKeys:
             ca_cert=authority.pem,
             provider=provider,
         )
-        return cls(keys, LocalIssuer(authority, now))
+        return cls(keys, LocalIssuer(authority, clock))

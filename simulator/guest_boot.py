@@ -6,7 +6,8 @@ Source: dstack `dstack-util/src/system_setup.rs:2016-2200` and `cert-client/src/
 beside that, `system_setup.rs:824-898` at 40eaf35e.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -24,8 +25,18 @@ from simulator.errors import GuestError, KmsRefusedError, KmsUnreachableError
 from simulator.guest_files import KmsAccess
 from simulator.seed import Entropy
 from simulator.trust_domain import KeyProvider, TrustDomain
+from transport.client import MoreHeaders
 from transport.pccs_client import AttestationVerifier
-from transport.ratls import Identity, Peer, RaTlsClient, RaTlsError, RaTlsUnreachableError, RefusedError, make_identity
+from transport.ratls import (
+    TIMEOUT,
+    Identity,
+    Peer,
+    RaTlsClient,
+    RaTlsError,
+    RaTlsUnreachableError,
+    RefusedError,
+    make_identity,
+)
 
 API_VERSION: Final = 1
 CSR_VERSION: Final = 2
@@ -33,10 +44,11 @@ CSR_VERSION: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class KmsIssuer:
-    """Certificates from the KMS that gave the keys. Close it."""
+    """Certificates from the KMS that gave the keys; `identity` is what the client shows it. Close it."""
 
     client: RaTlsClient
     vm_config: str
+    identity: Identity
 
     async def sign(self, request: SigningRequest, signature: bytes) -> list[str]:
         """Ask the KMS's SignCert; the chain is leaf, app CA, root CA."""
@@ -58,13 +70,22 @@ class KmsIssuer:
         await self.client.close()
 
 
-async def kms_issuer(domain: TrustDomain, access: KmsAccess, root_ca: str, entropy: Entropy, now: int) -> KmsIssuer:
+async def kms_issuer(
+    domain: TrustDomain,
+    access: KmsAccess,
+    root_ca: str,
+    entropy: Entropy,
+    now: int,
+    *,
+    connect: Callable[..., RaTlsClient] = RaTlsClient,
+) -> KmsIssuer:
     """Make a booted domain's access to SignCert: a new certificate under the temporary CA, the KMS's root (PEM) pinned.
 
-    Nobody is asked for anything yet. As upstream's agent, it does not judge the KMS's own evidence again.
+    Nobody is asked for anything yet. As upstream's agent, it does not judge the KMS's own evidence again. `connect`
+    makes the client, where it is not to be the plain one.
     """
     identity = await _identity(domain, access.temp_ca, entropy, now)
-    return KmsIssuer(RaTlsClient(access.url, identity=identity, root_ca=root_ca), domain.vm_config_json)
+    return KmsIssuer(connect(access.url, identity=identity, root_ca=root_ca), domain.vm_config_json, identity)
 
 
 async def fetch_keys(
@@ -75,22 +96,26 @@ async def fetch_keys(
     now: int,
     *,
     measures_kms: bool = False,
+    patience: float = TIMEOUT,
+    headers: MoreHeaders | None = None,
 ) -> tuple[AppKeys, KmsIssuer]:
     """Boot a domain through a KMS (`https://host:port`): fetch its keys, measure where they came from, and finish.
 
-    With `measures_kms` it measures the KMS as well, as 0.5.x does, where the KMS's certificate carries evidence. Raises
+    With `measures_kms` it measures the KMS as well, as 0.5.x does, where the KMS's certificate carries evidence.
+    `patience` is how many seconds each call to the KMS may take, then and later; `headers` are added to each. Raises
     `GuestError` with the refusal in the KMS's own words, `KmsUnreachableError` where nothing came from it; the domain
     stays as it was after its first events then.
     """
     url = f"{kms_url.rstrip('/')}/prpc"
+    connect = functools.partial(RaTlsClient, timeout=patience, headers=headers)
     judge = _KmsJudge()
     with _refused_as():
-        temp = await _temp_ca(url)
+        temp = await _temp_ca(connect, url)
         temp_key = load_p256_pem(temp.temp_ca_key, "temporary CA key")
         access = KmsAccess(url, load_authority(temp.temp_ca_cert, temp_key, "temporary CA certificate"))
         root = load_pem(temp.ca_cert, "KMS root CA certificate")
         identity = await _identity(domain, access.temp_ca, entropy, now)
-        client = RaTlsClient(url, identity=identity, root_ca=temp.ca_cert, verifier=verifier, judge=judge)
+        client = connect(url, identity=identity, root_ca=temp.ca_cert, verifier=verifier, judge=judge)
         request = pb.GetAppKeyRequest(api_version=API_VERSION, vm_config=domain.vm_config_json)
         try:
             with _refused_as("Failed to get app key: "):
@@ -108,12 +133,12 @@ async def fetch_keys(
         ca_cert=temp.ca_cert,
         provider=provider,
     )
-    return keys, await kms_issuer(domain, access, temp.ca_cert, entropy, now)
+    return keys, await kms_issuer(domain, access, temp.ca_cert, entropy, now, connect=connect)
 
 
-async def _temp_ca(url: str) -> pb.GetTempCaCertResponse:
+async def _temp_ca(connect: Callable[..., RaTlsClient], url: str) -> pb.GetTempCaCertResponse:
     with _refused_as("Failed to get temp ca cert: ", nothing_came=KmsUnreachableError):
-        client = RaTlsClient(url)
+        client = connect(url)
         try:
             return await client.call("GetTempCaCert", Empty(), pb.GetTempCaCertResponse)
         finally:

@@ -50,6 +50,23 @@ TCB_EVALUATION: Final = 17
 Dating = Literal["current", "expired", "not-yet-valid"]
 """Whether a collateral document is valid now, was, or will be."""
 
+
+@dataclass(frozen=True, slots=True)
+class Validity:
+    """The dates of a collateral document, in Unix seconds: what it says as issueDate and nextUpdate."""
+
+    issued: int
+    next_update: int
+
+    def __post_init__(self) -> None:
+        earliest, latest = (int(moment.timestamp()) for moment in (VALID_FROM, VALID_UNTIL))
+        if not earliest <= self.issued < self.next_update <= latest:
+            raise FormatError(
+                f"collateral dates: issued before next_update, both from {earliest} to {latest}, expected, "
+                f"got {self.issued} and {self.next_update}"
+            )
+
+
 DATES: Final[dict[Dating, tuple[datetime.datetime, datetime.datetime]]] = {
     "current": (VALID_FROM, VALID_UNTIL),
     "expired": (VALID_FROM, datetime.datetime(2024, 2, 1, tzinfo=datetime.UTC)),
@@ -65,15 +82,15 @@ class VendorState:
     qe_status: PartStatus = "UpToDate"
     qe_advisory_ids: tuple[str, ...] = ()
     pck_ca_revoked: bool = False
-    tcb_info_dating: Dating = "current"
-    qe_identity_dating: Dating = "current"
-    pck_crl_dating: Dating = "current"
-    root_ca_crl_dating: Dating = "current"
+    tcb_info_dating: Dating | Validity = "current"
+    qe_identity_dating: Dating | Validity = "current"
+    pck_crl_dating: Dating | Validity = "current"
+    root_ca_crl_dating: Dating | Validity = "current"
 
     def __post_init__(self) -> None:
         require_status(self.qe_status, PART_STATUSES, "the quoting enclave")
         datings = (self.tcb_info_dating, self.qe_identity_dating, self.pck_crl_dating, self.root_ca_crl_dating)
-        if wrong := [dating for dating in datings if dating not in get_args(Dating)]:
+        if wrong := [d for d in datings if not isinstance(d, Validity) and d not in get_args(Dating)]:
             raise FormatError(f"collateral dating: one of {', '.join(get_args(Dating))} expected, got {wrong[0]!r}")
 
 
@@ -120,6 +137,15 @@ class Intel:
             self._platforms[name] = Platform(self, name)
         return self._platforms[name]
 
+    @property
+    def platforms(self) -> dict[str, Platform]:
+        """Every platform that was asked for so far, by name."""
+        return dict(self._platforms)
+
+    def forget(self, name: str) -> None:
+        """Forget that a platform was asked for, and what was said of it; asked for again, it is the same machine."""
+        self._platforms.pop(name, None)
+
     def fmspc(self, name: str) -> bytes:
         """The FMSPC (6 bytes) of a platform: half of it proves to a PCCS of the same seed that the platform is ours."""
         nonce = self.seed.derive(f"fmspc {name}", 3)
@@ -162,7 +188,7 @@ class Intel:
     # Made once for each state asked about; a vendor lives as long as its process, and states are few.
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 - as just said
-    def _tcb_info(self, fmspc: bytes, state: PlatformState, dating: Dating) -> Document:
+    def _tcb_info(self, fmspc: bytes, state: PlatformState, dating: Dating | Validity) -> Document:
         module = _level({"isvsvn": TDX_MODULE_SVN}, state.module_status, state.module_advisory_ids)
         tcb = {
             "sgxtcbcomponents": [{"svn": svn} for svn in CPU_SVN],
@@ -184,7 +210,9 @@ class Intel:
         return self._signed("tcbInfo", body)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - as above
-    def _qe_identity(self, status: PartStatus, advisory_ids: tuple[str, ...], dating: Dating) -> Document:
+    def _qe_identity(
+        self, status: PartStatus, advisory_ids: tuple[str, ...], dating: Dating | Validity
+    ) -> Document:
         body = {
             "id": "TD_QE",
             "version": 2,
@@ -201,11 +229,11 @@ class Intel:
         return self._signed("enclaveIdentity", body)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - as above
-    def _pck_crl(self, revoked: tuple[int, ...], dating: Dating) -> bytes:
+    def _pck_crl(self, revoked: tuple[int, ...], dating: Dating | Validity) -> bytes:
         return _crl(self.pck_ca, self._pck_ca_key, revoked, dating)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - as above
-    def _root_ca_crl(self, pck_ca_revoked: bool, dating: Dating) -> bytes:
+    def _root_ca_crl(self, pck_ca_revoked: bool, dating: Dating | Validity) -> bytes:
         revoked = (self.pck_ca.serial_number,) if pck_ca_revoked else ()
         return _crl(self.root, self._root_key, revoked, dating)
 
@@ -265,8 +293,10 @@ class Intel:
         return Document(f'{{"{key}":{inner},"signature":"{signature.hex()}"}}'.encode(), self.chain(self.tcb_signer))
 
 
-def _crl(issuer: x509.Certificate, key: ec.EllipticCurvePrivateKey, revoked: tuple[int, ...], dating: Dating) -> bytes:
-    issued, next_update = DATES[dating]
+def _crl(
+    issuer: x509.Certificate, key: ec.EllipticCurvePrivateKey, revoked: tuple[int, ...], dating: Dating | Validity
+) -> bytes:
+    issued, next_update = _moments(dating)
     builder = (
         x509.CertificateRevocationListBuilder()
         .issuer_name(issuer.subject)
@@ -294,8 +324,17 @@ def _module() -> dict[str, str]:
     return {"mrsigner": bytes(48).hex(), "attributes": bytes(8).hex(), "attributesMask": "F" * 16}
 
 
-def _dates(dating: Dating) -> dict[str, str]:
-    issued, next_update = DATES[dating]
+def _moments(dating: Dating | Validity) -> tuple[datetime.datetime, datetime.datetime]:
+    if isinstance(dating, Validity):
+        issued, next_update = (
+            datetime.datetime.fromtimestamp(seconds, datetime.UTC) for seconds in (dating.issued, dating.next_update)
+        )
+        return issued, next_update
+    return DATES[dating]
+
+
+def _dates(dating: Dating | Validity) -> dict[str, str]:
+    issued, next_update = _moments(dating)
     return {"issueDate": _iso(issued), "nextUpdate": _iso(next_update)}
 
 

@@ -43,16 +43,23 @@ class Seed:
         """Derive a seed for a part that has many uses of its own."""
         return Seed(self.derive(label, 32))
 
-    def stream(self, label: str) -> Entropy:
-        """A source of bytes that gives the same sequence in every process, and each byte once."""
-        key, counter, buffer = self.derive(label, 32), 0, b""
+    def stream(self, label: str) -> "Stream":
+        """A source of bytes that gives the same sequence in every process."""
+        return Stream(self.derive(label, 32))
 
-        def read(size: int) -> bytes:
-            nonlocal counter, buffer
-            while len(buffer) < size:
-                buffer += hashlib.sha512(key + counter.to_bytes(8, "big")).digest()
-                counter += 1
-            out, buffer = buffer[:size], buffer[size:]
-            return out
 
-        return read
+class Stream:
+    """An `Entropy` that gives each byte of its sequence once; `position` is how many it gave, and may be set back."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self.position = 0
+
+    def __call__(self, size: int) -> bytes:
+        block, skip = divmod(self.position, 64)
+        data = b""
+        while len(data) < skip + size:
+            data += hashlib.sha512(self._key + block.to_bytes(8, "big")).digest()
+            block += 1
+        self.position += size
+        return data[skip : skip + size]

@@ -136,7 +136,7 @@ class TrustDomain:
         registers, log = image.boot(self.vm_config)
         self._mr_td = registers.mrtd
         self._rtmrs = [registers.rtmr0, registers.rtmr1, registers.rtmr2, _ZERO]
-        self._log = log
+        self._firmware_log = self._log = log
         self.runtime_events: tuple[RuntimeEvent, ...] = ()
 
     @property
@@ -179,6 +179,22 @@ class TrustDomain:
         self._rtmrs[3] = hashlib.sha384(self._rtmrs[3] + line.digest).digest()
         self.runtime_events += (runtime,)
         self._log += (line,)
+
+    def claim(self, event: str, payload: bytes) -> None:
+        """Write a runtime event into the log without measuring it: evidence of this domain holds no longer."""
+        self.memory = self._rtmrs[3], (*self.runtime_events, RuntimeEvent(event, payload))
+
+    @property
+    def memory(self) -> tuple[bytes, tuple[RuntimeEvent, ...]]:
+        """What changed since power-on: RTMR3 (48 bytes) and the runtime events that the log claims; may be set back."""
+        return self._rtmrs[3], self.runtime_events
+
+    @memory.setter
+    def memory(self, memory: tuple[bytes, tuple[RuntimeEvent, ...]]) -> None:
+        if memory == self.memory:
+            return  # the very same log, which others remember by its identity
+        self._rtmrs[3], self.runtime_events = memory
+        self._log = (*self._firmware_log, *(TdxEvent.of(event) for event in self.runtime_events))
 
     def report(self, report_data: bytes) -> TdReport:
         """The TD report as the TDX module gives it, over 64 bytes of report_data."""

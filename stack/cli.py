@@ -34,6 +34,7 @@ COMMANDS = (
     "setup",
     "proto",
     "health",
+    "ctl",
 )
 """Each is a module of `stack.commands`, imported when it is asked for: a command starts without what others need."""
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Final, Self
 
 from simulator.seed import DEFAULT_SEED
+from stack.world.journal import KEPT
 
 PORTS: Final[Mapping[str, int]] = MappingProxyType(
     {
@@ -22,6 +23,7 @@ PORTS: Final[Mapping[str, int]] = MappingProxyType(
         "kms-dst": 9302,
         "app": 8090,
         "verifier": 8088,
+        "control": 8070,
     }
 )
 """Services in the order they are bound, and the ports they have by default."""
@@ -44,6 +46,10 @@ IMAGE_URL: Final = f"http://127.0.0.1:{IMAGE_PORT}/mr_{{OS_IMAGE_HASH}}.tar.gz"
 """Where a stack looks for images of the legacy variant; its own are of the lite one, and need no download."""
 
 
+DESCRIPTION_FILE: Final = "stack.json"
+"""The stack's description, in its state folder."""
+
+
 class StackError(Exception):
     """A stack that cannot be brought up; the text names the part and the next step."""
 
@@ -58,8 +64,10 @@ class StackConfig:
 
     `state` is the folder for keys, sockets and policies (None: a temporary one, gone afterwards); `policies` another
     place for the two policy files. With `fresh` it stops at the runbook's starting point. `host` is where it listens.
-    With `grpc` agents and KMS serve gRPC, too; ports that are not given are those of PORTS and GRPC_PORTS.
-    `image_dir` is the OS image that everything boots, instead of the seed's.
+    `image_dir` is the OS image that everything boots, instead of the seed's. `journal` is a file that records of calls
+    are appended to, `journal_size` how many stay in memory; `patience` how many seconds the services wait for one
+    another (None: as long as upstream). With `grpc` agents and KMS serve gRPC, too; ports that are not given are those
+    of PORTS and GRPC_PORTS.
     """
 
     seed: str = DEFAULT_SEED
@@ -70,6 +78,9 @@ class StackConfig:
     policies: Path | None = None
     grpc: bool = False
     image_dir: Path | None = None
+    journal: Path | None = None
+    journal_size: int = KEPT
+    patience: float | None = None
 
     @classmethod
     def on_free_ports(cls, **settings: object) -> Self:

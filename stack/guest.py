@@ -260,7 +260,7 @@ class Guest:
             local = self.config.key_provider == "local-sgx"
             provider = local_key_provider(own_seed, name) if local else KeyProvider("none")
             self.domain.complete(provider)
-            own = OwnKeys.from_seed(self.domain, seed.derive("sealing key", 32), provider, ISSUED_AT)
+            own = OwnKeys.from_seed(self.domain, seed.derive("sealing key", 32), provider, lambda: ISSUED_AT)
             return own.keys, own.issuer
         if isinstance(file.issuer, KmsAccess):
             self._kms_url = file.issuer.url.removesuffix("/prpc")
@@ -272,7 +272,7 @@ class Guest:
             self._exit.push_async_callback(issuer.close)
             return file.keys, issuer
         self.domain.complete(file.keys.provider)
-        return file.keys, LocalIssuer(file.issuer, ISSUED_AT)
+        return file.keys, LocalIssuer(file.issuer, lambda: ISSUED_AT)
 
     async def _keys_of_kms(self, kms: KmsBoot, entropy: Entropy) -> tuple[AppKeys, CertificateIssuer]:
         pccs = PccsClient(self.pccs_url)

@@ -70,3 +70,53 @@ def replace(path: Path, content: bytes) -> None:
         owner = path.parent.stat()
         os.chown(temporary, owner.st_uid, owner.st_gid)
     os.replace(temporary, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A trust domain as a policy knows it: hex without 0x; `device_id` None where any device will do."""
+
+    is_kms: bool
+    app_id: str
+    compose_hash: str
+    mr_aggregated: str
+    os_image_hash: str
+    device_id: str | None = None
+
+
+def allowing(policy: dict[str, Any], who: Measured) -> dict[str, Any]:
+    """The policy that allows one more trust domain, and all that this one allows."""
+    images = _with(policy.get("osImages", []), who.os_image_hash)
+    if who.is_kms:
+        kms = dict(policy.get("kms", {}))
+        kms["mrAggregated"] = _with(kms.get("mrAggregated", []), who.mr_aggregated)
+        return {**policy, "osImages": images, "kms": _on_device(kms, who.device_id)}
+    apps = dict(policy.get("apps", {}))
+    app_id = next((key for key in apps if _same(key, who.app_id)), f"0x{who.app_id}")
+    app = dict(apps.get(app_id, {}))
+    app["composeHashes"] = _with(app.get("composeHashes", []), who.compose_hash)
+    return {**policy, "osImages": images, "apps": {**apps, app_id: _on_device(app, who.device_id)}}
+
+
+def denying(policy: dict[str, Any], who: Measured) -> dict[str, Any]:
+    """The policy that allows one trust domain less: of a KMS its measurement goes, of an app its whole entry."""
+    if who.is_kms:
+        kms = dict(policy.get("kms", {}))
+        kms["mrAggregated"] = [mr for mr in kms.get("mrAggregated", []) if not _same(mr, who.mr_aggregated)]
+        return {**policy, "kms": kms}
+    apps = {key: app for key, app in dict(policy.get("apps", {})).items() if not _same(key, who.app_id)}
+    return {**policy, "apps": apps}
+
+
+def _with(values: list[str], value: str) -> list[str]:
+    return values if any(_same(known, value) for known in values) else [*values, f"0x{value}"]
+
+
+def _on_device(section: dict[str, Any], device_id: str | None) -> dict[str, Any]:
+    if device_id is None:
+        return {**section, "allowAnyDevice": True}
+    return {**section, "devices": _with(section.get("devices", []), device_id), "allowAnyDevice": False}
+
+
+def _same(text: str, value: str) -> bool:
+    return text.lower().removeprefix("0x") == value

@@ -13,6 +13,7 @@ _WHAT = {
     "kms-dst": "KMS, destination",
     "app": "guest agent of the app",
     "verifier": "judges evidence, its OS image included",
+    "control": "control API, for `dstack-emu ctl`",
 }
 
 

@@ -14,11 +14,13 @@ import socket
 import tempfile
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
@@ -27,38 +29,38 @@ from attest.prpc import encode_json
 from attest.verify import TrustAnchor
 from auth.server import simple_app
 from kms_emu.cert_dir import ROOT_CA_CERT
-from kms_emu.config import KmsConfig
 from kms_emu.errors import KmsError
 from kms_emu.server import KmsServer
-from simulator.agent import GuestAgent
-from simulator.agent_server import dstack_app, tappd_app, tcp_app
-from simulator.app_keys import OwnKeys
 from simulator.errors import GuestError
-from simulator.guest_boot import fetch_keys
 from simulator.image import OsImage
 from simulator.image_files import ImageFileError, load_image
 from simulator.intel import Intel
 from simulator.pccs import pccs_app
 from simulator.seed import Seed
-from simulator.trust_domain import AppCompose, TrustDomain
 from stack import policy_files
-from stack.clock import ISSUED_AT, wall_clock
-from stack.config import GRPC_PORTS, IMAGE_URL, PORTS, StackConfig, StackError
-from stack.guest import instance_seed, local_key_provider
+from stack.config import DESCRIPTION_FILE, GRPC_PORTS, IMAGE_URL, PORTS, StackConfig, StackError
 from stack.kept_logs import Logs
 from stack.verifier import Verifier
 from stack.verifier_server import verifier_app
 from stack.watch import Watch
+from stack.world.control import Control
+from stack.world.control_server import control_app
+from stack.world.front import decision_noter
+from stack.world.guests import GuestSpec, RunningGuest, start_guest
+from stack.world.journal import JournalError
+from stack.world.judge import NotedVerifier
+from stack.world.kms import KmsSpec, RunningKms, start_kms
+from stack.world.trace import headers_of
+from stack.world.world import World
 from transport.client import PrpcClient, RpcError, TransportError
 from transport.image_store import ImageStore
-from transport.listen import bind_tcp, bind_unix, reachable, reserve_unix, serve
-from transport.pccs_client import AttestationVerifier, PccsClient
+from transport.listen import bind_tcp, serve
 
 KMS_DOMAIN: Final = "127.0.0.1"
 """The name in the KMS's certificates, an IP address there: the printed URLs verify under the KMS's root."""
 
+LOOPBACK: Final = "127.0.0.1"
 TIMEOUT: Final = 30.0
-DESCRIPTION_FILE: Final = "stack.json"
 SIDES: Final = ("src", "dst")
 
 Progress = Callable[[str], None]
@@ -71,7 +73,8 @@ class Stack:
     """One deployment. Enter it to bring it up; leaving it stops every part.
 
     When a part fails meanwhile, the block is cancelled and ends with a `PartEndedError`. `services` has URLs, `intel`
-    and `root_ca` the trust root, `kms_info` what both KMS measure, `app.domain` the app, `logs` what the parts log.
+    and `root_ca` the trust root, `kms_info` what both KMS measure, `app.domain` the app, `logs` what the parts log;
+    `control` is what can be done to it.
     """
 
     def __init__(self, config: StackConfig | None = None, progress: Progress = log.info) -> None:
@@ -79,12 +82,15 @@ class Stack:
         self._progress = progress
         self._exit = AsyncExitStack()
         self._watch: Watch | None = None
-        self._sockets: dict[str, socket.socket] = {}
         self.logs = Logs()
+        self._sockets: dict[str, socket.socket] = {}
         self.services: dict[str, str] = {}
         self.grpc: dict[str, str] = {}
+        self.guests: dict[str, RunningGuest] = {}
         self.kms: dict[str, KmsServer] = {}
+        self.kms_parts: dict[str, RunningKms] = {}
         self.kms_info: dict[str, dict[str, Any]] = {}
+        self.control = Control(self)
 
     async def __aenter__(self) -> Self:
         self.logs.attach()
@@ -120,27 +126,42 @@ class Stack:
         # Only a fresh KMS can be asked what it measures; what this state's measured before is remembered.
         self.kms_info = dict(before.get("kms") or {})
         self._bind()
-        seed = Seed.of(config.seed)
-        self.intel = Intel(seed)
-        self._seed = seed
+        self.seed = Seed.of(config.seed)
+        try:
+            self.world = World(
+                self.seed, patience=config.patience, kept=config.journal_size, journal_file=config.journal
+            )
+        except JournalError as error:
+            raise StackError(f"--journal: {error}") from error
+        self.world.journal.scrub = self._scrub
+        self._exit.callback(self.world.journal.close)
+        self.intel = Intel(self.seed)
         self.root_ca = self.state / "root-ca.pem"
         self.root_ca.write_text(self.intel.root_pem)
         self.kms_ca = self.state / "kms-src" / "certs" / ROOT_CA_CERT
-        image = self._image()
-        await self._serve("pccs", pccs_app(self.intel))
-        self.verifier = self._verifier()
+        self.image = self._image()
+        await self._serve("pccs", self.world.around("pccs", pccs_app(self.intel), stale=self._stale))
+        self.verifier = self.verifier_of("app")
+        self._exit.push_async_callback(self.verifier.pccs.close)
         await self._serve_verifier()
         self.policies = self._prepare_policies()
         for side in SIDES:
-            await self._serve(f"auth-{side}", simple_app(str(self.policies[side])))
+            await self._serve(f"auth-{side}", self.auth_app(side))
         for side in SIDES:
-            await self._start_kms(side, image)
-        self.app = await self._start_app(image)
+            self._progress(f"starting kms-{side}")
+            await start_kms(self, KmsSpec(name=side))
+        self._progress("starting the app's trust domain")
+        self.app = await start_guest(self, GuestSpec(name="app"), "app")
+        self._exit.push_async_callback(self._close_parts)
+        await self._serve("control", control_app(self.control))
+        # Before anything closes: a server waits for its calls, and they would wait for the fault to be lifted.
+        self._exit.callback(self.world.faults.clear)
         if not config.fresh:
             await self._make_ready()
         else:
-            self.kms_info |= {side: await self._measure(side) for side in SIDES if self.kms[side].phase == "onboard"}
+            self.kms_info |= {side: await self.measure(side) for side in SIDES if self.kms[side].phase == "onboard"}
         (self.state / DESCRIPTION_FILE).write_text(json.dumps(self.description()) + "\n")
+        self.control.became_ready()
 
     def _state_folder(self) -> Path:
         if self.config.state is None:
@@ -159,9 +180,11 @@ class Stack:
         defaults = {**PORTS, **GRPC_PORTS} if self.config.grpc else PORTS
         for name, default in defaults.items():
             moved = f"--port {name}=PORT or --free-ports"
-            if self.config.host != "127.0.0.1":
+            # Whoever reaches the control API has the whole stack in hand: this machine's programs, and nobody else.
+            host = LOOPBACK if name == "control" else self.config.host
+            if host != LOOPBACK:
                 moved = f"--listen {self.config.host}, {moved}"
-            sock = bind_tcp(self.config.host, self.config.ports.get(name, default), setting=moved)
+            sock = bind_tcp(host, self.config.ports.get(name, default), setting=moved)
             self._exit.callback(sock.close)
             self._sockets[name] = sock
 
@@ -171,31 +194,63 @@ class Stack:
         self._exit.push_async_callback(server.close)
         self.services[name] = server.url
 
-    async def _serve_unix(self, name: str, app: web.Application, path: Path) -> None:
-        with self.logs.of(name):
-            server = await serve(app, bind_unix(path, setting="--state DIR"))
-        self._exit.push_async_callback(server.close)
-
     def _image(self) -> OsImage:
-        """The image that every trust domain boots."""
+        """The image that every trust domain boots, unless it names another."""
         folder = self.config.image_dir
         if folder is None:
-            return OsImage.from_seed(self._seed.derive)
+            return OsImage.from_seed(self.seed.derive)
         try:
             return load_image(folder)
         except ImageFileError as error:
             raise StackError(str(error)) from error
 
-    def _verifier(self) -> AttestationVerifier:
-        pccs = PccsClient(self.services["pccs"])
-        self._exit.push_async_callback(pccs.close)
-        return AttestationVerifier(pccs, TrustAnchor(self.intel.root_der), wall_clock)
-
     async def _serve_verifier(self) -> None:
         """Judge for anybody who asks, with the KMS's own cache of images."""
         images = ImageStore(self.state / "images", IMAGE_URL, TIMEOUT)
         self._exit.push_async_callback(images.close)
-        await self._serve("verifier", verifier_app(Verifier(self.verifier, images)))
+        judge = self.verifier_of("verifier")
+        self._exit.push_async_callback(judge.pccs.close)
+        await self._serve("verifier", self.world.around("verifier", verifier_app(Verifier(judge, images))))
+
+    async def _close_parts(self) -> None:
+        for kms in reversed(self.kms_parts.values()):
+            await kms.close()
+        for guest in reversed(self.guests.values()):
+            await guest.close()
+
+    def verifier_of(self, caller: str) -> NotedVerifier:
+        """Make who judges for one part."""
+        return self.world.verifier(caller, self.services["pccs"], TrustAnchor(self.intel.root_der))
+
+    def auth_app(self, side: str) -> web.Application:
+        """Make the webhook over one policy file."""
+        path = str(self.policies[side])
+        return self.world.around(f"auth-{side}", simple_app(path, observer=decision_noter(path)))
+
+    def take_socket(self, service: str) -> socket.socket | None:
+        """The bound socket of a service that the stack begins with; None where it has no port of its own."""
+        return self._sockets.get(service)
+
+    async def _stale(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Answer for the PCCS with documents that have expired: its handlers read the state, and never wait."""
+        before = self.intel.state
+        self.intel.state = replace(
+            before,
+            tcb_info_dating="expired",
+            qe_identity_dating="expired",
+            pck_crl_dating="expired",
+            root_ca_crl_dating="expired",
+        )
+        try:
+            return await handler(request)
+        finally:
+            self.intel.state = before
+
+    def _scrub(self, text: str) -> str:
+        """Put names in place of what differs from run to run: ports, and the state folder."""
+        for name, url in self.services.items():
+            text = text.replace(url.partition("://")[2], name)
+        return text.replace(str(self.state), "STATE")
 
     def _prepare_policies(self) -> dict[str, Path]:
         folder = (self.config.policies or self.state / "policies").absolute()
@@ -209,108 +264,6 @@ class Stack:
             raise StackError(f"the policies folder {folder} cannot be written: {error.strerror}") from error
         return paths
 
-    def _domain(self, name: str, image: OsImage) -> TrustDomain:
-        """Power a trust domain on, on a machine of its own."""
-        domain = TrustDomain(
-            self.intel.platform(f"host of {name}"),
-            image,
-            AppCompose.named(name),
-            instance_seed=instance_seed(self._seed, name),
-        )
-        domain.boot()
-        return domain
-
-    async def _serve_agent(self, name: str, service: str, agent: GuestAgent) -> Path:
-        """Let a trust domain's agent listen: two sockets in the state folder, and a TCP port."""
-        folder = self.state / name
-        folder.mkdir(exist_ok=True, mode=0o700)
-        await self._serve_unix(service, dstack_app(agent), folder / "dstack.sock")
-        await self._serve_unix(service, tappd_app(agent), folder / "tappd.sock")
-        await self._serve(service, tcp_app(agent))
-        if self.config.grpc:
-            from simulator.agent_grpc import serve_agent  # costs time and memory that nobody else should pay
-
-            sock, path = self._sockets[f"{service}-grpc"], reserve_unix(folder / "grpc.sock", setting="--state DIR")
-            self.grpc[f"{service}-grpc"] = reachable(sock)
-            with self.logs.of(service):
-                server = await serve_agent(agent, sock, path)
-            self._exit.push_async_callback(server.close)
-        return folder
-
-    async def _start_kms(self, side: str, image: OsImage) -> None:
-        """Start a KMS in a trust domain with keys of a local key provider, as production KMS have them."""
-        name = f"kms-{side}"
-        self._progress(f"starting {name}")
-        domain = self._domain(name, image)
-        seed = self._seed.child(f"kms {side}")
-        provider = local_key_provider(self._seed, name)
-        domain.complete(provider)
-        agent = GuestAgent(domain, seed.stream("agent"))
-        own = OwnKeys.from_seed(domain, seed.derive("sealing key", 32), provider, ISSUED_AT)
-        await agent.provide(own.keys, own.issuer)
-        folder = await self._serve_agent(name, f"agent-{side}", agent)
-        kms = KmsServer(
-            self._kms_config(side, folder / "certs"),
-            f"unix:{folder / 'dstack.sock'}",
-            entropy=seed.stream("kms"),
-            clock=wall_clock,
-            issue_clock=lambda: ISSUED_AT,
-            sock=self._sockets[name],
-            grpc_socks=self._kms_grpc_socks(name),
-        )
-        self._exit.push_async_callback(kms.stop)
-        try:
-            with self.logs.of(name):
-                await kms.start()
-        except KmsError as error:
-            raise StackError(f"{name}: {error}") from error
-        self.kms[side] = kms
-        self._note_url(side)
-
-    def _kms_grpc_socks(self, name: str) -> dict[str, socket.socket]:
-        if not self.config.grpc:
-            return {}
-        socks = {"port": self._sockets[f"{name}-grpc"], "mtls_port": self._sockets[f"{name}-grpc-mtls"]}
-        self.grpc |= {f"{name}-grpc": reachable(socks["port"]), f"{name}-grpc-mtls": reachable(socks["mtls_port"])}
-        return socks
-
-    def _kms_config(self, side: str, certs: Path) -> KmsConfig:
-        host, port = self._sockets[f"kms-{side}"].getsockname()[:2]
-        document = {
-            "rpc": {
-                "address": host,
-                "port": port,
-                "tls": {
-                    "key": str(certs / "rpc.key"),
-                    "certs": str(certs / "rpc.crt"),
-                    "mutual": {"ca_certs": str(certs / "tmp-ca.crt")},
-                },
-            },
-            "core": {
-                "cert_dir": str(certs),
-                "site_name": f"dstack-emu {side}",
-                "attestation": {
-                    "insecure_allow_external_trust_anchors": True,
-                    "urls": {"pccs": self.services["pccs"]},
-                    "root_ca": {"tdx": str(self.root_ca)},
-                },
-                "image": {"cache_dir": str(self.state / "images"), "download_url": IMAGE_URL},
-                "auth_api": {"type": "webhook", "webhook": {"url": self.services[f"auth-{side}"]}},
-                "onboard": {"address": host, "port": port},
-            },
-            "emulator": {"grpc": {"enabled": self.config.grpc}},
-        }
-        return KmsConfig.from_document(document, f"kms-{side}")
-
-    def _note_url(self, side: str) -> None:
-        self.services[f"kms-{side}"] = self.kms[side].url
-
-    async def _start_app(self, image: OsImage) -> GuestAgent:
-        self._progress("starting the app's trust domain")
-        agent = GuestAgent(self._domain("app", image), self._seed.stream("app agent"))
-        await self._serve_agent("app", "app", agent)
-        return agent
-
     # ---- the authorization flow
 
     async def _make_ready(self) -> None:
@@ -319,17 +272,14 @@ class Stack:
         if fresh:
             self._progress("measuring and allowing")
             for side in fresh:
-                self.kms_info[side] = await self._measure(side)
+                self.kms_info[side] = await self.measure(side)
             self._allow_everyone()
         if "src" in fresh:
             self._progress("bootstrapping kms-src")
-            await self._ask("src", "Bootstrap", pb.BootstrapRequest(domain=KMS_DOMAIN), pb.BootstrapResponse)
-            await self._finish("src")
+            await self.give_keys("src", None)
         if "dst" in fresh:
             self._progress("onboarding kms-dst from kms-src")
-            request = pb.OnboardRequest(source_url=f"{self.services['kms-src']}/prpc", domain=KMS_DOMAIN)
-            await self._ask("dst", "Onboard", request, pb.OnboardResponse)
-            await self._finish("dst")
+            await self.give_keys("dst", "src")
         self._progress("booting the app through kms-src")
         try:
             await self._boot_app()
@@ -351,9 +301,9 @@ class Stack:
             else:
                 self._progress(f"keeping {path} as it is")
 
-    async def _measure(self, side: str) -> dict[str, Any]:
+    async def measure(self, side: str) -> dict[str, Any]:
         """Ask a KMS what it measures, as it says it to a person."""
-        info = await self._ask(side, "GetAttestationInfo", Empty(), pb.AttestationInfoResponse)
+        info = await self.ask(side, "GetAttestationInfo", Empty(), pb.AttestationInfoResponse)
         measured: dict[str, Any] = json.loads(encode_json(info))
         return measured
 
@@ -368,9 +318,10 @@ class Stack:
             raise StackError(f"{path} cannot be read ({error}): give another --state folder") from error
         return remembered if isinstance(remembered, dict) else {}
 
-    async def _ask(self, side: str, method: str, request: Message, answer: type[M]) -> M:
+    async def ask(self, side: str, method: str, request: Message, answer: type[M]) -> M:
         """Call one RPC of a KMS in its onboard phase."""
-        async with PrpcClient(self.services[f"kms-{side}"], timeout=TIMEOUT) as client:
+        url, headers = self.services[f"kms-{side}"], headers_of("stack")
+        async with PrpcClient(url, timeout=TIMEOUT, headers=headers) as client:
             try:
                 return await client.call(f"prpc/Onboard.{method}", request, answer)
             except RpcError as error:
@@ -378,20 +329,31 @@ class Stack:
             except TransportError as error:
                 raise StackError(f"kms-{side}: {method}: {error}") from error
 
-    async def _finish(self, side: str) -> None:
-        await self._ask(side, "Finish", Empty(), Empty)
+    async def give_keys(self, side: str, source: str | None) -> None:
+        """Let a fresh KMS make keys, or take over those of another one, and end its onboard phase."""
+        if source is None:
+            await self.ask(side, "Bootstrap", pb.BootstrapRequest(domain=KMS_DOMAIN), pb.BootstrapResponse)
+        else:
+            request = pb.OnboardRequest(source_url=f"{self.services[f'kms-{source}']}/prpc", domain=KMS_DOMAIN)
+            await self.ask(side, "Onboard", request, pb.OnboardResponse)
+        await self.finish(side)
+
+    def note_url(self, side: str) -> None:
+        """Note where a KMS answers: the scheme follows its phase."""
+        self.services[f"kms-{side}"] = self.kms[side].url
+
+    async def finish(self, side: str) -> None:
+        """End a KMS's onboard phase, and wait until it answers over TLS."""
+        await self.ask(side, "Finish", Empty(), Empty)
         try:
             await self.kms[side].reached_runtime()
         except KmsError as error:
             raise StackError(f"kms-{side}: {error}") from error
-        self._note_url(side)
+        self.note_url(side)
 
     async def _boot_app(self) -> None:
-        url, entropy = self.services["kms-src"], self._seed.stream("app boot")
         try:
-            keys, issuer = await fetch_keys(self.app.domain, url, self.verifier, entropy, ISSUED_AT)
-            self._exit.push_async_callback(issuer.close)
-            await self.app.provide(keys, issuer)
+            await self.app.boot(self, "src")
         except GuestError as error:
             raise StackError(f"app: {error}") from error
 

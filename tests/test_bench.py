@@ -34,6 +34,7 @@ FIGURES = {
         for name in ("getquote", "getappkey")
         for figure in ("grpc", "grpc_to_prpc", "grpc_per_cpu_second", "prpc_per_cpu_second")
     ],
+    "journal": ["getappkey_with_journal", "journal_to_no_journal", "snapshot", "revert"],
 }
 
 

@@ -13,7 +13,7 @@ import asyncio
 import json
 import os
 import ssl as tls
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Final, TypeVar
@@ -31,6 +31,8 @@ MAX_RESPONSE: Final = 10 * 1024 * 1024
 """Bytes of an answer that are read at most."""
 
 CheckServer = Callable[[bytes | None], Awaitable[None]]
+MoreHeaders = Callable[[], Mapping[str, str]]
+"""Headers that a client adds to a request, asked for at each one, in the context of who makes it."""
 
 _server_certificate: ContextVar[bytes | None] = ContextVar("server_certificate", default=None)
 
@@ -57,6 +59,7 @@ class PrpcClient:
     `check_server` is awaited after every response head, before the status is looked at, with the leaf
     certificate (DER) that the server of this very connection presented, or None without TLS; what it raises
     ends the call. That is where a server's attestation is judged. The request has been sent by then.
+    `headers` are added to each request.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class PrpcClient:
         timeout: float,
         ssl: tls.SSLContext | None = None,
         check_server: CheckServer | None = None,
+        headers: MoreHeaders | None = None,
     ) -> None:
         self._socket = address.removeprefix("unix:") if address.startswith(("unix:", "/")) else None
         if self._socket is None and not address.startswith(("http://", "https://")):
@@ -74,6 +78,7 @@ class PrpcClient:
         self._timeout = timeout
         self._ssl = ssl
         self._check_server = check_server
+        self._headers = headers
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "PrpcClient":
@@ -111,7 +116,8 @@ class PrpcClient:
     async def _post(self, url: str, shown: str, body: bytes) -> tuple[int, bytes]:
         if self._session is None:
             self._session = self._open()
-        async with self._session.post(url, data=body, allow_redirects=False) as response:
+        headers = None if self._headers is None else self._headers()
+        async with self._session.post(url, data=body, headers=headers, allow_redirects=False) as response:
             if self._check_server is not None:
                 await self._check_server(_server_certificate.get())
             chunks = []

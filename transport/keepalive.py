@@ -42,6 +42,11 @@ class Answer:
     body: bytes
 
 
+def header_lines(headers: Mapping[str, str]) -> str:
+    """Write headers as they go over the wire; their values are the caller's to keep on one line."""
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+
+
 class AnswerTooLongError(Exception):
     """An answer with a longer body than is read; the text says which length that is."""
 

@@ -30,8 +30,8 @@ from attest.collateral import (
 )
 from attest.errors import AttestError, UnjudgedError, VerificationError
 from attest.verify import TrustAnchor, VerifiedAttestation, require_bound_to_key, verify_attestation
-from transport.client import TransportError, describe_failure
-from transport.keepalive import AnswerTooLongError, KeepAliveClient
+from transport.client import MoreHeaders, TransportError, describe_failure
+from transport.keepalive import AnswerTooLongError, KeepAliveClient, header_lines
 
 Clock = Callable[[], int]
 """Unix seconds, now."""
@@ -68,12 +68,16 @@ class _Assembled:
 class PccsClient:
     """One PCCS, asked over kept-alive connections. Close it.
 
-    `ttl` is how many seconds a document is used that came without an ETag; with 0 it is asked for each time.
+    `ttl` is how many seconds a document is used that came without an ETag; with 0 it is asked for each time. `headers`
+    are added to each question.
     """
 
-    def __init__(self, base_url: str, *, timeout: float = DEFAULT_TIMEOUT, ttl: float = 0) -> None:
+    def __init__(
+        self, base_url: str, *, timeout: float = DEFAULT_TIMEOUT, ttl: float = 0, headers: MoreHeaders | None = None
+    ) -> None:
         self.base_url = base_url.rstrip("/")
         self._seconds, self._ttl = timeout, ttl
+        self._more_headers = headers
         self._session: aiohttp.ClientSession | None = None
         self._revalidator = KeepAliveClient(timeout=timeout, max_answer=SHOWN)
         self._documents: dict[str, _Held] = {}
@@ -117,6 +121,11 @@ class PccsClient:
         self._assembled[key] = _Assembled(documents, collateral, url, etag)
         return collateral
 
+    def forget(self) -> None:
+        """Forget every document: the next question for each is answered in full."""
+        self._documents.clear()
+        self._assembled.clear()
+
     def _revalidation(self, held: tuple[_Held, ...]) -> tuple[str, str]:
         """Where to ask after these documents at once, and by which ETag; nothing where a server did not say so itself.
 
@@ -128,10 +137,11 @@ class PccsClient:
         return url, combined_etag([h.etag for h in held])
 
     async def _is_current(self, known: _Assembled) -> bool:
+        headers = {"If-None-Match": known.etag}
+        if self._more_headers is not None:
+            headers |= self._more_headers()
         try:
-            answer = await self._revalidator.ask(
-                "GET", known.revalidation, headers=f"If-None-Match: {known.etag}\r\n"
-            )
+            answer = await self._revalidator.ask("GET", known.revalidation, headers=header_lines(headers))
         except TimeoutError as error:  # of a server that hangs enough was waited for
             raise TransportError(known.revalidation, describe_failure(error, self._seconds)) from error
         except (aiohttp.ClientError, OSError, AnswerTooLongError):
@@ -160,6 +170,8 @@ class PccsClient:
         if held and not held.etag and now < held.at + self._ttl:
             return held
         headers = {"If-None-Match": held.etag} if held and held.etag else {}
+        if self._more_headers is not None:
+            headers |= self._more_headers()
         try:
             async with self._session.get(url, headers=headers) as response:
                 etag, revalidation = response.headers.get("ETag", ""), response.headers.get(REVALIDATION_HEADER, "")
@@ -205,6 +217,11 @@ class AttestationVerifier:
         self._second = 0
         self._judged: dict[bytes, _Judged] = {}
 
+    def forget(self) -> None:
+        """Forget every document and every verdict."""
+        self.pccs.forget()
+        self._second, self._judged = 0, {}
+
     async def verify(self, attestation: Attestation) -> VerifiedAttestation:
         """Verify evidence.
 
@@ -217,9 +234,14 @@ class AttestationVerifier:
             raise VerificationError(f"failed to verify TDX quote: {error}") from error
         try:
             collateral = await self.pccs.collateral(attestation.quote)
+            return self._judge(attestation, collateral)
+        except VerificationError:
+            # A document that was damaged on the way would be kept under the ETag of the good one.
+            self.pccs.forget()
+            raise
         except (TransportError, AttestError) as error:
+            self.pccs.forget()
             raise UnjudgedError(f"failed to verify TDX quote: {error}") from error
-        return self._judge(attestation, collateral)
 
     def _judge(self, attestation: Attestation, collateral: QuoteCollateralV3) -> VerifiedAttestation:
         """Verify, unless the very same evidence was, under the very same collateral, within this second."""

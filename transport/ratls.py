@@ -30,7 +30,7 @@ from attest.errors import AttestError, FormatError, UnjudgedError, VerificationE
 from attest.kdf import pkcs8_pem
 from attest.report_data import ratls_report_data
 from attest.verify import VerifiedAttestation
-from transport.client import PrpcClient, RpcError, TransportError
+from transport.client import MoreHeaders, PrpcClient, RpcError, TransportError
 from transport.pccs_client import AttestationVerifier
 
 CLIENT_SUBJECT: Final = "RA-TLS TEMP Cert"
@@ -97,6 +97,7 @@ class RaTlsClient:
         verifier: AttestationVerifier | None = None,
         judge: Callable[[Peer], None] | None = None,
         timeout: float = TIMEOUT,
+        headers: MoreHeaders | None = None,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise RaTlsError(f"Failed to send request: builder error: http(s) URL expected, got {url!r:.200}")
@@ -111,7 +112,8 @@ class RaTlsClient:
             except AttestError as error:
                 raise _within(f"failed to validate the server attestation of {url}", error) from error
 
-        self._client = PrpcClient(url, timeout=timeout, ssl=client_context(identity, root_ca), check_server=check)
+        tls = client_context(identity, root_ca)
+        self._client = PrpcClient(url, timeout=timeout, ssl=tls, check_server=check, headers=headers)
 
     async def call(self, method: str, request: Message, answer: type[M]) -> M:
         """Ask one method and read its answer.

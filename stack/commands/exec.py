@@ -14,8 +14,8 @@ from kms_emu.errors import KmsError
 from simulator.errors import GuestError
 from stack.commands.common import WARNING, UsageError, say
 from stack.commands.stack_options import add_stack_options, stack_config
-from stack.config import PartEndedError, StackConfig, StackError
-from stack.stack import DESCRIPTION_FILE, Stack
+from stack.config import DESCRIPTION_FILE, PartEndedError, StackConfig, StackError
+from stack.stack import Stack
 from transport.client import TransportError
 
 HELP = "run a command with a stack around it"

@@ -26,6 +26,7 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--state", type=Path, metavar="DIR", help="keep keys, sockets and policies here, and resume")
     parser.add_argument("--policies", type=Path, metavar="DIR", help="keep auth-src.json and auth-dst.json here")
+    parser.add_argument("--journal", type=Path, metavar="FILE", help="append a record of each call, as JSON lines")
     parser.add_argument("--image-dir", type=Path, metavar="DIR", help="boot this OS image instead of the seed's")
 
 
@@ -41,6 +42,7 @@ def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str =
         policies=arguments.policies,
         image_dir=arguments.image_dir,
         grpc=arguments.grpc,
+        journal=arguments.journal,
     )
 
 

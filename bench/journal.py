@@ -1,0 +1,101 @@
+"""What being watched costs: GetAppKey of a stack with its journal on and off, and how long going back takes.
+
+Both sides are the same stack, switched by its control API between rounds. Everything is in one process here (KMS, PCCS,
+webhook), so a call costs more than in `getappkey`, and the journal notes each of its inner calls.
+"""
+
+import asyncio
+import json
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from urllib.parse import urlsplit
+
+from google.protobuf.empty_pb2 import Empty
+
+from attest.attestation import Attestation, decode
+from attest.certificate import load_authority
+from attest.kdf import load_p256_pem, p256_from_uniform
+from attest.proto import dstack_guest_pb2, kms_pb2
+from bench.figure import Bar, Effort, Figure, alternate, median, ratio
+from bench.kms import TIMEOUT, call, tls
+from bench.load import Connection, closed_loop, connect_tls, post
+from bench.processes import OTHER_CORE, SERVER_CORE, CpuMeter, on_core, running_stack
+from stack.config import StackConfig
+from stack.stack import Stack
+from transport.client import PrpcClient
+from transport.ratls import Identity, make_identity
+
+CONNECTIONS = 8
+BAR, REVERT_BAR = 0.95, 50.0
+
+
+def measure(effort: Effort) -> Iterator[Figure]:
+    """Throughput with the journal as a share of that without; milliseconds of a snapshot and of a revert."""
+    with ExitStack() as stack:
+        pid, description = stack.enter_context(running_stack(SERVER_CORE))
+        stack.enter_context(on_core(OTHER_CORE))
+        services = description["services"]
+        identity = asyncio.run(_identity(services["kms-src"], description["app"]["dstack_sock"]))
+        vm_config: str = json.loads(call(description["app"]["dstack_sock"], "Info"))["vm_config"]
+        request = post("/prpc/KMS.GetAppKey?json", json.dumps({"api_version": 1, "vm_config": vm_config}).encode())
+        url, context = urlsplit(services["kms-src"]), tls(identity)
+        address = (str(url.hostname), int(url.port or 0))
+        connections = [Connection(connect_tls(address, context), request) for _ in range(CONNECTIONS)]
+        for connection in connections:
+            stack.callback(connection.close)
+        on, off = (CpuMeter(pid, closed_loop(connections)) for _ in range(2))
+        rates, _ = alternate(effort, *(_switched(services["control"], *side) for side in (("on", on), ("off", off))))
+    yield Figure("getappkey_with_journal", median(rates), "calls/s")
+    # By the stack's own processor time, which other programs on the machine disturb less.
+    share = ratio(on.calls_per_cpu_second, off.calls_per_cpu_second)
+    yield Figure("journal_to_no_journal", share, "x calls/CPU s without", Bar(BAR))
+    snapshots, reverts = asyncio.run(_going_back(effort.rounds * 4))
+    yield Figure("snapshot", median(snapshots), "ms", Bar(REVERT_BAR, at_most=True))
+    yield Figure("revert", median(reverts), "ms", Bar(REVERT_BAR, at_most=True))
+
+
+def _switched(control: str, turn: str, load: Callable[[float], float]) -> Callable[[float], float]:
+    headers = {"Content-Type": "application/json"}
+
+    def measured(seconds: float) -> float:
+        request = urllib.request.Request(f"{control}/journal/{turn}", b"{}", headers, method="POST")
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=TIMEOUT).close()
+        return load(seconds)
+
+    return measured
+
+
+async def _identity(kms: str, agent: str) -> Identity:
+    """Make a certificate for the stack's app, with evidence."""
+    async with PrpcClient(f"{kms}/prpc", timeout=TIMEOUT, ssl=tls()) as client:
+        temp = await client.call("GetTempCaCert", Empty(), kms_pb2.GetTempCaCertResponse)
+    authority = load_authority(temp.temp_ca_cert, load_p256_pem(temp.temp_ca_key, "key"), "temporary CA")
+    async with PrpcClient(agent, timeout=TIMEOUT) as client:
+
+        async def attester(report_data: bytes) -> Attestation:
+            question = dstack_guest_pb2.RawQuoteArgs(report_data=report_data)
+            return decode((await client.call("Attest", question, dstack_guest_pb2.AttestResponse)).attestation)
+
+        return await make_identity(authority, p256_from_uniform(b"journal" * 7), attester, int(time.time()))
+
+
+async def _going_back(times: int) -> tuple[list[float], list[float]]:
+    """Change what a test changes, and take it back: milliseconds of each snapshot and each revert."""
+    snapshots, reverts = [], []
+    async with Stack(StackConfig.on_free_ports()) as stack:
+        control = stack.control
+        for _ in range(times):
+            began = time.perf_counter()
+            control.snapshot()
+            snapshots.append(1000 * (time.perf_counter() - began))
+            control.deny("src", "app")
+            control.set_platform("host of app", tcb_status="OutOfDate")
+            control.set_clock(advance=3600)
+            control.add_fault(service="auth-src", kind="status")
+            control.emit_event("app", "event", "00")
+            began = time.perf_counter()
+            await control.revert()
+            reverts.append(1000 * (time.perf_counter() - began))
+    return snapshots, reverts

@@ -1,0 +1,161 @@
+"""What stands before every service of a stack: it notes each call in the journal, and lets it meet its faults.
+
+One middleware for each service. Where the journal is off and there are no faults it hands the call on and does nothing.
+"""
+
+import functools
+import json
+from typing import Any, Final
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from auth.boot_info import BootInfo, Decision
+from auth.errors import AuthError
+from auth.server import Observer
+from auth.simple import SimpleAuth
+from stack.world.faults import Faults
+from stack.world.journal import Journal
+from stack.world.misbehave import DroppedError, Stale, misbehave
+from stack.world.trace import HEADER, Call, current, entered, read_header
+
+UNNOTED: Final = frozenset(("/health", "/metrics"))
+"""What monitors ask again and again: not in the journal."""
+
+SHOWN: Final = 500
+
+
+def front(service: str, journal: Journal, faults: Faults, *, stale: Stale | None = None) -> Middleware:
+    """Make a service's middleware; `stale` answers for a PCCS with collateral that has expired."""
+
+    @web.middleware
+    async def stand_before(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if not faults.rules and (not journal.enabled or request.path in UNNOTED):
+            return await handler(request)
+        name = call_name(request.path)
+        parent, place, caller = read_header(request.headers.get(HEADER))
+        met = faults.meet(service, name, caller) if faults.rules else None
+        if not journal.enabled or request.path in UNNOTED:
+            if met is None:
+                return await handler(request)
+            try:
+                return await misbehave(*met, request, handler, stale)
+            except DroppedError:
+                return web.Response()  # to a connection that is gone
+        call = journal.begin(service, name, parent, place, caller)
+        status, error = None, ""
+        try:
+            with entered(call):
+                if met is None:
+                    response = await handler(request)
+                else:
+                    call.note("fault", {"id": met[0].id, "kind": met[1].kind})
+                    response = await misbehave(*met, request, handler, stale)
+                    if met[1].kind == "decision":
+                        call.note("decision", {**call.notes.get("decision", {}), **_decided(response)})
+            status = response.status
+            if status >= 400:
+                error = journal.scrub(_error_text(response))
+            return response
+        except DroppedError:
+            return web.Response()
+        except web.HTTPException as refusal:
+            status, error = refusal.status, refusal.reason
+            raise
+        finally:
+            journal.end(call, status, error)
+
+    return stand_before
+
+
+def _decided(response: web.StreamResponse) -> dict[str, Any]:
+    """What an answer that a fault made up says."""
+    body = response.body if isinstance(response, web.Response) and response.status == 200 else b"{}"
+    document = json.loads(body) if isinstance(body, bytes) else {}
+    return {"allowed": document.get("isAllowed"), "reason": document.get("reason"), "rule": "fault"}
+
+
+@functools.lru_cache(maxsize=1024)
+def call_name(path: str) -> str:
+    """What a call is named: an RPC by its own name, without service and mount; anything else by its path."""
+    head, _, last = path.rpartition("/")
+    name = last.rpartition(".")[2]
+    return name if head in ("", "/prpc") and name[:1].isupper() and name.isalnum() else path
+
+
+def _error_text(response: web.StreamResponse) -> str:
+    body = response.body if isinstance(response, web.Response) else None
+    if not isinstance(body, bytes | bytearray):
+        return ""
+    text = bytes(body).decode(errors="replace")
+    try:
+        document = json.loads(text)
+    except ValueError:
+        return text[:SHOWN]
+    said = document.get("error") if isinstance(document, dict) else None
+    return said if isinstance(said, str) else text[:SHOWN]
+
+
+# ---- what a webhook decided, and by what
+
+
+def decision_noter(policy_path: str) -> Observer:
+    """Make the observer of an auth-simple: it notes question, answer, the rule that decided, and what did not match."""
+    auth = SimpleAuth(policy_path)
+
+    def note(boot_info: BootInfo, is_kms: bool, decision: Decision) -> None:
+        call = current()
+        if not isinstance(call, Call):
+            return
+        noted: dict[str, Any] = {
+            "about": "kms" if is_kms else "app",
+            "allowed": decision.is_allowed,
+            "reason": decision.reason,
+            "rule": decision.rule,
+            "asked": _asked(boot_info),
+        }
+        if decision.differs_from:
+            noted["otherwise_under"] = list(decision.differs_from)
+        if not decision.is_allowed and (mismatch := _mismatch(auth, boot_info, decision.rule)) is not None:
+            noted["mismatch"] = mismatch
+        call.note("decision", noted)
+
+    return note
+
+
+def _asked(boot_info: BootInfo) -> dict[str, Any]:
+    return {
+        "app_id": boot_info.app_id,
+        "compose_hash": boot_info.compose_hash,
+        "instance_id": boot_info.instance_id,
+        "device_id": boot_info.device_id,
+        "mr_aggregated": boot_info.mr_aggregated,
+        "os_image_hash": boot_info.os_image_hash,
+        "tcb_status": boot_info.tcb_status,
+        "advisory_ids": list(boot_info.advisory_ids),
+    }
+
+
+def _mismatch(auth: SimpleAuth, boot_info: BootInfo, rule: str) -> dict[str, Any] | None:
+    """What was measured and what the policy has in its place."""
+    try:
+        policy = auth.policy()
+    except AuthError:
+        return None
+    app = policy.apps.get(f"0x{boot_info.app_id.lower().removeprefix('0x')}")
+    table: dict[str, tuple[str, Any, Any]] = {
+        "tcb_status": ("tcb_status", boot_info.tcb_status, ["UpToDate"]),
+        "advisory_ids": ("advisory_ids", list(boot_info.advisory_ids), policy.allowed_advisory_ids),
+        "os_image": ("os_image_hash", boot_info.os_image_hash, policy.os_images),
+        "kms_mr_aggregated": ("mr_aggregated", boot_info.mr_aggregated, policy.kms.mr_aggregated),
+        "kms_device": ("device_id", boot_info.device_id, policy.kms.devices),
+        "app_registered": ("app_id", boot_info.app_id, policy.apps),
+        "app_compose_hash": ("compose_hash", boot_info.compose_hash, app.compose_hashes if app else ()),
+        "app_device": ("device_id", boot_info.device_id, app.devices if app else ()),
+    }
+    if rule not in table:
+        return None
+    field, got, allowed = table[rule]
+    return {"field": field, "got": got, "allowed": sorted(allowed)}
+
+

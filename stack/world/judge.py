@@ -1,0 +1,97 @@
+"""Who judges, and who is asked for a decision, with what they say noted in the journal."""
+
+import hashlib
+from typing import Any
+
+from attest.app_info import BootInfo
+from attest.attestation import Attestation
+from attest.errors import AttestError
+from attest.verify import TrustAnchor, VerifiedAttestation
+from kms_emu.auth_api import AuthApi, AuthInfo, Decision
+from kms_emu.errors import UnavailableError
+from stack.world.journal import Journal
+from stack.world.trace import current, entered, take_place
+from transport.pccs_client import AttestationVerifier, Clock, PccsClient
+
+
+class NotedVerifier(AttestationVerifier):
+    """Judges as its base does, and notes each verdict with the collateral that was asked for it."""
+
+    def __init__(self, pccs: PccsClient, anchor: TrustAnchor, clock: Clock, journal: Journal) -> None:
+        super().__init__(pccs, anchor, clock)
+        self._journal = journal
+
+    async def verify(self, attestation: Attestation) -> VerifiedAttestation:
+        """Verify evidence, and note what came of it."""
+        asking = current()
+        if asking is None or not self._journal.enabled:
+            return await super().verify(attestation)
+        with self._journal.judging(asking) as span:
+            try:
+                verified = await super().verify(attestation)
+            except AttestError as error:
+                span.notes = {"attestation": "refused", "error": self._journal.scrub(str(error))}
+                raise
+            quote = verified.quote
+            span.notes = {
+                "attestation": "holds",
+                "tcb_status": quote.tcb_status,
+                "advisory_ids": list(quote.advisory_ids),
+                "device_id": hashlib.sha256(quote.ppid).hexdigest(),
+            }
+            return verified
+
+
+class NotedAuth:
+    """A webhook that is no part of the stack, with what it is asked and says noted."""
+
+    def __init__(self, auth: AuthApi, name: str, caller: str, journal: Journal) -> None:
+        self._auth, self._name, self._caller, self._journal = auth, name, caller, journal
+
+    async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
+        """Ask for one decision."""
+        asking = current()
+        if asking is None or not self._journal.enabled:
+            return await self._auth.decide(boot_info, is_kms=is_kms)
+        path = f"/bootAuth/{'kms' if is_kms else 'app'}"
+        call = self._journal.begin(self._name, path, asking.id, take_place(asking), self._caller)
+        status, text = None, ""
+        try:
+            with entered(call):
+                decision = await self._auth.decide(boot_info, is_kms=is_kms)
+            status = 200
+            noted = {
+                "about": "kms" if is_kms else "app",
+                "allowed": decision.is_allowed,
+                "reason": decision.reason,
+                "rule": "",
+                "asked": _asked(boot_info),
+            }
+            call.note("decision", noted)
+            return decision
+        except UnavailableError as error:
+            text = self._journal.scrub(str(error))
+            raise
+        finally:
+            self._journal.end(call, status, text)
+
+    async def info(self) -> AuthInfo:
+        """Ask what stands behind it."""
+        return await self._auth.info()
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        await self._auth.close()
+
+
+def _asked(info: BootInfo) -> dict[str, Any]:
+    return {
+        "app_id": info.app_id.hex(),
+        "compose_hash": info.compose_hash.hex(),
+        "instance_id": info.instance_id.hex(),
+        "device_id": info.device_id.hex(),
+        "mr_aggregated": info.mr_aggregated.hex(),
+        "os_image_hash": info.os_image_hash.hex(),
+        "tcb_status": info.tcb_status,
+        "advisory_ids": list(info.advisory_ids),
+    }

@@ -1,0 +1,86 @@
+"""A record of the journal as a person reads it: one line for the call from outside, what it led to below."""
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+Record = dict[str, Any]
+
+COLOURS: Final = {"ok": "32", "denied": "31", "refused": "31", "unanswered": "33", "dim": "2"}
+SHOWN: Final = 200
+
+
+def lines(record: Record, *, colours: bool = False, details: bool = True) -> Iterator[str]:
+    """The lines of a record; without `details` the first alone."""
+    paint = _paint if colours else _plain
+    if "rewound_to" in record:
+        yield paint("dim", f"── back to record {record['rewound_to']}")
+        return
+    head = f"{record['id']:>4} {record['time'][11:23]}  "
+    yield head + _call(record, paint) + paint("dim", f"  {record['ms']} ms" if record["ms"] else "")
+    if not details:
+        return
+    if "released" in record:
+        yield paint("dim", f"       gave {_release(record['released'])}")
+    for inner in record.get("inner", ()):
+        yield from _inner(inner, 1, paint)
+
+
+def _inner(record: Record, depth: int, paint: Any) -> Iterator[str]:
+    margin = "     " + "  " * depth
+    if "call" in record:
+        yield margin + _call(record, paint)
+        if "released" in record:
+            yield margin + paint("dim", f"  gave {_release(record['released'])}")
+        shown = record.get("inner", ())
+    else:
+        verdict = record.get("attestation", "judged")
+        if verdict == "holds":
+            advisories = f" {' '.join(record['advisory_ids'])}" if record["advisory_ids"] else ""
+            text = f"evidence holds: {record['tcb_status']}{advisories}, device {record['device_id'][:12]}…"
+        else:
+            text = f"evidence {verdict}: {_short(record.get('error', ''))}"
+        yield margin + paint("ok" if verdict == "holds" else "refused", text)
+        # Collateral that came as it should is of no interest.
+        shown = [inner for inner in record.get("inner", ()) if inner.get("outcome") != "ok" or "fault" in inner]
+    for inner in shown:
+        yield from _inner(inner, depth + 1, paint)
+
+
+def _call(record: Record, paint: Any) -> str:
+    outcome = record["outcome"]
+    text = f"{record['caller']} → {record['service']} {record['call']}"
+    decision, said = record.get("decision"), ""
+    if decision is not None:
+        said = "allowed" if decision["allowed"] is True else f"denied: {decision.get('reason', '')}"
+        said += f" [{decision['rule']}]" if decision.get("rule") not in (None, "", "allowed") else ""
+        if mismatch := decision.get("mismatch"):
+            allowed = ", ".join(mismatch["allowed"]) or "none"
+            said += f"; {mismatch['field']} {mismatch['got'] or 'none'}, the policy has {allowed}"
+    elif record.get("error"):
+        said = f"{record['status']} {_short(record['error'])}"
+    elif outcome == "unanswered":
+        said = "no answer"
+    else:
+        said = str(record["status"])
+    if fault := record.get("fault"):
+        said += f" (fault {fault['id']}: {fault['kind']})"
+    return f"{text}  {paint(outcome, said)}"
+
+
+def _release(released: dict[str, Any]) -> str:
+    to = released["to"]
+    whom = "whoever asked" if to is None else f"app {to['app_id']}"
+    return f"{', '.join(released['fields'])} to {whom}"
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+
+
+def _paint(name: str, text: str) -> str:
+    return f"\033[{COLOURS[name]}m{text}\033[0m" if text else text
+
+
+def _plain(_name: str, text: str) -> str:
+    return text

@@ -1,0 +1,60 @@
+"""One stack's clock, journal and faults, and how they come in around its services."""
+
+from pathlib import Path
+
+from aiohttp import web
+
+from attest.verify import TrustAnchor
+from kms_emu.auth_api import TIMEOUT as WEBHOOK_TIMEOUT
+from kms_emu.auth_api import AuthApi, WebhookAuth
+from kms_emu.server import Surroundings
+from simulator.seed import Seed
+from stack.clock import StackClock
+from stack.world.faults import Faults
+from stack.world.front import front
+from stack.world.journal import KEPT, Journal
+from stack.world.judge import NotedAuth, NotedVerifier
+from stack.world.misbehave import Stale
+from stack.world.trace import headers_of
+from transport.pccs_client import DEFAULT_TIMEOUT, PccsClient
+
+
+class World:
+    """What is around the services of one stack; `patience` is how long they wait (None: as long as upstream)."""
+
+    def __init__(
+        self, seed: Seed, *, patience: float | None = None, kept: int = KEPT, journal_file: Path | None = None
+    ) -> None:
+        self.clock = StackClock()
+        self.faults = Faults(seed)
+        self.journal = Journal(self.clock.now, kept=kept, file=journal_file)
+        self.patience = patience
+        self.verifiers: dict[str, NotedVerifier] = {}
+
+    def around(self, service: str, app: web.Application, *, stale: Stale | None = None) -> web.Application:
+        """Put journal and faults before a service's application, which is not served yet."""
+        app.middlewares.insert(0, front(service, self.journal, self.faults, stale=stale))
+        return app
+
+    def verifier(self, caller: str, pccs_url: str, anchor: TrustAnchor) -> NotedVerifier:
+        """Make who judges for one part of the stack, which closes it."""
+        pccs = PccsClient(pccs_url, timeout=self.patience or DEFAULT_TIMEOUT, headers=headers_of(caller))
+        made = self.verifiers[caller] = NotedVerifier(pccs, anchor, self.clock, self.journal)
+        return made
+
+    def webhook(self, caller: str, url: str, *, own: bool) -> AuthApi:
+        """Make the client of a webhook: one of the stack's `own`, or somebody else's, who is sent no header of ours."""
+        timeout = self.patience or WEBHOOK_TIMEOUT
+        if own:
+            return WebhookAuth(url, timeout=timeout, headers=headers_of(caller))
+        return NotedAuth(WebhookAuth(url, timeout=timeout), "webhook", caller, self.journal)
+
+    def surroundings(self, service: str, verifier: NotedVerifier) -> Surroundings:
+        """What a KMS of the stack is given."""
+        before = front(service, self.journal, self.faults)
+        return Surroundings((before,), verifier, headers_of(service), self.patience)
+
+    def forget(self) -> None:
+        """Empty the caches of who judges: what is asked next is asked in full."""
+        for verifier in self.verifiers.values():
+            verifier.forget()

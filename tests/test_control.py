@@ -1,0 +1,415 @@
+"""The control of a running stack: as Python, over HTTP, and from a shell; and that going back goes all the way back."""
+
+import asyncio
+import json
+import os
+import stat
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import pytest_asyncio
+from aiohttp import web
+
+from stack.stack import Stack
+from stack.world.control import Control
+from stack.world.models import ControlError
+from stack.world.operations import OPERATIONS, openapi
+from tests import foreign
+from tests.world import own_stack
+from transport.listen import bind_tcp, serve
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def running() -> AsyncIterator[Stack]:
+    """One ready stack for the file."""
+    async with own_stack() as stack:
+        yield stack
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def stack(running: Stack) -> AsyncIterator[Stack]:
+    """The same, as it became ready."""
+    yield running
+    await running.control.reset()
+
+
+@pytest.fixture
+def control(stack: Stack) -> Control:
+    """Its control."""
+    return stack.control
+
+
+# ---- machines and their vendor
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"tcb_status": "OutOfDate"}, "TCB status is not up to date"),
+        ({"module_status": "Revoked"}, "TCB status is invalid: Revoked"),
+        ({"pck_revoked": True}, "invalid quote: failed to verify TDX quote"),
+        ({"other_root": True}, "invalid quote: failed to verify TDX quote"),
+    ],
+)
+async def test_machine_that_is_changed_is_refused_at_once_and_admitted_when_changed_back(
+    control: Control, changes: dict[str, Any], refusal: str
+) -> None:
+    before = control.platform("host of app")
+    changed = control.set_platform("host of app", **changes)
+    assert changed == before | changes
+    with pytest.raises(ControlError) as refused:
+        await control.boot_guest("app")
+    assert refusal in str(refused.value)
+    control.set_platform("host of app", **{name: before[name] for name in changes})
+    await control.boot_guest("app")
+
+
+@pytest.mark.parametrize("status", [{"qe_status": "OutOfDate"}, {"pck_ca_revoked": True}, {"collateral": "expired"}])
+async def test_vendor_that_is_changed_speaks_for_all_machines(control: Control, status: dict[str, Any]) -> None:
+    control.set_vendor(**status)
+    with pytest.raises(ControlError):
+        await control.boot_guest("app")
+
+
+async def test_collateral_that_expires_at_a_date_is_refused_from_then_on(control: Control) -> None:
+    control.set_clock(freeze="2026-05-31T23:59:59Z")
+    control.set_vendor(collateral_until="2026-06-01")
+    await control.boot_guest("app")
+    control.set_clock(advance="2s")
+    with pytest.raises(ControlError, match="CrlExpired"):
+        await control.boot_guest("app")
+    control.set_vendor(collateral="current")
+    await control.boot_guest("app")
+
+
+# ---- the clock
+
+
+async def test_certificates_and_timestamps_follow_the_clock_once_it_is_set(stack: Stack, control: Control) -> None:
+    def dates() -> str:
+        answer: dict[str, Any] = foreign.ask_agent(stack.services["app"], "GetTlsKey", {"subject": "x"})
+        command = ["openssl", "x509", "-noout", "-enddate"]
+        pem: str = answer["certificate_chain"][0]
+        return subprocess.run(command, input=pem, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert await asyncio.to_thread(dates) == "notAfter=Dec 30 00:00:00 2035 GMT"  # ten years of 365 days from ISSUED_AT
+    control.set_clock(freeze="2030-01-01T00:00:00Z")
+    assert await asyncio.to_thread(dates) == "notAfter=Dec 30 00:00:00 2039 GMT"
+    answer = await asyncio.to_thread(_ask_kms, stack, "GetAppEnvEncryptPubKey", app_id="00" * 20)
+    assert int(answer.value["timestamp"]) == 1_893_456_000
+
+
+def _ask_kms(stack: Stack, method: str, **arguments: Any) -> foreign.Answer:
+    """Ask the source KMS as anyone would."""
+    with foreign.kms(stack.services["kms-src"]) as connection:
+        return connection.call(method, **arguments)
+
+
+def _files(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+# ---- going back
+
+
+async def test_going_back_restores_all_that_was_changed(stack: Stack, control: Control) -> None:
+    def seen() -> dict[str, Any]:
+        state = control.save()
+        return {**state, "journal": None}
+
+    before, key = seen(), stack.app.agent.keys.k256_key
+    description = control.describe()
+    control.snapshot("before")
+    control.set_clock(freeze=1_900_000_000)
+    control.set_vendor(qe_status="OutOfDate")
+    control.set_platform("host of app", tcb_status="Revoked")
+    control.set_policy("src", {"osImages": []})
+    control.add_fault(kind="hang", service="nobody")
+    control.emit_event("app", "more", "ff")
+    await control.add_guest("other")
+    await control.add_kms("third")
+    foreign_quote = stack.app.domain.attest(bytes(64)).quote
+    assert seen() != before
+    await control.revert("before")
+    assert seen() == before
+    assert {**control.describe(), "snapshots": []} == {**description, "snapshots": []}
+    assert stack.app.domain.attest(bytes(64)).quote != foreign_quote
+    await control.boot_guest("app")
+    assert stack.app.agent.keys.k256_key == key
+
+
+async def test_reset_makes_a_kms_fresh_again_that_got_keys_since_and_the_same_script_makes_the_same_keys() -> None:
+    async with own_stack(fresh=True) as stack:
+        control = stack.control
+        keys = []
+        for _ in range(2):
+            assert control.kms("src")["phase"] == "onboard"
+            control.allow("src", "kms-src")
+            await control.onboard_kms("src", None)
+            assert control.kms("src")["phase"] == "runtime"
+            folder = control.kms("src")["certs"]
+            keys.append(_files(folder))
+            assert stat.S_IMODE(os.stat(f"{folder}/root-ca.key").st_mode) == 0o600
+            assert control.kms("src")["url"].startswith("https://")
+            control.snapshot("with-keys")
+            await control.reset()
+            assert os.listdir(folder) == []
+            assert control.kms("src")["url"].startswith("http://")
+        assert keys[0] == keys[1]
+        await control.revert("with-keys")  # and the other way round
+        assert _files(folder) == keys[0]
+        assert (await asyncio.to_thread(_ask_kms, stack, "GetTempCaCert")).status == 200
+
+
+async def test_saved_state_is_the_same_stack_in_another_process_with_its_keys(stack: Stack, control: Control) -> None:
+    await control.add_guest("other", app_id="ab" * 20)
+    control.allow("src", "other")
+    await control.boot_guest("other")
+    await control.add_kms("third")
+    control.add_fault(service="x", script=["allow", "deny"])
+    document = json.loads(json.dumps(control.save()))
+    key = stack.guests["other"].agent.keys.disk_crypt_key
+    async with own_stack() as second:
+        await second.control.load(document)
+        assert second.control.save() == document
+        assert second.guests["other"].agent.keys.disk_crypt_key == key
+        assert second.control.kms("third")["phase"] == "onboard"
+        # It is certified by the second process's KMS, with what the first one's gave it.
+        answer = await asyncio.to_thread(foreign.ask_agent, second.services["other"], "GetTlsKey", {"subject": "x"})
+        assert len(answer["certificate_chain"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"version": 2}, "state: version 1 expected, got 2"),
+        ({"format": "other"}, "a document of the format 'dstack-emu state' expected"),
+        ({"seed": "another"}, "the state is of a stack with the seed 'another'"),
+        ({"clock": {"frozen_at": -1}}, "clock: "),
+        ({"more": 1}, "more: Extra inputs are not permitted"),
+        ({"guests": {}}, "state: app, kms-dst, kms-src: expected, and not there"),
+        ({"policies": {}}, "state: policies: dst, src expected"),
+        ({"vendor": {"qe_status": "Fine"}}, "vendor"),
+        ({"journal": -1}, "journal: Input should be greater than or equal to 0"),
+    ],
+)
+async def test_wrong_state_is_refused_by_name_and_changes_nothing(
+    control: Control, change: dict[str, Any], problem: str
+) -> None:
+    before = control.save()
+    with pytest.raises(ControlError) as refused:
+        await control.load({**before, **change})
+    assert problem in str(refused.value)
+    assert control.save() == before
+
+
+# ---- who there is
+
+
+async def test_trust_domain_of_any_identity_boots_if_it_is_allowed(stack: Stack, control: Control) -> None:
+    compose = json.dumps({"name": "mine", "public_tcbinfo": False})
+    made = await control.add_guest(
+        "mine",
+        app_id="0x" + "cd" * 20,
+        compose=compose,
+        image="other-image",
+        platform="another host",
+        events=[{"event": "early", "payload": "01"}],
+    )
+    assert (made["app_id"], made["platform"], made["has_keys"]) == ("cd" * 20, "another host", False)
+    assert made["device_id"] == control.platform("another host")["device_id"]
+    assert made["os_image_hash"] != control.guest("app")["os_image_hash"]
+    with pytest.raises(ControlError, match="OS image is not allowed"):
+        await control.boot_guest("mine")
+    control.allow("src", "mine", this_device_only=True)
+    assert (await control.boot_guest("mine"))["has_keys"] is True
+    answer = await asyncio.to_thread(foreign.ask_agent, made["dstack_sock"], "GetKey", {"path": "a"})
+    assert len(bytes.fromhex(answer["key"])) == 32
+    await control.remove_guest("mine")
+    assert os.listdir(os.path.dirname(made["dstack_sock"])) == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "refusal"),
+    [
+        ({"events": [{"event": "forged", "measured": False}]}, "RTMR3 mismatch"),
+        ({"debug": True}, "Debug mode"),
+    ],
+)
+async def test_trust_domain_that_lies_or_is_debugged_gets_no_keys(
+    control: Control, spec: dict[str, Any], refusal: str
+) -> None:
+    await control.add_guest("liar", **spec)
+    control.allow("src", "liar")
+    with pytest.raises(ControlError) as refused:
+        await control.boot_guest("liar")
+    assert refusal in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "problem"),
+    [
+        ("app", {}, "there is a service app already"),
+        ("pccs", {}, "there is a service pccs already"),
+        ("kms-x", {}, "belongs to a KMS"),
+        ("../x", {}, "name: String should match pattern"),
+        ("x", {"app_id": "00"}, "app_id: 20 bytes expected, got 1"),
+        ("x", {"compose": "{"}, "app-compose: JSON expected"),
+        ("x", {"memory_size": 5}, "requires memory_size =="),
+        ("x", {"colour": "red"}, "colour: Extra inputs are not permitted"),
+    ],
+)
+async def test_trust_domain_that_cannot_be_is_refused_and_leaves_nothing(
+    stack: Stack, control: Control, name: str, spec: dict[str, Any], problem: str
+) -> None:
+    services = dict(stack.services)
+    with pytest.raises(ControlError) as refused:
+        await control.add_guest(name, **spec)
+    assert problem in str(refused.value)
+    assert stack.services == services
+
+
+async def test_kms_that_shares_a_webhook_onboards_and_gives_the_same_keys(stack: Stack, control: Control) -> None:
+    made = await control.add_kms("third", webhook="src")
+    assert made["policy"] is None
+    with pytest.raises(ControlError, match="aggregated MR not allowed"):
+        await control.onboard_kms("third")
+    control.allow("src", "kms-third")
+    assert (await control.onboard_kms("third"))["phase"] == "runtime"
+    with pytest.raises(ControlError, match="it is in its runtime phase"):
+        await control.onboard_kms("third")
+    before = stack.app.agent.keys.k256_key
+    await control.boot_guest("app", "third")
+    assert stack.app.agent.keys.k256_key == before
+    with pytest.raises(ControlError, match="part of the stack"):
+        await control.remove_kms("src")
+
+
+async def test_webhook_of_somebody_else_is_noted_and_is_sent_no_header_of_ours(control: Control) -> None:
+    seen: list[set[str]] = []
+
+    async def decide(request: web.Request) -> web.Response:
+        seen.append({name.lower() for name in request.headers})
+        return web.json_response({"isAllowed": len(seen) < 3, "reason": "enough", "gatewayAppId": ""})
+
+    app = web.Application()
+    app.router.add_post("/bootAuth/kms", decide)
+    server = await serve(app, bind_tcp("127.0.0.1", 0))
+    await control.add_kms("third", webhook=server.url)
+    control.allow("src", "kms-third")
+    before = control.journal.position
+    await control.onboard_kms("third", "src")
+    (asked,) = control.journal.find("/bootAuth/kms", service="webhook", caller="kms-third", since=before)
+    assert (asked["outcome"], asked["decision"]["allowed"]) == ("ok", True)
+    assert asked["decision"]["asked"]["mr_aggregated"] == control.guest("kms-src")["mr_aggregated"]
+    assert seen == [{"host", "user-agent", "content-type", "content-length", "accept", "accept-encoding"}]
+    await server.close()
+
+
+# ---- over HTTP
+
+
+async def _ask(stack: Stack, method: str, path: str, body: Any = None, **options: Any) -> tuple[int, Any]:
+    async with aiohttp.ClientSession() as session:
+        data = {} if body is None else {"json": body}
+        async with session.request(method, stack.services["control"] + path, **data, **options) as response:
+            return response.status, await response.json()
+
+
+async def test_openapi_document_names_every_call_and_every_call_answers_or_refuses(stack: Stack) -> None:
+    status, document = await _ask(stack, "GET", "/openapi.json")
+    assert status == 200
+    assert document == json.loads(json.dumps(openapi()))
+    for operation in OPERATIONS:
+        described = document["paths"][operation.path][operation.method.lower()]
+        assert described["summary"]
+        if operation.method == "GET" and "{" not in operation.path:
+            assert (await _ask(stack, "GET", operation.path))[0] == 200
+        path = operation.path.format(name="nobody", side="nobody", id="nobody") if "{" in operation.path else ""
+        if path and operation.method == "GET":
+            status, answer = await _ask(stack, "GET", path)
+            assert (status, "there is no" in answer["error"]) == (404, True)
+    references = {text.split('"')[0] for text in json.dumps(document).split("#/components/schemas/")[1:]}
+    assert references <= document["components"]["schemas"].keys()
+
+
+async def test_session_over_http_changes_and_turns_back(stack: Stack) -> None:
+    assert (await _ask(stack, "POST", "/snapshots", {"name": "here"})) == (200, {"name": "here"})
+    assert (await _ask(stack, "PATCH", "/platforms/host of app", {"tcb_status": "OutOfDate"}))[0] == 200
+    status, answer = await _ask(stack, "POST", "/guests/app/boot", {})
+    assert (status, "TCB status is not up to date" in answer["error"]) == (403, True)
+    status, answer = await _ask(stack, "GET", "/journal/count?call=/bootAuth/app&outcome=denied")
+    assert (status, answer) == (200, {"calls": 1})
+    assert (await _ask(stack, "POST", "/snapshots/here/revert", {}))[0] == 200
+    assert (await _ask(stack, "GET", "/journal/count?outcome=denied"))[1] == {"calls": 0}
+    assert (await _ask(stack, "GET", "/platforms/host of app"))[1]["tcb_status"] == "UpToDate"
+
+
+async def test_journal_streams_each_record_as_it_ends(stack: Stack, control: Control) -> None:
+    url = stack.services["control"] + "/journal/stream"
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(url, params={"since": str(control.journal.position)}) as lines,
+        session.get(url, headers={"Accept": "text/event-stream"}) as events,
+    ):
+        await control.boot_guest("app")
+        (expected,) = control.journal.records(limit=1)
+        assert json.loads(await lines.content.readline()) == expected
+        assert (await events.content.readline()).startswith(b'data: {"id":')
+        assert events.content_type == "text/event-stream"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "problem"),
+    [
+        ({"Host": "evil.example"}, 403, "Host: localhost or an IP address expected"),
+        ({"Host": "localhost.evil.example:80"}, 403, "Host: "),
+        ({"Origin": "http://evil.example"}, 403, "Origin: "),
+        ({"Origin": "null"}, 403, "Origin: "),
+        ({"Content-Type": "text/plain"}, 415, "Content-Type: application/json expected"),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, 415, "Content-Type: "),
+    ],
+)
+async def test_request_as_a_web_page_could_send_it_is_refused(
+    stack: Stack, control: Control, headers: dict[str, str], status: int, problem: str
+) -> None:
+    body = {"data": json.dumps({"kind": "hang"}), "headers": {"Content-Type": "application/json", **headers}}
+    seen, answer = await _ask(stack, "POST", "/faults", **body)
+    assert (seen, problem in answer["error"]) == (status, True)
+    assert control.faults() == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "problem"),
+    [
+        ("POST", "/clock", {"set": "soon"}, 400, "Unix seconds or ISO 8601"),
+        ("POST", "/clock", {"set": 1, "advance": 1}, 400, "one of set, advance, freeze"),
+        ("POST", "/clock", {"set": -5}, 400, "set: Input should be greater than or equal to 0"),
+        ("POST", "/clock", {"advance": "1y"}, 400, "a number with s, m, h, d or w"),
+        ("PATCH", "/vendor", {"qe_status": "Fine"}, 400, "qe_status: Input should be 'UpToDate'"),
+        ("PATCH", "/vendor", {"collateral_until": 5}, 400, "collateral dates: "),
+        ("PATCH", "/platforms/nobody", {}, 404, "there is no platform 'nobody'"),
+        ("POST", "/faults", [1], 400, "Input should be a valid dictionary"),
+        ("PUT", "/policies/src", [1], 400, "a policy is an object, got list"),
+        ("POST", "/policies/src/allow", {"guest": "nobody"}, 404, "there is no trust domain 'nobody'"),
+        ("POST", "/snapshots/nothing/revert", {}, 404, "there is no snapshot 'nothing'"),
+        ("PUT", "/state", {"version": 1}, 400, "a document of the format"),
+        ("DELETE", "/snapshots/ready", None, 409, "it stays"),
+        ("DELETE", "/guests/app", None, 409, "it stays"),
+        ("GET", "/journal?limit=x", None, 400, "limit: a number expected"),
+        ("GET", "/journal?colour=x", None, 400, "'colour': no parameter of this call"),
+        ("GET", "/nothing", None, 404, "/openapi.json lists what there is"),
+        ("DELETE", "/clock", None, 405, "/openapi.json lists what there is"),
+    ],
+)
+async def test_wrong_request_is_refused_with_the_reason(
+    stack: Stack, method: str, path: str, body: Any, status: int, problem: str
+) -> None:
+    seen, answer = await _ask(stack, method, path, body)
+    assert (seen, problem in answer["error"]) == (status, True), answer

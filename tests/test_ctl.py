@@ -1,0 +1,68 @@
+"""`dstack-emu ctl`: the control API from a shell."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.running import RunningStack
+from tests.vectors import ROOT
+
+
+def _ctl(stack: RunningStack, *words: str, environment: dict[str, str] | None = None) -> tuple[int, str, str]:
+    where = [] if environment else ["--url", stack.services["control"]]
+    command = [sys.executable, "-m", "stack", "ctl", *where, *words]
+    env = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.timeout(120)
+def test_shell_revokes_breaks_and_turns_back(ready_stack: RunningStack, tmp_path: Path) -> None:
+    def ctl(*words: str) -> str:
+        status, out, err = _ctl(ready_stack, *words)
+        assert (status, err) == (0, ""), (words, err)
+        return out
+
+    assert ctl("health") == "ready\n"
+    ctl("save", str(tmp_path / "state.json"))
+    assert stat.S_IMODE((tmp_path / "state.json").stat().st_mode) == 0o600
+    ctl("policy", "deny", "src", "app")
+    ctl("fault", "service=auth-dst", "kind=status", "status=503")
+    status, out, err = _ctl(ready_stack, "guest", "boot", "app")
+    assert (status, out, err.startswith("Error: Failed to get app keys from KMS: ")) == (1, "", True)
+    assert err.count("\n") == 1
+    tail = ctl("tail", "-n", "1", "--no-follow")
+    assert "stack → app Boot  400 Failed to get app keys" in tail
+    assert "kms-src → auth-src /bootAuth/app  denied: app not registered [app_registered]; app_id " in tail
+    assert ctl("journal", "count", "call=/bootAuth/app", "outcome=denied") == "1\n"
+    assert json.loads(ctl("fault"))[0]["status"] == 503
+    ctl("clock", "freeze", "2026-06-01")
+    assert json.loads(ctl("clock"))["now"] == 1_780_272_000
+    ctl("load", str(tmp_path / "state.json"))
+    assert ctl("fault") == "[]\n"
+    assert json.loads(ctl("guest", "boot", "app"))["has_keys"] is True
+
+
+@pytest.mark.timeout(120)
+def test_shell_finds_the_stack_by_its_folder_and_by_the_environment(ready_stack: RunningStack, tmp_path: Path) -> None:
+    environment = {"DSTACK_EMU_CONTROL": ready_stack.services["control"]}
+    assert _ctl(ready_stack, "health", environment=environment)[1] == "ready\n"
+    environment = {"DSTACK_EMU_CONTROL": "http://127.0.0.1:1"}
+    state = ready_stack.description["state"]
+    assert _ctl(ready_stack, "--state", state, "health", environment=environment)[1] == "ready\n"
+    status, _, err = _ctl(ready_stack, "health", environment=environment)
+    assert (status, "no stack answers at http://127.0.0.1:1" in err) == (2, True)
+    status, _, err = _ctl(ready_stack, "--state", str(tmp_path), "health", environment=environment)
+    assert (status, f"no stack is ready in {tmp_path}" in err) == (2, True)
+
+
+def test_journal_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "stack", "up", "--free-ports", "--journal", str(tmp_path / "no" / "journal")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"--journal: the journal {tmp_path / 'no' / 'journal'} cannot be written" in done.stderr

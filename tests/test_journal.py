@@ -1,0 +1,153 @@
+"""The journal: the same seed and script give the same bytes, and what it says of a refusal."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stack.world.control import Control
+from stack.world.journal import Journal, record_of
+from stack.world.models import ControlError
+from stack.world.tail import lines
+from stack.world.trace import OUTSIDE, current, entered, headers_of, read_header
+from tests.vectors import ROOT
+from tests.world import own_stack
+
+FROZEN = 1_780_000_000
+
+SCRIPT = f"""
+import asyncio, sys
+from pathlib import Path
+from stack.world.models import ControlError
+from tests.world import own_stack
+
+async def play(control):
+    control.set_clock(freeze={FROZEN})
+    await control.add_kms("third")
+    await control.boot_guest("app")
+    control.deny("src", "app")
+    for tcb_status in ("OutOfDate", "UpToDate"):
+        control.set_platform("host of app", tcb_status=tcb_status)
+        try:
+            await control.boot_guest("app")
+        except ControlError:
+            pass
+    control.allow("src", "app")
+    control.allow("src", "kms-third")
+    control.allow("third", "kms-src")
+    control.add_fault(service="pccs", kind="status", probability=0.4)
+    for _ in range(4):
+        try:
+            await control.onboard_kms("third", "src")
+        except ControlError:
+            pass
+    control.emit_event("app", "hello", "00")
+
+async def main():
+    async with own_stack(seed="journal", journal=Path(sys.argv[1])) as stack:
+        position = stack.world.journal.position
+        print(position)
+        stack.control.snapshot()
+        await play(stack.control)
+        await stack.control.revert()
+        await play(stack.control)
+
+asyncio.run(main())
+"""
+
+
+def _played(path: Path) -> list[str]:
+    """Run the script twice in one process, with a revert in between; return its records, those of either time."""
+    command = [sys.executable, "-c", SCRIPT, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=True)
+    lines_of_file = path.read_text().splitlines()[int(done.stdout) :]
+    (middle,) = (i for i, line in enumerate(lines_of_file) if "rewound_to" in line)
+    return ["\n".join(lines_of_file[:middle]), "\n".join(lines_of_file[middle + 1 :])]
+
+
+@pytest.mark.timeout(200)
+def test_same_seed_and_script_give_the_same_journal_in_two_runs_and_two_processes(tmp_path: Path) -> None:
+    first, again = _played(tmp_path / "one")
+    assert first == again
+    assert _played(tmp_path / "two") == [first, again]
+    assert first.count("\n") > 5
+    assert all(json.loads(line)["time"] == "2026-05-28T20:26:40.000Z" for line in first.splitlines())
+    assert "127.0.0.1" not in first
+
+
+async def test_denied_boot_says_the_rule_and_what_did_not_match() -> None:
+    async with own_stack() as stack:
+        control: Control = stack.control
+        policy = control.policy("src")
+        (app,) = policy["apps"].values()
+        app["composeHashes"] = ["0xabcd"]
+        control.set_policy("src", policy)
+        before = control.journal.position
+        with pytest.raises(ControlError, match="compose hash not allowed"):
+            await control.boot_guest("app")
+        (record,) = control.journal.records(since=before)
+        assert (record["call"], record["outcome"]) == ("Boot", "refused")
+        (asked,) = control.journal.find("/bootAuth/app", since=before)
+        guest = control.guest("app")
+        decision = asked["decision"]
+        assert decision["rule"] == "app_compose_hash"
+        assert decision["mismatch"] == {"field": "compose_hash", "got": guest["compose_hash"], "allowed": ["0xabcd"]}
+        assert decision["asked"]["device_id"] == guest["device_id"]
+        shown = "\n".join(lines(record))
+        assert "denied: compose hash not allowed [app_compose_hash]; compose_hash" in shown
+        assert "the policy has 0xabcd" in shown
+        assert "\033[" not in shown
+        # Two questions about the KMS, one about the app: the counts that a test of a policy wants to see.
+        assert control.journal.calls("/bootAuth/kms", since=before) == 2
+        assert control.journal.calls("/bootAuth/*", service="auth-src", outcome="denied", since=before) == 1
+        assert control.journal.calls("KMS.GetAppKey", caller="app", since=before) == 1
+        control.journal.clear()
+        assert control.journal.calls() == 0
+
+
+async def test_calls_at_the_same_time_are_each_a_trace_of_their_own() -> None:
+    async with own_stack() as stack:
+        control = stack.control
+        for name in ("one", "two", "three"):
+            await control.add_guest(name)
+            control.allow("src", name)
+        before = control.journal.position
+        await asyncio.gather(*(control.boot_guest(name) for name in ("one", "two", "three")))
+        records = control.journal.records(since=before)
+        assert sorted(r["service"] for r in records) == ["one", "three", "two"]
+        for record in records:
+            (key,) = [inner for inner in record["inner"] if inner.get("call") == "GetAppKey"]
+            assert key["caller"] == record["service"]
+            assert key["released"]["to"]["app_id"] == control.guest(record["service"])["app_id"]
+
+
+def test_memory_is_bounded_and_a_late_answer_changes_no_record() -> None:
+    journal = Journal(lambda: 0.0, kept=3)
+    for _ in range(5):
+        journal.end(journal.begin("s", "C", "", 0, OUTSIDE), 200)
+    assert [record["id"] for record in journal.records()] == ["3", "4", "5"]
+    outer = journal.begin("s", "Outer", "", 0, OUTSIDE)
+    with entered(outer):
+        parent, place, caller = read_header(headers_of("s")()["X-Dstack-Emu-Trace"])
+    inner = journal.begin("t", "Inner", parent, place, caller)
+    journal.end(outer, 400, "no answer")
+    before = record_of(outer)
+    journal.end(inner, 200)
+    assert record_of(outer) == before
+    assert before["inner"][0]["outcome"] == "unanswered"
+    assert current() is None
+
+
+@pytest.mark.parametrize("text", [None, "", "x", "::", ":::", "1:x:y z", "9" * 40, "1:-1:app\n", "a:b:c:d"])
+def test_header_of_somebody_else_is_from_outside(text: str | None) -> None:
+    assert read_header(text) == ("", 0, OUTSIDE)
+
+
+def test_header_that_claims_a_call_which_is_over_begins_a_trace_of_its_own() -> None:
+    journal = Journal(lambda: 0.0)
+    journal.end(journal.begin("s", "C", "", 0, OUTSIDE), 200)
+    late = journal.begin("s", "D", "1", 1, "app")
+    assert late.id == "2"

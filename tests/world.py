@@ -1,0 +1,18 @@
+"""A stack in the test's own process, and what tests of its control do with it again and again."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from stack.config import StackConfig
+from stack.stack import Stack
+
+PATIENCE = 1.0
+"""Seconds that the services of such a stack wait for one another."""
+
+
+@asynccontextmanager
+async def own_stack(**settings: Any) -> AsyncIterator[Stack]:
+    """Run a stack on free ports."""
+    async with Stack(StackConfig.on_free_ports(**settings)) as stack:
+        yield stack
