@@ -141,7 +141,7 @@ class RunningGuest:
         path = reserve_unix(self.folder / "grpc.sock", setting="--state DIR")
         stack.grpc[f"{self.service}-grpc"] = reachable(sock)
         with stack.logs.of(self.service):
-            server = await serve_agent(self.agent, sock, path)
+            server = await serve_agent(self.agent, sock, path, interceptors=stack.world.interceptors(self.service))
         self._exit.push_async_callback(server.close)
 
     async def boot(self, stack: "Stack", kms: str) -> None:

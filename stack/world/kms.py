@@ -145,6 +145,7 @@ async def _serve_kms(stack: "Stack", kms: RunningKms) -> None:
             issue_clock=stack.world.clock.issue,
             sock=sock,
             grpc_socks=grpc_socks,
+            grpc_interceptors=stack.world.interceptors(name) if grpc_socks else (),
             auth=stack.world.webhook(name, webhook, own=is_own),
             surroundings=stack.world.surroundings(name, stack.verifier_of(name)),
         )
