@@ -23,13 +23,18 @@ from transport.errors import TransportError
 from transport.ratls import Identity, client_context
 
 A = TypeVar("A", bound=Message)
+Options = tuple[tuple[str, object], ...]
 
-_OPTIONS: Final = (
+_OPTIONS: Final[Options] = (
     ("grpc.use_local_subchannel_pool", 1),  # grpcio shares connections among channels otherwise
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", MAX_RESPONSE),
 )
+
+
+PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""How a client of HTTP/2 begins, with settings that change nothing (RFC 9113, section 3.4)."""
 
 
 class StatusError(Exception):
@@ -46,7 +51,7 @@ async def call(
     request: Message,
     answer: type[A],
     *,
-    timeout: float,
+    seconds: float,
     secure: bool = False,
     identity: Identity | None = None,
 ) -> A:
@@ -55,14 +60,14 @@ async def call(
     Raises `StatusError` where the server refuses, `TransportError` where no answer came.
     """
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(seconds):
             if secure:
                 credentials, options = _trusting(await _certificate(target, identity), identity)
             else:
                 credentials, options = None, ()
                 await _require_listener(target)
     except (OSError, TimeoutError) as error:
-        raise TransportError(target, describe_failure(error, timeout)) from error
+        raise TransportError(target, describe_failure(error, seconds)) from error
     except FormatError as error:
         raise TransportError(target, str(error)) from error
     async with _channel(target, credentials, (*_OPTIONS, *options)) as channel:
@@ -70,26 +75,45 @@ async def call(
             f"/{method}", request_serializer=type(request).SerializeToString, response_deserializer=answer.FromString
         )
         try:
-            received: A = await stub(request, timeout=timeout)
+            received: A | None = await stub(request, timeout=seconds)
         except grpc.aio.AioRpcError as error:
             code, text = error.code(), error.details() or ""
             if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise TransportError(target, f"no answer within {timeout:g} s") from error
+                raise TransportError(target, f"no answer within {seconds:g} s") from error
             # A server that answered UNAVAILABLE is still there; where grpcio says it of itself, it is not.
             connected = channel.get_state() is grpc.ChannelConnectivity.READY
             if code is grpc.StatusCode.UNAVAILABLE and not connected:
                 raise TransportError(target, text) from error
             raise StatusError(code.name, text) from error
+        if received is None:  # so grpc.aio tells of bytes that are no message
+            raise TransportError(target, "the answer is no message")
         return received
 
 
-async def certificate_of(target: str, *, timeout: float) -> bytes:
+async def certificate_of(target: str, *, seconds: float) -> bytes:
     """The certificate (DER) that a server shows; raise `TransportError` where there is no TLS."""
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(seconds):
             return await _certificate(target, None)
     except (OSError, TimeoutError) as error:
-        raise TransportError(target, describe_failure(error, timeout)) from error
+        raise TransportError(target, describe_failure(error, seconds)) from error
+
+
+async def is_demanded(target: str, *, seconds: float) -> bool:
+    """Whether a server's TLS refuses a client that shows no certificate; raise `TransportError` where there is none."""
+    try:
+        async with asyncio.timeout(seconds):
+            reader, writer = await asyncio.open_connection(*split(target), ssl=client_context())
+            try:
+                writer.write(PREFACE)  # which a server of HTTP/2 answers
+                await reader.read(1)
+            except ssl.SSLError as error:
+                return error.reason is not None and "CERTIFICATE_REQUIRED" in error.reason
+            finally:
+                writer.transport.abort()
+            return False
+    except (OSError, TimeoutError) as error:
+        raise TransportError(target, describe_failure(error, seconds)) from error
 
 
 async def _certificate(target: str, identity: Identity | None) -> bytes:
@@ -113,7 +137,7 @@ def split(target: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _trusting(certificate: bytes, identity: Identity | None) -> tuple[grpc.ChannelCredentials, tuple[tuple[str, str], ...]]:
+def _trusting(certificate: bytes, identity: Identity | None) -> tuple[grpc.ChannelCredentials, Options]:
     """TLS settings that take this certificate, and the name in it, for good."""
     read = load_der(certificate)
     names: list[str] = []
@@ -127,7 +151,7 @@ def _trusting(certificate: bytes, identity: Identity | None) -> tuple[grpc.Chann
 
 
 def _channel(
-    target: str, credentials: grpc.ChannelCredentials | None, options: tuple[tuple[str, object], ...]
+    target: str, credentials: grpc.ChannelCredentials | None, options: Options
 ) -> grpc.aio.Channel:
     if credentials is None:
         return grpc.aio.insecure_channel(target, options)
