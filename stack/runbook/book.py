@@ -105,7 +105,8 @@ class Book:
         self._judge(asked, answer, expected, keep or method, given)
         before = {"Onboard.Bootstrap": self.bootstrap, "Onboard.Onboard": self.onboarded}
         if "has already been" in answer.error and before.get(method, answer) is None:
-            raise RunbookError(f"kms-{side} at {kms.onboard}: {answer.error}: {START_AGAIN}")
+            where = self.caller.address(kms, method)
+            raise RunbookError(f"kms-{side} at {where}: {answer.error}: {START_AGAIN}")
         return answer
 
     async def get(self, what: str, url: str, expected: Expected, *, keep: str = "") -> Answer:
@@ -186,10 +187,12 @@ class Book:
                 return
             meta = await self.caller.call(kms, "KMS.GetMeta", {})
             if meta.ok:
-                raise RunbookError(f"kms-{side} at {kms.runtime} has keys already: {START_AGAIN}")
+                where = self.caller.address(kms, "KMS.GetMeta")
+                raise RunbookError(f"kms-{side} at {where} has keys already: {START_AGAIN}")
             if time.monotonic() > deadline:
                 said = answer.error or f"status {answer.status}"
-                raise RunbookError(f"kms-{side} at {kms.onboard} does not say what it measures: {short(said)}")
+                where = self.caller.address(kms, "Onboard.GetAttestationInfo")
+                raise RunbookError(f"kms-{side} at {where} does not say what it measures: {short(said)}")
             await asyncio.sleep(PAUSE)
 
     async def _wait_until_it_runs(self, side: str) -> Answer:

@@ -71,6 +71,10 @@ class Caller(Protocol):
 
     finishes_by_page: bool
 
+    def address(self, kms: Kms, method: str) -> str:
+        """Where a method of a KMS is asked, for a person."""
+        ...
+
     async def call(self, kms: Kms, method: str, arguments: dict[str, Any], identity: Identity | None = None) -> Answer:
         """Call `Service.Method` of a KMS, with a client certificate if one is given."""
         ...
@@ -102,10 +106,14 @@ class PrpcCaller:
         self._contexts: dict[Identity, SSLContext] = {}
         self._session: aiohttp.ClientSession | None = None
 
+    def address(self, kms: Kms, method: str) -> str:
+        """The URL of the phase that serves it."""
+        return kms.onboard if method.startswith("Onboard.") else kms.runtime
+
     async def call(self, kms: Kms, method: str, arguments: dict[str, Any], identity: Identity | None = None) -> Answer:
         """POST to `/prpc/Service.Method?json`."""
-        url = kms.onboard if method.startswith("Onboard.") else kms.runtime
-        return await self._ask("POST", f"{url}/prpc/{method}?json", json.dumps(arguments), identity)
+        url = f"{self.address(kms, method)}/prpc/{method}?json"
+        return await self._ask("POST", url, json.dumps(arguments), identity)
 
     async def peer(self, kms: Kms, verifier: AttestationVerifier | None) -> Peer:
         """Judge the certificate behind an answer of GetMeta."""

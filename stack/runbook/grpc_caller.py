@@ -34,6 +34,10 @@ class GrpcCaller:
     def __init__(self) -> None:
         self._pages = PrpcCaller()
 
+    def address(self, kms: Kms, method: str) -> str:
+        """The port for clients without a certificate."""
+        return kms.grpc
+
     async def call(self, kms: Kms, method: str, arguments: dict[str, Any], identity: Identity | None = None) -> Answer:
         """Call `kms.Service/Method` at the port that serves it."""
         descriptor: MethodDescriptor = default_pool().FindMethodByName(f"{PACKAGE}.{method}")

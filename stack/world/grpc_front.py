@@ -84,23 +84,24 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
         async def handle(request: Any, context: Any) -> Any:
             met = self._faults.meet(self._service, name, caller)
             call = journal.begin(self._service, name, parent, place, caller)
-            status, error = None, ""
+
+            def refused(code: grpc.StatusCode, text: str) -> None:
+                call.note("grpc", code.name)
+                journal.end(call, 400, journal.scrub(text))
+
+            status, noting = None, _Noting(context, refused)
             try:
                 with entered(call):
                     if met is None:
-                        answer = await handler(request, context)
+                        answer = await handler(request, noting)
                     else:
                         call.note("fault", {"id": met[0].id, "kind": met[1].kind})
-                        answer = await _misbehave(*met, path, handler, request, context)
+                        answer = await _misbehave(*met, path, handler, request, noting)
                 status = 200
                 call.note("grpc", "OK")
                 return answer
-            except grpc.aio.AbortError:
-                status, error = 400, journal.scrub(str(context.details()))
-                call.note("grpc", context.code().name)
-                raise
             finally:
-                journal.end(call, status, error)
+                journal.end(call, status)  # but for a refusal, which is noted already
 
         return handle
 
@@ -119,6 +120,21 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
         call = self._journal.begin(self._service, path, *_trace(called))
         call.note("grpc", grpc.StatusCode.UNIMPLEMENTED.name)
         self._journal.end(call, 400, "Method not found!")
+
+
+class _Noting:
+    """A call's context that tells of a refusal before the client hears of it."""
+
+    def __init__(self, context: Any, refused: Callable[[grpc.StatusCode, str], None]) -> None:
+        self._context, self._refused = context, refused
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def abort(self, code: grpc.StatusCode, text: str = "", trailing_metadata: Any = ()) -> None:
+        """End the call with a status."""
+        self._refused(code, text)
+        await self._context.abort(code, text, trailing_metadata)
 
 
 def _trace(called: Any) -> tuple[str, int, str]:
