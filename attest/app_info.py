@@ -105,16 +105,21 @@ def decode_app_info(
     vm_config: str = "",
     boot_time: bool = False,
     device_id: bytes = UNKNOWN_DEVICE_ID,
+    verified: TdReport | None = None,
 ) -> AppInfo:
     """Read identity and measurements from evidence.
 
     `vm_config` (a request's) goes before the evidence's own config. `boot_time` measures RTMR3 up to and including
-    `boot-mr-done` and leaves the key provider out, as SignCert judges. Raises `FormatError`.
+    `boot-mr-done` and leaves the key provider out, as SignCert judges. `verified` is the quote's report where the
+    evidence was verified, so that nothing is parsed or replayed twice. Raises `FormatError`.
     """
-    report = Quote.parse(attestation.quote).report
+    report = verified or Quote.parse(attestation.quote).report
     events = attestation.runtime_events
     key_provider = b"" if boot_time else find_payload(events, "key-provider")
-    rtmr3 = replay_runtime(events, BOOT_MR_DONE if boot_time else None)
+    if verified is not None and not boot_time:
+        rtmr3 = verified.rt_mr3  # verified means that the events replay to it
+    else:
+        rtmr3 = replay_runtime(events, BOOT_MR_DONE if boot_time else None)
     return AppInfo(
         app_id=find_payload(events, "app-id"),
         compose_hash=find_payload(events, "compose-hash"),

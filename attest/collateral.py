@@ -6,7 +6,9 @@ together. Source: Intel PCS API v4; `dcap-qvl` src/collateral.rs at 0.7.0.
 """
 
 import datetime
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote
@@ -25,6 +27,9 @@ ROOT_CA_CRL_PATH: Final = "/sgx/certification/v4/rootcacrl"
 PCK_CRL_ISSUER_HEADER: Final = "SGX-PCK-CRL-Issuer-Chain"
 TCB_INFO_ISSUER_HEADERS: Final = ("TCB-Info-Issuer-Chain", "SGX-TCB-Info-Issuer-Chain")
 QE_IDENTITY_ISSUER_HEADER: Final = "SGX-Enclave-Identity-Issuer-Chain"
+
+REVALIDATION_HEADER: Final = "Dstack-Emu-Revalidation"
+"""Where a PCCS of ours is asked whether any of a platform's four documents changed; Intel's know nothing of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,15 @@ class CollateralKey:
             f"{QE_IDENTITY_PATH}?update=standard",
             ROOT_CA_CRL_PATH,
         )
+
+
+def combined_etag(etags: Sequence[str]) -> str:
+    """Make the ETag of documents together from theirs, in the order of `CollateralKey.requests`.
+
+    Who asks makes it of what he holds, who answers of what there is now: where both are equal, nothing changed.
+    """
+    lines = "\n".join(etags).encode(errors="surrogateescape")
+    return f'"{hashlib.sha256(lines).hexdigest()}"'
 
 
 def assemble(pck_crl: Document, tcb_info: Document, qe_identity: Document, root_ca_crl: Document) -> QuoteCollateralV3:

@@ -15,3 +15,7 @@ class FormatError(AttestError):
 
 class VerificationError(AttestError):
     """Well-formed evidence that proves nothing: a signature, a register, a date or a binding does not hold."""
+
+
+class UnjudgedError(VerificationError):
+    """Evidence that could not be judged, because collateral or an image was not to be had; it may be good."""

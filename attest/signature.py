@@ -29,6 +29,16 @@ def k256_key(secret: bytes, what: str = "secp256k1 key") -> PrivateKey:
         raise FormatError(f"{what}: a scalar below the group order and not zero expected") from error
 
 
+def k256_point(secret: bytes, what: str = "secp256k1 key") -> bytes:
+    """Give the public key of a 32-byte scalar: the compressed point, 33 bytes. Half as dear as a `k256_key`."""
+    if len(secret) != 32:
+        raise FormatError(f"{what}: 32 bytes expected, got {len(secret)}")
+    try:
+        return PublicKey.from_secret(secret).format()
+    except ValueError as error:
+        raise FormatError(f"{what}: a scalar below the group order and not zero expected") from error
+
+
 def sign_recoverable(key: PrivateKey, message: bytes) -> bytes:
     """Sign keccak(message): 65 bytes r, s, recovery id."""
     return key.sign_recoverable(keccak(message), hasher=None)

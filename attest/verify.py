@@ -61,7 +61,11 @@ class VerifiedAttestation:
     def app_info(self, *, vm_config: str = "", boot_time: bool = False) -> AppInfo:
         """Identity and measurements, with the true device id (SHA-256 of the PPID)."""
         return decode_app_info(
-            self.attestation, vm_config=vm_config, boot_time=boot_time, device_id=device_id(self.quote.ppid)
+            self.attestation,
+            vm_config=vm_config,
+            boot_time=boot_time,
+            device_id=device_id(self.quote.ppid),
+            verified=self.quote.report,
         )
 
     def boot_info(self, *, vm_config: str = "", boot_time: bool = False) -> BootInfo:

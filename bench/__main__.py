@@ -18,11 +18,14 @@ BENCHMARKS: Final = (
     "verification",
     "getquote",
     "startup",
+    "agent",
     "runbook",
     "getappkey",
     "getappkey_new",
     "gettempcacert",
     "image_verify",
+    "memory",
+    "grpc",
     "journal",
 )
 

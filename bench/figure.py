@@ -11,14 +11,18 @@ Measure = Callable[["Effort"], Iterable["Figure"]]
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long to look: each side gets `rounds` rounds of `seconds`; a process is started `starts` times."""
+    """How long to look: each side gets `rounds` rounds of `seconds`; a process is started `starts` times.
+
+    What grows with calls is asked for `calls` of them.
+    """
 
     rounds: int = 5
     seconds: float = 0.8
     starts: int = 5
+    calls: int = 10_000
 
 
-FULL, QUICK = Effort(), Effort(rounds=3, seconds=0.25, starts=3)
+FULL, QUICK = Effort(), Effort(rounds=3, seconds=0.25, starts=3, calls=1000)
 
 
 @dataclass(frozen=True, slots=True)

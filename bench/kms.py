@@ -118,16 +118,10 @@ def measured_kms(*, verify_images: bool = False) -> Iterator[MeasuredKms]:
                 verify=str(verify_images).lower(),
             )
         )
-        command = (sys.executable, "-m", "stack", "kms", "--config", str(config))
+        command = (sys.executable, "-m", "stack", "kms", "--config", str(config), "--json")
         environment = {"DSTACK_AGENT_ADDRESS": services["agent-src"]}
-        with (
-            running(command, SERVER_CORE, environment=environment, ready="KMS (", ready_on="stderr") as (
-                process,
-                line,
-            ),
-            on_core(OTHER_CORE),
-        ):
-            url = urlsplit(next(word.rstrip(".") for word in line.split() if word.startswith("http")))
+        with running(command, SERVER_CORE, environment=environment) as (process, line), on_core(OTHER_CORE):
+            url = urlsplit(json.loads(line)["url"])
             temp_ca = asyncio.run(_set_up(url.netloc))
             yield MeasuredKms(process.pid, (str(url.hostname), int(url.port or 0)), certs, stack, temp_ca)
 

@@ -95,3 +95,14 @@ def closed_loop(connections: Sequence[Connection]) -> Callable[[float], float]:
         return (calls + len(connections)) / (time.perf_counter() - began)
 
     return measure
+
+
+def ask(connections: Sequence[Connection], calls: int) -> None:
+    """Make so many calls, one after another on each connection and at the same time on all."""
+    while calls > 0:
+        batch = connections[:calls]
+        for connection in batch:
+            connection.send()
+        for connection in batch:
+            connection.receive()
+        calls -= len(batch)

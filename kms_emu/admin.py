@@ -60,7 +60,7 @@ def admin_app(cache: ImageCache, token: str | None, log: EventLog) -> web.Applic
 def _require_token(token: str | None, log: EventLog) -> Middleware:
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if token is None or any(hmac.compare_digest(given, token.encode()) for given in _given(request)):
+        if is_admitted(request.headers, token):
             return await handler(request)
         log.info("refused", listener="admin", reason="no valid credential", path=request.path)
         return web.Response(status=401, headers={"WWW-Authenticate": f'Basic realm="{REALM}"'})
@@ -68,10 +68,15 @@ def _require_token(token: str | None, log: EventLog) -> Middleware:
     return check
 
 
-def _given(request: web.Request) -> list[bytes]:
-    """The tokens a request carries: the header of its own, Bearer, or the user name of Basic."""
-    given = [request.headers[TOKEN_HEADER]] if TOKEN_HEADER in request.headers else []
-    scheme, _, value = request.headers.get("Authorization", "").partition(" ")
+def is_admitted(headers: Mapping[str, str], token: str | None) -> bool:
+    """Whether one of the tokens in a call's headers (of any case) is the one, or none is asked for."""
+    return token is None or any(hmac.compare_digest(given, token.encode()) for given in _given(headers))
+
+
+def _given(headers: Mapping[str, str]) -> list[bytes]:
+    """The tokens that headers carry: the one of its own, Bearer, or the user name of Basic."""
+    given = [headers[TOKEN_HEADER]] if TOKEN_HEADER in headers else []
+    scheme, _, value = headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         given.append(value.strip())
     elif scheme.lower() == "basic":

@@ -5,6 +5,7 @@ something that is no decision. Texts as in dstack `kms/src/main_service/upgrade_
 parsers' words are our own. Decisions are never cached.
 """
 
+import functools
 import http
 import json
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from attest.app_info import BootInfo
 from attest.version import UPSTREAM
 from kms_emu.errors import UnavailableError
 from transport.client import MoreHeaders, describe_failure
+from transport.keepalive import AnswerTooLongError, KeepAliveClient, header_lines
 
 USER_AGENT: Final = f"dstack-kms/{UPSTREAM}"
 TIMEOUT: Final = 10.0
@@ -85,12 +87,13 @@ class WebhookAuth:
         self.url = url
         self._timeout = timeout
         self._more_headers = headers
-        self._session: aiohttp.ClientSession | None = None
+        self._client = KeepAliveClient(timeout=timeout, max_answer=MAX_ANSWER, headers={"User-Agent": USER_AGENT})
+        base = url.rstrip("/")
+        self._boot_auth = {True: f"{base}/bootAuth/kms", False: f"{base}/bootAuth/app"}
 
     async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
         """POST the question to bootAuth/kms or bootAuth/app."""
-        url = f"{self.url.rstrip('/')}/bootAuth/{'kms' if is_kms else 'app'}"
-        answer = _Fields(await self._ask("POST", url, boot_info.to_json()), "BootResponse")
+        answer = _Fields(await self._ask("POST", self._boot_auth[is_kms], _question(boot_info)), "BootResponse")
         return Decision(answer.boolean("isAllowed"), answer.text("reason"), answer.text("gatewayAppId"))
 
     async def info(self) -> AuthInfo:
@@ -108,36 +111,30 @@ class WebhookAuth:
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._client.close()
 
     async def _ask(self, method: str, url: str, body: bytes | None = None) -> "_Answer":
-        if self._session is None:
-            timeout = aiohttp.ClientTimeout(total=self._timeout)
-            self._session = aiohttp.ClientSession(
-                timeout=timeout, headers={"User-Agent": USER_AGENT}, cookie_jar=aiohttp.DummyCookieJar()
-            )
-        headers = {} if body is None else {"Content-Type": "application/json"}
+        headers = "" if body is None else "Content-Type: application/json\r\n"
         if self._more_headers is not None:
-            headers |= self._more_headers()
+            headers += header_lines(self._more_headers())
         try:
-            async with self._session.request(
-                method, url, data=body, headers=headers, allow_redirects=False
-            ) as response:
-                data = b""
-                async for chunk in response.content.iter_any():
-                    data += chunk
-                    if len(data) > MAX_ANSWER:
-                        raise UnavailableError(f"auth api {url} answered more than {MAX_ANSWER} bytes")
-                status = response.status
+            answer = await self._client.ask(method, url, body, headers)
+        except AnswerTooLongError as error:
+            raise UnavailableError(f"auth api {url} answered more than {MAX_ANSWER} bytes") from error
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             cause = describe_failure(error, self._timeout)
             raise UnavailableError(f"error sending request for url ({url}): {cause}") from error
+        data, status = answer.body, answer.status
         shown = data[:SHOWN].decode(errors="replace")
         if not 200 <= status < 300:
             raise UnavailableError(f"auth api {url} returned {_status_line(status)}: {shown}")
         return _Answer(f"failed to decode response from {url}, status={_status_line(status)}, body={shown}", data)
+
+
+@functools.lru_cache(maxsize=256)
+def _question(boot_info: BootInfo) -> bytes:
+    """Write the question; whoever asks it again has the same one, and is answered anew."""
+    return boot_info.to_json()
 
 
 @dataclass(frozen=True, slots=True)

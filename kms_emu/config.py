@@ -89,9 +89,10 @@ class RootCaPaths(_Section):
 
 
 class AttestationConfig(_Section):
-    """[core.attestation] (next): another root than Intel's needs the insecure opt-in."""
+    """[core.attestation] (next): another root than Intel's needs the insecure opt-in. `collateral_ttl` is our own."""
 
     insecure_allow_external_trust_anchors: bool = False
+    collateral_ttl: Annotated[Seconds, Field(ge=0, allow_inf_nan=False)] = 0.0
     urls: AttestationUrls = AttestationUrls()
     root_ca: RootCaPaths = RootCaPaths()
 
@@ -177,10 +178,21 @@ class Core(_Section):
         return self.attestation.urls.pccs or self.pccs_url
 
 
+class Grpc(_Section):
+    """[emulator.grpc]: where gRPC is served, if it is."""
+
+    enabled: bool = False
+    address: str = "127.0.0.1"
+    port: Port = 8002
+    mtls_port: Port = 8003
+    admin_port: Port = 8004
+
+
 class Emulator(_Section):
     """[emulator], our own: what no upstream KMS of today does, and none minds in its file."""
 
     rpc_cert_evidence: EvidenceForm = "versioned"
+    grpc: Grpc = Grpc()
 
 
 class KmsConfig(_Section):

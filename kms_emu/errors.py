@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
 
-from attest.errors import AttestError
+from attest.errors import AttestError, UnjudgedError
 
 
 class KmsError(Exception):
@@ -31,7 +31,7 @@ class NotAttestedError(KmsError):
 
 
 class BootDeniedError(KmsError):
-    """The auth webhook said no."""
+    """The auth webhook said no, or the source KMS did."""
 
 
 class UnavailableError(KmsError):
@@ -50,11 +50,14 @@ class ConfigError(KmsError):
 def context(text: str, otherwise: type[KmsError] = NotAttestedError) -> Iterator[None]:
     """Put `text` before every refusal from inside.
 
-    A refusal of the protocol package becomes one of kind `otherwise`.
+    A refusal of the protocol package becomes one of kind `otherwise`, and of kind `UnavailableError` where evidence
+    could not be judged.
     """
     try:
         yield
     except KmsError as error:
         raise error.within(text) from error
+    except UnjudgedError as error:
+        raise UnavailableError(f"{text}: {error}") from error
     except AttestError as error:
         raise otherwise(f"{text}: {error}") from error

@@ -15,7 +15,7 @@ from attest.app_info import APP_ID_SIZE, BootInfo
 from attest.errors import AttestError
 from attest.verify import VerifiedAttestation
 from kms_emu.auth_api import AuthApi
-from kms_emu.errors import BootDeniedError, InvalidRequestError, NotAttestedError, context
+from kms_emu.errors import BootDeniedError, InvalidRequestError, KmsError, NotAttestedError, context
 from transport.image_store import ImageStore
 
 
@@ -43,10 +43,10 @@ class KmsGrant:
     boot_info: BootInfo
 
 
-def require_app_id(app_id: bytes) -> bytes:
-    """Refuse an app id that is not 20 bytes."""
+def require_app_id(app_id: bytes, otherwise: type[KmsError] = InvalidRequestError) -> bytes:
+    """Refuse an app id that is not 20 bytes: an argument's, unless it is another's fault."""
     if len(app_id) != APP_ID_SIZE:
-        raise InvalidRequestError("app_id must be 20 bytes")
+        raise otherwise("app_id must be 20 bytes")
     return app_id
 
 
@@ -55,8 +55,10 @@ def boot_info_of(evidence: VerifiedAttestation, *, vm_config: str = "", boot_tim
     try:
         info = evidence.boot_info(vm_config=vm_config, boot_time=boot_time)
     except AttestError as error:
-        raise NotAttestedError(f"Failed to decode app info: {error}") from error
-    require_app_id(info.app_id)
+        # The evidence was verified; a config that a request brought goes before its own.
+        kind = InvalidRequestError if vm_config else NotAttestedError
+        raise kind(f"Failed to decode app info: {error}") from error
+    require_app_id(info.app_id, NotAttestedError)
     return info
 
 

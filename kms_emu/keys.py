@@ -25,7 +25,7 @@ from attest.kdf import (
     p256_scalar,
     pkcs8_pem,
 )
-from attest.signature import app_key_message, env_key_message, k256_key, sign_recoverable
+from attest.signature import app_key_message, env_key_message, k256_key, k256_point, sign_recoverable
 from kms_emu import cert_dir as files
 from kms_emu.gate import AppGrant, KmsGrant, SelfGrant
 
@@ -155,12 +155,12 @@ class AppSecrets:
 def app_secrets(roots: RootKeys, grant: AppGrant) -> AppSecrets:
     """Derive an app's keys: the disk key is the instance's own, the others are shared by the app's instances."""
     app_id, instance_id = grant.boot_info.app_id, grant.boot_info.instance_id
-    app_key = k256_key(derive_key(roots.k256.secret, [app_id, b"app-key"]))
+    app_key = derive_key(roots.k256.secret, [app_id, b"app-key"])
     return AppSecrets(
         disk_crypt_key=derive_dh_secret(roots.root_ca.key, [app_id, instance_id, b"app-disk-crypt-key"]),
         env_crypt_key=_env_secret(roots, app_id),
-        k256_key=app_key.secret,
-        k256_signature=sign_recoverable(roots.k256, app_key_message(app_id, app_key.public_key.format())),
+        k256_key=app_key,
+        k256_signature=sign_recoverable(roots.k256, app_key_message(app_id, k256_point(app_key))),
     )
 
 

@@ -14,7 +14,7 @@ COUNTED: Final = frozenset(("GetAppKey", "GetKmsKey", "SignCert"))
 
 
 class AttestationMetrics:
-    """Counts calls whose job is to judge evidence, by their HTTP status."""
+    """Counts calls whose job is to judge evidence, by whether they were refused."""
 
     def __init__(self) -> None:
         self.requests = self.failures = 0
@@ -22,12 +22,17 @@ class AttestationMetrics:
         @web.middleware
         async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
             response = await handler(request)
-            if request.path.startswith("/prpc/") and trim_prefix(request.path[6:], "KMS.") in COUNTED:
-                self.requests += 1
-                self.failures += response.status >= 400
+            if request.path.startswith("/prpc/"):
+                self.record(request.path[6:], response.status >= 400)
             return response
 
         self.middleware = count
+
+    def record(self, method: str, refused: bool) -> None:
+        """Count one call, whichever way it came, if it is one that counts."""
+        if trim_prefix(method, "KMS.") in COUNTED:
+            self.requests += 1
+            self.failures += refused
 
     async def render(self, request: web.Request) -> web.Response:
         """Answer in Prometheus' text format."""

@@ -11,19 +11,19 @@ from typing import Final
 from google.protobuf.empty_pb2 import Empty
 
 from attest.certificate import load_authority
-from attest.errors import AttestError, VerificationError
+from attest.errors import AttestError, FormatError, UnjudgedError, VerificationError
 from attest.kdf import load_p256_pem, p256_from_uniform
 from attest.proto import kms_pb2 as pb
 from attest.signature import k256_key
 from attest.verify import VerifiedAttestation
 from kms_emu.auth_api import AuthApi
-from kms_emu.errors import KmsError, NotAttestedError, UnavailableError, context
+from kms_emu.errors import BootDeniedError, NotAttestedError, UnavailableError, context
 from kms_emu.gate import boot_info_of, require_kms_allowed
 from kms_emu.guest_agent import GuestAgent
 from kms_emu.keys import Entropy, KmsKeys, RootKeys
 from transport.client import MoreHeaders
 from transport.pccs_client import AttestationVerifier
-from transport.ratls import TIMEOUT, Peer, RaTlsClient, RaTlsError, make_identity
+from transport.ratls import TIMEOUT, Peer, RaTlsClient, RaTlsError, RefusedError, make_identity
 
 ZERO_REPORT_DATA: Final = bytes(64)
 
@@ -53,7 +53,9 @@ class Receiver:
         url = url if url.endswith("/prpc") else f"{url}/prpc"
         try:
             return await self._take_keys(url, domain, now)
-        except RaTlsError as error:
+        except RefusedError as error:
+            raise BootDeniedError(str(error)) from error
+        except (RaTlsError, UnjudgedError, FormatError) as error:
             raise UnavailableError(str(error)) from error
         except AttestError as error:
             raise NotAttestedError(str(error)) from error
@@ -91,7 +93,7 @@ class Receiver:
         if source[-1].attestation.report_data != source[0].attestation.report_data:
             raise NotAttestedError("Source KMS changed its key between two connections")
         if len(answer.keys) != 1:
-            raise KmsError("Invalid keys")
+            raise UnavailableError("Invalid keys")
         roots = RootKeys.of(
             load_p256_pem(answer.temp_ca_key, "Failed to parse tmp CA key"),
             load_p256_pem(answer.keys[0].ca_key, "Failed to parse CA key"),

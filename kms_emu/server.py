@@ -8,25 +8,25 @@ import asyncio
 import functools
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 from cryptography import x509
 
 from attest.app_info import BootInfo
-from attest.attestation import Attestation
-from attest.certificate import CertificateAuthority, attestation_of, certificate_spki, load_der
+from attest.certificate import CertificateAuthority
 from attest.errors import AttestError
 from attest.verify import TrustAnchor
 from attest.version import REVISION, UPSTREAM
 from kms_emu.admin import admin_app
 from kms_emu.auth_api import AuthApi, DevAuth, WebhookAuth
+from kms_emu.caller import caller_of
 from kms_emu.cert_dir import ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT, CertDir
 from kms_emu.config import AttestationConfig, Core, KmsConfig
-from kms_emu.errors import ConfigError, KmsError, NotAttestedError, context
+from kms_emu.errors import ConfigError, KmsError, context
 from kms_emu.guest_agent import TIMEOUT as AGENT_TIMEOUT
 from kms_emu.guest_agent import GuestAgent
 from kms_emu.image_cache import ImageCache
@@ -43,6 +43,9 @@ from transport.listen import Server, ServerTlsContext, bind_tcp, serve
 from transport.pccs_client import AttestationVerifier, Clock, PccsClient
 from transport.prpc_server import add_prpc
 from transport.ratls import TIMEOUT as SOURCE_TIMEOUT
+
+if TYPE_CHECKING:
+    from kms_emu.grpc_front import GrpcFront
 
 Phase = Literal["starting", "onboard", "runtime", "stopped"]
 
@@ -126,7 +129,8 @@ class KmsServer:
     `agent_address` is where its guest agent listens; `clock` is what evidence is judged by, `issue_clock` what
     certificates are dated by (the same unless given); `sock` a bound socket to serve on; `admin_token` what the admin
     listener asks for; `auth` who decides, in place of the configured one. It closes both `auth` and a verifier that it
-    was given.
+    was given. For gRPC, if it is switched on: `grpc_socks` are sockets that were bound already, by their keys in
+    `emulator.grpc`; `grpc_interceptors` grpc.aio's.
     """
 
     def __init__(
@@ -140,6 +144,8 @@ class KmsServer:
         sock: socket.socket | None = None,
         admin_token: str | None = None,
         auth: AuthApi | None = None,
+        grpc_socks: Mapping[str, socket.socket] | None = None,
+        grpc_interceptors: Sequence[Any] = (),
         surroundings: Surroundings | None = None,
     ) -> None:
         self.config = config
@@ -151,12 +157,15 @@ class KmsServer:
         self._admin_token = admin_token
         self._admin_sock: socket.socket | None = None
         self._admin_server: Server | None = None
+        self._grpc_socks, self._grpc_interceptors = grpc_socks or {}, grpc_interceptors
+        self._grpc: GrpcFront | None = None
         self._folder = CertDir(core.cert_dir)
         around = surroundings or Surroundings()
         self._middlewares = around.middlewares
         agent = GuestAgent(agent_address, timeout=around.timeout or AGENT_TIMEOUT, headers=around.headers)
         auth = auth or auth_api(core)
-        verifier = around.verifier or AttestationVerifier(PccsClient(core.pccs), anchor, clock)
+        pccs = PccsClient(core.pccs, ttl=core.attestation.collateral_ttl)
+        verifier = around.verifier or AttestationVerifier(pccs, anchor, clock)
         self._env = Environment(
             core=core,
             folder=self._folder,
@@ -185,6 +194,11 @@ class KmsServer:
         if self._server is None:
             raise RuntimeError("the KMS is not started")
         return self._server.url
+
+    @property
+    def grpc_targets(self) -> dict[str, str]:
+        """Where its gRPC listeners are, by their keys in `emulator.grpc`; nothing where that is switched off."""
+        return {} if self._grpc is None else self._grpc.targets
 
     @property
     def admin_url(self) -> str | None:
@@ -231,6 +245,16 @@ class KmsServer:
             if core.admin.enabled:  # bound now, so that a port that is taken is known; answering once there are keys
                 where = "core.admin.address and core.admin.port"
                 self._admin_sock = bind_tcp(core.admin.address, core.admin.port, setting=where, listen=False)
+            if self.config.emulator.grpc.enabled:
+                from kms_emu.grpc_front import GrpcFront  # costs time and memory that nobody else should pay
+
+                self._grpc = GrpcFront(
+                    self.config,
+                    self.log,
+                    admin_token=self._admin_token,
+                    bound=self._grpc_socks,
+                    interceptors=self._grpc_interceptors,
+                )
             if fresh and core.onboard.auto_bootstrap_domain:
                 await OnboardService(self._env, self._finish).auto_bootstrap(core.onboard.auto_bootstrap_domain)
             elif fresh:
@@ -295,6 +319,8 @@ class KmsServer:
         for server in servers:
             if server is not None:
                 await server.close()
+        if self._grpc is not None:
+            await self._grpc.close()
         for sock in (self._sock, self._admin_sock):
             if sock is not None:
                 sock.close()
@@ -339,6 +365,8 @@ class KmsServer:
         here = (core.onboard.address, core.onboard.port) == (self.config.rpc.address, self.config.rpc.port)
         sock = self._sock.dup() if here else bind_tcp(core.onboard.address, core.onboard.port, setting="core.onboard")
         self._server = await serve(app, sock)
+        if self._grpc is not None:
+            await self._grpc.enter_onboard(service)
         self.phase = "onboard"
         self.log.info("onboard phase", url=self.url)
 
@@ -352,6 +380,8 @@ class KmsServer:
         try:
             await self._server.close()  # after the answers in progress, /finish's own among them
             self._server = None
+            if self._grpc is not None:
+                await self._grpc.leave()
             if not self._folder.has_keys():
                 raise KmsError("Failed to onboard")
             await self._enter_runtime()
@@ -375,11 +405,12 @@ class KmsServer:
         app.router.add_get("/health", _health)
         if env.core.metrics.enabled:
             app.router.add_get("/metrics", metrics.render)
-        self._service = KmsService(env, kms_keys)
-        table, caller = kms_table(self._service), caller_of(env.verifier, self.log)
-        add_prpc(app, "/prpc", table, caller, errors=(KmsError,))
+        self._service = service = KmsService(env, kms_keys)
+        add_prpc(app, "/prpc", kms_table(service), caller(env.verifier, self.log), errors=(KmsError,))
         tls_context = self._tls_context()
         await self._serve_admin()
+        if self._grpc is not None:
+            await self._grpc.enter_runtime(service, env.verifier, self._tls_context, metrics.record)
         self._server = await serve(app, self._sock, tls_context)
         self.phase = "runtime"
         self._runtime.set()
@@ -414,7 +445,8 @@ class KmsServer:
         folder.replace(RPC_CERT, certificate.encode())
         return kms_keys
 
-    def _tls_context(self) -> ssl.SSLContext:
+    def _tls_context(self, mandatory: bool = False) -> ssl.SSLContext:
+        """TLS settings as configured; `mandatory` demands a client certificate even where they do not."""
         tls = self.config.rpc.tls
         tls_context = ServerTlsContext(ssl.PROTOCOL_TLS_SERVER)
         tls_context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -428,18 +460,14 @@ class KmsServer:
                 f"rpc.tls: cannot load {tls.certs}, {tls.key} and {tls.mutual.ca_certs}: {error} "
                 "(they are the files in core.cert_dir)"
             ) from error
-        tls_context.verify_mode = ssl.CERT_REQUIRED if tls.mutual.mandatory else ssl.CERT_OPTIONAL
+        tls_context.verify_mode = ssl.CERT_REQUIRED if mandatory or tls.mutual.mandatory else ssl.CERT_OPTIONAL
         return tls_context
 
 
-def caller_of(verifier: AttestationVerifier, log: EventLog) -> Callable[[web.Request], Awaitable[Caller]]:
-    """Make the function that says who calls, from the client certificate of the connection.
+def caller(verifier: AttestationVerifier, log: EventLog) -> Callable[[web.Request], Awaitable[Caller]]:
+    """Make the function that says who calls, from the client certificate of the connection."""
 
-    OpenSSL has checked by then that the certificate is the temporary CA's and the client holds its key. Evidence inside
-    is verified at every call, as upstream: a platform that was revoked meanwhile is refused.
-    """
-
-    async def caller(request: web.Request) -> Caller:
+    async def of_request(request: web.Request) -> Caller:
         try:
             return await identify(request)
         except (KmsError, AttestError) as error:
@@ -448,23 +476,9 @@ def caller_of(verifier: AttestationVerifier, log: EventLog) -> Callable[[web.Req
 
     async def identify(request: web.Request) -> Caller:
         channel = None if request.transport is None else request.transport.get_extra_info("ssl_object")
-        certificate = None if channel is None else channel.getpeercert(binary_form=True)
-        if certificate is None:
-            return Caller()
-        spki, attestation = _read_certificate(certificate)
-        if attestation is None:
-            return Caller()
-        with context("invalid quote", NotAttestedError):
-            return Caller(await verifier.verify_bound(attestation, spki))
+        return await caller_of(None if channel is None else channel.getpeercert(binary_form=True), verifier)
 
-    return caller
-
-
-@functools.lru_cache(maxsize=256)
-def _read_certificate(certificate_der: bytes) -> tuple[bytes, Attestation | None]:
-    """Parse a client certificate: what it says, not whether it holds. A pure function of its bytes, hence the cache."""
-    certificate = load_der(certificate_der)
-    return certificate_spki(certificate), attestation_of(certificate)
+    return of_request
 
 
 def _expires_by(authority: CertificateAuthority, limit: int) -> bool:

@@ -199,6 +199,7 @@ class KmsService:
 
     def __init__(self, environment: Environment, kms_keys: KmsKeys) -> None:
         self._env, self._keys = environment, kms_keys
+        self._root_ca_pem = kms_keys.roots.root_ca.pem
         self.log, self.core = environment.log, environment.core
         self._gate = Gate(
             environment.auth,
@@ -245,7 +246,7 @@ class KmsService:
         roots = self._keys.roots
         secrets = keys.app_secrets(roots, grant)
         return pb.AppKeyResponse(
-            ca_cert=roots.root_ca.pem,
+            ca_cert=self._root_ca_pem,
             disk_crypt_key=secrets.disk_crypt_key,
             env_crypt_key=secrets.env_crypt_key,
             k256_key=secrets.k256_key,

@@ -186,7 +186,7 @@ class GuestAgent:
         try:
             return await self._require_provided()[1].sign(request, request.sign(key))
         except (AttestError, GuestError) as error:
-            raise GuestError(f"Failed to sign the CSR: {error}") from error
+            raise type(error)(f"Failed to sign the CSR: {error}") from error
 
     def _require_provided(self) -> tuple[AppKeys, CertificateIssuer]:
         if self._provided is None:

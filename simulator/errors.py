@@ -2,7 +2,11 @@
 
 
 class GuestError(Exception):
-    """A guest that cannot do what it was asked: keys or a certificate were refused, or a service is out of reach."""
+    """A guest that cannot do what it was asked: as it is now, unless a subclass says who refused."""
+
+
+class KmsRefusedError(GuestError):
+    """A KMS refused, in its own words."""
 
 
 class KmsUnreachableError(GuestError):

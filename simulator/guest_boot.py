@@ -21,13 +21,22 @@ from attest.errors import AttestError, VerificationError
 from attest.kdf import load_p256_pem, p256_from_uniform
 from attest.proto import kms_pb2 as pb
 from simulator.app_keys import AppKeys
-from simulator.errors import GuestError, KmsUnreachableError
+from simulator.errors import GuestError, KmsRefusedError, KmsUnreachableError
 from simulator.guest_files import KmsAccess
 from simulator.seed import Entropy
 from simulator.trust_domain import KeyProvider, TrustDomain
 from transport.client import MoreHeaders
 from transport.pccs_client import AttestationVerifier
-from transport.ratls import TIMEOUT, Identity, Peer, RaTlsClient, RaTlsError, RaTlsUnreachableError, make_identity
+from transport.ratls import (
+    TIMEOUT,
+    Identity,
+    Peer,
+    RaTlsClient,
+    RaTlsError,
+    RaTlsUnreachableError,
+    RefusedError,
+    make_identity,
+)
 
 API_VERSION: Final = 1
 CSR_VERSION: Final = 2
@@ -48,6 +57,10 @@ class KmsIssuer:
         )
         try:
             answer = await self.client.call("SignCert", question, pb.SignCertResponse)
+        except RefusedError as error:
+            raise KmsRefusedError(str(error)) from error
+        except RaTlsUnreachableError as error:
+            raise KmsUnreachableError(str(error)) from error
         except RaTlsError as error:
             raise GuestError(str(error)) from error
         return list(answer.certificate_chain)

@@ -1,10 +1,14 @@
 """The PCCS of the emulated platform: collateral over HTTP, in the shape of Intel's PCS v4.
 
 It answers from the platforms' present state, with an ETag over the content, so a verifier can ask each time at little
-cost. Older clients' `/sgx/` spellings and both spellings of the TCB chain header are served. Source: Intel PCS API v4.
+cost; and at less where it heeds a header of our own (`REVALIDATION_HEADER`), which names one URL that answers for all
+four documents of a platform. A middleware that changes a document has to answer there, too. Older clients' `/sgx/`
+spellings and both spellings of the TCB chain header are served. Source: Intel PCS API v4.
 """
 
+import functools
 import hashlib
+import json
 from urllib.parse import quote
 
 from aiohttp import web
@@ -16,15 +20,18 @@ from attest.collateral import (
     PCK_CRL_PATH,
     QE_IDENTITY_ISSUER_HEADER,
     QE_IDENTITY_PATH,
+    REVALIDATION_HEADER,
     ROOT_CA_CRL_PATH,
     TCB_INFO_ISSUER_HEADERS,
     TCB_INFO_PATH,
     Document,
+    combined_etag,
 )
 from simulator.intel import Intel
 
 SGX_TCB_INFO_PATH = TCB_INFO_PATH.replace("/tdx/", "/sgx/")
 SGX_QE_IDENTITY_PATH = QE_IDENTITY_PATH.replace("/tdx/", "/sgx/")
+REVALIDATION_PATH = "/collateral/revalidation"
 
 _JSON, _DER, _TEXT, _PEM = "application/json", "application/pkix-crl", "text/plain", "application/x-pem-file"
 _CERTIFICATE = "application/pkix-cert"
@@ -43,21 +50,39 @@ def pccs_app(intel: Intel) -> web.Application:
         pem = x509.load_der_x509_crl(crl.body).public_bytes(Encoding.PEM)
         return _answer(request, Document(pem, crl.issuer_chain), _PEM, PCK_CRL_ISSUER_HEADER)
 
-    async def tcb_info(request: web.Request) -> web.Response:
+    def fmspc_of(request: web.Request) -> bytes:
         fmspc = request.query.get("fmspc", "")
         try:
             number = bytes.fromhex(fmspc)
         except ValueError:
             number = b""
         if not intel.knows_fmspc(number):
-            return _refuse(404, f"no platform of this seed has the FMSPC {fmspc!r}: 12 hex digits of one expected")
-        return _answer(request, intel.tcb_info(number), _JSON, *TCB_INFO_ISSUER_HEADERS)
+            text = f"no platform of this seed has the FMSPC {fmspc!r}: 12 hex digits of one expected"
+            raise web.HTTPNotFound(text=json.dumps({"error": text}), content_type=_JSON)
+        return number
+
+    async def tcb_info(request: web.Request) -> web.Response:
+        number = fmspc_of(request)
+        response = _answer(request, intel.tcb_info(number), _JSON, *TCB_INFO_ISSUER_HEADERS)
+        if _is_asked_directly(request):
+            url = f"{request.scheme}://{request.host}{REVALIDATION_PATH}?ca=platform&fmspc={number.hex()}"
+            response.headers[REVALIDATION_HEADER] = url
+        return response
+
+    async def revalidation(request: web.Request) -> web.Response:
+        documents = (intel.pck_crl, intel.tcb_info(fmspc_of(request)), intel.qe_identity, root_ca_crl_document())
+        etag = combined_etag([_etag(document) for document in documents])
+        status = 304 if request.headers.get("If-None-Match") == etag else 204
+        return web.Response(status=status, headers={"ETag": etag, "Cache-Control": "no-cache"})
+
+    def root_ca_crl_document() -> Document:
+        return Document(intel.root_ca_crl.hex().encode())
 
     async def qe_identity(request: web.Request) -> web.Response:
         return _answer(request, intel.qe_identity, _JSON, QE_IDENTITY_ISSUER_HEADER)
 
     async def root_ca_crl(request: web.Request) -> web.Response:
-        return _answer(request, Document(intel.root_ca_crl.hex().encode()), _TEXT)
+        return _answer(request, root_ca_crl_document(), _TEXT)
 
     async def root_ca_pem(request: web.Request) -> web.Response:
         return _answer(request, Document(intel.root_pem.encode()), _PEM)
@@ -76,6 +101,7 @@ def pccs_app(intel: Intel) -> web.Application:
         (QE_IDENTITY_PATH, qe_identity),
         (SGX_QE_IDENTITY_PATH, qe_identity),
         (ROOT_CA_CRL_PATH, root_ca_crl),
+        (REVALIDATION_PATH, revalidation),
         ("/root-ca.pem", root_ca_pem),
         ("/root-ca.der", root_ca_der),
         ("/health", health),
@@ -85,13 +111,27 @@ def pccs_app(intel: Intel) -> web.Application:
 
 
 def _answer(request: web.Request, document: Document, content_type: str, *chain_headers: str) -> web.Response:
-    etag = f'"{hashlib.sha256(document.body).hexdigest()[:32]}"'
+    etag = _etag(document)
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
     if request.headers.get("If-None-Match") == etag:
         return web.Response(status=304, headers=headers)
     for header in chain_headers:
         headers[header] = quote(document.issuer_chain, safe="")
     return web.Response(body=document.body, content_type=content_type, headers=headers)
+
+
+@functools.lru_cache(maxsize=64)
+def _etag(document: Document) -> str:
+    return f'"{hashlib.sha256(document.issuer_chain.encode() + document.body).hexdigest()[:32]}"'
+
+
+def _is_asked_directly(request: web.Request) -> bool:
+    """Whether the client means the very port that is served here; one behind a proxy has to ask that for everything."""
+    name = None if request.transport is None else request.transport.get_extra_info("sockname")
+    try:
+        return isinstance(name, tuple) and request.url.port == name[1]
+    except ValueError:  # a Host that is none
+        return False
 
 
 def _refuse(status: int, text: str) -> web.Response:

@@ -32,6 +32,7 @@ COMMANDS = (
     "kms",
     "auth",
     "setup",
+    "proto",
     "health",
     "ctl",
 )

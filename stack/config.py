@@ -28,6 +28,18 @@ PORTS: Final[Mapping[str, int]] = MappingProxyType(
 )
 """Services in the order they are bound, and the ports they have by default."""
 
+GRPC_PORTS: Final[Mapping[str, int]] = MappingProxyType(
+    {
+        "agent-src-grpc": 8191,
+        "agent-dst-grpc": 8192,
+        "kms-src-grpc": 9311,
+        "kms-src-grpc-mtls": 9321,
+        "kms-dst-grpc": 9312,
+        "kms-dst-grpc-mtls": 9322,
+        "app-grpc": 8190,
+    }
+)
+"""The same of the gRPC listeners, which are there where they are asked for."""
 IMAGE_PORT: Final = 8089
 """Where `dstack-emu image serve` listens by default."""
 IMAGE_URL: Final = f"http://127.0.0.1:{IMAGE_PORT}/mr_{{OS_IMAGE_HASH}}.tar.gz"
@@ -54,7 +66,8 @@ class StackConfig:
     place for the two policy files. With `fresh` it stops at the runbook's starting point. `host` is where it listens.
     `image_dir` is the OS image that everything boots, instead of the seed's. `journal` is a file that records of calls
     are appended to, `journal_size` how many stay in memory; `patience` how many seconds the services wait for one
-    another (None: as long as upstream).
+    another (None: as long as upstream). With `grpc` agents and KMS serve gRPC, too; ports that are not given are those
+    of PORTS and GRPC_PORTS.
     """
 
     seed: str = DEFAULT_SEED
@@ -63,6 +76,7 @@ class StackConfig:
     ports: Mapping[str, int] = field(default_factory=lambda: PORTS)
     state: Path | None = None
     policies: Path | None = None
+    grpc: bool = False
     image_dir: Path | None = None
     journal: Path | None = None
     journal_size: int = KEPT
@@ -71,4 +85,4 @@ class StackConfig:
     @classmethod
     def on_free_ports(cls, **settings: object) -> Self:
         """The same with a free port for each service."""
-        return cls(**settings, ports=dict.fromkeys(PORTS, 0))  # type: ignore[arg-type]  # fields by name
+        return cls(**settings, ports=dict.fromkeys([*PORTS, *GRPC_PORTS], 0))  # type: ignore[arg-type]  # fields by name

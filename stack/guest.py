@@ -32,7 +32,7 @@ from simulator.platform import PlatformState
 from simulator.seed import DEFAULT_SEED, Entropy, Seed
 from simulator.trust_domain import AppCompose, DomainSettings, KeyProvider, TrustDomain
 from stack.clock import ISSUED_AT, wall_clock
-from transport.listen import bind_tcp, bind_unix, serve
+from transport.listen import bind_tcp, bind_unix, reachable, reserve_unix, serve
 from transport.pccs_client import AttestationVerifier, PccsClient
 
 DEFAULT_NAME = "app"
@@ -154,11 +154,15 @@ class Guest:
         pccs_url: str | None = None,
         dstack_sock: Path | None = None,
         tappd_sock: Path | None = None,
+        grpc: tuple[str, int] | None = None,
+        grpc_sock: Path | None = None,
         progress: Callable[[str], None] = log.info,
     ) -> None:
         self.config, self._progress = config, progress
         self._host, self._port, self._pccs_url = host, port, pccs_url
         self._dstack_sock, self._tappd_sock = dstack_sock, tappd_sock
+        self._grpc, self._grpc_sock = grpc, grpc_sock
+        self.grpc: dict[str, str] = {}
         self._kms_url = "" if config.kms is None else config.kms.url.rstrip("/")
         self._exit = AsyncExitStack()
 
@@ -201,9 +205,24 @@ class Guest:
         server = await serve(tcp_app(self.agent), sock)
         self._exit.push_async_callback(server.close)
         self.url = server.url
+        if self._grpc is not None or self._grpc_sock is not None:
+            await self._serve_grpc()
         if kms is not None and kms.keeps_asking:
             asking = asyncio.create_task(self._keep_asking(seed, kms), name="guest asks for its keys")
             self._exit.push_async_callback(_cancelled, asking)
+
+    async def _serve_grpc(self) -> None:
+        from simulator.agent_grpc import serve_agent  # costs time and memory that nobody else should pay
+
+        sock = path = None
+        if self._grpc_sock is not None:
+            path = self.grpc["grpc_sock"] = reserve_unix(self._grpc_sock, setting="--grpc-sock")
+        if self._grpc is not None:
+            sock = bind_tcp(*self._grpc, setting="--grpc HOST:PORT")
+            self._exit.callback(sock.close)
+            self.grpc["grpc_target"] = reachable(sock)
+        server = await serve_agent(self.agent, sock, path)
+        self._exit.push_async_callback(server.close)
 
     async def _serve_pccs(self) -> str:
         server = await serve(pccs_app(self.intel), bind_tcp(self._host, 0))
@@ -293,6 +312,7 @@ class Guest:
             "tappd_url": self.url,
             "dstack_sock": str(self.dstack_sock),
             "tappd_sock": str(self.tappd_sock),
+            **self.grpc,
             "pccs_url": self.pccs_url,
             "root_ca": str(self.root_ca),
             "app_id": domain.app_id.hex(),

@@ -23,6 +23,9 @@ def show(description: dict[str, Any], seconds: float) -> str:
     state = "fresh: both KMS wait to be set up, both policies deny" if fresh else "ready"
     lines = [f"dstack-emu is {state} ({seconds:.1f} s). It protects nothing.", ""]
     lines += [f"  {name:<10} {url:<28} {_WHAT[name]}" for name, url in description["services"].items()]
+    if description["grpc"]:
+        lines += ["", "gRPC:"]
+        lines += [f"  {name:<18} {target}" for name, target in description["grpc"].items()]
     lines += ["", "Measured:"]
     for side, info in description["kms"].items():
         lines += [

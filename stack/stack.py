@@ -38,7 +38,7 @@ from simulator.intel import Intel
 from simulator.pccs import pccs_app
 from simulator.seed import Seed
 from stack import policy_files
-from stack.config import DESCRIPTION_FILE, IMAGE_URL, PORTS, StackConfig, StackError
+from stack.config import DESCRIPTION_FILE, GRPC_PORTS, IMAGE_URL, PORTS, StackConfig, StackError
 from stack.kept_logs import Logs
 from stack.verifier import Verifier
 from stack.verifier_server import verifier_app
@@ -85,6 +85,7 @@ class Stack:
         self.logs = Logs()
         self._sockets: dict[str, socket.socket] = {}
         self.services: dict[str, str] = {}
+        self.grpc: dict[str, str] = {}
         self.guests: dict[str, RunningGuest] = {}
         self.kms: dict[str, KmsServer] = {}
         self.kms_parts: dict[str, RunningKms] = {}
@@ -176,13 +177,14 @@ class Stack:
 
     def _bind(self) -> None:
         """Take every port first, so that one that is taken is known before anything runs."""
-        for name in PORTS:
+        defaults = {**PORTS, **GRPC_PORTS} if self.config.grpc else PORTS
+        for name, default in defaults.items():
             moved = f"--port {name}=PORT or --free-ports"
             # Whoever reaches the control API has the whole stack in hand: this machine's programs, and nobody else.
             host = LOOPBACK if name == "control" else self.config.host
             if host != LOOPBACK:
                 moved = f"--listen {self.config.host}, {moved}"
-            sock = bind_tcp(host, self.config.ports[name], setting=moved)
+            sock = bind_tcp(host, self.config.ports.get(name, default), setting=moved)
             self._exit.callback(sock.close)
             self._sockets[name] = sock
 
@@ -362,6 +364,7 @@ class Stack:
         app, folder = self.app.domain, self.state / "app"
         return {
             "services": dict(self.services),
+            "grpc": dict(self.grpc),
             "policies": {side: str(path) for side, path in self.policies.items()},
             "root_ca": str(self.root_ca),
             "kms_ca": str(self.kms_ca),
@@ -372,6 +375,7 @@ class Stack:
                 "compose_hash": app.compose_hash.hex(),
                 "dstack_sock": str(folder / "dstack.sock"),
                 "tappd_sock": str(folder / "tappd.sock"),
+                **({"grpc_sock": str(folder / "grpc.sock")} if self.config.grpc else {}),
             },
             "env": {
                 "DSTACK_SIMULATOR_ENDPOINT": str(folder / "dstack.sock"),

@@ -63,8 +63,11 @@ class RunningStack:
 
 
 @contextmanager
-def running_kms(config: Path, agent: str) -> Iterator[str]:
-    """Run `dstack-emu kms` on a kms.toml until the block ends, and yield its URL; the agent's address is upstream's."""
+def running_kms(config: Path, agent: str, said: dict[str, Any] | None = None) -> Iterator[str]:
+    """Run `dstack-emu kms` on a kms.toml until the block ends, and yield its URL; the agent's address is upstream's.
+
+    The line that it prints when it is ready goes into `said`.
+    """
     command = [sys.executable, "-m", "stack", "kms", "--config", str(config), "--json"]
     env = {**os.environ, "DSTACK_AGENT_ADDRESS": agent}
     with tempfile.TemporaryFile("w+") as errors:  # more is logged than a pipe holds
@@ -76,7 +79,10 @@ def running_kms(config: Path, agent: str) -> Iterator[str]:
                 process.wait(READY_TIMEOUT)
                 errors.seek(0)
                 raise AssertionError(f"the KMS ended with {process.returncode}: {errors.read()}")
-            yield json.loads(line)["url"]
+            description: dict[str, Any] = json.loads(line)
+            if said is not None:
+                said.update(description)
+            yield description["url"]
         finally:
             process.terminate()
             process.communicate(timeout=READY_TIMEOUT)

@@ -4,12 +4,13 @@ Both are asked over sockets, with evidence whose quote and app are in order and 
 image is another than the one that is claimed.
 """
 
+import asyncio
 import base64
 import functools
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ import pytest
 
 from attest.app_info import decode_app_info
 from attest.image import Registers, measure
+from attest.os_image import cache_key, encode_cache_entry
+from attest.proto import kms_pb2 as pb
+from kms_emu.image_cache import ImageCache
 from simulator.image import ImageParts, OsImage
-from simulator.image_files import save_image
+from simulator.image_files import fill_cache, save_image
 from simulator.intel import Intel
 from simulator.seed import DEFAULT_SEED, Seed
 from simulator.trust_domain import TrustDomain
@@ -290,3 +294,36 @@ def test_agent_boots_an_image_directory_and_claims_what_it_is_told(
         assert agent["os_image_hash"] == GOOD.os_image_hash.hex()
         liar = Guest.of(guest.kms_url, agent["dstack_sock"])
         assert liar.get_app_key().error.startswith(f"{OF_APP}MRs do not match: RTMR1 mismatch: expected=")
+
+
+# ---- the cache of a KMS
+
+
+def test_legacy_guest_gets_keys_once_image_and_measurements_are_cached(
+    ready_stack: RunningStack, guest: Guest, tmp_path: Path
+) -> None:
+    legacy = replace(GOOD.vm_config(), tdx_attestation_variant="legacy")
+    domain = booted(tmp_path / "image", GOOD, claim=legacy.to_json())
+    offline = f"Failed to download image {GOOD.os_image_hash.hex()}: Failed to download image: error sending request"
+    assert app_key(guest, domain).error.startswith(OF_APP + offline)
+    assert verified(ready_stack, domain)["reason"].startswith(OF_VERIFIER + offline)
+    registers, _ = GOOD.boot(GOOD.vm_config())
+    cache = Path(ready_stack.description["state"]) / "images"
+    fill_cache(GOOD, cache, cache_key(legacy), encode_cache_entry(registers))
+    assert app_key(guest, domain).value["os_image_hash"] == GOOD.os_image_hash.hex()
+    assert verified(ready_stack, domain)["details"]["acpi_tables_verified"] is True
+    # Another kernel shows here, too.
+    other = booted(tmp_path / "other", _part(kernel=_one_byte("bzImage")), claim=legacy.to_json())
+    assert app_key(guest, other).error == OF_APP + mismatch("rtmr1", registers, other)
+
+
+def test_cleared_cache_is_empty(tmp_path: Path) -> None:
+    legacy = replace(GOOD.vm_config(), tdx_attestation_variant="legacy")
+    entry = cache_key(legacy)
+    path = fill_cache(GOOD, tmp_path, entry, encode_cache_entry(GOOD.boot(legacy)[0]))
+    cache = ImageCache(tmp_path)
+    asyncio.run(cache.clear(pb.ClearImageCacheRequest(config_hash=entry)))
+    assert not path.exists()
+    assert (tmp_path / "images" / GOOD.os_image_hash.hex()).exists()
+    asyncio.run(cache.clear(pb.ClearImageCacheRequest(image_hash=GOOD.os_image_hash.hex())))
+    assert list((tmp_path / "images").iterdir()) == []

@@ -1,20 +1,29 @@
 """Judging evidence with collateral of a PCCS: callers at the same time, one after another, and time that passes."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from typing import Literal, get_args
 
+import aiohttp
 import pytest
 from aiohttp import web
 
 from attest.attestation import Attestation
-from attest.collateral import TCB_INFO_PATH
+from attest.collateral import (
+    PCK_CRL_PATH,
+    QE_IDENTITY_PATH,
+    REVALIDATION_HEADER,
+    ROOT_CA_CRL_PATH,
+    TCB_INFO_PATH,
+)
 from attest.errors import VerificationError
 from attest.verify import TrustAnchor
 from simulator.image import OsImage
-from simulator.intel import Intel
-from simulator.pccs import pccs_app
+from simulator.intel import Intel, VendorState
+from simulator.pccs import REVALIDATION_PATH, pccs_app
 from simulator.seed import Seed
 from simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
 from transport.listen import bind_tcp, serve
@@ -24,10 +33,20 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 TIMEOUT = 10
 
 
-class Pccs:
-    """A PCCS that notes what it is asked, and can keep its first answers to itself for a while."""
+DOCUMENTS = [PCK_CRL_PATH, TCB_INFO_PATH, QE_IDENTITY_PATH, ROOT_CA_CRL_PATH]
 
-    def __init__(self) -> None:
+Kind = Literal["ours", "with ETags", "without ETags"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class Pccs:
+    """A PCCS that notes what it is asked, and can keep its first answers to itself for a while.
+
+    Of the kinds, the second is a stranger's that has ETags, and the third one's that has none.
+    """
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
         seed = Seed.of("pccs client")
         self.intel = Intel(seed)
         self.platform = self.intel.platform("host")
@@ -37,6 +56,8 @@ class Pccs:
         self.domain.complete(KeyProvider("none"))
         self.asked: list[str] = []
         self.held = 0
+        self.instead = ""
+        """What it answers who asks after all at once, if not as it should: a status, or `closes`."""
         self.reached, self.released = asyncio.Event(), asyncio.Event()
         self.now = int(time.time())
         self.app = pccs_app(self.intel)
@@ -44,8 +65,8 @@ class Pccs:
 
     @property
     def rounds(self) -> int:
-        """How often TCB info was asked for: once for each time that all four documents were."""
-        return self.asked.count(TCB_INFO_PATH)
+        """How often it was asked after all of the collateral, document by document or at once."""
+        return self.asked.count(TCB_INFO_PATH) + self.asked.count(REVALIDATION_PATH)
 
     def evidence(self) -> Attestation:
         """Fresh evidence of the domain on the platform."""
@@ -54,7 +75,15 @@ class Pccs:
     @web.middleware
     async def _observe(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         self.asked.append(request.path)
+        if self.instead and request.path == REVALIDATION_PATH:
+            if self.instead == "closes" and request.transport is not None:
+                request.transport.abort()
+            return web.Response(status=int(self.instead) if self.instead.isdigit() else 304)
         answer = await handler(request)  # by the state as it is now, even if it leaves later
+        if self.kind != "ours":
+            answer.headers.pop(REVALIDATION_HEADER, None)
+        if self.kind == "without ETags":
+            answer.headers.pop("ETag", None)
         if len(self.asked) <= self.held:
             if len(self.asked) == self.held:
                 self.reached.set()
@@ -62,32 +91,46 @@ class Pccs:
         return answer
 
 
-@pytest.fixture
-async def pccs() -> Pccs:
-    return Pccs()
+@pytest.fixture(params=KINDS)
+async def pccs(request: pytest.FixtureRequest) -> Pccs:
+    return Pccs(request.param)
 
 
 @pytest.fixture
-async def verifier(pccs: Pccs) -> AsyncIterator[AttestationVerifier]:
+async def url(pccs: Pccs) -> AsyncIterator[str]:
     server = await serve(pccs.app, bind_tcp("127.0.0.1", 0))
-    client = PccsClient(server.url)
-    yield AttestationVerifier(client, TrustAnchor(pccs.intel.root_der), lambda: pccs.now)
+    yield server.url
     pccs.released.set()
-    await client.close()
     await server.close()
+
+
+@contextlib.asynccontextmanager
+async def _verifier(pccs: Pccs, url: str, ttl: float = 0) -> AsyncIterator[AttestationVerifier]:
+    client = PccsClient(url, ttl=ttl)
+    try:
+        yield AttestationVerifier(client, TrustAnchor(pccs.intel.root_der), lambda: pccs.now)
+    finally:
+        pccs.released.set()
+        await client.close()
+
+
+@pytest.fixture
+async def verifier(pccs: Pccs, url: str) -> AsyncIterator[AttestationVerifier]:
+    async with _verifier(pccs, url) as made:
+        yield made
 
 
 async def _status(verifier: AttestationVerifier, evidence: Attestation) -> str:
     return (await asyncio.wait_for(verifier.verify(evidence), TIMEOUT)).quote.tcb_status
 
 
-async def test_each_call_asks_for_all_four_documents_one_after_another(
+async def test_each_call_asks_after_all_four_documents_one_after_another(
     pccs: Pccs, verifier: AttestationVerifier
 ) -> None:
     evidence = pccs.evidence()
     assert [await _status(verifier, evidence) for _ in range(3)] == ["UpToDate"] * 3
-    assert len(pccs.asked) == 12
-    assert pccs.rounds == 3
+    assert pccs.asked[:4] == DOCUMENTS
+    assert pccs.asked[4:] == ([REVALIDATION_PATH] * 2 if pccs.kind == "ours" else DOCUMENTS * 2)
 
 
 async def test_callers_that_come_while_requests_are_under_way_share_the_next_ones(
@@ -149,6 +192,84 @@ async def test_a_platform_revoked_within_the_same_second_is_refused_at_the_next_
     assert await _status(verifier, evidence) == "UpToDate"
 
 
+@pytest.mark.parametrize("pccs", ["ours"], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        (lambda pccs: setattr(pccs.intel, "state", VendorState(pck_ca_revoked=True)), None),
+        (lambda pccs: setattr(pccs.intel, "state", VendorState(qe_identity_dating="expired")), None),
+        (lambda pccs: setattr(pccs.intel, "state", VendorState(pck_crl_dating="expired")), None),
+        (lambda pccs: setattr(pccs.platform, "state", replace(pccs.platform.state, pck_revoked=True)), None),
+        (
+            lambda pccs: setattr(pccs.platform, "state", replace(pccs.platform.state, tcb_status="OutOfDate")),
+            "OutOfDate",
+        ),
+    ],
+    ids=["root CRL", "QE identity", "PCK CRL", "PCK CRL, a platform", "TCB info"],
+)
+async def test_a_change_of_any_document_is_seen_at_the_next_call(
+    pccs: Pccs, verifier: AttestationVerifier, change: Callable[[Pccs], None], status: str | None
+) -> None:
+    evidence = pccs.evidence()
+    assert [await _status(verifier, evidence) for _ in range(2)] == ["UpToDate"] * 2
+    change(pccs)
+    if status is None:
+        with pytest.raises(VerificationError):
+            await _status(verifier, evidence)
+    else:
+        assert await _status(verifier, evidence) == status
+    assert pccs.asked == [*DOCUMENTS, REVALIDATION_PATH, REVALIDATION_PATH, *DOCUMENTS]
+
+
+@pytest.mark.parametrize("pccs", ["ours"], indirect=True)
+@pytest.mark.parametrize("says", ["404", "500", "200", "closes"])
+async def test_a_pccs_that_no_longer_answers_for_all_four_at_once_is_asked_for_each(
+    pccs: Pccs, verifier: AttestationVerifier, says: str
+) -> None:
+    pccs.instead = says
+    evidence = pccs.evidence()
+    assert [await _status(verifier, evidence) for _ in range(2)] == ["UpToDate"] * 2
+    pccs.platform.state = replace(pccs.platform.state, tcb_status="OutOfDate")
+    assert await _status(verifier, evidence) == "OutOfDate"
+    assert [path for path in pccs.asked if path != REVALIDATION_PATH] == DOCUMENTS * 3
+
+
+@pytest.mark.parametrize("pccs", ["ours"], indirect=True)
+async def test_a_proxy_before_our_pccs_is_asked_for_each_document(pccs: Pccs, url: str) -> None:
+    """What a proxy changes is seen, though the PCCS behind it knows nothing of it."""
+    asked: list[str] = []
+    session = aiohttp.ClientSession()
+
+    async def forward(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        wanted = {name: request.headers[name] for name in ("Host", "If-None-Match") if name in request.headers}
+        async with session.get(url + request.path_qs, headers=wanted) as answer:
+            kept = {n: v for n, v in answer.headers.items() if n not in ("Content-Length", "Content-Type", "Date")}
+            return web.Response(status=answer.status, body=await answer.read(), headers=kept)
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", forward)
+    proxy = await serve(app, bind_tcp("127.0.0.1", 0))
+    try:
+        async with _verifier(pccs, proxy.url) as verifier:
+            evidence = pccs.evidence()
+            assert [await _status(verifier, evidence) for _ in range(2)] == ["UpToDate"] * 2
+    finally:
+        await proxy.close()
+        await session.close()
+    assert asked == DOCUMENTS * 2
+
+
+@pytest.mark.parametrize(("ttl", "times"), [(3600.0, 1), (1e-9, 3), (0.0, 3)])
+async def test_a_time_to_live_spares_requests_where_there_is_no_etag_alone(
+    pccs: Pccs, url: str, ttl: float, times: int
+) -> None:
+    evidence = pccs.evidence()
+    async with _verifier(pccs, url, ttl) as verifier:
+        assert [await _status(verifier, evidence) for _ in range(3)] == ["UpToDate"] * 3
+    assert pccs.rounds == (times if pccs.kind == "without ETags" else 3)
+
+
 async def test_collateral_that_expires_while_nothing_else_changes_is_refused(
     pccs: Pccs, verifier: AttestationVerifier
 ) -> None:
@@ -168,6 +289,7 @@ async def test_other_evidence_around_the_same_quote_is_verified_anew(pccs: Pccs,
         await _status(verifier, replace(evidence, runtime_events=evidence.runtime_events[:-1]))
 
 
+@pytest.mark.parametrize("pccs", ["ours"], indirect=True)
 async def test_a_pccs_that_is_down_is_a_refusal_for_everyone_who_waits(pccs: Pccs) -> None:
     socket = bind_tcp("127.0.0.1", 0)
     port = socket.getsockname()[1]

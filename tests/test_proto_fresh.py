@@ -1,4 +1,4 @@
-"""The generated messages in attest/proto/ are what proto/ says, and the check notices where they are not."""
+"""The generated messages and stubs are what proto/ says, and the check notices where they are not."""
 
 import shutil
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GENERATED = ROOT / "attest" / "proto"
+FOLDERS = ("attest/proto", "transport/stubs")
 
 
 def check(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -23,32 +23,43 @@ def check(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    folder = tmp_path / "proto"
-    shutil.copytree(GENERATED, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
 
 
 def test_check_passes_for_the_committed_code() -> None:
-    result = check(GENERATED)
-    assert (result.returncode, result.stdout) == (0, "attest/proto is fresh\n"), result.stderr
+    result = check(ROOT)
+    assert (result.returncode, result.stdout) == (0, "attest/proto and transport/stubs are fresh\n"), result.stderr
 
 
 def test_check_fails_where_a_field_was_edited(copy: Path) -> None:
-    module = copy / "kms_pb2.pyi"
+    module = copy / "attest/proto/kms_pb2.pyi"
     module.write_text(module.read_text().replace("tee_variant: str", "tee_kind: str"))
     result = check(copy)
-    assert (result.returncode, result.stdout) == (1, "stale: kms_pb2.pyi\n"), result.stderr
+    assert (result.returncode, result.stdout) == (1, "stale: attest/proto/kms_pb2.pyi\n"), result.stderr
 
 
 def test_check_fails_where_a_module_is_missing_or_left_over(copy: Path) -> None:
-    (copy / "kms_pb2.py").rename(copy / "old_pb2.py")
+    package = copy / "attest/proto"
+    (package / "kms_pb2.py").rename(package / "old_pb2.py")
     result = check(copy)
-    assert (result.returncode, result.stdout) == (1, "missing: kms_pb2.py\nsuperfluous: old_pb2.py\n")
+    expected = "missing: attest/proto/kms_pb2.py\nsuperfluous: attest/proto/old_pb2.py\n"
+    assert (result.returncode, result.stdout) == (1, expected)
 
 
 def test_check_passes_where_only_the_compilers_version_differs(copy: Path) -> None:
-    module = copy / "kms_pb2.py"
+    module = copy / "attest/proto/kms_pb2.py"
     text = module.read_text()
     stamp = next(line for line in text.splitlines() if line.startswith("# Protobuf Python Version"))
     module.write_text(text.replace(stamp, "# Protobuf Python Version: 1.2.3"))
     assert check(copy).returncode == 0
+
+
+def test_check_fails_where_a_clients_method_or_a_copied_source_was_edited(copy: Path) -> None:
+    stub, source = copy / "transport/stubs/kms_pb2_grpc.pyi", copy / "attest/proto/kms.proto"
+    stub.write_text(stub.read_text().replace("GetMeta:", "GetMetadata:"))
+    source.write_text(source.read_text() + "\n")
+    result = check(copy)
+    expected = "stale: attest/proto/kms.proto\nstale: transport/stubs/kms_pb2_grpc.pyi\n"
+    assert (result.returncode, result.stdout) == (1, expected)

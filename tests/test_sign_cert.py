@@ -37,7 +37,7 @@ def vec(data: bytes) -> bytes:
 
 
 def head(key: ec.EllipticCurvePrivateKey, word: bytes = WORD) -> bytes:
-    """What both versions begin with: word, key, and a configuration up to whether evidence goes into the certificate."""
+    """What both versions begin with: word, key, and a configuration that wants evidence in the certificate."""
     config = b"\0" + vec(NAME.encode()) + compact(1) + vec(NAME.encode()) + b"\1\0\1"
     return vec(word) + vec(foreign.spki_of(key)) + config
 

@@ -1,5 +1,6 @@
 """The verifier service, against the answers that the real one gave; its two one-shot modes; its configuration."""
 
+import contextlib
 import datetime
 import http.client
 import json
@@ -16,6 +17,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from hypothesis import given
+from hypothesis import strategies as st
 
 from attest.attestation import Attestation
 from attest.errors import FormatError
@@ -34,7 +37,7 @@ from simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
 from stack.cli import main
 from stack.clock import wall_clock
 from stack.config import PORTS
-from stack.verifier import Verifier
+from stack.verifier import InputError, RequestSyntaxError, RequestTypeError, VerificationRequest, Verifier
 from stack.verifier_config import VerifierConfig
 from stack.verifier_server import MAX_BODY, verifier_app
 from tests import foreign
@@ -280,6 +283,12 @@ async def test_unreadable_evidence_is_an_internal_error(service: Service, reques
 async def test_what_is_no_request_gets_a_page(service: Service, body: bytes, status: int) -> None:
     got, kind, _ = await service.post(body)
     assert (got, kind) == (status, "text/html")
+
+
+@given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: f'{{"event_log": "{text}"}}'.encode()))
+def test_any_bytes_are_a_request_or_none(body: bytes) -> None:
+    with contextlib.suppress(RequestSyntaxError, RequestTypeError, InputError):
+        VerificationRequest.parse(body).evidence()
 
 
 async def test_unknown_paths_are_404_and_health_answers(service: Service) -> None:

@@ -22,7 +22,7 @@ from typing import Final, TypeVar
 
 import aiohttp
 
-from attest.errors import FormatError, VerificationError
+from attest.errors import FormatError, UnjudgedError, VerificationError
 from attest.image import Registers, os_image_hash
 from attest.os_image import (
     CHECKSUM_FILE,
@@ -152,10 +152,10 @@ class ImageStore:
                 log.info("downloading image %s", name)
                 await self._download(name, folder)
         except TimeoutError as error:
-            raise VerificationError("Download image timeout: deadline has elapsed") from error
+            raise UnjudgedError("Download image timeout: deadline has elapsed") from error
         except (FormatError, OSError) as error:
             cause = error.strerror or str(error) if isinstance(error, OSError) else error
-            raise VerificationError(f"Failed to download image {name}: {cause}") from error
+            raise UnjudgedError(f"Failed to download image {name}: {cause}") from error
         finally:
             if not lock.locked():
                 self._coming.pop(name, None)

@@ -75,6 +75,25 @@ def bind_unix(path: str | os.PathLike[str], *, setting: str = "") -> socket.sock
     return sock
 
 
+def reachable(sock: socket.socket) -> str:
+    """Where a client on this machine reaches a bound TCP socket: `host:port`."""
+    host, port = sock.getsockname()[:2]
+    # An unspecified address is one to listen on, not one to connect to.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+    return f"{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def reserve_unix(path: str | os.PathLike[str], *, setting: str = "") -> str:
+    """Check that a socket file can be made there, by `bind_unix`'s rules, and return its path; leave nothing there.
+
+    For a server that can only bind by itself, such as grpcio's.
+    """
+    path = os.path.abspath(path)
+    bind_unix(path, setting=setting).close()
+    os.unlink(path)
+    return path
+
+
 def _remove_stale(path: str, address: str, setting: str) -> None:
     try:
         is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
@@ -123,10 +142,7 @@ class Server:
             self._file = (path, path.stat().st_ino)
             self._url = f"unix:{path}"
         else:
-            host, port = sock.getsockname()[:2]
-            # An unspecified address is one to listen on, not one to connect to.
-            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
-            self._url = f"{'https' if secure else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+            self._url = f"{'https' if secure else 'http'}://{reachable(sock)}"
 
     @property
     def url(self) -> str:

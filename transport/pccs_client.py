@@ -1,10 +1,12 @@
 """Fetching collateral from a PCCS, and judging evidence with it.
 
 Four requests for each verification, as the real KMS makes them, so a platform that is revoked at the PCCS is refused at
-the very next call; an ETag makes the answer to an unchanged document short. Callers that come while requests are under
-way share the four that follow: nobody is judged by collateral that was asked for before he came. Nothing is trusted for
-having been cached: `attest.verify` checks signatures and dates, once a second where neither the evidence nor a document
-changed. Source: `dcap-qvl` src/collateral.rs at 0.7.0; dstack `dstack-attest/src/attestation.rs:181` at 312dc605.
+the very next call. An ETag makes the answer to an unchanged document short, and a PCCS of ours is asked after all four
+at once, by the ETag of those that are held; whatever it answers but "not modified" leads to the four requests. Callers
+that come while requests are under way share those that follow: nobody is judged by collateral that was asked for before
+he came. Nothing is trusted for having been cached: `attest.verify` checks signatures and dates, once a second where
+neither the evidence nor a document changed. Source: `dcap-qvl` src/collateral.rs at 0.7.0; dstack
+`dstack-attest/src/attestation.rs:181` at 312dc605.
 """
 
 import asyncio
@@ -19,14 +21,17 @@ from attest.attestation import Attestation
 from attest.collateral import (
     PCK_CRL_ISSUER_HEADER,
     QE_IDENTITY_ISSUER_HEADER,
+    REVALIDATION_HEADER,
     TCB_INFO_ISSUER_HEADERS,
     CollateralKey,
     Document,
     assemble,
+    combined_etag,
 )
-from attest.errors import AttestError, VerificationError
+from attest.errors import AttestError, UnjudgedError, VerificationError
 from attest.verify import TrustAnchor, VerifiedAttestation, require_bound_to_key, verify_attestation
 from transport.client import MoreHeaders, TransportError, describe_failure
+from transport.keepalive import AnswerTooLongError, KeepAliveClient, header_lines
 
 Clock = Callable[[], int]
 """Unix seconds, now."""
@@ -41,23 +46,42 @@ _ISSUER_HEADERS = (PCK_CRL_ISSUER_HEADER, *TCB_INFO_ISSUER_HEADERS, QE_IDENTITY_
 
 
 @dataclass(frozen=True, slots=True)
-class _Cached:
-    etag: str
+class _Held:
+    """A document as it was last answered; `revalidation` is where the PCCS says it may be asked after all four."""
+
     document: Document
+    etag: str
+    revalidation: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Assembled:
+    """Collateral made of four documents; `etag` is theirs together, and both texts are empty where one is missing."""
+
+    documents: tuple[Document, ...]
+    collateral: QuoteCollateralV3
+    revalidation: str
+    etag: str
 
 
 class PccsClient:
-    """One PCCS, asked over kept-alive connections. Close it."""
+    """One PCCS, asked over kept-alive connections. Close it.
+
+    `ttl` is how many seconds a document is used that came without an ETag; with 0 it is asked for each time. `headers`
+    are added to each question.
+    """
 
     def __init__(
-        self, base_url: str, *, timeout: float = DEFAULT_TIMEOUT, headers: MoreHeaders | None = None
+        self, base_url: str, *, timeout: float = DEFAULT_TIMEOUT, ttl: float = 0, headers: MoreHeaders | None = None
     ) -> None:
         self.base_url = base_url.rstrip("/")
-        self._seconds = timeout
+        self._seconds, self._ttl = timeout, ttl
         self._more_headers = headers
         self._session: aiohttp.ClientSession | None = None
-        self._documents: dict[str, _Cached] = {}
-        self._assembled: dict[CollateralKey, tuple[tuple[Document, ...], QuoteCollateralV3]] = {}
+        self._revalidator = KeepAliveClient(timeout=timeout, max_answer=SHOWN)
+        self._documents: dict[str, _Held] = {}
+        self._assembled: dict[CollateralKey, _Assembled] = {}
         self._coming: dict[CollateralKey, asyncio.Task[QuoteCollateralV3]] = {}
         self._under_way: dict[CollateralKey, asyncio.Task[QuoteCollateralV3]] = {}
 
@@ -85,18 +109,44 @@ class PccsClient:
                 del self._under_way[key]
 
     async def _ask(self, key: CollateralKey) -> QuoteCollateralV3:
-        documents = tuple(await asyncio.gather(*(self._fetch(path) for path in key.requests())))
         known = self._assembled.get(key)
-        if known is not None and all(a is b for a, b in zip(known[0], documents, strict=True)):
-            return known[1]
-        collateral = assemble(*documents)
-        self._assembled[key] = (documents, collateral)
+        if known is not None and known.revalidation and await self._is_current(known):
+            return known.collateral
+        held = tuple(await asyncio.gather(*(self._fetch(path) for path in key.requests())))
+        documents = tuple(h.document for h in held)
+        collateral = known.collateral if known is not None and known.documents == documents else assemble(*documents)
+        url, etag = self._revalidation(held)
+        if key not in self._assembled and len(self._assembled) >= REMEMBERED:
+            self._assembled.clear()  # whoever calls names a platform: that must not fill memory
+        self._assembled[key] = _Assembled(documents, collateral, url, etag)
         return collateral
 
     def forget(self) -> None:
         """Forget every document: the next question for each is answered in full."""
         self._documents.clear()
         self._assembled.clear()
+
+    def _revalidation(self, held: tuple[_Held, ...]) -> tuple[str, str]:
+        """Where to ask after these documents at once, and by which ETag; nothing where a server did not say so itself.
+
+        An address elsewhere was meant for another client, such as a proxy that gave its own answers before this one.
+        """
+        url = next((h.revalidation for h in held if h.revalidation), "")
+        if not url.startswith(f"{self.base_url}/") or not all(h.etag for h in held):
+            return "", ""
+        return url, combined_etag([h.etag for h in held])
+
+    async def _is_current(self, known: _Assembled) -> bool:
+        headers = {"If-None-Match": known.etag}
+        if self._more_headers is not None:
+            headers |= self._more_headers()
+        try:
+            answer = await self._revalidator.ask("GET", known.revalidation, headers=header_lines(headers))
+        except TimeoutError as error:  # of a server that hangs enough was waited for
+            raise TransportError(known.revalidation, describe_failure(error, self._seconds)) from error
+        except (aiohttp.ClientError, OSError, AnswerTooLongError):
+            return False  # what is wrong shows when the documents are asked for
+        return answer.status == 304
 
     async def close(self) -> None:
         """Close the connections, and give up what is under way."""
@@ -105,24 +155,28 @@ class PccsClient:
             question.cancel()
         await asyncio.gather(*questions, return_exceptions=True)
         self._coming.clear()
+        await self._revalidator.close()
         if self._session is not None:
             await self._session.close()
             self._session = None
 
-    async def _fetch(self, path: str) -> Document:
+    async def _fetch(self, path: str) -> _Held:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 timeout=aiohttp.ClientTimeout(total=self._seconds), cookie_jar=aiohttp.DummyCookieJar()
             )
-        url = self.base_url + path
-        cached = self._documents.get(path)
-        headers = {"If-None-Match": cached.etag} if cached else {}
+        url, now = self.base_url + path, asyncio.get_running_loop().time()
+        held = self._documents.get(path)
+        if held and not held.etag and now < held.at + self._ttl:
+            return held
+        headers = {"If-None-Match": held.etag} if held and held.etag else {}
         if self._more_headers is not None:
             headers |= self._more_headers()
         try:
             async with self._session.get(url, headers=headers) as response:
-                if response.status == 304 and cached:
-                    return cached.document
+                etag, revalidation = response.headers.get("ETag", ""), response.headers.get(REVALIDATION_HEADER, "")
+                if response.status == 304 and held and held.etag:
+                    return self._hold(path, _Held(held.document, held.etag, revalidation, now))
                 body = b""
                 async for chunk in response.content.iter_any():
                     body += chunk
@@ -132,14 +186,16 @@ class PccsClient:
                     said = body[:SHOWN].decode(errors="replace")
                     raise TransportError(url, f"PCCS status {response.status}, 200 expected: {said}")
                 chain = next((response.headers[h] for h in _ISSUER_HEADERS if h in response.headers), "")
-                document = Document(body, chain)
-                if etag := response.headers.get("ETag"):
-                    if len(self._documents) >= REMEMBERED:  # whoever calls names a platform: that must not fill memory
-                        self.forget()
-                    self._documents[path] = _Cached(etag, document)
-                return document
+                return self._hold(path, _Held(Document(body, chain), etag, revalidation, now))
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise TransportError(url, describe_failure(error, self._seconds)) from error
+
+    def _hold(self, path: str, held: _Held) -> _Held:
+        if held.etag or self._ttl > 0:
+            if path not in self._documents and len(self._documents) >= REMEMBERED:
+                self._documents.clear()  # as above
+            self._documents[path] = held
+        return held
 
 
 @functools.lru_cache(maxsize=256)
@@ -169,8 +225,13 @@ class AttestationVerifier:
     async def verify(self, attestation: Attestation) -> VerifiedAttestation:
         """Verify evidence.
 
-        Raises `VerificationError`, its cause in upstream's words; a PCCS that is down is one.
+        Raises `VerificationError`, its cause in upstream's words; a PCCS that is down, or answers no collateral, is a
+        `UnjudgedError`.
         """
+        try:
+            _key_of_quote(attestation.quote)
+        except AttestError as error:
+            raise VerificationError(f"failed to verify TDX quote: {error}") from error
         try:
             collateral = await self.pccs.collateral(attestation.quote)
             return self._judge(attestation, collateral)
@@ -180,7 +241,7 @@ class AttestationVerifier:
             raise
         except (TransportError, AttestError) as error:
             self.pccs.forget()
-            raise VerificationError(f"failed to verify TDX quote: {error}") from error
+            raise UnjudgedError(f"failed to verify TDX quote: {error}") from error
 
     def _judge(self, attestation: Attestation, collateral: QuoteCollateralV3) -> VerifiedAttestation:
         """Verify, unless the very same evidence was, under the very same collateral, within this second."""

@@ -26,7 +26,7 @@ from attest.certificate import (
     spki_der,
     usage_of,
 )
-from attest.errors import AttestError, FormatError, VerificationError
+from attest.errors import AttestError, FormatError, UnjudgedError, VerificationError
 from attest.kdf import pkcs8_pem
 from attest.report_data import ratls_report_data
 from attest.verify import VerifiedAttestation
@@ -73,6 +73,10 @@ class RaTlsError(Exception):
     """
 
 
+class RefusedError(RaTlsError):
+    """A server that understood, and refused: its words are in the text."""
+
+
 class RaTlsUnreachableError(RaTlsError):
     """Nothing came: the server is not there, or speaks no TLS."""
 
@@ -106,7 +110,7 @@ class RaTlsClient:
             try:
                 judge(await self._peer(certificate))
             except AttestError as error:
-                raise VerificationError(f"failed to validate the server attestation of {url}: {error}") from error
+                raise _within(f"failed to validate the server attestation of {url}", error) from error
 
         tls = client_context(identity, root_ca)
         self._client = PrpcClient(url, timeout=timeout, ssl=tls, check_server=check, headers=headers)
@@ -121,7 +125,9 @@ class RaTlsClient:
         except TransportError as error:
             raise RaTlsUnreachableError(f"Failed to send request: {error}") from error
         except RpcError as error:
-            raise RaTlsError(f"Request failed with status={_status_line(error.status)}, error={error.body}") from error
+            # All that pRPC refuses is a 400.
+            kind = RefusedError if error.status == HTTPStatus.BAD_REQUEST else RaTlsError
+            raise kind(f"Request failed with status={_status_line(error.status)}, error={error.body}") from error
         except FormatError as error:
             raise RaTlsError(f"Failed to deserialize response: {error}") from error
 
@@ -139,10 +145,14 @@ class RaTlsClient:
         try:
             verified = await self._verifier.verify_bound(attestation, certificate_spki(certificate))
         except AttestError as error:
-            raise VerificationError(
-                f"failed to verify the attestation report presented by the server: {error}"
-            ) from error
+            raise _within("failed to verify the attestation report presented by the server", error) from error
         return Peer(verified, usage_of(certificate))
+
+
+def _within(text: str, error: AttestError) -> VerificationError:
+    """An error of judging a server, with one more outer context."""
+    kind = UnjudgedError if isinstance(error, UnjudgedError) else VerificationError
+    return kind(f"{text}: {error}")
 
 
 def client_context(identity: Identity | None = None, root_ca: str | None = None) -> ssl.SSLContext:

@@ -55,6 +55,8 @@ def add_listener_options(parser: argparse.ArgumentParser) -> None:
         "--dstack-sock", type=Path, metavar="PATH", help="where dstack.sock goes (default: a new folder)"
     )
     parser.add_argument("--tappd-sock", type=Path, metavar="PATH", help="where tappd.sock goes")
+    parser.add_argument("--grpc", type=listen_address, metavar="HOST:PORT", help="serve gRPC here, too")
+    parser.add_argument("--grpc-sock", type=Path, metavar="PATH", help="serve gRPC on this socket, too")
     parser.add_argument("--pccs", metavar="URL", help="the PCCS that serves its collateral (default: one of its own)")
     parser.add_argument("--upstream-compat", action="store_true", help="refuse EmitEvent as upstream's simulator does")
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
@@ -87,6 +89,8 @@ def serve_guest(config: GuestConfig, arguments: argparse.Namespace) -> int:
         pccs_url=arguments.pccs,
         dstack_sock=arguments.dstack_sock,
         tappd_sock=arguments.tappd_sock,
+        grpc=arguments.grpc,
+        grpc_sock=arguments.grpc_sock,
         progress=say,
     )
     return asyncio.run(_serve(guest, as_json=arguments.json))

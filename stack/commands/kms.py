@@ -70,6 +70,8 @@ async def _run_kms(config: KmsConfig, agent: str, arguments: argparse.Namespace)
     stop = stop_on_signals()
     kms = _kms(config, agent, arguments)
     await kms.start()
+    for key, target in kms.grpc_targets.items():
+        say(f"gRPC at {target} (emulator.grpc.{key})")
     say(f"KMS ({kms.phase} phase) at {kms.url}. {WARNING}")
     if arguments.json:
         print(json.dumps(_description(kms)), flush=True)
@@ -93,6 +95,7 @@ def _description(kms: KmsServer) -> dict[str, Any]:
         "phase": kms.phase,
         "address": kms.url.partition("://")[2],
         "admin_url": kms.admin_url,
+        "grpc": kms.grpc_targets,
         "cert_dir": str(cert_dir),
         "kms_ca": str(cert_dir / ROOT_CA_CERT),
     }

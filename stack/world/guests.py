@@ -17,7 +17,7 @@ from simulator.seed import Seed, Stream
 from simulator.trust_domain import AppCompose, DomainSettings, TrustDomain
 from stack.guest import instance_seed
 from stack.world.trace import entered, headers_of
-from transport.listen import bind_tcp, bind_unix, serve
+from transport.listen import bind_tcp, bind_unix, reachable, reserve_unix, serve
 from transport.ratls import TIMEOUT as KMS_TIMEOUT
 
 if TYPE_CHECKING:
@@ -129,6 +129,20 @@ class RunningGuest:
             server = await serve(world.around(self.service, tcp_app(self.agent)), sock)
         self._exit.push_async_callback(server.close)
         self.url = stack.services[self.service] = server.url
+        await self._listen_by_grpc(stack)
+
+    async def _listen_by_grpc(self, stack: "Stack") -> None:
+        """Serve gRPC, too, where the stack has a port for that."""
+        sock = stack.take_socket(f"{self.service}-grpc")
+        if sock is None:
+            return
+        from simulator.agent_grpc import serve_agent  # costs time and memory that nobody else should pay
+
+        path = reserve_unix(self.folder / "grpc.sock", setting="--state DIR")
+        stack.grpc[f"{self.service}-grpc"] = reachable(sock)
+        with stack.logs.of(self.service):
+            server = await serve_agent(self.agent, sock, path)
+        self._exit.push_async_callback(server.close)
 
     async def boot(self, stack: "Stack", kms: str) -> None:
         """Fetch keys from the KMS of that name and run with them.

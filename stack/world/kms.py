@@ -1,6 +1,7 @@
 """KMS of a stack, each in a trust domain of its own: the two it begins with, and those that are made while it runs."""
 
 import shutil
+import socket
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -17,7 +18,7 @@ from stack import policy_files
 from stack.config import IMAGE_URL, StackError
 from stack.guest import local_key_provider
 from stack.world.guests import GuestSpec, Name, RunningGuest, _Spec, start_guest
-from transport.listen import bind_tcp, serve
+from transport.listen import bind_tcp, reachable, serve
 
 if TYPE_CHECKING:
     from stack.stack import Stack
@@ -133,7 +134,8 @@ async def _serve_kms(stack: "Stack", kms: RunningKms) -> None:
         },
     }
     document["core"] |= kms.spec.settings
-    document["emulator"] = {"rpc_cert_evidence": kms.spec.rpc_cert_evidence}
+    grpc_socks = _grpc_sockets(stack, name)
+    document["emulator"] = {"rpc_cert_evidence": kms.spec.rpc_cert_evidence, "grpc": {"enabled": bool(grpc_socks)}}
     try:
         server = KmsServer(
             KmsConfig.from_document(document, name),
@@ -142,6 +144,7 @@ async def _serve_kms(stack: "Stack", kms: RunningKms) -> None:
             clock=stack.world.clock,
             issue_clock=stack.world.clock.issue,
             sock=sock,
+            grpc_socks=grpc_socks,
             auth=stack.world.webhook(name, webhook, own=is_own),
             surroundings=stack.world.surroundings(name, stack.verifier_of(name)),
         )
@@ -152,6 +155,15 @@ async def _serve_kms(stack: "Stack", kms: RunningKms) -> None:
         raise StackError(f"{name}: {error}") from error
     stack.kms[side] = server
     stack.note_url(side)
+
+
+def _grpc_sockets(stack: "Stack", name: str) -> dict[str, socket.socket]:
+    """The bound ports of its gRPC listeners, by their keys in kms.toml; none where the stack has none for it."""
+    found = {"port": stack.take_socket(f"{name}-grpc"), "mtls_port": stack.take_socket(f"{name}-grpc-mtls")}
+    socks = {key: sock for key, sock in found.items() if sock is not None}
+    for key, sock in socks.items():
+        stack.grpc[f"{name}-grpc{'-mtls' if key == 'mtls_port' else ''}"] = reachable(sock)
+    return socks
 
 
 async def _webhook(stack: "Stack", kms: RunningKms) -> tuple[str, bool]:

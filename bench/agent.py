@@ -1,0 +1,25 @@
+"""How long an agent of its own (`dstack-emu agent`) takes to be ready, and what it holds in memory then."""
+
+import sys
+import time
+from collections.abc import Iterator
+
+from bench.figure import Bar, Effort, Figure, median
+from bench.processes import resident_memory, running
+
+AGENT = (sys.executable, "-m", "stack", "agent", "--json")
+READY_BAR, MEMORY_BAR = 0.6, 90.0
+
+
+def measure(effort: Effort) -> Iterator[Figure]:
+    """Seconds from exec to the line that says ready; resident memory then."""
+    ready, memory = [], []
+    for turn in range(effort.starts + 1):
+        began = time.perf_counter()
+        with running(AGENT) as (process, _):
+            took = time.perf_counter() - began
+            if turn:  # the first one finds cold caches
+                ready.append(took)
+                memory.append(resident_memory(process.pid) / 2**20)
+    yield Figure("agent_ready", median(ready), "s", Bar(READY_BAR, at_most=True))
+    yield Figure("agent_memory", max(memory), "MiB", Bar(MEMORY_BAR, at_most=True))

@@ -1,0 +1,38 @@
+"""What a KMS holds in memory after so many GetAppKey, and what the second half of them added.
+
+Most calls come over kept-alive connections. One in twenty is a new caller's, with a key, a certificate and evidence of
+its own: what is remembered of callers is what could grow.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+from bench.figure import Bar, Effort, Figure
+from bench.kms import measured_kms, tls
+from bench.load import ask
+from bench.processes import resident_memory
+
+CONNECTIONS = 8
+BATCH, NEW_CALLERS = 20, 1
+BAR, GROWTH_BAR = 110.0, 3.0
+
+
+def measure(effort: Effort) -> Iterator[Figure]:
+    """Resident memory after all calls (a MiB is 2^20 bytes), and what it grew by since half of them."""
+    with ExitStack() as stack:
+        kms = stack.enter_context(measured_kms())
+        body, half = kms.app_key_request(), effort.calls // 2
+        kept = [kms.connect(tls(identity), "GetAppKey", body) for identity in kms.identities(CONNECTIONS)]
+        for connection in kept:
+            stack.callback(connection.close)
+        held = []
+        for _ in range(2):
+            for identity in kms.identities(half // BATCH * NEW_CALLERS):
+                ask(kept, BATCH - NEW_CALLERS)
+                caller = kms.connect(tls(identity), "GetAppKey", body)
+                caller.call()
+                caller.close()
+            held.append(resident_memory(kms.pid) / 2**20)
+    yield Figure("kms_memory", held[1], f"MiB after {effort.calls} calls", Bar(BAR, at_most=True))
+    growth = max(held[1] - held[0], 0.0)
+    yield Figure("kms_memory_growth", growth, f"MiB in the last {half}", Bar(GROWTH_BAR, at_most=True))

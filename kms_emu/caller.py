@@ -1,0 +1,36 @@
+"""Who calls a KMS: the client certificate of the connection, and the evidence inside it.
+
+The transport has checked by then that the certificate is the temporary CA's and the client holds its key. Evidence is
+verified at every call, as upstream: a platform that was revoked meanwhile is refused. Source: dstack `ra-rpc/src/
+rocket_helper.rs` at 312dc605.
+"""
+
+import functools
+
+from attest.attestation import Attestation
+from attest.certificate import attestation_of, certificate_spki, load_der
+from attest.errors import FormatError
+from kms_emu.errors import NotAttestedError, context
+from kms_emu.service import Caller
+from transport.pccs_client import AttestationVerifier
+
+
+async def caller_of(certificate_der: bytes | None, verifier: AttestationVerifier) -> Caller:
+    """Judge the certificate that a client showed (DER), or None; raise the refusal that each call of it gets."""
+    if certificate_der is None:
+        return Caller()
+    try:
+        spki, attestation = _read_certificate(certificate_der)
+    except FormatError as error:
+        raise NotAttestedError(str(error)) from error
+    if attestation is None:
+        return Caller()
+    with context("invalid quote", NotAttestedError):
+        return Caller(await verifier.verify_bound(attestation, spki))
+
+
+@functools.lru_cache(maxsize=256)
+def _read_certificate(certificate_der: bytes) -> tuple[bytes, Attestation | None]:
+    """Parse a client certificate: what it says, not whether it holds. A pure function of its bytes, hence the cache."""
+    certificate = load_der(certificate_der)
+    return certificate_spki(certificate), attestation_of(certificate)

@@ -1,0 +1,34 @@
+"""A guest agent over gRPC: DstackGuest, Tappd and Worker, each under its own name, on one listener.
+
+Imported only where gRPC is switched on: grpcio costs time and memory. Upstream has no gRPC: this is ours.
+"""
+
+import socket
+from collections.abc import Sequence
+from typing import Any, Final
+
+import grpc
+
+from simulator.agent import GuestAgent, dstack_table, tappd_table, worker_table
+from simulator.errors import GuestError, KmsRefusedError, KmsUnreachableError
+from transport.grpc_server import GrpcServer, GrpcService, Listener, Statuses, anyone, serve_grpc
+
+STATUSES: Final[Statuses] = {
+    KmsRefusedError: grpc.StatusCode.PERMISSION_DENIED,
+    KmsUnreachableError: grpc.StatusCode.UNAVAILABLE,
+    GuestError: grpc.StatusCode.FAILED_PRECONDITION,
+}
+"""What kind of refusal is which status; docs/grpc.md has the same table for readers."""
+
+
+async def serve_agent(
+    agent: GuestAgent, sock: socket.socket | None, path: str | None, *, interceptors: Sequence[Any] = ()
+) -> GrpcServer:
+    """Serve on a bound TCP socket, a reserved socket file, or both. `interceptors` are grpc.aio's."""
+    services = (
+        GrpcService("dstack_guest.DstackGuest", dstack_table(agent), anyone),
+        GrpcService("dstack_guest.Tappd", tappd_table(agent), anyone),
+        GrpcService("dstack_guest.Worker", worker_table(agent), anyone),
+    )
+    listeners = () if sock is None else (Listener(sock),)
+    return await serve_grpc(services, *listeners, path=path, statuses=STATUSES, interceptors=interceptors)

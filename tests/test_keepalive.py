@@ -1,0 +1,276 @@
+"""The frugal client against a server that writes bytes: answers of every form are read as by aiohttp's session."""
+
+import asyncio
+import gzip
+import zlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import aiohttp
+import pytest
+
+from transport.client import describe_failure
+from transport.keepalive import Answer, AnswerTooLongError, KeepAliveClient
+
+MAX = 1000
+BODY = b'{"isAllowed": true}'
+
+
+@dataclass
+class Server:
+    """Answers each request with the next pieces, each in a segment of its own; None in place of one hangs up."""
+
+    answers: list[list[bytes | None]] = field(default_factory=list)
+    requests: list[bytes] = field(default_factory=list)
+    connections: int = 0
+    url: str = ""
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    left: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set once there was a question, and once a client hung up or was hung up on."""
+
+    async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection."""
+        self.connections += 1
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                length = next((int(h[15:]) for h in head.split(b"\r\n") if h.startswith(b"Content-Length:")), 0)
+                self.requests.append(head + await reader.readexactly(length))
+                self.asked.set()
+                for piece in self.answers.pop(0):
+                    if piece is None:
+                        return
+                    writer.write(piece)
+                    await writer.drain()
+                    for _ in range(3):  # the client, in this very loop, reads what there is
+                        await asyncio.sleep(0)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self.left.set()
+            writer.close()
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    serving = Server()
+    listener = await asyncio.start_server(serving.converse, "127.0.0.1", 0)
+    serving.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    yield serving
+    listener.close()
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[KeepAliveClient]:
+    made = KeepAliveClient(timeout=5, max_answer=MAX, headers={"User-Agent": "test/1"})
+    yield made
+    await made.close()
+
+
+def http(status: str, body: bytes = b"", *headers: str, length: bool = True) -> bytes:
+    """An answer of HTTP/1.1."""
+    said = (f"Content-Length: {len(body)}",) if length else ()
+    return "\r\n".join((f"HTTP/1.1 {status}", *said, *headers, "", "")).encode() + body
+
+
+def chunked(body: bytes) -> bytes:
+    """An answer in chunks of seven bytes."""
+    chunks = [body[at : at + 7] for at in range(0, len(body), 7)]
+    data = b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+    return http("200 OK", b"", "Transfer-Encoding: chunked", length=False) + data
+
+
+PLAIN = http("200 OK", BODY, "Content-Type: application/json", 'ETag: "one"')
+
+READABLE: dict[str, tuple[list[bytes | None], int, bytes, bool]] = {
+    "plain": ([PLAIN], 200, BODY, True),
+    "plain, as Node has it": (
+        [http("200 OK", BODY, "Connection: keep-alive", "Keep-Alive: timeout=5")],
+        200,
+        BODY,
+        True,
+    ),
+    "without a reason": ([http("200 ", BODY)], 200, BODY, True),
+    "empty": ([http("200 OK")], 200, b"", True),
+    "not modified": ([http("304 Not Modified", length=False)], 304, b"", True),
+    "not modified, with the length of the document": (
+        [http("304 Not Modified", b"", "Content-Length: 500", length=False)],
+        304,
+        b"",
+        True,
+    ),
+    "no content": ([http("204 No Content", length=False)], 204, b"", True),
+    "a refusal": ([http("500 Internal Server Error", b"oops")], 500, b"oops", True),
+    "a redirection": ([http("302 Found", b"", "Location: /other")], 302, b"", True),
+    "in two segments": ([PLAIN[:40], PLAIN[40:]], 200, BODY, True),
+    "head and body": ([PLAIN[: -len(BODY)], BODY], 200, BODY, True),
+    "byte by byte": ([bytes([byte]) for byte in PLAIN], 200, BODY, True),
+    "in chunks": ([chunked(BODY)], 200, BODY, True),
+    "packed": (
+        [http("200 OK", gzip.compress(BODY), "Content-Encoding: gzip")],
+        200,
+        BODY,
+        True,
+    ),
+    "deflated": ([http("200 OK", zlib.compress(BODY), "Content-Encoding: deflate")], 200, BODY, True),
+    "after an informational one": ([http("103 Early Hints", length=False) + PLAIN], 200, BODY, True),
+    "then it closes": ([http("200 OK", BODY, "Connection: close")], 200, BODY, False),
+    "HTTP/1.0": ([PLAIN.replace(b"HTTP/1.1", b"HTTP/1.0", 1)], 200, BODY, False),
+    "until it closes": ([http("200 OK", BODY, length=False), None], 200, BODY, False),
+    "a header twice": ([http("200 OK", BODY, "X: 1", "X: 2")], 200, BODY, True),
+    "a header in UTF-8": ([http("200 OK", BODY, "X: ü")], 200, BODY, True),
+}
+
+
+@pytest.mark.parametrize("name", READABLE)
+async def test_any_answer_is_read_and_the_connection_kept_where_it_may_be(
+    server: Server, client: KeepAliveClient, name: str
+) -> None:
+    pieces, status, body, kept = READABLE[name]
+    server.answers = [pieces, [PLAIN], pieces]
+    for expected_status, expected in ((status, body), (200, BODY), (status, body)):
+        answer = await client.ask("POST", server.url, b"{}")
+        assert (answer.status, answer.body) == (expected_status, expected)
+    assert server.connections == (1 if kept else 2)
+
+
+async def test_headers_are_found_by_their_names_in_lower_case(server: Server, client: KeepAliveClient) -> None:
+    server.answers = [[PLAIN], [PLAIN[:40], PLAIN[40:]]]
+    for _ in range(2):
+        assert (await client.ask("GET", server.url)).headers["etag"] == '"one"'
+
+
+UNREADABLE: dict[str, tuple[list[bytes | None], str]] = {
+    "closes": ([None], "connection closed before the answer"),
+    "closes within the head": ([PLAIN[:20], None], "connection closed before the answer"),
+    "closes within the body": ([PLAIN[:-3], None], "connection closed within the answer"),
+    "closes within chunks": ([chunked(BODY)[:-7], None], "connection closed within the answer"),
+    "no HTTP": ([b"SSH-2.0-OpenSSH_9.2\r\n"], "the answer is not HTTP"),
+    "two lengths": ([http("200 OK", BODY, "Content-Length: 5")], "the answer is not HTTP"),
+    "a length that is none": ([http("200 OK", BODY, "Content-Length: +5", length=False)], "the answer is not HTTP"),
+    "a length and chunks": (
+        [http("200 OK", b"0\r\n\r\n", "Transfer-Encoding: chunked")],
+        "the answer is not HTTP",
+    ),
+    "a head without end": ([b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000], "the answer is not HTTP"),
+    "a long head": ([http("200 OK", BODY, "X: " + "x" * 10_000)], "the answer is not HTTP"),
+    "a NUL in the head": ([http("200 OK", BODY, "X: \0")], "the answer is not HTTP"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+async def test_what_cannot_be_read_is_an_error_and_the_next_question_has_another_connection(
+    server: Server, client: KeepAliveClient, name: str
+) -> None:
+    pieces, said = UNREADABLE[name]
+    server.answers = [[PLAIN], pieces, [PLAIN]]
+    await client.ask("POST", server.url, b"{}")
+    with pytest.raises(aiohttp.ClientError) as refused:
+        await client.ask("POST", server.url, b"{}")
+    assert describe_failure(refused.value, 5) == said
+    assert (await client.ask("POST", server.url, b"{}")).body == BODY
+    assert server.connections == 2
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda body: [http("200 OK", body)],
+        lambda body: [chunked(body)],
+        lambda body: [http("200 OK", gzip.compress(body), "Content-Encoding: gzip")],
+        lambda body: [http("200 OK", body, length=False), None],
+    ],
+    ids=["plain", "in chunks", "packed", "until it closes"],
+)
+async def test_an_answer_of_the_greatest_length_is_read_and_one_byte_more_is_not(
+    server: Server, client: KeepAliveClient, write: Callable[[bytes], list[bytes | None]]
+) -> None:
+    server.answers = [write(b"x" * MAX), write(b"x" * (MAX + 1))]
+    assert len((await client.ask("POST", server.url)).body) == MAX
+    with pytest.raises(AnswerTooLongError):
+        await client.ask("POST", server.url)
+
+
+async def test_an_answer_that_nobody_asked_for_is_no_answer(server: Server, client: KeepAliveClient) -> None:
+    forged = http("200 OK", b"forged")
+    server.answers = [[PLAIN, forged], [PLAIN], [PLAIN + forged], [PLAIN]]
+    bodies = [(await client.ask("POST", server.url)).body]
+    await server.left.wait()  # the client hangs up as soon as it hears of it
+    bodies += [(await client.ask("POST", server.url)).body for _ in range(3)]
+    assert bodies == [BODY] * 4
+    assert server.connections == 3
+
+
+@pytest.mark.parametrize("says", [[], [PLAIN[:40]], [chunked(BODY)[:60]]], ids=["nothing", "a head", "a chunk"])
+async def test_a_server_that_hangs_is_given_up(server: Server, says: list[bytes | None]) -> None:
+    client = KeepAliveClient(timeout=0.05, max_answer=MAX)
+    server.answers = [says, [PLAIN]]
+    with pytest.raises(TimeoutError):
+        await client.ask("POST", server.url)
+    client._timeout = 5
+    assert (await client.ask("POST", server.url)).body == BODY
+    assert server.connections == 2
+    await client.close()
+
+
+async def test_a_caller_that_gives_up_takes_its_connection_along(server: Server, client: KeepAliveClient) -> None:
+    server.answers = [[], [PLAIN]]
+    gone = asyncio.create_task(client.ask("POST", server.url))
+    await server.asked.wait()
+    gone.cancel()
+    assert (await client.ask("POST", server.url)).body == BODY
+    assert server.connections == 2
+    assert gone.cancelled()
+
+
+async def test_a_get_that_is_lost_with_its_connection_is_sent_again_and_a_post_is_not(
+    server: Server, client: KeepAliveClient
+) -> None:
+    server.answers = [[None], [PLAIN], [None], [PLAIN]]
+    assert (await client.ask("GET", server.url)).status == 200
+    with pytest.raises(aiohttp.ServerDisconnectedError):
+        await client.ask("POST", server.url)
+    assert len(server.requests) == 3
+
+
+async def test_questions_at_the_same_time_have_connections_of_their_own(
+    server: Server, client: KeepAliveClient
+) -> None:
+    server.answers = [[PLAIN]] * 20
+    answers = await asyncio.gather(*(client.ask("POST", server.url, b"x") for _ in range(10)))
+    answers += await asyncio.gather(*(client.ask("POST", server.url, b"x") for _ in range(10)))
+    assert answers == [Answer(200, answers[0].headers, BODY)] * 20
+    assert server.connections == 10
+
+
+async def test_what_is_sent_is_what_a_session_of_aiohttp_sends(server: Server, client: KeepAliveClient) -> None:
+    url = server.url.replace("http://", "http://user:secret@") + "/a b/ü?c=d#e"
+    server.answers = [[PLAIN], [PLAIN]]
+    await client.ask("POST", url, b'{"a":1}', "Content-Type: application/json\r\n")
+    async with aiohttp.ClientSession(
+        headers={"User-Agent": "test/1"}, skip_auto_headers=("Accept-Encoding",)
+    ) as session:
+        await session.post(url, data=b'{"a":1}', headers={"Content-Type": "application/json"})
+
+    def parsed(request: bytes) -> tuple[bytes, set[bytes], bytes]:
+        head, _, body = request.partition(b"\r\n\r\n")
+        line, *headers = head.split(b"\r\n")
+        return line, set(headers), body
+
+    assert parsed(server.requests[0]) == parsed(server.requests[1])
+
+
+@pytest.mark.parametrize("url", ["", "nothing", "ftp://127.0.0.1/", "http://", "http://:80/", "/path"])
+async def test_a_url_that_is_none_is_refused(client: KeepAliveClient, url: str) -> None:
+    with pytest.raises(aiohttp.InvalidURL) as refused:
+        await client.ask("GET", url)
+    assert describe_failure(refused.value, 5) == "not a URL"
+
+
+async def test_a_server_that_is_not_there_is_an_error(server: Server, client: KeepAliveClient) -> None:
+    listener = await asyncio.start_server(server.converse, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    listener.close()
+    await listener.wait_closed()
+    with pytest.raises(aiohttp.ClientConnectorError) as refused:
+        await client.ask("POST", f"http://127.0.0.1:{port}")
+    assert describe_failure(refused.value, 5) == "Connection refused"

@@ -1,0 +1,248 @@
+"""A frugal HTTP client for small questions that are asked again and again of one server: a decision, a revalidation.
+
+Connections, TLS, names and the parsing of whatever a server may answer are aiohttp's. What is spared is the work of its
+session for each request, most of what one costs: the head is written once, and an answer that is short, plain and whole
+is read where it arrives. That reading knows one form and no other: `_read_plain` gives None for anything it does not
+know, and then aiohttp's own parser reads the very same bytes.
+
+Not here: redirects, cookies, proxies, and what an answer means. Source of the form: RFC 9112.
+"""
+
+import asyncio
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+import aiohttp
+import yarl
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_reqrep import ClientRequest
+from aiohttp.http import HttpProcessingError
+
+HEAD_REMEMBERED: Final = 64
+"""URLs whose request heads are kept."""
+
+_PLAIN: Final = re.compile(
+    rb"HTTP/1\.1 (200|304) [\t\x20-\x7e]*\r\n((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e]*\r\n)*)\r\n"
+)
+_NOT_PLAIN: Final = frozenset({"transfer-encoding", "content-encoding", "upgrade", "trailer"})
+_MAX_HEAD: Final = 8190
+"""Bytes of a plain answer's head: aiohttp's own limit for one line of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server answered; the names of headers are in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def header_lines(headers: Mapping[str, str]) -> str:
+    """Write headers as they go over the wire; their values are the caller's to keep on one line."""
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+
+
+class AnswerTooLongError(Exception):
+    """An answer with a longer body than is read; the text says which length that is."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    request: ClientRequest
+    head: str
+
+
+class KeepAliveClient:
+    """Asks one server or several, and keeps connections open between questions. Close it.
+
+    `timeout` is for a whole question, in seconds; `max_answer` counts the bytes of a body, unpacked.
+    """
+
+    def __init__(self, *, timeout: float, max_answer: int, headers: Mapping[str, str] | None = None) -> None:
+        self._timeout, self._max_answer = timeout, max_answer
+        self._headers = dict(headers or {})
+        self._connector: aiohttp.TCPConnector | None = None
+        self._questions: dict[tuple[str, str], _Question] = {}
+
+    async def ask(self, method: str, url: str, body: bytes | None = None, headers: str = "") -> Answer:
+        r"""Ask, and read the answer, whatever its status; `headers` are lines of their own, each with its `\r\n`.
+
+        Raises `aiohttp.ClientError`, `OSError` or `TimeoutError` where none comes (`describe_failure` has the words),
+        and `AnswerTooLongError`. A GET that was lost with its connection is sent once more, a POST never.
+        """
+        deadline = asyncio.get_running_loop().time() + self._timeout
+        question = self._questions.get((method, url)) or self._prepare(method, url)
+        length = "" if body is None else f"Content-Length: {len(body)}\r\n"
+        data = f"{question.head}{headers}{length}\r\n".encode() + (body or b"")
+        try:
+            return await self._exchange(question.request, data, deadline)
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+            if method != "GET":
+                raise
+            return await self._exchange(question.request, data, deadline)
+
+    async def close(self) -> None:
+        """Close the connections. A later question opens new ones."""
+        if self._connector is not None:
+            connector, self._connector = self._connector, None
+            await connector.close()
+
+    def _prepare(self, method: str, text: str) -> _Question:
+        try:
+            url = yarl.URL(text)
+        except ValueError as error:
+            raise aiohttp.InvalidURL(text, str(error)) from error
+        if url.scheme not in ("http", "https") or not url.raw_host:
+            raise aiohttp.InvalidURL(text)
+        loop = asyncio.get_running_loop()
+        request = ClientRequest(method, url, headers=self._headers, skip_auto_headers=("Content-Type",), loop=loop)
+        for name in ("Content-Length", "Accept-Encoding"):
+            request.headers.popall(name, None)
+        lines = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+        question = _Question(request, f"{method} {request.url.raw_path_qs} HTTP/1.1\r\n{lines}")
+        if len(self._questions) >= HEAD_REMEMBERED:
+            self._questions.clear()
+        self._questions[method, text] = question
+        return question
+
+    async def _exchange(self, request: ClientRequest, data: bytes, deadline: float) -> Answer:
+        if self._connector is None:
+            self._connector = _connector()
+        remaining = max(deadline - asyncio.get_running_loop().time(), 0.001)
+        connection = await self._connector.connect(request, [], aiohttp.ClientTimeout(connect=remaining))
+        wire = connection.protocol
+        try:
+            assert isinstance(wire, _Wire)  # noqa: S101 - the connector makes no others
+            answer = await wire.ask(data, deadline)
+            if answer is None:
+                async with asyncio.timeout_at(deadline):
+                    answer = await wire.read_any(request, self._max_answer)
+            elif len(answer.body) > self._max_answer:
+                raise AnswerTooLongError(f"the answer is longer than {self._max_answer} bytes")
+        except BaseException:
+            connection.close()
+            raise
+        connection.release()
+        return answer
+
+
+def _connector() -> aiohttp.TCPConnector:
+    connector = aiohttp.TCPConnector()
+    # It has no hook for the protocol of its connections.
+    connector._factory = functools.partial(_Wire, loop=asyncio.get_running_loop())  # type: ignore[assignment]
+    return connector
+
+
+class _Wire(ResponseHandler):
+    """One connection: between questions nobody listens, and a plain answer is read without aiohttp's parser."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self._asked: asyncio.Future[Answer | None] | None = None
+        self._parsing = False
+
+    async def ask(self, data: bytes, deadline: float) -> Answer | None:
+        """Send a question; return a plain answer, or None where `read_any` has to read it."""
+        if self.transport is None:
+            raise aiohttp.ServerDisconnectedError
+        asked: asyncio.Future[Answer | None] = self._loop.create_future()
+        self._asked = asked
+        timer = self._loop.call_at(deadline, self._give_up, asked)
+        try:
+            self.transport.write(data)
+            return await asked
+        finally:
+            timer.cancel()
+            self._asked = None
+
+    @staticmethod
+    def _give_up(asked: "asyncio.Future[Answer | None]") -> None:
+        if not asked.done():
+            asked.set_exception(TimeoutError())
+
+    def data_received(self, data: bytes) -> None:
+        """Read a plain answer, hand any other on, and hang up on who speaks without being asked."""
+        if self._parsing:
+            super().data_received(data)
+        elif self._asked is not None and not self._asked.done():
+            answer = _read_plain(data)
+            if answer is None:
+                self._parsing = True
+                super().data_received(data)  # kept until there is a parser
+            self._asked.set_result(answer)
+        elif data:
+            self.force_close()
+            if self.transport is not None:
+                self.transport.close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Tell who waits for an answer."""
+        super().connection_lost(exc)
+        if self._asked is not None and not self._asked.done():
+            self._asked.set_exception(self.exception() or aiohttp.ServerDisconnectedError())
+
+    async def read_any(self, request: ClientRequest, max_answer: int) -> Answer:
+        """Read an answer of any form with aiohttp's parser."""
+        self.set_response_params(read_until_eof=True)
+        try:
+            message, payload = await self.read()
+            while 100 <= message.code <= 199 and message.code != 101:  # informational: the answer is yet to come
+                message, payload = await self.read()
+        except HttpProcessingError as error:
+            raise aiohttp.ClientResponseError(request.request_info, (), message=error.message) from error
+        body = bytearray()
+        async for chunk in payload.iter_any():
+            body += chunk
+            if len(body) > max_answer:
+                raise AnswerTooLongError(f"the answer is longer than {max_answer} bytes")
+        self._parser, self._parsing = None, False
+        return Answer(message.code, {name.lower(): value for name, value in message.headers.items()}, bytes(body))
+
+
+def _read_plain(data: bytes) -> Answer | None:
+    """Read a whole answer of the one form that is read here; None for anything else, a part of one included.
+
+    The form: HTTP/1.1, status 200 with one Content-Length, or 304; each header once, in printable ASCII and none that
+    changes how a body or connection is read; no byte more or less than the length says.
+    """
+    end = data.find(b"\r\n\r\n") + 4
+    if not 4 <= end <= _MAX_HEAD:
+        return None
+    head = _plain_head(data[:end])
+    if head is None or len(data) != end + head.length:
+        return None
+    return Answer(head.status, head.headers, data[end:])
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    status: int
+    headers: Mapping[str, str]
+    length: int
+
+
+@functools.lru_cache(maxsize=64)  # a server's heads differ by the second
+def _plain_head(data: bytes) -> _Head | None:
+    match = _PLAIN.fullmatch(data)
+    if match is None:
+        return None
+    headers: dict[str, str] = {}
+    lines = match[2].decode("ascii").splitlines()
+    for line in lines:
+        name, _, value = line.partition(":")
+        headers[name.lower()] = value.strip(" \t")
+    if len(headers) != len(lines) or not _NOT_PLAIN.isdisjoint(headers):
+        return None
+    if headers.get("connection", "keep-alive").lower() != "keep-alive":
+        return None
+    status, length = int(match[1]), headers.get("content-length")
+    if status == 304:  # it has no body, whatever the length of what it stands for
+        return _Head(status, MappingProxyType(headers), 0)
+    if length is None or not length.isdecimal() or len(length) > 9:
+        return None
+    return _Head(status, MappingProxyType(headers), int(length))
