@@ -322,7 +322,9 @@ async def test_webhook_of_somebody_else_is_noted_and_is_sent_no_header_of_ours(c
     (asked,) = control.journal.find("/bootAuth/kms", service="webhook", caller="kms-third", since=before)
     assert (asked["outcome"], asked["decision"]["allowed"]) == ("ok", True)
     assert asked["decision"]["asked"]["mr_aggregated"] == control.guest("kms-src")["mr_aggregated"]
-    assert seen == [{"host", "user-agent", "content-type", "content-length", "accept", "accept-encoding"}]
+    (names,) = seen
+    assert "user-agent" in names
+    assert not [name for name in names if "emu" in name]
     await server.close()
 
 
