@@ -13,7 +13,17 @@ from typing import Final
 from bench.figure import FULL, QUICK, Effort, Figure, Measure
 
 LATEST: Final = Path(__file__).parent / "latest.json"
-BENCHMARKS: Final = ("quotes", "verification", "getquote", "startup", "getappkey", "getappkey_new", "gettempcacert")
+BENCHMARKS: Final = (
+    "quotes",
+    "verification",
+    "getquote",
+    "startup",
+    "runbook",
+    "getappkey",
+    "getappkey_new",
+    "gettempcacert",
+    "image_verify",
+)
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ pccs = "{pccs}"
 [core.attestation.root_ca]
 tdx = "{root}"
 [core.image]
-verify = false
+verify = {verify}
 [core.auth_api.webhook]
 url = "{webhook}"
 [core.onboard]
@@ -104,18 +104,24 @@ class MeasuredKms:
 
 
 @contextmanager
-def measured_kms() -> Iterator[MeasuredKms]:
+def measured_kms(*, verify_images: bool = False) -> Iterator[MeasuredKms]:
     """Run a stack and a KMS, bootstrap it, and end its onboard phase; the block runs on the client's core."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, running_stack(OTHER_CORE) as (_, stack):
         certs, config = Path(folder, "certs"), Path(folder, "kms.toml")
         services = stack["services"]
         config.write_text(
-            _TOML.format(certs=certs, pccs=services["pccs"], root=stack["root_ca"], webhook=services["auth-src"])
+            _TOML.format(
+                certs=certs,
+                pccs=services["pccs"],
+                root=stack["root_ca"],
+                webhook=services["auth-src"],
+                verify=str(verify_images).lower(),
+            )
         )
         command = (sys.executable, "-m", "stack", "kms", "--config", str(config))
         environment = {"DSTACK_AGENT_ADDRESS": services["agent-src"]}
         with (
-            running(command, SERVER_CORE, environment=environment, ready="http://", ready_on="stderr") as (
+            running(command, SERVER_CORE, environment=environment, ready="KMS (", ready_on="stderr") as (
                 process,
                 line,
             ),

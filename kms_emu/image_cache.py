@@ -53,6 +53,8 @@ class ImageCache:
         if key != ALL and not all(c in hexdigits for c in key):
             raise InvalidRequestError(invalid)
         path = self.folder / kind if key == ALL else self.folder / kind / key
+        if not path.exists() and key != ALL:
+            path = path.with_suffix(".json")  # what a measurement is kept as
         try:
             if path.is_dir() or (key == ALL and must_exist):
                 shutil.rmtree(path)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from attest.certificate import CertificateAuthority, load_authority
+from attest.certificate import CertificateAuthority, load_authority, load_pem
 from attest.errors import FormatError
 from attest.kdf import load_p256_pem
 from simulator.app_keys import AppKeys
@@ -41,7 +41,11 @@ class KeyFile:
         if kind == "Kms":
             temp_key = load_p256_pem(provider.text("tmp_ca_key"), f"{path}: key_provider.Kms.tmp_ca_key")
             temp_ca = load_authority(provider.text("tmp_ca_cert"), temp_key, f"{path}: key_provider.Kms.tmp_ca_cert")
-            issuer = KmsAccess(provider.text("url"), temp_ca)
+            load_pem(ca_cert, f"{path}: ca_cert")
+            url = provider.text("url")
+            if not url.startswith("https://"):
+                raise FormatError(f"{path}: key_provider.Kms.url: https://host:port/prpc expected, got {url!r:.200}")
+            issuer = KmsAccess(url, temp_ca)
             named = KeyProvider("kms", provider.octets("pubkey").hex())
         elif kind in ("None", "Local", "Tpm"):
             key = load_p256_pem(provider.text("key"), f"{path}: key_provider.{kind}.key")

@@ -93,10 +93,15 @@ class GuestConfig:
     key_provider: Literal["none", "local-sgx"] = "none"
     allow_emit_event: bool = True
 
+    @property
+    def name(self) -> str:
+        """The app's name, with the instance's where it has one."""
+        return f"{self.compose.name}: {self.instance}" if self.instance else self.compose.name
 
-def instance_seed(seed: Seed, name: str, instance: str = "") -> bytes:
-    """What the instance id of a guest of that name grows from, 32 bytes; `instance` tells its instances apart."""
-    return seed.derive(f"instance {name}{instance and f': {instance}'}", 32)
+
+def instance_seed(seed: Seed, name: str) -> bytes:
+    """What the instance id of a guest of that name grows from, 32 bytes."""
+    return seed.derive(f"instance {name}", 32)
 
 
 def local_key_provider(seed: Seed, name: str) -> KeyProvider:
@@ -123,7 +128,7 @@ def power_on(intel: Intel, config: GuestConfig) -> TrustDomain:
         platform,
         image,
         config.compose,
-        instance_seed=instance_seed(seed, config.compose.name, config.instance),
+        instance_seed=instance_seed(seed, config.name),
         vm_config=vm_config,
         claimed_config=machine.config,
         app_id=config.app_id,
@@ -180,7 +185,7 @@ class Guest:
         self.pccs_url = self._pccs_url or await self._serve_pccs()
         self.domain = power_on(self.intel, self.config)
         self._kms_ca = folder / "kms-ca.pem"
-        seed = Seed.of(self.config.seed).child(f"guest {self.config.compose.name}")
+        seed = Seed.of(self.config.seed).child(f"guest {self.config.name}")
         self.agent = GuestAgent(self.domain, seed.stream("agent"), allow_emit_event=self.config.allow_emit_event)
         kms = self.config.kms
         if kms is None or not kms.keeps_asking:

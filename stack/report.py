@@ -1,5 +1,6 @@
 """What `dstack-emu up` shows a person when the stack is ready."""
 
+import shlex
 from typing import Any
 
 _WHAT = {
@@ -35,7 +36,7 @@ def show(description: dict[str, Any], seconds: float) -> str:
     ]
     lines += [f"  {path}" for path in description["policies"].values()]
     lines += ["", "To paste:"]
-    lines += [f"  export {name}={value}" for name, value in description["env"].items()]
+    lines += [f"  export {name}={shlex.quote(value)}" for name, value in description["env"].items()]
     lines += [f"  {line}" for line in (_fresh_steps(description) if fresh else _ready_steps(description))]
     lines += ["", f"State: {description['state']}. Ctrl-C stops it."]
     return "\n".join(lines)
@@ -51,10 +52,11 @@ def _fresh_steps(description: dict[str, Any]) -> list[str]:
 
 
 def _ready_steps(description: dict[str, Any]) -> list[str]:
-    services, sock = description["services"], description["app"]["dstack_sock"]
+    services, sock = description["services"], shlex.quote(description["app"]["dstack_sock"])
+    root = shlex.quote(description["kms_ca"])
     return [
         f"curl -s --unix-socket {sock} http://localhost/Info",
         f"curl -s --unix-socket {sock} 'http://localhost/GetQuote?report_data=00'",
-        f"curl -s --cacert {description['kms_ca']} '{services['kms-src']}/prpc/KMS.GetMeta?json'",
-        f"curl -s --cacert {description['kms_ca']} '{services['kms-src']}/prpc/KMS.GetTempCaCert?json'",
+        f"curl -s --cacert {root} '{services['kms-src']}/prpc/KMS.GetMeta?json'",
+        f"curl -s --cacert {root} '{services['kms-src']}/prpc/KMS.GetTempCaCert?json'",
     ]

@@ -26,11 +26,11 @@ class VerifierConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
-    address: str = Field("127.0.0.1", validation_alias=AliasChoices("address", "host"))
-    port: int = Field(PORTS["verifier"], ge=1, le=65535)
+    address: str = Field(default="127.0.0.1", validation_alias=AliasChoices("address", "host"))
+    port: int = Field(default=PORTS["verifier"], ge=1, le=65535)
     image_cache_dir: str = "/tmp/dstack-verifier/cache"  # noqa: S108 - upstream's default
     image_download_url: str = IMAGE_URL
-    image_download_timeout_secs: int = Field(300, gt=0)
+    image_download_timeout_secs: int = Field(default=300, gt=0)
     attestation: AttestationConfig = AttestationConfig()
 
     @field_validator("address")

@@ -22,8 +22,10 @@ FIGURES = {
     "verification": ["verify_per_second", "verify_to_dcap_qvl"],
     "getquote": ["getquote_socket", "getquote_to_bare_server", "getquote_per_cpu_second"],
     "startup": ["stack_ready", "stack_stop", "stack_memory"],
+    "runbook": ["runbook"],
     "getappkey": ["getappkey_keepalive", "getappkey_to_bare_server", "getappkey_per_cpu_second"],
     "getappkey_new": ["getappkey_new_connection", "getappkey_new_to_dcap_qvl", "getappkey_new_to_bare_server"],
+    "image_verify": ["image_verify_to_without", "image_verify_first_time", "image_verify_known"],
     "gettempcacert": ["gettempcacert_keepalive", "gettempcacert_to_bare_server"],
 }
 

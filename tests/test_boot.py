@@ -13,8 +13,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from stack.cli import parser
 from tests import foreign
-from tests.commands import ask, run_command, serving
+from tests.commands import ask, run_command, serving, usage_error
 from tests.foreign import Guest
 from tests.kms_files import copy_keys, write_kms_toml
 from tests.running import RunningStack, running_kms
@@ -225,6 +226,10 @@ def test_key_file_with_keys_of_a_kms_gets_its_certificates_there(
         "Error: Failed to sign the CSR: Failed to send request: error sending request for url "
         f"({provider['url']}/SignCert?json): Connection refused\n"
     )
+    provider["url"] = "127.0.0.1:9301"
+    path.write_text(json.dumps(document))
+    said = f"{path}: key_provider.Kms.url: https://host:port/prpc expected, got '127.0.0.1:9301'"
+    assert usage_error("agent", "--keys", str(path)) == said
 
 
 def free_port() -> int:
@@ -280,10 +285,14 @@ def test_server_that_is_no_kms_is_refused(ready_stack: RunningStack) -> None:
     assert refusal("--kms", url) == f"{unreachable}({url}/prpc/GetTempCaCert?json): Connection refused"
     plain = ready_stack.services["pccs"].replace("http:", "https:")
     assert refusal("--kms", plain).startswith(f"{unreachable}({plain}/prpc/GetTempCaCert?json): TLS: ")
-    for wrong in ("http://127.0.0.1:1", "https://127.0.0.1:1/prpc"):
-        done = run_command("boot", "--kms", wrong)
-        assert done.returncode == 2
-        assert f"--kms: https://host:port expected, without a path, got {wrong!r}" in done.stderr.decode()
+
+
+@pytest.mark.parametrize("wrong", ["http://127.0.0.1:1", "https://127.0.0.1:1/prpc", "https://", "https://h:x", "h:1"])
+def test_kms_url_that_is_none_is_wrong_use(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parser(("boot",)).parse_args(["boot", "--kms", wrong])
+    assert ended.value.code == 2
+    assert f"--kms: https://host:port expected, without a path, got {wrong!r}" in capsys.readouterr().err
 
 
 # ---- waiting

@@ -26,6 +26,7 @@ from kms_emu.admin import TOKEN_VARIABLES
 from kms_emu.config import KmsConfig
 from stack.cli import COMMANDS, parser
 from stack.config import PORTS
+from stack.verifier_config import VerifierConfig
 from tests.running import RunningStack, running_stack
 from tests.vectors import ROOT
 
@@ -232,7 +233,16 @@ def test_commands_of_the_readme_are_the_programs() -> None:
 def options(command: str) -> set[str]:
     """The option strings that a command takes."""
     (commands,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return {option for action in commands.choices[command]._actions for option in action.option_strings}
+    return options_of(commands.choices[command])
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The option strings of a parser, and of those below it."""
+    found = {option for action in parser._actions for option in action.option_strings}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found = found.union(*map(options_of, action.choices.values()))
+    return found
 
 
 def documented_options(text: str) -> set[str]:
@@ -280,6 +290,14 @@ def test_documented_defaults_of_kms_toml_are_the_programs() -> None:
     assert written == KmsConfig()
     unset = [code(key)[0] for key, default, _ in kms_keys() if default == "none"]
     assert all(key == "default" or key.startswith("core.attestation.root_ca.") for key in unset)
+
+
+def test_keys_and_defaults_of_dstack_verifier_toml_are_documented() -> None:
+    table = rows(section(document("docs/configuration.md"), "## dstack-verifier.toml"), "key")
+    assert {code(key)[0] for key, *_ in table} == set(keys_of(VerifierConfig))
+    given = [(code(key)[0], code(default)[0]) for key, default, _ in table if default != "none"]
+    written = VerifierConfig.model_validate(tomllib.loads("\n".join(f"{key} = {value}" for key, value in given)))
+    assert written == VerifierConfig()
 
 
 NO_VARIABLES = {"TD_QE"}
@@ -359,6 +377,8 @@ FILLED_IN = {
     "PCCS status 404, 200 expected": "PCCS status {status}",
     "Request failed with status=400 Bad Request, error=": "status={status}, error={body}",
     "/tcb?fmspc=": "the URL",
+    "core.attestation.root_ca.tdx": "{section}attestation.root_ca.tdx",
+    "is set, which needs core.attestation.insecure_allow_external_trust_anchors = true": "which needs {section}…",
 }
 """What a message has in place of what the code writes in braces."""
 

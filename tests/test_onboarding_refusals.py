@@ -81,14 +81,23 @@ def free_port() -> int:
 # ---- a source of this file's own
 
 
-@contextmanager
-def tls_server(certificate: str, key: str, reply: Reply) -> Iterator[str]:
-    """Answer each request by its path with raw bytes, and hang up; yield the URL."""
+def server_context(certificate: str, key: str) -> ssl.SSLContext:
+    """Settings of a server with a certificate (PEM)."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "server.pem")
         file.write_text(key + certificate)
         context.load_cert_chain(file)
+    return context
+
+
+@contextmanager
+def tls_server(reply: Reply, *contexts: ssl.SSLContext) -> Iterator[str]:
+    """Answer each request by its path with raw bytes, and hang up; yield the URL.
+
+    Each connection has the next one of the certificates, the last of them for the rest.
+    """
+    left = list(contexts)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         done = threading.Event()
@@ -98,6 +107,7 @@ def tls_server(certificate: str, key: str, reply: Reply) -> Iterator[str]:
                 plain, _ = listener.accept()
                 with plain:
                     plain.settimeout(foreign.TIMEOUT)
+                    context = left.pop(0) if len(left) > 1 else left[0]
                     try:
                         with context.wrap_socket(plain, server_side=True) as channel:
                             head = b""
@@ -124,17 +134,23 @@ def http(body: bytes, length: int | None = None) -> bytes:
 
 
 @contextmanager
-def posing_as_the_source(world: World, reply_to_get_kms_key: bytes | None) -> Iterator[str]:
-    """A server with the source's own certificate and key, which answers GetTempCaCert as it does, or not at all."""
-    status, answer = world.stack.rpc("kms-src", "KMS.GetTempCaCert")
+def posing_as_the_source(world: World, answer: bytes | None, *, then_as: str = "src") -> Iterator[str]:
+    """A server with the source's own certificate and key, which answers GetTempCaCert as it does, and then so.
+
+    Without an answer it hangs up already on GetTempCaCert; `then_as` is the side whose certificate the second
+    connection gets to see.
+    """
+    status, temp = world.stack.rpc("kms-src", "KMS.GetTempCaCert")
     assert status == 200
 
     def reply(path: str) -> bytes:
-        if reply_to_get_kms_key is None:
+        if answer is None:
             return b""
-        return http(json.dumps(answer).encode()) if "GetTempCaCert" in path else reply_to_get_kms_key
+        return http(json.dumps(temp).encode()) if "GetTempCaCert" in path else answer
 
-    with tls_server((world.certs / "rpc.crt").read_text(), (world.certs / "rpc.key").read_text(), reply) as url:
+    folders = [world.certs, Path(world.stack.description["state"], f"kms-{then_as}", "certs")]
+    shown = [server_context((each / "rpc.crt").read_text(), (each / "rpc.key").read_text()) for each in folders]
+    with tls_server(reply, *shown) as url:
         yield url
 
 
@@ -219,7 +235,8 @@ def attested(evidence_of: Callable[[bytes], bytes]) -> Iterator[str]:
     evidence = evidence_of(foreign.spki_of(key))
     certificate = foreign.Authority.invent("Dstack KMS CA").issue(key, evidence).certificate
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
-    with tls_server(certificate.public_bytes(Encoding.PEM).decode(), pem, lambda path: http(b"{}")) as url:
+    shown = server_context(certificate.public_bytes(Encoding.PEM).decode(), pem)
+    with tls_server(lambda path: http(b"{}"), shown) as url:
         yield url
 
 
@@ -315,6 +332,14 @@ def _(world: World) -> Iterator[tuple[str, str]]:
 def _(world: World) -> Iterator[tuple[str, str]]:
     with posing_as_the_source(world, http(b'{"temp_ca_key":"","keys":[]}')) as url:
         yield url, "Invalid keys"
+
+
+@case("the source has another key on the second connection")
+def _(world: World) -> Iterator[tuple[str, str]]:
+    real = {"temp_ca_key": (world.certs / "tmp-ca.key").read_text()}
+    root = {"ca_key": (world.certs / "root-ca.key").read_text(), "k256_key": "11" * 32}
+    with posing_as_the_source(world, http(json.dumps({**real, "keys": [root]}).encode()), then_as="dst") as url:
+        yield url, "Source KMS changed its key between two connections"
 
 
 # ---- the table

@@ -29,6 +29,8 @@ DESCRIPTION = (
 EPILOG = "Example: dstack-emu exec -- pytest tests/. What is set: docs/configuration.md, or `dstack-emu exec -- env`."
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
+PATIENCE: Final = 5.0
+"""Seconds that a command has to end once the stack has failed."""
 
 URLS: Final[Mapping[str, str]] = {
     "DSTACK_EMU_PCCS": "pccs",
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_stack_options(parser)
     parser.add_argument("--runbook-ports", action="store_true", help="take the runbook's ports instead of free ones")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="-- CMD ARGS", help="the command")
-    parser.epilog = EPILOG
+    parser.usage, parser.epilog = "dstack-emu exec [OPTIONS] -- CMD ARGS", EPILOG
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -117,11 +119,18 @@ class _Run:
         try:
             code = await self._process.wait()
         except asyncio.CancelledError:  # the stack failed
-            with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
-            await self._process.wait()
+            await self._end(self._process)
             raise
         return code if code >= 0 else 128 - code
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        """Ask the command to end, and end it where it does not."""
+        for ask in (process.terminate, process.kill):
+            with contextlib.suppress(ProcessLookupError):
+                ask()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), PATIENCE)
+                return
 
     def _signal(self, number: int) -> None:
         if self._process is not None:

@@ -83,7 +83,7 @@ class Book:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and issubclass(kind, RunbookError):
+        if kind is not None:
             self._put_policies_back()
         await self._exit.aclose()
 

@@ -1,0 +1,72 @@
+"""What `core.image.verify` costs a KMS: GetAppKey with and without it, and the check by itself, known and unknown.
+
+Two KMS that differ in that one key are asked in turn. The check alone is timed for a VM config that nobody has seen
+(each of another memory size and document) and for one that was just judged.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+
+from attest.app_info import vm_config_of
+from attest.os_image import verify_lite
+from bench.figure import Bar, Effort, Figure, alternate, median, ratio
+from bench.kms import measured_kms, tls
+from bench.load import closed_loop
+from bench.processes import SERVER_CORE, on_core
+from bench.quotes import booted_domain
+from simulator.image import OsImage
+from simulator.seed import Seed
+
+CONNECTIONS = 8
+SHARE_BAR = 0.85
+FIRST_BAR, KNOWN_BAR = 2.0, 0.1
+"""Milliseconds."""
+
+FIRST_TIMES = 40
+
+
+def measure(effort: Effort) -> Iterator[Figure]:
+    """The share of GetAppKey's rate that is left with it, and milliseconds of the check."""
+    with ExitStack() as stack:
+        loops = []
+        for verifies in (True, False):
+            kms = stack.enter_context(measured_kms(verify_images=verifies))
+            body, contexts = kms.app_key_request(), [tls(identity) for identity in kms.identities(CONNECTIONS)]
+            connections = [kms.connect(context, "GetAppKey", body) for context in contexts]
+            for connection in connections:
+                stack.callback(connection.close)
+            loops.append(closed_loop(connections))
+        verifying, believing = alternate(effort, *loops)
+    yield Figure("image_verify_to_without", ratio(verifying, believing), "x GetAppKey without it", Bar(SHARE_BAR))
+    first, known = _check_milliseconds()
+    yield Figure("image_verify_first_time", first, "ms", Bar(FIRST_BAR, at_most=True))
+    yield Figure("image_verify_known", known, "ms", Bar(KNOWN_BAR, at_most=True))
+
+
+def _check_milliseconds() -> tuple[float, float]:
+    """Time the check on boots of images that were not seen before, and on the same again."""
+    boots = []
+    for number in range(FIRST_TIMES):
+        image = OsImage.from_seed(Seed.of(f"bench {number}").derive)
+        vm_config = image.vm_config(memory_size=(4 + number) << 30)
+        registers, log = image.boot(vm_config)
+        boots.append((vm_config.to_json(), registers, log))
+    _, domain = booted_domain()
+    report = domain.report(bytes(64))
+    taken: list[list[float]] = [[], []]
+    with on_core(SERVER_CORE):
+        for times in taken:
+            for text, registers, log in boots:
+                quoted = replace(
+                    report,
+                    mr_td=registers.mrtd,
+                    rt_mr0=registers.rtmr0,
+                    rt_mr1=registers.rtmr1,
+                    rt_mr2=registers.rtmr2,
+                )
+                began = time.perf_counter()
+                verify_lite(vm_config_of(text), log, quoted)
+                times.append((time.perf_counter() - began) * 1000)
+    return median(taken[0]), median(taken[1])
