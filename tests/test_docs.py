@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from attest.version import EMULATOR
 from kms_emu.admin import TOKEN_VARIABLES
 from kms_emu.config import KmsConfig
+from kms_emu.environment import PREFIX, overrides
 from stack.cli import COMMANDS, parser
 from stack.config import GRPC_PORTS, PORTS
 from stack.verifier_config import VerifierConfig
@@ -322,6 +323,14 @@ def test_variables_that_the_code_names_are_documented() -> None:
     }
     assert {"DSTACK_AGENT_ADDRESS", *TOKEN_VARIABLES} <= named
     assert named - NO_VARIABLES == documented_variables("## Environment variables")
+
+
+def test_variables_that_set_keys_of_kms_toml_are_documented_as_they_work() -> None:
+    text = section(document("docs/configuration.md"), "## kms.toml")
+    name, key = re.findall(r"`(\w+__URL)` is `([\w.]+)`", text)[0]
+    assert f"`{PREFIX}`" in text
+    assert name == PREFIX + key.upper().replace(".", "__")
+    assert overrides(KmsConfig, {name: "x"}) == {"core": {"auth_api": {"webhook": {"url": "x"}}}}
 
 
 def test_settings_of_the_container_are_documented() -> None:

@@ -15,6 +15,7 @@ from kms_emu.errors import KmsError
 from kms_emu.guest_agent import DEFAULT_ADDRESS
 from kms_emu.server import KmsServer
 from simulator.seed import Seed
+from stack import logs
 from stack.clock import ISSUED_AT, wall_clock
 from stack.commands.common import WARNING, listen_address, say, stop_on_signals
 from transport.listen import bind_tcp
@@ -28,8 +29,10 @@ DESCRIPTION = (
 )
 
 TALKATIVE = ("kms_emu",)
-LEVEL_VARIABLE = "RUST_LOG"
-"""Upstream's variable for the level of its log, and so ours for this command."""
+
+def log_level() -> str | None:
+    """The level that upstream's variable asks for."""
+    return logs.level_of(os.environ.get("RUST_LOG", ""))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
