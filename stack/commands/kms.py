@@ -56,7 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the KMS until it ends or a signal comes."""
     config = KmsConfig.load(arguments.config, os.environ)
     agent = os.environ.get("DSTACK_AGENT_ADDRESS") or DEFAULT_ADDRESS
-    return uvloop.run(_run_kms(config, agent, arguments))  # a tenth more calls than asyncio's own loop
+    # uvloop answers a tenth more calls than asyncio's own loop, but the relay in front of grpcio is not made for it.
+    run_loop = asyncio.run if config.emulator.grpc.enabled else uvloop.run
+    return run_loop(_run_kms(config, agent, arguments))
 
 
 def _kms(config: KmsConfig, agent: str, arguments: argparse.Namespace) -> KmsServer:
