@@ -12,14 +12,8 @@ import pytest
 from aiohttp import web
 
 from attest.attestation import Attestation
-from attest.collateral import (
-    PCK_CRL_PATH,
-    QE_IDENTITY_PATH,
-    REVALIDATION_HEADER,
-    ROOT_CA_CRL_PATH,
-    TCB_INFO_PATH,
-)
 from attest.errors import UnjudgedError, VerificationError
+from attest.pcs import PCK_CRL_PATH, QE_IDENTITY_PATH, REVALIDATION_HEADER, ROOT_CA_CRL_PATH, TCB_INFO_PATH
 from attest.verify import TrustAnchor
 from simulator.image import OsImage
 from simulator.intel import Intel, VendorState
