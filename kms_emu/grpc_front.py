@@ -94,11 +94,6 @@ class GrpcFront:
         """Where a client on this machine reaches each listener, by the key of its port."""
         return {key: reachable(sock) for key, sock in self._ports.items()}
 
-    @property
-    def addresses(self) -> dict[str, tuple[str, int]]:
-        """Where each listener is bound, by the key of its port."""
-        return {key: sock.getsockname()[:2] for key, sock in self._ports.items()}
-
     async def enter_onboard(self, service: OnboardService) -> None:
         """Serve Onboard in plain."""
         onboard = GrpcService("kms.Onboard", onboard_table(service), anyone)

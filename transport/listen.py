@@ -84,13 +84,12 @@ def reachable(sock: socket.socket) -> str:
     return f"{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def reset(transport: asyncio.BaseTransport) -> None:
+def reset(transport: asyncio.WriteTransport) -> None:
     """End a connection at once: over TCP with a reset, not an orderly close."""
     sock = transport.get_extra_info("socket")
     if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    if isinstance(transport, asyncio.WriteTransport):
-        transport.abort()
+    transport.abort()
 
 
 def reserve_unix(path: str | os.PathLike[str], *, setting: str = "") -> str:
