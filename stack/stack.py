@@ -48,7 +48,7 @@ from stack.world.control_server import control_app
 from stack.world.front import decision_noter
 from stack.world.guests import GuestSpec, RunningGuest, start_guest
 from stack.world.journal import JournalError
-from stack.world.judge import NotedVerifier
+from stack.world.judge import NotedVerifier, verdict_noter
 from stack.world.kms import KmsSpec, RunningKms, start_kms
 from stack.world.trace import headers_of
 from stack.world.world import World
@@ -210,7 +210,8 @@ class Stack:
         self._exit.push_async_callback(images.close)
         judge = self.verifier_of("verifier")
         self._exit.push_async_callback(judge.pccs.close)
-        await self._serve("verifier", self.world.around("verifier", verifier_app(Verifier(judge, images))))
+        app = verifier_app(Verifier(judge, images), observer=verdict_noter(self.world.journal))
+        await self._serve("verifier", self.world.around("verifier", app))
 
     async def _close_parts(self) -> None:
         for kms in reversed(self.kms_parts.values()):

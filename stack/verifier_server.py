@@ -6,6 +6,7 @@ it is another JSON, 413 where it is longer than upstream's web server reads, 404
 
 import json
 import logging
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Final
 
@@ -28,8 +29,12 @@ MAX_BODY: Final = 1024 * 1024
 log = logging.getLogger(__name__)
 
 
-def verifier_app(verifier: Verifier) -> web.Application:
-    """Make the service's application."""
+Observer = Callable[[VerificationResponse], None]
+"""Told of each verdict."""
+
+
+def verifier_app(verifier: Verifier, *, observer: Observer | None = None) -> web.Application:
+    """Make the service's application; `observer` is told of each verdict before it is answered."""
 
     async def verify(request: web.Request) -> web.Response:
         body = await _read(request)
@@ -48,6 +53,8 @@ def verifier_app(verifier: Verifier) -> web.Application:
         except InputError as error:
             log.info("%s", error)
             response = VerificationResponse.internal_error(error.outer)
+        if observer is not None:
+            observer(response)
         return _json(response.to_document())
 
     async def health(request: web.Request) -> web.Response:

@@ -23,7 +23,7 @@ from stack.runbook.journal import Step
 from stack.runbook.show import Screen
 from stack.runbook.target import Target, TargetError
 from tests.commands import run_command, usage_error
-from tests.running import RunningStack, running_kms
+from tests.running import RunningStack, running_kms, running_stack
 from tests.vectors import ROOT
 
 CASES = 6
@@ -41,11 +41,19 @@ class Run:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Three of them: two of one seed, with other options, and one of another seed."""
+    """Two of one seed, with other options, one of another seed, and two by gRPC of the first seed."""
     folder = tmp_path_factory.mktemp("evidence")
     found = {}
     one = ["--seed", "one"]
-    for name, arguments in {"plain": one, "json": [*one, "-vv", "--json"], "other": []}.items():
+    by_grpc = [*one, "--transport", "grpc"]
+    wanted = {
+        "plain": one,
+        "json": [*one, "-vv", "--json"],
+        "other": [],
+        "grpc": by_grpc,
+        "grpc json": [*by_grpc, "--json"],
+    }
+    for name, arguments in wanted.items():
         file = folder / f"{name}.tar.gz"
         done = run_command("runbook", *arguments, "--evidence", str(file))
         assert done.returncode == 0, done.stderr.decode()
@@ -102,6 +110,48 @@ def test_json_is_one_object_with_every_step(runs: dict[str, Run]) -> None:
     assert "Case 5: " in runs["json"].stderr, "progress goes there"
 
 
+def steps_of(run: Run) -> list[dict[str, Any]]:
+    """Every step of a run with --json."""
+    return [step for case in json.loads(run.stdout)["cases"] for step in case["steps"]]
+
+
+def test_runbook_by_grpc_has_the_same_steps_and_texts_with_statuses_of_its_own(runs: dict[str, Run]) -> None:
+    report = json.loads(runs["grpc json"].stdout)
+    assert (report["ok"], report["transport"]) == (True, "grpc")
+    statuses = set()
+    for ours, theirs in zip(steps_of(runs["json"]), steps_of(runs["grpc json"]), strict=True):
+        assert (ours["name"], ours["ok"]) == (theirs["name"], theirs["ok"])
+        if "/finish" in ours["asked"]:
+            finished = (theirs["asked"][-16:], theirs["got"], theirs["expected"])
+            assert finished == ("Onboard.Finish()", "OK null", "OK")
+        elif ours["got"].startswith("400 "):
+            code, _, text = theirs["got"].partition(" ")
+            statuses.add(code)
+            # A KMS asks its source by pRPC in either run, on whatever port that has.
+            assert unported(text) == unported(ours["got"].removeprefix("400 "))
+            assert ours["expected"] == theirs["expected"]
+        elif " KMS." in ours["asked"] or " Onboard." in ours["asked"]:
+            assert theirs["got"] == re.sub("^200", "OK", ours["got"])
+            assert theirs["expected"] == re.sub("^200", "OK", ours["expected"])
+        else:
+            assert (ours["got"], ours["expected"]) == (theirs["got"], theirs["expected"])
+    assert statuses == {"PERMISSION_DENIED", "UNAUTHENTICATED"}
+
+
+def unported(text: str) -> str:
+    """A text without the ports in it."""
+    return re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1", text)
+
+
+def test_evidence_of_a_run_by_grpc_names_its_statuses(runs: dict[str, Run]) -> None:
+    files = contents(runs["grpc"].evidence)
+    denied = next(json.loads(data) for name, data in files.items() if name.endswith("-get-temp-ca-denied.json"))
+    assert denied["status"] == "PERMISSION_DENIED"
+    assert denied["body"] == {"error": "KMS self authorization failed: KMS is not allowed: aggregated MR not allowed"}
+    assert b"127.0.0.1" not in gzip.decompress(runs["grpc"].evidence)
+    assert json.loads(files["manifest.json"])["transport"] == "grpc"
+
+
 @pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
 def test_colours_are_for_terminals_that_want_them(
     no_color: str, coloured: bool, monkeypatch: pytest.MonkeyPatch
@@ -121,6 +171,7 @@ def test_colours_are_for_terminals_that_want_them(
 def test_evidence_of_the_same_seed_is_the_same_bytes(runs: dict[str, Run]) -> None:
     assert runs["plain"].evidence == runs["json"].evidence
     assert runs["plain"].evidence != runs["other"].evidence
+    assert runs["grpc"].evidence == runs["grpc json"].evidence
 
 
 def test_evidence_has_what_the_runbook_says_to_save(files: dict[str, bytes]) -> None:
@@ -249,7 +300,18 @@ def test_stack_without_app_and_pccs_is_judged_as_far_as_it_goes(fresh_stack: Run
     assert {step["got"] for step in skipped} == {
         "no PCCS is named (services.pccs)",
         "no agent of an app is named (services.app)",
+        "no verifier is named (services.verifier)",
     }
+
+
+def test_runbook_passes_by_grpc_on_a_stack_that_runs_elsewhere(tmp_path: Path) -> None:
+    with running_stack("--fresh", "--grpc") as stack:
+        file = Path(stack.description["state"], "stack.json")
+        done = run_command("runbook", "--against", str(file), "--transport", "grpc", "--json")
+        assert json.loads(done.stdout)["ok"] is True, done.stderr.decode()
+        again = run_command("runbook", "--against", str(file), "--transport", "grpc")
+    assert again.returncode == 2
+    assert f"kms-src at {stack.description['grpc']['kms-src-grpc']} has keys already" in again.stderr.decode()
 
 
 def test_source_url_is_where_the_destination_is_sent(fresh_stack: RunningStack, tmp_path: Path) -> None:
@@ -383,6 +445,25 @@ def test_description_may_name_other_addresses_for_the_runtime_phase(tmp_path: Pa
     assert (target.kms["src"].onboard, target.kms["src"].runtime) == ("http://127.0.0.1:9", "https://b")
     assert (target.kms["dst"].onboard, target.kms["dst"].runtime) == ("http://127.0.0.1:9", "https://127.0.0.1:9")
     assert (target.source_url, target.kms["src"].policy) == ("https://c/prpc", tmp_path / "a")
+
+
+def test_description_without_grpc_is_refused_for_a_run_by_grpc(tmp_path: Path) -> None:
+    file = write(tmp_path / "stack.json", NOWHERE)
+    with pytest.raises(TargetError) as refusal:
+        Target.load(file, by_grpc=True)
+    needed = "not there, and --transport grpc needs it: `up --grpc` switches gRPC on"
+    assert str(refusal.value) == f"{file}: grpc.kms-src-grpc: {needed}"
+    write(file, {**NOWHERE, "grpc": {"kms-src-grpc": "http://127.0.0.1"}})
+    text = usage_error("runbook", "--against", str(file), "--transport", "grpc")
+    assert text == f"{file}: grpc.kms-src-grpc: host:port expected, got 'http://127.0.0.1'"
+
+
+def test_kms_that_does_not_answer_by_grpc_is_named(tmp_path: Path) -> None:
+    names = [f"kms-{side}-grpc{more}" for side in ("src", "dst") for more in ("", "-mtls")]
+    file = write(tmp_path / "stack.json", {**NOWHERE, "grpc": dict.fromkeys(names, "127.0.0.1:9")})
+    done = run_command("runbook", "--against", str(file), "--transport", "grpc", "--wait", "0")
+    expected = "Error: kms-src at 127.0.0.1:9 does not say what it measures: no answer: Connection refused\n"
+    assert (done.returncode, done.stderr.decode()) == (2, expected)
 
 
 def test_kms_that_does_not_answer_is_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import os
 import socket
 import ssl
 import stat
+import struct
 from pathlib import Path
 from typing import Any, Final
 
@@ -81,6 +82,14 @@ def reachable(sock: socket.socket) -> str:
     # An unspecified address is one to listen on, not one to connect to.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
     return f"{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def reset(transport: asyncio.WriteTransport) -> None:
+    """End a connection at once: over TCP with a reset, not an orderly close."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 def reserve_unix(path: str | os.PathLike[str], *, setting: str = "") -> str:

@@ -102,13 +102,12 @@ class RaTlsClient:
         if not url.startswith(("http://", "https://")):
             raise RaTlsError(f"Failed to send request: builder error: http(s) URL expected, got {url!r:.200}")
         self.url = url
-        self._verifier = verifier
 
         async def check(certificate: bytes | None) -> None:
             if judge is None:
                 return
             try:
-                judge(await self._peer(certificate))
+                judge(await peer_of(certificate, verifier))
             except AttestError as error:
                 raise _within(f"failed to validate the server attestation of {url}", error) from error
 
@@ -135,18 +134,20 @@ class RaTlsClient:
         """Close the connections."""
         await self._client.close()
 
-    async def _peer(self, certificate_der: bytes | None) -> Peer:
-        if certificate_der is None:
-            raise VerificationError("No TLS info in response")
-        certificate = load_der(certificate_der)
-        attestation = attestation_of(certificate)
-        if attestation is None or self._verifier is None:
-            return Peer(None, usage_of(certificate))
-        try:
-            verified = await self._verifier.verify_bound(attestation, certificate_spki(certificate))
-        except AttestError as error:
-            raise _within("failed to verify the attestation report presented by the server", error) from error
-        return Peer(verified, usage_of(certificate))
+
+async def peer_of(certificate_der: bytes | None, verifier: AttestationVerifier | None) -> Peer:
+    """What a server proves by its certificate; raise `AttestError` where its evidence does not hold."""
+    if certificate_der is None:
+        raise VerificationError("No TLS info in response")
+    certificate = load_der(certificate_der)
+    attestation = attestation_of(certificate)
+    if attestation is None or verifier is None:
+        return Peer(None, usage_of(certificate))
+    try:
+        verified = await verifier.verify_bound(attestation, certificate_spki(certificate))
+    except AttestError as error:
+        raise _within("failed to verify the attestation report presented by the server", error) from error
+    return Peer(verified, usage_of(certificate))
 
 
 def _within(text: str, error: AttestError) -> VerificationError:

@@ -15,13 +15,26 @@ import socket
 import ssl
 from collections.abc import MutableMapping
 from typing import Final
+from weakref import WeakValueDictionary
 
-from transport.listen import reachable
+from transport.listen import reachable, reset
 
 HANDSHAKE_TIMEOUT: Final = 20.0
 """Seconds that a client may take for its TLS handshake."""
 
 _log = logging.getLogger(__name__)
+
+_by_name: Final[WeakValueDictionary[str, "_Client"]] = WeakValueDictionary()
+"""Every connection that this process carries, by its name at the server."""
+
+
+def reset_connection(name: str) -> bool:
+    """Reset a client's connection, by the name that it has at the server; return whether it is one carried here."""
+    client = _by_name.get(name)
+    if client is None or client.transport is None:
+        return False
+    reset(client.transport)
+    return True
 
 
 class Relay:
@@ -76,6 +89,7 @@ class Relay:
             raise
         client.name = f"unix-abstract:{name}"
         self._certificates[client.name] = certificate
+        _by_name[client.name] = client
         self._carried.add(client)
         self._none.clear()
         return sock
@@ -83,6 +97,7 @@ class Relay:
     def ended(self, client: "_Client") -> None:
         """Forget a client."""
         self._certificates.pop(client.name, None)
+        _by_name.pop(client.name, None)
         self._carried.discard(client)
         if not self._carried:
             self._none.set()

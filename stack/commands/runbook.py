@@ -5,7 +5,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -34,7 +34,15 @@ DESCRIPTION = (
 
 PATIENCE: Final = 60.0
 LOGGERS: Final = ("auth", "kms_emu", "simulator", "transport")
-TRANSPORTS: Final[Mapping[str, type[Caller]]] = {"prpc": PrpcCaller}
+
+
+def _grpc_caller() -> Caller:
+    from stack.runbook.grpc_caller import GrpcCaller  # costs time and memory that nobody else should pay
+
+    return GrpcCaller()
+
+
+TRANSPORTS: Final[Mapping[str, Callable[[], Caller]]] = {"prpc": PrpcCaller, "grpc": _grpc_caller}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,14 +97,15 @@ async def _run(arguments: argparse.Namespace, destination: Destination | None) -
     screen = to_stderr() if arguments.json else to_stdout()
     journal = Journal(screen.case, screen.step)
     about: dict[str, Any] = {"emulator": EMULATOR, "upstream": UPSTREAM, "transport": arguments.transport}
+    by_grpc = arguments.transport == "grpc"
     if arguments.against:
-        target = Target.load(arguments.against, source_url=arguments.source_url)
+        target = Target.load(arguments.against, source_url=arguments.source_url, by_grpc=by_grpc)
         await _carry_out(arguments, target, journal, os.urandom)
         logs: dict[str, str] = {}
     else:
         about |= {"seed": arguments.seed}
         _let_logs_through()
-        config = StackConfig.on_free_ports(seed=arguments.seed, fresh=True)
+        config = StackConfig.on_free_ports(seed=arguments.seed, fresh=True, grpc=by_grpc)
         async with Stack(config, progress=lambda text: say(f"… {text}")) as stack:
             target = _target_of(stack)
             await _carry_out(arguments, target, journal, Seed.of(arguments.seed).child("runbook").stream("client"))
@@ -121,8 +130,9 @@ async def _carry_out(arguments: argparse.Namespace, target: Target, journal: Jou
 
 def _target_of(stack: Stack) -> Target:
     """Our own stack, by what it would print."""
-    names = {urlsplit(url).netloc: name for name, url in stack.services.items()} | {str(stack.state): "STATE"}
-    return Target.of(stack.description(), "the stack", stack.state, names)
+    addresses = {urlsplit(url).netloc: name for name, url in stack.services.items()}
+    names = {**addresses, **{target: name for name, target in stack.grpc.items()}, str(stack.state): "STATE"}
+    return Target.of(stack.description(), "the stack", stack.state, names, by_grpc=stack.config.grpc)
 
 
 def _let_logs_through() -> None:

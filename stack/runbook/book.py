@@ -7,12 +7,9 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Final, Self
 
-from google.protobuf.empty_pb2 import Empty
-
 from attest.app_info import decode_app_info
 from attest.attestation import Attestation, decode
 from attest.errors import VerificationError
-from attest.proto import kms_pb2 as pb
 from attest.verify import VerifiedAttestation
 from kms_emu.guest_agent import GuestAgent
 from kms_emu.onboarding import ZERO_REPORT_DATA
@@ -23,7 +20,7 @@ from stack.runbook.client import AttestedClient
 from stack.runbook.journal import Expected, Journal, answers, arguments_of, redacted, says, short, summary_of
 from stack.runbook.target import Target
 from transport.pccs_client import AttestationVerifier, Clock, PccsClient
-from transport.ratls import Identity, Peer, RaTlsClient, RaTlsError
+from transport.ratls import Identity, Peer
 
 PAUSE: Final = 0.2
 """Seconds between two questions to a KMS that does not answer yet."""
@@ -35,8 +32,9 @@ START_AGAIN: Final = (
 
 
 WELL: Final = Expected(
-    "200 with status = ok",
+    "with status = ok",
     lambda answer: answer.field("status") == "ok" and not answer.field("configError"),
+    is_success=True,
 )
 """What auth-simple answers at `/`; `configError` is this emulator's word for a policy that cannot be read."""
 
@@ -102,13 +100,13 @@ class Book:
     ) -> Answer:
         """Call an RPC of a KMS and hold the answer against what is expected; keep it as evidence."""
         kms, given = self.target.kms[side], arguments or {}
-        url = kms.onboard if method.startswith("Onboard.") else kms.runtime
-        answer = await self.caller.call(url, method, given, identity)
+        answer = await self.caller.call(kms, method, given, identity)
         asked = f"kms-{side} {method}({arguments_of(given)}){f', {by}' if by else ''}"
         self._judge(asked, answer, expected, keep or method, given)
         before = {"Onboard.Bootstrap": self.bootstrap, "Onboard.Onboard": self.onboarded}
         if "has already been" in answer.error and before.get(method, answer) is None:
-            raise RunbookError(f"kms-{side} at {kms.onboard}: {answer.error}: {START_AGAIN}")
+            where = self.caller.address(kms, method)
+            raise RunbookError(f"kms-{side} at {where}: {answer.error}: {START_AGAIN}")
         return answer
 
     async def get(self, what: str, url: str, expected: Expected, *, keep: str = "") -> Answer:
@@ -117,10 +115,19 @@ class Book:
         self._judge(f"GET {what}", answer, expected, keep, None)
         return answer
 
+    async def post(self, what: str, url: str, document: Any, expected: Expected, *, keep: str) -> Answer:
+        """POST JSON to a service without RPCs and hold the answer against what is expected."""
+        answer = await self.caller.post(url, document)
+        self._judge(f"POST {what}", answer, expected, keep, document)
+        return answer
+
     async def finish(self, side: str) -> bool:
         """End a KMS's onboard phase, and wait until its runtime phase answers; return whether it does."""
-        url = f"{self.target.kms[side].onboard}/finish"
-        await self.get(f"kms-{side}/finish", url, says("OK"), keep=f"finish-{side}")
+        kms, keep = self.target.kms[side], f"finish-{side}"
+        if self.caller.finishes_by_page:
+            await self.get(f"kms-{side}/finish", f"{kms.onboard}/finish", says("OK"), keep=keep)
+        else:
+            await self.call(side, "Onboard.Finish", answers(), keep=keep)
         source = self.meta.get("src") or self.bootstrap
         wanted = answers("ca_cert", k256_pubkey=source.field("k256_pubkey") if source else None)
         answer = await self._wait_until_it_runs(side)
@@ -131,9 +138,9 @@ class Book:
 
     def _judge(self, asked: str, answer: Answer, expected: Expected, keep: str, given: dict[str, Any] | None) -> None:
         if keep:
-            response = {"asked": asked, "status": answer.status, "body": redacted(answer.body)}
+            response = {"asked": asked, "status": answer.shown, "body": redacted(answer.body)}
             self.journal.keep("responses", keep, response if given is None else response | {"arguments": given})
-        self.journal.note(asked, summary_of(answer), expected.text, expected.holds(answer))
+        self.journal.note(asked, summary_of(answer), expected.words(answer.success), expected.holds(answer))
 
     async def apply(self, side: str, name: str, policy: dict[str, Any]) -> None:
         """Copy a policy over one side's, at once, and ask the webhook whether it is well.
@@ -175,22 +182,24 @@ class Book:
         """Ask a KMS what it measures until it answers; raise `RunbookError` where it has keys, or never answers."""
         kms, deadline = self.target.kms[side], time.monotonic() + self._patience
         while True:
-            answer = await self.caller.call(kms.onboard, "Onboard.GetAttestationInfo", {})
+            answer = await self.caller.call(kms, "Onboard.GetAttestationInfo", {})
             if answer.ok:
                 return
-            meta = await self.caller.call(kms.runtime, "KMS.GetMeta", {})
+            meta = await self.caller.call(kms, "KMS.GetMeta", {})
             if meta.ok:
-                raise RunbookError(f"kms-{side} at {kms.runtime} has keys already: {START_AGAIN}")
+                where = self.caller.address(kms, "KMS.GetMeta")
+                raise RunbookError(f"kms-{side} at {where} has keys already: {START_AGAIN}")
             if time.monotonic() > deadline:
                 said = answer.error or f"status {answer.status}"
-                raise RunbookError(f"kms-{side} at {kms.onboard} does not say what it measures: {short(said)}")
+                where = self.caller.address(kms, "Onboard.GetAttestationInfo")
+                raise RunbookError(f"kms-{side} at {where} does not say what it measures: {short(said)}")
             await asyncio.sleep(PAUSE)
 
     async def _wait_until_it_runs(self, side: str) -> Answer:
         """Ask a KMS that was told to finish for its metadata, until it answers or patience ends; return the answer."""
         deadline = time.monotonic() + self._patience
         while True:
-            answer = await self.caller.call(self.target.kms[side].runtime, "KMS.GetMeta", {})
+            answer = await self.caller.call(self.target.kms[side], "KMS.GetMeta", {})
             if answer.status or time.monotonic() > deadline:
                 return answer
             await asyncio.sleep(PAUSE)
@@ -213,16 +222,7 @@ class Book:
 
     async def peer(self, side: str) -> Peer:
         """What a KMS proves by its certificate, judged under the target's root; raise `AttestError`."""
-        seen: list[Peer] = []
-        try:
-            client = RaTlsClient(f"{self.target.kms[side].runtime}/prpc", verifier=self.verifier, judge=seen.append)
-            try:
-                await client.call("KMS.GetMeta", Empty(), pb.GetMetaResponse)
-            finally:
-                await client.close()
-        except RaTlsError as error:
-            raise VerificationError(str(error)) from error
-        return seen[0]
+        return await self.caller.peer(self.target.kms[side], self.verifier)
 
     async def make_client(self, temp_ca: Answer) -> AttestedClient | None:
         """Make the attested client, and the rule that allows it; None where no app's agent is named.

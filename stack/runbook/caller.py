@@ -1,7 +1,8 @@
 """Asking a KMS as an operator asks it: a method and JSON go in, a status and JSON come out.
 
-`Caller` is the seam between the runbook and a transport. The one here is pRPC, in JSON over HTTP/1.1; no certificate of
-a server is checked in it, as the runbook's own `curl -sk` checks none: what a server proves is a step of its own.
+`Caller` is the seam between the runbook and a transport. The one here is pRPC, in JSON over HTTP/1.1; the one for gRPC
+is in `stack.runbook.grpc_caller`. No certificate of a server is checked in either, as the runbook's own `curl -sk`
+checks none: what a server proves is a step of its own.
 """
 
 import json
@@ -10,9 +11,14 @@ from ssl import SSLContext
 from typing import Any, Final, Protocol
 
 import aiohttp
+from google.protobuf.empty_pb2 import Empty
 
+from attest.errors import VerificationError
+from attest.proto import kms_pb2 as pb
+from stack.runbook.target import Kms
 from transport.client import MAX_RESPONSE, TransportError, describe_failure
-from transport.ratls import Identity, client_context
+from transport.pccs_client import AttestationVerifier
+from transport.ratls import Identity, Peer, RaTlsClient, RaTlsError, client_context
 
 TIMEOUT: Final = 60.0
 """Seconds for one call: a platform may take its time to quote."""
@@ -20,15 +26,29 @@ TIMEOUT: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back: a status, and the body, parsed where it is JSON. Status 0: nothing came, the body says why."""
+    """What came back: a status, and the body, parsed where it is JSON. Status 0: nothing came, the body says why.
+
+    Of a call by gRPC `code` is the name of its status, and `status` what pRPC has in its place: 200 or 400.
+    """
 
     status: int
     body: Any
+    code: str | None = None
 
     @property
     def ok(self) -> bool:
         """Whether it is a success."""
         return self.status == 200
+
+    @property
+    def shown(self) -> int | str:
+        """The status in its transport's own terms."""
+        return self.code or self.status
+
+    @property
+    def success(self) -> str:
+        """What a success has as its status in that transport."""
+        return "200" if self.code is None else "OK"
 
     @property
     def error(self) -> str:
@@ -44,14 +64,31 @@ class Answer:
 
 
 class Caller(Protocol):
-    """A transport."""
+    """A transport. What it asks raises nothing, but for `peer`.
 
-    async def call(self, url: str, method: str, arguments: dict[str, Any], identity: Identity | None = None) -> Answer:
-        """Call `Service.Method` at an address, with a client certificate if one is given. Raises nothing."""
+    With `finishes_by_page` the end of the onboard phase is a page, `/finish`, else the RPC Onboard.Finish.
+    """
+
+    finishes_by_page: bool
+
+    def address(self, kms: Kms, method: str) -> str:
+        """Where a method of a KMS is asked, for a person."""
+        ...
+
+    async def call(self, kms: Kms, method: str, arguments: dict[str, Any], identity: Identity | None = None) -> Answer:
+        """Call `Service.Method` of a KMS, with a client certificate if one is given."""
+        ...
+
+    async def peer(self, kms: Kms, verifier: AttestationVerifier | None) -> Peer:
+        """What a KMS that runs proves by its certificate; raise `AttestError` where that does not hold."""
         ...
 
     async def get(self, url: str) -> Answer:
-        """GET a page: not every question is an RPC. Raises nothing."""
+        """GET a page: not every question is an RPC."""
+        ...
+
+    async def post(self, url: str, document: Any) -> Answer:
+        """POST JSON: not every service has RPCs."""
         ...
 
     async def close(self) -> None:
@@ -62,18 +99,42 @@ class Caller(Protocol):
 class PrpcCaller:
     """pRPC in JSON."""
 
+    finishes_by_page = True
+
     def __init__(self) -> None:
         self._anonymous = client_context()
         self._contexts: dict[Identity, SSLContext] = {}
         self._session: aiohttp.ClientSession | None = None
 
-    async def call(self, url: str, method: str, arguments: dict[str, Any], identity: Identity | None = None) -> Answer:
+    def address(self, kms: Kms, method: str) -> str:
+        """The URL of the phase that serves it."""
+        return kms.onboard if method.startswith("Onboard.") else kms.runtime
+
+    async def call(self, kms: Kms, method: str, arguments: dict[str, Any], identity: Identity | None = None) -> Answer:
         """POST to `/prpc/Service.Method?json`."""
-        return await self._ask("POST", f"{url}/prpc/{method}?json", json.dumps(arguments), identity)
+        url = f"{self.address(kms, method)}/prpc/{method}?json"
+        return await self._ask("POST", url, json.dumps(arguments), identity)
+
+    async def peer(self, kms: Kms, verifier: AttestationVerifier | None) -> Peer:
+        """Judge the certificate behind an answer of GetMeta."""
+        seen: list[Peer] = []
+        try:
+            client = RaTlsClient(f"{kms.runtime}/prpc", verifier=verifier, judge=seen.append)
+            try:
+                await client.call("KMS.GetMeta", Empty(), pb.GetMetaResponse)
+            finally:
+                await client.close()
+        except RaTlsError as error:
+            raise VerificationError(str(error)) from error
+        return seen[0]
 
     async def get(self, url: str) -> Answer:
         """GET a page."""
         return await self._ask("GET", url, None, None)
+
+    async def post(self, url: str, document: Any) -> Answer:
+        """POST JSON."""
+        return await self._ask("POST", url, json.dumps(document), None)
 
     async def close(self) -> None:
         """Close the connections."""

@@ -8,7 +8,7 @@ quote is open.
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from attest.attestation import Attestation
+from attest.attestation import Attestation, decode
 from attest.certificate import USAGE_KMS_RPC
 from attest.errors import AttestError
 from attest.report_data import bootstrap_report_data
@@ -16,7 +16,7 @@ from attest.verify import VerifiedAttestation
 from kms_emu.errors import KmsError
 from stack.policy_files import DENY_ALL
 from stack.runbook.book import BlockedError, Book
-from stack.runbook.client import AttestedClient
+from stack.runbook.client import AttestedClient, altered
 from stack.runbook.journal import Expected, answers, refused, short
 from stack.runbook.target import SIDES
 
@@ -119,6 +119,7 @@ async def quotes_required(book: Book) -> None:
         if side in book.meta:
             await _check_certificate(book, side)
     await _check_bootstrap(book)
+    await _ask_verifier(book)
     nobody = "without a client certificate"
     await book.call("src", "KMS.GetAppKey", NO_ATTESTATION, arguments=APP_KEY, by=nobody, keep="get-app-key-bare")
     await book.call("src", "KMS.GetKmsKey", NO_ATTESTATION, by=nobody, keep="get-kms-key-bare")
@@ -137,7 +138,7 @@ async def quotes_required(book: Book) -> None:
         (
             "one bit of the quote changed",
             "altered-quote",
-            await client.identity(altered=True),
+            await client.identity(forged=True),
             refused("quote", "attestation"),
         ),
         ("evidence that holds", "evidence", await client.identity(), answers("k256_key", "disk_crypt_key")),
@@ -145,7 +146,7 @@ async def quotes_required(book: Book) -> None:
     for by, name, identity, expected in kinds:
         keep = f"get-app-key-{name}"
         await book.call("src", "KMS.GetAppKey", expected, arguments=APP_KEY, identity=identity, by=by, keep=keep)
-    request = await client.signing_request(altered=True)
+    request = await client.signing_request(forged=True)
     expected = refused("quote", "attestation")
     await book.call("src", "KMS.SignCert", expected, arguments=request, by="one bit of the quote changed")
 
@@ -178,8 +179,17 @@ def _is_hash(value: object) -> bool:
 
 
 MEASURED: Final = Expected(
-    f"200 with 64 hex digits each as {', '.join(_HEX_64)}, and attestation_mode",
+    f"with 64 hex digits each as {', '.join(_HEX_64)}, and attestation_mode",
     lambda answer: all(_is_hash(answer.field(name)) for name in _HEX_64) and bool(answer.field("attestation_mode")),
+    is_success=True,
+)
+
+
+IS_VALID: Final = Expected("with is_valid = true", lambda answer: answer.field("is_valid") is True, is_success=True)
+IS_NOT_VALID: Final = Expected(
+    "with is_valid = false and a reason",
+    lambda answer: answer.field("is_valid") is False and bool(answer.field("reason")),
+    is_success=True,
 )
 
 
@@ -199,7 +209,8 @@ def _require_running(book: Book) -> None:
 
 async def _bootstrap(book: Book, expected: Expected, keep: str) -> None:
     if book.bootstrap is not None:
-        book.journal.note("kms-src Onboard.Bootstrap", "it has made keys before", expected.text, None)
+        wanted = expected.words(book.bootstrap.success)
+        book.journal.note("kms-src Onboard.Bootstrap", "it has made keys before", wanted, None)
         return
     answer = await book.call("src", "Onboard.Bootstrap", expected, arguments={"domain": DOMAINS["src"]}, keep=keep)
     if answer.ok:
@@ -208,7 +219,8 @@ async def _bootstrap(book: Book, expected: Expected, keep: str) -> None:
 
 async def _onboard(book: Book, expected: Expected, keep: str) -> None:
     if book.onboarded is not None:
-        book.journal.note("kms-dst Onboard.Onboard", "it has taken keys before", expected.text, None)
+        wanted = expected.words(book.onboarded.success)
+        book.journal.note("kms-dst Onboard.Onboard", "it has taken keys before", wanted, None)
         return
     arguments = {"source_url": book.target.source_url, "domain": DOMAINS["dst"]}
     answer = await book.call("dst", "Onboard.Onboard", expected, arguments=arguments, keep=keep)
@@ -273,3 +285,22 @@ async def _check_bootstrap(book: Book) -> None:
     binds = evidence.report_data == bootstrap_report_data(ca_pubkey, k256_pubkey)
     got = "binds both keys" if binds else f"report_data {short(evidence.report_data.hex())}"
     book.journal.note(asked, got, expected, binds)
+
+
+async def _ask_verifier(book: Book) -> None:
+    """A verifier, which is told nothing else, comes to the same verdict, and to another one about other bytes."""
+    verifier, bootstrap = book.target.verifier, book.bootstrap
+    if verifier is None or bootstrap is None:
+        missing = "no verifier is named (services.verifier)" if verifier is None else "kms-src did not bootstrap"
+        book.journal.note("the verifier about the attestation of the bootstrap", missing, IS_VALID.text, None)
+        return
+    try:
+        evidence = decode(bytes.fromhex(bootstrap.field("attestation")))
+    except (AttestError, ValueError, TypeError):
+        return  # which the step before has told
+    for about, name, attestation, expected in (
+        ("the attestation of the bootstrap", "verify-bootstrap", evidence, IS_VALID),
+        ("it with one bit of the quote changed", "verify-altered-bootstrap", altered(evidence), IS_NOT_VALID),
+    ):
+        document = {"attestation": attestation.encode().hex()}
+        await book.post(f"verifier/verify, {about}", f"{verifier}/verify", document, expected, keep=name)

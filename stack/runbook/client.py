@@ -37,14 +37,14 @@ class AttestedClient:
         temp_ca = load_authority(str(answer.get("temp_ca_cert")), key, "temporary CA certificate")
         return cls(agent, temp_ca, entropy, clock)
 
-    async def identity(self, *, altered: bool = False) -> Identity:
+    async def identity(self, *, forged: bool = False) -> Identity:
         """A new key with evidence that binds it, of which one bit is changed if asked for.
 
         Raises `KmsError` where the agent gives none, as the others do.
         """
         key = self._key()
         evidence = await self._evidence(key)
-        return self._issue(key, _altered(evidence) if altered else evidence)
+        return self._issue(key, altered(evidence) if forged else evidence)
 
     async def identity_with_stolen_evidence(self) -> Identity:
         """A new key with evidence that binds another one."""
@@ -54,12 +54,12 @@ class AttestedClient:
         """A new key with none."""
         return self._issue(self._key(), None)
 
-    async def signing_request(self, *, altered: bool = False) -> dict[str, Any]:
+    async def signing_request(self, *, forged: bool = False) -> dict[str, Any]:
         """Arguments of SignCert for a new key with evidence, of which one bit is changed if asked for."""
         key = self._key()
         evidence = await self._evidence(key)
         config = CertificateConfig(subject=CSR_NAME, alt_names=(CSR_NAME,), server_auth=True)
-        request = SigningRequest.make(spki_der(key.public_key()), config, _altered(evidence) if altered else evidence)
+        request = SigningRequest.make(spki_der(key.public_key()), config, altered(evidence) if forged else evidence)
         return {"api_version": CSR_VERSION, "csr": request.encoded.hex(), "signature": request.sign(key).hex()}
 
     def _key(self) -> ec.EllipticCurvePrivateKey:
@@ -73,7 +73,8 @@ class AttestedClient:
         return Identity(pem(self.temp_ca.issue(request, self.clock())), pkcs8_pem(key))
 
 
-def _altered(attestation: Attestation) -> Attestation:
+def altered(attestation: Attestation) -> Attestation:
+    """Evidence with one bit of its quote changed."""
     quote = bytearray(attestation.quote)
     quote[IN_MRTD] ^= 1
     return replace(attestation, quote=bytes(quote))

@@ -19,10 +19,15 @@ _PRIVATE: Final = frozenset(("temp_ca_key", "ca_key", "k256_key", "disk_crypt_ke
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What an answer has to be, in words and as a question."""
+    """What an answer has to be, in words and as a question. Of a success the words go on from its status."""
 
     text: str
     holds: Callable[[Answer], bool]
+    is_success: bool = False
+
+    def words(self, success: str) -> str:
+        """The words, with the status that a success has in this transport."""
+        return f"{success} {self.text}".rstrip() if self.is_success else self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +130,11 @@ def summary_of(answer: Answer) -> str:
     if answer.status == 0:
         return answer.error
     if not answer.ok:
-        return f"{answer.status} {' '.join(answer.error.split())}"
+        return f"{answer.shown} {' '.join(answer.error.split())}"
     if isinstance(answer.body, dict):
         names = [*list(answer.body)[:NAMES], *(["…"] if len(answer.body) > NAMES else [])]
-        return f"200 {', '.join(names) or '{}'}"
-    return f"200 {short(answer.body)}"
+        return f"{answer.success} {', '.join(names) or '{}'}"
+    return f"{answer.success} {short(answer.body)}"
 
 
 def redacted(value: Any) -> Any:
@@ -149,17 +154,16 @@ def answers(*names: str, **values: Any) -> Expected:
     def holds(answer: Answer) -> bool:
         return (
             answer.ok
-            and isinstance(answer.body, dict)
-            and all(answer.body.get(name) for name in names)
-            and all(answer.body.get(name) == value for name, value in values.items())
+            and all(answer.field(name) for name in names)
+            and all(answer.field(name) == value for name, value in values.items())
         )
 
-    return Expected(f"200 with {', '.join(wanted)}" if wanted else "200", holds)
+    return Expected(f"with {', '.join(wanted)}" if wanted else "", holds, is_success=True)
 
 
 def says(text: str) -> Expected:
     """A success whose body is this text."""
-    return Expected(f"200 {text}", lambda answer: answer.ok and answer.body == text)
+    return Expected(text, lambda answer: answer.ok and answer.body == text, is_success=True)
 
 
 def refused(*reasons: str) -> Expected:

@@ -47,6 +47,7 @@ class _Services(BaseModel):
     kms_dst: Url = Field(alias="kms-dst")
     pccs: Url | None = None
     app: str | None = None
+    verifier: Url | None = None
 
 
 class _Sides(BaseModel):
@@ -67,16 +68,22 @@ class _Description(BaseModel):
     root_ca: Path | None = None
     runtime: _Runtime = _Runtime()
     source_url: Url | None = None
+    grpc: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Kms:
-    """One KMS: where it answers in its onboard phase and in its runtime phase, its webhook, and that one's policy."""
+    """One KMS: where it answers in its onboard phase and in its runtime phase, its webhook, and that one's policy.
+
+    `grpc` and `grpc_mtls` are its gRPC listeners (`host:port`), empty where they are not needed.
+    """
 
     onboard: str
     runtime: str
     auth: str
     policy: Path
+    grpc: str = ""
+    grpc_mtls: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +91,8 @@ class Target:
     """A stack to carry the runbook out on.
 
     `source_url` is where kms-dst reaches kms-src. Without a `pccs` no evidence can be judged, without an `app` (a guest
-    agent, as URL or socket) there is no attested client. `names` replaces what differs from run to run in evidence.
+    agent, as URL or socket) there is no attested client, without a `verifier` nobody gives a second verdict. `names`
+    replaces what differs from run to run in evidence.
     """
 
     kms: Mapping[str, Kms]
@@ -93,13 +101,14 @@ class Target:
     root: str
     pccs: str | None = None
     app: str | None = None
+    verifier: str | None = None
     names: Mapping[str, str] = field(default_factory=lambda: _NO_NAMES)
 
     @classmethod
-    def load(cls, path: Path, source_url: str | None = None) -> Self:
+    def load(cls, path: Path, source_url: str | None = None, *, by_grpc: bool = False) -> Self:
         """Read a description from a file; paths in it are relative to its folder. Raises `TargetError`.
 
-        `source_url` goes before the file's.
+        `source_url` goes before the file's. With `by_grpc` it has to name gRPC listeners.
         """
         try:
             document = json.loads(path.read_text())
@@ -109,10 +118,12 @@ class Target:
             raise TargetError(f"{path}: JSON expected: {error}") from error
         if source_url is not None and isinstance(document, dict):
             document["source_url"] = source_url
-        return cls.of(document, str(path), path.absolute().parent)
+        return cls.of(document, str(path), path.absolute().parent, by_grpc=by_grpc)
 
     @classmethod
-    def of(cls, document: Any, name: str, folder: Path, names: Mapping[str, str] = _NO_NAMES) -> Self:
+    def of(
+        cls, document: Any, name: str, folder: Path, names: Mapping[str, str] = _NO_NAMES, *, by_grpc: bool = False
+    ) -> Self:
         """Take a description that is parsed already. Raises `TargetError`."""
         try:
             found = _Description.model_validate(document)
@@ -127,6 +138,8 @@ class Target:
                 runtime=given or f"https://{urlsplit(url).netloc}",
                 auth=auth,
                 policy=folder / policy,
+                grpc=_grpc_target(found, name, f"kms-{side}-grpc") if by_grpc else "",
+                grpc_mtls=_grpc_target(found, name, f"kms-{side}-grpc-mtls") if by_grpc else "",
             )
             for side, url, given, auth, policy in (
                 ("src", services.kms_src, runtime.src, services.auth_src, found.policies.src),
@@ -147,5 +160,16 @@ class Target:
             root=root,
             pccs=services.pccs,
             app=services.app,
+            verifier=services.verifier,
             names=names,
         )
+
+
+def _grpc_target(found: _Description, name: str, key: str) -> str:
+    target = found.grpc.get(key)
+    if target is None:
+        raise TargetError(f"{name}: grpc.{key}: not there, and --transport grpc needs it: `up --grpc` switches gRPC on")
+    host, _, port = target.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise TargetError(f"{name}: grpc.{key}: host:port expected, got {target!r:.100}")
+    return target

@@ -17,7 +17,7 @@ from simulator.intel import VendorState
 from simulator.platform import Platform, PlatformState
 from stack.clock import ClockError, StackClock
 from stack.config import StackError
-from stack.health import ask_services
+from stack.health import ask_grpc, ask_services
 from stack.world.faults import Fault, Rule
 from stack.world.guests import EventSpec, GuestSpec, RunningGuest, octets, start_guest
 from stack.world.journal import Journal
@@ -58,6 +58,7 @@ class Control(PolicyControl):
     async def health(self) -> dict[str, str]:
         """What each service answers: `ok`, or what is wrong with it."""
         found = await ask_services({k: v for k, v in self._stack.services.items() if k != "control"})
+        found |= await ask_grpc(self._stack.grpc)
         return {name: problem or "ok" for name, problem in found.items()}
 
     @property

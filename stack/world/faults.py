@@ -28,6 +28,26 @@ Kind = Literal[
 ]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
+GrpcStatus = Literal[
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+]
+"""Every status of gRPC that is none of success."""
+
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -35,7 +55,7 @@ _COMMON: Final = ("service", "call", "caller", "kind", "times", "after", "probab
 _OF_KIND: Final[dict[str, tuple[str, ...]]] = {
     "delay": ("seconds",),
     "slow": ("seconds",),
-    "status": ("status", "body"),
+    "status": ("status", "grpc_status", "body"),
     "decision": ("allow", "reason"),
 }
 
@@ -48,7 +68,8 @@ class Fault(BaseModel):
 
     In place of a `kind` a webhook may have a `script`, one step for each question: `allow`, `deny`, `pass`, `hang`,
     `reset` or a status; after the last step questions pass, or with `repeat` it begins again. A `decision` without
-    `allow` is the opposite of the true one.
+    `allow` is the opposite of the true one. A call by gRPC is refused with `grpc_status`, or without it with the one
+    that gRPC's clients take `status` for.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,6 +83,7 @@ class Fault(BaseModel):
     probability: Annotated[float, Field(gt=0, le=1)] = 1.0
     seconds: Seconds = 1.0
     status: Annotated[int, Field(ge=400, le=599)] = 500
+    grpc_status: GrpcStatus | None = None
     body: str | None = None
     allow: bool | None = None
     reason: str = "decided by a fault"

@@ -132,16 +132,18 @@ class RunningGuest:
         await self._listen_by_grpc(stack)
 
     async def _listen_by_grpc(self, stack: "Stack") -> None:
-        """Serve gRPC, too, where the stack has a port for that."""
-        sock = stack.take_socket(f"{self.service}-grpc")
-        if sock is None:
+        """Serve gRPC, too, where the stack does."""
+        if not stack.config.grpc:
             return
+        name = f"{self.service}-grpc"
+        sock = stack.take_socket(name) or bind_tcp(stack.config.host, 0)
         from simulator.agent_grpc import serve_agent  # costs time and memory that nobody else should pay
 
         path = reserve_unix(self.folder / "grpc.sock", setting="--state DIR")
-        stack.grpc[f"{self.service}-grpc"] = reachable(sock)
+        stack.grpc[name] = reachable(sock)
+        self._exit.callback(stack.grpc.pop, name, None)
         with stack.logs.of(self.service):
-            server = await serve_agent(self.agent, sock, path)
+            server = await serve_agent(self.agent, sock, path, interceptors=stack.world.interceptors(self.service))
         self._exit.push_async_callback(server.close)
 
     async def boot(self, stack: "Stack", kms: str) -> None:

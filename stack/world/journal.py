@@ -221,8 +221,9 @@ def _outcome(call: Call) -> str:
         return "unanswered"
     if call.status >= 400:
         return "refused"
-    decision = call.notes.get("decision")
-    return "denied" if decision is not None and decision["allowed"] is not True else "ok"
+    decision, verdict = call.notes.get("decision"), call.notes.get("verdict")
+    denied = decision is not None and decision["allowed"] is not True
+    return "denied" if denied or (verdict is not None and not verdict["is_valid"]) else "ok"
 
 
 def _receiver(call: Call) -> dict[str, str] | None:

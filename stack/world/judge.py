@@ -1,6 +1,7 @@
 """Who judges, and who is asked for a decision, with what they say noted in the journal."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 from attest.app_info import BootInfo
@@ -9,6 +10,7 @@ from attest.errors import AttestError
 from attest.verify import TrustAnchor, VerifiedAttestation
 from kms_emu.auth_api import AuthApi, AuthInfo, Decision
 from kms_emu.errors import UnavailableError
+from stack.verifier import VerificationResponse
 from stack.world.journal import Journal
 from stack.world.trace import current, entered, take_place
 from transport.pccs_client import AttestationVerifier, Clock, PccsClient
@@ -40,6 +42,23 @@ class NotedVerifier(AttestationVerifier):
                 "device_id": hashlib.sha256(quote.ppid).hexdigest(),
             }
             return verified
+
+
+def verdict_noter(journal: Journal) -> Callable[[VerificationResponse], None]:
+    """Make the observer of a verifier: it notes the verdict, of which app and image, and the reason of a no."""
+
+    def note(response: VerificationResponse) -> None:
+        call = current()
+        if call is None:
+            return
+        verdict: dict[str, Any] = {"is_valid": response.is_valid}
+        if response.reason is not None:
+            verdict["reason"] = journal.scrub(response.reason)
+        if (app := response.details.app_info) is not None:
+            verdict |= {name: app[name] for name in ("app_id", "os_image_hash", "mr_aggregated")}
+        call.note("verdict", verdict)
+
+    return note
 
 
 class NotedAuth:

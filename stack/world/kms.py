@@ -134,7 +134,7 @@ async def _serve_kms(stack: "Stack", kms: RunningKms) -> None:
         },
     }
     document["core"] |= kms.spec.settings
-    grpc_socks = _grpc_sockets(stack, name)
+    grpc_socks = _grpc_sockets(stack, kms)
     document["emulator"] = {"rpc_cert_evidence": kms.spec.rpc_cert_evidence, "grpc": {"enabled": bool(grpc_socks)}}
     try:
         server = KmsServer(
@@ -145,6 +145,7 @@ async def _serve_kms(stack: "Stack", kms: RunningKms) -> None:
             issue_clock=stack.world.clock.issue,
             sock=sock,
             grpc_socks=grpc_socks,
+            grpc_interceptors=stack.world.interceptors(name) if grpc_socks else (),
             auth=stack.world.webhook(name, webhook, own=is_own),
             surroundings=stack.world.surroundings(name, stack.verifier_of(name)),
         )
@@ -157,12 +158,17 @@ async def _serve_kms(stack: "Stack", kms: RunningKms) -> None:
     stack.note_url(side)
 
 
-def _grpc_sockets(stack: "Stack", name: str) -> dict[str, socket.socket]:
-    """The bound ports of its gRPC listeners, by their keys in kms.toml; none where the stack has none for it."""
-    found = {"port": stack.take_socket(f"{name}-grpc"), "mtls_port": stack.take_socket(f"{name}-grpc-mtls")}
-    socks = {key: sock for key, sock in found.items() if sock is not None}
-    for key, sock in socks.items():
-        stack.grpc[f"{name}-grpc{'-mtls' if key == 'mtls_port' else ''}"] = reachable(sock)
+def _grpc_sockets(stack: "Stack", kms: RunningKms) -> dict[str, socket.socket]:
+    """The bound ports of its gRPC listeners, by their keys in kms.toml; none where the stack serves no gRPC."""
+    if not stack.config.grpc:
+        return {}
+    socks = {}
+    for key, suffix in (("port", "grpc"), ("mtls_port", "grpc-mtls")):
+        name = f"kms-{kms.spec.name}-{suffix}"
+        socks[key] = stack.take_socket(name) or bind_tcp(stack.config.host, 0)
+        kms.exit.callback(socks[key].close)
+        stack.grpc[name] = reachable(socks[key])
+        kms.exit.callback(stack.grpc.pop, name, None)
     return socks
 
 

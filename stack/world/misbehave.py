@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import json
-import socket
-import struct
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -12,6 +10,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from stack.world.faults import Fault, Rule
+from transport.listen import reset
 
 PIECES: Final = 20
 """In so many pieces a slow body comes, `seconds` between them."""
@@ -32,7 +31,7 @@ async def misbehave(
     """Answer a call as a fault wants it; raise `DroppedError` where it gets no answer."""
     match fault.kind:
         case "delay":
-            await _until_lifted(rule, fault.seconds)
+            await until_lifted(rule, fault.seconds)
             return await handler(request)
         case "status":
             text = f"made by fault {rule.id}" if fault.body is None else fault.body
@@ -96,7 +95,8 @@ def _decision(allow: bool, reason: str) -> web.Response:
     )
 
 
-async def _until_lifted(rule: Rule, seconds: float) -> None:
+async def until_lifted(rule: Rule, seconds: float) -> None:
+    """Wait so long, or until the fault is lifted."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(rule.lifted.wait(), seconds)
 
@@ -120,7 +120,7 @@ async def _slowly(
     await begun.prepare(request)
     size = max(1, -(-len(body) // PIECES))
     for start in range(0, len(body), size):
-        await _until_lifted(rule, fault.seconds)
+        await until_lifted(rule, fault.seconds)
         await begun.write(body[start : start + size])
     await begun.write_eof()
     return begun
@@ -133,10 +133,5 @@ def _stream(answer: web.StreamResponse, body: bytes) -> web.StreamResponse:
 
 
 def _reset(request: web.Request) -> None:
-    """End the connection at once: over TCP with a reset, not an orderly close."""
-    if request.transport is None:
-        return
-    sock = request.transport.get_extra_info("socket")
-    if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    request.transport.abort()
+    if request.transport is not None:
+        reset(request.transport)

@@ -47,7 +47,7 @@ def _inner(record: Record, depth: int, paint: Any) -> Iterator[str]:
 
 
 def _call(record: Record, paint: Any) -> str:
-    outcome = record["outcome"]
+    outcome, status = record["outcome"], record.get("grpc", record["status"])
     text = f"{record['caller']} → {record['service']} {record['call']}"
     decision, said = record.get("decision"), ""
     if decision is not None:
@@ -56,12 +56,14 @@ def _call(record: Record, paint: Any) -> str:
         if mismatch := decision.get("mismatch"):
             allowed = ", ".join(mismatch["allowed"]) or "none"
             said += f"; {mismatch['field']} {mismatch['got'] or 'none'}, the policy has {allowed}"
+    elif verdict := record.get("verdict"):
+        said = f"valid: app {verdict['app_id']}" if verdict["is_valid"] else f"not valid: {_short(verdict['reason'])}"
     elif record.get("error"):
-        said = f"{record['status']} {_short(record['error'])}"
+        said = f"{status} {_short(record['error'])}"
     elif outcome == "unanswered":
         said = "no answer"
     else:
-        said = str(record["status"])
+        said = str(status)
     if fault := record.get("fault"):
         said += f" (fault {fault['id']}: {fault['kind']})"
     return f"{text}  {paint(outcome, said)}"

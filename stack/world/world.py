@@ -1,6 +1,7 @@
 """One stack's clock, journal and faults, and how they come in around its services."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -18,6 +19,9 @@ from stack.world.judge import NotedAuth, NotedVerifier
 from stack.world.misbehave import Stale
 from stack.world.trace import headers_of
 from transport.pccs_client import DEFAULT_TIMEOUT, PccsClient
+
+if TYPE_CHECKING:
+    from stack.world.grpc_front import GrpcFront
 
 
 class World:
@@ -54,6 +58,12 @@ class World:
         """What a KMS of the stack is given."""
         before = front(service, self.journal, self.faults)
         return Surroundings((before,), verifier, headers_of(service), self.patience)
+
+    def interceptors(self, service: str) -> "list[GrpcFront]":
+        """The same as `around` for what a service serves by gRPC."""
+        from stack.world.grpc_front import GrpcFront  # costs time and memory that nobody else should pay
+
+        return [GrpcFront(service, self.journal, self.faults)]
 
     def forget(self) -> None:
         """Empty the caches of who judges: what is asked next is asked in full."""
