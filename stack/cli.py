@@ -31,6 +31,7 @@ COMMANDS = (
     "image",
     "kms",
     "auth",
+    "check-webhook",
     "setup",
     "proto",
     "health",
@@ -104,4 +105,4 @@ def _one_line(error: Exception) -> str:
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"stack.commands.{name}")
+    return importlib.import_module(f"stack.commands.{name.replace('-', '_')}")

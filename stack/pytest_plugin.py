@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Vendor,
     )
     from stack.testing.thread import SyncControl
+    from stack.webhook.check import Report
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -186,6 +187,12 @@ def dstack_clock(dstack_current: "LiveStack") -> "Clock":
 def dstack_journal(dstack_current: "LiveStack") -> "Journal":
     """What was asked since the test began: `dstack_journal.calls("/bootAuth/kms") == 2`."""
     return dstack_current.journal
+
+
+@pytest.fixture
+def dstack_check_webhook(dstack_current: "LiveStack") -> "Callable[[str], Report]":
+    """`dstack_check_webhook(url).broken == ()`: does a KMS understand a webhook of one's own?"""
+    return dstack_current.check_webhook
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from stack.testing.observing import ActiveFault, Clock, Journal
 from stack.testing.refusals import Refused
 from stack.testing.thread import StackThread, SyncControl
 from stack.testing.trust_domain import Image, Platform, TrustDomain, Vendor
+from stack.webhook.check import Report, check_webhook
+from stack.webhook.questions import Questions
 
 T = TypeVar("T")
 
@@ -126,6 +128,11 @@ class LiveStack:
     def fault(self, **fields: Any) -> ActiveFault:
         """Put a fault in force (fields of docs/control.md): for a `with` block, or until the test ends."""
         return ActiveFault(self, self.in_thread(lambda stack: stack.control.add_fault(**fields)))
+
+    def check_webhook(self, url: str) -> Report:
+        """Ask somebody's webhook everything that this stack's KMS would (`dstack-emu check-webhook`)."""
+        questions = Questions.of_seed(self.in_thread(lambda stack: stack.config.seed))
+        return self._thread.wait(check_webhook(url, questions))
 
     def snapshot(self, name: str = "snapshot") -> None:
         """Keep what the stack is now."""

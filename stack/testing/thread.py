@@ -59,7 +59,8 @@ class StackThread:
         except RuntimeError as error:  # the loop was closed meanwhile
             work.close()
             raise self._gone() from error
-        wait((made, self._ended), return_when=FIRST_COMPLETED)
+        either: list[Future[Any]] = [made, self._ended]
+        wait(either, return_when=FIRST_COMPLETED)
         if not made.done() or made.cancelled():
             raise self._gone()
         return made.result()
