@@ -42,9 +42,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     used = getattr(item, "funcargs", {})
     if report.when == "call" and report.failed:
-        for name in ("dstack_fresh_stack", "dstack_stack"):
-            if name in used and (said := _calls_of(used[name])):
-                report.sections.append((f"Calls in {name}", said))
+        stacks = (used.get(name) for name in ("dstack_fresh_stack", "dstack_stack", "dstack_current"))
+        for live in {id(live): live for live in stacks if live is not None}.values():
+            if said := _calls_of(live):
+                report.sections.append(("Calls in the dstack stack", said))
     return report
 
 
