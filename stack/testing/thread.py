@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, TypeVar
 
-from stack.config import StackConfig, StackError
+from stack.config import PartEndedError, StackConfig, StackError
 from stack.stack import Stack
 from stack.world.control import Control
 
@@ -27,6 +27,7 @@ class StackThread:
         self._stopping: asyncio.Event | None = None
         self._ready: Future[Stack] = Future()
         self._ended: Future[None] = Future()
+        self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="dstack-emu", daemon=True)
 
     def start(self) -> Stack:
@@ -68,8 +69,8 @@ class StackThread:
     def _gone(self) -> StackError:
         if threading.current_thread() is self._thread:
             return StackError("the stack's own thread cannot wait for itself: use Stack and Control there")
-        failure = self._ended.exception() if self._ended.done() else None
-        return StackError("the stack does not run" if failure is None else f"the stack does not run: {failure}")
+        why = "" if self._failure is None else f": {self._failure}"
+        return StackError(f"the stack does not run{why}")
 
     def _run(self) -> None:
         try:
@@ -81,10 +82,14 @@ class StackThread:
 
     async def _live(self) -> None:
         self._stopping = asyncio.Event()
-        async with Stack(self._config) as stack:
-            self._loop = asyncio.get_running_loop()
-            self._ready.set_result(stack)
-            await self._stopping.wait()
+        try:
+            async with Stack(self._config) as stack:
+                self._loop = asyncio.get_running_loop()
+                self._ready.set_result(stack)
+                await self._stopping.wait()
+        except PartEndedError as error:
+            self._failure = error  # before the loop cancels what still waits
+            raise
 
 
 class SyncControl:
