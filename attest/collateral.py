@@ -1,16 +1,13 @@
 """Collateral: what a verifier needs beside a quote, in the shape of Intel's PCS v4.
 
 Four documents of a provisioning certificate caching service (PCCS), each signed under the Intel-like root: TCB info, QE
-identity, and two CRLs. Fetching them is a client's business; this module names the endpoints once and puts the answers
-together. Source: Intel PCS API v4; `dcap-qvl` src/collateral.rs at 0.7.0.
+identity, and two CRLs. Fetching them is a client's business; `attest.pcs` names the endpoints once, and this module
+puts the answers together. Source: Intel PCS API v4; `dcap-qvl` src/collateral.rs at 0.7.0.
 """
 
 import datetime
-import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 from urllib.parse import unquote
 
 from cryptography import x509
@@ -18,26 +15,13 @@ from dcap_qvl import QuoteCollateralV3, parse_quote
 
 from attest.certificate import UNREADABLE
 from attest.errors import FormatError
-
-PCK_CRL_PATH: Final = "/sgx/certification/v4/pckcrl"
-TCB_INFO_PATH: Final = "/tdx/certification/v4/tcb"
-QE_IDENTITY_PATH: Final = "/tdx/certification/v4/qe/identity"
-ROOT_CA_CRL_PATH: Final = "/sgx/certification/v4/rootcacrl"
-
-PCK_CRL_ISSUER_HEADER: Final = "SGX-PCK-CRL-Issuer-Chain"
-TCB_INFO_ISSUER_HEADERS: Final = ("TCB-Info-Issuer-Chain", "SGX-TCB-Info-Issuer-Chain")
-QE_IDENTITY_ISSUER_HEADER: Final = "SGX-Enclave-Identity-Issuer-Chain"
-
-REVALIDATION_HEADER: Final = "Dstack-Emu-Revalidation"
-"""Where a PCCS of ours is asked whether any of a platform's four documents changed; Intel's know nothing of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One answer of a PCCS: the body, and the issuer chain from its header (percent-encoded PEM; empty without one)."""
-
-    body: bytes
-    issuer_chain: str = ""
+from attest.pcs import (
+    PCK_CRL_PATH,
+    QE_IDENTITY_PATH,
+    ROOT_CA_CRL_PATH,
+    TCB_INFO_PATH,
+    Document,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +48,6 @@ class CollateralKey:
             f"{QE_IDENTITY_PATH}?update=standard",
             ROOT_CA_CRL_PATH,
         )
-
-
-def combined_etag(etags: Sequence[str]) -> str:
-    """Make the ETag of documents together from theirs, in the order of `CollateralKey.requests`.
-
-    Who asks makes it of what he holds, who answers of what there is now: where both are equal, nothing changed.
-    """
-    lines = "\n".join(etags).encode(errors="surrogateescape")
-    return f'"{hashlib.sha256(lines).hexdigest()}"'
 
 
 def assemble(pck_crl: Document, tcb_info: Document, qe_identity: Document, root_ca_crl: Document) -> QuoteCollateralV3:

@@ -1,13 +1,11 @@
 """How long an agent of its own (`dstack-emu agent`) takes to be ready, and what it holds in memory then."""
 
-import sys
 import time
 from collections.abc import Iterator
 
 from bench.figure import Bar, Effort, Figure, median
-from bench.processes import resident_memory, running
+from bench.processes import AGENT, resident_memory, running
 
-AGENT = (sys.executable, "-m", "stack", "agent", "--json")
 READY_BAR, MEMORY_BAR = 0.6, 90.0
 
 

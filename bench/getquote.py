@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.figure import Bar, Effort, Figure, alternate, median, ratio
 from bench.load import Connection, closed_loop, connect_unix, post
-from bench.processes import OTHER_CORE, SERVER_CORE, CpuMeter, on_core, running, running_stack
+from bench.processes import AGENT, OTHER_CORE, SERVER_CORE, CpuMeter, on_core, running
 
 CONNECTIONS = 8
 BAR = 2000
@@ -19,8 +19,8 @@ BAR = 2000
 def measure(effort: Effort) -> Iterator[Figure]:
     """Quotes a second over a unix socket; the server has a core of its own."""
     with ExitStack() as stack:
-        pid, description = stack.enter_context(running_stack(SERVER_CORE))
-        socket_path = description["app"]["dstack_sock"]
+        process, ready = stack.enter_context(running(AGENT, SERVER_CORE))
+        socket_path = json.loads(ready)["dstack_sock"]
         stack.enter_context(on_core(OTHER_CORE))
         request = post("/GetQuote", json.dumps({"report_data": os.urandom(64).hex()}).encode())
         ours = [Connection(connect_unix(socket_path), request) for _ in range(CONNECTIONS)]
@@ -31,8 +31,8 @@ def measure(effort: Effort) -> Iterator[Figure]:
         bare = [Connection(connect_unix(json.loads(line)["socket"]), request) for _ in range(CONNECTIONS)]
         for connection in (*ours, *bare):
             stack.callback(connection.close)
-        meter = CpuMeter(pid, closed_loop(ours))
+        meter = CpuMeter(process.pid, closed_loop(ours))
         rates, bare_rates = alternate(effort, meter, closed_loop(bare))
     yield Figure("getquote_socket", median(rates), "calls/s", Bar(BAR))
     yield Figure("getquote_to_bare_server", ratio(rates, bare_rates), "x bare aiohttp, same bytes")
-    yield Figure("getquote_per_cpu_second", median(meter.calls_per_cpu_second), "calls/CPU s of the stack")
+    yield Figure("getquote_per_cpu_second", median(meter.calls_per_cpu_second), "calls/CPU s of the agent")

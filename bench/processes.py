@@ -19,6 +19,7 @@ _CORES: Final = sorted(os.sched_getaffinity(0))
 SERVER_CORE: Final = _CORES[0]
 OTHER_CORE: Final = _CORES[-1]
 
+AGENT: Final = (sys.executable, "-m", "stack", "agent", "--json")
 UP: Final = (sys.executable, "-m", "stack", "up", "--json", "--free-ports")
 STOP_TIMEOUT: Final = 10.0
 

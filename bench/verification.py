@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import dcap_qvl
 
-from attest.collateral import Document, assemble
+from attest.collateral import assemble
+from attest.pcs import Document
 from attest.verify import TrustAnchor, verify_attestation
 from bench.figure import Bar, Effort, Figure, alternate, median, rate_of, ratio
 from bench.processes import SERVER_CORE, on_core

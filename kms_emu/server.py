@@ -225,6 +225,7 @@ class KmsServer:
         """
         assert self._sock is not None  # noqa: S101 - start() bound it
         address, port = self._sock.getsockname()[:2]
+        grpc = {key: sock.getsockname()[:2] for key, sock in self._grpc_socks.items()}
         if self._leaving is not None:
             self._leaving.cancel()
             await asyncio.gather(self._leaving, return_exceptions=True)
@@ -235,6 +236,7 @@ class KmsServer:
         self._folder.prepare()
         self._service, self._metrics = None, AttestationMetrics()
         self._sock = bind_tcp(address, port, setting="rpc.address and rpc.port")
+        self._grpc_socks = {key: bind_tcp(*where, setting=f"emulator.grpc.{key}") for key, where in grpc.items()}
         await self._enter(onboard)
 
     async def _enter(self, onboard: bool | None = None) -> None:

@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from attest.collateral import Document
 from attest.errors import FormatError
 from attest.pck import OID_SGX_EXTENSION, PckExtension
+from attest.pcs import Document
 from simulator.platform import (
     CPU_SVN,
     PART_STATUSES,

@@ -15,7 +15,7 @@ from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from attest.collateral import (
+from attest.pcs import (
     PCK_CRL_ISSUER_HEADER,
     PCK_CRL_PATH,
     QE_IDENTITY_ISSUER_HEADER,

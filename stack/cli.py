@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -55,8 +54,7 @@ def _run(words: Sequence[str]) -> int:
     named = next((word for word in words if word in COMMANDS), None)
     arguments = parser(COMMANDS if named is None else (named,)).parse_args(words)
     module = _module(arguments.command)
-    variable = getattr(module, "LEVEL_VARIABLE", "")
-    level = logs.level_of(os.environ.get(variable, "")) if variable else None
+    level = module.log_level() if hasattr(module, "log_level") else None
     logs.set_up(arguments.verbose, arguments.log_format, getattr(module, "TALKATIVE", ()), level)
     try:
         status: int = module.run(arguments)

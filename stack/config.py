@@ -10,7 +10,9 @@ from types import MappingProxyType
 from typing import Final, Self
 
 from simulator.seed import DEFAULT_SEED
-from stack.world.journal import KEPT
+
+JOURNAL_SIZE: Final = 2000
+"""Calls that the journal of a stack keeps in memory; older ones are dropped."""
 
 PORTS: Final[Mapping[str, int]] = MappingProxyType(
     {
@@ -79,7 +81,7 @@ class StackConfig:
     grpc: bool = False
     image_dir: Path | None = None
     journal: Path | None = None
-    journal_size: int = KEPT
+    journal_size: int = JOURNAL_SIZE
     patience: float | None = None
 
     @classmethod

@@ -7,7 +7,6 @@ that runs elsewhere. For the whole authorization flow in one process there is `s
 import asyncio
 import logging
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -16,24 +15,21 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 from attest.app_info import os_image_hash
-from attest.verify import TrustAnchor
 from attest.vmconfig import VmConfig
 from simulator.agent import GuestAgent
 from simulator.agent_server import dstack_app, tappd_app, tcp_app
 from simulator.app_keys import AppKeys, CertificateIssuer, LocalIssuer, OwnKeys
-from simulator.errors import GuestError, KmsUnreachableError
-from simulator.guest_boot import fetch_keys, kms_issuer
+from simulator.errors import GuestError
 from simulator.guest_files import KeyFile, KmsAccess
 from simulator.image import OsImage
 from simulator.image_files import load_image
 from simulator.intel import Intel, VendorState
 from simulator.pccs import pccs_app
 from simulator.platform import PlatformState
-from simulator.seed import DEFAULT_SEED, Entropy, Seed
+from simulator.seed import DEFAULT_SEED, Seed
 from simulator.trust_domain import AppCompose, DomainSettings, KeyProvider, TrustDomain
-from stack.clock import ISSUED_AT, wall_clock
+from stack.clock import ISSUED_AT
 from transport.listen import bind_tcp, bind_unix, reachable, reserve_unix, serve
-from transport.pccs_client import AttestationVerifier, PccsClient
 
 DEFAULT_NAME = "app"
 RETRY_PAUSE: Final = 0.5
@@ -136,10 +132,6 @@ def power_on(intel: Intel, config: GuestConfig) -> TrustDomain:
     )
     domain.boot()
     return domain
-
-
-_OTHER_WORLD: Final = ("PCCS status 404", "InvalidCrlSignatureForPublicKey")
-"""What verifiers say of evidence from another seed: a platform that no PCCS knows, collateral under another root."""
 
 
 class Guest:
@@ -254,7 +246,11 @@ class Guest:
         """Get the keys, and measure where they came from; an issuer's connections are closed with the guest."""
         file = self.config.key_file
         if self.config.kms is not None:
-            return await self._keys_of_kms(self.config.kms, seed.stream("boot"))
+            from stack.kms_boot import (
+                boot_through_kms,  # with what judges a KMS, which costs an agent of its own a start
+            )
+
+            return await boot_through_kms(self, self.config.kms, seed.stream("boot"), self._exit, self._progress)
         if file is None:
             own_seed, name = Seed.of(self.config.seed), self.config.compose.name
             local = self.config.key_provider == "local-sgx"
@@ -267,42 +263,14 @@ class Guest:
             # What a KMS answers with the keys is the hash that the guest claims.
             claimed = os_image_hash(self.domain.vm_config_json)
             self.domain.complete(file.keys.provider, os_image_hash=claimed)
+            from simulator.guest_boot import kms_issuer  # likewise
+
             entropy = seed.stream("boot")
             issuer = await kms_issuer(self.domain, file.issuer, file.keys.ca_cert, entropy, ISSUED_AT)
             self._exit.push_async_callback(issuer.close)
             return file.keys, issuer
         self.domain.complete(file.keys.provider)
         return file.keys, LocalIssuer(file.issuer, lambda: ISSUED_AT)
-
-    async def _keys_of_kms(self, kms: KmsBoot, entropy: Entropy) -> tuple[AppKeys, CertificateIssuer]:
-        pccs = PccsClient(self.pccs_url)
-        self._exit.push_async_callback(pccs.close)
-        verifier = AttestationVerifier(pccs, TrustAnchor(self.intel.root_der), wall_clock)
-        patient_until, said = time.monotonic() + kms.patience, ""
-        while True:
-            try:
-                keys, issuer = await fetch_keys(
-                    self.domain, kms.url, verifier, entropy, ISSUED_AT, measures_kms=kms.measures_kms
-                )
-                self._exit.push_async_callback(issuer.close)
-                return keys, issuer
-            except KmsUnreachableError as error:
-                if time.monotonic() + RETRY_PAUSE > patient_until:
-                    raise
-                if str(error) != said:
-                    said = str(error)
-                    self._progress(f"waiting up to {kms.patience:g} s for {kms.url}: {error}")
-                await asyncio.sleep(RETRY_PAUSE)
-            except GuestError as error:
-                if any(sign in str(error) for sign in _OTHER_WORLD):
-                    raise GuestError(f"{error} ({self._one_world()})") from error
-                raise
-
-    def _one_world(self) -> str:
-        return (
-            f"the guest is of the seed {self.config.seed!r}: it and the KMS must be of one seed, "
-            "and the PCCS of each a PCCS of that seed"
-        )
 
     def description(self) -> dict[str, Any]:
         """Everything a client needs to know, as `--json` prints it."""

@@ -31,6 +31,7 @@ from attest.csr import CertificateConfig, SigningRequest
 from attest.errors import AttestError
 from attest.eventlog import RuntimeEvent, TdxEvent
 from attest.pck import PckExtension, pck_extension_of
+from attest.pcs import Document
 from attest.quote import TD10_FIELDS, Quote, TdReport15
 from attest.report_data import APP_DATA, ratls_report_data, report_data
 from attest.verify import TrustAnchor, require_bound_to_key, verify_attestation, verify_quote
@@ -63,7 +64,7 @@ class World:
     key: ec.EllipticCurvePrivateKey
     evidence: Attestation
     collateral: dcap_qvl.QuoteCollateralV3
-    documents: tuple[collateral.Document, ...]
+    documents: tuple[Document, ...]
 
     @property
     def spki(self) -> bytes:
@@ -89,7 +90,7 @@ def world() -> World:
         intel.pck_crl,
         intel.tcb_info(domain.platform.fmspc),
         intel.qe_identity,
-        collateral.Document(intel.root_ca_crl.hex().encode()),
+        Document(intel.root_ca_crl.hex().encode()),
     )
     return World(intel, domain, key, evidence, collateral.assemble(*documents), documents)
 
@@ -420,7 +421,7 @@ def test_mutated_collateral_documents_raise_only_own_errors(which: int, data: st
     w, documents = world(), list(world().documents)
     chain = data.draw(st.sampled_from((documents[which].issuer_chain, "", "%", "\udcff", "-----BEGIN")))
     body = data.draw(mutated(lambda: [documents[which].body]))
-    documents[which] = collateral.Document(body, chain)
+    documents[which] = Document(body, chain)
     use_collateral(w, documents)
 
 
@@ -429,11 +430,11 @@ def test_mutated_collateral_documents_raise_only_own_errors(which: int, data: st
 def test_collateral_documents_of_odd_structure_raise_only_own_errors(which: int, data: st.DataObject) -> None:
     w, documents = world(), list(world().documents)
     body = data.draw(restructured(json.loads(documents[which].body)))
-    documents[which] = collateral.Document(json.dumps(body).encode(), documents[which].issuer_chain)
+    documents[which] = Document(json.dumps(body).encode(), documents[which].issuer_chain)
     use_collateral(w, documents)
 
 
-def use_collateral(w: World, documents: list[collateral.Document]) -> None:
+def use_collateral(w: World, documents: list[Document]) -> None:
     with suppress(AttestError):
         assembled = collateral.assemble(*documents)
         only_own_errors(

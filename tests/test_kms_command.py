@@ -78,7 +78,7 @@ def test_json_line_says_what_a_script_needs_and_the_port_is_kept(world: World, t
     admin = variables({"core.admin.enabled": "true", "core.admin.port": "0", "core.admin.auth_token": "t"})
     with running(tmp_path, world, **admin) as kms:
         said = kms.description
-        assert list(said) == ["url", "phase", "address", "admin_url", "cert_dir", "kms_ca"]
+        assert list(said) == ["url", "phase", "address", "admin_url", "grpc", "cert_dir", "kms_ca"]
         assert (said["phase"], said["url"]) == ("onboard", f"http://{said['address']}")
         assert (said["cert_dir"], said["kms_ca"]) == (str(tmp_path / "certs"), str(tmp_path / "certs/root-ca.crt"))
         assert not Path(said["kms_ca"]).exists()

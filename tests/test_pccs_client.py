@@ -12,14 +12,8 @@ import pytest
 from aiohttp import web
 
 from attest.attestation import Attestation
-from attest.collateral import (
-    PCK_CRL_PATH,
-    QE_IDENTITY_PATH,
-    REVALIDATION_HEADER,
-    ROOT_CA_CRL_PATH,
-    TCB_INFO_PATH,
-)
-from attest.errors import VerificationError
+from attest.errors import UnjudgedError, VerificationError
+from attest.pcs import PCK_CRL_PATH, QE_IDENTITY_PATH, REVALIDATION_HEADER, ROOT_CA_CRL_PATH, TCB_INFO_PATH
 from attest.verify import TrustAnchor
 from simulator.image import OsImage
 from simulator.intel import Intel, VendorState
@@ -33,7 +27,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 TIMEOUT = 10
 
 
-DOCUMENTS = [PCK_CRL_PATH, TCB_INFO_PATH, QE_IDENTITY_PATH, ROOT_CA_CRL_PATH]
+DOCUMENTS = sorted([PCK_CRL_PATH, TCB_INFO_PATH, QE_IDENTITY_PATH, ROOT_CA_CRL_PATH])
+"""They are asked for at the same time, in no order."""
 
 Kind = Literal["ours", "with ETags", "without ETags"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -129,8 +124,9 @@ async def test_each_call_asks_after_all_four_documents_one_after_another(
 ) -> None:
     evidence = pccs.evidence()
     assert [await _status(verifier, evidence) for _ in range(3)] == ["UpToDate"] * 3
-    assert pccs.asked[:4] == DOCUMENTS
-    assert pccs.asked[4:] == ([REVALIDATION_PATH] * 2 if pccs.kind == "ours" else DOCUMENTS * 2)
+    again = [REVALIDATION_PATH] if pccs.kind == "ours" else DOCUMENTS
+    assert sorted(pccs.asked[:4]) == DOCUMENTS
+    assert sorted(pccs.asked[4 : 4 + len(again)]) == sorted(pccs.asked[4 + len(again) :]) == again
 
 
 async def test_callers_that_come_while_requests_are_under_way_share_the_next_ones(
@@ -218,7 +214,8 @@ async def test_a_change_of_any_document_is_seen_at_the_next_call(
             await _status(verifier, evidence)
     else:
         assert await _status(verifier, evidence) == status
-    assert pccs.asked == [*DOCUMENTS, REVALIDATION_PATH, REVALIDATION_PATH, *DOCUMENTS]
+    assert pccs.asked[4:6] == [REVALIDATION_PATH] * 2
+    assert sorted(pccs.asked[:4]) == sorted(pccs.asked[6:]) == DOCUMENTS
 
 
 @pytest.mark.parametrize("pccs", ["ours"], indirect=True)
@@ -231,7 +228,7 @@ async def test_a_pccs_that_no_longer_answers_for_all_four_at_once_is_asked_for_e
     assert [await _status(verifier, evidence) for _ in range(2)] == ["UpToDate"] * 2
     pccs.platform.state = replace(pccs.platform.state, tcb_status="OutOfDate")
     assert await _status(verifier, evidence) == "OutOfDate"
-    assert [path for path in pccs.asked if path != REVALIDATION_PATH] == DOCUMENTS * 3
+    assert sorted(path for path in pccs.asked if path != REVALIDATION_PATH) == sorted(DOCUMENTS * 3)
 
 
 @pytest.mark.parametrize("pccs", ["ours"], indirect=True)
@@ -257,7 +254,7 @@ async def test_a_proxy_before_our_pccs_is_asked_for_each_document(pccs: Pccs, ur
     finally:
         await proxy.close()
         await session.close()
-    assert asked == DOCUMENTS * 2
+    assert sorted(asked) == sorted(DOCUMENTS * 2)
 
 
 @pytest.mark.parametrize(("ttl", "times"), [(3600.0, 1), (1e-9, 3), (0.0, 3)])
@@ -297,6 +294,6 @@ async def test_a_pccs_that_is_down_is_a_refusal_for_everyone_who_waits(pccs: Pcc
     client = PccsClient(f"http://127.0.0.1:{port}")
     verifier = AttestationVerifier(client, TrustAnchor(pccs.intel.root_der), lambda: pccs.now)
     refusals = await asyncio.gather(*(_status(verifier, pccs.evidence()) for _ in range(3)), return_exceptions=True)
-    assert [type(refusal) for refusal in refusals] == [VerificationError] * 3
+    assert [type(refusal) for refusal in refusals] == [UnjudgedError] * 3
     assert all("Connection refused" in str(refusal) for refusal in refusals)
     await client.close()

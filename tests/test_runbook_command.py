@@ -406,6 +406,6 @@ def test_interrupted_run_leaves_nothing_behind(tmp_path: Path) -> None:
     assert process.stderr is not None
     assert process.stderr.readline().startswith(b"\xe2\x80\xa6 starting kms-src")
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
-    assert process.returncode == 128 + signal.SIGTERM
+    said = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM, said
     assert list(tmp_path.iterdir()) == []

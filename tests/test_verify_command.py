@@ -19,6 +19,7 @@ from attest.attestation import Attestation
 from attest.csr import CONFIRM
 from attest.errors import FormatError, VerificationError
 from attest.eventlog import RuntimeEvent
+from attest.pcs import Document
 from attest.quote import TD10_FIELDS, TdReport, TdReport15
 from attest.report_data import bootstrap_report_data, pad_report_data
 from attest.verify import TrustAnchor, VerifiedQuote, require_bound_to_key, verify_attestation, verify_quote
@@ -62,7 +63,7 @@ def collect(quote: bytes) -> QuoteCollateralV3:
         intel.pck_crl,
         intel.tcb_info(bytes.fromhex(key.fmspc)),
         intel.qe_identity,
-        collateral.Document(intel.root_ca_crl.hex().encode()),
+        Document(intel.root_ca_crl.hex().encode()),
     )
 
 

@@ -18,17 +18,16 @@ import aiohttp
 from dcap_qvl import QuoteCollateralV3
 
 from attest.attestation import Attestation
-from attest.collateral import (
+from attest.collateral import CollateralKey, assemble
+from attest.errors import AttestError, UnjudgedError, VerificationError
+from attest.pcs import (
     PCK_CRL_ISSUER_HEADER,
     QE_IDENTITY_ISSUER_HEADER,
     REVALIDATION_HEADER,
     TCB_INFO_ISSUER_HEADERS,
-    CollateralKey,
     Document,
-    assemble,
     combined_etag,
 )
-from attest.errors import AttestError, UnjudgedError, VerificationError
 from attest.verify import TrustAnchor, VerifiedAttestation, require_bound_to_key, verify_attestation
 from transport.client import MoreHeaders, TransportError, describe_failure
 from transport.keepalive import AnswerTooLongError, KeepAliveClient, header_lines

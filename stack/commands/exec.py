@@ -41,6 +41,8 @@ URLS: Final[Mapping[str, str]] = {
     "DSTACK_EMU_KMS_SRC": "kms-src",
     "DSTACK_EMU_KMS_DST": "kms-dst",
     "DSTACK_EMU_APP": "app",
+    "DSTACK_EMU_VERIFIER": "verifier",
+    "DSTACK_EMU_CONTROL": "control",
 }
 """Variables with the URLs of services."""
 

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from kms_emu.admin import admin_token
 from kms_emu.cert_dir import ROOT_CA_CERT
 from kms_emu.config import KmsConfig
@@ -15,6 +17,7 @@ from kms_emu.errors import KmsError
 from kms_emu.guest_agent import DEFAULT_ADDRESS
 from kms_emu.server import KmsServer
 from simulator.seed import Seed
+from stack import logs
 from stack.clock import ISSUED_AT, wall_clock
 from stack.commands.common import WARNING, listen_address, say, stop_on_signals
 from transport.listen import bind_tcp
@@ -28,8 +31,10 @@ DESCRIPTION = (
 )
 
 TALKATIVE = ("kms_emu",)
-LEVEL_VARIABLE = "RUST_LOG"
-"""Upstream's variable for the level of its log, and so ours for this command."""
+
+def log_level() -> str | None:
+    """The level that upstream's variable asks for."""
+    return logs.level_of(os.environ.get("RUST_LOG", ""))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the KMS until it ends or a signal comes."""
     config = KmsConfig.load(arguments.config, os.environ)
     agent = os.environ.get("DSTACK_AGENT_ADDRESS") or DEFAULT_ADDRESS
-    return asyncio.run(_run_kms(config, agent, arguments))
+    # uvloop answers a tenth more calls than asyncio's own loop, but the relay in front of grpcio is not made for it.
+    run_loop = asyncio.run if config.emulator.grpc.enabled else uvloop.run
+    return run_loop(_run_kms(config, agent, arguments))
 
 
 def _kms(config: KmsConfig, agent: str, arguments: argparse.Namespace) -> KmsServer:

@@ -108,7 +108,7 @@ def _anchor(arguments: argparse.Namespace, config: VerifierConfig) -> tuple[Trus
 
 @asynccontextmanager
 async def _verifier(config: VerifierConfig, pccs_url: str, anchor: TrustAnchor) -> AsyncIterator[Verifier]:
-    pccs = PccsClient(pccs_url)
+    pccs = PccsClient(pccs_url, ttl=config.attestation.collateral_ttl)
     images = ImageStore(
         Path(config.image_cache_dir), config.image_download_url, float(config.image_download_timeout_secs)
     )

@@ -15,10 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TextIO
 
+from stack.config import JOURNAL_SIZE
 from stack.world.trace import Attestation, Call, Child, entered, take_place
-
-KEPT: Final = 2000
-"""Records in memory, unless another number is asked for."""
 
 RELEASED: Final = {
     "GetAppKey": ("disk_crypt_key", "env_crypt_key", "k256_key"),
@@ -45,7 +43,7 @@ class Journal:
     error's text what differs from run to run: ports and folders.
     """
 
-    def __init__(self, now: Callable[[], float], *, kept: int = KEPT, file: Path | None = None) -> None:
+    def __init__(self, now: Callable[[], float], *, kept: int = JOURNAL_SIZE, file: Path | None = None) -> None:
         self.enabled = True
         self.scrub: Callable[[str], str] = str
         self._now = now

@@ -10,9 +10,10 @@ from kms_emu.auth_api import AuthApi, WebhookAuth
 from kms_emu.server import Surroundings
 from simulator.seed import Seed
 from stack.clock import StackClock
+from stack.config import JOURNAL_SIZE
 from stack.world.faults import Faults
 from stack.world.front import front
-from stack.world.journal import KEPT, Journal
+from stack.world.journal import Journal
 from stack.world.judge import NotedAuth, NotedVerifier
 from stack.world.misbehave import Stale
 from stack.world.trace import headers_of
@@ -23,7 +24,7 @@ class World:
     """What is around the services of one stack; `patience` is how long they wait (None: as long as upstream)."""
 
     def __init__(
-        self, seed: Seed, *, patience: float | None = None, kept: int = KEPT, journal_file: Path | None = None
+        self, seed: Seed, *, patience: float | None = None, kept: int = JOURNAL_SIZE, journal_file: Path | None = None
     ) -> None:
         self.clock = StackClock()
         self.faults = Faults(seed)
