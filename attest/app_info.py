@@ -24,6 +24,8 @@ UNKNOWN_DEVICE_ID: Final = hashlib.sha256(b"").digest()
 
 TEE_VARIANT_TDX: Final = "dstack-tdx"
 APP_ID_SIZE: Final = 20
+MAX_REMEMBERED: Final = 16 * 1024
+"""Characters of a config whose reading is remembered: a request may bring a far longer one."""
 REMEMBERED_CONFIG: Final = 64 * 1024
 """Characters of a config whose reading is remembered."""
 _ZERO_48: Final = bytes(48)

@@ -54,12 +54,14 @@ def derive_p256(material: bytes, context: list[bytes]) -> ec.EllipticCurvePrivat
     return p256_key(derive_key(material, context))
 
 
-def derive_dh_secret(parent: ec.EllipticCurvePrivateKey, context: list[bytes]) -> bytes:
+def derive_dh_secret(parent: ec.EllipticCurvePrivateKey | bytes, context: list[bytes]) -> bytes:
     """Derive 32 secret bytes: SHA-256 over the PKCS#8 DER of the P-256 child, public key included.
 
-    That encoding is part of the protocol: 138 bytes, no curve parameters in the inner ECPrivateKey.
+    That encoding is part of the protocol: 138 bytes, no curve parameters in the inner ECPrivateKey. `parent` is the
+    P-256 key, or its scalar.
     """
-    return hashlib.sha256(pkcs8_der(derive_p256(p256_scalar(parent), context))).digest()
+    scalar = parent if isinstance(parent, bytes) else p256_scalar(parent)
+    return hashlib.sha256(pkcs8_der(derive_p256(scalar, context))).digest()
 
 
 def pkcs8_der(key: ec.EllipticCurvePrivateKey) -> bytes:

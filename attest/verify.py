@@ -51,9 +51,9 @@ class VerifiedQuote:
     report: TdReport
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class VerifiedAttestation:
-    """Evidence that holds, and on what platform."""
+    """Evidence that holds, and on what platform. Each is what one verification found, and equals no other."""
 
     attestation: Attestation
     quote: VerifiedQuote

@@ -1,8 +1,7 @@
 """GetAppKey over kept-alive mTLS connections, against a bare aiohttp server that makes the same inner calls.
 
 Every call waits for the PCCS (is the collateral still what it was?) and for two decisions of the webhook. The reference
-waits for three requests by aiohttp's client and does nothing else; a lone call of ours makes six, for collateral is
-four documents, and derives and signs keys.
+makes the same three requests by aiohttp's session, and does nothing else; ours derives and signs keys, too.
 """
 
 from collections.abc import Iterator

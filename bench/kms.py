@@ -103,12 +103,22 @@ class MeasuredKms:
         return asyncio.run(make())
 
 
+SERVICES = (sys.executable, "-m", "bench.services")
+
+
 @contextmanager
 def measured_kms(*, verify_images: bool = False) -> Iterator[MeasuredKms]:
-    """Run a stack and a KMS, bootstrap it, and end its onboard phase; the block runs on the client's core."""
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder, running_stack(OTHER_CORE) as (_, stack):
+    """Run a stack and a KMS, bootstrap it, and end its onboard phase; the block runs on the client's core.
+
+    Webhook and PCCS are a process of their own, with the stack's seed and policy.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as folder,
+        running_stack(OTHER_CORE) as (_, stack),
+        running((*SERVICES, stack["seed"], stack["policies"]["src"]), OTHER_CORE) as (_, urls),
+    ):
         certs, config = Path(folder, "certs"), Path(folder, "kms.toml")
-        services = stack["services"]
+        services = stack["services"] = stack["services"] | json.loads(urls)
         config.write_text(
             _TOML.format(
                 certs=certs,

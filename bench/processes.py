@@ -22,6 +22,8 @@ OTHER_CORE: Final = _CORES[-1]
 AGENT: Final = (sys.executable, "-m", "stack", "agent", "--json")
 UP: Final = (sys.executable, "-m", "stack", "up", "--json", "--free-ports")
 STOP_TIMEOUT: Final = 10.0
+TICK: Final = 1 / os.sysconf("SC_CLK_TCK")
+"""Seconds of processor time that the kernel counts by."""
 
 
 class ProcessError(Exception):
@@ -112,15 +114,14 @@ class CpuMeter:
         self.calls_per_cpu_second: list[float] = []
 
     def __call__(self, seconds: float) -> float:
-        used, began = _cpu_seconds(self._pid), time.perf_counter()
+        used, began = cpu_seconds(self._pid), time.perf_counter()
         rate = self._measure(seconds)
         calls = rate * (time.perf_counter() - began)
-        tick = 1 / os.sysconf("SC_CLK_TCK")
-        self.calls_per_cpu_second.append(calls / max(_cpu_seconds(self._pid) - used, tick))
+        self.calls_per_cpu_second.append(calls / max(cpu_seconds(self._pid) - used, TICK))
         return rate
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
     """Processor time that a process has used, threads included."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return (int(fields[11]) + int(fields[12])) * TICK

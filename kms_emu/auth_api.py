@@ -152,7 +152,7 @@ class _Fields:
         self._complaint = answer.complaint
         try:
             # Of the JSON that Python reads, no more than upstream's parser: UTF-8 without NaN, and no field twice.
-            document = json.loads(answer.data.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
+            document = _DECODER.decode(answer.data.decode())
         except (ValueError, RecursionError) as error:
             raise UnavailableError(f"{self._complaint}: {error}") from error
         if not isinstance(document, dict):
@@ -202,6 +202,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
+
+
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
 
 
 def _kind(value: Any) -> str:

@@ -8,10 +8,11 @@ is, for the process. Source: dstack `kms/src/main_service.rs` (`ensure_*`) and `
 312dc605.
 """
 
+import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from attest.app_info import APP_ID_SIZE, BootInfo
+from attest.app_info import APP_ID_SIZE, MAX_REMEMBERED, BootInfo
 from attest.errors import AttestError
 from attest.verify import VerifiedAttestation
 from kms_emu.auth_api import AuthApi
@@ -53,13 +54,20 @@ def require_app_id(app_id: bytes, otherwise: type[KmsError] = InvalidRequestErro
 def boot_info_of(evidence: VerifiedAttestation, *, vm_config: str = "", boot_time: bool = False) -> BootInfo:
     """Admit evidence: what it says of identity, measurements and platform, as a question for the webhook."""
     try:
-        info = evidence.boot_info(vm_config=vm_config, boot_time=boot_time)
+        read = _boot_info if len(vm_config) <= MAX_REMEMBERED else _boot_info.__wrapped__
+        info = read(evidence, vm_config, boot_time)
     except AttestError as error:
         # The evidence was verified; a config that a request brought goes before its own.
         kind = InvalidRequestError if vm_config else NotAttestedError
         raise kind(f"Failed to decode app info: {error}") from error
     require_app_id(info.app_id, NotAttestedError)
     return info
+
+
+@functools.lru_cache(maxsize=32)
+def _boot_info(evidence: VerifiedAttestation, vm_config: str, boot_time: bool) -> BootInfo:
+    """Remember what follows from one verification, and what it says, while it stands for several calls."""
+    return evidence.boot_info(vm_config=vm_config, boot_time=boot_time)
 
 
 class Gate:

@@ -4,9 +4,10 @@ Every function that gives a secret away takes a grant of `kms_emu.gate`: without
 with. Source: dstack `kms/src/main_service.rs`, `kms/src/onboard_service.rs` (`Keys`) at 312dc605.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, field
+from typing import Final, Self
 
 from coincurve import PrivateKey
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -32,14 +33,21 @@ from kms_emu.gate import AppGrant, KmsGrant, SelfGrant
 Entropy = Callable[[int], bytes]
 """A source of random bytes."""
 
+SIGNATURES_REMEMBERED: Final = 1024
+"""Apps whose key's signature is kept."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, eq=False)
 class RootKeys:
-    """What makes a KMS this KMS: root CA, temporary client CA, and the root secp256k1 key."""
+    """What makes a KMS this KMS: root CA, temporary client CA, and the root secp256k1 key.
+
+    Of what follows from them it keeps what every call needs: its own scalar, and signatures, which are no secret.
+    """
 
     root_ca: cert.CertificateAuthority
     temp_ca: cert.CertificateAuthority
     k256: PrivateKey
+    _app_key_signatures: dict[bytes, bytes] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(
@@ -56,6 +64,21 @@ class RootKeys:
             public_key=root_key.public_key(), subject="Dstack KMS CA", organization=cert.ORGANIZATION, ca_path_length=1
         )
         return cls(cert.self_signed(root, root_key, now), cert.self_signed(temp, temp_key, now), k256)
+
+    @functools.cached_property
+    def root_scalar(self) -> bytes:
+        """The root CA's key as 32 bytes, what apps' keys are derived from."""
+        return p256_scalar(self.root_ca.key)
+
+    def sign_app_key(self, app_id: bytes, app_key: bytes) -> bytes:
+        """Sign the public key of the secp256k1 key that was derived for this app: 65 bytes, always the same."""
+        signature = self._app_key_signatures.get(app_id)
+        if signature is None:
+            signature = sign_recoverable(self.k256, app_key_message(app_id, k256_point(app_key)))
+            if len(self._app_key_signatures) >= SIGNATURES_REMEMBERED:
+                self._app_key_signatures.clear()
+            self._app_key_signatures[app_id] = signature
+        return signature
 
     @property
     def ca_pubkey(self) -> bytes:
@@ -157,10 +180,10 @@ def app_secrets(roots: RootKeys, grant: AppGrant) -> AppSecrets:
     app_id, instance_id = grant.boot_info.app_id, grant.boot_info.instance_id
     app_key = derive_key(roots.k256.secret, [app_id, b"app-key"])
     return AppSecrets(
-        disk_crypt_key=derive_dh_secret(roots.root_ca.key, [app_id, instance_id, b"app-disk-crypt-key"]),
+        disk_crypt_key=derive_dh_secret(roots.root_scalar, [app_id, instance_id, b"app-disk-crypt-key"]),
         env_crypt_key=_env_secret(roots, app_id),
         k256_key=app_key,
-        k256_signature=sign_recoverable(roots.k256, app_key_message(app_id, k256_point(app_key))),
+        k256_signature=roots.sign_app_key(app_id, app_key),
     )
 
 
@@ -208,7 +231,7 @@ def root_secrets(roots: RootKeys, grant: KmsGrant) -> RootSecrets:
 def sign_certificate(roots: RootKeys, grant: AppGrant, request: SigningRequest, now: int) -> list[str]:
     """Issue an app's certificate: leaf, app CA, root CA (PEM)."""
     app_id = grant.boot_info.app_id
-    key = derive_p256(p256_scalar(roots.root_ca.key), [app_id, b"app-ca"])
+    key = derive_p256(roots.root_scalar, [app_id, b"app-ca"])
     ca_request = cert.CertificateRequest(
         public_key=key.public_key(),
         subject="Dstack App CA",
@@ -223,7 +246,7 @@ def sign_certificate(roots: RootKeys, grant: AppGrant, request: SigningRequest, 
 
 
 def _env_secret(roots: RootKeys, app_id: bytes) -> bytes:
-    return derive_dh_secret(roots.root_ca.key, [app_id, b"env-encrypt-key"])
+    return derive_dh_secret(roots.root_scalar, [app_id, b"env-encrypt-key"])
 
 
 def _new_k256(entropy: Entropy) -> PrivateKey:

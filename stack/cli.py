@@ -30,6 +30,7 @@ COMMANDS = (
     "image",
     "kms",
     "auth",
+    "check-webhook",
     "setup",
     "proto",
     "health",
@@ -102,4 +103,4 @@ def _one_line(error: Exception) -> str:
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"stack.commands.{name}")
+    return importlib.import_module(f"stack.commands.{name.replace('-', '_')}")

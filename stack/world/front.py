@@ -55,7 +55,7 @@ def front(service: str, journal: Journal, faults: Faults, *, stale: Stale | None
                     call.note("fault", {"id": met[0].id, "kind": met[1].kind})
                     response = await misbehave(*met, request, handler, stale)
                     if met[1].kind == "decision":
-                        call.note("decision", {**call.notes.get("decision", {}), **_decided(response)})
+                        call.note("decision", {**(call.noted("decision") or {}), **_decided(response)})
             status = response.status
             if status >= 400:
                 error = journal.scrub(_error_text(response))
@@ -110,20 +110,28 @@ def decision_noter(policy_path: str) -> Observer:
         call = current()
         if not isinstance(call, Call):
             return
-        noted: dict[str, Any] = {
-            "about": "kms" if is_kms else "app",
-            "allowed": decision.is_allowed,
-            "reason": decision.reason,
-            "rule": decision.rule,
-            "asked": _asked(boot_info),
-        }
-        if decision.differs_from:
-            noted["otherwise_under"] = list(decision.differs_from)
+        if decision.is_allowed and not decision.differs_from:
+            call.note("decision", functools.partial(_noted, boot_info, is_kms, decision))
+            return
+        noted = _noted(boot_info, is_kms, decision)
         if not decision.is_allowed and (mismatch := _mismatch(auth, boot_info, decision.rule)) is not None:
             noted["mismatch"] = mismatch
         call.note("decision", noted)
 
     return note
+
+
+def _noted(boot_info: BootInfo, is_kms: bool, decision: Decision) -> dict[str, Any]:
+    noted: dict[str, Any] = {
+        "about": "kms" if is_kms else "app",
+        "allowed": decision.is_allowed,
+        "reason": decision.reason,
+        "rule": decision.rule,
+        "asked": _asked(boot_info),
+    }
+    if decision.differs_from:
+        noted["otherwise_under"] = list(decision.differs_from)
+    return noted
 
 
 def _asked(boot_info: BootInfo) -> dict[str, Any]:

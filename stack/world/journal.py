@@ -11,12 +11,11 @@ import fnmatch
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TextIO
 
 from stack.config import JOURNAL_SIZE
-from stack.world.trace import Attestation, Call, Child, entered, take_place
+from stack.world.trace import Attestation, Call, Child, take_place
 
 RELEASED: Final = {
     "GetAppKey": ("disk_crypt_key", "env_crypt_key", "k256_key"),
@@ -94,18 +93,17 @@ class Journal:
         if self._file is not None or self._followers:
             self._publish(record_of(call))
 
-    @contextmanager
-    def judging(self, asking: Child) -> Iterator[Attestation]:
-        """Note evidence that is judged in the block, for a span."""
+    def begin_judging(self, asking: Child) -> Attestation:
+        """Note that evidence is judged for a span; `end_judging` follows in any case."""
         place = take_place(asking)
         made = Attestation(f"{asking.id}.{place}")
         asking.put(place, made)
         self._open[made.id] = made
-        try:
-            with entered(made):
-                yield made
-        finally:
-            self._open.pop(made.id, None)
+        return made
+
+    def end_judging(self, made: Attestation) -> None:
+        """Note that the verdict is there."""
+        self._open.pop(made.id, None)
 
     def _publish(self, record: Record) -> None:
         if self._file is not None:
@@ -194,7 +192,7 @@ def flattened(record: Record) -> Iterator[Record]:
 def record_of(span: Child) -> Record:
     """A span as JSON says it."""
     if isinstance(span, Attestation):
-        record: Record = {"id": span.id, **span.notes}
+        record: Record = {"id": span.id, **{key: span.noted(key) for key in span.notes}}
     else:
         record = {
             "id": span.id,
@@ -208,7 +206,7 @@ def record_of(span: Child) -> Record:
         }
         if span.error:
             record["error"] = span.error
-        record |= span.notes
+        record |= {key: span.noted(key) for key in span.notes}
         if span.status == 200 and span.call in RELEASED and span.service.startswith("kms"):
             record["released"] = {"fields": list(RELEASED[span.call]), "to": _receiver(span)}
     if span.inner:
@@ -221,7 +219,7 @@ def _outcome(call: Call) -> str:
         return "unanswered"
     if call.status >= 400:
         return "refused"
-    decision, verdict = call.notes.get("decision"), call.notes.get("verdict")
+    decision, verdict = call.noted("decision"), call.noted("verdict")
     denied = decision is not None and decision["allowed"] is not True
     return "denied" if denied or (verdict is not None and not verdict["is_valid"]) else "ok"
 
@@ -230,7 +228,7 @@ def _receiver(call: Call) -> dict[str, str] | None:
     """Whom the last decision behind a release was about: an app, or another KMS."""
     if call.call == "GetTempCaCert":
         return None  # whoever asks gets it; the decision was about the KMS itself
-    decisions = [i.notes["decision"] for i in call.inner.values() if isinstance(i, Call) and "decision" in i.notes]
+    decisions = [i.noted("decision") for i in call.inner.values() if isinstance(i, Call) and "decision" in i.notes]
     asked = decisions[-1].get("asked") if decisions else None
     return None if asked is None else {key: asked.get(key, "") for key in ("app_id", "instance_id", "mr_aggregated")}
 

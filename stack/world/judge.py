@@ -28,20 +28,23 @@ class NotedVerifier(AttestationVerifier):
         asking = current()
         if asking is None or not self._journal.enabled:
             return await super().verify(attestation)
-        with self._journal.judging(asking) as span:
-            try:
+        span = self._journal.begin_judging(asking)
+        try:
+            with entered(span):
                 verified = await super().verify(attestation)
-            except AttestError as error:
-                span.notes = {"attestation": "refused", "error": self._journal.scrub(str(error))}
-                raise
-            quote = verified.quote
-            span.notes = {
-                "attestation": "holds",
-                "tcb_status": quote.tcb_status,
-                "advisory_ids": list(quote.advisory_ids),
-                "device_id": hashlib.sha256(quote.ppid).hexdigest(),
-            }
-            return verified
+        except AttestError as error:
+            span.notes = {"attestation": "refused", "error": self._journal.scrub(str(error))}
+            raise
+        finally:
+            self._journal.end_judging(span)
+        quote = verified.quote
+        span.notes = {
+            "attestation": "holds",
+            "tcb_status": quote.tcb_status,
+            "advisory_ids": list(quote.advisory_ids),
+            "device_id": lambda: hashlib.sha256(quote.ppid).hexdigest(),
+        }
+        return verified
 
 
 def verdict_noter(journal: Journal) -> Callable[[VerificationResponse], None]:

@@ -1,0 +1,31 @@
+"""A webhook and a PCCS in one process, as they are without a stack around them: what a measured KMS asks.
+
+`python -m bench.services SEED POLICY` serves auth-simple over the policy file and the PCCS of that seed, and prints
+their URLs as JSON. In a stack both are watched by its journal, which here would be measured as the KMS's slowness.
+"""
+
+import asyncio
+import json
+import signal
+import sys
+
+from auth.server import simple_app
+from simulator.intel import Intel
+from simulator.pccs import pccs_app
+from simulator.seed import Seed
+from transport.listen import bind_tcp, serve
+
+
+async def _serve(seed: str, policy: str) -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    apps = {"auth-src": simple_app(policy), "pccs": pccs_app(Intel(Seed.of(seed)))}
+    servers = {name: await serve(app, bind_tcp("127.0.0.1", 0)) for name, app in apps.items()}
+    print(json.dumps({name: server.url for name, server in servers.items()}), flush=True)
+    await stop.wait()
+    for server in servers.values():
+        await server.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(*sys.argv[1:]))

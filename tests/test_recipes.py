@@ -1,0 +1,27 @@
+"""Every recipe of docs/recipes.md runs as it stands, on the fixtures of the plugin."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.scratch import run_pytest, write
+from tests.test_docs import blocks, document, section
+
+PAGE = document("docs/recipes.md")
+HEADINGS = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
+
+
+@pytest.mark.timeout(120)
+def test_recipes_run_as_they_stand(tmp_path: Path) -> None:
+    assert len(HEADINGS) == 9
+    files = {}
+    for number, heading in enumerate(HEADINGS):
+        (code,) = (block.text for block in blocks(section(PAGE, f"## {heading}")))
+        files[f"test_{number}.py"] = code
+    write(tmp_path, files)
+    tests = [name for code in files.values() for name in re.findall(r"^def (test_\w+)", code, re.MULTILINE)]
+    done = run_pytest(tmp_path, "-v")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [name for name in tests if f"::{name}" not in done.stdout] == []
+    assert "skipped" not in done.stdout
