@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,3 +29,9 @@ def fresh_stack() -> Iterator[RunningStack]:
     """A stack at the runbook's starting point, for one test."""
     with running_stack("--fresh") as stack:
         yield stack
+
+
+@pytest.fixture(scope="session")
+def dstack_settings() -> dict[str, Any]:
+    """The plugin's stack, one for all tests of a worker: a fault that hangs takes no longer than it must."""
+    return {"patience": 1.0}

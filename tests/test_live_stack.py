@@ -6,7 +6,6 @@ import json
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from dstack_sdk import DstackClient
@@ -15,14 +14,6 @@ from stack.config import PartEndedError, StackConfig, StackError
 from stack.testing import Journal, Kms, LiveStack, Policy, Refused, TrustDomain, refused
 from stack.testing.thread import StackThread
 from stack.world.models import ControlError
-from tests.world import PATIENCE
-
-
-@pytest.fixture(scope="session")
-def dstack_settings() -> dict[str, Any]:
-    """A fault that hangs takes no longer than it must."""
-    return {"patience": PATIENCE}
-
 
 # ---- refusals
 

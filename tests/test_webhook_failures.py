@@ -42,10 +42,10 @@ MIB = 1024 * 1024
 
 
 def http(status: str, body: bytes, *headers: str) -> Reply:
-    """An answer of HTTP/1.1, with the length of its body unless a header says another."""
+    """An answer of HTTP/1.1 that announces the end of its connection, with a length unless a header says another."""
     said = any(header.startswith("Content-Length: ") for header in headers)
     length = () if said else (f"Content-Length: {len(body)}",)
-    head = "\r\n".join((f"HTTP/1.1 {status}", *length, *headers, "", ""))
+    head = "\r\n".join((f"HTTP/1.1 {status}", "Connection: close", *length, *headers, "", ""))
     return lambda out: _write(out, head.encode() + body)
 
 

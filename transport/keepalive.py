@@ -22,6 +22,10 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ClientRequest
 from aiohttp.http import HttpProcessingError
 
+KEPT_IDLE: Final = 2.0
+"""Seconds that a connection may lie idle and be used again: less than what servers keep one for (Node's 5 s), for a
+question that meets the end of its connection is lost."""
+
 HEAD_REMEMBERED: Final = 64
 """URLs whose request heads are kept."""
 
@@ -132,7 +136,7 @@ class KeepAliveClient:
 
 
 def _connector() -> aiohttp.TCPConnector:
-    connector = aiohttp.TCPConnector()
+    connector = aiohttp.TCPConnector(keepalive_timeout=KEPT_IDLE)
     # It has no hook for the protocol of its connections.
     connector._factory = functools.partial(_Wire, loop=asyncio.get_running_loop())  # type: ignore[assignment]
     return connector
