@@ -128,20 +128,37 @@ def _decode_v0(data: bytes) -> Attestation:
         kind = decoder.take(1, "platform")[0]
         if kind != 0:
             raise FormatError(f"platform: 0 (TDX) expected, got {kind}")
-        attestation = Attestation(
-            quote=decoder.vec("quote"),
-            event_log=decoder.many(lambda: _read_event(decoder), "event_log"),
-            runtime_events=decoder.many(
-                lambda: RuntimeEvent(decoder.text("event"), decoder.vec("payload")), "runtime_events"
-            ),
-            report_data=decoder.take(REPORT_DATA_SIZE, "report_data"),
-            config=decoder.text("config"),
-        )
+        quote = decoder.vec("quote")
+        event_log, runtime_events = _read_logs(decoder)
+        report_data = decoder.take(REPORT_DATA_SIZE, "report_data")
+        attestation = Attestation(quote, event_log, runtime_events, report_data, config=decoder.text("config"))
     except FormatError as error:
         raise FormatError(f"Failed to decode legacy VersionedAttestation: {error}") from error
     if rest := decoder.rest():
         raise FormatError(f"Trailing bytes after legacy VersionedAttestation: {len(rest)}")
     return attestation
+
+
+_Logs = tuple[tuple[TdxEvent, ...], tuple[RuntimeEvent, ...]]
+_LOGS_REMEMBERED: Final = 8
+_recent_logs: dict[bytes, _Logs] = {}
+
+
+def _read_logs(decoder: Decoder) -> _Logs:
+    """Read event log and runtime events; those of a domain that was met lately are recognised by their bytes."""
+    start = decoder.offset
+    for encoded, logs in tuple(_recent_logs.items()):
+        if decoder.data.startswith(encoded, start):
+            decoder.offset += len(encoded)
+            return logs
+    logs = (
+        decoder.many(lambda: _read_event(decoder), "event_log"),
+        decoder.many(lambda: RuntimeEvent(decoder.text("event"), decoder.vec("payload")), "runtime_events"),
+    )
+    if len(_recent_logs) >= _LOGS_REMEMBERED:
+        _recent_logs.clear()
+    _recent_logs[decoder.data[start : decoder.offset]] = logs
+    return logs
 
 
 def _read_event(decoder: Decoder) -> TdxEvent:

@@ -22,6 +22,7 @@ from attest.pcs import (
     TCB_INFO_PATH,
     Document,
 )
+from attest.quote import Quote
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,25 @@ class CollateralKey:
 
     @classmethod
     def of_quote(cls, quote: bytes) -> "CollateralKey":
-        """Read CA and FMSPC from a quote's PCK certificate; raise `FormatError` when it is no quote or has none."""
+        """Read CA and FMSPC from a quote's PCK certificate; raise `FormatError` when it is no quote or has none.
+
+        A platform's quotes all have one certificate chain, which is read once.
+        """
+        try:
+            chain = Quote.parse(quote).signature.pck_chain
+        except FormatError:
+            chain = b""  # the library says what is wrong, if anything is
+        known = _platforms.get(chain)
+        if known is None:
+            known = cls._read(quote)
+            if len(_platforms) >= _PLATFORMS_REMEMBERED:
+                _platforms.clear()
+            if chain:
+                _platforms[chain] = known
+        return known
+
+    @classmethod
+    def _read(cls, quote: bytes) -> "CollateralKey":
         try:
             parsed = parse_quote(quote)
             return cls(parsed.ca(), parsed.fmspc())
@@ -48,6 +67,10 @@ class CollateralKey:
             f"{QE_IDENTITY_PATH}?update=standard",
             ROOT_CA_CRL_PATH,
         )
+
+
+_PLATFORMS_REMEMBERED = 64
+_platforms: dict[bytes, CollateralKey] = {}
 
 
 def assemble(pck_crl: Document, tcb_info: Document, qe_identity: Document, root_ca_crl: Document) -> QuoteCollateralV3:

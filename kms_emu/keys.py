@@ -33,21 +33,23 @@ from kms_emu.gate import AppGrant, KmsGrant, SelfGrant
 Entropy = Callable[[int], bytes]
 """A source of random bytes."""
 
-SIGNATURES_REMEMBERED: Final = 1024
-"""Apps whose key's signature is kept."""
+REMEMBERED: Final = 1024
+"""Apps, and instances of apps, whose keys are kept."""
 
 
 @dataclass(frozen=True, eq=False)
 class RootKeys:
     """What makes a KMS this KMS: root CA, temporary client CA, and the root secp256k1 key.
 
-    Of what follows from them it keeps what every call needs: its own scalar, and signatures, which are no secret.
+    Of what follows from them it keeps what every call needs: its own scalar, and the keys of apps that asked lately, in
+    the same memory as the root keys that they follow from.
     """
 
     root_ca: cert.CertificateAuthority
     temp_ca: cert.CertificateAuthority
     k256: PrivateKey
     _app_key_signatures: dict[bytes, bytes] = field(default_factory=dict, init=False, repr=False)
+    _secrets: "dict[tuple[bytes, bytes], AppSecrets]" = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(
@@ -75,7 +77,7 @@ class RootKeys:
         signature = self._app_key_signatures.get(app_id)
         if signature is None:
             signature = sign_recoverable(self.k256, app_key_message(app_id, k256_point(app_key)))
-            if len(self._app_key_signatures) >= SIGNATURES_REMEMBERED:
+            if len(self._app_key_signatures) >= REMEMBERED:
                 self._app_key_signatures.clear()
             self._app_key_signatures[app_id] = signature
         return signature
@@ -178,6 +180,16 @@ class AppSecrets:
 def app_secrets(roots: RootKeys, grant: AppGrant) -> AppSecrets:
     """Derive an app's keys: the disk key is the instance's own, the others are shared by the app's instances."""
     app_id, instance_id = grant.boot_info.app_id, grant.boot_info.instance_id
+    secrets = roots._secrets.get((app_id, instance_id))
+    if secrets is None:
+        secrets = _derive_app_secrets(roots, app_id, instance_id)
+        if len(roots._secrets) >= REMEMBERED:
+            roots._secrets.clear()
+        roots._secrets[app_id, instance_id] = secrets
+    return secrets
+
+
+def _derive_app_secrets(roots: RootKeys, app_id: bytes, instance_id: bytes) -> AppSecrets:
     app_key = derive_key(roots.k256.secret, [app_id, b"app-key"])
     return AppSecrets(
         disk_crypt_key=derive_dh_secret(roots.root_scalar, [app_id, instance_id, b"app-disk-crypt-key"]),
