@@ -375,6 +375,8 @@ class KmsServer:
     def _finish(self) -> None:
         if self._leaving is None:
             self.log.info("finish", has_keys=self._folder.has_keys())
+            if self._server is not None:  # before the answer is out: who has it, and connects, waits for TLS
+                self._server.stop_listening()
             self._leaving = asyncio.create_task(self._leave_onboard(), name="kms leaves the onboard phase")
 
     async def _leave_onboard(self) -> None:

@@ -96,8 +96,10 @@ def credentials(root_ca: str, identity: Identity | None = None) -> Any:
 
 
 @contextmanager
-def reflected(target: str, root_ca: str | None = None, identity: Identity | None = None) -> Iterator[Reflected]:
-    """Connect to a server, in plain where no root is given."""
+def reflected(
+    target: str, root_ca: str | None = None, identity: Identity | None = None, *, waiting: bool = False
+) -> Iterator[Reflected]:
+    """Connect to a server, in plain where no root is given; `waiting` for one that is about to speak TLS."""
     # A pool of connections of its own: grpcio shares one among channels to the same target with equal settings.
     options = (("grpc.use_local_subchannel_pool", 1),)
     channel = (
@@ -106,4 +108,6 @@ def reflected(target: str, root_ca: str | None = None, identity: Identity | None
         else grpc.secure_channel(target, credentials(root_ca, identity), options)
     )
     with channel:
+        if waiting:
+            grpc.channel_ready_future(channel).result(TIMEOUT)
         yield Reflected(channel)

@@ -91,7 +91,7 @@ def test_client_of_reflection_alone_walks_from_a_denied_bootstrap_to_the_keys() 
             assert fresh.call("kms.Onboard/Finish").value == {}
         # The root is what the operator has; the rest a client asks for.
         root_ca = Path(stack.description["kms_ca"]).read_text()
-        with reflected(target, root_ca) as kms:
+        with reflected(target, root_ca, waiting=True) as kms:
             meta = kms.call("kms.KMS/GetMeta").value
             assert meta["bootstrap_info"] == keys
             temp = kms.call("kms.KMS/GetTempCaCert").value

@@ -145,6 +145,7 @@ class Server:
 
     def __init__(self, runner: web.AppRunner, sock: socket.socket, secure: bool) -> None:
         self._runner = runner
+        self._site: _Site | None = None
         self._file: tuple[Path, int] | None = None
         if sock.family == socket.AF_UNIX:
             path = Path(sock.getsockname())
@@ -158,6 +159,11 @@ class Server:
         """Where a client on this machine reaches it: `http(s)://host:port` or `unix:/path`."""
         return self._url
 
+    def stop_listening(self) -> None:
+        """Accept nobody from here on, at once; `close` does the rest."""
+        if self._site is not None:
+            self._site.stop_listening()
+
     async def close(self) -> None:
         """Stop listening, let calls in progress finish (see GRACE), close connections, remove the file."""
         await self._runner.cleanup()
@@ -166,6 +172,12 @@ class Server:
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_ino == inode:  # not the one that another server put there since
                     path.unlink()
+
+
+class _Site(web.SockSite):
+    def stop_listening(self) -> None:
+        if self._server is not None:  # aiohttp's own stop() waits
+            self._server.close()
 
 
 async def serve(
@@ -177,7 +189,8 @@ async def serve(
     try:
         server = Server(runner, sock, ssl_context is not None)
         await runner.setup()
-        await web.SockSite(runner, sock, ssl_context=ssl_context, backlog=_BACKLOG).start()
+        site = server._site = _Site(runner, sock, ssl_context=ssl_context, backlog=_BACKLOG)
+        await site.start()
     except BaseException:
         await runner.cleanup()
         sock.close()
