@@ -25,20 +25,35 @@ UNNOTED: Final = frozenset(("/health", "/metrics"))
 
 SHOWN: Final = 500
 
+_ASKED: Final = (
+    "app_id",
+    "compose_hash",
+    "instance_id",
+    "device_id",
+    "mr_aggregated",
+    "os_image_hash",
+    "tcb_status",
+)
+_KNOWN: Final = 256
+"""Decisions whose words are kept."""
+
 
 def front(service: str, journal: Journal, faults: Faults, *, stale: Stale | None = None) -> Middleware:
     """Make a service's middleware; `stale` answers for a PCCS with collateral that has expired."""
 
     @web.middleware
     async def stand_before(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not faults.rules and (not journal.enabled or request.path in UNNOTED):
+        if not faults.rules and not journal.enabled:
             return await handler(request)
-        if faults.rules and request.path == REVALIDATION_PATH:
+        path = request.rel_url.raw_path  # which the router has worked out before
+        if path in UNNOTED and not faults.rules:
+            return await handler(request)
+        if faults.rules and path == REVALIDATION_PATH:
             return web.Response(status=204)  # "ask for the documents": a fault may be before any of them
-        name = call_name(request.path)
+        name = call_name(path)
         parent, place, caller = read_header(request.headers.get(HEADER))
         met = faults.meet(service, name, caller) if faults.rules else None
-        if not journal.enabled or request.path in UNNOTED:
+        if not journal.enabled or path in UNNOTED:
             if met is None:
                 return await handler(request)
             try:
@@ -55,7 +70,7 @@ def front(service: str, journal: Journal, faults: Faults, *, stale: Stale | None
                     call.note("fault", {"id": met[0].id, "kind": met[1].kind})
                     response = await misbehave(*met, request, handler, stale)
                     if met[1].kind == "decision":
-                        call.note("decision", {**(call.noted("decision") or {}), **_decided(response)})
+                        call.note("decision", {**(call.notes.get("decision") or {}), **_decided(response)})
             status = response.status
             if status >= 400:
                 error = journal.scrub(_error_text(response))
@@ -105,17 +120,22 @@ def _error_text(response: web.StreamResponse) -> str:
 def decision_noter(policy_path: str) -> Observer:
     """Make the observer of an auth-simple: it notes question, answer, the rule that decided, and what did not match."""
     auth = SimpleAuth(policy_path)
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def note(boot_info: BootInfo, is_kms: bool, decision: Decision) -> None:
         call = current()
         if not isinstance(call, Call):
             return
-        if decision.is_allowed and not decision.differs_from:
-            call.note("decision", functools.partial(_noted, boot_info, is_kms, decision))
-            return
-        noted = _noted(boot_info, is_kms, decision)
-        if not decision.is_allowed and (mismatch := _mismatch(auth, boot_info, decision.rule)) is not None:
-            noted["mismatch"] = mismatch
+        # The same question has the same words each time it is answered alike: what is kept of a call should be little.
+        key = (is_kms, decision, tuple(boot_info.advisory_ids), *(getattr(boot_info, name) for name in _ASKED))
+        noted = known.get(key) if decision.is_allowed else None
+        if noted is None:
+            noted = _noted(boot_info, is_kms, decision)
+            if not decision.is_allowed and (mismatch := _mismatch(auth, boot_info, decision.rule)) is not None:
+                noted["mismatch"] = mismatch
+            if len(known) >= _KNOWN:
+                known.clear()
+            known[key] = noted
         call.note("decision", noted)
 
     return note
@@ -135,16 +155,7 @@ def _noted(boot_info: BootInfo, is_kms: bool, decision: Decision) -> dict[str, A
 
 
 def _asked(boot_info: BootInfo) -> dict[str, Any]:
-    return {
-        "app_id": boot_info.app_id,
-        "compose_hash": boot_info.compose_hash,
-        "instance_id": boot_info.instance_id,
-        "device_id": boot_info.device_id,
-        "mr_aggregated": boot_info.mr_aggregated,
-        "os_image_hash": boot_info.os_image_hash,
-        "tcb_status": boot_info.tcb_status,
-        "advisory_ids": list(boot_info.advisory_ids),
-    }
+    return {name: getattr(boot_info, name) for name in _ASKED} | {"advisory_ids": list(boot_info.advisory_ids)}
 
 
 def _mismatch(auth: SimpleAuth, boot_info: BootInfo, rule: str) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ were released. The last records are kept in memory, and written to a file as JSO
 """
 
 import asyncio
+import copy
 import datetime
 import fnmatch
 import json
@@ -192,7 +193,7 @@ def flattened(record: Record) -> Iterator[Record]:
 def record_of(span: Child) -> Record:
     """A span as JSON says it."""
     if isinstance(span, Attestation):
-        record: Record = {"id": span.id, **{key: span.noted(key) for key in span.notes}}
+        record: Record = {"id": span.id, **copy.deepcopy(span.notes)}
     else:
         record = {
             "id": span.id,
@@ -206,7 +207,7 @@ def record_of(span: Child) -> Record:
         }
         if span.error:
             record["error"] = span.error
-        record |= {key: span.noted(key) for key in span.notes}
+        record |= copy.deepcopy(span.notes)
         if span.status == 200 and span.call in RELEASED and span.service.startswith("kms"):
             record["released"] = {"fields": list(RELEASED[span.call]), "to": _receiver(span)}
     if span.inner:
@@ -219,7 +220,7 @@ def _outcome(call: Call) -> str:
         return "unanswered"
     if call.status >= 400:
         return "refused"
-    decision, verdict = call.noted("decision"), call.noted("verdict")
+    decision, verdict = call.notes.get("decision"), call.notes.get("verdict")
     denied = decision is not None and decision["allowed"] is not True
     return "denied" if denied or (verdict is not None and not verdict["is_valid"]) else "ok"
 
@@ -228,7 +229,7 @@ def _receiver(call: Call) -> dict[str, str] | None:
     """Whom the last decision behind a release was about: an app, or another KMS."""
     if call.call == "GetTempCaCert":
         return None  # whoever asks gets it; the decision was about the KMS itself
-    decisions = [i.noted("decision") for i in call.inner.values() if isinstance(i, Call) and "decision" in i.notes]
+    decisions = [i.notes["decision"] for i in call.inner.values() if isinstance(i, Call) and "decision" in i.notes]
     asked = decisions[-1].get("asked") if decisions else None
     return None if asked is None else {key: asked.get(key, "") for key in ("app_id", "instance_id", "mr_aggregated")}
 

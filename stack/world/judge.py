@@ -7,6 +7,7 @@ from typing import Any
 from attest.app_info import BootInfo
 from attest.attestation import Attestation
 from attest.errors import AttestError
+from attest.remember import remember_by_identity
 from attest.verify import TrustAnchor, VerifiedAttestation
 from kms_emu.auth_api import AuthApi, AuthInfo, Decision
 from kms_emu.errors import UnavailableError
@@ -37,14 +38,19 @@ class NotedVerifier(AttestationVerifier):
             raise
         finally:
             self._journal.end_judging(span)
-        quote = verified.quote
-        span.notes = {
-            "attestation": "holds",
-            "tcb_status": quote.tcb_status,
-            "advisory_ids": list(quote.advisory_ids),
-            "device_id": lambda: hashlib.sha256(quote.ppid).hexdigest(),
-        }
+        span.notes = _notes_of(verified)
         return verified
+
+
+@remember_by_identity
+def _notes_of(verified: VerifiedAttestation) -> dict[str, Any]:
+    quote = verified.quote
+    return {
+        "attestation": "holds",
+        "tcb_status": quote.tcb_status,
+        "advisory_ids": list(quote.advisory_ids),
+        "device_id": hashlib.sha256(quote.ppid).hexdigest(),
+    }
 
 
 def verdict_noter(journal: Journal) -> Callable[[VerificationResponse], None]:

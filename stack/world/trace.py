@@ -35,17 +35,10 @@ class _Span:
         self.places = 0
 
     def note(self, key: str, value: Any) -> None:
-        """Note something, or a function that makes it once somebody asks."""
+        """Note something, which is not changed afterwards."""
         if self.notes is _NOTHING:
             self.notes = {}
         self.notes[key] = value
-
-    def noted(self, key: str) -> Any:
-        """What was noted; None where nothing was."""
-        value = self.notes.get(key)
-        if callable(value):
-            value = self.notes[key] = value()
-        return value
 
     def put(self, place: int, inner: Child) -> None:
         """Put what was asked for it in its place."""
