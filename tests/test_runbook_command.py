@@ -479,14 +479,14 @@ def test_source_url_without_a_stack_elsewhere_is_refused() -> None:
     assert text == "--source-url: only for a stack that runs elsewhere (--against)"
 
 
-def test_interrupted_run_leaves_nothing_behind(tmp_path: Path) -> None:
-    evidence = tmp_path / "evidence.tar.gz"
+def test_interrupted_run_leaves_nothing_behind(short_folder: Path) -> None:
+    evidence = short_folder / "evidence.tar.gz"
     command = [sys.executable, "-m", "stack", "runbook", "--evidence", str(evidence)]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "TMPDIR": str(short_folder)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stderr is not None
     assert process.stderr.readline().startswith(b"\xe2\x80\xa6 starting kms-src")
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert list(tmp_path.iterdir()) == []
+    assert list(short_folder.iterdir()) == []
