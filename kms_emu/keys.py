@@ -34,7 +34,7 @@ Entropy = Callable[[int], bytes]
 """A source of random bytes."""
 
 REMEMBERED: Final = 1024
-"""Apps, and instances of apps, whose keys are kept."""
+"""Instances of apps whose keys are kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,6 @@ class RootKeys:
     root_ca: cert.CertificateAuthority
     temp_ca: cert.CertificateAuthority
     k256: PrivateKey
-    _app_key_signatures: dict[bytes, bytes] = field(default_factory=dict, init=False, repr=False)
     _secrets: "dict[tuple[bytes, bytes], AppSecrets]" = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -71,16 +70,6 @@ class RootKeys:
     def root_scalar(self) -> bytes:
         """The root CA's key as 32 bytes, what apps' keys are derived from."""
         return p256_scalar(self.root_ca.key)
-
-    def sign_app_key(self, app_id: bytes, app_key: bytes) -> bytes:
-        """Sign the public key of the secp256k1 key that was derived for this app: 65 bytes, always the same."""
-        signature = self._app_key_signatures.get(app_id)
-        if signature is None:
-            signature = sign_recoverable(self.k256, app_key_message(app_id, k256_point(app_key)))
-            if len(self._app_key_signatures) >= REMEMBERED:
-                self._app_key_signatures.clear()
-            self._app_key_signatures[app_id] = signature
-        return signature
 
     @property
     def ca_pubkey(self) -> bytes:
@@ -195,7 +184,7 @@ def _derive_app_secrets(roots: RootKeys, app_id: bytes, instance_id: bytes) -> A
         disk_crypt_key=derive_dh_secret(roots.root_scalar, [app_id, instance_id, b"app-disk-crypt-key"]),
         env_crypt_key=_env_secret(roots, app_id),
         k256_key=app_key,
-        k256_signature=roots.sign_app_key(app_id, app_key),
+        k256_signature=sign_recoverable(roots.k256, app_key_message(app_id, k256_point(app_key))),
     )
 
 

@@ -5,7 +5,7 @@ Plain JSON that a person edits while the stack runs: auth-simple reads it anew f
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -47,6 +47,29 @@ def is_placeholder(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return policy == DENY_ALL
+
+
+def admit(
+    paths: Iterable[Path],
+    measured: Iterable[Mapping[str, Any]],
+    apps: Mapping[AppRule, str],
+    progress: Callable[[str], None],
+) -> None:
+    """Write policies that admit KMS and apps, each where the placeholder still stands.
+
+    `measured` is what the KMS answered to GetAttestationInfo; `apps` has the OS image's hash (hex) of each app.
+    """
+    infos = list(measured)
+    policy = allow(
+        [*(info["os_image_hash"] for info in infos), *apps.values()],
+        [info["mr_aggregated"] for info in infos],
+        list(apps),
+    )
+    for path in paths:
+        if is_placeholder(path):
+            write(path, policy)
+        else:
+            progress(f"keeping {path} as it is")
 
 
 def place(paths: Iterable[Path]) -> None:

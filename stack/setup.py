@@ -7,7 +7,7 @@ processes or containers of their own, and for real KMS. A KMS that has keys alre
 import asyncio
 import json
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
@@ -128,6 +128,11 @@ class RemoteApp:
         except (RpcError, TransportError, AttestError) as error:
             raise StackError(f"app: Info: {error}") from error
 
+    async def rule(self) -> dict[policy_files.AppRule, str]:
+        """What a policy needs to admit it, with its OS image's hash."""
+        info = await self.info()
+        return {policy_files.AppRule(info.app_id.hex(), info.compose_hash.hex()): info.os_image_hash.hex()}
+
     async def has_keys(self) -> None:
         """Wait until it has its keys; raise `StackError` with its own last words where that takes too long."""
         said = ""
@@ -143,26 +148,6 @@ class RemoteApp:
         raise StackError(f"the app has no keys after {TIMEOUT:g} s: {said}")
 
 
-def allow(
-    policies: Sequence[Path],
-    measured: Mapping[str, Mapping[str, Any]],
-    app: guest_pb.AppInfo | None,
-    progress: Progress,
-) -> None:
-    """Write policies that admit these KMS and the app, each where the stack's own placeholder still stands."""
-    images = [info["os_image_hash"] for info in measured.values()]
-    apps = []
-    if app is not None:
-        images.append(app.os_image_hash.hex())
-        apps.append(policy_files.AppRule(app.app_id.hex(), app.compose_hash.hex()))
-    registers = [info["mr_aggregated"] for info in measured.values()]
-    for path in policies:
-        if policy_files.is_placeholder(path):
-            policy_files.write(path, policy_files.allow(images, registers, apps))
-        else:
-            progress(f"keeping {path} as it is")
-
-
 async def set_up(
     source: RemoteKms,
     target: RemoteKms,
@@ -176,7 +161,7 @@ async def set_up(
     if fresh:
         progress("measuring and allowing")
         measured = {kms.name: await kms.measure() for kms in fresh}
-        allow(policies, measured, None if app is None else await app.info(), progress)
+        policy_files.admit(policies, measured.values(), {} if app is None else await app.rule(), progress)
     if source in fresh:
         progress(f"bootstrapping {source.name}")
         await source.bootstrap()

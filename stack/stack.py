@@ -256,11 +256,8 @@ class Stack:
     def _prepare_policies(self) -> dict[str, Path]:
         folder = (self.config.policies or self.state / "policies").absolute()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             paths = {side: folder / f"auth-{side}.json" for side in SIDES}
-            for path in paths.values():
-                if not path.exists():
-                    policy_files.write(path, policy_files.DENY_ALL)
+            policy_files.place(paths.values())
         except OSError as error:
             raise StackError(f"the policies folder {folder} cannot be written: {error.strerror}") from error
         return paths
@@ -293,14 +290,9 @@ class Stack:
 
     def _allow_everyone(self) -> None:
         domain = self.app.domain
-        images = [info["os_image_hash"] for info in self.kms_info.values()] + [domain.image.os_image_hash.hex()]
-        measured = [info["mr_aggregated"] for info in self.kms_info.values()]
         app = policy_files.AppRule(domain.app_id.hex(), domain.compose_hash.hex())
-        for path in self.policies.values():
-            if policy_files.is_placeholder(path):
-                policy_files.write(path, policy_files.allow(images, measured, [app]))
-            else:
-                self._progress(f"keeping {path} as it is")
+        apps = {app: domain.image.os_image_hash.hex()}
+        policy_files.admit(self.policies.values(), self.kms_info.values(), apps, self._progress)
 
     async def measure(self, side: str) -> dict[str, Any]:
         """Ask a KMS what it measures, as it says it to a person."""

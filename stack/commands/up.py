@@ -45,7 +45,6 @@ async def _run_stack(config: StackConfig, *, as_json: bool) -> None:
         # What there is by now stays: the collector need not look at it again for every few hundred calls noted.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(20_000, 20, 20)
         description = stack.description()
         print(json.dumps(description) if as_json else show(description, time.monotonic() - began), flush=True)
         await asyncio.get_running_loop().create_future()  # until a signal, or a part that fails
