@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,15 @@ from typing import Any
 import pytest
 
 from tests.running import RunningStack, running_stack
+
+# A background job of a script, or of nohup, is started with these ignored, and so would be what the tests start here.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGQUIT, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 @pytest.fixture(scope="module")
