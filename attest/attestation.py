@@ -141,6 +141,8 @@ def _decode_v0(data: bytes) -> Attestation:
 
 _Logs = tuple[tuple[TdxEvent, ...], tuple[RuntimeEvent, ...]]
 _LOGS_REMEMBERED: Final = 8
+_LOG_REMEMBERED_SIZE: Final = 64 * 1024
+"""Bytes: whoever calls sends a log, and a long one must not stay in memory."""
 _recent_logs: dict[bytes, _Logs] = {}
 
 
@@ -155,9 +157,10 @@ def _read_logs(decoder: Decoder) -> _Logs:
         decoder.many(lambda: _read_event(decoder), "event_log"),
         decoder.many(lambda: RuntimeEvent(decoder.text("event"), decoder.vec("payload")), "runtime_events"),
     )
-    if len(_recent_logs) >= _LOGS_REMEMBERED:
-        _recent_logs.clear()
-    _recent_logs[decoder.data[start : decoder.offset]] = logs
+    if decoder.offset - start <= _LOG_REMEMBERED_SIZE:
+        if len(_recent_logs) >= _LOGS_REMEMBERED:
+            _recent_logs.clear()
+        _recent_logs[decoder.data[start : decoder.offset]] = logs
     return logs
 
 

@@ -44,6 +44,10 @@ NOT_BEFORE: Final = datetime.datetime(1975, 1, 1, tzinfo=datetime.UTC)
 LIFETIME: Final = 10 * 365 * 86400
 """Seconds from the time of issue to not_after, where nobody asks for another."""
 
+_VERSION_TAG: Final = 0xA0
+_FIELDS_BEFORE_SPKI: Final = 5
+"""Serial number, signature algorithm, issuer, validity, subject; before them the version, where there is one."""
+
 EvidenceForm = Literal["versioned", "legacy", "legacy-gzip"]
 """How evidence stands in a certificate."""
 
@@ -150,11 +154,17 @@ def load_authority(certificate_pem: str, key: ec.EllipticCurvePrivateKey, what: 
 
 
 def certificate_spki(certificate: x509.Certificate) -> bytes:
-    """The SubjectPublicKeyInfo DER of a certificate's key, as its issuer wrote it; `FormatError` where it is none."""
-    try:
-        return certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    except UNREADABLE as error:
-        raise FormatError(f"Failed to parse certificate: {error}") from error
+    """The SubjectPublicKeyInfo DER of a certificate's key, as its issuer wrote it."""
+    return spki_of_der(certificate.public_bytes(Encoding.DER))
+
+
+def spki_of_der(data: bytes) -> bytes:
+    """The same, from a certificate in DER (RFC 5280, section 4.1), of which nothing else is read."""
+    tbs, _ = der.span(data, 0, "certificate")
+    at, _ = der.span(data, tbs, "certificate")
+    for _ in range(_FIELDS_BEFORE_SPKI + (data[at] == _VERSION_TAG)):
+        _, at = der.span(data, at, "certificate")
+    return data[at : der.span(data, at, "certificate")[1]]
 
 
 def extension_payload(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> bytes | None:

@@ -55,19 +55,25 @@ def read(data: bytes, tag: int, what: str) -> tuple[bytes, bytes]:
 
     Raises `FormatError` naming `what` when the tag differs, the length is indefinite or the content is cut short.
     """
-    if len(data) < 2:
-        raise FormatError(f"{what}: DER element expected, got {len(data)} bytes")
-    if data[0] != tag:
+    if data and data[0] != tag:
         raise FormatError(f"{what}: DER tag {tag:#04x} expected, got {data[0]:#04x}")
-    size, start = data[1], 2
+    start, end = span(data, 0, what)
+    return data[start:end], data[end:]
+
+
+def span(data: bytes, offset: int, what: str) -> tuple[int, int]:
+    """Where the content of the element at an offset begins, and where it ends; raise `FormatError` as `read` does."""
+    if len(data) < offset + 2:
+        raise FormatError(f"{what}: DER element expected, got {len(data) - offset} bytes")
+    size, start = data[offset + 1], offset + 2
     if size & 0x80:
         count = size & 0x7F
-        if not 1 <= count <= 4 or len(data) < 2 + count:
+        if not 1 <= count <= 4 or len(data) < start + count:
             raise FormatError(f"{what}: definite DER length of at most 4 bytes expected, got first byte {size:#04x}")
-        start, size = 2 + count, int.from_bytes(data[2 : 2 + count], "big")
+        start, size = start + count, int.from_bytes(data[start : start + count], "big")
     if len(data) < start + size:
         raise FormatError(f"{what}: {size} bytes of content announced, {len(data) - start} present")
-    return data[start : start + size], data[start + size :]
+    return start, start + size
 
 
 def read_octet_string(data: bytes, what: str) -> bytes:

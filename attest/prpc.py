@@ -101,6 +101,8 @@ class _Kind:
 class _Field:
     name: str
     spellings: tuple[str, ...]
+    keys: tuple[str, ...]
+    """The spellings as a JSON object has them, quotes and colon included."""
     kind: _Kind
     is_string: bool
     message: "_Table | None"
@@ -135,9 +137,11 @@ def _describe(descriptor: Descriptor) -> _Table:
 def _describe_field(field: FieldDescriptor) -> _Field:
     old = OLD_SPELLINGS.get(field.full_name)
     message = _describe(field.message_type) if field.message_type is not None else None
+    spellings = (field.name,) if old is None else (field.name, old)
     return _Field(
         name=field.name,
-        spellings=(field.name,) if old is None else (field.name, old),
+        spellings=spellings,
+        keys=tuple(f'"{spelling}":' for spelling in spellings),
         kind=_KINDS[field.type] if message is None else _message_kind(message),
         is_string=field.type == FieldDescriptor.TYPE_STRING,
         message=message,
@@ -168,7 +172,8 @@ def _write_message(message: Message) -> str:
             text = "[" + ",".join(map(field.kind.write, value)) + "]"
         else:
             text = field.kind.write(value)
-        parts += [f'"{spelling}":{text}' for spelling in field.spellings]
+        for key in field.keys:
+            parts.append(key + text)
     return "{" + ",".join(parts) + "}"
 
 

@@ -19,9 +19,14 @@ from attest.errors import FormatError, VerificationError
 from attest.eventlog import replay_runtime, validate_preimages
 from attest.pck import device_id
 from attest.quote import Quote, TdReport, TdReport15
+from attest.remember import remember_by_identity
 from attest.report_data import APP_DATA, ratls_report_data, report_data
 
 DEBUG_BIT: Final = 0x01
+
+# A domain's log is one object for as long as it is met again and again (`attest.attestation`).
+_replay = remember_by_identity(replay_runtime)
+_validate_preimages = remember_by_identity(validate_preimages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +132,13 @@ def verify_attestation(
         raise VerificationError("Debug mode is not allowed")
     if any(report.mr_signer_seam):
         raise VerificationError("Invalid mr signer seam")
-    replayed = replay_runtime(attestation.runtime_events)
+    replayed = _replay(attestation.runtime_events)
     if replayed != report.rt_mr3:
         raise VerificationError(f"RTMR3 mismatch, quoted: {report.rt_mr3.hex()}, replayed: {replayed.hex()}")
     if report.report_data != attestation.report_data:
         raise VerificationError("tdx report_data mismatch")
     try:
-        validate_preimages(attestation.event_log)
+        _validate_preimages(attestation.event_log)
     except VerificationError as error:
         raise VerificationError(f"Failed to validate TDX V2 event digest preimages: {error}") from error
     return VerifiedAttestation(attestation, verified)

@@ -17,12 +17,12 @@ import dcap_qvl
 
 from bench.figure import Bar, Effort, Figure, alternate, median, rate_of, ratio
 from bench.kms import MeasuredKms, measured_kms, tls
-from bench.processes import SERVER_CORE, TICK, cpu_seconds, on_core
+from bench.processes import SERVER_CORE, cpu_seconds, on_core
 from bench.reference import ask_evidence, bare_kms
 
 CALLERS = 250
 """New callers for each second of a round."""
-THREADS = 8
+THREADS = 16
 BAR = 0.25
 
 
@@ -74,7 +74,7 @@ def _new_callers(
         list(pool.map(call, contexts))
         took = time.perf_counter() - began
         if per_cpu_second is not None:
-            per_cpu_second.append(len(contexts) / max(cpu_seconds(kms.pid) - used, TICK))
+            per_cpu_second.append(len(contexts) / (cpu_seconds(kms.pid) - used))
         return len(contexts) / took
 
     return measured

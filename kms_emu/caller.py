@@ -8,7 +8,7 @@ rocket_helper.rs` at 312dc605.
 import functools
 
 from attest.attestation import Attestation
-from attest.certificate import attestation_of, certificate_spki, load_der
+from attest.certificate import attestation_of, load_der, spki_of_der
 from attest.errors import FormatError
 from kms_emu.errors import NotAttestedError, context
 from kms_emu.service import Caller
@@ -33,4 +33,4 @@ async def caller_of(certificate_der: bytes | None, verifier: AttestationVerifier
 def _read_certificate(certificate_der: bytes) -> tuple[bytes, Attestation | None]:
     """Parse a client certificate: what it says, not whether it holds. A pure function of its bytes, hence the cache."""
     certificate = load_der(certificate_der)
-    return certificate_spki(certificate), attestation_of(certificate)
+    return spki_of_der(certificate_der), attestation_of(certificate)

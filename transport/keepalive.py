@@ -19,7 +19,8 @@ from typing import Final
 import aiohttp
 import yarl
 from aiohttp.client_proto import ResponseHandler
-from aiohttp.client_reqrep import ClientRequest
+from aiohttp.client_reqrep import ClientRequest, ConnectionKey
+from aiohttp.connector import Connection
 from aiohttp.http import HttpProcessingError
 
 KEPT_IDLE: Final = 2.0
@@ -59,6 +60,14 @@ class AnswerTooLongError(Exception):
 class _Question:
     request: ClientRequest
     head: str
+    idle: "list[_Idle]"
+    """The connections that may carry it; those to one server are shared."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Idle:
+    connection: Connection
+    since: float
 
 
 class KeepAliveClient:
@@ -72,6 +81,9 @@ class KeepAliveClient:
         self._headers = dict(headers or {})
         self._connector: aiohttp.TCPConnector | None = None
         self._questions: dict[tuple[str, str], _Question] = {}
+        # aiohttp's connector keeps idle connections too, at several times the price.
+        self._idle: dict[ConnectionKey, list[_Idle]] = {}
+        self._sweeper: asyncio.TimerHandle | None = None
 
     async def ask(self, method: str, url: str, body: bytes | None = None, headers: str = "") -> Answer:
         r"""Ask, and read the answer, whatever its status; `headers` are lines of their own, each with its `\r\n`.
@@ -84,14 +96,20 @@ class KeepAliveClient:
         length = "" if body is None else f"Content-Length: {len(body)}\r\n"
         data = f"{question.head}{headers}{length}\r\n".encode() + (body or b"")
         try:
-            return await self._exchange(question.request, data, deadline)
+            return await self._exchange(question, data, deadline)
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
             if method != "GET":
                 raise
-            return await self._exchange(question.request, data, deadline)
+            return await self._exchange(question, data, deadline)
 
     async def close(self) -> None:
         """Close the connections. A later question opens new ones."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        for idle in self._idle.values():
+            while idle:
+                idle.pop().connection.close()
         if self._connector is not None:
             connector, self._connector = self._connector, None
             await connector.close()
@@ -108,35 +126,68 @@ class KeepAliveClient:
         for name in ("Content-Length", "Accept-Encoding"):
             request.headers.popall(name, None)
         lines = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
-        question = _Question(request, f"{method} {request.url.raw_path_qs} HTTP/1.1\r\n{lines}")
+        idle = self._idle.setdefault(request.connection_key, [])
+        question = _Question(request, f"{method} {request.url.raw_path_qs} HTTP/1.1\r\n{lines}", idle)
         if len(self._questions) >= HEAD_REMEMBERED:
             self._questions.clear()
         self._questions[method, text] = question
         return question
 
-    async def _exchange(self, request: ClientRequest, data: bytes, deadline: float) -> Answer:
-        if self._connector is None:
-            self._connector = _connector()
-        remaining = max(deadline - asyncio.get_running_loop().time(), 0.001)
-        connection = await self._connector.connect(request, [], aiohttp.ClientTimeout(connect=remaining))
+    async def _exchange(self, question: _Question, data: bytes, deadline: float) -> Answer:
+        connection = self._take(question.idle) or await self._connect(question.request, deadline)
         wire = connection.protocol
         try:
             assert isinstance(wire, _Wire)  # noqa: S101 - the connector makes no others
             answer = await wire.ask(data, deadline)
             if answer is None:
                 async with asyncio.timeout_at(deadline):
-                    answer = await wire.read_any(request, self._max_answer)
+                    answer = await wire.read_any(question.request, self._max_answer)
             elif len(answer.body) > self._max_answer:
                 raise AnswerTooLongError(f"the answer is longer than {self._max_answer} bytes")
         except BaseException:
             connection.close()
             raise
-        connection.release()
+        if wire.should_close or self._connector is None:
+            connection.close()
+        else:
+            self._keep(question.idle, connection)
         return answer
+
+    async def _connect(self, request: ClientRequest, deadline: float) -> Connection:
+        if self._connector is None:
+            self._connector = _connector()
+        remaining = max(deadline - asyncio.get_running_loop().time(), 0.001)
+        return await self._connector.connect(request, [], aiohttp.ClientTimeout(connect=remaining))
+
+    def _take(self, idle: list[_Idle]) -> Connection | None:
+        """The connection that was used last, while it is open and has not lain idle for too long."""
+        while idle:
+            last = idle.pop()
+            wire, now = last.connection.protocol, asyncio.get_running_loop().time()
+            if wire is not None and wire.is_connected() and now - last.since < KEPT_IDLE:
+                return last.connection
+            last.connection.close()
+        return None
+
+    def _keep(self, idle: list[_Idle], connection: Connection) -> None:
+        loop = asyncio.get_running_loop()
+        idle.append(_Idle(connection, loop.time()))
+        if self._sweeper is None:
+            self._sweeper = loop.call_later(KEPT_IDLE, self._sweep)
+
+    def _sweep(self) -> None:
+        """Close what has lain idle for too long, and look again later while there is more."""
+        loop, self._sweeper = asyncio.get_running_loop(), None
+        too_old = loop.time() - KEPT_IDLE
+        for idle in self._idle.values():
+            while idle and idle[0].since <= too_old:  # the oldest comes first
+                idle.pop(0).connection.close()
+        if any(self._idle.values()):
+            self._sweeper = loop.call_later(KEPT_IDLE, self._sweep)
 
 
 def _connector() -> aiohttp.TCPConnector:
-    connector = aiohttp.TCPConnector(keepalive_timeout=KEPT_IDLE)
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)  # what is idle is kept here, not there
     # It has no hook for the protocol of its connections.
     connector._factory = functools.partial(_Wire, loop=asyncio.get_running_loop())  # type: ignore[assignment]
     return connector

@@ -19,9 +19,10 @@ import ssl
 import stat
 import struct
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from aiohttp import web
+from aiohttp.base_protocol import BaseProtocol
 from aiohttp.streams import StreamReader
 
 from transport.errors import ListenError as ListenError
@@ -184,6 +185,7 @@ async def serve(
     app: web.Application, sock: socket.socket, ssl_context: ssl.SSLContext | None = None
 ) -> Server:
     """Start an application on a bound socket, which it owns from here on."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted ones inherit it
     # aiohttp waits this long twice: for a handler to finish, and for it to end once it is cancelled.
     runner = _Runner(app, shutdown_timeout=GRACE / 2)
     try:
@@ -204,10 +206,19 @@ async def serve(
 
 
 class _AlertingSslObject(ssl.SSLObject):
-    """Lets the alert of a failed handshake out before the failure is reported."""
+    """Lets the alert of a failed handshake out before the failure is reported; reads the client's certificate once."""
 
     outgoing: ssl.MemoryBIO
     _failure: ssl.SSLError | None = None
+    _peer: bytes | None = None
+
+    def getpeercert(self, binary_form: bool = False) -> Any:
+        """The client's certificate in DER, or None; an event loop asks for it as a dict, which nobody here reads."""
+        if not binary_form:
+            return None
+        if self._peer is None:
+            self._peer = super().getpeercert(True)
+        return self._peer
 
     def do_handshake(self) -> None:
         if self._failure is not None:
@@ -258,10 +269,20 @@ class _Runner(web.AppRunner):
 
 class _HalfCloseServer(web.Server):
     def __call__(self) -> web.RequestHandler:
-        return _Connection(self, loop=asyncio.get_running_loop(), access_log=None, auto_decompress=False)
+        loop = asyncio.get_running_loop()
+        return _Connection(self, loop=loop, access_log=None, auto_decompress=False, tcp_keepalive=False)
 
 
-class _Connection(web.RequestHandler):
+class _Accepted(BaseProtocol):
+    """A connection whose socket has its options already: event loops set TCP_NODELAY, `serve` all that is inherited."""
+
+    __slots__ = ()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+
+class _Connection(web.RequestHandler, _Accepted):
     """Answers what has been asked in full before the client's end of file, then closes."""
 
     __slots__ = ("_half_closed", "_last_body")

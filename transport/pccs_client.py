@@ -56,19 +56,20 @@ class _Held:
 
 @dataclass(frozen=True, slots=True)
 class _Assembled:
-    """Collateral made of four documents; `etag` is theirs together, and both texts are empty where one is missing."""
+    """Collateral made of four documents; `revalidation` is where to ask after them at once, if anywhere."""
 
     documents: tuple[Document, ...]
     collateral: QuoteCollateralV3
     revalidation: str
-    etag: str
+    question: str
+    """The lines of the headers that ask: the four ETags as one."""
 
 
 class PccsClient:
     """One PCCS, asked over kept-alive connections. Close it.
 
     `ttl` is how many seconds a document is used that came without an ETag; with 0 it is asked for each time. `headers`
-    are added to each question.
+    are added to each question for a document.
     """
 
     def __init__(
@@ -117,7 +118,8 @@ class PccsClient:
         url, etag = self._revalidation(held)
         if key not in self._assembled and len(self._assembled) >= REMEMBERED:
             self._assembled.clear()  # whoever calls names a platform: that must not fill memory
-        self._assembled[key] = _Assembled(documents, collateral, url, etag)
+        question = header_lines({"If-None-Match": etag})
+        self._assembled[key] = _Assembled(documents, collateral, url, question)
         return collateral
 
     def forget(self) -> None:
@@ -136,11 +138,8 @@ class PccsClient:
         return url, combined_etag([h.etag for h in held])
 
     async def _is_current(self, known: _Assembled) -> bool:
-        headers = {"If-None-Match": known.etag}
-        if self._more_headers is not None:
-            headers |= self._more_headers()
         try:
-            answer = await self._revalidator.ask("GET", known.revalidation, headers=header_lines(headers))
+            answer = await self._revalidator.ask("GET", known.revalidation, headers=known.question)
         except TimeoutError as error:  # of a server that hangs enough was waited for
             raise TransportError(known.revalidation, describe_failure(error, self._seconds)) from error
         except (aiohttp.ClientError, OSError, AnswerTooLongError):
