@@ -47,6 +47,9 @@ class ClockState:
 class StackClock:
     """The time of one stack. Call it for Unix seconds."""
 
+    now: Callable[[], float]
+    """Unix seconds with their fraction. (The wall's own function until somebody sets the clock: it is asked often.)"""
+
     def __init__(self, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
         self.state = ClockState()
@@ -54,9 +57,18 @@ class StackClock:
     def __call__(self) -> int:
         return int(self.now())
 
-    def now(self) -> float:
-        """Unix seconds with their fraction."""
-        state = self.state
+    @property
+    def state(self) -> ClockState:
+        """All there is to it, to be kept and put back."""
+        return self._state
+
+    @state.setter
+    def state(self, state: ClockState) -> None:
+        self._state = state
+        self.now = self._wall if state.frozen_at is None and not state.ahead else self._set_now
+
+    def _set_now(self) -> float:
+        state = self._state
         return self._wall() + state.ahead if state.frozen_at is None else state.frozen_at
 
     def issue(self) -> int:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from stack.clock import StackClock
 from stack.world.control import Control
 from stack.world.journal import Journal, record_of
 from stack.world.models import ControlError
 from stack.world.tail import lines
-from stack.world.trace import OUTSIDE, current, entered, headers_of, read_header
+from stack.world.trace import OUTSIDE, answered, current, entered, headers_of, read_header
 from tests.vectors import ROOT
 from tests.world import own_stack
 
@@ -125,14 +126,14 @@ async def test_calls_at_the_same_time_are_each_a_trace_of_their_own() -> None:
 
 
 def test_memory_is_bounded_and_a_late_answer_changes_no_record() -> None:
-    journal = Journal(lambda: 0.0, kept=3)
+    journal = Journal(StackClock(lambda: 0.0), kept=3)
     for _ in range(5):
-        journal.end(journal.begin("s", "C", "", 0, OUTSIDE), 200)
+        journal.end(journal.begin("s", "C", None, 0, OUTSIDE), 200)
     assert [record["id"] for record in journal.records()] == ["3", "4", "5"]
-    outer = journal.begin("s", "Outer", "", 0, OUTSIDE)
+    outer = journal.begin("s", "Outer", None, 0, OUTSIDE)
     with entered(outer):
-        parent, place, caller = read_header(headers_of("s")()["X-Dstack-Emu-Trace"])
-    inner = journal.begin("t", "Inner", parent, place, caller)
+        asking, place, caller = read_header(headers_of("s")()["X-Dstack-Emu-Trace"])
+    inner = journal.begin("t", "Inner", asking, place, caller)
     journal.end(outer, 400, "no answer")
     before = record_of(outer)
     journal.end(inner, 200)
@@ -141,13 +142,31 @@ def test_memory_is_bounded_and_a_late_answer_changes_no_record() -> None:
     assert current() is None
 
 
-@pytest.mark.parametrize("text", [None, "", "x", "::", ":::", "1:x:y z", "9" * 40, "1:-1:app\n", "a:b:c:d"])
+@pytest.mark.parametrize("text", [None, "", "::", "y z:1:00", "app\n:1:00", ":1:app"])
 def test_header_of_somebody_else_is_from_outside(text: str | None) -> None:
-    assert read_header(text) == ("", 0, OUTSIDE)
+    assert read_header(text) == (None, 0, OUTSIDE)
 
 
 def test_header_that_claims_a_call_which_is_over_begins_a_trace_of_its_own() -> None:
-    journal = Journal(lambda: 0.0)
-    journal.end(journal.begin("s", "C", "", 0, OUTSIDE), 200)
-    late = journal.begin("s", "D", "1", 1, "app")
-    assert late.id == "2"
+    journal = Journal(StackClock(lambda: 0.0))
+    over = journal.begin("s", "C", None, 0, OUTSIDE)
+    with entered(over):
+        header = headers_of("app")()["X-Dstack-Emu-Trace"]
+    journal.end(over, 200)
+    late = journal.begin("s", "D", *read_header(header))
+    assert (record_of(late)["id"], record_of(late)["caller"]) == ("2", "app")
+    assert record_of(over).get("inner") is None
+
+
+def test_question_that_was_sent_twice_is_noted_once_and_forgotten_when_it_is_answered() -> None:
+    journal = Journal(StackClock(lambda: 0.0))
+    outer = journal.begin("s", "C", None, 0, OUTSIDE)
+    with entered(outer):
+        header = headers_of("app")()["X-Dstack-Emu-Trace"]
+    for status in (None, 200):
+        journal.end(journal.begin("t", "/document", *read_header(header)), status)
+    journal.end(outer, 200)
+    (inner,) = record_of(outer)["inner"]
+    assert (inner["id"], inner["status"]) == ("1.1", 200)
+    answered(header)
+    assert read_header(header) == (None, 0, "app")

@@ -172,6 +172,10 @@ class Rule:
         return {"id": self.id, **fields, "seen": self.seen, "met": self.met, "spent": self.is_spent}
 
 
+Met = tuple[Rule, Fault]
+"""A rule that met a call, and what happens to it."""
+
+
 class Faults:
     """The rules in force."""
 
@@ -204,7 +208,7 @@ class Faults:
             rule.set_state(**state)
             self.rules = [*self.rules, rule]
 
-    def meet(self, service: str, call: str, caller: str) -> tuple[Rule, Fault] | None:
+    def meet(self, service: str, call: str, caller: str) -> Met | None:
         """What happens to a call: the first rule that meets it."""
         for rule in self.rules:
             if (fault := rule.meet(service, call, caller)) is not None:

@@ -5,25 +5,30 @@ One middleware for each service. Where the journal is off and there are no fault
 
 import functools
 import json
+import operator
 from typing import Any, Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
+from multidict import istr
 
 from auth.boot_info import BootInfo, Decision
 from auth.errors import AuthError
 from auth.server import Observer
 from auth.simple import SimpleAuth
 from simulator.pccs import REVALIDATION_PATH
-from stack.world.faults import Faults
+from stack.world.faults import Faults, Met
 from stack.world.journal import Journal
 from stack.world.misbehave import DroppedError, Stale, misbehave
-from stack.world.trace import HEADER, Call, current, entered, read_header
+from stack.world.trace import HEADER, Call, answered, current, enter, leave, read_header
 
-UNNOTED: Final = frozenset(("/health", "/metrics"))
-"""What monitors ask again and again: not in the journal."""
+UNNOTED: Final = frozenset(("/health", "/metrics", REVALIDATION_PATH))
+"""What is asked again and again: not in the journal. (Collateral that has changed is asked for by document.)"""
 
 SHOWN: Final = 500
+
+_HEADER: Final = istr(HEADER)
+"""Looked up by every call; a plain text would be folded to lower case each time."""
 
 _ASKED: Final = (
     "app_id",
@@ -34,6 +39,9 @@ _ASKED: Final = (
     "os_image_hash",
     "tcb_status",
 )
+_what_was_asked: Final = operator.attrgetter("advisory_ids", *_ASKED)
+_what_was_said: Final = operator.attrgetter("reason", "rule", "differs_from")
+
 _KNOWN: Final = 256
 """Decisions whose words are kept."""
 
@@ -43,35 +51,33 @@ def front(service: str, journal: Journal, faults: Faults, *, stale: Stale | None
 
     @web.middleware
     async def stand_before(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not faults.rules and not journal.enabled:
+        rules = faults.rules
+        if not rules and not journal.enabled:
             return await handler(request)
         path = request.rel_url.raw_path  # which the router has worked out before
-        if path in UNNOTED and not faults.rules:
+        noted = journal.enabled and path not in UNNOTED
+        if not rules and not noted:
             return await handler(request)
-        if faults.rules and path == REVALIDATION_PATH:
+        if rules and path == REVALIDATION_PATH:
             return web.Response(status=204)  # "ask for the documents": a fault may be before any of them
         name = call_name(path)
-        parent, place, caller = read_header(request.headers.get(HEADER))
-        met = faults.meet(service, name, caller) if faults.rules else None
-        if not journal.enabled or path in UNNOTED:
+        header = request.headers.get(_HEADER)
+        asking, place, caller = read_header(header)
+        met = faults.meet(service, name, caller) if rules else None
+        if not noted:
             if met is None:
                 return await handler(request)
             try:
                 return await misbehave(*met, request, handler, stale)
             except DroppedError:
                 return web.Response()  # to a connection that is gone
-        call = journal.begin(service, name, parent, place, caller)
+        call = journal.begin(service, name, asking, place, caller)
         status, error = None, ""
+        before = enter(call)
         try:
-            with entered(call):
-                if met is None:
-                    response = await handler(request)
-                else:
-                    call.note("fault", {"id": met[0].id, "kind": met[1].kind})
-                    response = await misbehave(*met, request, handler, stale)
-                    if met[1].kind == "decision":
-                        call.note("decision", {**(call.notes.get("decision") or {}), **_decided(response)})
+            response = await (handler(request) if met is None else meeting(call, met, request, handler))
             status = response.status
+            answered(header)
             if status >= 400:
                 error = journal.scrub(_error_text(response))
             return response
@@ -81,7 +87,16 @@ def front(service: str, journal: Journal, faults: Faults, *, stale: Stale | None
             status, error = refusal.status, refusal.reason
             raise
         finally:
+            leave(before)
             journal.end(call, status, error)
+
+    async def meeting(call: Call, met: Met, request: web.Request, handler: Handler) -> web.StreamResponse:
+        rule, fault = met
+        call.note("fault", {"id": rule.id, "kind": fault.kind})
+        response = await misbehave(rule, fault, request, handler, stale)
+        if fault.kind == "decision":
+            call.note("decision", {**(call.notes.get("decision") or {}), **_decided(response)})
+        return response
 
     return stand_before
 
@@ -127,7 +142,7 @@ def decision_noter(policy_path: str) -> Observer:
         if not isinstance(call, Call):
             return
         # The same question has the same words each time it is answered alike: what is kept of a call should be little.
-        key = (is_kms, decision, tuple(boot_info.advisory_ids), *(getattr(boot_info, name) for name in _ASKED))
+        key = (is_kms, _what_was_asked(boot_info), _what_was_said(decision))
         noted = known.get(key) if decision.is_allowed else None
         if noted is None:
             noted = _noted(boot_info, is_kms, decision)

@@ -23,7 +23,7 @@ from google.protobuf.message_factory import GetMessageClass
 from stack.world.faults import Fault, Faults, Rule
 from stack.world.journal import Journal
 from stack.world.misbehave import PIECES, until_lifted
-from stack.world.trace import HEADER, entered, read_header
+from stack.world.trace import HEADER, Asking, answered, entered, read_header
 from transport.grpc_server import details
 from transport.relay import reset_connection
 
@@ -77,13 +77,13 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
             response_serializer=found.response_serializer,
         )
 
-    def _noted(self, handler: Handler, path: str, trace: tuple[str, int, str]) -> Handler:
+    def _noted(self, handler: Handler, path: str, trace: Asking) -> Handler:
         name, journal = path.rpartition("/")[2], self._journal
-        parent, place, caller = trace
+        asking, place, caller = trace
 
         async def handle(request: Any, context: Any) -> Any:
             met = self._faults.meet(self._service, name, caller)
-            call = journal.begin(self._service, name, parent, place, caller)
+            call = journal.begin(self._service, name, asking, place, caller)
 
             def refused(code: grpc.StatusCode, text: str) -> None:
                 call.note("grpc", code.name)
@@ -105,7 +105,7 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
 
         return handle
 
-    def _unnoted(self, handler: Handler, path: str, trace: tuple[str, int, str]) -> Handler:
+    def _unnoted(self, handler: Handler, path: str, trace: Asking) -> Handler:
         name = path if path.startswith(UNNOTED) else path.rpartition("/")[2]
 
         async def handle(request: Any, context: Any) -> Any:
@@ -137,9 +137,12 @@ class _Noting:
         await self._context.abort(code, text, trailing_metadata)
 
 
-def _trace(called: Any) -> tuple[str, int, str]:
+def _trace(called: Any) -> Asking:
     """Span, place and caller, from the call's metadata."""
-    return read_header(next((value for key, value in called.invocation_metadata if key == HEADER.lower()), None))
+    header = next((value for key, value in called.invocation_metadata if key == HEADER.lower()), None)
+    asked = read_header(header)
+    answered(header)  # grpcio sends nothing twice
+    return asked
 
 
 async def _misbehave(rule: Rule, fault: Fault, path: str, handler: Handler, request: Any, context: Any) -> Any:

@@ -153,7 +153,7 @@ class RunningGuest:
         """
         world = stack.world
         before, position = self.domain.memory, self.streams["boot"].position
-        call = world.journal.begin(self.name, "Boot", "", 0, "stack")
+        call = world.journal.begin(self.name, "Boot", None, 0, "stack")
         status, error = 400, ""
         try:
             with entered(call):

@@ -15,8 +15,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, TextIO
 
+from stack.clock import StackClock
 from stack.config import JOURNAL_SIZE
-from stack.world.trace import Attestation, Call, Child, take_place
+from stack.world.trace import GIVEN_UP, JUDGED, Attestation, Call, Child
 
 RELEASED: Final = {
     "GetAppKey": ("disk_crypt_key", "env_crypt_key", "k256_key"),
@@ -39,16 +40,15 @@ class JournalError(Exception):
 class Journal:
     """The records of one stack, in the order in which their calls ended.
 
-    While `enabled` is False nothing is noted, and nothing is paid. `now` gives Unix seconds. `scrub` takes from an
-    error's text what differs from run to run: ports and folders.
+    While `enabled` is False nothing is noted, and nothing is paid. `scrub` takes from an error's text what differs from
+    run to run: ports and folders.
     """
 
-    def __init__(self, now: Callable[[], float], *, kept: int = JOURNAL_SIZE, file: Path | None = None) -> None:
+    def __init__(self, clock: StackClock, *, kept: int = JOURNAL_SIZE, file: Path | None = None) -> None:
         self.enabled = True
         self.scrub: Callable[[str], str] = str
-        self._now = now
+        self._clock = clock
         self._ended: deque[Call] = deque(maxlen=kept)
-        self._open: dict[str, Child] = {}
         self._begun = 0
         self._followers: set[asyncio.Queue[Record]] = set()
         self._file: TextIO | None = None
@@ -66,45 +66,43 @@ class Journal:
 
     # ---- noting
 
-    def begin(self, service: str, call: str, parent: str, place: int, caller: str) -> Call:
-        """Note that a call came; `parent` is the span that asks, if there is one and it still waits."""
-        asking = self._open.get(parent) if place else None
-        if asking is None:
+    def begin(self, service: str, call: str, asking: Child | None, place: int, caller: str) -> Call:
+        """Note that a call came; `asking` is the span that asks, if there is one, and counts while it waits."""
+        if asking is None or asking.outcome is not None:
             self._begun += 1
-            made = Call(str(self._begun), service, call, caller, self._now())
+            return Call(False, self._begun, service, call, caller, self._clock.now())
+        made = Call(True, place, service, call, caller, self._clock.now())
+        if asking.inner:
+            asking.inner.append(made)
         else:
-            made = Call(f"{parent}.{place}", service, call, caller, self._now())
-            asking.put(place, made)
-        self._open[made.id] = made
+            asking.inner = [made]
         return made
 
     def end(self, call: Call, status: int | None, error: str = "") -> None:
         """Note how it ended: its status, or None where the connection was dropped."""
-        if self._open.get(call.id) is not call:
+        if call.outcome is not None:
             return  # whoever asked has given up, and been noted
-        del self._open[call.id]
-        call.status, call.error, call.ended = status, error, self._now()
-        if "." in call.id:
+        call.outcome = (status, error, self._clock.now())
+        for inner in call.inner:
+            if inner.outcome is None or inner.inner:
+                inner.give_up()
+        if call.within:
             return
-        if self._open:
-            within = f"{call.id}."
-            for late in [span for span in self._open if span.startswith(within)]:
-                del self._open[late]
         self._ended.append(call)
         if self._file is not None or self._followers:
             self._publish(record_of(call))
 
     def begin_judging(self, asking: Child) -> Attestation:
-        """Note that evidence is judged for a span; `end_judging` follows in any case."""
-        place = take_place(asking)
-        made = Attestation(f"{asking.id}.{place}")
-        asking.put(place, made)
-        self._open[made.id] = made
+        """Note that evidence is judged for a span; its verdict follows in any case."""
+        made = Attestation(asking.next_place())
+        if asking.outcome is None:
+            asking.put(made)
         return made
 
-    def end_judging(self, made: Attestation) -> None:
-        """Note that the verdict is there."""
-        self._open.pop(made.id, None)
+    def end_judging(self, made: Attestation, verdict: dict[str, Any]) -> None:
+        """Note what was found."""
+        if made.outcome is None:
+            made.notes, made.outcome = verdict, JUDGED
 
     def _publish(self, record: Record) -> None:
         if self._file is not None:
@@ -126,7 +124,7 @@ class Journal:
         """Forget what came after a position; what comes next is numbered from there."""
         if position == self._begun:
             return
-        while self._ended and int(self._ended[-1].id) > position:
+        while self._ended and self._ended[-1].place > position:
             self._ended.pop()
         self._begun = position
         self._publish({"rewound_to": position})
@@ -139,7 +137,7 @@ class Journal:
 
     def records(self, *, since: int = 0, limit: int | None = None) -> list[Record]:
         """The records after a position, oldest first; the last `limit` of them."""
-        found = [call for call in self._ended if int(call.id) > since]
+        found = [call for call in self._ended if call.place > since]
         return [record_of(call) for call in (found if limit is None else found[max(0, len(found) - limit) :])]
 
     def find(
@@ -190,37 +188,40 @@ def flattened(record: Record) -> Iterator[Record]:
         yield from flattened(inner)
 
 
-def record_of(span: Child) -> Record:
-    """A span as JSON says it."""
+def record_of(span: Child, around: str = "") -> Record:
+    """A span as JSON says it; `around` is the id of the one around it."""
+    number = f"{around}.{span.place}" if around else str(span.place)
     if isinstance(span, Attestation):
-        record: Record = {"id": span.id, **copy.deepcopy(span.notes)}
+        record: Record = {"id": number, **copy.deepcopy(span.notes)}
     else:
+        status, error, ended = span.outcome or GIVEN_UP
         record = {
-            "id": span.id,
+            "id": number,
             "time": _moment(span.time),
             "service": span.service,
             "call": span.call,
             "caller": span.caller,
-            "status": span.status,
-            "outcome": _outcome(span),
-            "ms": None if span.ended is None else round(1000 * (span.ended - span.time)),
+            "status": status,
+            "outcome": _outcome(status, span.notes),
+            "ms": None if ended is None else round(1000 * (ended - span.time)),
         }
-        if span.error:
-            record["error"] = span.error
+        if error:
+            record["error"] = error
         record |= copy.deepcopy(span.notes)
-        if span.status == 200 and span.call in RELEASED and span.service.startswith("kms"):
+        if status == 200 and span.call in RELEASED and span.service.startswith("kms"):
             record["released"] = {"fields": list(RELEASED[span.call]), "to": _receiver(span)}
     if span.inner:
-        record["inner"] = [record_of(span.inner[place]) for place in sorted(span.inner)]
+        by_place = {inner.place: inner for inner in span.inner}  # a question that was sent twice has one place
+        record["inner"] = [record_of(by_place[place], number) for place in sorted(by_place)]
     return record
 
 
-def _outcome(call: Call) -> str:
-    if call.status is None:
+def _outcome(status: int | None, notes: dict[str, Any]) -> str:
+    if status is None:
         return "unanswered"
-    if call.status >= 400:
+    if status >= 400:
         return "refused"
-    decision, verdict = call.notes.get("decision"), call.notes.get("verdict")
+    decision, verdict = notes.get("decision"), notes.get("verdict")
     denied = decision is not None and decision["allowed"] is not True
     return "denied" if denied or (verdict is not None and not verdict["is_valid"]) else "ok"
 
@@ -229,7 +230,7 @@ def _receiver(call: Call) -> dict[str, str] | None:
     """Whom the last decision behind a release was about: an app, or another KMS."""
     if call.call == "GetTempCaCert":
         return None  # whoever asks gets it; the decision was about the KMS itself
-    decisions = [i.notes["decision"] for i in call.inner.values() if isinstance(i, Call) and "decision" in i.notes]
+    decisions = [i.notes["decision"] for i in call.inner if isinstance(i, Call) and "decision" in i.notes]
     asked = decisions[-1].get("asked") if decisions else None
     return None if asked is None else {key: asked.get(key, "") for key in ("app_id", "instance_id", "mr_aggregated")}
 

@@ -13,7 +13,7 @@ from kms_emu.auth_api import AuthApi, AuthInfo, Decision
 from kms_emu.errors import UnavailableError
 from stack.verifier import VerificationResponse
 from stack.world.journal import Journal
-from stack.world.trace import current, entered, take_place
+from stack.world.trace import current, enter, entered, leave
 from transport.pccs_client import AttestationVerifier, Clock, PccsClient
 
 
@@ -30,16 +30,18 @@ class NotedVerifier(AttestationVerifier):
         if asking is None or not self._journal.enabled:
             return await super().verify(attestation)
         span = self._journal.begin_judging(asking)
+        before = enter(span)
+        verdict: dict[str, Any] = {}
         try:
-            with entered(span):
-                verified = await super().verify(attestation)
+            verified = await super().verify(attestation)
+            verdict = _notes_of(verified)
+            return verified
         except AttestError as error:
-            span.notes = {"attestation": "refused", "error": self._journal.scrub(str(error))}
+            verdict = {"attestation": "refused", "error": self._journal.scrub(str(error))}
             raise
         finally:
-            self._journal.end_judging(span)
-        span.notes = _notes_of(verified)
-        return verified
+            leave(before)
+            self._journal.end_judging(span, verdict)
 
 
 @remember_by_identity
@@ -82,7 +84,7 @@ class NotedAuth:
         if asking is None or not self._journal.enabled:
             return await self._auth.decide(boot_info, is_kms=is_kms)
         path = f"/bootAuth/{'kms' if is_kms else 'app'}"
-        call = self._journal.begin(self._name, path, asking.id, take_place(asking), self._caller)
+        call = self._journal.begin(self._name, path, asking, asking.next_place(), self._caller)
         status, text = None, ""
         try:
             with entered(call):

@@ -32,7 +32,7 @@ class World:
     ) -> None:
         self.clock = StackClock()
         self.faults = Faults(seed)
-        self.journal = Journal(self.clock.now, kept=kept, file=journal_file)
+        self.journal = Journal(self.clock, kept=kept, file=journal_file)
         self.patience = patience
         self.verifiers: dict[str, NotedVerifier] = {}
 
