@@ -31,6 +31,9 @@ from attest.proto.prpc_pb2 import PrpcError
 
 M = TypeVar("M", bound=Message)
 
+REMEMBERED_BODY: Final = 4096
+"""Bytes of a body that is remembered at most."""
+
 JSON_TYPE: Final = "application/json"
 BINARY_TYPE: Final = "application/octet-stream"
 
@@ -177,15 +180,23 @@ def _write_message(message: Message) -> str:
     return "{" + ",".join(parts) + "}"
 
 
-def decode_json(message_type: type[M], body: bytes) -> M:
+def decode_json(message_type: type[M], body: bytes, *, remember: bool = False) -> M:
     """Decode a JSON request, or an answer. An empty body is the default message; Empty never looks at it.
 
     An object gives fields by name, an array by position. Missing fields keep their default, unknown ones are
-    ignored. FormatError on anything else than exactly one valid JSON value of the right shape.
+    ignored. FormatError on anything else than exactly one valid JSON value of the right shape. With `remember` what was
+    read is kept, for the same short body to be read again: of questions, not of answers, which may be secret.
     """
     if message_type is Empty or not body:
         return message_type()
-    return message_type(**_read_fields(_describe(message_type.DESCRIPTOR), _parse_json(body)))
+    read = _read_body if remember and len(body) <= REMEMBERED_BODY else _read_body.__wrapped__
+    return message_type(**read(message_type.DESCRIPTOR, body))
+
+
+@functools.lru_cache(maxsize=64)
+def _read_body(descriptor: Descriptor, body: bytes) -> dict[str, Any]:
+    """The constructor arguments that a body spells; who asks the same again sends the same bytes."""
+    return _read_fields(_describe(descriptor), _parse_json(body))
 
 
 def _parse_json(body: bytes) -> object:

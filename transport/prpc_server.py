@@ -83,8 +83,10 @@ def add_prpc(
                 raise _CallError(f"Service not found: {name}")
             if verb == "GET":
                 message = decode_query(rpc.request_type, query)
+            elif as_json:
+                message = decode_json(rpc.request_type, body, remember=True)
             else:
-                message = (decode_json if as_json else decode_binary)(rpc.request_type, body)
+                message = decode_binary(rpc.request_type, body)
             answer = await rpc.handler(ctx, message)
             return _respond(200, encode_json(answer) if as_json else encode_binary(answer), as_json)
         except refusals as error:
