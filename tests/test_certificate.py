@@ -1,5 +1,7 @@
 """Certificates and signing requests against those that upstream's programs issued."""
 
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,3 +131,24 @@ def test_same_request_and_time_give_the_same_bytes() -> None:
     request = c.CertificateRequest(public_key=key.public_key(), subject="x", alt_names=["a.example", "10.0.0.1"])
     first, second = (c.self_signed(request, key, NOW).certificate.public_bytes(Encoding.DER) for _ in range(2))
     assert first == second
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["EC -pkeyopt ec_paramgen_curve:P-256", "EC -pkeyopt ec_paramgen_curve:P-384", "RSA"]
+)
+@pytest.mark.parametrize("version", [1, 3])
+def test_key_is_cut_out_of_a_certificate_as_openssl_reads_it(algorithm: str, version: int, tmp_path: Path) -> None:
+    def openssl(*arguments: str) -> bytes:
+        return subprocess.run(("openssl", *arguments), cwd=tmp_path, capture_output=True, check=True).stdout
+
+    openssl("genpkey", "-algorithm", *algorithm.split(), "-out", "key.pem")
+    openssl("req", "-new", "-key", "key.pem", "-subj", "/CN=somebody", "-out", "request.pem")
+    # Without extensions openssl 3.0 makes version 1, later ones do with them removed; with extensions it is version 3.
+    (tmp_path / "extensions").write_text("basicConstraints=CA:FALSE" if version == 3 else "")
+    extended = ("-extfile", "extensions") if version == 3 else ()
+    data = openssl("x509", "-req", "-in", "request.pem", "-signkey", "key.pem", *extended, "-outform", "DER")
+    spki = openssl("pkey", "-in", "key.pem", "-pubout", "-outform", "DER")
+    assert c.spki_of_der(data) == spki
+    for size in (0, 1, 3, 10, len(data) // 2):
+        with pytest.raises(FormatError, match="certificate: "):
+            c.spki_of_der(data[:size])

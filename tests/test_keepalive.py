@@ -274,3 +274,27 @@ async def test_a_server_that_is_not_there_is_an_error(server: Server, client: Ke
     with pytest.raises(aiohttp.ClientConnectorError) as refused:
         await client.ask("POST", f"http://127.0.0.1:{port}")
     assert describe_failure(refused.value, 5) == "Connection refused"
+
+
+async def test_idle_connection_is_closed_in_time_and_not_used_again(server: Server) -> None:
+    client = KeepAliveClient(timeout=5, max_answer=MAX, kept_idle=0.05)
+    try:
+        server.answers = [[PLAIN], [PLAIN], [PLAIN]]
+        for _ in range(2):
+            assert (await client.ask("GET", server.url)).body == BODY
+        assert server.connections == 1
+        await asyncio.wait_for(server.left.wait(), 5)  # the client hangs up, with nobody asking
+        assert (await client.ask("GET", server.url)).body == BODY
+        assert server.connections == 2
+    finally:
+        await client.close()
+
+
+async def test_questions_at_once_have_a_connection_each_and_the_last_ones_are_used_again(
+    server: Server, client: KeepAliveClient
+) -> None:
+    server.answers = [[PLAIN] for _ in range(6)]
+    for _ in range(2):
+        answers = await asyncio.gather(*(client.ask("POST", server.url, b"{}") for _ in range(3)))
+        assert [answer.body for answer in answers] == [BODY] * 3
+    assert server.connections == 3

@@ -969,6 +969,28 @@ async def test_a_bound_socket_takes_connections_before_it_is_served() -> None:
         writer.close()
 
 
+async def test_an_accepted_socket_has_its_options() -> None:
+    found: list[int] = []
+
+    async def look(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        accepted = request.transport.get_extra_info("socket")
+        options = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), (socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        found.extend(accepted.getsockopt(*option) for option in options)
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_get("/", look)
+    server = await serve(app, bind_tcp("127.0.0.1", 0))
+    try:
+        done = await asyncio.create_subprocess_exec("curl", "-sf", server.url)
+        assert await done.wait() == 0
+        assert all(found)
+        assert len(found) == 2
+    finally:
+        await server.close()
+
+
 @pytest.mark.parametrize(
     ("host", "shown"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")]
 )

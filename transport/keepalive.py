@@ -73,11 +73,19 @@ class _Idle:
 class KeepAliveClient:
     """Asks one server or several, and keeps connections open between questions. Close it.
 
-    `timeout` is for a whole question, in seconds; `max_answer` counts the bytes of a body, unpacked.
+    `timeout` is for a whole question, in seconds, `kept_idle` how long a connection may lie idle; `max_answer` counts
+    the bytes of a body, unpacked.
     """
 
-    def __init__(self, *, timeout: float, max_answer: int, headers: Mapping[str, str] | None = None) -> None:
-        self._timeout, self._max_answer = timeout, max_answer
+    def __init__(
+        self,
+        *,
+        timeout: float,
+        max_answer: int,
+        headers: Mapping[str, str] | None = None,
+        kept_idle: float = KEPT_IDLE,
+    ) -> None:
+        self._timeout, self._max_answer, self._kept_idle = timeout, max_answer, kept_idle
         self._headers = dict(headers or {})
         self._connector: aiohttp.TCPConnector | None = None
         self._questions: dict[tuple[str, str], _Question] = {}
@@ -164,7 +172,7 @@ class KeepAliveClient:
         while idle:
             last = idle.pop()
             wire, now = last.connection.protocol, asyncio.get_running_loop().time()
-            if wire is not None and wire.is_connected() and now - last.since < KEPT_IDLE:
+            if wire is not None and wire.is_connected() and now - last.since < self._kept_idle:
                 return last.connection
             last.connection.close()
         return None
@@ -173,17 +181,17 @@ class KeepAliveClient:
         loop = asyncio.get_running_loop()
         idle.append(_Idle(connection, loop.time()))
         if self._sweeper is None:
-            self._sweeper = loop.call_later(KEPT_IDLE, self._sweep)
+            self._sweeper = loop.call_later(self._kept_idle, self._sweep)
 
     def _sweep(self) -> None:
         """Close what has lain idle for too long, and look again later while there is more."""
         loop, self._sweeper = asyncio.get_running_loop(), None
-        too_old = loop.time() - KEPT_IDLE
+        too_old = loop.time() - self._kept_idle
         for idle in self._idle.values():
             while idle and idle[0].since <= too_old:  # the oldest comes first
                 idle.pop(0).connection.close()
         if any(self._idle.values()):
-            self._sweeper = loop.call_later(KEPT_IDLE, self._sweep)
+            self._sweeper = loop.call_later(self._kept_idle, self._sweep)
 
 
 def _connector() -> aiohttp.TCPConnector:
