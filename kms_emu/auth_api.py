@@ -6,7 +6,6 @@ parsers' words are our own. Decisions are never cached.
 """
 
 import functools
-import http
 import json
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, Protocol
@@ -18,6 +17,7 @@ from attest.version import UPSTREAM
 from kms_emu.errors import UnavailableError
 from transport.client import MoreHeaders, describe_failure
 from transport.keepalive import AnswerTooLongError, KeepAliveClient, header_lines
+from transport.status import status_line
 
 USER_AGENT: Final = f"dstack-kms/{UPSTREAM}"
 TIMEOUT: Final = 10.0
@@ -129,8 +129,8 @@ class WebhookAuth:
         data, status = answer.body, answer.status
         shown = data[:SHOWN].decode(errors="replace")
         if not 200 <= status < 300:
-            raise UnavailableError(f"auth api {url} returned {_status_line(status)}: {shown}")
-        return _Answer(f"failed to decode response from {url}, status={_status_line(status)}, body={shown}", data)
+            raise UnavailableError(f"auth api {url} returned {status_line(status)}: {shown}")
+        return _Answer(f"failed to decode response from {url}, status={status_line(status)}, body={shown}", data)
 
 
 @functools.lru_cache(maxsize=256)
@@ -218,10 +218,3 @@ _DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_re
 
 def _kind(value: Any) -> str:
     return "null" if value is None else f"{type(value).__name__} `{value!r:.40}`"
-
-
-def _status_line(status: int) -> str:
-    try:
-        return f"{status} {http.HTTPStatus(status).phrase}"
-    except ValueError:
-        return f"{status} <unknown status code>"

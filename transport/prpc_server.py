@@ -33,6 +33,7 @@ from attest.prpc import (
     wants_json,
 )
 from transport.service import ServiceTable
+from transport.status import reason_phrase, status_line
 
 C = TypeVar("C")
 
@@ -137,14 +138,14 @@ async def _answer_unserved(request: web.Request, handler: Handler) -> web.Stream
 
 def status_page(status: HTTPStatus, request: web.Request) -> web.Response:
     """Answer by a status alone, as upstream's web server does: a page, or JSON where Accept prefers it."""
+    reason = reason_phrase(status)
     if _prefers_json(request.headers.get("Accept", "")):
-        error = {"code": status.value, "reason": status.phrase, "description": status.description}
-        return web.Response(
-            status=status, body=json.dumps({"error": error}, indent=2).encode(), content_type=JSON_TYPE
-        )
-    title = f"{status.value} {status.phrase}"
+        error = {"code": status.value, "reason": reason, "description": status.description}
+        body = json.dumps({"error": error}, indent=2).encode()
+        return web.Response(status=status, reason=reason, body=body, content_type=JSON_TYPE)
+    title = status_line(status)
     page = f"<!DOCTYPE html>\n<html><head><title>{title}</title></head><body><h1>{title}</h1></body></html>\n"
-    return web.Response(status=status, text=page, content_type="text/html")
+    return web.Response(status=status, reason=reason, text=page, content_type="text/html")
 
 
 def _prefers_json(accept: str) -> bool:

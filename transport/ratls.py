@@ -32,6 +32,7 @@ from attest.report_data import ratls_report_data
 from attest.verify import VerifiedAttestation
 from transport.client import MoreHeaders, PrpcClient, RpcError, TransportError
 from transport.pccs_client import AttestationVerifier
+from transport.status import status_line
 
 CLIENT_SUBJECT: Final = "RA-TLS TEMP Cert"
 TIMEOUT: Final = 60.0
@@ -126,7 +127,7 @@ class RaTlsClient:
         except RpcError as error:
             # All that pRPC refuses is a 400.
             kind = RefusedError if error.status == HTTPStatus.BAD_REQUEST else RaTlsError
-            raise kind(f"Request failed with status={_status_line(error.status)}, error={error.body}") from error
+            raise kind(f"Request failed with status={status_line(error.status)}, error={error.body}") from error
         except FormatError as error:
             raise RaTlsError(f"Failed to deserialize response: {error}") from error
 
@@ -175,10 +176,3 @@ def client_context(identity: Identity | None = None, root_ca: str | None = None)
             key.write_text(identity.key)
             context.load_cert_chain(certificate, key)
     return context
-
-
-def _status_line(status: int) -> str:
-    try:
-        return f"{status} {HTTPStatus(status).phrase}"
-    except ValueError:
-        return f"{status} <unknown status code>"

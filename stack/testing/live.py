@@ -20,6 +20,7 @@ from stack.testing.thread import StackThread, SyncControl
 from stack.testing.trust_domain import Image, Platform, TrustDomain, Vendor
 from stack.webhook.check import Report, check_webhook
 from stack.webhook.questions import Questions
+from transport.ratls import client_context
 
 T = TypeVar("T")
 
@@ -166,7 +167,8 @@ class LiveStack:
 
     def post(self, url: str, fields: Mapping[str, Any], root: Path | None = None) -> dict[str, Any]:
         """POST JSON, and read the answer; raise `Refused` for a status that is none of success."""
-        return self._thread.wait(_post(url, fields, root))
+        trust = True if root is None else client_context(root_ca=root.read_text())
+        return self._thread.wait(_post(url, fields, trust))
 
     def _free_name(self, stem: str, number: int = 2) -> str:
         taken = self.in_thread(lambda stack: {*stack.guests, *stack.services, *stack.intel.platforms})
@@ -175,11 +177,10 @@ class LiveStack:
         return f"{stem}-{number}"
 
 
-async def _post(url: str, fields: Mapping[str, Any], root: Path | None) -> dict[str, Any]:
-    context = True if root is None else ssl.create_default_context(cafile=str(root))
+async def _post(url: str, fields: Mapping[str, Any], trust: ssl.SSLContext | bool) -> dict[str, Any]:
     timeout = aiohttp.ClientTimeout(total=TIMEOUT)
     async with (
-        aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(ssl=context)) as session,
+        aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(ssl=trust)) as session,
         session.post(url, json=dict(fields)) as response,
     ):
         text = await response.text()
