@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import msgpack
 
@@ -81,6 +81,22 @@ class BootInfo:
     tcb_status: str
     advisory_ids: tuple[str, ...]
     tee_variant: str = TEE_VARIANT_TDX
+
+    @classmethod
+    def about(cls, info: AppInfo, tcb_status: str, advisory_ids: tuple[str, ...]) -> Self:
+        """Ask about a trust domain on a platform of this status."""
+        return cls(
+            mr_aggregated=info.mr_aggregated,
+            os_image_hash=info.os_image_hash,
+            mr_system=info.mr_system,
+            app_id=info.app_id,
+            compose_hash=info.compose_hash,
+            instance_id=info.instance_id,
+            device_id=info.device_id,
+            key_provider_info=info.key_provider_info,
+            tcb_status=tcb_status,
+            advisory_ids=advisory_ids,
+        )
 
     def to_json(self) -> bytes:
         """The webhook's body: camelCase, bytes as lowercase hex; the variant under next's name and 0.5.x's."""

@@ -76,18 +76,7 @@ class VerifiedAttestation:
     def boot_info(self, *, vm_config: str = "", boot_time: bool = False) -> BootInfo:
         """The question for an auth webhook."""
         info = self.app_info(vm_config=vm_config, boot_time=boot_time)
-        return BootInfo(
-            mr_aggregated=info.mr_aggregated,
-            os_image_hash=info.os_image_hash,
-            mr_system=info.mr_system,
-            app_id=info.app_id,
-            compose_hash=info.compose_hash,
-            instance_id=info.instance_id,
-            device_id=info.device_id,
-            key_provider_info=info.key_provider_info,
-            tcb_status=self.quote.tcb_status,
-            advisory_ids=self.quote.advisory_ids,
-        )
+        return BootInfo.about(info, self.quote.tcb_status, self.quote.advisory_ids)
 
 
 def verify_quote(quote: bytes, collateral: dcap_qvl.QuoteCollateralV3, anchor: TrustAnchor, now: int) -> VerifiedQuote:

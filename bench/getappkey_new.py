@@ -1,30 +1,29 @@
 """GetAppKey over a new connection for each call, each with a certificate, a key and evidence of its own.
 
 Nothing can be known of such a caller: TLS handshake, parsing and the whole verification are due. The bar's reference is
-`dcap-qvl`'s verification of one quote alone, on the same core; beside it a bare aiohttp server that takes the same
-connections, and asks and verifies nothing. The bar compares rates for each second of processor time: client and webhook
-on the other core may hold the KMS up, and other programs anybody. The rates by the clock are there too.
+`dcap-qvl`'s verification of one quote alone; beside it a bare aiohttp server that takes the same connections, and asks
+and verifies nothing. Where client and webhook on the other core hold the KMS up, its rate for each second of its
+own time says what it could do.
 """
 
 import asyncio
-import os
 import ssl
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 
 import dcap_qvl
 
 from bench.figure import Bar, Effort, Figure, alternate, median, rate_of, ratio
 from bench.kms import MeasuredKms, measured_kms, tls
-from bench.processes import SERVER_CORE, CpuMeter, cpu_seconds, on_core
+from bench.processes import SERVER_CORE, cpu_seconds, on_core
 from bench.reference import ask_evidence, bare_kms
 
 CALLERS = 250
 """New callers for each second of a round."""
-THREADS = 16
+THREADS = 32
+"""So many that the KMS never waits for them: they share one core with webhook and PCCS."""
 BAR = 0.25
 
 
@@ -35,9 +34,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
         pool = stack.enter_context(ThreadPoolExecutor(THREADS))
         body, now, root = kms.app_key_request(), int(time.time()), kms.root_der
         app = asyncio.run(ask_evidence(kms, kms.stack["app"]["dstack_sock"]))
-        verify = CpuMeter(
-            os.getpid(), rate_of(lambda: dcap_qvl.verify_with_root_ca(app.quote, app.collateral, root, now))
-        )
+        verify = rate_of(lambda: dcap_qvl.verify_with_root_ca(app.quote, app.collateral, root, now))
 
         def verify_on_its_core(seconds: float) -> float:
             with on_core(SERVER_CORE):  # the servers are idle meanwhile
@@ -46,17 +43,15 @@ def measure(effort: Effort) -> Iterator[Figure]:
         port = stack.enter_context(bare_kms(kms, documents=0, questions=0, answer=b"{}"))
         per_cpu_second: list[float] = []
         rates, verified, bare = alternate(
-            replace(effort, rounds=effort.rounds * 2, seconds=effort.seconds / 2),
+            effort,
             _new_callers(kms, pool, body, per_cpu_second),
             verify_on_its_core,
             _new_callers(kms, pool, body, port=port),
         )
-    share = ratio(per_cpu_second, verify.calls_per_cpu_second)
     yield Figure("getappkey_new_connection", median(rates), "calls/s")
-    yield Figure("getappkey_new_per_cpu_second", median(per_cpu_second), "calls/CPU s of the KMS")
-    yield Figure("getappkey_new_to_dcap_qvl", share, "x bare dcap-qvl, by CPU time", Bar(BAR))
-    yield Figure("getappkey_new_to_dcap_qvl_by_clock", ratio(rates, verified), "x bare dcap-qvl")
+    yield Figure("getappkey_new_to_dcap_qvl", ratio(rates, verified), "x bare dcap-qvl", Bar(BAR))
     yield Figure("getappkey_new_to_bare_server", ratio(rates, bare), "x bare aiohttp, 0 inner calls")
+    yield Figure("getappkey_new_per_cpu_second", median(per_cpu_second), "calls/CPU s of the KMS")
 
 
 def _new_callers(

@@ -31,10 +31,9 @@ FIGURES = {
     "getappkey": ["getappkey_keepalive", "getappkey_to_bare_server", "getappkey_per_cpu_second"],
     "getappkey_new": [
         "getappkey_new_connection",
-        "getappkey_new_per_cpu_second",
         "getappkey_new_to_dcap_qvl",
-        "getappkey_new_to_dcap_qvl_by_clock",
         "getappkey_new_to_bare_server",
+        "getappkey_new_per_cpu_second",
     ],
     "image_verify": ["image_verify_to_without", "image_verify_first_time", "image_verify_known"],
     "gettempcacert": ["gettempcacert_keepalive", "gettempcacert_to_bare_server"],

@@ -158,6 +158,17 @@ def test_header_that_claims_a_call_which_is_over_begins_a_trace_of_its_own() -> 
     assert record_of(over).get("inner") is None
 
 
+def test_questions_that_never_arrive_are_forgotten_oldest_first() -> None:
+    journal = Journal(StackClock(lambda: 0.0))
+    outer = journal.begin("s", "C", None, 0, OUTSIDE)
+    with entered(outer):
+        asked = [headers_of("app")()["X-Dstack-Emu-Trace"] for _ in range(5000)]
+    assert read_header(asked[0]) == (None, 0, "app")
+    assert read_header(asked[-100]) == (outer, 4901, "app")
+    for header in asked:
+        answered(header)
+
+
 def test_question_that_was_sent_twice_is_noted_once_and_forgotten_when_it_is_answered() -> None:
     journal = Journal(StackClock(lambda: 0.0))
     outer = journal.begin("s", "C", None, 0, OUTSIDE)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic.alias_generators import to_camel
 
-from attest.app_info import TEE_VARIANT_TDX, BootInfo, decode_app_info
+from attest.app_info import BootInfo, decode_app_info
 from simulator.intel import Intel
 from simulator.seed import Seed
 from simulator.trust_domain import AppCompose
@@ -119,19 +119,7 @@ def _question(seed: str, name: str, *, has_keys: bool) -> BootInfo:
     if has_keys:
         domain.complete(local_key_provider(Seed.of(seed), name))
     info = decode_app_info(domain.attest(bytes(64)), device_id=domain.platform.device_id)
-    return BootInfo(
-        mr_aggregated=info.mr_aggregated,
-        os_image_hash=info.os_image_hash,
-        mr_system=info.mr_system,
-        app_id=info.app_id,
-        compose_hash=info.compose_hash,
-        instance_id=info.instance_id,
-        device_id=info.device_id,
-        key_provider_info=info.key_provider_info,
-        tcb_status="UpToDate",
-        advisory_ids=(),
-        tee_variant=TEE_VARIANT_TDX,
-    )
+    return BootInfo.about(info, "UpToDate", ())
 
 
 def _octets(text: str) -> bytes:

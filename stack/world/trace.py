@@ -145,7 +145,7 @@ def headers_of(caller: str) -> Callable[[], Mapping[str, str]]:
         span.places = place = span.places + 1
         text = f"{caller}:{next(_numbers)}:{_PROCESS}"
         if len(_asked) >= _UNDER_WAY:
-            _asked.clear()
+            del _asked[next(iter(_asked))]  # the oldest
         _asked[text] = span, place, caller
         return {HEADER: text}
 
