@@ -19,7 +19,7 @@ from kms_emu.errors import ConfigError, KmsError
 from kms_emu.image_cache import ImageCache, admin_table
 from kms_emu.journal import journaled
 from transport.events import EventLog
-from transport.prpc_server import add_prpc
+from transport.prpc_server import Asked, add_prpc
 
 REALM: Final = "dstack-kms admin"
 TOKEN_HEADER: Final = "X-Admin-Token"  # noqa: S105 - a header's name
@@ -49,7 +49,7 @@ def admin_token(admin: Admin, environment: Mapping[str, str]) -> str | None:
 def admin_app(cache: ImageCache, token: str | None, log: EventLog) -> web.Application:
     """Make the listener's application over one image cache."""
 
-    async def anyone(request: web.Request) -> None:
+    async def anyone(_asked: Asked) -> None:
         return None
 
     app = web.Application(middlewares=[_require_token(token, log)])

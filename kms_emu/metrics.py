@@ -6,7 +6,6 @@ Source: dstack `kms/src/main.rs` (`record_attestation_metrics`) at 312dc605.
 from typing import Final
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
 from attest.prpc import trim_prefix
 
@@ -18,15 +17,6 @@ class AttestationMetrics:
 
     def __init__(self) -> None:
         self.requests = self.failures = 0
-
-        @web.middleware
-        async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
-            response = await handler(request)
-            if request.path.startswith("/prpc/"):
-                self.record(request.path[6:], response.status >= 400)
-            return response
-
-        self.middleware = count
 
     def record(self, method: str, refused: bool) -> None:
         """Count one call, whichever way it came, if it is one that counts."""

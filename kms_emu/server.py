@@ -41,7 +41,8 @@ from transport.events import EventLog
 from transport.image_store import ImageStore
 from transport.listen import Server, ServerTlsContext, bind_tcp, serve
 from transport.pccs_client import AttestationVerifier, Clock, PccsClient
-from transport.prpc_server import add_prpc
+from transport.plain import add_headers
+from transport.prpc_server import Asked, add_prpc
 from transport.ratls import TIMEOUT as SOURCE_TIMEOUT
 
 if TYPE_CHECKING:
@@ -357,7 +358,7 @@ class KmsServer:
             self._finish()
             return web.Response(text="OK")
 
-        async def anyone(request: web.Request) -> None:
+        async def anyone(_asked: Asked) -> None:
             return None
 
         app.router.add_get("/", index)
@@ -400,17 +401,14 @@ class KmsServer:
         assert self._sock is not None  # noqa: S101 - bound by start()
         kms_keys = await self._reissue_certificates()
         env, metrics = self._env, self._metrics
-        app = web.Application(middlewares=[*self._middlewares, metrics.middleware])
-
-        async def version_header(request: web.Request, response: web.StreamResponse) -> None:
-            response.headers["X-App-Version"] = f"v{UPSTREAM} ({REVISION})"
-
-        app.on_response_prepare.append(version_header)
+        app = web.Application(middlewares=self._middlewares)
+        add_headers(app, {"X-App-Version": f"v{UPSTREAM} ({REVISION})"})
         app.router.add_get("/health", _health)
         if env.core.metrics.enabled:
             app.router.add_get("/metrics", metrics.render)
         self._service = service = KmsService(env, kms_keys)
-        add_prpc(app, "/prpc", kms_table(service), caller(env.verifier, self.log), errors=(KmsError,))
+        who = caller(env.verifier, self.log)
+        add_prpc(app, "/prpc", kms_table(service), who, errors=(KmsError,), answered=metrics.record)
         tls_context = self._tls_context()
         await self._serve_admin()
         if self._grpc is not None:
@@ -468,21 +466,19 @@ class KmsServer:
         return tls_context
 
 
-def caller(verifier: AttestationVerifier, log: EventLog) -> Callable[[web.Request], Awaitable[Caller]]:
+def caller(verifier: AttestationVerifier, log: EventLog) -> Callable[[Asked], Awaitable[Caller]]:
     """Make the function that says who calls, from the client certificate of the connection."""
 
-    async def of_request(request: web.Request) -> Caller:
+    async def identify(asked: Asked) -> Caller:
+        channel = None if asked.transport is None else asked.transport.get_extra_info("ssl_object")
+        certificate = None if channel is None else channel.getpeercert(binary_form=True)
         try:
-            return await identify(request)
+            return await caller_of(certificate, verifier)
         except (KmsError, AttestError) as error:
-            log_refusal(log, error, path=request.path)
+            log_refusal(log, error, path=asked.path)
             raise
 
-    async def identify(request: web.Request) -> Caller:
-        channel = None if request.transport is None else request.transport.get_extra_info("ssl_object")
-        return await caller_of(None if channel is None else channel.getpeercert(binary_form=True), verifier)
-
-    return of_request
+    return identify
 
 
 def _expires_by(authority: CertificateAuthority, limit: int) -> bool:

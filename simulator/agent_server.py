@@ -12,7 +12,7 @@ from aiohttp import web
 from attest.errors import AttestError
 from simulator.agent import GuestAgent, combined_table, dstack_table, tappd_table
 from simulator.errors import GuestError
-from transport.prpc_server import add_prpc
+from transport.prpc_server import Asked, add_prpc
 
 ERRORS = (GuestError, AttestError)
 
@@ -48,7 +48,7 @@ def tcp_app(agent: GuestAgent) -> web.Application:
     return app
 
 
-async def _anyone(request: web.Request) -> None:
+async def _anyone(_asked: Asked) -> None:
     """Whoever reaches the listener may ask: inside a CVM that is the application."""
 
 

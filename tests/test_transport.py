@@ -1,7 +1,6 @@
 """The pRPC HTTP transport: recorded calls to a toy service, raw sockets, curl, the published SDK, TLS."""
 
 import asyncio
-import contextlib
 import datetime
 import ipaddress
 import json
@@ -12,8 +11,8 @@ import shutil
 import socket
 import ssl
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,198 +29,11 @@ from attest.errors import FormatError, VerificationError
 from attest.proto import dstack_guest_pb2 as guest
 from attest.proto import kms_pb2 as kms
 from attest.proto.prpc_pb2 import PrpcError
+from tests.toy import Toy, ToyError, application, connect, exchange, post, raw, read_answer, served
 from tests.vectors import golden
 from transport.client import PrpcClient, RpcError, TransportError
-from transport.listen import GRACE, ListenError, Server, bind_tcp, bind_unix, serve
-from transport.prpc_server import MAX_BODY, add_prpc
-from transport.service import Rpc, ServiceTable
-
-# ---- A service that answers as much as the recorded codec rows need --------------------------------------
-
-
-class ToyError(Exception):
-    """Refusals of the toy, in the words of the program it stands for."""
-
-
-@dataclass
-class Toy:
-    """Knows the names and limits of the real services, and none of their keys."""
-
-    started: asyncio.Event = field(default_factory=asyncio.Event)
-    may_answer: asyncio.Event = field(default_factory=asyncio.Event)
-    seen: list[str] = field(default_factory=list)
-
-    async def bootstrap(self, _: web.Request, request: kms.BootstrapRequest) -> kms.BootstrapResponse:
-        self.seen.append("bootstrap")
-        name = request.domain
-        if not name or len(name) > 253 or not name.isascii():
-            raise ToyError("domain must be a non-empty ASCII DNS name of at most 253 bytes")
-        if not all(re.fullmatch("[a-z0-9-]+", label) for label in name.split(".")):
-            raise ToyError("domain contains an invalid DNS label")
-        return kms.BootstrapResponse(ca_pubkey=name.encode())
-
-    async def finish(self, _: web.Request, request: Empty) -> Empty:
-        return Empty()
-
-    async def public_key(self, _: web.Request, request: kms.AppId) -> kms.PublicKeyResponse:
-        if len(request.app_id) != 20:
-            raise ToyError("app_id must be 20 bytes")
-        return kms.PublicKeyResponse(public_key=request.app_id, timestamp=1)
-
-    async def app_key(self, _: web.Request, request: kms.GetAppKeyRequest) -> kms.AppKeyResponse:
-        return kms.AppKeyResponse(os_image_hash=bytes(request.api_version))
-
-    async def meta(self, _: web.Request, request: Empty) -> kms.GetMetaResponse:
-        return kms.GetMetaResponse(ca_cert="é")
-
-    async def get_key(self, _: web.Request, request: guest.GetKeyArgs) -> guest.GetKeyResponse:
-        return guest.GetKeyResponse(
-            key=request.path.encode().ljust(32, b"\x00"), signature_chain=[b"\x01", b"\x02"]
-        )
-
-    async def tls_key(self, _: web.Request, request: guest.GetTlsKeyArgs) -> guest.GetTlsKeyResponse:
-        return guest.GetTlsKeyResponse(key=request.subject, certificate_chain=request.alt_names)
-
-    async def version(self, _: web.Request, request: Empty) -> guest.WorkerVersion:
-        return guest.WorkerVersion(version="1")
-
-    async def quote(self, _: web.Request, request: guest.RawQuoteArgs) -> guest.GetQuoteResponse:
-        """Waits until the test lets it answer."""
-        self.started.set()
-        await self.may_answer.wait()
-        return guest.GetQuoteResponse(report_data=request.report_data)
-
-    async def broken(self, _: web.Request, request: Empty) -> Empty:
-        raise ValueError("5f-secret-5f")
-
-    async def unproven(self, _: web.Request, request: Empty) -> Empty:
-        raise VerificationError("quote is é")
-
-    def onboard(self) -> ServiceTable[web.Request]:
-        return ServiceTable(
-            "Onboard.",
-            {
-                "Bootstrap": Rpc("Bootstrap", kms.BootstrapRequest, kms.BootstrapResponse, self.bootstrap),
-                "Finish": Rpc("Finish", Empty, Empty, self.finish),
-            },
-        )
-
-    def kms(self) -> ServiceTable[web.Request]:
-        return ServiceTable(
-            "KMS.",
-            {
-                "GetAppEnvEncryptPubKey": Rpc(
-                    "GetAppEnvEncryptPubKey", kms.AppId, kms.PublicKeyResponse, self.public_key
-                ),
-                "GetAppKey": Rpc("GetAppKey", kms.GetAppKeyRequest, kms.AppKeyResponse, self.app_key),
-                "GetMeta": Rpc("GetMeta", Empty, kms.GetMetaResponse, self.meta),
-            },
-        )
-
-    def guest(self) -> ServiceTable[web.Request]:
-        return ServiceTable(
-            "DstackGuest.",
-            {
-                "GetKey": Rpc("GetKey", guest.GetKeyArgs, guest.GetKeyResponse, self.get_key),
-                "GetTlsKey": Rpc("GetTlsKey", guest.GetTlsKeyArgs, guest.GetTlsKeyResponse, self.tls_key),
-                "GetQuote": Rpc("GetQuote", guest.RawQuoteArgs, guest.GetQuoteResponse, self.quote),
-                "Version": Rpc("Version", Empty, guest.WorkerVersion, self.version),
-                "Broken": Rpc("Broken", Empty, Empty, self.broken),
-                "Unproven": Rpc("Unproven", Empty, Empty, self.unproven),
-            },
-        )
-
-
-async def caller(request: web.Request) -> web.Request:
-    return request
-
-
-def application(
-    toy: Toy, *mounts: str, context: Callable[[web.Request], Awaitable[web.Request]] = caller
-) -> web.Application:
-    """The toy's services where upstream has them: `onboard` and `kms` at /prpc, `guest` at the root."""
-    app = web.Application()
-    for mount in mounts:
-        table = {"onboard": toy.onboard, "kms": toy.kms, "guest": toy.guest}[mount]()
-        at_root = mount == "guest"
-        add_prpc(app, "" if at_root else "/prpc", table, context, errors=(ToyError,), trim=not at_root)
-    return app
-
-
-@contextlib.asynccontextmanager
-async def served(
-    app: web.Application, sock: socket.socket | None = None, tls: ssl.SSLContext | None = None
-) -> AsyncIterator[Server]:
-    server = await serve(app, sock or bind_tcp("127.0.0.1", 0), tls)
-    try:
-        yield server
-    finally:
-        await server.close()
-
-
-# ---- Raw HTTP/1.1, so that nothing of aiohttp stands on both sides ---------------------------------------
-
-
-@dataclass
-class Answer:
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def kind(self) -> str:
-        return self.headers.get("content-type", "").partition(";")[0]
-
-    @property
-    def error(self) -> str:
-        if self.kind == "application/json":
-            text = json.loads(self.body)["error"]
-            assert isinstance(text, str)
-            return text
-        return PrpcError.FromString(self.body).message
-
-
-async def connect(server: Server) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    if server.url.startswith("unix:"):
-        return await asyncio.open_unix_connection(server.url.removeprefix("unix:"))
-    host, _, port = server.url.removeprefix("http://").rpartition(":")
-    return await asyncio.open_connection(host.strip("[]"), int(port))
-
-
-async def read_answer(reader: asyncio.StreamReader) -> Answer:
-    """Read one answer by its Content-Length, which every answer has to have."""
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    headers = {}
-    for line in filter(None, head[1:]):
-        name, _, value = line.partition(":")
-        headers[name.lower()] = value.strip()
-    assert "transfer-encoding" not in headers
-    return Answer(int(head[0].split()[1]), headers, await reader.readexactly(int(headers["content-length"])))
-
-
-def raw(
-    method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None, close: bool = False
-) -> bytes:
-    lines = {"Host": "x", "Content-Length": str(len(body)), **(headers or {})}
-    if close:
-        lines["Connection"] = "close"
-    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-    return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + body
-
-
-async def exchange(server: Server, request: bytes) -> Answer:
-    reader, writer = await connect(server)
-    writer.write(request)
-    try:
-        return await read_answer(reader)
-    finally:
-        writer.close()
-
-
-async def post(server: Server, path: str, body: bytes = b"", **headers: str) -> Answer:
-    names = {name.replace("_", "-"): value for name, value in headers.items()}
-    return await exchange(server, raw("POST", path, body, names))
-
+from transport.listen import GRACE, ListenError, bind_tcp, bind_unix, serve
+from transport.prpc_server import MAX_BODY, Asked
 
 # ---- Recorded calls --------------------------------------------------------------------------------------
 
@@ -367,7 +179,7 @@ async def test_an_oversized_body_is_refused_in_json_by_the_query_alone() -> None
 # ---- The order of a call, and its errors -----------------------------------------------------------------
 
 
-async def refusing(request: web.Request) -> web.Request:
+async def refusing(asked: Asked) -> Asked:
     raise ToyError("invalid quote: report data mismatch")
 
 
@@ -402,14 +214,6 @@ async def test_an_attest_error_is_answered_with_its_text_in_ascii() -> None:
     async with served(application(Toy(), "guest")) as server:
         assert (await post(server, "/Unproven?json")).body == b'{\n  "error": "quote is \\u00e9"\n}'
         assert (await post(server, "/Unproven")).error == "quote is é"
-
-
-async def test_an_http_error_of_the_context_keeps_its_status() -> None:
-    async def unauthorized(request: web.Request) -> web.Request:
-        raise web.HTTPUnauthorized
-
-    async with served(application(Toy(), "kms", context=unauthorized)) as server:
-        assert (await post(server, "/prpc/GetMeta")).status == 401
 
 
 async def test_answers_are_ascii_on_one_line_over_a_kept_connection() -> None:
@@ -597,6 +401,26 @@ async def test_a_body_with_broken_chunks_is_an_error_and_reaches_no_handler() ->
         assert (await read_answer(reader)).status == 400
         assert toy.seen == []
         writer.close()
+
+
+async def test_a_body_with_a_broken_trailer_is_an_error_and_the_end_of_its_connection(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked_for = asyncio.Event()
+
+    async def note(asked: Asked) -> Asked:
+        asked_for.set()
+        return asked
+
+    async with served(application(Toy(), "guest", context=note)) as server:
+        reader, writer = await connect(server)
+        writer.write(b"POST /Version?json HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0")
+        await asked_for.wait()
+        writer.write(b"\r\n?\r\n")
+        assert (await read_answer(reader)).error == "failed to read data: the body broke off"
+        assert await reader.read() == b""
+        writer.close()
+    assert not caplog.records
 
 
 # ---- Clients that others wrote ---------------------------------------------------------------------------
@@ -880,10 +704,10 @@ async def test_the_context_sees_the_clients_certificate(identity: Identity, tmp_
     mine = self_signed(tmp_path, "client")
     seen = []
 
-    async def note(request: web.Request) -> web.Request:
-        assert request.transport is not None
-        seen.append(request.transport.get_extra_info("ssl_object").getpeercert(binary_form=True))
-        return request
+    async def note(asked: Asked) -> Asked:
+        assert asked.transport is not None
+        seen.append(asked.transport.get_extra_info("ssl_object").getpeercert(binary_form=True))
+        return asked
 
     context = ssl.create_default_context(cafile=identity.cert_file)
     context.load_cert_chain(mine.cert_file, mine.key_file)

@@ -23,6 +23,8 @@ from aiohttp.client_reqrep import ClientRequest, ConnectionKey
 from aiohttp.connector import Connection
 from aiohttp.http import HttpProcessingError
 
+from transport.plain import HEADER_LINES, MAX_HEAD, plain_headers, plain_length
+
 KEPT_IDLE: Final = 2.0
 """Seconds that a connection may lie idle and be used again: less than what servers keep one for (Node's 5 s), for a
 question that meets the end of its connection is lost."""
@@ -30,12 +32,7 @@ question that meets the end of its connection is lost."""
 HEAD_REMEMBERED: Final = 64
 """URLs whose request heads are kept."""
 
-_PLAIN: Final = re.compile(
-    rb"HTTP/1\.1 (200|304) [\t\x20-\x7e]*\r\n((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e]*\r\n)*)\r\n"
-)
-_NOT_PLAIN: Final = frozenset({"transfer-encoding", "content-encoding", "upgrade", "trailer"})
-_MAX_HEAD: Final = 8190
-"""Bytes of a plain answer's head: aiohttp's own limit for one line of it."""
+_ANSWER: Final = re.compile(rb"HTTP/1\.1 (200|304) [\t\x20-\x7e]*\r\n" + HEADER_LINES + rb"\r\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +271,7 @@ def _read_plain(data: bytes) -> Answer | None:
     changes how a body or connection is read; no byte more or less than the length says.
     """
     end = data.find(b"\r\n\r\n") + 4
-    if not 4 <= end <= _MAX_HEAD:
+    if not 4 <= end <= MAX_HEAD:
         return None
     head = _plain_head(data[:end])
     if head is None or len(data) != end + head.length:
@@ -291,21 +288,11 @@ class _Head:
 
 @functools.lru_cache(maxsize=64)  # a server's heads differ by the second
 def _plain_head(data: bytes) -> _Head | None:
-    match = _PLAIN.fullmatch(data)
-    if match is None:
+    match = _ANSWER.fullmatch(data)
+    headers = None if match is None else plain_headers(match[2])
+    if match is None or headers is None:
         return None
-    headers: dict[str, str] = {}
-    lines = match[2].decode("ascii").splitlines()
-    for line in lines:
-        name, _, value = line.partition(":")
-        headers[name.lower()] = value.strip(" \t")
-    if len(headers) != len(lines) or not _NOT_PLAIN.isdisjoint(headers):
-        return None
-    if headers.get("connection", "keep-alive").lower() != "keep-alive":
-        return None
-    status, length = int(match[1]), headers.get("content-length")
-    if status == 304:  # it has no body, whatever the length of what it stands for
-        return _Head(status, MappingProxyType(headers), 0)
-    if length is None or not length.isdecimal() or len(length) > 9:
-        return None
-    return _Head(status, MappingProxyType(headers), int(length))
+    status = int(match[1])
+    # A 304 has no body, whatever the length of what it stands for.
+    length = 0 if status == 304 else plain_length(headers)
+    return None if length is None else _Head(status, MappingProxyType(headers), length)

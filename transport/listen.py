@@ -3,9 +3,8 @@
 Binding stands apart from serving: a bound socket already listens, so its address is known and clients may
 connect before the application is up, and a port that is taken is known before anything else is started.
 
-Serving differs from aiohttp's own in three points, all needed by real clients: a client that shuts down its
-sending side still gets its answers, Content-Encoding of a request is not undone (upstream ignores it), and
-closing does not wait for clients that keep their connections open.
+Closing does not wait for clients that keep their connections open. What else is not as aiohttp has it is a matter of
+single connections (transport/connection.py).
 
 Not here: TLS settings (an ssl.SSLContext is the caller's), file permissions (the caller's umask).
 """
@@ -19,12 +18,11 @@ import ssl
 import stat
 import struct
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from aiohttp import web
-from aiohttp.base_protocol import BaseProtocol
-from aiohttp.streams import StreamReader
 
+from transport.connection import ConnectionRunner
 from transport.errors import ListenError as ListenError
 
 GRACE: Final = 2.0
@@ -187,7 +185,7 @@ async def serve(
     """Start an application on a bound socket, which it owns from here on."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted ones inherit it
     # aiohttp waits this long twice: for a handler to finish, and for it to end once it is cancelled.
-    runner = _Runner(app, shutdown_timeout=GRACE / 2)
+    runner = ConnectionRunner(app, shutdown_timeout=GRACE / 2)
     try:
         server = Server(runner, sock, ssl_context is not None)
         await runner.setup()
@@ -253,64 +251,3 @@ class ServerTlsContext(ssl.SSLContext):
         if isinstance(wrapped, _AlertingSslObject):
             wrapped.outgoing = outgoing
         return wrapped
-
-
-# ---- Half-closed connections -----------------------------------------------------------------------------
-# aiohttp closes a connection at once when the client shuts down its sending side, answered or not: a client
-# that writes a request, shuts down and then reads would get nothing. What follows reaches into aiohttp's
-# request loop, for which it has no public hook; tests/test_transport.py holds it to the behaviour.
-
-
-class _Runner(web.AppRunner):
-    async def _make_server(self) -> web.Server:
-        server = await super()._make_server()
-        return _HalfCloseServer(server.request_handler, request_factory=server.request_factory)
-
-
-class _HalfCloseServer(web.Server):
-    def __call__(self) -> web.RequestHandler:
-        loop = asyncio.get_running_loop()
-        return _Connection(self, loop=loop, access_log=None, auto_decompress=False, tcp_keepalive=False)
-
-
-class _Accepted(BaseProtocol):
-    """A connection whose socket has its options already: event loops set TCP_NODELAY, `serve` all that is inherited."""
-
-    __slots__ = ()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-
-
-class _Connection(web.RequestHandler, _Accepted):
-    """Answers what has been asked in full before the client's end of file, then closes."""
-
-    __slots__ = ("_half_closed", "_last_body")
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._half_closed = False
-        self._last_body: StreamReader | None = None
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._messages:
-            self._last_body = self._messages[-1][1]
-
-    def eof_received(self) -> bool | None:  # type: ignore[override]  # aiohttp narrows asyncio's own type
-        """Keep the connection (True) while a request that came in whole waits for its answer."""
-        idle = self._waiter is not None and not self._waiter.done()
-        if self._last_body is None or not self._last_body.is_eof() or idle or self.ssl_context is not None:
-            return None  # TLS has no half-closed connections in asyncio
-        self._half_closed = True
-        if not self._messages:
-            self.close()  # after the request in progress
-        return True
-
-    async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        finished = await super().finish_response(request, resp, start_time)
-        if self._half_closed and not self._messages:
-            self.close()
-        return finished

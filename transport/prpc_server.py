@@ -4,17 +4,22 @@ One order for every call, as upstream: context (who asks; for a KMS that verifie
 attestation), body, name, decode, handler, encode. What the caller may know is an HTTP 400 with the text of
 the error, whatever went wrong; the rest is logged here and answered without details.
 
+A call comes as aiohttp's request, or as a plain one that never was one (transport/plain.py); they differ in
+cost alone.
+
 Not here: sockets (transport/listen.py), encodings (attest/prpc.py), and any service.
 
 Source of truth: Dstack-TEE/dstack, branch next at 312dc605, dstack/ra-rpc/src/rocket_helper.rs, and recorded
 answers of the real programs.
 """
 
+import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -32,6 +37,7 @@ from attest.prpc import (
     trim_prefix,
     wants_json,
 )
+from transport.plain import PlainRequest, plain_answer, plain_calls
 from transport.service import ServiceTable
 from transport.status import reason_phrase, status_line
 
@@ -41,28 +47,59 @@ MAX_BODY: Final = 10 * 1024 * 1024
 """Bytes of a request body: so many are accepted, one more is not."""
 
 _log = logging.getLogger(__name__)
-_MOUNTS: Final = web.AppKey("prpc_mounts", set[str])
+Answered = Callable[[str, bool], None]
+"""Hears of every call that was answered: what its path had behind the mount, and whether it was refused."""
+
+
+class Asked(Protocol):
+    """What is known of a call before it is read: where it went, and the connection that it came on."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def transport(self) -> asyncio.Transport | None: ...
+
+
+@dataclass(slots=True)
+class _Mounts:
+    """Where an application serves pRPC, with who hears of the calls there."""
+
+    answered: dict[str, Answered | None] = field(default_factory=dict)
+
+
+_MOUNTS: Final = web.AppKey("prpc_mounts", _Mounts)
 
 
 class _CallError(Exception):
     """A call that reaches no handler; the text is for the caller."""
 
 
+class _Answer(NamedTuple):
+    status: int
+    body: bytes
+    as_json: bool
+
+    @property
+    def content_type(self) -> str:
+        return JSON_TYPE if self.as_json else BINARY_TYPE
+
+
 def add_prpc(
     app: web.Application,
     mount: str,
     table: ServiceTable[C],
-    context: Callable[[web.Request], Awaitable[C]],
+    context: Callable[[Asked], Awaitable[C]],
     *,
     errors: tuple[type[Exception], ...],
     trim: bool = True,
+    answered: Answered | None = None,
 ) -> None:
     """Serve `table` at POST and GET `<mount>/<Method>`; `mount` is empty or starts with a slash.
 
     `context` is awaited first, before the body is read. An exception of `errors`, or an AttestError, from it
-    or from a handler becomes an HTTP 400 with its text; a web.HTTPException keeps its own status; any other
-    is logged with its traceback and answered by its type's name alone. Without `trim`, names that carry the
-    table's prefix are unknown.
+    or from a handler becomes an HTTP 400 with its text; any other is logged with its traceback and answered by
+    its type's name alone. Without `trim`, names that carry the table's prefix are unknown.
 
     The application's answer to what nobody serves becomes upstream's page: 404 also for a wrong verb, and 422
     for a mount without a method. A page of the owner's own at `<mount>/` goes before it.
@@ -70,15 +107,14 @@ def add_prpc(
     prefix = table.prefix if trim else ""
     refusals: tuple[type[Exception], ...] = (_CallError, AttestError, *errors)
 
-    async def call(request: web.Request) -> web.Response:
-        verb = "GET" if request.method == "HEAD" else request.method
-        query = request.rel_url.raw_query_string
-        name = trim_prefix(request.match_info["method"], prefix)
+    async def answer(
+        asked: Asked, verb: str, name: str, query: str, content_type: str | None, read: Callable[[], Awaitable[bytes]]
+    ) -> _Answer:
         as_json = wants_json(verb, query)
         try:
-            ctx = await context(request)
-            body = b"" if verb == "GET" else await _read_body(request)
-            as_json = wants_json(verb, query, request.headers.get("Content-Type"))
+            ctx = await context(asked)
+            body = b"" if verb == "GET" else await read()
+            as_json = wants_json(verb, query, content_type)
             rpc = table.rpcs.get(name)
             if rpc is None:
                 raise _CallError(f"Service not found: {name}")
@@ -88,24 +124,43 @@ def add_prpc(
                 message = decode_json(rpc.request_type, body, remember=True)
             else:
                 message = decode_binary(rpc.request_type, body)
-            answer = await rpc.handler(ctx, message)
-            return _respond(200, encode_json(answer) if as_json else encode_binary(answer), as_json)
+            reply = await rpc.handler(ctx, message)
+            given = _Answer(200, encode_json(reply) if as_json else encode_binary(reply), as_json)
         except refusals as error:
-            return _respond(400, error_body(str(error), as_json), as_json)
-        except web.HTTPException:
-            raise
+            given = _Answer(400, error_body(str(error), as_json), as_json)
         except Exception as error:
             _log.exception("%r failed", table.prefix + name)  # the name may be anything
-            return _respond(400, error_body(f"internal error: {type(error).__name__}", as_json), as_json)
+            given = _Answer(400, error_body(f"internal error: {type(error).__name__}", as_json), as_json)
+        if answered is not None:
+            answered(asked.path[len(mount) + 1 :], given.status != 200)
+        return given
+
+    async def call(request: web.Request) -> web.Response:
+        verb = "GET" if request.method == "HEAD" else request.method
+        name = trim_prefix(request.match_info["method"], prefix)
+        query, content_type = request.rel_url.raw_query_string, request.headers.get("Content-Type")
+        given = await answer(request, verb, name, query, content_type, lambda: _read_body(request))
+        return web.Response(status=given.status, body=given.body, headers={"Content-Type": given.content_type})
+
+    plain = plain_calls(app)
+
+    async def plain_call(request: PlainRequest) -> bytes:
+        name = trim_prefix(request.path[len(mount) + 1 :], prefix)
+        given = await answer(request, "POST", name, request.query, request.content_type, request.read)
+        return plain_answer(given.status, given.content_type, given.body, plain.headers)
 
     if _MOUNTS not in app:
-        app[_MOUNTS] = set()
+        app[_MOUNTS] = _Mounts()
         app.middlewares.append(_answer_unserved)
-    app[_MOUNTS].add(f"{mount}/")
+        plain.passable.add(_answer_unserved)  # a plain call has a method that is served
+    app[_MOUNTS].answered[mount] = answered
     # Slashes before the method count once, however many there are.
     path = mount + "/{_:/*}{method:[^/]+}"
     app.router.add_post(path, call)
     app.router.add_get(path, call)
+    for name in table.rpcs:
+        for spelling in (name, prefix + name):
+            plain.handlers[f"{mount}/{spelling}"] = plain_call
 
 
 async def _read_body(request: web.Request) -> bytes:
@@ -122,17 +177,15 @@ async def _read_body(request: web.Request) -> bytes:
     return b"".join(chunks)
 
 
-def _respond(status: int, body: bytes, as_json: bool) -> web.Response:
-    return web.Response(
-        status=status, body=body, headers={"Content-Type": JSON_TYPE if as_json else BINARY_TYPE}
-    )
-
-
 @web.middleware
 async def _answer_unserved(request: web.Request, handler: Handler) -> web.StreamResponse:
     if request.match_info.http_exception is None:
         return await handler(request)
-    at_mount = request.path in request.app[_MOUNTS] and request.method in ("GET", "HEAD", "POST")
+    mounts = request.app[_MOUNTS].answered
+    for mount, answered in mounts.items():
+        if answered is not None and request.path.startswith(f"{mount}/"):
+            answered(request.path[len(mount) + 1 :], True)
+    at_mount = request.path[-1:] == "/" and request.path[:-1] in mounts and request.method in ("GET", "HEAD", "POST")
     return status_page(HTTPStatus.UNPROCESSABLE_ENTITY if at_mount else HTTPStatus.NOT_FOUND, request)
 
 
