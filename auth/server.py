@@ -12,7 +12,7 @@ Source: `kms/auth-simple/index.ts` and `kms/auth-mock/index.ts` of dstack, next 
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +24,7 @@ from auth.errors import BootInfoError, MalformedJsonError
 from auth.mock import MockAuth, MockSettings
 from auth.policy import Compat
 from auth.simple import SimpleAuth
+from transport.plain import PlainAnswer, PlainRequest, plain_calls
 
 MAX_BODY_SIZE: Final = 1024 * 1024  # a KMS sends well under 2 KiB
 
@@ -109,41 +110,45 @@ def _webhook(
     checks_tee_variant: bool = False,
 ) -> web.Application:
     async def get_info(_request: web.Request) -> web.Response:
-        return _json_response(info())
+        return _response(_json_answer(info()))
 
     async def get_health(_request: web.Request) -> web.Response:
-        return _json_response({"status": "ok"})
+        return _response(_json_answer({"status": "ok"}))
 
     async def get_openapi(_request: web.Request) -> web.Response:
-        return _json_response(openapi.document(title))
+        return _response(_json_answer(openapi.document(title)))
 
-    async def boot_auth(request: web.Request, is_kms: bool) -> web.Response:
+    async def boot_auth(content_type: str | None, read: Callable[[], Awaitable[bytes]], is_kms: bool) -> PlainAnswer:
         try:
-            boot_info = parse_boot_info(await _read_json(request), checks_tee_variant=checks_tee_variant)
+            boot_info = parse_boot_info(await _read_json(content_type, read), checks_tee_variant=checks_tee_variant)
         except BootInfoError as error:
             refusal = {"success": False, "error": {"issues": error.issues, "name": "ZodError"}}
-            return _json_response(refusal, status=400)
+            return _json_answer(refusal, status=400)
         except MalformedJsonError:
-            return _text_response("Malformed JSON in request body", status=400)
+            return _text_answer("Malformed JSON in request body", status=400)
         except web.HTTPRequestEntityTooLarge:
-            return _text_response(f"Request body is larger than {MAX_BODY_SIZE} bytes", status=413)
-        return _json_response(_boot_response(decide(boot_info, is_kms)))
+            return _text_answer(f"Request body is larger than {MAX_BODY_SIZE} bytes", status=413)
+        return _json_answer(_boot_response(decide(boot_info, is_kms)))
 
-    async def boot_app(request: web.Request) -> web.Response:
-        return await boot_auth(request, is_kms=False)
+    def add_boot_auth(app: web.Application, path: str, is_kms: bool) -> None:
+        async def handle(request: web.Request) -> web.Response:
+            return _response(await boot_auth(request.headers.get("Content-Type"), request.read, is_kms))
 
-    async def boot_kms(request: web.Request) -> web.Response:
-        return await boot_auth(request, is_kms=True)
+        async def handle_plain(request: PlainRequest) -> PlainAnswer:
+            return await boot_auth(request.content_type, request.read, is_kms)
+
+        app.router.add_post(path, handle)
+        plain_calls(app).handlers[path] = handle_plain
 
     async def not_found(_request: web.Request) -> web.Response:
-        return _text_response("404 Not Found", status=404)
+        return _response(_text_answer("404 Not Found", status=404))
 
     app = web.Application(client_max_size=MAX_BODY_SIZE)
+    add_boot_auth(app, "/bootAuth/app", is_kms=False)
+    add_boot_auth(app, "/bootAuth/kms", is_kms=True)
     app.add_routes(
         [
             web.get("/", get_info),
-            web.post("/bootAuth/app", boot_app),
-            web.post("/bootAuth/kms", boot_kms),
             web.get("/health", get_health),
             web.get("/openapi.json", get_openapi),
             web.route("*", r"/{path:[\s\S]*}", not_found),
@@ -152,12 +157,12 @@ def _webhook(
     return app
 
 
-async def _read_json(request: web.Request) -> object:
+async def _read_json(content_type: str | None, read: Callable[[], Awaitable[bytes]]) -> object:
     """Parse the body, or take an empty object, unread, where the content type is not a JSON one."""
-    if not _JSON_CONTENT_TYPE.fullmatch(request.headers.get("Content-Type", "")):
+    if not _JSON_CONTENT_TYPE.fullmatch(content_type or ""):
         return {}
     try:
-        body = await request.read()
+        body = await read()
     except web.RequestPayloadError as error:
         raise MalformedJsonError(f"body cannot be read: {error}") from error
     return parse_json(body)
@@ -189,11 +194,13 @@ def _dump(value: object) -> str:
     return _LONE_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def _json_response(value: object, *, status: int = 200) -> web.Response:
-    return web.Response(body=_dump(value).encode(), status=status, content_type="application/json")
+def _json_answer(value: object, *, status: int = 200) -> PlainAnswer:
+    return PlainAnswer(status, "application/json", _dump(value).encode())
 
 
-def _text_response(text: str, *, status: int) -> web.Response:
-    return web.Response(
-        body=text.encode(), status=status, headers={"Content-Type": "text/plain; charset=UTF-8"}
-    )
+def _text_answer(text: str, *, status: int) -> PlainAnswer:
+    return PlainAnswer(status, "text/plain; charset=UTF-8", text.encode())
+
+
+def _response(answer: PlainAnswer) -> web.Response:
+    return web.Response(status=answer.status, body=answer.body, headers={"Content-Type": answer.content_type})

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from aiohttp import web
@@ -20,9 +21,10 @@ from aiohttp.typedefs import Handler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from auth.server import simple_app
 from tests.toy import Toy, application, connect, raw, read_answer, served
 from transport.listen import Server, bind_unix
-from transport.plain import PlainRequest, add_headers
+from transport.plain import PlainRequest, add_headers, plain_calls
 from transport.prpc_server import Asked
 
 
@@ -95,6 +97,9 @@ async def sides() -> AsyncIterator[Sides]:
 
 # ---- One request -----------------------------------------------------------------------------------------
 
+JSON = ("application/json", "application/json; charset=utf-8")
+_FIELDS = ("mrAggregated", "osImageHash", "appId", "composeHash", "instanceId", "deviceId")
+BOOT_INFO = json.dumps(dict.fromkeys(_FIELDS, "0xaa")).encode()
 APP_ID = b'{"app_id":"%s"}' % (b"00" * 20)
 PLAIN = {
     "json": raw("POST", "/prpc/GetAppEnvEncryptPubKey?json", APP_ID),
@@ -182,6 +187,44 @@ async def test_a_request_in_pieces_is_aiohttps(sides: Sides, cut: int) -> None:
     whole = raw("POST", "/GetKey?json", b'{"path":"a"}')
     assert b'"key":"61' in await sides.ask(whole[:cut], whole[cut:])
     assert sides.calls == [False, False]
+
+
+async def test_a_handler_that_raises_ends_its_connection_as_with_aiohttp(caplog: pytest.LogCaptureFixture) -> None:
+    async def raises(_request: object) -> NoReturn:
+        raise ValueError("5f-secret-5f")
+
+    with tempfile.TemporaryDirectory() as folder:
+        answers = []
+        for name, middlewares in (("plain", ()), ("aiohttp", (_pass,))):
+            app = web.Application(middlewares=middlewares)
+            app.router.add_post("/", raises)
+            plain_calls(app).handlers["/"] = raises
+            add_headers(app, {"X-App-Version": "1"})
+            async with served(app, bind_unix(Path(folder, name))) as server:
+                request = raw("POST", "/")
+                answers.append(await _all(server, (request, request)))
+    assert answers[0] == answers[1]
+    assert answers[0].startswith(b"HTTP/1.1 500 ")
+    assert answers[0].count(b"HTTP/1.1") == 1
+    assert "5f-secret-5f" in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/bootAuth/app", "/bootAuth/kms"])
+@pytest.mark.parametrize("kind", [*JSON, "text/plain", None])
+@pytest.mark.parametrize("body", [b"", b"{}", b"[", b'"\xff"', BOOT_INFO, b" " * 60_000 + BOOT_INFO])
+async def test_a_webhook_answers_a_plain_request_as_aiohttp_does(
+    tmp_path: Path, path: str, kind: str | None, body: bytes
+) -> None:
+    """KMS ask like this."""
+    answers = []
+    for name, middlewares in (("plain", ()), ("aiohttp", (_pass,))):
+        app = simple_app(tmp_path / "there-is-no-config.json")
+        app.middlewares.extend(middlewares)
+        async with served(app, bind_unix(tmp_path / name)) as server:
+            request = raw("POST", path, body, {} if kind is None else {"Content-Type": kind})
+            answers.append(await _all(server, (request,)))
+    assert answers[0] == answers[1]
+    assert answers[0].startswith(b"HTTP/1.1 200 " if body.endswith(BOOT_INFO) and kind in JSON else b"HTTP/1.1 400 ")
 
 
 # ---- Several on a connection -----------------------------------------------------------------------------

@@ -10,7 +10,6 @@ tests/test_plain.py hold it to the behaviour.
 """
 
 import asyncio
-from collections.abc import Mapping
 from typing import Any, cast
 
 from aiohttp import web
@@ -18,7 +17,7 @@ from aiohttp.base_protocol import BaseProtocol
 from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import _ErrInfo
 
-from transport.plain import PlainHandler, PlainRequest, plain_handlers, read_request
+from transport.plain import PlainCalls, PlainHandler, PlainRequest, read_request, usable_plain_calls
 
 
 class ConnectionRunner(web.AppRunner):
@@ -26,12 +25,12 @@ class ConnectionRunner(web.AppRunner):
 
     async def _make_server(self) -> web.Server:
         server = await super()._make_server()
-        handlers = plain_handlers(self.app)
-        return _ConnectionServer(server.request_handler, handlers, request_factory=server.request_factory)
+        plain = usable_plain_calls(self.app)
+        return _ConnectionServer(server.request_handler, plain, request_factory=server.request_factory)
 
 
 class _ConnectionServer(web.Server):
-    def __init__(self, handler: Any, plain: Mapping[str, PlainHandler], **options: Any) -> None:
+    def __init__(self, handler: Any, plain: PlainCalls | None, **options: Any) -> None:
         super().__init__(handler, **options)
         self._plain = plain
 
@@ -54,12 +53,12 @@ class _Connection(web.RequestHandler, _Accepted):
 
     __slots__ = ("_answering", "_half_closed", "_held", "_last_body", "_plain")
 
-    def __init__(self, server: web.Server, plain: Mapping[str, PlainHandler], **options: Any) -> None:
+    def __init__(self, server: web.Server, plain: PlainCalls | None, **options: Any) -> None:
         super().__init__(server, **options)
         self._half_closed = False
         self._last_body: StreamReader | None = None
         self._plain = plain
-        """Who answers plain requests; nobody from the first one of another form on."""
+        """Who answers plain requests; None from the first one of another form on."""
         self._answering: asyncio.Task[None] | None = None
         self._held = b""
         """What came while a plain request was being answered."""
@@ -68,7 +67,7 @@ class _Connection(web.RequestHandler, _Accepted):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """As aiohttp does, but for its request loop, which is not needed before there is a request for it."""
-        if not self._plain or self._manager is None:
+        if self._plain is None or self._manager is None:
             super().connection_made(transport)
             return
         _Accepted.connection_made(self, transport)
@@ -85,13 +84,13 @@ class _Connection(web.RequestHandler, _Accepted):
             return
         if self._close or self._force_close:
             return  # as aiohttp does
-        if self._plain:
+        if self._plain is not None:
             request = read_request(data, self.transport)
-            handler = None if request is None else self._plain.get(request.path)
+            handler = None if request is None else self._plain.handlers.get(request.path)
             if request is not None and handler is not None:
-                self._answering = self._loop.create_task(self._answer(handler, request))
+                self._answering = self._loop.create_task(self._answer(self._plain, handler, request))
                 return
-            self._plain = {}
+            self._plain = None
             self._task_handler = self._loop.create_task(self.start())
         super().data_received(data)
         if self._messages:
@@ -137,11 +136,16 @@ class _Connection(web.RequestHandler, _Accepted):
 
     # ---- plain answers
 
-    async def _answer(self, handler: PlainHandler, request: PlainRequest) -> None:
+    async def _answer(self, calls: PlainCalls, handler: PlainHandler, request: PlainRequest) -> None:
         self._request_in_progress = True  # `shutdown` waits for what is
         self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
         try:
-            answer = await handler(request)
+            try:
+                answer = calls.write(await handler(request))
+            except Exception:
+                self.log_exception("Error handling request for %s", request.path)
+                answer = calls.write_failure()
+                self._close = True
             if self.transport is not None:
                 self.transport.write(answer)
                 if self._paused:
@@ -160,7 +164,7 @@ class _Connection(web.RequestHandler, _Accepted):
         if self.transport is not None and held:
             self.transport.resume_reading()
             self.data_received(held)
-        if self.transport is not None and self._half_closed and not self._owes_answer():
+        if self.transport is not None and (self._close or self._half_closed) and not self._owes_answer():
             self.transport.close()
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109 - aiohttp's own signature

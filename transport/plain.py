@@ -72,8 +72,15 @@ class PlainRequest(NamedTuple):
         return self.body
 
 
-PlainHandler = Callable[[PlainRequest], Awaitable[bytes]]
-"""Gives the whole answer, head and body (`plain_answer`), and raises nothing but what ends the connection."""
+class PlainAnswer(NamedTuple):
+    """An answer, as its body's giver knows it."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+
+PlainHandler = Callable[[PlainRequest], Awaitable[PlainAnswer]]
 
 
 class PlainCalls:
@@ -86,6 +93,17 @@ class PlainCalls:
         self.passable: set[object] = set()
         """Middlewares and signals of the application that would do nothing to these calls, or nothing but `headers`."""
 
+    def write(self, answer: PlainAnswer, **more: str) -> bytes:
+        """Write an answer, to the byte as aiohttp writes it; `more` are headers of its own."""
+        before, after = _answer_head(answer.status, answer.content_type, (*more.items(), *self.headers.items()))
+        date, body = rfc822_formatted_time().encode(), answer.body
+        return b"%b%d\r\nDate: %b\r\n%b%b" % (before, len(body), date, after, body)
+
+    def write_failure(self) -> bytes:
+        """Write what is answered, as by aiohttp, where a handler raised; it is the last answer on its connection."""
+        text = f"{status_line(500)}\n\nServer got itself in trouble"
+        return self.write(PlainAnswer(500, "text/plain; charset=utf-8", text.encode()), Connection="close")
+
 
 _PLAIN_CALLS: Final = web.AppKey("plain_calls", PlainCalls)
 
@@ -97,12 +115,12 @@ def plain_calls(app: web.Application) -> PlainCalls:
     return app[_PLAIN_CALLS]
 
 
-def plain_handlers(app: web.Application) -> Mapping[str, PlainHandler]:
-    """Who answers past aiohttp; nobody where something stands before the application that a request has to pass."""
+def usable_plain_calls(app: web.Application) -> PlainCalls | None:
+    """The same, or None where something stands before the application that a request has to pass."""
     calls = app.get(_PLAIN_CALLS)
     if calls is None or not calls.passable.issuperset((*app.middlewares, *app.on_response_prepare)):
-        return {}
-    return calls.handlers
+        return None
+    return calls
 
 
 def add_headers(app: web.Application, headers: Mapping[str, str]) -> None:
@@ -143,12 +161,6 @@ def _request_head(data: bytes) -> _Head | None:
     if match is None or headers is None or length is None or "host" not in headers:
         return None
     return _Head(match[1].decode(), (match[2] or b"").decode(), headers.get("content-type"), length)
-
-
-def plain_answer(status: int, content_type: str, body: bytes, headers: Mapping[str, str]) -> bytes:
-    """Write an answer to a plain request, to the byte as aiohttp writes it."""
-    before, after = _answer_head(status, content_type, tuple(headers.items()))
-    return b"%b%d\r\nDate: %b\r\n%b%b" % (before, len(body), rfc822_formatted_time().encode(), after, body)
 
 
 @functools.lru_cache(maxsize=64)

@@ -19,7 +19,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Final, NamedTuple, Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -37,7 +37,7 @@ from attest.prpc import (
     trim_prefix,
     wants_json,
 )
-from transport.plain import PlainRequest, plain_answer, plain_calls
+from transport.plain import PlainAnswer, PlainRequest, plain_calls
 from transport.service import ServiceTable
 from transport.status import reason_phrase, status_line
 
@@ -75,15 +75,6 @@ class _CallError(Exception):
     """A call that reaches no handler; the text is for the caller."""
 
 
-class _Answer(NamedTuple):
-    status: int
-    body: bytes
-    as_json: bool
-
-    @property
-    def content_type(self) -> str:
-        return JSON_TYPE if self.as_json else BINARY_TYPE
-
 
 def add_prpc(
     app: web.Application,
@@ -109,7 +100,7 @@ def add_prpc(
 
     async def answer(
         asked: Asked, verb: str, name: str, query: str, content_type: str | None, read: Callable[[], Awaitable[bytes]]
-    ) -> _Answer:
+    ) -> PlainAnswer:
         as_json = wants_json(verb, query)
         try:
             ctx = await context(asked)
@@ -125,12 +116,12 @@ def add_prpc(
             else:
                 message = decode_binary(rpc.request_type, body)
             reply = await rpc.handler(ctx, message)
-            given = _Answer(200, encode_json(reply) if as_json else encode_binary(reply), as_json)
+            given = _answer(200, encode_json(reply) if as_json else encode_binary(reply), as_json)
         except refusals as error:
-            given = _Answer(400, error_body(str(error), as_json), as_json)
+            given = _answer(400, error_body(str(error), as_json), as_json)
         except Exception as error:
             _log.exception("%r failed", table.prefix + name)  # the name may be anything
-            given = _Answer(400, error_body(f"internal error: {type(error).__name__}", as_json), as_json)
+            given = _answer(400, error_body(f"internal error: {type(error).__name__}", as_json), as_json)
         if answered is not None:
             answered(asked.path[len(mount) + 1 :], given.status != 200)
         return given
@@ -144,10 +135,9 @@ def add_prpc(
 
     plain = plain_calls(app)
 
-    async def plain_call(request: PlainRequest) -> bytes:
+    async def plain_call(request: PlainRequest) -> PlainAnswer:
         name = trim_prefix(request.path[len(mount) + 1 :], prefix)
-        given = await answer(request, "POST", name, request.query, request.content_type, request.read)
-        return plain_answer(given.status, given.content_type, given.body, plain.headers)
+        return await answer(request, "POST", name, request.query, request.content_type, request.read)
 
     if _MOUNTS not in app:
         app[_MOUNTS] = _Mounts()
@@ -161,6 +151,10 @@ def add_prpc(
     for name in table.rpcs:
         for spelling in (name, prefix + name):
             plain.handlers[f"{mount}/{spelling}"] = plain_call
+
+
+def _answer(status: int, body: bytes, as_json: bool) -> PlainAnswer:
+    return PlainAnswer(status, JSON_TYPE if as_json else BINARY_TYPE, body)
 
 
 async def _read_body(request: web.Request) -> bytes:
