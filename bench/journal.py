@@ -48,7 +48,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
             stack.callback(connection.close)
         on, off = (CpuMeter(pid, closed_loop(connections)) for _ in range(2))
         # A small difference, on a machine that is now slow and now fast: short turns, and more of them.
-        turns = replace(effort, rounds=effort.rounds * 5, seconds=effort.seconds / 5)
+        turns = replace(effort, rounds=effort.rounds * 20, seconds=effort.seconds / 8)
         rates, _ = alternate(turns, *(_switched(services["control"], *side) for side in (("on", on), ("off", off))))
     yield Figure("getappkey_with_journal", median(rates), "calls/s")
     # By the stack's own processor time, which other programs on the machine disturb less.

@@ -28,6 +28,8 @@ MAX_HEAD: Final = 8190
 _MAX_HEADERS: Final = 100
 """Lines of a plain head: fewer than aiohttp's own limit."""
 _MAX_LENGTH_DIGITS: Final = 9
+_MAX_REQUEST: Final = 64 * 1024
+"""Bytes of a plain request's body: less than any application's own limit, which aiohttp keeps."""
 
 _REQUEST: Final = re.compile(
     rb"POST (/[0-9A-Za-z._/\-]*)(?:\?([0-9A-Za-z_=&]*))? HTTP/1\.1\r\n" + HEADER_LINES + rb"\r\n"
@@ -148,7 +150,7 @@ def read_request(data: bytes, transport: asyncio.Transport | None) -> PlainReque
     if not 4 <= end <= MAX_HEAD:
         return None
     head = _request_head(data[:end])
-    if head is None or len(data) != end + head.length:
+    if head is None or len(data) != end + head.length or head.length > _MAX_REQUEST:
         return None
     return PlainRequest(head.path, head.query, head.content_type, data[end:], transport)
 

@@ -17,7 +17,6 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Final, Protocol, TypeVar
 
@@ -61,19 +60,12 @@ class Asked(Protocol):
     def transport(self) -> asyncio.Transport | None: ...
 
 
-@dataclass(slots=True)
-class _Mounts:
-    """Where an application serves pRPC, with who hears of the calls there."""
-
-    answered: dict[str, Answered | None] = field(default_factory=dict)
-
-
-_MOUNTS: Final = web.AppKey("prpc_mounts", _Mounts)
+_MOUNTS: Final = web.AppKey("prpc_mounts", dict[str, Answered | None])
+"""Where an application serves pRPC, and who hears of the calls there."""
 
 
 class _CallError(Exception):
     """A call that reaches no handler; the text is for the caller."""
-
 
 
 def add_prpc(
@@ -140,10 +132,10 @@ def add_prpc(
         return await answer(request, "POST", name, request.query, request.content_type, request.read)
 
     if _MOUNTS not in app:
-        app[_MOUNTS] = _Mounts()
+        app[_MOUNTS] = {}
         app.middlewares.append(_answer_unserved)
         plain.passable.add(_answer_unserved)  # a plain call has a method that is served
-    app[_MOUNTS].answered[mount] = answered
+    app[_MOUNTS][mount] = answered
     # Slashes before the method count once, however many there are.
     path = mount + "/{_:/*}{method:[^/]+}"
     app.router.add_post(path, call)
@@ -175,7 +167,7 @@ async def _read_body(request: web.Request) -> bytes:
 async def _answer_unserved(request: web.Request, handler: Handler) -> web.StreamResponse:
     if request.match_info.http_exception is None:
         return await handler(request)
-    mounts = request.app[_MOUNTS].answered
+    mounts = request.app[_MOUNTS]
     for mount, answered in mounts.items():
         if answered is not None and request.path.startswith(f"{mount}/"):
             answered(request.path[len(mount) + 1 :], True)
