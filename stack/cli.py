@@ -4,8 +4,8 @@ import argparse
 import importlib
 import re
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, NoReturn, get_args
 
 from attest.errors import AttestError
 from attest.version import EMULATOR, UPSTREAM
@@ -16,26 +16,26 @@ from stack.commands.common import WARNING, UsageError, say
 from stack.config import PartEndedError, StackError
 from transport.errors import ListenError, TransportError
 
-COMMANDS = (
-    "up",
-    "exec",
-    "runbook",
-    "agent",
-    "boot",
-    "pccs",
-    "quote",
-    "inspect",
-    "verify",
-    "verifier",
-    "image",
-    "kms",
-    "auth",
-    "check-webhook",
-    "setup",
-    "proto",
-    "health",
-    "ctl",
-)
+COMMANDS: Final[Mapping[str, str]] = {
+    "up": "bring the whole stack up",
+    "exec": "run a command with a stack around it",
+    "runbook": "carry out the KMS authorization runbook, and keep the evidence",
+    "agent": "run one guest agent with real quotes, and a PCCS for them",
+    "boot": "boot one app with keys from a KMS, and run its guest agent",
+    "pccs": "run a PCCS for every platform of a seed",
+    "quote": "sign one quote and write it to a file",
+    "inspect": "say what a file is, and show what stands in it",
+    "verify": "check evidence, and say what of it does not hold",
+    "verifier": "judge evidence over HTTP, its OS image included, as dstack-verifier does",
+    "image": "build, measure, compare and serve OS images",
+    "kms": "run one KMS from a kms.toml",
+    "auth": "run one webhook that decides for a KMS: auth-simple or auth-mock",
+    "check-webhook": "ask an auth webhook everything that a KMS asks, and say what would break it",
+    "setup": "set two KMS up that run elsewhere, and have an app allowed",
+    "proto": "write the .proto files of all services",
+    "health": "ask whether a stack, or one service, is ready",
+    "ctl": "watch, change and turn back a running stack",
+}
 """Each is a module of `stack.commands`, imported when it is asked for: a command starts without what others need."""
 
 FAILED, USED_WRONGLY, INTERRUPTED = 1, 2, 130
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _run(words: Sequence[str]) -> int:
     named = next((word for word in words if word in COMMANDS), None)
-    arguments = parser(COMMANDS if named is None else (named,)).parse_args(words)
+    arguments = (overview() if named is None else parser((named,))).parse_args(words)
     module = _module(arguments.command)
     level = module.log_level() if hasattr(module, "log_level") else None
     logs.set_up(arguments.verbose, arguments.log_format, getattr(module, "TALKATIVE", ()), level)
@@ -67,8 +67,29 @@ def _run(words: Sequence[str]) -> int:
         return FAILED
 
 
-def parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+def overview() -> argparse.ArgumentParser:
+    """Make the parser for who names no command: it knows what there is, without the price of knowing it well."""
+    top, choice = _top()
+    for name, does in COMMANDS.items():
+        choice.add_parser(name, help=does)
+    return top
+
+
+def parser(commands: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
     """Make the parser of these commands."""
+    top, choice = _top()
+    for name in commands:
+        module = _module(name)
+        command = choice.add_parser(name, help=COMMANDS[name], description=module.DESCRIPTION)
+        command.add_argument("-v", "--verbose", action="count", default=0, help="log more to stderr (-vv: everything)")
+        command.add_argument(
+            "--log-format", choices=get_args(logs.Form), default="text", help="how a line of the log looks (text)"
+        )
+        module.add_arguments(command)
+    return top
+
+
+def _top() -> tuple["_Parser", "argparse._SubParsersAction[_Parser]"]:
     top = _Parser(
         prog="dstack-emu",
         description="A local simulated TDX stack for dstack "
@@ -77,16 +98,7 @@ def parser(commands: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
         "authorization runbook begins. Each command explains itself with --help.",
     )
     top.add_argument("--version", action="version", version=f"dstack-emu {EMULATOR} (dstack {UPSTREAM})")
-    choice = top.add_subparsers(dest="command", title="commands", required=True, metavar="COMMAND")
-    for name in commands:
-        module = _module(name)
-        command = choice.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
-        command.add_argument("-v", "--verbose", action="count", default=0, help="log more to stderr (-vv: everything)")
-        command.add_argument(
-            "--log-format", choices=get_args(logs.Form), default="text", help="how a line of the log looks (text)"
-        )
-        module.add_arguments(command)
-    return top
+    return top, top.add_subparsers(dest="command", title="commands", required=True, metavar="COMMAND")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -17,8 +17,6 @@ from stack.commands.guest_options import (
 )
 from stack.guest import Guest, GuestConfig
 
-HELP = "run one guest agent with real quotes, and a PCCS for them"
-
 DESCRIPTION = (
     "Run the guest agent of one emulated trust domain, on dstack.sock, tappd.sock and one TCP port that serves all its "
     "services, so DSTACK_SIMULATOR_ENDPOINT and TAPPD_SIMULATOR_ENDPOINT may be the sockets or the URL. The app has "

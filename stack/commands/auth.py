@@ -21,8 +21,6 @@ from auth.simple import SimpleAuth, SimpleSettings
 from stack.commands.common import WARNING, UsageError, listen_address, say, stop_on_signals
 from transport.listen import bind_tcp, serve
 
-HELP = "run one webhook that decides for a KMS: auth-simple or auth-mock"
-
 DESCRIPTION = (
     "Run one auth webhook. `simple` decides by a JSON file that it reads anew for every question; without that file it "
     "runs and denies everything. `mock` decides by a fixed policy, whatever was measured: for tests only. A question "

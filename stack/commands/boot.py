@@ -9,8 +9,6 @@ from stack.commands.common import WARNING
 from stack.commands.guest_options import add_guest_options, guest_config
 from stack.guest import KmsBoot
 
-HELP = "boot one app with keys from a KMS, and run its guest agent"
-
 DESCRIPTION = (
     "Boot one emulated trust domain through a KMS that runs already, as dstack-util does: GetTempCaCert, a certificate "
     "with evidence under that CA, GetAppKey, and the events that record where the keys came from. Then run its agent "

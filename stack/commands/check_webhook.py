@@ -18,8 +18,6 @@ from stack.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_col
 from stack.webhook.check import Report, check_webhook
 from stack.webhook.questions import QuestionError, Questions
 
-HELP = "ask an auth webhook everything that a KMS asks, and say what would break it"
-
 DESCRIPTION = (
     "Ask an auth webhook everything that a KMS asks, as a KMS of 0.5.x, of next and of a later release asks it, about "
     "KMS and apps that are known, unknown and out of date, one after the other and all at once. Its answers are judged "

@@ -15,8 +15,6 @@ from stack.commands.common import UsageError, say
 from stack.config import DESCRIPTION_FILE, PORTS
 from stack.world.tail import lines
 
-HELP = "watch, change and turn back a running stack"
-
 DESCRIPTION = (
     "Talk to the control API of a running stack. It is found by --url, by --state, by the environment variable "
     "DSTACK_EMU_CONTROL, or else at its default port. `ctl tail` shows each call as it happens; `ctl COMMAND --help` "

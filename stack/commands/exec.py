@@ -15,10 +15,7 @@ from simulator.errors import GuestError
 from stack.commands.common import WARNING, UsageError, say
 from stack.commands.stack_options import add_stack_options, stack_config
 from stack.config import DESCRIPTION_FILE, PartEndedError, StackConfig, StackError
-from stack.stack import Stack
-from transport.client import TransportError
-
-HELP = "run a command with a stack around it"
+from transport.errors import TransportError
 
 DESCRIPTION = (
     "Bring a stack up on free ports, run a command with the environment set to reach it, and stop the stack when the "
@@ -96,6 +93,8 @@ class _Run:
         for number in (*_FORWARDED, *_FROM_THE_KEYBOARD):
             if signal.getsignal(number) != signal.SIG_IGN:
                 loop.add_signal_handler(number, self._signal, number)
+        from stack.stack import Stack  # who asks for help need not wait for all that a stack is made of
+
         try:
             async with Stack(config) as stack:
                 return await self._command(environment(stack.description()))

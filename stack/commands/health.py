@@ -7,8 +7,6 @@ from pathlib import Path
 from stack.commands.common import UsageError, say
 from stack.healthcheck import ask
 
-HELP = "ask whether a stack, or one service, is ready"
-
 DESCRIPTION = (
     "Ask every service of the stack in a state folder, or those that are named; exit 0 when all answer, 1 with the "
     "reason otherwise."

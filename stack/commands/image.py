@@ -24,8 +24,6 @@ from stack.commands.guest_options import add_seed, cpu_count, memory_size
 from stack.config import IMAGE_PORT
 from transport.listen import bind_tcp, serve
 
-HELP = "build, measure, compare and serve OS images"
-
 DESCRIPTION = (
     "OS images as dstack has them: a directory whose sha256sum.txt names it (os_image_hash is its SHA-256), with the "
     "measurement document by which a verifier recomputes the registers of a VM that boots it. `agent --image-dir` and "

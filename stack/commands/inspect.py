@@ -17,8 +17,6 @@ from stack.describe import UNKNOWN_NAME, UNREAD, Description, Named, as_json
 from stack.inspect import MAX_SIZE, Finding, inspect_input
 from stack.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 
-HELP = "say what a file is, and show what stands in it"
-
 DESCRIPTION = (
     "Show a quote, a versioned attestation, certificates, a signing request, collateral, or an answer that has one of "
     "them inside: binary, hex, base64, PEM or JSON, whichever it is. Nothing is verified (`dstack-emu verify` does)."

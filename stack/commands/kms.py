@@ -22,8 +22,6 @@ from stack.clock import ISSUED_AT, wall_clock
 from stack.commands.common import WARNING, listen_address, say, stop_on_signals
 from transport.listen import bind_tcp
 
-HELP = "run one KMS from a kms.toml"
-
 DESCRIPTION = (
     "Run one KMS from upstream's kms.toml, both phases on one port. The guest agent that quotes for it is named by the "
     f"environment variable DSTACK_AGENT_ADDRESS (unix:/path or http://host:port; default {DEFAULT_ADDRESS}). Any key "

@@ -15,8 +15,6 @@ from stack.commands.guest_options import add_seed, add_world_options, platform_s
 from stack.config import PORTS
 from transport.listen import bind_tcp, serve
 
-HELP = "run a PCCS for every platform of a seed"
-
 DESCRIPTION = (
     "Serve collateral in the shape of Intel's PCS v4 for quotes of every platform of a seed. What is said of platforms "
     "named with --platform can be changed by the options below; all others are up to date. " + WARNING

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from stack.commands.common import UsageError
 
-HELP = "write the .proto files of all services"
-
 DESCRIPTION = (
     "Write the .proto files of the guest agent (package dstack_guest) and the KMS (package kms) into a folder, to "
     "generate clients from. A file of that name that says something else is left alone, and an error."

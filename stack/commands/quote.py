@@ -16,8 +16,6 @@ from stack.commands.common import WARNING, UsageError, hex_bytes
 from stack.commands.guest_options import add_guest_options, guest_config
 from stack.guest import power_on
 
-HELP = "sign one quote and write it to a file"
-
 DESCRIPTION = (
     "Boot an emulated trust domain, quote the given report_data, and write the raw quote, or (--json) what GetQuote "
     "answers. A PCCS of the same seed (`dstack-emu pccs`) serves its collateral. " + WARNING

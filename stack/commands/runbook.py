@@ -24,8 +24,6 @@ from stack.runbook.show import to_stderr, to_stdout
 from stack.runbook.target import Target, TargetError
 from stack.stack import Stack
 
-HELP = "carry out the KMS authorization runbook, and keep the evidence"
-
 DESCRIPTION = (
     "Carry out the five test cases of dstack's runbook for KMS self authorization: step by step, on a fresh stack of "
     "its own, or on one that runs elsewhere, by its public interfaces and its two policy files. Exit 0 when every case "

@@ -13,8 +13,6 @@ from stack.config import StackError
 from stack.setup import RemoteApp, RemoteKms, secure, set_up
 from transport.listen import bind_tcp, serve
 
-HELP = "set two KMS up that run elsewhere, and have an app allowed"
-
 DESCRIPTION = (
     "Measure two fresh KMS, allow them and the app in both policy files, bootstrap the source, onboard the target, "
     "finish both, and wait until the app has its keys: what `dstack-emu up` does, for services in processes or "

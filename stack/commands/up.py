@@ -11,9 +11,6 @@ from stack.commands.common import WARNING, Interrupted, interruptible, say
 from stack.commands.stack_options import add_stack_options, stack_config
 from stack.config import StackConfig
 from stack.report import show
-from stack.stack import Stack
-
-HELP = "bring the whole stack up"
 
 TALKATIVE = ("kms_emu",)
 
@@ -40,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _run_stack(config: StackConfig, *, as_json: bool) -> None:
+    from stack.stack import Stack  # who asks for help need not wait for all that a stack is made of
+
     began = time.monotonic()
     async with Stack(config, progress=lambda text: say(f"… {text}")) as stack:
         # What there is by now stays: the collector need not look at it again for every few hundred calls noted.

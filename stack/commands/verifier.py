@@ -33,8 +33,6 @@ from transport.image_store import ImageStore
 from transport.listen import bind_tcp, serve
 from transport.pccs_client import AttestationVerifier, PccsClient
 
-HELP = "judge evidence over HTTP, its OS image included, as dstack-verifier does"
-
 DESCRIPTION = (
     "Serve POST /verify and GET /health, as dstack-verifier does: quote, runtime events, and whether the registers are "
     "those of the OS image that the VM config names. Or judge one file and end: exit 0 where it is valid, 1 where not. "

@@ -27,8 +27,6 @@ from stack.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_col
 from stack.verification import Check, Collect, Policy, all_hold, verify_evidence
 from transport.pccs_client import PccsClient
 
-HELP = "check evidence, and say what of it does not hold"
-
 DESCRIPTION = (
     "Run every check on a quote, a versioned attestation, an RA-TLS certificate, a signing request, or a GetQuote or "
     "Attest answer, in any form that `dstack-emu inspect` reads. Exit 0 when all hold, 1 when one failed, 2 when there "
