@@ -147,6 +147,42 @@ def test_same_seed_gives_the_same_keys_and_certificates(world: World, tmp_path: 
     assert dates["a"] != dates["d"]
 
 
+# ---- metrics
+
+
+def test_metrics_count_calls_that_judge_evidence_however_they_come(world: World, with_keys: Path) -> None:
+    def counted() -> dict[str, str]:
+        status, text = kms.curl("/metrics")
+        assert status == 200
+        return dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+
+    def count(number: int) -> dict[str, str]:
+        # None of them shows evidence: all are refused.
+        return {f"dstack_kms_attestation_{what}_total": str(number) for what in ("requests", "failures")}
+
+    with running(with_keys, world) as kms:
+        assert counted() == count(0)
+        assert kms.rpc("KMS.GetMeta")[0] == 200
+        assert kms.rpc("KMS.GetTempCaCert")[0] == 200
+        assert counted() == count(0)
+        asked = [
+            ("GetAppKey?json", "-d", '{"api_version":1}'),
+            ("KMS.GetAppKey?json", "-d", '{"api_version":1}', "-H", "Connection: close"),
+            ("KMS.KMS.SignCert", "--data-binary", ""),
+            ("KMS.GetKmsKey?json", "-d", "not JSON"),
+            ("GetKmsKey?json", "-X", "GET"),
+            ("GetAppKey", "-X", "PUT"),
+        ]
+        for number, (path, *arguments) in enumerate(asked, 1):
+            assert kms.curl(f"/prpc/{path}", *arguments)[0] >= 400
+            assert counted() == count(number)
+        for path in ("/prpc/GetNothing", "/prpc//GetAppKey", "/GetAppKey", "/prpc/"):
+            assert kms.curl(path, "-d", "")[0] >= 400
+        assert counted() == count(len(asked))
+    with running(with_keys, world, **variables({"core.metrics.enabled": "false"})) as kms:
+        assert kms.curl("/metrics")[0] == 404
+
+
 # ---- which phase
 
 
