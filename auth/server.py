@@ -110,13 +110,13 @@ def _webhook(
     checks_tee_variant: bool = False,
 ) -> web.Application:
     async def get_info(_request: web.Request) -> web.Response:
-        return _response(_json_answer(info()))
+        return _json_answer(info()).response()
 
     async def get_health(_request: web.Request) -> web.Response:
-        return _response(_json_answer({"status": "ok"}))
+        return _json_answer({"status": "ok"}).response()
 
     async def get_openapi(_request: web.Request) -> web.Response:
-        return _response(_json_answer(openapi.document(title)))
+        return _json_answer(openapi.document(title)).response()
 
     async def boot_auth(content_type: str | None, read: Callable[[], Awaitable[bytes]], is_kms: bool) -> PlainAnswer:
         try:
@@ -132,7 +132,8 @@ def _webhook(
 
     def add_boot_auth(app: web.Application, path: str, is_kms: bool) -> None:
         async def handle(request: web.Request) -> web.Response:
-            return _response(await boot_auth(request.headers.get("Content-Type"), request.read, is_kms))
+            answer = await boot_auth(request.headers.get("Content-Type"), request.read, is_kms)
+            return answer.response()
 
         async def handle_plain(request: PlainRequest) -> PlainAnswer:
             return await boot_auth(request.content_type, request.read, is_kms)
@@ -141,7 +142,7 @@ def _webhook(
         plain_calls(app).handlers[path] = handle_plain
 
     async def not_found(_request: web.Request) -> web.Response:
-        return _response(_text_answer("404 Not Found", status=404))
+        return _text_answer("404 Not Found", status=404).response()
 
     app = web.Application(client_max_size=MAX_BODY_SIZE)
     add_boot_auth(app, "/bootAuth/app", is_kms=False)
@@ -200,7 +201,3 @@ def _json_answer(value: object, *, status: int = 200) -> PlainAnswer:
 
 def _text_answer(text: str, *, status: int) -> PlainAnswer:
     return PlainAnswer(status, "text/plain; charset=UTF-8", text.encode())
-
-
-def _response(answer: PlainAnswer) -> web.Response:
-    return web.Response(status=answer.status, body=answer.body, headers={"Content-Type": answer.content_type})

@@ -336,6 +336,20 @@ async def test_who_does_not_read_answers_is_not_read_from() -> None:
         writer.transport.abort()
 
 
+async def test_what_comes_during_a_plain_call_is_not_taken_without_end() -> None:
+    toy = Toy()
+    async with served(application(toy, "guest")) as server:
+        _, writer = await connect(server)
+        writer.write(raw("POST", "/GetQuote?json"))
+        await toy.started.wait()
+        writer.write(bytes(30_000_000))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(writer.drain(), 0.5)
+        assert writer.transport.get_write_buffer_size() > 10_000_000
+        writer.transport.abort()
+        toy.may_answer.set()
+
+
 # ---- The end of a server -----------------------------------------------------------------------------------
 
 

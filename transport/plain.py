@@ -81,6 +81,10 @@ class PlainAnswer(NamedTuple):
     content_type: str
     body: bytes
 
+    def response(self) -> web.Response:
+        """The same for aiohttp."""
+        return web.Response(status=self.status, body=self.body, headers={"Content-Type": self.content_type})
+
 
 PlainHandler = Callable[[PlainRequest], Awaitable[PlainAnswer]]
 

@@ -46,6 +46,7 @@ MAX_BODY: Final = 10 * 1024 * 1024
 """Bytes of a request body: so many are accepted, one more is not."""
 
 _log = logging.getLogger(__name__)
+
 Answered = Callable[[str, bool], None]
 """Hears of every call that was answered: what its path had behind the mount, and whether it was refused."""
 
@@ -123,7 +124,7 @@ def add_prpc(
         name = trim_prefix(request.match_info["method"], prefix)
         query, content_type = request.rel_url.raw_query_string, request.headers.get("Content-Type")
         given = await answer(request, verb, name, query, content_type, lambda: _read_body(request))
-        return web.Response(status=given.status, body=given.body, headers={"Content-Type": given.content_type})
+        return given.response()
 
     plain = plain_calls(app)
 
