@@ -19,7 +19,7 @@ RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --no-in
 
 FROM ${BASE_IMAGE}
 COPY --from=build /opt/venv /opt/venv
-COPY stack/healthcheck.py /usr/local/bin/healthcheck
+COPY dstack_emu/deployment/healthcheck.py /usr/local/bin/healthcheck
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/var/lib/dstack-emu
 # By number: no user has to be made, and 1000 is who owns a folder that an ordinary person on Linux would mount.
 # A new named volume takes its owner from the folder it covers.

@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from auth.errors import BootInfoError, Issue, MalformedJsonError
+from dstack_emu.auth.errors import BootInfoError, Issue, MalformedJsonError
 
 
 @dataclass(frozen=True, slots=True)

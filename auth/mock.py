@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from auth.boot_info import BootInfo, Decision
-from auth.errors import ConfigError
+from dstack_emu.auth.boot_info import BootInfo, Decision
+from dstack_emu.auth.errors import ConfigError
 
 MockPolicy = Literal["allow-all", "deny-all", "deny-kms", "deny-app", "allowlist-device", "allowlist-mr"]
 MOCK_POLICIES: Final[tuple[MockPolicy, ...]] = get_args(MockPolicy)

@@ -22,9 +22,9 @@ from typing import Annotated, Final, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
 from pydantic.alias_generators import to_camel
 
-from auth.boot_info import BootInfo
-from auth.boot_info import Decision as Decision
-from auth.errors import ConfigError
+from dstack_emu.auth.boot_info import BootInfo
+from dstack_emu.auth.boot_info import Decision as Decision
+from dstack_emu.auth.errors import ConfigError
 
 Compat = Literal["readme", "upstream", "next"]
 COMPATS: Final[tuple[Compat, ...]] = get_args(Compat)

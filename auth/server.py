@@ -18,13 +18,13 @@ from typing import Final
 
 from aiohttp import web
 
-from auth import openapi
-from auth.boot_info import BootInfo, Decision, parse_boot_info, parse_json
-from auth.errors import BootInfoError, MalformedJsonError
-from auth.mock import MockAuth, MockSettings
-from auth.policy import Compat
-from auth.simple import SimpleAuth
-from transport.plain import PlainAnswer, PlainRequest, plain_calls
+from dstack_emu.auth import openapi
+from dstack_emu.auth.boot_info import BootInfo, Decision, parse_boot_info, parse_json
+from dstack_emu.auth.errors import BootInfoError, MalformedJsonError
+from dstack_emu.auth.mock import MockAuth, MockSettings
+from dstack_emu.auth.policy import Compat
+from dstack_emu.auth.simple import SimpleAuth
+from dstack_emu.transport.plain import PlainAnswer, PlainRequest, plain_calls
 
 MAX_BODY_SIZE: Final = 1024 * 1024  # a KMS sends well under 2 KiB
 

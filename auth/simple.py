@@ -18,9 +18,9 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from auth.boot_info import BootInfo, Decision, parse_json
-from auth.errors import ConfigError, MalformedJsonError
-from auth.policy import Compat, Policy, evaluate, parse_compat
+from dstack_emu.auth.boot_info import BootInfo, Decision, parse_json
+from dstack_emu.auth.errors import ConfigError, MalformedJsonError
+from dstack_emu.auth.policy import Compat, Policy, evaluate, parse_compat
 
 DEFAULT_CONFIG_PATH: Final = "./auth-config.json"
 READS: Final = 3

@@ -14,12 +14,12 @@ from typing import Any
 
 import grpc
 
-from attest.proto import dstack_guest_pb2, kms_pb2
 from bench.figure import Effort, Figure, alternate, median, ratio
 from bench.kms import measured_kms, tls
 from bench.load import Connection, closed_loop, connect_unix, post
 from bench.processes import OTHER_CORE, SERVER_CORE, UP, CpuMeter, on_core, running
-from transport.ratls import Identity
+from dstack_emu.attest.proto import dstack_guest_pb2, kms_pb2
+from dstack_emu.transport.ratls import Identity
 
 CONNECTIONS = 8
 TIMEOUT = 30.0

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
-from attest.app_info import vm_config_of
-from attest.os_image import verify_lite
 from bench.figure import Bar, Effort, Figure, alternate, median, ratio
 from bench.kms import measured_kms, tls
 from bench.load import closed_loop
 from bench.processes import SERVER_CORE, CpuMeter, on_core
 from bench.quotes import booted_domain
-from simulator.image import OsImage
-from simulator.seed import Seed
+from dstack_emu.attest.app_info import vm_config_of
+from dstack_emu.attest.os_image import verify_lite
+from dstack_emu.simulator.image import OsImage
+from dstack_emu.simulator.seed import Seed
 
 CONNECTIONS = 8
 SHARE_BAR = 0.85

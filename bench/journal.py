@@ -15,18 +15,18 @@ from urllib.parse import urlsplit
 
 from google.protobuf.empty_pb2 import Empty
 
-from attest.attestation import Attestation, decode
-from attest.certificate import load_authority
-from attest.kdf import load_p256_pem, p256_from_uniform
-from attest.proto import dstack_guest_pb2, kms_pb2
 from bench.figure import Bar, Effort, Figure, alternate, median, ratio
 from bench.kms import TIMEOUT, call, tls
 from bench.load import Connection, closed_loop, connect_tls, post
 from bench.processes import OTHER_CORE, SERVER_CORE, CpuMeter, on_core, running_stack
-from stack.config import StackConfig
-from stack.stack import Stack
-from transport.client import PrpcClient
-from transport.ratls import Identity, make_identity
+from dstack_emu.attest.attestation import Attestation, decode
+from dstack_emu.attest.certificate import load_authority
+from dstack_emu.attest.kdf import load_p256_pem, p256_from_uniform
+from dstack_emu.attest.proto import dstack_guest_pb2, kms_pb2
+from dstack_emu.deployment.config import StackConfig
+from dstack_emu.deployment.stack import Stack
+from dstack_emu.transport.client import PrpcClient
+from dstack_emu.transport.ratls import Identity, make_identity
 
 CONNECTIONS = 8
 BAR, REVERT_BAR = 0.95, 50.0

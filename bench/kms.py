@@ -20,14 +20,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
-from attest.attestation import Attestation, decode
-from attest.certificate import load_authority
-from attest.kdf import load_p256_pem
-from attest.proto import dstack_guest_pb2, kms_pb2
 from bench.load import Connection, connect_tls, connect_unix, post
 from bench.processes import OTHER_CORE, SERVER_CORE, on_core, running, running_stack
-from transport.client import PrpcClient
-from transport.ratls import Identity, make_identity
+from dstack_emu.attest.attestation import Attestation, decode
+from dstack_emu.attest.certificate import load_authority
+from dstack_emu.attest.kdf import load_p256_pem
+from dstack_emu.attest.proto import dstack_guest_pb2, kms_pb2
+from dstack_emu.transport.client import PrpcClient
+from dstack_emu.transport.ratls import Identity, make_identity
 
 TIMEOUT = 10.0
 A = TypeVar("A", bound=Message)

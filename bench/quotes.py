@@ -11,10 +11,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from bench.figure import Bar, Effort, Figure, alternate, median, rate_of, ratio
 from bench.processes import SERVER_CORE, on_core
-from simulator.image import OsImage
-from simulator.intel import Intel
-from simulator.seed import Seed
-from simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
+from dstack_emu.simulator.image import OsImage
+from dstack_emu.simulator.intel import Intel
+from dstack_emu.simulator.seed import Seed
+from dstack_emu.simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
 
 BAR = 0.5
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 from dcap_qvl import QuoteCollateralV3
 
-from attest.attestation import decode
-from attest.collateral import CollateralKey
-from attest.proto import dstack_guest_pb2 as pb
-from attest.verify import TrustAnchor
 from bench.bare_server import Inner
 from bench.kms import TIMEOUT, MeasuredKms
 from bench.processes import SERVER_CORE, running
-from kms_emu.gate import boot_info_of
-from transport.client import PrpcClient
-from transport.pccs_client import AttestationVerifier, PccsClient
+from dstack_emu.attest.attestation import decode
+from dstack_emu.attest.collateral import CollateralKey
+from dstack_emu.attest.proto import dstack_guest_pb2 as pb
+from dstack_emu.attest.verify import TrustAnchor
+from dstack_emu.kms_emu.gate import boot_info_of
+from dstack_emu.transport.client import PrpcClient
+from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
 
 
 @dataclass(frozen=True, slots=True)

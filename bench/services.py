@@ -9,11 +9,11 @@ import json
 import signal
 import sys
 
-from auth.server import simple_app
-from simulator.intel import Intel
-from simulator.pccs import pccs_app
-from simulator.seed import Seed
-from transport.listen import bind_tcp, serve
+from dstack_emu.auth.server import simple_app
+from dstack_emu.simulator.intel import Intel
+from dstack_emu.simulator.pccs import pccs_app
+from dstack_emu.simulator.seed import Seed
+from dstack_emu.transport.listen import bind_tcp, serve
 
 
 async def _serve(seed: str, policy: str) -> None:

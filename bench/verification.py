@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 import dcap_qvl
 
-from attest.collateral import assemble
-from attest.pcs import Document
-from attest.verify import TrustAnchor, verify_attestation
 from bench.figure import Bar, Effort, Figure, alternate, median, rate_of, ratio
 from bench.processes import SERVER_CORE, on_core
 from bench.quotes import booted_domain
+from dstack_emu.attest.collateral import assemble
+from dstack_emu.attest.pcs import Document
+from dstack_emu.attest.verify import TrustAnchor, verify_attestation
 
 BAR = 0.75
 

@@ -14,12 +14,12 @@ from typing import Final
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from kms_emu.config import Admin
-from kms_emu.errors import ConfigError, KmsError
-from kms_emu.image_cache import ImageCache, admin_table
-from kms_emu.journal import journaled
-from transport.events import EventLog
-from transport.prpc_server import Asked, add_prpc
+from dstack_emu.kms_emu.call_log import journaled
+from dstack_emu.kms_emu.config import Admin
+from dstack_emu.kms_emu.errors import ConfigError, KmsError
+from dstack_emu.kms_emu.image_cache import ImageCache, admin_table
+from dstack_emu.transport.events import EventLog
+from dstack_emu.transport.prpc_server import Asked, add_prpc
 
 REALM: Final = "dstack-kms admin"
 TOKEN_HEADER: Final = "X-Admin-Token"  # noqa: S105 - a header's name

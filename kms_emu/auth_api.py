@@ -12,12 +12,12 @@ from typing import Any, Final, NoReturn, Protocol
 
 import aiohttp
 
-from attest.app_info import BootInfo
-from attest.version import UPSTREAM
-from kms_emu.errors import UnavailableError
-from transport.client import MoreHeaders, describe_failure
-from transport.keepalive import AnswerTooLongError, KeepAliveClient, header_lines
-from transport.status import status_line
+from dstack_emu.attest.app_info import BootInfo
+from dstack_emu.attest.version import UPSTREAM
+from dstack_emu.kms_emu.errors import UnavailableError
+from dstack_emu.transport.client import MoreHeaders, describe_failure
+from dstack_emu.transport.keepalive import AnswerTooLongError, KeepAliveClient, header_lines
+from dstack_emu.transport.status import status_line
 
 USER_AGENT: Final = f"dstack-kms/{UPSTREAM}"
 TIMEOUT: Final = 10.0

@@ -7,12 +7,12 @@ rocket_helper.rs` at 312dc605.
 
 import functools
 
-from attest.attestation import Attestation
-from attest.certificate import attestation_of, load_der, spki_of_der
-from attest.errors import FormatError
-from kms_emu.errors import NotAttestedError, context
-from kms_emu.service import Caller
-from transport.pccs_client import AttestationVerifier
+from dstack_emu.attest.attestation import Attestation
+from dstack_emu.attest.certificate import attestation_of, load_der, spki_of_der
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.kms_emu.errors import NotAttestedError, context
+from dstack_emu.kms_emu.service import Caller
+from dstack_emu.transport.pccs_client import AttestationVerifier
 
 
 async def caller_of(certificate_der: bytes | None, verifier: AttestationVerifier) -> Caller:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from kms_emu.errors import ConfigError
+from dstack_emu.kms_emu.errors import ConfigError
 
 TMP_CA_CERT: Final = "tmp-ca.crt"
 TMP_CA_KEY: Final = "tmp-ca.key"

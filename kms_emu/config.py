@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from attest.certificate import EvidenceForm
-from kms_emu import environment
-from kms_emu.errors import ConfigError
+from dstack_emu.attest.certificate import EvidenceForm
+from dstack_emu.kms_emu import environment
+from dstack_emu.kms_emu.errors import ConfigError
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Union, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from kms_emu.errors import ConfigError
+from dstack_emu.kms_emu.errors import ConfigError
 
 PREFIX: Final = "DSTACK_EMU_KMS_"
 

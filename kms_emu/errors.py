@@ -7,7 +7,7 @@ chain (`App not allowed: Boot denied: …`) as upstream's anyhow chains have the
 import copy
 from typing import Self
 
-from attest.errors import AttestError, UnjudgedError
+from dstack_emu.attest.errors import AttestError, UnjudgedError
 
 
 class KmsError(Exception):

@@ -12,12 +12,12 @@ import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from attest.app_info import APP_ID_SIZE, MAX_REMEMBERED, BootInfo
-from attest.errors import AttestError
-from attest.verify import VerifiedAttestation
-from kms_emu.auth_api import AuthApi
-from kms_emu.errors import BootDeniedError, InvalidRequestError, KmsError, NotAttestedError, context
-from transport.image_store import ImageStore
+from dstack_emu.attest.app_info import APP_ID_SIZE, MAX_REMEMBERED, BootInfo
+from dstack_emu.attest.errors import AttestError
+from dstack_emu.attest.verify import VerifiedAttestation
+from dstack_emu.kms_emu.auth_api import AuthApi
+from dstack_emu.kms_emu.errors import BootDeniedError, InvalidRequestError, KmsError, NotAttestedError, context
+from dstack_emu.transport.image_store import ImageStore
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,10 @@ from typing import Final
 
 from google.protobuf.empty_pb2 import Empty
 
-from attest.proto import kms_pb2 as pb
-from attest.proto import kms_v05_pb2 as pb_v05
-from kms_emu.errors import InvalidRequestError, KmsError, NotAttestedError, context
-from transport.service import Rpc, ServiceTable, without_context
+from dstack_emu.attest.proto import kms_pb2 as pb
+from dstack_emu.attest.proto import kms_v05_pb2 as pb_v05
+from dstack_emu.kms_emu.errors import InvalidRequestError, KmsError, NotAttestedError, context
+from dstack_emu.transport.service import Rpc, ServiceTable, without_context
 
 ALL: Final = "all"
 

@@ -13,11 +13,11 @@ from coincurve import PrivateKey
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from attest import certificate as cert
-from attest.attestation import Attestation
-from attest.csr import SigningRequest
-from attest.errors import FormatError
-from attest.kdf import (
+from dstack_emu.attest import certificate as cert
+from dstack_emu.attest.attestation import Attestation
+from dstack_emu.attest.csr import SigningRequest
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.kdf import (
     derive_dh_secret,
     derive_key,
     derive_p256,
@@ -26,9 +26,9 @@ from attest.kdf import (
     p256_scalar,
     pkcs8_pem,
 )
-from attest.signature import app_key_message, env_key_message, k256_key, k256_point, sign_recoverable
-from kms_emu import cert_dir as files
-from kms_emu.gate import AppGrant, KmsGrant, SelfGrant
+from dstack_emu.attest.signature import app_key_message, env_key_message, k256_key, k256_point, sign_recoverable
+from dstack_emu.kms_emu import cert_dir as files
+from dstack_emu.kms_emu.gate import AppGrant, KmsGrant, SelfGrant
 
 Entropy = Callable[[int], bytes]
 """A source of random bytes."""

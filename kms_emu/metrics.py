@@ -7,7 +7,7 @@ from typing import Final
 
 from aiohttp import web
 
-from attest.prpc import trim_prefix
+from dstack_emu.attest.prpc import trim_prefix
 
 COUNTED: Final = frozenset(("GetAppKey", "GetKmsKey", "SignCert"))
 

@@ -10,20 +10,20 @@ from typing import Final
 
 from google.protobuf.empty_pb2 import Empty
 
-from attest.certificate import load_authority
-from attest.errors import AttestError, FormatError, UnjudgedError, VerificationError
-from attest.kdf import load_p256_pem, p256_from_uniform
-from attest.proto import kms_pb2 as pb
-from attest.signature import k256_key
-from attest.verify import VerifiedAttestation
-from kms_emu.auth_api import AuthApi
-from kms_emu.errors import BootDeniedError, NotAttestedError, UnavailableError, context
-from kms_emu.gate import boot_info_of, require_kms_allowed
-from kms_emu.guest_agent import GuestAgent
-from kms_emu.keys import Entropy, KmsKeys, RootKeys
-from transport.client import MoreHeaders
-from transport.pccs_client import AttestationVerifier
-from transport.ratls import TIMEOUT, Peer, RaTlsClient, RaTlsError, RefusedError, make_identity
+from dstack_emu.attest.certificate import load_authority
+from dstack_emu.attest.errors import AttestError, FormatError, UnjudgedError, VerificationError
+from dstack_emu.attest.kdf import load_p256_pem, p256_from_uniform
+from dstack_emu.attest.proto import kms_pb2 as pb
+from dstack_emu.attest.signature import k256_key
+from dstack_emu.attest.verify import VerifiedAttestation
+from dstack_emu.kms_emu.agent_client import GuestAgent
+from dstack_emu.kms_emu.auth_api import AuthApi
+from dstack_emu.kms_emu.errors import BootDeniedError, NotAttestedError, UnavailableError, context
+from dstack_emu.kms_emu.gate import boot_info_of, require_kms_allowed
+from dstack_emu.kms_emu.keys import Entropy, KmsKeys, RootKeys
+from dstack_emu.transport.client import MoreHeaders
+from dstack_emu.transport.pccs_client import AttestationVerifier
+from dstack_emu.transport.ratls import TIMEOUT, Peer, RaTlsClient, RaTlsError, RefusedError, make_identity
 
 ZERO_REPORT_DATA: Final = bytes(64)
 

@@ -16,37 +16,37 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 from cryptography import x509
 
-from attest.app_info import BootInfo
-from attest.certificate import CertificateAuthority
-from attest.errors import AttestError
-from attest.verify import TrustAnchor
-from attest.version import REVISION, UPSTREAM
-from kms_emu.admin import admin_app
-from kms_emu.auth_api import AuthApi, DevAuth, WebhookAuth
-from kms_emu.caller import caller_of
-from kms_emu.cert_dir import ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT, CertDir
-from kms_emu.config import AttestationConfig, Core, KmsConfig
-from kms_emu.errors import ConfigError, KmsError, context
-from kms_emu.guest_agent import TIMEOUT as AGENT_TIMEOUT
-from kms_emu.guest_agent import GuestAgent
-from kms_emu.image_cache import ImageCache
-from kms_emu.journal import log_refusal
-from kms_emu.keys import Entropy, KmsKeys, RootKeys
-from kms_emu.metrics import AttestationMetrics
-from kms_emu.onboarding import Receiver
-from kms_emu.service import Caller, Environment, KmsService, OnboardService, kms_table, onboard_table
-from kms_emu.setup_page import content_security_policy, setup_page
-from transport.client import MoreHeaders
-from transport.events import EventLog
-from transport.image_store import ImageStore
-from transport.listen import Server, ServerTlsContext, bind_tcp, serve
-from transport.pccs_client import AttestationVerifier, Clock, PccsClient
-from transport.plain import add_headers
-from transport.prpc_server import Asked, add_prpc
-from transport.ratls import TIMEOUT as SOURCE_TIMEOUT
+from dstack_emu.attest.app_info import BootInfo
+from dstack_emu.attest.certificate import CertificateAuthority
+from dstack_emu.attest.errors import AttestError
+from dstack_emu.attest.verify import TrustAnchor
+from dstack_emu.attest.version import REVISION, UPSTREAM
+from dstack_emu.kms_emu.admin import admin_app
+from dstack_emu.kms_emu.agent_client import TIMEOUT as AGENT_TIMEOUT
+from dstack_emu.kms_emu.agent_client import GuestAgent
+from dstack_emu.kms_emu.auth_api import AuthApi, DevAuth, WebhookAuth
+from dstack_emu.kms_emu.call_log import log_refusal
+from dstack_emu.kms_emu.caller import caller_of
+from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT, CertDir
+from dstack_emu.kms_emu.config import AttestationConfig, Core, KmsConfig
+from dstack_emu.kms_emu.errors import ConfigError, KmsError, context
+from dstack_emu.kms_emu.image_cache import ImageCache
+from dstack_emu.kms_emu.keys import Entropy, KmsKeys, RootKeys
+from dstack_emu.kms_emu.metrics import AttestationMetrics
+from dstack_emu.kms_emu.onboarding import Receiver
+from dstack_emu.kms_emu.service import Caller, Environment, KmsService, OnboardService, kms_table, onboard_table
+from dstack_emu.kms_emu.setup_page import content_security_policy, setup_page
+from dstack_emu.transport.client import MoreHeaders
+from dstack_emu.transport.events import EventLog
+from dstack_emu.transport.image_store import ImageStore
+from dstack_emu.transport.listen import Server, ServerTlsContext, bind_tcp, serve
+from dstack_emu.transport.pccs_client import AttestationVerifier, Clock, PccsClient
+from dstack_emu.transport.plain import add_headers
+from dstack_emu.transport.prpc_server import Asked, add_prpc
+from dstack_emu.transport.ratls import TIMEOUT as SOURCE_TIMEOUT
 
 if TYPE_CHECKING:
-    from kms_emu.grpc_front import GrpcFront
+    from dstack_emu.kms_emu.grpc_server import GrpcFront
 
 Phase = Literal["starting", "onboard", "runtime", "stopped"]
 
@@ -249,7 +249,9 @@ class KmsServer:
                 where = "core.admin.address and core.admin.port"
                 self._admin_sock = bind_tcp(core.admin.address, core.admin.port, setting=where, listen=False)
             if self.config.emulator.grpc.enabled:
-                from kms_emu.grpc_front import GrpcFront  # costs time and memory that nobody else should pay
+                from dstack_emu.kms_emu.grpc_server import (
+                    GrpcFront,  # costs time and memory that nobody else should pay
+                )
 
                 self._grpc = GrpcFront(
                     self.config,

@@ -11,31 +11,31 @@ from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 
-from attest.attestation import Attestation
-from attest.certificate import EvidenceForm, spki_der
-from attest.csr import SigningRequest
-from attest.errors import FormatError
-from attest.eventlog import find_payload
-from attest.pck import device_id
-from attest.proto import kms_pb2 as pb
-from attest.prpc import decode_json, encode_json
-from attest.report_data import bootstrap_report_data, ratls_report_data
-from attest.verify import VerifiedAttestation, require_bound_to_key
-from kms_emu import keys
-from kms_emu.auth_api import AuthApi
-from kms_emu.cert_dir import BOOTSTRAP_INFO, K256_KEY, ROOT_CA_KEY, CertDir
-from kms_emu.config import Core
-from kms_emu.errors import InvalidRequestError, UnavailableError, WrongPhaseError, context
-from kms_emu.gate import Gate, boot_info_of, require_app_id, require_kms_allowed
-from kms_emu.guest_agent import GuestAgent
-from kms_emu.image_cache import ImageCache, main_listener_rpc
-from kms_emu.journal import journaled
-from kms_emu.keys import Entropy, KmsKeys
-from kms_emu.onboarding import ZERO_REPORT_DATA, Receiver, own_evidence
-from transport.events import EventLog
-from transport.image_store import ImageStore
-from transport.pccs_client import AttestationVerifier, Clock
-from transport.service import Rpc, ServiceTable, without_arguments, without_context
+from dstack_emu.attest.attestation import Attestation
+from dstack_emu.attest.certificate import EvidenceForm, spki_der
+from dstack_emu.attest.csr import SigningRequest
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.eventlog import find_payload
+from dstack_emu.attest.pck import device_id
+from dstack_emu.attest.proto import kms_pb2 as pb
+from dstack_emu.attest.prpc import decode_json, encode_json
+from dstack_emu.attest.report_data import bootstrap_report_data, ratls_report_data
+from dstack_emu.attest.verify import VerifiedAttestation, require_bound_to_key
+from dstack_emu.kms_emu import keys
+from dstack_emu.kms_emu.agent_client import GuestAgent
+from dstack_emu.kms_emu.auth_api import AuthApi
+from dstack_emu.kms_emu.call_log import journaled
+from dstack_emu.kms_emu.cert_dir import BOOTSTRAP_INFO, K256_KEY, ROOT_CA_KEY, CertDir
+from dstack_emu.kms_emu.config import Core
+from dstack_emu.kms_emu.errors import InvalidRequestError, UnavailableError, WrongPhaseError, context
+from dstack_emu.kms_emu.gate import Gate, boot_info_of, require_app_id, require_kms_allowed
+from dstack_emu.kms_emu.image_cache import ImageCache, main_listener_rpc
+from dstack_emu.kms_emu.keys import Entropy, KmsKeys
+from dstack_emu.kms_emu.onboarding import ZERO_REPORT_DATA, Receiver, own_evidence
+from dstack_emu.transport.events import EventLog
+from dstack_emu.transport.image_store import ImageStore
+from dstack_emu.transport.pccs_client import AttestationVerifier, Clock
+from dstack_emu.transport.service import Rpc, ServiceTable, without_arguments, without_context
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,22 +13,22 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from google.protobuf.empty_pb2 import Empty
 
-from attest.app_info import AppInfo, decode_app_info
-from attest.certificate import spki_der
-from attest.csr import CertificateConfig, SigningRequest
-from attest.errors import AttestError, FormatError
-from attest.eventlog import TdxEvent, for_get_quote, log_to_json
-from attest.kdf import derive_key, derive_p256, pkcs8_pem
-from attest.proto import dstack_guest_pb2 as pb
-from attest.remember import remember_by_identity
-from attest.report_data import APP_DATA, DEFAULT_HASH, pad_report_data, ratls_report_data, report_data
-from attest.signature import k256_key, k256_sign, k256_verify, sign_recoverable
-from attest.version import REVISION, UPSTREAM
-from simulator.app_keys import AppKeys, CertificateIssuer
-from simulator.errors import GuestError
-from simulator.seed import Entropy
-from simulator.trust_domain import TrustDomain
-from transport.service import Rpc, ServiceTable, without_arguments, without_context
+from dstack_emu.attest.app_info import AppInfo, decode_app_info
+from dstack_emu.attest.certificate import spki_der
+from dstack_emu.attest.csr import CertificateConfig, SigningRequest
+from dstack_emu.attest.errors import AttestError, FormatError
+from dstack_emu.attest.eventlog import TdxEvent, for_get_quote, log_to_json
+from dstack_emu.attest.kdf import derive_key, derive_p256, pkcs8_pem
+from dstack_emu.attest.proto import dstack_guest_pb2 as pb
+from dstack_emu.attest.remember import remember_by_identity
+from dstack_emu.attest.report_data import APP_DATA, DEFAULT_HASH, pad_report_data, ratls_report_data, report_data
+from dstack_emu.attest.signature import k256_key, k256_sign, k256_verify, sign_recoverable
+from dstack_emu.attest.version import REVISION, UPSTREAM
+from dstack_emu.simulator.app_keys import AppKeys, CertificateIssuer
+from dstack_emu.simulator.errors import GuestError
+from dstack_emu.simulator.seed import Entropy
+from dstack_emu.simulator.trust_domain import TrustDomain
+from dstack_emu.transport.service import Rpc, ServiceTable, without_arguments, without_context
 
 SIGNING_PATH, SIGNING_PURPOSE = "vms", "signing"
 PREHASHED: Final = "secp256k1_prehashed"

@@ -9,9 +9,9 @@ from typing import Any, Final
 
 import grpc
 
-from simulator.agent import GuestAgent, dstack_table, tappd_table, worker_table
-from simulator.errors import GuestError, KmsRefusedError, KmsUnreachableError
-from transport.grpc_server import GrpcServer, GrpcService, Listener, Statuses, anyone, serve_grpc
+from dstack_emu.simulator.agent import GuestAgent, dstack_table, tappd_table, worker_table
+from dstack_emu.simulator.errors import GuestError, KmsRefusedError, KmsUnreachableError
+from dstack_emu.transport.grpc_server import GrpcServer, GrpcService, Listener, Statuses, anyone, serve_grpc
 
 STATUSES: Final[Statuses] = {
     KmsRefusedError: grpc.StatusCode.PERMISSION_DENIED,

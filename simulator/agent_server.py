@@ -9,10 +9,10 @@ from html import escape
 
 from aiohttp import web
 
-from attest.errors import AttestError
-from simulator.agent import GuestAgent, combined_table, dstack_table, tappd_table
-from simulator.errors import GuestError
-from transport.prpc_server import Asked, add_prpc
+from dstack_emu.attest.errors import AttestError
+from dstack_emu.simulator.agent import GuestAgent, combined_table, dstack_table, tappd_table
+from dstack_emu.simulator.errors import GuestError
+from dstack_emu.transport.prpc_server import Asked, add_prpc
 
 ERRORS = (GuestError, AttestError)
 

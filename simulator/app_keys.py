@@ -9,11 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from attest.certificate import USAGE_APP_LEAF, CertificateAuthority, CertificateRequest, pem, self_signed, spki_der
-from attest.csr import SigningRequest
-from attest.kdf import derive_key, derive_p256, pkcs8_der
-from attest.report_data import ratls_report_data
-from simulator.trust_domain import KeyProvider, TrustDomain
+from dstack_emu.attest.certificate import (
+    USAGE_APP_LEAF,
+    CertificateAuthority,
+    CertificateRequest,
+    pem,
+    self_signed,
+    spki_der,
+)
+from dstack_emu.attest.csr import SigningRequest
+from dstack_emu.attest.kdf import derive_key, derive_p256, pkcs8_der
+from dstack_emu.attest.report_data import ratls_report_data
+from dstack_emu.simulator.trust_domain import KeyProvider, TrustDomain
 
 
 class CertificateIssuer(Protocol):

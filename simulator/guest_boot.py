@@ -14,20 +14,26 @@ from typing import Final
 
 from google.protobuf.empty_pb2 import Empty
 
-from attest.attestation import Attestation
-from attest.certificate import USAGE_KMS_RPC, CertificateAuthority, certificate_spki, load_authority, load_pem
-from attest.csr import SigningRequest
-from attest.errors import AttestError, VerificationError
-from attest.kdf import load_p256_pem, p256_from_uniform
-from attest.proto import kms_pb2 as pb
-from simulator.app_keys import AppKeys
-from simulator.errors import GuestError, KmsRefusedError, KmsUnreachableError
-from simulator.guest_files import KmsAccess
-from simulator.seed import Entropy
-from simulator.trust_domain import KeyProvider, TrustDomain
-from transport.client import MoreHeaders
-from transport.pccs_client import AttestationVerifier
-from transport.ratls import (
+from dstack_emu.attest.attestation import Attestation
+from dstack_emu.attest.certificate import (
+    USAGE_KMS_RPC,
+    CertificateAuthority,
+    certificate_spki,
+    load_authority,
+    load_pem,
+)
+from dstack_emu.attest.csr import SigningRequest
+from dstack_emu.attest.errors import AttestError, VerificationError
+from dstack_emu.attest.kdf import load_p256_pem, p256_from_uniform
+from dstack_emu.attest.proto import kms_pb2 as pb
+from dstack_emu.simulator.app_keys import AppKeys
+from dstack_emu.simulator.errors import GuestError, KmsRefusedError, KmsUnreachableError
+from dstack_emu.simulator.guest_files import KmsAccess
+from dstack_emu.simulator.seed import Entropy
+from dstack_emu.simulator.trust_domain import KeyProvider, TrustDomain
+from dstack_emu.transport.client import MoreHeaders
+from dstack_emu.transport.pccs_client import AttestationVerifier
+from dstack_emu.transport.ratls import (
     TIMEOUT,
     Identity,
     Peer,

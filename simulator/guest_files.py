@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from attest.certificate import CertificateAuthority, load_authority, load_pem
-from attest.errors import FormatError
-from attest.kdf import load_p256_pem
-from simulator.app_keys import AppKeys
-from simulator.trust_domain import KeyProvider
+from dstack_emu.attest.certificate import CertificateAuthority, load_authority, load_pem
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.kdf import load_p256_pem
+from dstack_emu.simulator.app_keys import AppKeys
+from dstack_emu.simulator.trust_domain import KeyProvider
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Self
 
-from attest.errors import FormatError
-from attest.eventlog import TdxEvent
-from attest.image import (
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.eventlog import TdxEvent
+from dstack_emu.attest.image import (
     ACPI_EVENT_NAMES,
     MEASUREMENT_FILE,
     OVMF_VARIANT,
@@ -36,7 +36,7 @@ from attest.image import (
     os_image_hash,
     sha256sum_txt,
 )
-from attest.vmconfig import TdxMeasurement, VmConfig
+from dstack_emu.attest.vmconfig import TdxMeasurement, VmConfig
 
 GIB = 1 << 30
 

@@ -21,10 +21,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from attest.errors import FormatError
-from attest.image import MEASUREMENT_FILE, ImageMeasurement, cmdline_sha384, initrd_sha384, os_image_hash
-from attest.os_image import CHECKSUM_FILE, METADATA_FILE, ImageInfo, parse_manifest
-from simulator.image import OsImage, is_bootable, kernel_digest
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.image import MEASUREMENT_FILE, ImageMeasurement, cmdline_sha384, initrd_sha384, os_image_hash
+from dstack_emu.attest.os_image import CHECKSUM_FILE, METADATA_FILE, ImageInfo, parse_manifest
+from dstack_emu.simulator.image import OsImage, is_bootable, kernel_digest
 
 DIGEST_FILE = "digest.txt"
 

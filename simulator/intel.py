@@ -19,10 +19,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from attest.errors import FormatError
-from attest.pck import OID_SGX_EXTENSION, PckExtension
-from attest.pcs import Document
-from simulator.platform import (
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.pck import OID_SGX_EXTENSION, PckExtension
+from dstack_emu.attest.pcs import Document
+from dstack_emu.simulator.platform import (
     CPU_SVN,
     PART_STATUSES,
     PCE_ID,
@@ -40,7 +40,7 @@ from simulator.platform import (
     raw_signature,
     require_status,
 )
-from simulator.seed import Seed
+from dstack_emu.simulator.seed import Seed
 
 EMULATED: Final = "dstack-emu EMULATED (protects nothing)"
 VALID_FROM: Final = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)

@@ -15,7 +15,7 @@ from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from attest.pcs import (
+from dstack_emu.attest.pcs import (
     PCK_CRL_ISSUER_HEADER,
     PCK_CRL_PATH,
     QE_IDENTITY_ISSUER_HEADER,
@@ -27,7 +27,7 @@ from attest.pcs import (
     Document,
     combined_etag,
 )
-from simulator.intel import Intel
+from dstack_emu.simulator.intel import Intel
 
 SGX_TCB_INFO_PATH = TCB_INFO_PATH.replace("/tdx/", "/sgx/")
 SGX_QE_IDENTITY_PATH = QE_IDENTITY_PATH.replace("/tdx/", "/sgx/")

@@ -13,12 +13,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from attest.errors import FormatError
-from attest.pck import PckExtension, device_id
-from attest.quote import QuoteHeader, QuoteSignature, TdReport, encode_body, qe_report_data
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.pck import PckExtension, device_id
+from dstack_emu.attest.quote import QuoteHeader, QuoteSignature, TdReport, encode_body, qe_report_data
 
 if TYPE_CHECKING:
-    from simulator.intel import Intel
+    from dstack_emu.simulator.intel import Intel
 
 TcbStatus = Literal[
     "UpToDate",

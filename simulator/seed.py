@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from attest.kdf import p256_from_uniform
+from dstack_emu.attest.kdf import p256_from_uniform
 
 Entropy = Callable[[int], bytes]
 """A source of random bytes: `os.urandom`, or a stream of a seed."""

@@ -10,13 +10,13 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Self
 
-from attest.attestation import Attestation
-from attest.errors import FormatError
-from attest.eventlog import BOOT_MR_DONE, SYSTEM_READY, RuntimeEvent, TdxEvent
-from attest.quote import TdReport, TdReport15
-from attest.vmconfig import VmConfig
-from simulator.image import OsImage
-from simulator.platform import TEE_TCB_SVN, Platform
+from dstack_emu.attest.attestation import Attestation
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.eventlog import BOOT_MR_DONE, SYSTEM_READY, RuntimeEvent, TdxEvent
+from dstack_emu.attest.quote import TdReport, TdReport15
+from dstack_emu.attest.vmconfig import VmConfig
+from dstack_emu.simulator.image import OsImage
+from dstack_emu.simulator.platform import TEE_TCB_SVN, Platform
 
 TD_ATTRIBUTES: Final = bytes.fromhex("0000001000000000")
 """SEPT_VE_DISABLE set, debug off, as a production domain has it."""

@@ -20,9 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from kms_emu import cert_dir
-from kms_emu.cert_dir import BOOTSTRAP_INFO, RPC_CERT, CertDir
-from kms_emu.keys import KmsKeys
+from dstack_emu.kms_emu import cert_dir
+from dstack_emu.kms_emu.cert_dir import BOOTSTRAP_INFO, RPC_CERT, CertDir
+from dstack_emu.kms_emu.keys import KmsKeys
 
 REACHES_DISK = {
     "open",

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from simulator.intel import Intel
-from simulator.pccs import pccs_app
-from simulator.platform import PlatformState
-from simulator.seed import Seed
-from transport.listen import bind_tcp, serve
+from dstack_emu.simulator.intel import Intel
+from dstack_emu.simulator.pccs import pccs_app
+from dstack_emu.simulator.platform import PlatformState
+from dstack_emu.simulator.seed import Seed
+from dstack_emu.transport.listen import bind_tcp, serve
 
 
 @dataclass(frozen=True)

@@ -24,22 +24,22 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from attest import attestation, certificate, collateral, der, eventlog, image, scale
-from attest.app_info import decode_app_info, os_image_hash
-from attest.attestation import Attestation
-from attest.csr import CertificateConfig, SigningRequest
-from attest.errors import AttestError
-from attest.eventlog import RuntimeEvent, TdxEvent
-from attest.pck import PckExtension, pck_extension_of
-from attest.pcs import Document
-from attest.quote import TD10_FIELDS, Quote, TdReport15
-from attest.report_data import APP_DATA, ratls_report_data, report_data
-from attest.verify import TrustAnchor, require_bound_to_key, verify_attestation, verify_quote
-from attest.vmconfig import VmConfig
-from simulator.image import OsImage
-from simulator.intel import Intel
-from simulator.seed import Seed
-from simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
+from dstack_emu.attest import attestation, certificate, collateral, der, eventlog, image, scale
+from dstack_emu.attest.app_info import decode_app_info, os_image_hash
+from dstack_emu.attest.attestation import Attestation
+from dstack_emu.attest.csr import CertificateConfig, SigningRequest
+from dstack_emu.attest.errors import AttestError
+from dstack_emu.attest.eventlog import RuntimeEvent, TdxEvent
+from dstack_emu.attest.pck import PckExtension, pck_extension_of
+from dstack_emu.attest.pcs import Document
+from dstack_emu.attest.quote import TD10_FIELDS, Quote, TdReport15
+from dstack_emu.attest.report_data import APP_DATA, ratls_report_data, report_data
+from dstack_emu.attest.verify import TrustAnchor, require_bound_to_key, verify_attestation, verify_quote
+from dstack_emu.attest.vmconfig import VmConfig
+from dstack_emu.simulator.image import OsImage
+from dstack_emu.simulator.intel import Intel
+from dstack_emu.simulator.seed import Seed
+from dstack_emu.simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
 from tests.vectors import VECTORS
 
 NOW: Final = 1_795_264_581

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from attest.app_info import decode_app_info
-from attest.attestation import decode, from_quote_and_log
-from attest.errors import AttestError, FormatError
-from attest.eventlog import (
+from dstack_emu.attest.app_info import decode_app_info
+from dstack_emu.attest.attestation import decode, from_quote_and_log
+from dstack_emu.attest.errors import AttestError, FormatError
+from dstack_emu.attest.eventlog import (
     BOOT_MR_DONE,
     RuntimeEvent,
     for_get_quote,
@@ -16,7 +16,7 @@ from attest.eventlog import (
     replay_register,
     replay_runtime,
 )
-from attest.quote import Quote
+from dstack_emu.attest.quote import Quote
 from tests.vectors import golden, vector_path
 
 HARDWARE = "hardware-attestation-v0.scale"

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from auth.errors import AuthError, ConfigError
-from auth.mock import MockSettings
-from auth.server import mock_app
+from dstack_emu.auth.errors import AuthError, ConfigError
+from dstack_emu.auth.mock import MockSettings
+from dstack_emu.auth.server import mock_app
 from tests.vectors import golden
 
 GATEWAY = "0xmockgateway1234567890123456789012345678"

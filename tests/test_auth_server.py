@@ -14,8 +14,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from yarl import URL
 
-from auth.mock import MockSettings
-from auth.server import MAX_BODY_SIZE, mock_app, simple_app
+from dstack_emu.auth.mock import MockSettings
+from dstack_emu.auth.server import MAX_BODY_SIZE, mock_app, simple_app
 
 Client = TestClient[web.Request, web.Application]
 

@@ -14,11 +14,11 @@ from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from auth.boot_info import BootInfo, parse_boot_info
-from auth.errors import ConfigError
-from auth.policy import COMPATS, Compat, Policy, evaluate
-from auth.server import simple_app
-from auth.simple import SimpleAuth, SimpleSettings
+from dstack_emu.auth.boot_info import BootInfo, parse_boot_info
+from dstack_emu.auth.errors import ConfigError
+from dstack_emu.auth.policy import COMPATS, Compat, Policy, evaluate
+from dstack_emu.auth.server import simple_app
+from dstack_emu.auth.simple import SimpleAuth, SimpleSettings
 from tests.vectors import golden
 
 Client = TestClient[web.Request, web.Application]

@@ -13,7 +13,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from stack.cli import parser
+from dstack_emu.cli.main import parser
 from tests import foreign
 from tests.commands import ask, run_command, serving, usage_error
 from tests.foreign import Guest

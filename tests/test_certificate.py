@@ -10,11 +10,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
-from attest import certificate as c
-from attest.csr import SigningRequest
-from attest.errors import AttestError, FormatError, VerificationError
-from attest.kdf import load_p256_pem, p256_key
-from attest.verify import require_bound_to_key
+from dstack_emu.attest import certificate as c
+from dstack_emu.attest.csr import SigningRequest
+from dstack_emu.attest.errors import AttestError, FormatError, VerificationError
+from dstack_emu.attest.kdf import load_p256_pem, p256_key
+from dstack_emu.attest.verify import require_bound_to_key
 from tests.vectors import golden
 
 NOW = 1_795_264_581

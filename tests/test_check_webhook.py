@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from stack.testing import LiveStack
-from stack.webhook.check import AT_ONCE, Finding, Report, check_webhook
-from stack.webhook.questions import QuestionError, Questions
+from dstack_emu.testing import LiveStack
+from dstack_emu.transport.listen import bind_tcp, serve
+from dstack_emu.webhook_check.check import AT_ONCE, Finding, Report, check_webhook
+from dstack_emu.webhook_check.questions import QuestionError, Questions
 from tests.commands import run_command, serving, usage_error
-from transport.listen import bind_tcp, serve
 
 QUESTIONS = Questions.of_seed("dstack-emu")
 KMS, APP = "bootAuth/kms", "bootAuth/app"

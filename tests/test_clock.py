@@ -2,7 +2,7 @@
 
 import pytest
 
-from stack.clock import ISSUED_AT, ClockError, StackClock
+from dstack_emu.deployment.clock import ISSUED_AT, ClockError, StackClock
 
 
 def test_clock_follows_the_wall_until_it_is_touched() -> None:

@@ -14,13 +14,13 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
-from stack.stack import Stack
-from stack.world.control import Control
-from stack.world.models import ControlError
-from stack.world.operations import OPERATIONS, openapi
+from dstack_emu.control.api import Control
+from dstack_emu.control.routes import OPERATIONS, openapi
+from dstack_emu.control.schemas import ControlError
+from dstack_emu.deployment.stack import Stack
+from dstack_emu.transport.listen import bind_tcp, serve
 from tests import foreign
 from tests.world import own_stack
-from transport.listen import bind_tcp, serve
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -21,18 +21,18 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from attest.errors import FormatError, VerificationError
-from attest.verify import TrustAnchor, verify_quote
-from simulator.image import OsImage
-from simulator.intel import Intel, VendorState
-from simulator.pccs import pccs_app
-from simulator.platform import TCB_STATUSES, Platform, PlatformState, TcbStatus
-from simulator.seed import Seed
-from simulator.trust_domain import AppCompose, DomainSettings, TrustDomain
+from dstack_emu.attest.errors import FormatError, VerificationError
+from dstack_emu.attest.verify import TrustAnchor, verify_quote
+from dstack_emu.simulator.image import OsImage
+from dstack_emu.simulator.intel import Intel, VendorState
+from dstack_emu.simulator.pccs import pccs_app
+from dstack_emu.simulator.platform import TCB_STATUSES, Platform, PlatformState, TcbStatus
+from dstack_emu.simulator.seed import Seed
+from dstack_emu.simulator.trust_domain import AppCompose, DomainSettings, TrustDomain
+from dstack_emu.transport.listen import bind_tcp, serve
 from tests import foreign
 from tests.running import RunningStack
 from tests.vectors import vector_path
-from transport.listen import bind_tcp, serve
 
 REPORT_DATA = bytes(range(64))
 AGENTS = ("agent-src", "agent-dst", "app")

@@ -21,13 +21,13 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from attest.version import EMULATOR
-from kms_emu.admin import TOKEN_VARIABLES
-from kms_emu.config import KmsConfig
-from kms_emu.environment import PREFIX, overrides
-from stack.cli import COMMANDS, parser
-from stack.config import GRPC_PORTS, PORTS
-from stack.verifier_config import VerifierConfig
+from dstack_emu.attest.version import EMULATOR
+from dstack_emu.cli.main import COMMANDS, parser
+from dstack_emu.deployment.config import GRPC_PORTS, PORTS
+from dstack_emu.kms_emu.admin import TOKEN_VARIABLES
+from dstack_emu.kms_emu.config import KmsConfig
+from dstack_emu.kms_emu.environment import PREFIX, overrides
+from dstack_emu.verifier.config import VerifierConfig
 from tests.running import RunningStack, running_stack
 from tests.scratch import run_pytest
 from tests.vectors import ROOT

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stack.commands.exec import URLS
+from dstack_emu.cli.commands.exec import URLS
 from tests.commands import run_command, usage_error
 from tests.running import RunningStack
 from tests.vectors import ROOT

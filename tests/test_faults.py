@@ -15,11 +15,11 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from attest.proto import kms_pb2 as pb
-from stack.stack import Stack
-from stack.world.control import Control
-from stack.world.faults import KINDS
-from stack.world.models import ControlError
+from dstack_emu.attest.proto import kms_pb2 as pb
+from dstack_emu.control.api import Control
+from dstack_emu.control.schemas import ControlError
+from dstack_emu.deployment.stack import Stack
+from dstack_emu.observability.fault_rules import KINDS
 from tests.world import PATIENCE, own_stack
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -18,10 +18,13 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message_factory import GetMessageClass
 
-from attest.proto import dstack_guest_pb2
-from kms_emu.grpc_front import STATUSES as KMS_STATUSES
-from simulator.agent_grpc import STATUSES as AGENT_STATUSES
-from stack.config import GRPC_PORTS
+from dstack_emu.attest.proto import dstack_guest_pb2
+from dstack_emu.deployment.config import GRPC_PORTS
+from dstack_emu.kms_emu.grpc_server import STATUSES as KMS_STATUSES
+from dstack_emu.simulator.agent_grpc import STATUSES as AGENT_STATUSES
+from dstack_emu.transport.grpc_server import ATTEST_STATUSES
+from dstack_emu.transport.stubs.dstack_guest_pb2_grpc import DstackGuestStub
+from dstack_emu.transport.stubs.kms_pb2_grpc import KMSStub
 from tests import foreign
 from tests.commands import run_command, usage_error
 from tests.foreign import Guest, Identity
@@ -31,12 +34,9 @@ from tests.test_docs import blocks, code, rows
 from tests.test_foreign_client import POLICIES, root_keys
 from tests.transports import DENIED, INVALID, UNAUTHENTICATED, UNAVAILABLE, WRONG_PHASE, Both
 from tests.vectors import ROOT
-from transport.grpc_server import ATTEST_STATUSES
-from transport.stubs.dstack_guest_pb2_grpc import DstackGuestStub
-from transport.stubs.kms_pb2_grpc import KMSStub
 
 if TYPE_CHECKING:
-    from transport.stubs.dstack_guest_pb2_grpc import DstackGuestAsyncStub
+    from dstack_emu.transport.stubs.dstack_guest_pb2_grpc import DstackGuestAsyncStub
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,20 @@ import grpc.aio
 import pytest
 from google.protobuf.empty_pb2 import Empty
 
-from attest.errors import FormatError, UnjudgedError, VerificationError
-from attest.proto import dstack_guest_pb2 as pb
-from transport.grpc_server import MAX_DETAILS, GrpcService, Listener, Peer, Statuses, anyone, details, serve_grpc
-from transport.listen import ListenError, bind_tcp, reserve_unix
-from transport.service import Rpc, ServiceTable
+from dstack_emu.attest.errors import FormatError, UnjudgedError, VerificationError
+from dstack_emu.attest.proto import dstack_guest_pb2 as pb
+from dstack_emu.transport.grpc_server import (
+    MAX_DETAILS,
+    GrpcService,
+    Listener,
+    Peer,
+    Statuses,
+    anyone,
+    details,
+    serve_grpc,
+)
+from dstack_emu.transport.listen import ListenError, bind_tcp, reserve_unix
+from dstack_emu.transport.service import Rpc, ServiceTable
 
 WORKER = "dstack_guest.Worker"
 Handler = Callable[[Any, Any], Awaitable[Any]]

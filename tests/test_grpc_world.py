@@ -11,12 +11,12 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from stack.health import check_health
-from stack.stack import Stack
-from stack.world.control import Control
-from stack.world.faults import KINDS
-from stack.world.models import ControlError
-from stack.world.tail import lines
+from dstack_emu.control.api import Control
+from dstack_emu.control.schemas import ControlError
+from dstack_emu.deployment.health import check_health
+from dstack_emu.deployment.stack import Stack
+from dstack_emu.observability.fault_rules import KINDS
+from dstack_emu.observability.record_text import lines
 from tests import foreign
 from tests.foreign import Guest
 from tests.reflected import Outcome, Reflected, reflected

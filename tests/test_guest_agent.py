@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from attest.eventlog import log_from_json, replay_register
-from attest.quote import Quote
+from dstack_emu.attest.eventlog import log_from_json, replay_register
+from dstack_emu.attest.quote import Quote
 from tests.commands import ask, serving, usage_error
 from tests.vectors import golden, vector_path
 

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attest.errors import FormatError
-from attest.eventlog import TdxEvent, replay_register
-from attest.image import (
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.eventlog import TdxEvent, replay_register
+from dstack_emu.attest.image import (
     MEASUREMENT_FILE,
     AcpiDigests,
     ImageMeasurement,
@@ -32,8 +32,8 @@ from attest.image import (
     sha256sum_entry,
     sha256sum_txt,
 )
-from attest.vmconfig import VmConfig
-from simulator.image import GIB, OsImage, made_up_digest
+from dstack_emu.attest.vmconfig import VmConfig
+from dstack_emu.simulator.image import GIB, OsImage, made_up_digest
 from tests.vectors import vector_path
 
 Json = dict[str, Any]

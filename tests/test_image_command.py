@@ -12,15 +12,15 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from attest.image import kernel_authenticode
-from attest.vmconfig import VmConfig
-from simulator.image import OsImage
-from simulator.image_files import archive, load_image
-from simulator.seed import DEFAULT_SEED, Seed
-from stack.cli import main
+from dstack_emu.attest.image import kernel_authenticode
+from dstack_emu.attest.vmconfig import VmConfig
+from dstack_emu.cli.main import main
+from dstack_emu.simulator.image import OsImage
+from dstack_emu.simulator.image_files import archive, load_image
+from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
+from dstack_emu.transport.image_archive import Limits, admit, unpack
 from tests.commands import serving
 from tests.test_image import pe_kernel
-from transport.image_archive import Limits, admit, unpack
 
 Image = Callable[..., tuple[int, str, str]]
 

@@ -17,19 +17,19 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from attest.errors import VerificationError
-from attest.image import Registers
-from attest.os_image import ImageInfo, cache_key, encode_cache_entry
-from attest.verify import VerifiedAttestation, VerifiedQuote
-from attest.vmconfig import VmConfig
-from simulator.image import OsImage
-from simulator.image_files import archive
-from simulator.intel import Intel
-from simulator.seed import Seed
-from simulator.trust_domain import AppCompose, TrustDomain
-from transport.image_archive import Limits
-from transport.image_store import ImageStore
-from transport.listen import bind_tcp, serve
+from dstack_emu.attest.errors import VerificationError
+from dstack_emu.attest.image import Registers
+from dstack_emu.attest.os_image import ImageInfo, cache_key, encode_cache_entry
+from dstack_emu.attest.verify import VerifiedAttestation, VerifiedQuote
+from dstack_emu.attest.vmconfig import VmConfig
+from dstack_emu.simulator.image import OsImage
+from dstack_emu.simulator.image_files import archive
+from dstack_emu.simulator.intel import Intel
+from dstack_emu.simulator.seed import Seed
+from dstack_emu.simulator.trust_domain import AppCompose, TrustDomain
+from dstack_emu.transport.image_archive import Limits
+from dstack_emu.transport.image_store import ImageStore
+from dstack_emu.transport.listen import bind_tcp, serve
 
 LIMITS = Limits(archive=200_000, unpacked=100_000, entries=20)
 IMAGE = OsImage.from_seed(Seed.of("image store").derive)

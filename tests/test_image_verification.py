@@ -16,17 +16,17 @@ from typing import Any
 
 import pytest
 
-from attest.app_info import decode_app_info
-from attest.image import Registers, measure
-from attest.os_image import cache_key, encode_cache_entry
-from attest.proto import kms_pb2 as pb
-from kms_emu.image_cache import ImageCache
-from simulator.image import ImageParts, OsImage
-from simulator.image_files import fill_cache, save_image
-from simulator.intel import Intel
-from simulator.seed import DEFAULT_SEED, Seed
-from simulator.trust_domain import TrustDomain
-from stack.guest import GuestConfig, Machine, power_on
+from dstack_emu.attest.app_info import decode_app_info
+from dstack_emu.attest.image import Registers, measure
+from dstack_emu.attest.os_image import cache_key, encode_cache_entry
+from dstack_emu.attest.proto import kms_pb2 as pb
+from dstack_emu.deployment.guest import GuestConfig, Machine, power_on
+from dstack_emu.kms_emu.image_cache import ImageCache
+from dstack_emu.simulator.image import ImageParts, OsImage
+from dstack_emu.simulator.image_files import fill_cache, save_image
+from dstack_emu.simulator.intel import Intel
+from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
+from dstack_emu.simulator.trust_domain import TrustDomain
 from tests import foreign
 from tests.commands import ask, serving
 from tests.foreign import Guest

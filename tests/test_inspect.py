@@ -21,16 +21,16 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attest import certificate, der, eventlog
-from attest.certificate import OID_EVENT_LOG, OID_TDX_QUOTE
-from attest.errors import FormatError
-from attest.pck import OID_SGX_EXTENSION, PckExtension, device_id, pck_extension_of
-from attest.quote import TD10_FIELDS, Quote, TdReport15
-from attest.report_data import bootstrap_report_data
-from stack.cli import main
-from stack.commands.inspect import WIDTH, render
-from stack.describe import as_json
-from stack.inspect import MAX_SIZE, Finding, inspect_input
+from dstack_emu.attest import certificate, der, eventlog
+from dstack_emu.attest.certificate import OID_EVENT_LOG, OID_TDX_QUOTE
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.pck import OID_SGX_EXTENSION, PckExtension, device_id, pck_extension_of
+from dstack_emu.attest.quote import TD10_FIELDS, Quote, TdReport15
+from dstack_emu.attest.report_data import bootstrap_report_data
+from dstack_emu.cli.commands.inspect import WIDTH, render
+from dstack_emu.cli.main import main
+from dstack_emu.inspection.fields import as_json
+from dstack_emu.inspection.identify import MAX_SIZE, Finding, inspect_input
 from tests.commands import run_command, usage_error
 from tests.test_attest_properties import (
     THOROUGH,
@@ -693,7 +693,7 @@ def test_command_refuses_in_one_line_with_status_2(tmp_path: Path) -> None:
 
 def test_command_is_content_when_nobody_reads_on() -> None:
     collateral = json.dumps(json.loads(world().collateral.to_json()) | {"padding": "x"}).encode()
-    command = f"{sys.executable} -m stack inspect - --json | head -c 1"
+    command = f"{sys.executable} -m dstack_emu inspect - --json | head -c 1"
     many = b"[" + b",".join([json.dumps(certificate.pem(issued())).encode()] * 20) + b"]"
     for data in (collateral, many):
         done = subprocess.run(

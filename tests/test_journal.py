@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from stack.clock import StackClock
-from stack.world.control import Control
-from stack.world.journal import Journal, record_of
-from stack.world.models import ControlError
-from stack.world.tail import lines
-from stack.world.trace import OUTSIDE, answered, current, entered, headers_of, read_header
+from dstack_emu.control.api import Control
+from dstack_emu.control.schemas import ControlError
+from dstack_emu.deployment.clock import StackClock
+from dstack_emu.observability.journal import Journal, record_of
+from dstack_emu.observability.record_text import lines
+from dstack_emu.observability.spans import OUTSIDE, answered, current, entered, headers_of, read_header
 from tests.vectors import ROOT
 from tests.world import own_stack
 
@@ -22,7 +22,7 @@ FROZEN = 1_780_000_000
 SCRIPT = f"""
 import asyncio, sys
 from pathlib import Path
-from stack.world.models import ControlError
+from dstack_emu.control.schemas import ControlError
 from tests.world import own_stack
 
 async def play(control):

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import aiohttp
 import pytest
 
-from transport.client import describe_failure
-from transport.keepalive import Answer, AnswerTooLongError, KeepAliveClient
+from dstack_emu.transport.client import describe_failure
+from dstack_emu.transport.keepalive import Answer, AnswerTooLongError, KeepAliveClient
 
 MAX = 1000
 BODY = b'{"isAllowed": true}'

@@ -7,14 +7,14 @@ import pytest
 from coincurve import PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from attest import kdf
-from attest.attestation import decode
-from attest.certificate import spki_der
-from attest.errors import FormatError, VerificationError
-from attest.eventlog import find_payload
-from attest.keccak import keccak
-from attest.report_data import bootstrap_report_data, report_data
-from attest.signature import app_key_message, env_key_message, k256_key, recover, sign_recoverable
+from dstack_emu.attest import kdf
+from dstack_emu.attest.attestation import decode
+from dstack_emu.attest.certificate import spki_der
+from dstack_emu.attest.errors import FormatError, VerificationError
+from dstack_emu.attest.eventlog import find_payload
+from dstack_emu.attest.keccak import keccak
+from dstack_emu.attest.report_data import bootstrap_report_data, report_data
+from dstack_emu.attest.signature import app_key_message, env_key_message, k256_key, recover, sign_recoverable
 from tests.vectors import golden, vector_path
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from kms_emu.config import KmsConfig
-from kms_emu.environment import merged, overrides
-from kms_emu.errors import ConfigError
+from dstack_emu.kms_emu.config import KmsConfig
+from dstack_emu.kms_emu.environment import merged, overrides
+from dstack_emu.kms_emu.errors import ConfigError
 from tests.commands import usage_error
 from tests.kms_process import variables
 

@@ -1,4 +1,4 @@
-"""`stack.testing` in one's own process: what is found, made and refused, and what happens when a stack is gone."""
+"""`testing` in one's own process: what is found, made and refused, and what happens when a stack is gone."""
 
 import asyncio
 import datetime
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from dstack_sdk import DstackClient
 
-from stack.config import PartEndedError, StackConfig, StackError
-from stack.testing import Journal, Kms, LiveStack, Policy, Refused, TrustDomain, refused
-from stack.testing.thread import StackThread
-from stack.world.models import ControlError
+from dstack_emu.control.schemas import ControlError
+from dstack_emu.deployment.config import PartEndedError, StackConfig, StackError
+from dstack_emu.testing import Journal, Kms, LiveStack, Policy, Refused, TrustDomain, refused
+from dstack_emu.testing.thread import StackThread
 
 # ---- refusals
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from stack import logs
+from dstack_emu.cli import logs
+from dstack_emu.transport.events import Event, EventLog
 from tests.commands import serving, usage_error
 from tests.kms_process import World, ends, running, variables
-from transport.events import Event, EventLog
 
 pytestmark = pytest.mark.timeout(180)
 

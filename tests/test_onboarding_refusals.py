@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from simulator.platform import PlatformState
+from dstack_emu.simulator.platform import PlatformState
 from tests import foreign
 from tests.commands import run_command, serving
 from tests.kms_files import copy_keys, write_kms_toml

@@ -10,11 +10,11 @@ from typing import Any
 import cbor2
 import pytest
 
-from attest.attestation import Attestation, decode
-from attest.errors import FormatError, VerificationError
-from attest.eventlog import ACPI_EVENT_TYPE, ACPI_PAYLOAD, TdxEvent
-from attest.image import Registers
-from attest.os_image import (
+from dstack_emu.attest.attestation import Attestation, decode
+from dstack_emu.attest.errors import FormatError, VerificationError
+from dstack_emu.attest.eventlog import ACPI_EVENT_TYPE, ACPI_PAYLOAD, TdxEvent
+from dstack_emu.attest.image import Registers
+from dstack_emu.attest.os_image import (
     ImageInfo,
     cache_key,
     decode_cache_entry,
@@ -24,8 +24,8 @@ from attest.os_image import (
     require_checksums,
     verify_lite,
 )
-from attest.quote import Quote, TdReport
-from attest.vmconfig import TdxMeasurement, VmConfig
+from dstack_emu.attest.quote import Quote, TdReport
+from dstack_emu.attest.vmconfig import TdxMeasurement, VmConfig
 from tests.vectors import vector_path
 
 Json = dict[str, Any]

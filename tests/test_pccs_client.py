@@ -11,17 +11,17 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from attest.attestation import Attestation
-from attest.errors import UnjudgedError, VerificationError
-from attest.pcs import PCK_CRL_PATH, QE_IDENTITY_PATH, REVALIDATION_HEADER, ROOT_CA_CRL_PATH, TCB_INFO_PATH
-from attest.verify import TrustAnchor
-from simulator.image import OsImage
-from simulator.intel import Intel, VendorState
-from simulator.pccs import REVALIDATION_PATH, pccs_app
-from simulator.seed import Seed
-from simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
-from transport.listen import bind_tcp, serve
-from transport.pccs_client import AttestationVerifier, PccsClient
+from dstack_emu.attest.attestation import Attestation
+from dstack_emu.attest.errors import UnjudgedError, VerificationError
+from dstack_emu.attest.pcs import PCK_CRL_PATH, QE_IDENTITY_PATH, REVALIDATION_HEADER, ROOT_CA_CRL_PATH, TCB_INFO_PATH
+from dstack_emu.attest.verify import TrustAnchor
+from dstack_emu.simulator.image import OsImage
+from dstack_emu.simulator.intel import Intel, VendorState
+from dstack_emu.simulator.pccs import REVALIDATION_PATH, pccs_app
+from dstack_emu.simulator.seed import Seed
+from dstack_emu.simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
+from dstack_emu.transport.listen import bind_tcp, serve
+from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 TIMEOUT = 10

@@ -21,11 +21,11 @@ from aiohttp.typedefs import Handler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from auth.server import simple_app
+from dstack_emu.auth.server import simple_app
+from dstack_emu.transport.listen import Server, bind_unix
+from dstack_emu.transport.plain import PlainRequest, add_headers, plain_calls
+from dstack_emu.transport.prpc_server import Asked
 from tests.toy import Toy, application, connect, raw, read_answer, served
-from transport.listen import Server, bind_unix
-from transport.plain import PlainRequest, add_headers, plain_calls
-from transport.prpc_server import Asked
 
 
 @web.middleware

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from simulator.platform import TCB_STATUSES, PlatformState
+from dstack_emu.simulator.platform import TCB_STATUSES, PlatformState
 from tests import foreign
 from tests.foreign import Guest
 from tests.kms_files import copy_keys, write_kms_toml

@@ -10,11 +10,11 @@ from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attest.errors import FormatError
-from attest.proto import dstack_guest_pb2 as guest
-from attest.proto import kms_pb2 as kms
-from attest.proto.prpc_pb2 import PrpcError
-from attest.prpc import (
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.proto import dstack_guest_pb2 as guest
+from dstack_emu.attest.proto import kms_pb2 as kms
+from dstack_emu.attest.proto.prpc_pb2 import PrpcError
+from dstack_emu.attest.prpc import (
     decode_binary,
     decode_json,
     decode_query,
@@ -527,7 +527,7 @@ def test_decode_query_raises_nothing_but_format_errors(
 
 
 def messages(kind: type[Message]) -> st.SearchStrategy[Message]:
-    """Any message of a type, every field of every type in proto/ in play."""
+    """Any message of a type, every field of every type of the .proto files in play."""
     of_type: dict[int, st.SearchStrategy[Any]] = {
         kms.AppId.DESCRIPTOR.fields[0].type: st.binary(max_size=8),
         kms.BootstrapRequest.DESCRIPTOR.fields[0].type: st.text(max_size=8),

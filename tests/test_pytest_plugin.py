@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stack import pytest_plugin, testing
+from dstack_emu import pytest_plugin, testing
 from tests.scratch import run_pytest, write
 from tests.test_docs import PACKAGES, blocks, code, document, rows, section
 from tests.vectors import ROOT
@@ -35,17 +35,15 @@ from pathlib import Path
 
 import pytest
 
-import attest
-import stack
+import dstack_emu
 from aiohttp import web
-from stack.testing import LiveStack, refused
+from dstack_emu.testing import LiveStack, refused
 
 
-def test_packages_are_the_installed_ones():
-    for package in (attest, stack):
-        folder = Path(package.__file__).parent
-        assert "site-packages" in folder.parts and Path(os.environ["VIRTUAL_ENV_OF_TEST"]) in folder.parents
-        assert (folder / "py.typed").exists()
+def test_package_is_the_installed_one():
+    folder = Path(dstack_emu.__file__).parent
+    assert "site-packages" in folder.parts and Path(os.environ["VIRTUAL_ENV_OF_TEST"]) in folder.parents
+    assert (folder / "py.typed").exists()
 
 
 def test_environment_leads_a_program_to_the_app(dstack_env):
@@ -170,7 +168,7 @@ def test_plugin_imports_nothing_of_the_emulator_until_a_fixture_is_used() -> Non
 # ---- what it shows, and what can be set
 
 FAILING = """
-from stack.testing import refused
+from dstack_emu.testing import refused
 
 
 def test_allowed_by_mistake(dstack_app, dstack_policy, dstack_boot):
@@ -207,7 +205,7 @@ def test_failed_test_shows_its_calls_and_the_option_goes_before_the_rest(tmp_pat
     assert "- Calls in the dstack stack -" in done.stdout
     assert "kms-src → auth-src /bootAuth/app  denied: app not registered [app_registered]" in done.stdout
     assert "AssertionError: nothing was refused: a refusal with 'KMS is not allowed' expected" in done.stdout
-    assert "stack/testing/thread.py" not in done.stdout, "a report is about the test, not about how calls are made"
+    assert "dstack_emu/testing/thread.py" not in done.stdout, "a report is about the test, not about how calls are made"
 
 
 # ---- the page

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from stack.runbook.journal import Step
-from stack.runbook.show import Screen
-from stack.runbook.target import Target, TargetError
+from dstack_emu.runbook.report import Screen
+from dstack_emu.runbook.target import Target, TargetError
+from dstack_emu.runbook.transcript import Step
 from tests.commands import run_command, usage_error
 from tests.running import RunningStack, running_kms, running_stack
 from tests.vectors import ROOT

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from kms_emu.setup_page import content_security_policy, setup_page
+from dstack_emu.kms_emu.setup_page import content_security_policy, setup_page
 from tests.commands import serving
 from tests.kms_process import Kms, World, running, variables
 from tests.vectors import ROOT

@@ -14,12 +14,12 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from attest.pck import device_id
-from stack.config import PORTS, PartEndedError, StackConfig, StackError
-from stack.stack import Stack
+from dstack_emu.attest.pck import device_id
+from dstack_emu.deployment.config import PORTS, PartEndedError, StackConfig, StackError
+from dstack_emu.deployment.stack import Stack
+from dstack_emu.transport.listen import ListenError, bind_tcp
 from tests.running import READY_TIMEOUT, running_stack
 from tests.vectors import ROOT
-from transport.listen import ListenError, bind_tcp
 
 
 async def status_of(url: str) -> int:
@@ -212,8 +212,8 @@ def test_stack_is_stopped_and_resumed_many_times(short_folder: Path) -> None:
 
 WORKER = """
 import asyncio, json, os, pytest, urllib.request
-from stack.config import StackConfig
-from stack.stack import Stack
+from dstack_emu.deployment.config import StackConfig
+from dstack_emu.deployment.stack import Stack
 
 @pytest.mark.parametrize("number", range(4))
 async def test_stack_of_this_worker(number):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from transport.status import status_line
+from dstack_emu.transport.status import status_line
 
 # Rust's `http` crate 1.3.1, src/status.rs: those where Python, in one version or another, has other words.
 CANONICAL = {

@@ -25,15 +25,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from dstack_sdk import DstackClient
 from google.protobuf.empty_pb2 import Empty
 
-from attest.errors import FormatError, VerificationError
-from attest.proto import dstack_guest_pb2 as guest
-from attest.proto import kms_pb2 as kms
-from attest.proto.prpc_pb2 import PrpcError
+from dstack_emu.attest.errors import FormatError, VerificationError
+from dstack_emu.attest.proto import dstack_guest_pb2 as guest
+from dstack_emu.attest.proto import kms_pb2 as kms
+from dstack_emu.attest.proto.prpc_pb2 import PrpcError
+from dstack_emu.transport.client import PrpcClient, RpcError, TransportError
+from dstack_emu.transport.listen import GRACE, ListenError, bind_tcp, bind_unix, serve
+from dstack_emu.transport.prpc_server import MAX_BODY, Asked
 from tests.toy import Toy, ToyError, application, connect, exchange, post, raw, read_answer, served
 from tests.vectors import golden
-from transport.client import PrpcClient, RpcError, TransportError
-from transport.listen import GRACE, ListenError, bind_tcp, bind_unix, serve
-from transport.prpc_server import MAX_BODY, Asked
 
 # ---- Recorded calls --------------------------------------------------------------------------------------
 

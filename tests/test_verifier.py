@@ -20,33 +20,33 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attest.attestation import Attestation
-from attest.errors import FormatError
-from attest.eventlog import log_to_json, replay_runtime
-from attest.image import Registers
-from attest.os_image import cache_key, encode_cache_entry
-from attest.report_data import APP_DATA, report_data
-from attest.verify import TrustAnchor
-from kms_emu.errors import ConfigError
-from simulator.image import OsImage
-from simulator.image_files import fill_cache
-from simulator.intel import Intel
-from simulator.pccs import pccs_app
-from simulator.seed import DEFAULT_SEED, Seed
-from simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
-from stack.cli import main
-from stack.clock import wall_clock
-from stack.config import PORTS
-from stack.verifier import InputError, RequestSyntaxError, RequestTypeError, VerificationRequest, Verifier
-from stack.verifier_config import VerifierConfig
-from stack.verifier_server import MAX_BODY, verifier_app
+from dstack_emu.attest.attestation import Attestation
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.eventlog import log_to_json, replay_runtime
+from dstack_emu.attest.image import Registers
+from dstack_emu.attest.os_image import cache_key, encode_cache_entry
+from dstack_emu.attest.report_data import APP_DATA, report_data
+from dstack_emu.attest.verify import TrustAnchor
+from dstack_emu.cli.main import main
+from dstack_emu.deployment.clock import wall_clock
+from dstack_emu.deployment.config import PORTS
+from dstack_emu.kms_emu.errors import ConfigError
+from dstack_emu.simulator.image import OsImage
+from dstack_emu.simulator.image_files import fill_cache
+from dstack_emu.simulator.intel import Intel
+from dstack_emu.simulator.pccs import pccs_app
+from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
+from dstack_emu.simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
+from dstack_emu.transport.image_store import ImageStore
+from dstack_emu.transport.listen import bind_tcp, serve
+from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
+from dstack_emu.verifier.config import VerifierConfig
+from dstack_emu.verifier.server import MAX_BODY, verifier_app
+from dstack_emu.verifier.service import InputError, RequestSyntaxError, RequestTypeError, VerificationRequest, Verifier
 from tests import foreign
 from tests.commands import run_command, serving
 from tests.test_attest_properties import with_events_of_version_2
 from tests.vectors import golden
-from transport.image_store import ImageStore
-from transport.listen import bind_tcp, serve
-from transport.pccs_client import AttestationVerifier, PccsClient
 
 Json = dict[str, Any]
 INTEL = Intel(Seed.of(DEFAULT_SEED))

@@ -14,21 +14,21 @@ from dcap_qvl import QuoteCollateralV3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attest import certificate, collateral, der, eventlog
-from attest.attestation import Attestation
-from attest.csr import CONFIRM
-from attest.errors import FormatError, VerificationError
-from attest.eventlog import RuntimeEvent
-from attest.pcs import Document
-from attest.quote import TD10_FIELDS, TdReport, TdReport15
-from attest.report_data import bootstrap_report_data, pad_report_data
-from attest.verify import TrustAnchor, VerifiedQuote, require_bound_to_key, verify_attestation, verify_quote
-from simulator.intel import DATES, Dating, Intel, VendorState
-from simulator.platform import PART_STATUSES, TCB_STATUSES, PlatformState
-from simulator.seed import Seed
-from stack.commands.inspect import WIDTH
-from stack.inspect import inspect_input
-from stack.verification import Check, Evidence, Policy, all_hold, verify_evidence
+from dstack_emu.attest import certificate, collateral, der, eventlog
+from dstack_emu.attest.attestation import Attestation
+from dstack_emu.attest.csr import CONFIRM
+from dstack_emu.attest.errors import FormatError, VerificationError
+from dstack_emu.attest.eventlog import RuntimeEvent
+from dstack_emu.attest.pcs import Document
+from dstack_emu.attest.quote import TD10_FIELDS, TdReport, TdReport15
+from dstack_emu.attest.report_data import bootstrap_report_data, pad_report_data
+from dstack_emu.attest.verify import TrustAnchor, VerifiedQuote, require_bound_to_key, verify_attestation, verify_quote
+from dstack_emu.cli.commands.inspect import WIDTH
+from dstack_emu.inspection.checks import Check, Evidence, Policy, all_hold, verify_evidence
+from dstack_emu.inspection.identify import inspect_input
+from dstack_emu.simulator.intel import DATES, Dating, Intel, VendorState
+from dstack_emu.simulator.platform import PART_STATUSES, TCB_STATUSES, PlatformState
+from dstack_emu.simulator.seed import Seed
 from tests.commands import run_command, serving, usage_error
 from tests.running import RunningStack
 from tests.test_attest_properties import (

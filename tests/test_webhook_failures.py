@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 
-from kms_emu.auth_api import WebhookAuth
-from kms_emu.config import KmsConfig
-from kms_emu.server import KmsServer
+from dstack_emu.kms_emu.auth_api import WebhookAuth
+from dstack_emu.kms_emu.config import KmsConfig
+from dstack_emu.kms_emu.server import KmsServer
 from tests import foreign
 from tests.foreign import Answer, Guest
 from tests.running import RunningStack, running_kms

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from aiohttp import web
 from google.protobuf.empty_pb2 import Empty
 
-from attest.errors import VerificationError
-from attest.proto import dstack_guest_pb2 as guest
-from attest.proto import kms_pb2 as kms
-from attest.proto.prpc_pb2 import PrpcError
-from transport.listen import Server, bind_tcp, serve
-from transport.prpc_server import Asked, add_prpc
-from transport.service import Rpc, ServiceTable
+from dstack_emu.attest.errors import VerificationError
+from dstack_emu.attest.proto import dstack_guest_pb2 as guest
+from dstack_emu.attest.proto import kms_pb2 as kms
+from dstack_emu.attest.proto.prpc_pb2 import PrpcError
+from dstack_emu.transport.listen import Server, bind_tcp, serve
+from dstack_emu.transport.prpc_server import Asked, add_prpc
+from dstack_emu.transport.service import Rpc, ServiceTable
 
 # ---- A service that answers as much as the recorded codec rows need --------------------------------------
 

@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from stack.config import StackConfig
-from stack.stack import Stack
+from dstack_emu.deployment.config import StackConfig
+from dstack_emu.deployment.stack import Stack
 
 PATIENCE = 1.0
 """Seconds that the services of such a stack wait for one another."""

@@ -1,0 +1,209 @@
+"""What evidence says about the application: identity from its events, measurements from its registers.
+
+`AppInfo` is what a certificate carries and an agent answers; `BootInfo` is what an auth webhook is asked about.
+Neither is proof: build them from evidence that `attest.verify` accepted. Source: dstack
+`dstack-attest/src/attestation.rs` (`decode_app_info_ex`) and `kms/src/main_service/upgrade_authority.rs` at 312dc605.
+"""
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import msgpack
+
+from dstack_emu.attest.attestation import Attestation
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.eventlog import BOOT_MR_DONE, SYSTEM_READY, find_payload, replay_runtime
+from dstack_emu.attest.quote import Quote, TdReport
+from dstack_emu.attest.vmconfig import VmConfig
+
+UNKNOWN_DEVICE_ID: Final = hashlib.sha256(b"").digest()
+"""What upstream calls the device where nobody verified a quote: SHA-256 of nothing."""
+
+TEE_VARIANT_TDX: Final = "dstack-tdx"
+APP_ID_SIZE: Final = 20
+MAX_REMEMBERED: Final = 16 * 1024
+"""Characters of a config whose reading is remembered: a request may bring a far longer one."""
+REMEMBERED_CONFIG: Final = 64 * 1024
+"""Characters of a config whose reading is remembered."""
+_ZERO_48: Final = bytes(48)
+
+
+@dataclass(frozen=True, slots=True)
+class AppInfo:
+    """Identity and measurements of one trust domain.
+
+    Hashes are 32 bytes, app and instance id 20; an instance id may be empty.
+    """
+
+    app_id: bytes
+    compose_hash: bytes
+    instance_id: bytes
+    device_id: bytes
+    mr_system: bytes
+    mr_aggregated: bytes
+    os_image_hash: bytes
+    key_provider_info: bytes
+    init_script_hashes: tuple[bytes, ...] = ()
+
+    def encode(self) -> bytes:
+        """Encode as the certificate extension has it: a msgpack array of nine, in the order of the fields."""
+        packed: bytes = msgpack.packb(
+            [
+                self.app_id,
+                self.compose_hash,
+                self.instance_id,
+                self.device_id,
+                self.mr_system,
+                self.mr_aggregated,
+                self.os_image_hash,
+                self.key_provider_info,
+                list(self.init_script_hashes),
+            ]
+        )
+        return packed
+
+
+@dataclass(frozen=True, slots=True)
+class BootInfo:
+    """The question an auth webhook is asked: who wants to boot, on what, in which state."""
+
+    mr_aggregated: bytes
+    os_image_hash: bytes
+    mr_system: bytes
+    app_id: bytes
+    compose_hash: bytes
+    instance_id: bytes
+    device_id: bytes
+    key_provider_info: bytes
+    tcb_status: str
+    advisory_ids: tuple[str, ...]
+    tee_variant: str = TEE_VARIANT_TDX
+
+    @classmethod
+    def about(cls, info: AppInfo, tcb_status: str, advisory_ids: tuple[str, ...]) -> Self:
+        """Ask about a trust domain on a platform of this status."""
+        return cls(
+            mr_aggregated=info.mr_aggregated,
+            os_image_hash=info.os_image_hash,
+            mr_system=info.mr_system,
+            app_id=info.app_id,
+            compose_hash=info.compose_hash,
+            instance_id=info.instance_id,
+            device_id=info.device_id,
+            key_provider_info=info.key_provider_info,
+            tcb_status=tcb_status,
+            advisory_ids=advisory_ids,
+        )
+
+    def to_json(self) -> bytes:
+        """The webhook's body: camelCase, bytes as lowercase hex; the variant under next's name and 0.5.x's."""
+        document: dict[str, Any] = {
+            "teeVariant": self.tee_variant,
+            "attestationMode": self.tee_variant,
+            "mrAggregated": self.mr_aggregated.hex(),
+            "osImageHash": self.os_image_hash.hex(),
+            "mrSystem": self.mr_system.hex(),
+            "appId": self.app_id.hex(),
+            "composeHash": self.compose_hash.hex(),
+            "instanceId": self.instance_id.hex(),
+            "deviceId": self.device_id.hex(),
+            "keyProviderInfo": self.key_provider_info.hex(),
+            "tcbStatus": self.tcb_status,
+            "advisoryIds": list(self.advisory_ids),
+        }
+        return json.dumps(document, separators=(",", ":")).encode()
+
+
+def decode_app_info(
+    attestation: Attestation,
+    *,
+    vm_config: str = "",
+    boot_time: bool = False,
+    device_id: bytes = UNKNOWN_DEVICE_ID,
+    verified: TdReport | None = None,
+) -> AppInfo:
+    """Read identity and measurements from evidence.
+
+    `vm_config` (a request's) goes before the evidence's own config. `boot_time` measures RTMR3 up to and including
+    `boot-mr-done` and leaves the key provider out, as SignCert judges. `verified` is the quote's report where the
+    evidence was verified, so that nothing is parsed or replayed twice. Raises `FormatError`.
+    """
+    report = verified or Quote.parse(attestation.quote).report
+    events = attestation.runtime_events
+    key_provider = b"" if boot_time else find_payload(events, "key-provider")
+    if verified is not None and not boot_time:
+        rtmr3 = verified.rt_mr3  # verified means that the events replay to it
+    else:
+        rtmr3 = replay_runtime(events, BOOT_MR_DONE if boot_time else None)
+    return AppInfo(
+        app_id=find_payload(events, "app-id"),
+        compose_hash=find_payload(events, "compose-hash"),
+        instance_id=find_payload(events, "instance-id"),
+        device_id=device_id,
+        mr_system=mr_system(report, key_provider),
+        mr_aggregated=mr_aggregated(report, rtmr3),
+        os_image_hash=os_image_hash(vm_config or attestation.config),
+        key_provider_info=key_provider,
+        init_script_hashes=_init_script_hashes(attestation),
+    )
+
+
+def mr_system(report: TdReport, key_provider_info: bytes) -> bytes:
+    """SHA-256 over MRTD, RTMR0 to 2 and the hash of the key provider (32 zero bytes without one)."""
+    mr_key_provider = hashlib.sha256(key_provider_info).digest() if key_provider_info else bytes(32)
+    return hashlib.sha256(b"".join((report.mr_td, *report.rtmrs[:3], mr_key_provider))).digest()
+
+
+def mr_aggregated(report: TdReport, rtmr3: bytes) -> bytes:
+    """SHA-256 over MRTD, RTMR0 to 2 and the replayed RTMR3; then the three owner fields unless all of them are zero."""
+    owner = (report.mr_config_id, report.mr_owner, report.mr_owner_config)
+    counted = owner if any(field != _ZERO_48 for field in owner) else ()
+    return hashlib.sha256(b"".join((report.mr_td, *report.rtmrs[:3], rtmr3, *counted))).digest()
+
+
+def os_image_hash(config: str) -> bytes:
+    """Read the OS image hash from a VM config, or from the `vm_config` text inside a larger config.
+
+    Empty where neither names one. Raises `FormatError`.
+    """
+    try:
+        return vm_config_of(config).os_image_hash
+    except FormatError as error:
+        raise FormatError(f"Failed to decode os image hash: {error}") from error
+
+
+def vm_config_of(config: str) -> VmConfig:
+    """Read a VM config, or the `vm_config` text inside a larger config; the empty text is the default config.
+
+    Raises `FormatError`. Who judges an image reads its config by this, as who asks the webhook about it does.
+    """
+    # Whoever calls sends this text: a long one must not stay in memory.
+    return _parse_remembered(config) if len(config) <= REMEMBERED_CONFIG else _parse(config)
+
+
+def _parse(config: str) -> VmConfig:
+    if not config:
+        return VmConfig()
+    try:
+        document = json.loads(config)
+    except (ValueError, RecursionError):
+        document = None  # VmConfig.parse says what is wrong with it
+    if isinstance(document, dict) and isinstance(document.get("vm_config"), str):
+        config = document["vm_config"]
+    return VmConfig.parse(config)
+
+
+_parse_remembered = functools.lru_cache(maxsize=256)(_parse)
+
+
+def _init_script_hashes(attestation: Attestation) -> tuple[bytes, ...]:
+    found = []
+    for event in attestation.runtime_events:
+        if event.event == SYSTEM_READY:
+            break
+        if event.event == "init-script-hash":
+            found.append(event.payload)
+    return tuple(found)

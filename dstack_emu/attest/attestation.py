@@ -1,0 +1,352 @@
+"""dstack's versioned attestation: the evidence of a trust domain in one byte string.
+
+Two wire forms of the same thing: V0 is SCALE (real hardware), V1 is msgpack (agents of the simulators, and everything
+with version 2 events or a pod payload). Source: dstack `dstack-attest/src/{attestation,v1}.rs` at 312dc605. TDX only:
+another platform's evidence is a `FormatError` here. Decoding proves nothing; `attest.verify` does.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, Self
+
+import msgpack
+
+from dstack_emu.attest import scale
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.eventlog import RuntimeEvent, TdxEvent, log_from_json, strip
+from dstack_emu.attest.quote import Quote
+from dstack_emu.attest.remember import remember_by_identity
+from dstack_emu.attest.scale import Decoder
+
+MAX_SIZE: Final = 10 * 1024 * 1024
+REPORT_DATA_SIZE: Final = 64
+PIECE: Final = 256
+"""Octets of a quote that are packed, and remembered, at a time."""
+_PACKED_OCTETS: Final[tuple[bytes, ...]] = tuple(msgpack.packb(octet) for octet in range(256))
+
+
+@dataclass(frozen=True, slots=True)
+class Attestation:
+    """Evidence: a quote, the log behind its registers, and the configuration the VM was started with.
+
+    `report_data_payload` is set for the kind `dstack-pod` alone, whose report_data is the `app-data` hash of that text.
+    `wire` is the form it came in, or goes out in: 0 (SCALE) or 1 (msgpack).
+    """
+
+    quote: bytes
+    event_log: tuple[TdxEvent, ...]
+    runtime_events: tuple[RuntimeEvent, ...]
+    report_data: bytes
+    config: str
+    report_data_payload: str | None = None
+    wire: Literal[0, 1] = 0
+
+    def encode(self) -> bytes:
+        """Encode in its wire form; raise `FormatError` for what V0 cannot say (pod payloads, version 2 events)."""
+        return self._encode_v1() if self.wire == 1 else self._encode_v0()
+
+    def stripped(self) -> Self:
+        """The form that goes into certificates: the event log cut down, all else unchanged."""
+        return replace(self, event_log=strip(self.event_log))
+
+    def as_v1(self) -> Self:
+        """The same evidence, to be sent in the msgpack form."""
+        return replace(self, wire=1)
+
+    def _encode_v0(self) -> bytes:
+        if self.report_data_payload is not None:
+            raise FormatError("attestation V0 cannot carry a pod's report_data_payload")
+        if any(event.version != 1 for event in self.runtime_events):
+            raise FormatError("attestation V0 cannot carry version 2 events")
+        parts = [b"\x00\x00", scale.vec(self.quote), scale.compact(len(self.event_log))]
+        for event in self.event_log:
+            parts += (
+                event.imr.to_bytes(4, "little"),
+                event.event_type.to_bytes(4, "little"),
+                scale.vec(event.digest),
+                scale.text(event.event),
+                scale.vec(event.event_payload),
+            )
+        parts.append(scale.compact(len(self.runtime_events)))
+        for runtime in self.runtime_events:
+            parts += scale.text(runtime.event), scale.vec(runtime.payload)
+        parts += self.report_data, scale.text(self.config)
+        return b"".join(parts)
+
+    def _encode_v1(self) -> bytes:
+        stack = {
+            "report_data": _pack_octets(self.report_data),
+            "runtime_events": _pack_runtime_events(self.runtime_events),
+            "config": _pack(self.config),
+        }
+        if self.report_data_payload is not None:
+            stack["report_data_payload"] = _pack(self.report_data_payload)
+        kind = "dstack" if self.report_data_payload is None else "dstack-pod"
+        tdx = {"quote": _pack_octets(self.quote), "event_log": _pack_event_log(self.event_log)}
+        return _pack_map(
+            {
+                "version": _pack(1),
+                "platform": _pack_map({"kind": _pack("tdx"), "data": _pack_map(tdx)}),
+                "stack": _pack_map({"kind": _pack(kind), "data": _pack_map(stack)}),
+            }
+        )
+
+
+def decode(data: bytes) -> Attestation:
+    """Decode either wire form, consuming every byte; raise `FormatError` with upstream's words for the outer cases."""
+    if len(data) > MAX_SIZE:
+        raise FormatError(f"attestation bytes too large: {len(data)} > {MAX_SIZE}")
+    if not data:
+        raise FormatError("Empty attestation bytes")
+    first = data[0]
+    if first == 0:
+        return _decode_v0(data)
+    if 0x80 <= first <= 0x8F or first in (0xDE, 0xDF):
+        return _decode_v1(data)
+    raise FormatError("Unknown attestation wire format")
+
+
+def from_quote_and_log(quote: bytes, event_log_json: bytes) -> Attestation:
+    """Make evidence of a bare quote and its JSON event log (legacy certificates, CSR version 1): no config is known."""
+    try:
+        log = log_from_json(event_log_json)
+    except FormatError as error:
+        raise FormatError(f"Failed to parse tdx_event_log: {error}") from error
+    try:
+        report = Quote.parse(quote).report
+    except FormatError as error:
+        raise FormatError(f"Invalid TDX quote: {error}") from error
+    events = tuple(event.runtime() for event in log if event.is_runtime)
+    return Attestation(quote, log, events, report.report_data, "")
+
+
+def _decode_v0(data: bytes) -> Attestation:
+    try:
+        decoder = Decoder(data)
+        decoder.take(1, "version")
+        kind = decoder.take(1, "platform")[0]
+        if kind != 0:
+            raise FormatError(f"platform: 0 (TDX) expected, got {kind}")
+        quote = decoder.vec("quote")
+        event_log, runtime_events = _read_logs(decoder)
+        report_data = decoder.take(REPORT_DATA_SIZE, "report_data")
+        attestation = Attestation(quote, event_log, runtime_events, report_data, config=decoder.text("config"))
+    except FormatError as error:
+        raise FormatError(f"Failed to decode legacy VersionedAttestation: {error}") from error
+    if rest := decoder.rest():
+        raise FormatError(f"Trailing bytes after legacy VersionedAttestation: {len(rest)}")
+    return attestation
+
+
+_Logs = tuple[tuple[TdxEvent, ...], tuple[RuntimeEvent, ...]]
+_LOGS_REMEMBERED: Final = 8
+_LOG_REMEMBERED_SIZE: Final = 64 * 1024
+"""Bytes: whoever calls sends a log, and a long one must not stay in memory."""
+_recent_logs: dict[bytes, _Logs] = {}
+
+
+def _read_logs(decoder: Decoder) -> _Logs:
+    """Read event log and runtime events; those of a domain that was met lately are recognised by their bytes."""
+    start = decoder.offset
+    for encoded, logs in tuple(_recent_logs.items()):
+        if decoder.data.startswith(encoded, start):
+            decoder.offset += len(encoded)
+            return logs
+    logs = (
+        decoder.many(lambda: _read_event(decoder), "event_log"),
+        decoder.many(lambda: RuntimeEvent(decoder.text("event"), decoder.vec("payload")), "runtime_events"),
+    )
+    if decoder.offset - start <= _LOG_REMEMBERED_SIZE:
+        if len(_recent_logs) >= _LOGS_REMEMBERED:
+            _recent_logs.clear()
+        _recent_logs[decoder.data[start : decoder.offset]] = logs
+    return logs
+
+
+def _read_event(decoder: Decoder) -> TdxEvent:
+    return TdxEvent(
+        imr=decoder.u32("imr"),
+        event_type=decoder.u32("event_type"),
+        digest=decoder.vec("digest"),
+        event=decoder.text("event"),
+        event_payload=decoder.vec("event_payload"),
+    )
+
+
+def _decode_v1(data: bytes) -> Attestation:
+    unpacker = msgpack.Unpacker(max_buffer_size=MAX_SIZE)
+    unpacker.feed(data)
+    try:
+        document = unpacker.unpack()
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        raise FormatError(f"failed to decode attestation from msgpack: {error or type(error).__name__}") from error
+    try:
+        attestation = _from_document(document)
+    except FormatError as error:
+        raise FormatError(f"failed to decode attestation from msgpack: {error}") from error
+    if rest := len(data) - unpacker.tell():
+        raise FormatError(f"trailing bytes after attestation msgpack: {rest}")
+    if document["version"] != 1:
+        raise FormatError(f"unsupported attestation version: expected 1, got {document['version']}")
+    return attestation
+
+
+def _from_document(document: Any) -> Attestation:
+    _field(document, "version", _integer)
+    platform, stack = _field(document, "platform", _mapping), _field(document, "stack", _mapping)
+    kind = _field(platform, "kind", _text)
+    if kind != "tdx":
+        raise FormatError(f"platform kind `tdx` expected, got `{kind:.40}`")
+    evidence = _field(platform, "data", _mapping)
+    stack_kind, claims = _field(stack, "kind", _text), _field(stack, "data", _mapping)
+    if stack_kind not in ("dstack", "dstack-pod"):
+        raise FormatError(f"stack kind `dstack` or `dstack-pod` expected, got `{stack_kind:.40}`")
+    report_data = _field(claims, "report_data", _octets)
+    if len(report_data) != REPORT_DATA_SIZE:
+        raise FormatError("stack.report_data must be 64 bytes")
+    return Attestation(
+        quote=_field(evidence, "quote", _octets),
+        event_log=tuple(_event_from_msgpack(item) for item in _field(evidence, "event_log", _sequence)),
+        runtime_events=tuple(
+            RuntimeEvent(
+                _field(item, "event", _text),
+                _field(item, "payload", _octets),
+                _field(item, "version", _event_version, 1),
+            )
+            for item in _field(claims, "runtime_events", _sequence)
+        ),
+        report_data=report_data,
+        config=_field(claims, "config", _text),
+        report_data_payload=_field(claims, "report_data_payload", _text) if stack_kind == "dstack-pod" else None,
+        wire=1,
+    )
+
+
+# Packing the msgpack form. What a domain says hardly changes from one quote to the next, so its parts are remembered.
+
+
+@functools.lru_cache(maxsize=256)
+def _pack(value: str | int) -> bytes:
+    packed: bytes = msgpack.packb(value)
+    return packed
+
+
+def _pack_map(items: dict[str, bytes]) -> bytes:
+    """A map of values that are packed already."""
+    header: bytes = msgpack.Packer().pack_map_header(len(items))
+    return header + b"".join([_pack(key) + value for key, value in items.items()])
+
+
+def _pack_octets(data: bytes) -> bytes:
+    """An array of integers, as upstream writes a Vec<u8>."""
+    header: bytes = msgpack.Packer().pack_array_header(len(data))
+    return header + b"".join([_pack_piece(data[at : at + PIECE]) for at in range(0, len(data), PIECE)])
+
+
+@functools.lru_cache(maxsize=256)
+def _pack_piece(piece: bytes) -> bytes:
+    return b"".join([_PACKED_OCTETS[octet] for octet in piece])
+
+
+@remember_by_identity
+def _pack_event_log(log: tuple[TdxEvent, ...]) -> bytes:
+    packed: bytes = msgpack.packb([_event_to_msgpack(event) for event in log])
+    return packed
+
+
+@remember_by_identity
+def _pack_runtime_events(events: tuple[RuntimeEvent, ...]) -> bytes:
+    packed: bytes = msgpack.packb([_versioned({"event": e.event, "payload": e.payload}, e.version) for e in events])
+    return packed
+
+
+def _event_to_msgpack(event: TdxEvent) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "imr": event.imr,
+        "event_type": event.event_type,
+        "digest": event.digest,
+        "event": event.event,
+        "event_payload": event.event_payload,
+    }
+    out = _versioned(out, event.version)
+    if event.preimage is not None:
+        out["preimage"] = event.preimage
+    return out
+
+
+def _versioned(out: dict[str, Any], version: int) -> dict[str, Any]:
+    if version != 1:
+        out["version"] = version
+    return out
+
+
+def _event_from_msgpack(item: Any) -> TdxEvent:
+    return TdxEvent(
+        imr=_field(item, "imr", _integer),
+        event_type=_field(item, "event_type", _integer),
+        digest=_field(item, "digest", _octets, b""),
+        event=_field(item, "event", _text),
+        event_payload=_field(item, "event_payload", _octets),
+        version=_field(item, "version", _event_version, 1),
+        preimage=_field(item, "preimage", _optional_text, None),
+    )
+
+
+_MISSING: Final[Any] = object()
+
+
+def _field(container: Any, key: str, read: Callable[[Any], Any], default: Any = _MISSING) -> Any:
+    """Read one key of a map with the given reader, naming the key in the refusal."""
+    if not isinstance(container, dict):
+        raise FormatError(f"map with `{key}` expected, got {type(container).__name__}")
+    value = container.get(key, default)
+    if value is default and default is not _MISSING:
+        return default
+    if value is _MISSING:
+        raise FormatError(f"missing field `{key}`")
+    try:
+        return read(value)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{key}: {read.__name__[1:]} expected, got {type(value).__name__}") from error
+
+
+def _integer(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**64:
+        raise TypeError
+    return value
+
+
+def _event_version(value: Any) -> int:
+    if value not in (1, 2) or isinstance(value, bool):
+        raise TypeError
+    return int(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _optional_text(value: Any) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError
+    return value
+
+
+def _sequence(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError
+    return value
+
+
+def _octets(value: Any) -> bytes:
+    """An array of integers, or bin: both are written by real programs."""
+    if not isinstance(value, list | bytes):
+        raise TypeError
+    return bytes(value)

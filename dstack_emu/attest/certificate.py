@@ -1,0 +1,359 @@
+"""dstack's X.509 certificates: what the KMS and agents issue, and the RA-TLS extensions inside.
+
+Each extension's value is the payload in a DER OCTET STRING, not critical. Names, serial numbers, validity, key usage
+and the order of extensions follow what upstream's `ra-tls/src/cert.rs` (312dc605, over rcgen) writes. Certificates of
+Intel's hierarchy are the simulator's business. Reading a certificate proves nothing about its signature.
+"""
+
+import datetime
+import hashlib
+import ipaddress
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from dstack_emu.attest import der
+from dstack_emu.attest.app_info import AppInfo
+from dstack_emu.attest.attestation import Attestation, decode, from_quote_and_log
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.eventlog import log_to_json
+
+_PREFIX: Final = "1.3.6.1.4.1.62397.1"
+OID_TDX_QUOTE: Final = x509.ObjectIdentifier(f"{_PREFIX}.1")
+OID_EVENT_LOG: Final = x509.ObjectIdentifier(f"{_PREFIX}.2")
+OID_APP_ID: Final = x509.ObjectIdentifier(f"{_PREFIX}.3")
+OID_USAGE: Final = x509.ObjectIdentifier(f"{_PREFIX}.4")
+OID_ATTESTATION: Final = x509.ObjectIdentifier(f"{_PREFIX}.8")
+OID_APP_INFO: Final = x509.ObjectIdentifier(f"{_PREFIX}.9")
+
+USAGE_KMS_RPC: Final = "kms:rpc"
+USAGE_APP_CA: Final = "app:ca"
+USAGE_APP_LEAF: Final = "app:custom"
+
+ORGANIZATION: Final = "Dstack"
+NOT_BEFORE: Final = datetime.datetime(1975, 1, 1, tzinfo=datetime.UTC)
+LIFETIME: Final = 10 * 365 * 86400
+"""Seconds from the time of issue to not_after, where nobody asks for another."""
+
+_VERSION_TAG: Final = 0xA0
+_FIELDS_BEFORE_SPKI: Final = 5
+"""Serial number, signature algorithm, issuer, validity, subject; before them the version, where there is one."""
+
+EvidenceForm = Literal["versioned", "legacy", "legacy-gzip"]
+"""How evidence stands in a certificate."""
+
+GZIP_MAGIC: Final = b"ELGZv1"
+MAX_INFLATED_LOG: Final = 16 * 1024
+"""Bytes that a compressed event log inflates to at most."""
+
+UNREADABLE: Final = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""What `cryptography` raises for X.509 that it cannot read, on loading it or only when a field is used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CertificateRequest:
+    """What is asked of a CA. Times are Unix seconds; without `not_after` the issuer's time plus ten years counts."""
+
+    public_key: ec.EllipticCurvePublicKey
+    subject: str
+    organization: str | None = None
+    alt_names: Sequence[str] = ()
+    ca_path_length: int | None = None
+    server_auth: bool = False
+    client_auth: bool = False
+    app_id: bytes | None = None
+    app_info: AppInfo | None = None
+    usage: str | None = None
+    attestation: Attestation | None = None
+    evidence_form: EvidenceForm = "versioned"
+    not_before: int | None = None
+    not_after: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateAuthority:
+    """A CA certificate and its P-256 key."""
+
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+    @property
+    def pem(self) -> str:
+        """The CA certificate in PEM."""
+        return pem(self.certificate)
+
+    def issue(self, request: CertificateRequest, now: int) -> x509.Certificate:
+        """Sign a certificate. The same request, key and time give the same bytes (RFC 6979)."""
+        return _sign(request, self.certificate.subject, self.key, now)
+
+
+def self_signed(request: CertificateRequest, key: ec.EllipticCurvePrivateKey, now: int) -> CertificateAuthority:
+    """Make a CA: sign the request with the key that it is for."""
+    return CertificateAuthority(_sign(request, _name(request), key, now), key)
+
+
+def spki_der(key: ec.EllipticCurvePublicKey) -> bytes:
+    """Serialise a public key as SubjectPublicKeyInfo DER (91 bytes for P-256)."""
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def load_spki(data: bytes) -> ec.EllipticCurvePublicKey:
+    """Load a P-256 public key from SubjectPublicKeyInfo DER; raise `FormatError` when it is none."""
+    try:
+        key = load_der_public_key(data)
+    except UNREADABLE as error:
+        raise FormatError(f"Failed to parse pubkey: SubjectPublicKeyInfo expected, got {len(data)} bytes") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise FormatError("Unsupported algorithm")
+    return key
+
+
+def pem(certificate: x509.Certificate) -> str:
+    """Serialise a certificate as PEM."""
+    return certificate.public_bytes(Encoding.PEM).decode()
+
+
+def load_pem(text: str, what: str) -> x509.Certificate:
+    """Load one certificate from PEM; raise `FormatError` naming `what` when it is none."""
+    try:
+        return x509.load_pem_x509_certificate(text.encode())
+    except UNREADABLE as error:
+        raise FormatError(f"{what}: PEM certificate expected ({error})") from error
+
+
+def load_der(data: bytes) -> x509.Certificate:
+    """Load a certificate from DER; raise `FormatError` when it is none."""
+    try:
+        return x509.load_der_x509_certificate(data)
+    except UNREADABLE as error:
+        raise FormatError(f"Failed to parse certificate: {error}") from error
+
+
+def load_authority(certificate_pem: str, key: ec.EllipticCurvePrivateKey, what: str) -> CertificateAuthority:
+    """Put a CA together from its parts; raise `FormatError` when the certificate is another key's."""
+    certificate = load_pem(certificate_pem, what)
+    if certificate_spki(certificate) != spki_der(key.public_key()):
+        raise FormatError("CA certificate does not match private key")
+    return CertificateAuthority(certificate, key)
+
+
+def certificate_spki(certificate: x509.Certificate) -> bytes:
+    """The SubjectPublicKeyInfo DER of a certificate's key, as its issuer wrote it."""
+    return spki_of_der(certificate.public_bytes(Encoding.DER))
+
+
+def spki_of_der(data: bytes) -> bytes:
+    """The same, from a certificate in DER (RFC 5280, section 4.1), of which nothing else is read."""
+    tbs, _ = der.span(data, 0, "certificate")
+    at, _ = der.span(data, tbs, "certificate")
+    for _ in range(_FIELDS_BEFORE_SPKI + (data[at] == _VERSION_TAG)):
+        _, at = der.span(data, at, "certificate")
+    return data[at : der.span(data, at, "certificate")[1]]
+
+
+def extension_payload(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> bytes | None:
+    """Read the payload of one of dstack's extensions, or None where the certificate has it not."""
+    try:
+        extension = certificate.extensions.get_extension_for_oid(oid)
+    except x509.ExtensionNotFound:
+        return None
+    except UNREADABLE as error:
+        raise FormatError(f"Failed to parse certificate: {error}") from error
+    value = extension.value
+    if not isinstance(value, x509.UnrecognizedExtension):
+        raise FormatError(f"extension {oid.dotted_string}: raw value expected")
+    return der.read_octet_string(value.value, f"extension {oid.dotted_string}")
+
+
+def attestation_of(certificate: x509.Certificate) -> Attestation | None:
+    """Read the evidence inside a certificate: the versioned attestation, else the legacy pair of quote and event log.
+
+    Unverified: hold it against the certificate's key and the verifier before believing it.
+    """
+    if (data := extension_payload(certificate, OID_ATTESTATION)) is not None:
+        try:
+            return decode(data)
+        except FormatError as error:
+            raise FormatError(f"Failed to decode attestation from cert extension: {error}") from error
+    quote = extension_payload(certificate, OID_TDX_QUOTE)
+    if quote is None:
+        return None
+    event_log = extension_payload(certificate, OID_EVENT_LOG)
+    if event_log is None:
+        raise FormatError("TDX event log missing")
+    try:
+        return from_quote_and_log(quote, inflate_log(event_log))
+    except FormatError as error:
+        raise FormatError(f"Failed to create attestation from TDX quote: {error}") from error
+
+
+def inflate_log(data: bytes) -> bytes:
+    """Open a legacy event log that is gzip after the magic word; give any other back as it is."""
+    if not data.startswith(GZIP_MAGIC):
+        return data
+    inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    try:
+        log = inflater.decompress(data[len(GZIP_MAGIC) :], MAX_INFLATED_LOG + 1)
+    except zlib.error as error:
+        raise FormatError(f"failed to decompress event log: {error}") from error
+    if len(log) > MAX_INFLATED_LOG:
+        raise FormatError(f"event log extension too large (>{MAX_INFLATED_LOG} bytes)")
+    if not inflater.eof:
+        raise FormatError("failed to decompress event log: it is cut short")
+    return log
+
+
+def _deflate_log(log: bytes) -> bytes:
+    packer = zlib.compressobj(level=9, wbits=zlib.MAX_WBITS | 16)  # writes no time of day: the same log, the same bytes
+    return GZIP_MAGIC + packer.compress(log) + packer.flush()
+
+
+def usage_of(certificate: x509.Certificate) -> str | None:
+    """Read the special usage of a certificate (`kms:rpc`, `app:ca`, `app:custom`)."""
+    payload = extension_payload(certificate, OID_USAGE)
+    return None if payload is None else payload.decode(errors="replace")
+
+
+def _name(request: CertificateRequest) -> x509.Name:
+    attributes = [_attribute(x509.NameOID.COMMON_NAME, request.subject)]
+    if request.organization is not None:
+        attributes.insert(0, _attribute(x509.NameOID.ORGANIZATION_NAME, request.organization))
+    return x509.Name(attributes)
+
+
+def _attribute(oid: x509.ObjectIdentifier, text: str) -> x509.NameAttribute[str]:
+    """Make an attribute of any text, as upstream: empty ones and those over X.520's 64 characters included."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # cryptography's about the length
+        return x509.NameAttribute(oid, text, _validate=False)
+
+
+def _serial(key: ec.EllipticCurvePublicKey) -> int:
+    """The first 20 bytes of the SHA-256 of the uncompressed point, top bit cleared."""
+    point = key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    return int.from_bytes(hashlib.sha256(point).digest()[:20], "big") & ~(1 << 159)
+
+
+def _moment(seconds: int, what: str) -> datetime.datetime:
+    try:
+        return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    except (OverflowError, ValueError, OSError) as error:
+        raise FormatError(
+            f"{what}: a time that X.509 can hold expected (before the year 10000), got {seconds}"
+        ) from error
+
+
+def _sign(
+    request: CertificateRequest, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, now: int
+) -> x509.Certificate:
+    not_before = NOT_BEFORE if request.not_before is None else _moment(request.not_before, "not_before")
+    not_after = _moment(now + LIFETIME if request.not_after is None else request.not_after, "not_after")
+    try:
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(_name(request))
+            .issuer_name(issuer)
+            .public_key(request.public_key)
+            .serial_number(_serial(request.public_key))
+            .not_valid_before(not_before)
+            .not_valid_after(not_after)
+        )
+        for extension, critical in _extensions(request):
+            builder = builder.add_extension(extension, critical)
+        return builder.sign(key, hashes.SHA256(), ecdsa_deterministic=True)
+    except ValueError as error:
+        raise FormatError(f"Failed to sign certificate: {error}") from error
+
+
+def _extensions(request: CertificateRequest) -> list[tuple[x509.ExtensionType, bool]]:
+    """The extensions in upstream's order, each with its criticality; none at all where the leaf asks for nothing."""
+    is_ca = request.ca_path_length is not None
+    out: list[tuple[x509.ExtensionType, bool]] = []
+    if request.alt_names:
+        out.append((x509.SubjectAlternativeName([_alt_name(name) for name in request.alt_names]), False))
+    purposes = [
+        oid
+        for oid, wanted in (
+            (ExtendedKeyUsageOID.SERVER_AUTH, request.server_auth),
+            (ExtendedKeyUsageOID.CLIENT_AUTH, request.client_auth),
+        )
+        if wanted
+    ]
+    own = _own_extensions(request)
+    if not (out or purposes or own or is_ca):
+        return []
+    out.append((_key_usage(is_ca), True))
+    if purposes:
+        out.append((x509.ExtendedKeyUsage(purposes), False))
+    if is_ca:
+        out.append((x509.SubjectKeyIdentifier(_key_identifier(request.public_key)), False))
+        out.append((x509.BasicConstraints(ca=True, path_length=request.ca_path_length), True))
+    return out + [(extension, False) for extension in own]
+
+
+def _own_extensions(request: CertificateRequest) -> list[x509.ExtensionType]:
+    payloads = (
+        (OID_APP_ID, request.app_id),
+        (OID_APP_INFO, None if request.app_info is None else request.app_info.encode()),
+        (OID_USAGE, None if request.usage is None else request.usage.encode()),
+        *_evidence(request.attestation, request.evidence_form),
+    )
+    return [x509.UnrecognizedExtension(oid, der.octet_string(p)) for oid, p in payloads if p is not None]
+
+
+def _evidence(
+    attestation: Attestation | None, form: EvidenceForm
+) -> tuple[tuple[x509.ObjectIdentifier, bytes], ...]:
+    if attestation is None:
+        return ()
+    if form == "versioned":
+        return ((OID_ATTESTATION, attestation.stripped().encode()),)
+    log = log_to_json(attestation.event_log).encode()
+    return ((OID_TDX_QUOTE, attestation.quote), (OID_EVENT_LOG, log if form == "legacy" else _deflate_log(log)))
+
+
+def _key_usage(is_ca: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=True,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=is_ca,
+        crl_sign=is_ca,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _key_identifier(key: ec.EllipticCurvePublicKey) -> bytes:
+    """rcgen's default: the first 20 bytes of the SHA-256 of the SubjectPublicKeyInfo."""
+    return hashlib.sha256(spki_der(key)).digest()[:20]
+
+
+def _alt_name(name: str) -> x509.GeneralName:
+    """An IP literal becomes an IP address, anything else a DNS name, as it stands."""
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        pass
+    try:
+        return x509.DNSName(name)
+    except ValueError as error:
+        raise FormatError(f"alternative name: ASCII text expected, got {name!r:.80}") from error

@@ -1,0 +1,144 @@
+"""Collateral: what a verifier needs beside a quote, in the shape of Intel's PCS v4.
+
+Four documents of a provisioning certificate caching service (PCCS), each signed under the Intel-like root: TCB info, QE
+identity, and two CRLs. Fetching them is a client's business; `attest.pcs` names the endpoints once, and this module
+puts the answers together. Source: Intel PCS API v4; `dcap-qvl` src/collateral.rs at 0.7.0.
+"""
+
+import datetime
+import json
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from cryptography import x509
+from dcap_qvl import QuoteCollateralV3, parse_quote
+
+from dstack_emu.attest.certificate import UNREADABLE
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.pcs import (
+    PCK_CRL_PATH,
+    QE_IDENTITY_PATH,
+    ROOT_CA_CRL_PATH,
+    TCB_INFO_PATH,
+    Document,
+)
+from dstack_emu.attest.quote import Quote
+
+
+@dataclass(frozen=True, slots=True)
+class CollateralKey:
+    """What a quote's platform needs: which CA's CRL (`platform` or `processor`) and which FMSPC (12 hex digits)."""
+
+    ca: str
+    fmspc: str
+
+    @classmethod
+    def of_quote(cls, quote: bytes) -> "CollateralKey":
+        """Read CA and FMSPC from a quote's PCK certificate; raise `FormatError` when it is no quote or has none.
+
+        A platform's quotes all have one certificate chain, which is read once.
+        """
+        try:
+            chain = Quote.parse(quote).signature.pck_chain
+        except FormatError:
+            chain = b""  # the library says what is wrong, if anything is
+        known = _platforms.get(chain)
+        if known is None:
+            known = cls._read(quote)
+            if len(_platforms) >= _PLATFORMS_REMEMBERED:
+                _platforms.clear()
+            if chain:
+                _platforms[chain] = known
+        return known
+
+    @classmethod
+    def _read(cls, quote: bytes) -> "CollateralKey":
+        try:
+            parsed = parse_quote(quote)
+            return cls(parsed.ca(), parsed.fmspc())
+        except ValueError as error:
+            raise FormatError(error_chain(error)) from error
+
+    def requests(self) -> tuple[str, str, str, str]:
+        """Paths with queries of PCK CRL, TCB info, QE identity and root CA CRL, in the order of upstream's requests."""
+        return (
+            f"{PCK_CRL_PATH}?ca={self.ca}&encoding=der",
+            f"{TCB_INFO_PATH}?fmspc={self.fmspc}",
+            f"{QE_IDENTITY_PATH}?update=standard",
+            ROOT_CA_CRL_PATH,
+        )
+
+
+_PLATFORMS_REMEMBERED = 64
+_platforms: dict[bytes, CollateralKey] = {}
+
+
+def assemble(pck_crl: Document, tcb_info: Document, qe_identity: Document, root_ca_crl: Document) -> QuoteCollateralV3:
+    """Put four answers together for `dcap-qvl`; raise `FormatError` naming the one that is not what it should be."""
+    tcb, tcb_signature = _signed(tcb_info, "tcbInfo", "TCB info")
+    qe, qe_signature = _signed(qe_identity, "enclaveIdentity", "QE identity")
+    try:
+        root_crl = bytes.fromhex(root_ca_crl.body.decode())
+    except ValueError as error:
+        raise FormatError(f"root CA CRL: hex text expected, got {root_ca_crl.body[:40]!r}") from error
+    pck_chain, tcb_chain = _chain(pck_crl, "PCK CRL"), _chain(tcb_info, "TCB info")
+    qe_chain = _chain(qe_identity, "QE identity")
+    try:
+        return QuoteCollateralV3(
+            pck_chain, root_crl, pck_crl.body, tcb_chain, tcb, tcb_signature, qe_chain, qe, qe_signature
+        )
+    except UnicodeEncodeError as error:  # half a surrogate pair, from a JSON escape or a header
+        raise FormatError(f"collateral: text that UTF-8 can hold expected ({error.reason})") from error
+
+
+def earliest_expiry(collateral: QuoteCollateralV3) -> int:
+    """Unix seconds of the first nextUpdate among the four documents: keep none of them past it."""
+    dates = []
+    for text, what in ((collateral.tcb_info, "TCB info"), (collateral.qe_identity, "QE identity")):
+        dates.append(_next_update(text, what))
+    for crl, what in ((collateral.root_ca_crl, "root CA CRL"), (collateral.pck_crl, "PCK CRL")):
+        try:
+            next_update = x509.load_der_x509_crl(crl).next_update_utc
+        except UNREADABLE as error:
+            raise FormatError(f"{what}: DER CRL expected ({error})") from error
+        if next_update is not None:
+            dates.append(next_update)
+    return int(min(dates).timestamp())
+
+
+def error_chain(error: BaseException) -> str:
+    """Give `dcap-qvl`'s message as dstack prints it: prefix dropped, causes joined by `: `."""
+    lines = [line.strip() for line in str(error).removeprefix("Verification failed: ").splitlines()]
+    causes = [line.removeprefix("Caused by:").strip() for line in lines]
+    numbered = [_drop_number(cause) for cause in causes]
+    return ": ".join(cause for cause in numbered if cause)
+
+
+def _drop_number(cause: str) -> str:
+    number, colon, rest = cause.partition(": ")
+    return rest if colon and number.isdigit() else cause
+
+
+def _signed(document: Document, key: str, what: str) -> tuple[str, bytes]:
+    try:
+        outer = json.loads(document.body)
+        inner, signature = outer[key], bytes.fromhex(outer["signature"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FormatError(f"{what}: {{{key}, signature}} expected ({type(error).__name__}: {error})") from error
+    return json.dumps(inner, separators=(",", ":"), ensure_ascii=False), signature
+
+
+def _chain(document: Document, what: str) -> str:
+    if not document.issuer_chain:
+        raise FormatError(f"{what}: an answer with an issuer chain header expected, got none")
+    return unquote(document.issuer_chain)
+
+
+def _next_update(text: str, what: str) -> datetime.datetime:
+    try:
+        date = datetime.datetime.fromisoformat(json.loads(text)["nextUpdate"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise FormatError(f"{what}: nextUpdate expected as a date ({type(error).__name__}: {error})") from error
+    if date.tzinfo is None:
+        raise FormatError(f"{what}: nextUpdate expected with its time zone, got {date}")
+    return date

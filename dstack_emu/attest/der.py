@@ -1,0 +1,84 @@
+"""As much DER as the protocol needs beside X.509: the PCK extension and the RA-TLS extension values.
+
+Certificates and CRLs themselves go through `cryptography`; this module only writes and reads the few primitive types
+inside their custom extensions. Definite lengths only, as DER demands (X.690 section 10.1).
+"""
+
+from dstack_emu.attest.errors import FormatError
+
+BOOLEAN, INTEGER, OCTET_STRING, OID, ENUMERATED, SEQUENCE = 0x01, 0x02, 0x04, 0x06, 0x0A, 0x30
+
+
+def tlv(tag: int, content: bytes) -> bytes:
+    """Encode one element: tag, definite length, content."""
+    size = len(content)
+    if size < 0x80:
+        return bytes((tag, size)) + content
+    length = size.to_bytes((size.bit_length() + 7) // 8, "big")
+    return bytes((tag, 0x80 | len(length))) + length + content
+
+
+def octet_string(content: bytes) -> bytes:
+    """Encode an OCTET STRING."""
+    return tlv(OCTET_STRING, content)
+
+
+def sequence(*elements: bytes) -> bytes:
+    """Encode a SEQUENCE of elements that are DER already."""
+    return tlv(SEQUENCE, b"".join(elements))
+
+
+def integer(value: int, tag: int = INTEGER) -> bytes:
+    """Encode a non-negative INTEGER (or ENUMERATED) in the fewest bytes."""
+    return tlv(tag, value.to_bytes(value.bit_length() // 8 + 1, "big"))
+
+
+def boolean(value: bool) -> bytes:
+    """Encode a BOOLEAN."""
+    return tlv(BOOLEAN, b"\xff" if value else b"\x00")
+
+
+def oid(dotted: str) -> bytes:
+    """Encode an OBJECT IDENTIFIER from its dotted form."""
+    first, second, *rest = (int(part) for part in dotted.split("."))
+    out = bytearray()
+    for arc in (first * 40 + second, *rest):
+        groups = [arc & 0x7F]
+        while arc := arc >> 7:
+            groups.append(0x80 | arc & 0x7F)
+        out += bytes(reversed(groups))
+    return tlv(OID, bytes(out))
+
+
+def read(data: bytes, tag: int, what: str) -> tuple[bytes, bytes]:
+    """Read one element of the given tag; return its content and what follows it.
+
+    Raises `FormatError` naming `what` when the tag differs, the length is indefinite or the content is cut short.
+    """
+    if data and data[0] != tag:
+        raise FormatError(f"{what}: DER tag {tag:#04x} expected, got {data[0]:#04x}")
+    start, end = span(data, 0, what)
+    return data[start:end], data[end:]
+
+
+def span(data: bytes, offset: int, what: str) -> tuple[int, int]:
+    """Where the content of the element at an offset begins, and where it ends; raise `FormatError` as `read` does."""
+    if len(data) < offset + 2:
+        raise FormatError(f"{what}: DER element expected, got {len(data) - offset} bytes")
+    size, start = data[offset + 1], offset + 2
+    if size & 0x80:
+        count = size & 0x7F
+        if not 1 <= count <= 4 or len(data) < start + count:
+            raise FormatError(f"{what}: definite DER length of at most 4 bytes expected, got first byte {size:#04x}")
+        start, size = start + count, int.from_bytes(data[start : start + count], "big")
+    if len(data) < start + size:
+        raise FormatError(f"{what}: {size} bytes of content announced, {len(data) - start} present")
+    return start, start + size
+
+
+def read_octet_string(data: bytes, what: str) -> bytes:
+    """Read one OCTET STRING that is all of `data`."""
+    content, rest = read(data, OCTET_STRING, what)
+    if rest:
+        raise FormatError(f"{what}: {len(rest)} bytes after the OCTET STRING")
+    return content

@@ -1,0 +1,234 @@
+"""The event log of a trust domain and its replay into the four runtime measurement registers.
+
+Boot events come from the firmware with their digests; runtime events are dstack's own and their digest follows from
+name and payload. Source: dstack `cc-eventlog/src/{tdx,runtime_events}.rs` at 312dc605.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Self
+
+from dstack_emu.attest.errors import FormatError, VerificationError
+
+RUNTIME_EVENT_TYPE: Final = 0x08000001
+ACPI_EVENT_TYPE: Final = 10
+ACPI_PAYLOAD: Final = b"ACPI DATA"
+RTMR_SIZE: Final = 48
+
+SYSTEM_READY: Final = "system-ready"
+BOOT_MR_DONE: Final = "boot-mr-done"
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeEvent:
+    """An event that dstack itself measures into RTMR3.
+
+    Version 2 hashes a canonical JSON text instead of joined bytes.
+    """
+
+    event: str
+    payload: bytes
+    version: int = 1
+
+    def preimage(self) -> bytes:
+        """The bytes whose SHA-384 is the event's digest."""
+        if self.version == 1:
+            return b":".join((RUNTIME_EVENT_TYPE.to_bytes(4, "little"), self.event.encode(), self.payload))
+        document = {"name": self.event, "payload": self.payload.hex(), "type": RUNTIME_EVENT_TYPE}
+        return json.dumps(document, separators=(",", ":"), ensure_ascii=False, sort_keys=True).encode()
+
+    def digest(self) -> bytes:
+        """SHA-384 of the preimage, 48 bytes."""
+        return hashlib.sha384(self.preimage()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class TdxEvent:
+    """One line of the log: register (0 to 3), type, digest, name, payload.
+
+    The digest is 48 bytes, or empty where it was stripped.
+    """
+
+    imr: int
+    event_type: int
+    digest: bytes
+    event: str
+    event_payload: bytes
+    version: int = 1
+    preimage: str | None = None
+
+    @classmethod
+    def of(cls, event: RuntimeEvent) -> Self:
+        """Make the log line of a runtime event."""
+        return cls(3, RUNTIME_EVENT_TYPE, event.digest(), event.event, event.payload, event.version)
+
+    @property
+    def is_runtime(self) -> bool:
+        """Whether dstack measured it (and its digest follows from name and payload)."""
+        return self.event_type == RUNTIME_EVENT_TYPE
+
+    @property
+    def is_acpi_data(self) -> bool:
+        """Whether it is one of the three ACPI events a verifier needs to recompute RTMR0."""
+        return self.imr == 0 and self.event_type == ACPI_EVENT_TYPE and self.event_payload == ACPI_PAYLOAD
+
+    def runtime(self) -> RuntimeEvent:
+        """The runtime event this line records."""
+        return RuntimeEvent(self.event, self.event_payload, self.version)
+
+    def measured(self) -> bytes:
+        """The digest a replay folds: recomputed for runtime events, as recorded for the others."""
+        return self.runtime().digest() if self.is_runtime else self.digest
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form of GetQuote's event log: digest and payload as lowercase hex."""
+        out: dict[str, Any] = {
+            "imr": self.imr,
+            "event_type": self.event_type,
+            "digest": self.digest.hex(),
+            "event": self.event,
+            "event_payload": self.event_payload.hex(),
+        }
+        if self.version != 1:
+            out["version"] = self.version
+        if self.preimage is not None:
+            out["preimage"] = self.preimage
+        return out
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """Read the JSON form; raise `FormatError` naming the key that is missing or mistyped."""
+        if not isinstance(value, dict):
+            raise FormatError(f"event: object expected, got {type(value).__name__}")
+        return cls(
+            imr=_integer(value, "imr"),
+            event_type=_integer(value, "event_type"),
+            digest=_hex(value, "digest", ""),
+            event=_text(value, "event"),
+            event_payload=_hex(value, "event_payload"),
+            version=_version(value),
+            preimage=None if value.get("preimage") is None else _text(value, "preimage"),
+        )
+
+
+def replay(digests: Iterable[bytes]) -> bytes:
+    """Fold digests into a register: SHA-384(register, digest) from 48 zero bytes."""
+    register = bytes(RTMR_SIZE)
+    for digest in digests:
+        register = hashlib.sha384(register + digest).digest()
+    return register
+
+
+def replay_register(log: Iterable[TdxEvent], imr: int) -> bytes:
+    """Replay one register of a full log."""
+    return replay(event.measured() for event in log if event.imr == imr)
+
+
+def replay_runtime(events: Iterable[RuntimeEvent], until: str | None = None) -> bytes:
+    """Replay RTMR3 from runtime events, up to and including the first named `until` where one is given."""
+    digests = []
+    for event in events:
+        digests.append(event.digest())
+        if event.event == until:
+            break
+    return replay(digests)
+
+
+def find_payload(events: Iterable[RuntimeEvent], name: str) -> bytes:
+    """Payload of the first event of that name before `system-ready`, or nothing.
+
+    What comes after `system-ready` is the application's and proves no identity.
+    """
+    for event in events:
+        if event.event == SYSTEM_READY:
+            break
+        if event.event == name:
+            return event.payload
+    return b""
+
+
+def strip(log: Sequence[TdxEvent]) -> tuple[TdxEvent, ...]:
+    """Cut a log to what a certificate carries.
+
+    The ACPI events whole, every IMR 3 event, the digest of runtime events emptied.
+    """
+    out = []
+    for event in log:
+        if event.is_acpi_data:
+            out.append(event)
+        elif event.imr == 3:
+            out.append(replace(event, digest=b"") if event.is_runtime else replace(event, event_payload=b""))
+    return tuple(out)
+
+
+def for_get_quote(log: Sequence[TdxEvent]) -> tuple[TdxEvent, ...]:
+    """Cut a log to what GetQuote answers: payloads of boot events emptied, except the ACPI ones."""
+    return tuple(e if e.is_runtime or e.is_acpi_data else replace(e, event_payload=b"") for e in log)
+
+
+def validate_preimages(log: Sequence[TdxEvent]) -> None:
+    """Hold the preimage of every version 2 runtime event against its digest and its fields.
+
+    Raises `VerificationError` with upstream's words; `attest.verify` adds the context.
+    """
+    for index, event in enumerate(log):
+        if not event.is_runtime or event.version == 1:
+            continue
+        if event.preimage is None:
+            raise VerificationError(f"V2 runtime event {index} is missing its digest preimage")
+        try:
+            preimage = bytes.fromhex(event.preimage)
+        except ValueError as error:
+            raise VerificationError(f"V2 runtime event {index} has a malformed digest preimage") from error
+        if hashlib.sha384(preimage).digest() != event.digest:
+            raise VerificationError(f"V2 runtime event {index} digest does not match its preimage")
+        if preimage != event.runtime().preimage():
+            raise VerificationError(f"V2 runtime event {index} preimage is not the canonical event representation")
+
+
+def log_to_json(log: Iterable[TdxEvent]) -> str:
+    """The whole log as compact JSON text."""
+    return json.dumps([event.to_json() for event in log], separators=(",", ":"), ensure_ascii=False)
+
+
+def log_from_json(text: str | bytes) -> tuple[TdxEvent, ...]:
+    """Read a log from JSON text; raise `FormatError` where it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"event log: JSON expected ({error})") from error
+    if not isinstance(value, list):
+        raise FormatError(f"event log: array expected, got {type(value).__name__}")
+    return tuple(TdxEvent.from_json(item) for item in value)
+
+
+def _integer(value: dict[str, Any], key: str, default: int | None = None) -> int:
+    number = value.get(key, default)
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**32:
+        raise FormatError(f"event: {key}: 32-bit number expected, got {number!r:.40}")
+    return number
+
+
+def _version(value: dict[str, Any]) -> int:
+    version = _integer(value, "version", 1)
+    if version not in (1, 2):
+        raise FormatError(f"event: version: 1 or 2 expected, got {version}")
+    return version
+
+
+def _text(value: dict[str, Any], key: str) -> str:
+    text = value.get(key)
+    # JSON's escapes can spell half of a surrogate pair, which no UTF-8 text, and so no digest, has.
+    if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise FormatError(f"event: {key}: text expected, got {text!r:.40}")
+    return text
+
+
+def _hex(value: dict[str, Any], key: str, default: str | None = None) -> bytes:
+    text = value.get(key, default)
+    try:
+        return bytes.fromhex(text)  # type: ignore[arg-type]  # a non-text is the TypeError below
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"event: {key}: hex text expected, got {text!r:.40}") from error

@@ -1,0 +1,263 @@
+"""Whether a quote's registers are those of the OS image that its VM config claims: what needs no network and no disk.
+
+The lite variant is judged here from end to end: the config carries the image's measurement document, whose hash is the
+image's. Of the legacy variant, which measures a downloaded image, here are the parts that are about bytes alone: its
+manifest, its metadata, and what a cache of measurements holds; `transport.image_store` does the rest.
+
+What success does not prove: that the ACPI tables are harmless (the lite variant takes their digests from the event log,
+which is the host's word), or that anybody should trust this image (a webhook decides, by its hash).
+
+Source of truth: dstack `verifier/src/verification.rs`, `dstack-types/src/lib.rs`, `dstack-mr/src/tdx.rs` at 312dc605;
+order and texts were seen on a real dstack-verifier. `sha256sum -c` is that of GNU coreutils.
+"""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Final, Self
+
+from dstack_emu.attest.app_info import REMEMBERED_CONFIG, vm_config_of
+from dstack_emu.attest.errors import FormatError, VerificationError
+from dstack_emu.attest.eventlog import RTMR_SIZE, TdxEvent
+from dstack_emu.attest.image import (
+    ACPI_EVENT_NAMES,
+    MEASUREMENT_FILE,
+    AcpiDigests,
+    ImageMeasurement,
+    Registers,
+    measure,
+    os_image_hash,
+    sha256sum_entry,
+)
+from dstack_emu.attest.quote import TdReport
+from dstack_emu.attest.vmconfig import TdxMeasurement, VmConfig
+
+CHECKSUM_FILE: Final = "sha256sum.txt"
+METADATA_FILE: Final = "metadata.json"
+
+CACHE_VERSION: Final = 3
+"""What entries of a measurement cache say they are; others are passed over."""
+
+
+def decode_vm_config(text: str) -> VmConfig:
+    """Read a request's config, or an evidence's; raise `VerificationError`."""
+    try:
+        return vm_config_of(text)
+    except FormatError as error:
+        raise VerificationError(f"Failed to decode VM config: {error}") from error
+
+
+def require_registers(expected: Registers, report: TdReport) -> None:
+    """Compare computed with quoted registers, MRTD first; raise `VerificationError` for the first that differs."""
+    quoted = Registers(report.mr_td, *report.rtmrs[:3])
+    for name in ("mrtd", "rtmr0", "rtmr1", "rtmr2"):
+        want, got = getattr(expected, name), getattr(quoted, name)
+        if want != got:
+            raise VerificationError(
+                f"MRs do not match: {name.upper()} mismatch: expected={want.hex()}, actual={got.hex()}"
+            )
+
+
+# ---- The lite variant
+
+
+def verify_lite(vm_config: VmConfig, event_log: Sequence[TdxEvent], report: TdReport) -> None:
+    """Judge a boot by the measurement document in its VM config; raise `VerificationError` for what is wrong first.
+
+    The checks and their order are upstream's: there is a document, it is the named image's, it can be read, the log has
+    three named ACPI digests, registers can be computed, they are the quoted ones. Nothing else in the log counts.
+    """
+    document = vm_config.tdx_measurement
+    if document is None:
+        raise VerificationError("tdx lite attestation requires vm_config.tdx_measurement")
+    small = len(document.checksum_file) + len(document.measurement) <= REMEMBERED_CONFIG
+    measurement = (_read_document if small else _read_document.__wrapped__)(vm_config.os_image_hash, document)
+    digests = acpi_digests(event_log)
+    expected = (_registers if small else _registers.__wrapped__)(measurement, vm_config, digests)
+    require_registers(expected, report)
+
+
+@functools.lru_cache(maxsize=64)
+def _read_document(claimed_hash: bytes, document: TdxMeasurement) -> ImageMeasurement:
+    """Read the document of a named image. The one OVMF variant there is was held against the config's by parsing."""
+    try:
+        require_document(claimed_hash, document)
+    except FormatError as error:
+        raise VerificationError(f"tdx lite measurement material does not match os_image_hash: {error}") from error
+    try:
+        return ImageMeasurement.decode(document.measurement)
+    except FormatError as error:
+        raise VerificationError(f"failed to decode vm_config.tdx_measurement CBOR: {error}") from error
+
+
+def require_document(claimed_hash: bytes, document: TdxMeasurement) -> None:
+    """Refuse a measurement document that is not the image's of that hash; raise `FormatError`."""
+    actual = os_image_hash(document.checksum_file)
+    if actual != claimed_hash:
+        raise FormatError(
+            f"os_image_hash mismatch: expected sha256(sha256sum.txt)={claimed_hash.hex()}, actual={actual.hex()}"
+        )
+    listed = sha256sum_entry(document.checksum_file, MEASUREMENT_FILE)
+    found = hashlib.sha256(document.measurement).digest()
+    if listed != found:
+        raise FormatError(f"{MEASUREMENT_FILE} hash mismatch: sha256sum.txt={listed.hex()}, actual={found.hex()}")
+
+
+@functools.lru_cache(maxsize=256)
+def _registers(measurement: ImageMeasurement, vm_config: VmConfig, digests: AcpiDigests) -> Registers:
+    try:
+        return measure(measurement, vm_config, digests)
+    except FormatError as error:
+        raise VerificationError(
+            f"Failed to compute TDX expected measurements without image download: {error}"
+        ) from error
+
+
+def acpi_digests(event_log: Sequence[TdxEvent]) -> AcpiDigests:
+    """Pick the digests of QEMU's ACPI blobs by the names that the guest gave the events; raise `VerificationError`."""
+    found = {}
+    candidates = [event for event in event_log if event.is_acpi_data]
+    if len(candidates) != len(ACPI_EVENT_NAMES):
+        raise _no_acpi_digests(
+            f"TDX lite attestation requires exactly 3 RTMR0 ACPI DATA events; found {len(candidates)} candidates and "
+            f"{sum(event.imr == 0 for event in event_log)} RTMR0 events"
+        )
+    for name in ACPI_EVENT_NAMES:
+        named = [event.digest for event in candidates if event.event == name]
+        if len(named) != 1:
+            raise _no_acpi_digests(
+                f"TDX lite attestation requires exactly one RTMR0 ACPI DATA event named {name}; found {len(named)}"
+            )
+        if len(named[0]) != RTMR_SIZE:
+            raise _no_acpi_digests(
+                f"TDX RTMR0 ACPI DATA event {name} has invalid digest length {len(named[0])}, expected {RTMR_SIZE}"
+            )
+        found[name] = named[0]
+    return found["acpi-loader"], found["acpi-rsdp"], found["acpi-tables"]
+
+
+def _no_acpi_digests(cause: str) -> VerificationError:
+    return VerificationError(f"TDX lite attestation is missing named RTMR0 ACPI DATA digests: {cause}")
+
+
+# ---- The legacy variant: what an unpacked image says
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What metadata.json says of an image; the version is empty where it says none."""
+
+    version: str
+    is_dev: bool
+
+    @classmethod
+    def parse(cls, text: bytes) -> Self:
+        """Read metadata.json; raise `FormatError` where upstream could not use it."""
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"Failed to parse image metadata: {error}") from error
+        if not isinstance(document, dict):
+            raise FormatError(f"Failed to parse image metadata: object expected, got {type(document).__name__}")
+        for name in ("cmdline", "kernel", "initrd", "bios"):
+            if not isinstance(document.get(name), str):
+                raise FormatError(f"Failed to parse image metadata: missing field `{name}`")
+        version, is_dev = document.get("version", ""), document.get("is_dev", False)
+        if not isinstance(version, str) or not isinstance(is_dev, bool):
+            raise FormatError("Failed to parse image metadata: version: text, is_dev: true or false expected")
+        return cls(version, is_dev)
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestLine:
+    """One line of sha256sum.txt: the file that is checked, its 32-byte hash, and the word that lists it."""
+
+    name: str
+    digest: bytes
+    listed: str
+
+
+def parse_manifest(checksum_file: bytes) -> tuple[ManifestLine, ...]:
+    """Read a manifest as an image's must be: flat names, a checksum line each, no file twice; raise `FormatError`.
+
+    Stricter than upstream, whose `sha256sum -c` passes over lines that are no checksum lines, and which takes a file
+    that is listed twice.
+    """
+    try:
+        text = checksum_file.decode()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"Failed to read {CHECKSUM_FILE}: {error}") from error
+    lines: list[ManifestLine] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) == 1:
+            raise FormatError("image manifest entry is missing a path")
+        if len(words) > 2:
+            raise FormatError(f"image manifest line {number} has extra fields")
+        name = words[1]
+        if "/" in name or name in (".", "..") or "\0" in name:
+            raise FormatError(f"image manifest line {number} has an unsafe path")
+        if name == CHECKSUM_FILE:
+            raise FormatError(f"image manifest must not recursively list {CHECKSUM_FILE}")
+        checked = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](\S+)", line.rstrip("\r"))
+        if checked is None:
+            raise FormatError(
+                f"Checksum verification failed: {CHECKSUM_FILE} line {number}: 64 hex digits, two spaces and a file "
+                "name expected"
+            )
+        if any(before.name == checked[2] for before in lines):
+            raise FormatError(f"{CHECKSUM_FILE} contains duplicate {checked[2]} entries")
+        lines.append(ManifestLine(checked[2], bytes.fromhex(checked[1]), name))
+    if not lines:
+        raise FormatError(
+            f"Checksum verification failed: sha256sum: {CHECKSUM_FILE}: no properly formatted checksum lines found"
+        )
+    return tuple(lines)
+
+
+def require_checksums(manifest: Sequence[ManifestLine], found: Mapping[str, bytes | None]) -> None:
+    """Compare what was hashed (None: no such file) with the manifest, in the words of `sha256sum -c`."""
+    missing = [line.name for line in manifest if found[line.name] is None]
+    wrong = sum(found[line.name] not in (None, line.digest) for line in manifest)
+    said = [f"sha256sum: {name}: No such file or directory" for name in missing]
+    if missing:
+        many = "files" if len(missing) > 1 else "file"
+        said.append(f"sha256sum: WARNING: {len(missing)} listed {many} could not be read")
+    if wrong:
+        many = "checksums" if wrong > 1 else "checksum"
+        said.append(f"sha256sum: WARNING: {wrong} computed {many} did NOT match")
+    if said:
+        raise FormatError("Checksum verification failed: " + "\n".join(said) + "\n")
+
+
+# ---- The legacy variant: measurements that somebody computed before
+
+
+def cache_key(vm_config: VmConfig) -> str:
+    """Name the entry of a measurement cache: SHA-256, in hex, of the config as upstream's types write it again."""
+    document = json.loads(vm_config.to_json())
+    del document["spec_version"]  # the VMM's addition, which upstream's reader drops
+    return hashlib.sha256(json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+
+
+def encode_cache_entry(registers: Registers) -> bytes:
+    """Write an entry of a measurement cache."""
+    measurements = {name: value.hex() for name, value in asdict(registers).items()}
+    return json.dumps({"version": CACHE_VERSION, "measurements": measurements}, separators=(",", ":")).encode()
+
+
+def decode_cache_entry(data: bytes) -> Registers | None:
+    """Read an entry of a measurement cache; None where it is of another version, or unreadable: then it is no entry."""
+    try:
+        document = json.loads(data)
+        measurements = document["measurements"]
+        if document["version"] != CACHE_VERSION:
+            return None
+        return Registers(**{field.name: bytes.fromhex(measurements[field.name]) for field in fields(Registers)})
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

@@ -1,0 +1,1 @@
+"""The command line `dstack-emu`. Nothing below it imports it."""

@@ -1,0 +1,121 @@
+"""`dstack-emu agent`: a trust domain with its guest agent."""
+
+import argparse
+import asyncio
+import json
+from pathlib import Path
+
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.cli.commands.common import WARNING, UsageError, listen_address, say, stop_on_signals
+from dstack_emu.cli.commands.guest_options import (
+    add_guest_options,
+    add_world_options,
+    guest_config,
+    load_key_file,
+    platform_state,
+    vendor_state,
+)
+from dstack_emu.deployment.guest import Guest, GuestConfig
+
+DESCRIPTION = (
+    "Run the guest agent of one emulated trust domain, on dstack.sock, tappd.sock and one TCP port that serves all its "
+    "services, so DSTACK_SIMULATOR_ENDPOINT and TAPPD_SIMULATOR_ENDPOINT may be the sockets or the URL. The app has "
+    "keys of its own, or those of a file; for keys from a KMS see `dstack-emu boot`. " + WARNING
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_listener_options(parser)
+    parser.add_argument(
+        "--keys", type=Path, metavar="FILE", help="upstream's key file (appkeys.json) instead of new keys"
+    )
+    parser.add_argument(
+        "--key-provider",
+        choices=("none", "local-sgx"),
+        default="none",
+        help="who gave it its new keys, as it says; the KMS of `up` have local-sgx (%(default)s)",
+    )
+    add_guest_options(parser)
+    add_world_options(parser)
+
+
+def add_listener_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where a guest's agent listens, and how it answers."""
+    parser.add_argument(
+        "--listen",
+        type=listen_address,
+        default=("127.0.0.1", 0),
+        metavar="HOST:PORT",
+        help="TCP (127.0.0.1, a free port)",
+    )
+    parser.add_argument(
+        "--dstack-sock", type=Path, metavar="PATH", help="where dstack.sock goes (default: a new folder)"
+    )
+    parser.add_argument("--tappd-sock", type=Path, metavar="PATH", help="where tappd.sock goes")
+    parser.add_argument("--grpc", type=listen_address, metavar="HOST:PORT", help="serve gRPC here, too")
+    parser.add_argument("--grpc-sock", type=Path, metavar="PATH", help="serve gRPC on this socket, too")
+    parser.add_argument("--pccs", metavar="URL", help="the PCCS that serves its collateral (default: one of its own)")
+    parser.add_argument("--upstream-compat", action="store_true", help="refuse EmitEvent as upstream's simulator does")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the agent until a signal."""
+    try:
+        platform, vendor = platform_state(arguments), vendor_state(arguments)
+    except FormatError as error:
+        raise UsageError(str(error)) from error
+    config = guest_config(
+        arguments,
+        platform_state=platform,
+        vendor_state=vendor,
+        key_file=load_key_file(arguments.keys),
+        key_provider=arguments.key_provider,
+        allow_emit_event=not arguments.upstream_compat,
+    )
+    return serve_guest(config, arguments)
+
+
+def serve_guest(config: GuestConfig, arguments: argparse.Namespace) -> int:
+    """Run a guest until a signal, by the listener's options."""
+    host, port = arguments.listen
+    guest = Guest(
+        config,
+        host=host,
+        port=port,
+        pccs_url=arguments.pccs,
+        dstack_sock=arguments.dstack_sock,
+        tappd_sock=arguments.tappd_sock,
+        grpc=arguments.grpc,
+        grpc_sock=arguments.grpc_sock,
+        progress=say,
+    )
+    return asyncio.run(_serve(guest, as_json=arguments.json))
+
+
+async def _serve(guest: Guest, *, as_json: bool) -> int:
+    stop = stop_on_signals()
+    starting, stopping = asyncio.create_task(guest.__aenter__()), asyncio.create_task(stop.wait())
+    await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():  # it waits for a KMS
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        return 0
+    try:
+        starting.result()
+    except FormatError as error:  # of options that only the boot can judge, such as the memory's size
+        raise UsageError(str(error)) from error
+    try:
+        description = guest.description()
+        if as_json:
+            print(json.dumps(description), flush=True)
+        else:
+            env = description.pop("env")
+            lines = [f"{name:<14} {value}" for name, value in description.items()]
+            lines += ["", *(f"export {name}={value}" for name, value in env.items()), "", "Ctrl-C stops it."]
+            print("\n".join(lines), flush=True)
+        await stopping
+    finally:
+        await guest.__aexit__(None, None, None)
+    return 0

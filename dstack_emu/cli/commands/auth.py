@@ -1,0 +1,115 @@
+"""`dstack-emu auth`: one webhook of its own, auth-simple or auth-mock.
+
+What upstream's programs take from the environment, these take as well: PORT here, the rest in `auth.simple` and
+`auth.mock`. An option goes before its variable.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from aiohttp import web
+
+from dstack_emu.auth.errors import ConfigError
+from dstack_emu.auth.mock import MockSettings
+from dstack_emu.auth.server import mock_app, simple_app
+from dstack_emu.auth.simple import SimpleAuth, SimpleSettings
+from dstack_emu.cli.commands.common import WARNING, UsageError, listen_address, say, stop_on_signals
+from dstack_emu.transport.listen import bind_tcp, serve
+
+DESCRIPTION = (
+    "Run one auth webhook. `simple` decides by a JSON file that it reads anew for every question; without that file it "
+    "runs and denies everything. `mock` decides by a fixed policy, whatever was measured: for tests only. A question "
+    "and what came of it is a line on stderr. Point a KMS at it with core.auth_api.webhook.url. Variables of the "
+    "originals count where no option is given: PORT; for `simple` AUTH_CONFIG_PATH and AUTH_SIMPLE_COMPAT; for `mock` "
+    "MOCK_POLICY (allow-all, deny-all, deny-kms, deny-app, allowlist-device, allowlist-mr), MOCK_ALLOWED_DEVICE_IDS, "
+    "MOCK_ALLOWED_MR_AGGREGATED and the values that it answers. " + WARNING
+)
+
+TALKATIVE: Final = ("auth",)
+"""Loggers whose information is shown without being asked for: the lines that upstream's programs always write."""
+
+DEFAULT_PORT: Final = 3000
+"""Upstream's, where PORT is not set."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("kind", choices=("simple", "mock"), help="which one")
+    parser.add_argument(
+        "--listen",
+        type=listen_address,
+        metavar="HOST:PORT",
+        help=f"address; port 0 takes a free one (127.0.0.1, and PORT or {DEFAULT_PORT})",
+    )
+    parser.add_argument(
+        "-c", "--config", metavar="FILE", help="the policy of `simple` (AUTH_CONFIG_PATH, else ./auth-config.json)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
+    parser.add_argument(
+        "--seed", metavar="TEXT", help="taken as by every command that serves; a webhook has nothing to make up of it"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Webhook:
+    """An application, and what to say of it."""
+
+    app: web.Application
+    title: str
+    facts: Mapping[str, str]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until a signal."""
+    try:
+        webhook = _simple(arguments.config) if arguments.kind == "simple" else _mock(arguments.config)
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
+    return asyncio.run(_serve(webhook, arguments.listen or ("127.0.0.1", _port()), as_json=arguments.json))
+
+
+def _simple(config: str | None) -> _Webhook:
+    settings = SimpleSettings.from_env(os.environ)
+    if config is not None:
+        settings = replace(settings, config_path=config)
+    try:
+        SimpleAuth(settings.config_path).policy()
+    except ConfigError as error:
+        say(f"{error}; everything is denied until this file can be used")
+    facts = {"config_path": os.path.abspath(settings.config_path), "compat": settings.compat}
+    return _Webhook(simple_app(settings.config_path, compat=settings.compat), "auth-simple", facts)
+
+
+def _mock(config: str | None) -> _Webhook:
+    if config is not None:
+        raise UsageError("--config is for `auth simple`: `auth mock` decides by MOCK_POLICY")
+    settings = MockSettings.from_env(os.environ)
+    return _Webhook(mock_app(settings), "auth-mock", {"policy": settings.policy})
+
+
+def _port() -> int:
+    text = os.environ.get("PORT") or str(DEFAULT_PORT)
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535):
+        raise UsageError(f'PORT is "{text}", expected a number of 0 (a free one) to 65535')
+    return int(text)
+
+
+async def _serve(webhook: _Webhook, address: tuple[str, int], *, as_json: bool) -> int:
+    stop = stop_on_signals()
+    host, port = address
+    server = await serve(webhook.app, bind_tcp(host, port, setting="--listen HOST:PORT or PORT"))
+    try:
+        if as_json:
+            print(json.dumps({"url": server.url, **webhook.facts}), flush=True)
+        else:
+            facts = ", ".join(f"{name} {value}" for name, value in webhook.facts.items())
+            print(f"{webhook.title} at {server.url} ({facts}). Ctrl-C stops it.", flush=True)
+        await stop.wait()
+    finally:
+        await server.close()
+    return 0

@@ -1,0 +1,81 @@
+"""`dstack-emu boot`: an app that boots through a KMS, as dstack-util boots it, and its agent."""
+
+import argparse
+from urllib.parse import urlsplit
+
+from dstack_emu.cli.commands.agent import add_listener_options, serve_guest
+from dstack_emu.cli.commands.common import WARNING
+from dstack_emu.cli.commands.guest_options import add_guest_options, guest_config
+from dstack_emu.deployment.guest import KmsBoot
+from dstack_emu.simulator.platform import PlatformState
+
+DESCRIPTION = (
+    "Boot one emulated trust domain through a KMS that runs already, as dstack-util does: GetTempCaCert, a certificate "
+    "with evidence under that CA, GetAppKey, and the events that record where the keys came from. Then run its agent "
+    "with those keys, on the listeners that `agent` has; its certificates come from the KMS's SignCert. A refusal ends "
+    "the command with status 1 and the KMS's own words. The guest must be of the seed of the KMS's stack: by that the "
+    "PCCS which the KMS asks knows its platform, and the guest the KMS's. " + WARNING
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("--kms", required=True, type=_kms_url, metavar="URL", help="the KMS: https://host:port")
+    parser.add_argument(
+        "--release",
+        choices=("0.5", "next"),
+        default="next",
+        help="boot sequence: 0.5 measures the KMS, too, by an mr-kms event (%(default)s)",
+    )
+    parser.add_argument(
+        "--wait",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long the KMS may be out of reach at first; it is asked again until then (not at all)",
+    )
+    parser.add_argument(
+        "--keep-asking",
+        action="store_true",
+        help="listen at once, without keys, and ask until the KMS gives them, whatever it says meanwhile",
+    )
+    add_listener_options(parser)
+    add_guest_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Boot, and run the agent until a signal."""
+    kms = KmsBoot(
+        arguments.kms,
+        measures_kms=arguments.release == "0.5",
+        patience=arguments.wait,
+        keeps_asking=arguments.keep_asking,
+    )
+    config = guest_config(
+        arguments,
+        platform_state=PlatformState(other_root=arguments.other_root),
+        kms=kms,
+        allow_emit_event=not arguments.upstream_compat,
+    )
+    return serve_guest(config, arguments)
+
+
+def _kms_url(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme == "https" and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or parts.path.strip("/") or parts.query or parts.fragment:
+        raise argparse.ArgumentTypeError(f"https://host:port expected, without a path, got {text!r:.200}")
+    return text.rstrip("/")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"seconds, 0 to 86400, expected, got {text!r:.80}")
+    return seconds

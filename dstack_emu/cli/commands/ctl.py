@@ -1,0 +1,388 @@
+"""`dstack-emu ctl`: the control API of a running stack, from a shell."""
+
+import argparse
+import json
+import os
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from dstack_emu.cli.commands.common import UsageError, say
+from dstack_emu.deployment.config import DESCRIPTION_FILE, PORTS
+from dstack_emu.observability.record_text import lines
+
+DESCRIPTION = (
+    "Talk to the control API of a running stack. It is found by --url, by --state, by the environment variable "
+    "DSTACK_EMU_CONTROL, or else at its default port. `ctl tail` shows each call as it happens; `ctl COMMAND --help` "
+    "explains a command. A refusal ends with status 1 and the reason on stderr."
+)
+
+EXAMPLES: Final = """\
+examples:
+  dstack-emu ctl tail                                   what is called, and why it is refused
+  dstack-emu ctl policy deny src app                    revoke the app
+  dstack-emu ctl platform 'host of app' --set tcb_status=OutOfDate
+  dstack-emu ctl vendor --set collateral_until=2026-06-01
+  dstack-emu ctl clock set 2026-06-02
+  dstack-emu ctl fault service=auth-src kind=hang       the webhook hangs, until `ctl fault clear`
+  dstack-emu ctl fault service=auth-src script='["allow","deny","500"]'
+  dstack-emu ctl guest add other platform='another host' && dstack-emu ctl guest boot other
+  dstack-emu ctl kms add third && dstack-emu ctl kms onboard third
+  dstack-emu ctl snapshot before; dstack-emu ctl revert before; dstack-emu ctl reset
+  dstack-emu ctl save state.json; dstack-emu ctl load state.json
+"""
+
+TIMEOUT: Final = 120.0
+
+
+class RefusedError(UsageError):
+    """What the control API refused."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options and the commands."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--url", metavar="URL", help="the control API's URL, as `up` prints it")
+    where.add_argument("--state", type=Path, metavar="DIR", help="the folder given to `up --state`")
+    choice = parser.add_subparsers(dest="do", title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, act: Callable[[Api, argparse.Namespace], Any]) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = choice.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        made.set_defaults(act=act)
+        return made
+
+    command("info", "show the stack and all its parts, as JSON", lambda api, a: api.get("/stack"))
+    command("health", "ask every service whether it answers", _health)
+
+    tail = command("tail", "show each call as it ends, and what it led to", _tail)
+    tail.add_argument("-n", "--last", type=int, default=10, metavar="N", help="show so many past ones first (10)")
+    tail.add_argument("--no-follow", action="store_true", help="show the past ones, and end")
+    tail.add_argument("--short", action="store_true", help="one line for each call, without what it led to")
+    tail.add_argument("--json", action="store_true", help="JSON lines, as they are in the file of `up --journal`")
+
+    journal = command("journal", "show the calls that match (JSON), count them, or forget all", _journal)
+    journal.add_argument("verb", nargs="?", choices=("find", "count", "clear"), default="find")
+    journal.add_argument(
+        "matching", nargs="*", type=_pair, metavar="KEY=PATTERN", help="call=, service=, caller=, outcome=, since="
+    )
+
+    policy = command("policy", "show a policy; allow or deny a trust domain in it; put a file in place", _policy)
+    policy.add_argument("verb", choices=("show", "allow", "deny", "set"))
+    policy.add_argument("side", help="whose webhook's: src, dst, or a KMS of its own")
+    policy.add_argument("what", nargs="?", help="trust domain (app, kms-dst, …), or a file for `set` (- for stdin)")
+    policy.add_argument("--this-device-only", action="store_true", help="allow it on its own machine alone")
+
+    platform = command("platform", "show every machine or one; change what holds for it; make one", _platform)
+    platform.add_argument("name", nargs="?", help="such as 'host of app'")
+    _add_settings(platform, "tcb_status, advisory_ids, module_status, module_advisory_ids, pck_revoked, other_root")
+    platform.add_argument("--new", action="store_true", help="make a machine of that name")
+
+    vendor = command("vendor", "show or change what the vendor says for all machines", _vendor)
+    _add_settings(
+        vendor, "qe_status, qe_advisory_ids, pck_ca_revoked, collateral_until=DATE, collateral=expired, …_dating"
+    )
+
+    clock = command("clock", "show the clock, or set, advance, freeze, resume it", _clock)
+    verbs = ("show", "set", "advance", "freeze", "resume", "wall")
+    clock.add_argument("verb", nargs="?", choices=verbs, default="show")
+    clock.add_argument("value", nargs="?", help="2026-06-01T12:00:00Z to set and freeze, 12h or 30d to advance")
+
+    fault = command("fault", "show the faults, put one in force (KEY=VALUE …), or `clear` them or one", _fault)
+    words = "KEY=VALUE | clear [ID]"
+    fault.add_argument("words", nargs="*", metavar=words, help="service=auth-src kind=hang times=2 …")
+
+    guest = command("guest", "show, make, boot or remove a trust domain", _guest)
+    guest.add_argument("verb", nargs="?", choices=("list", "show", "add", "boot", "event", "remove"), default="list")
+    guest.add_argument("name", nargs="?")
+    pairs: dict[str, Any] = {"nargs": "*", "type": _pair, "metavar": "KEY=VALUE"}
+    guest.add_argument("fields", **pairs, help="add: app_id=, platform=, compose=@FILE …; boot: kms=")
+
+    kms = command("kms", "show, make, onboard or remove a KMS", _kms)
+    kms.add_argument("verb", nargs="?", choices=("list", "show", "add", "onboard", "remove"), default="list")
+    kms.add_argument("name", nargs="?")
+    kms.add_argument("fields", **pairs, help="add: webhook=URL …; onboard: source=src, or source=null for new keys")
+
+    for name, text in (("snapshot", "keep what the stack is now"), ("revert", "go back to a snapshot")):
+        made = command(name, text, _snapshot if name == "snapshot" else _revert)
+        made.add_argument("name", nargs="?", default="snapshot")
+    command("reset", "go back to when the stack became ready", lambda api, a: api.send("POST", "/reset", {}))
+    command("save", "write what the stack is now to a file", _save).add_argument("file", type=Path)
+    command("load", "go back to what a file says", _load).add_argument("file", type=Path)
+
+    call = command("call", "make any call of the API (GET /openapi.json lists them)", _call)
+    call.add_argument("method", choices=("GET", "POST", "PUT", "PATCH", "DELETE"))
+    call.add_argument("path")
+    call.add_argument("body", nargs="?", type=_json, help="JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it, and print what was answered."""
+    try:
+        answer = arguments.act(Api(_find(arguments)), arguments)
+        if answer is not None and answer != {}:
+            print(answer if isinstance(answer, str) else json.dumps(answer, indent=2), flush=True)
+    except RefusedError as error:
+        say(f"Error: {' '.join(str(error).split())}")
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its end
+    return 0
+
+
+class Api:
+    """The control API at a URL."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        # No proxy from the environment: it is on this machine.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def get(self, path: str) -> Any:
+        """GET, and parse."""
+        return self.send("GET", path)
+
+    def send(self, method: str, path: str, body: Any = None) -> Any:
+        """Send JSON, and parse the answer; raise `RefusedError` with a refusal's text."""
+        with self.open(method, path, body, timeout=TIMEOUT) as response:
+            return json.load(response)
+
+    def open(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> Any:
+        """Send JSON, and give the answer to read."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(  # noqa: S310 - the URL is http, checked below, and the caller's own
+            self._url + path, data, {"Content-Type": "application/json"}, method=method
+        )
+        try:
+            return self._opener.open(request, timeout=timeout)
+        except urllib.error.HTTPError as error:
+            raise RefusedError(_refusal(error)) from error
+        except (urllib.error.URLError, OSError) as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            raise UsageError(f"no stack answers at {self._url} ({reason}): name one by --url or --state") from error
+
+
+def _refusal(error: urllib.error.HTTPError) -> str:
+    text = error.read().decode(errors="replace")
+    try:
+        document = json.loads(text)
+    except ValueError:
+        document = None
+    said = document.get("error") if isinstance(document, dict) else None
+    return str(said) if said else f"status {error.code}: {text:.200}"
+
+
+def _find(arguments: argparse.Namespace) -> str:
+    url = arguments.url or (None if arguments.state else os.environ.get("DSTACK_EMU_CONTROL"))
+    if arguments.state is not None:
+        path = arguments.state / DESCRIPTION_FILE
+        try:
+            url = json.loads(path.read_text())["services"]["control"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"no stack is ready in {arguments.state}: {path} cannot be read ({error})") from error
+    url = url or f"http://127.0.0.1:{PORTS['control']}"
+    if not url.startswith("http://"):
+        raise UsageError(f"--url: an http:// URL expected, got {url!r:.100}")
+    return url
+
+
+# ---- arguments
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    """Read KEY=VALUE for argparse: a value that is JSON counts as such, one that is @FILE as the file's text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"KEY=VALUE expected, got {text!r:.60}")
+    if value.startswith("@"):
+        try:
+            return key, Path(value[1:]).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise argparse.ArgumentTypeError(f"{key}: cannot read {value[1:]} ({error})") from error
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        return key, value
+    # A number of many digits is hex that happens to have no letter, such as an app id.
+    return key, value if isinstance(parsed, int | float) and len(value) > 15 else parsed
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"JSON expected ({error})") from error
+
+
+def _add_settings(parser: argparse.ArgumentParser, known: str) -> None:
+    parser.add_argument("--set", action="append", default=[], type=_pair, metavar="KEY=VALUE", help=known)
+
+
+def _name(arguments: argparse.Namespace) -> str:
+    if not arguments.name:
+        raise UsageError(f"ctl {arguments.do} {arguments.verb}: a name expected")
+    return urllib.parse.quote(arguments.name, safe="")
+
+
+# ---- commands
+
+
+def _health(api: Api, arguments: argparse.Namespace) -> str:
+    answers: dict[str, str] = api.get("/stack/health")
+    if wrong := {name: said for name, said in answers.items() if said != "ok"}:
+        raise RefusedError("; ".join(wrong.values()))
+    return "ready"
+
+
+def _tail(api: Api, arguments: argparse.Namespace) -> None:
+    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    past = api.get(f"/journal?limit={max(arguments.last, 0)}")
+    for record in _following(api, past["position"], past["records"], follow=not arguments.no_follow):
+        if arguments.json:
+            print(json.dumps(record, separators=(",", ":")), flush=True)
+        else:
+            print("\n".join(lines(record, colours=colours, details=not arguments.short)), flush=True)
+
+
+def _following(api: Api, position: int, past: list[Any], *, follow: bool) -> Iterator[Any]:
+    yield from past
+    if follow:
+        with api.open("GET", f"/journal/stream?since={position}") as stream:
+            for line in stream:
+                yield json.loads(line)
+
+
+def _journal(api: Api, arguments: argparse.Namespace) -> Any:
+    if arguments.verb == "clear":
+        return api.send("DELETE", "/journal")
+    query = urllib.parse.urlencode(arguments.matching)
+    if arguments.verb == "count":
+        return str(api.get(f"/journal/count?{query}")["calls"])
+    return api.get(f"/journal?{query}")["records"]
+
+
+def _policy(api: Api, arguments: argparse.Namespace) -> Any:
+    path = f"/policies/{urllib.parse.quote(arguments.side, safe='')}"
+    if arguments.verb == "show":
+        return api.get(path)
+    if not arguments.what:
+        raise UsageError(f"ctl policy {arguments.verb}: a trust domain, or a file for set, expected")
+    if arguments.verb == "set":
+        return api.send("PUT", path, _read_json(arguments.what))
+    body = {"guest": arguments.what}
+    if arguments.verb == "allow":
+        body["this_device_only"] = arguments.this_device_only
+    return api.send("POST", f"{path}/{arguments.verb}", body)
+
+
+def _read_json(name: str) -> Any:
+    try:
+        return json.loads(sys.stdin.read() if name == "-" else Path(name).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name}: JSON expected ({error})") from error
+
+
+def _platform(api: Api, arguments: argparse.Namespace) -> Any:
+    if not arguments.name:
+        if arguments.set or arguments.new:
+            raise UsageError("ctl platform: a name expected")
+        return api.get("/platforms")
+    path = f"/platforms/{urllib.parse.quote(arguments.name, safe='')}"
+    made = api.send("PUT", path, {}) if arguments.new else None
+    if arguments.set:
+        return api.send("PATCH", path, dict(arguments.set))
+    return made or api.get(path)
+
+
+def _vendor(api: Api, arguments: argparse.Namespace) -> Any:
+    return api.send("PATCH", "/vendor", dict(arguments.set)) if arguments.set else api.get("/vendor")
+
+
+def _clock(api: Api, arguments: argparse.Namespace) -> Any:
+    verb, value = arguments.verb, arguments.value
+    if verb == "show":
+        return api.get("/clock")
+    if verb in ("set", "advance") and value is None:
+        raise UsageError(f"ctl clock {verb}: a value expected")
+    if verb in ("resume", "wall") and value is not None:
+        raise UsageError(f"ctl clock {verb}: takes no value")
+    return api.send("POST", "/clock", {{"wall": "follow_the_wall"}.get(verb, verb): True if value is None else value})
+
+
+def _fault(api: Api, arguments: argparse.Namespace) -> Any:
+    words = arguments.words
+    if not words:
+        return api.get("/faults")
+    if words[0] == "clear":
+        for fault in words[1:]:
+            api.send("DELETE", f"/faults/{urllib.parse.quote(fault, safe='')}")
+        return None if words[1:] else api.send("DELETE", "/faults")
+    try:
+        return api.send("POST", "/faults", dict(map(_pair, words)))
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"ctl fault: {error}") from error
+
+
+def _guest(api: Api, arguments: argparse.Namespace) -> Any:
+    fields = dict(arguments.fields)
+    match arguments.verb:
+        case "list":
+            return api.get("/guests")
+        case "show":
+            return api.get(f"/guests/{_name(arguments)}")
+        case "add":
+            return api.send("POST", "/guests", {"name": arguments.name, **fields})
+        case "boot":
+            return api.send("POST", f"/guests/{_name(arguments)}/boot", fields)
+        case "event":
+            return api.send("POST", f"/guests/{_name(arguments)}/events", fields)
+    return api.send("DELETE", f"/guests/{_name(arguments)}")
+
+
+def _kms(api: Api, arguments: argparse.Namespace) -> Any:
+    fields = dict(arguments.fields)
+    match arguments.verb:
+        case "list":
+            return api.get("/kms")
+        case "show":
+            return api.get(f"/kms/{_name(arguments)}")
+        case "add":
+            return api.send("POST", "/kms", {"name": arguments.name, **fields})
+        case "onboard":
+            return api.send("POST", f"/kms/{_name(arguments)}/onboard", fields)
+    return api.send("DELETE", f"/kms/{_name(arguments)}")
+
+
+def _snapshot(api: Api, arguments: argparse.Namespace) -> None:
+    api.send("POST", "/snapshots", {"name": arguments.name})
+
+
+def _revert(api: Api, arguments: argparse.Namespace) -> None:
+    api.send("POST", f"/snapshots/{urllib.parse.quote(arguments.name, safe='')}/revert", {})
+
+
+def _save(api: Api, arguments: argparse.Namespace) -> None:
+    text = json.dumps(api.get("/state"), indent=1) + "\n"
+    try:
+        arguments.file.touch(mode=0o600)  # it holds keys, of an emulator or not
+        arguments.file.write_text(text)
+    except OSError as error:
+        raise UsageError(f"{arguments.file} cannot be written: {error.strerror}") from error
+
+
+def _load(api: Api, arguments: argparse.Namespace) -> None:
+    api.send("PUT", "/state", _read_json(str(arguments.file)))
+
+
+def _call(api: Api, arguments: argparse.Namespace) -> Any:
+    body = arguments.body
+    if body is None and arguments.method in ("POST", "PUT", "PATCH"):
+        body = {}
+    return api.send(arguments.method, arguments.path, body)

@@ -1,0 +1,156 @@
+"""`dstack-emu exec`: a command with a stack around it."""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from dstack_emu.attest.errors import AttestError
+from dstack_emu.cli.commands.common import WARNING, UsageError, say
+from dstack_emu.cli.commands.stack_options import add_stack_options, stack_config
+from dstack_emu.deployment.config import DESCRIPTION_FILE, PartEndedError, StackConfig, StackError
+from dstack_emu.kms_emu.errors import KmsError
+from dstack_emu.simulator.errors import GuestError
+from dstack_emu.transport.errors import TransportError
+
+DESCRIPTION = (
+    "Bring a stack up on free ports, run a command with the environment set to reach it, and stop the stack when the "
+    "command ends. The exit status is the command's: 128 and the number for one that a signal ended, 127 where there "
+    "is no such command, 126 where it cannot be run; 2 where the stack does not come up. " + WARNING
+)
+
+EPILOG = "Example: dstack-emu exec -- pytest tests/. What is set: docs/configuration.md, or `dstack-emu exec -- env`."
+
+NOT_FOUND, NOT_EXECUTABLE = 127, 126
+PATIENCE: Final = 5.0
+"""Seconds that a command has to end once the stack has failed."""
+
+URLS: Final[Mapping[str, str]] = {
+    "DSTACK_EMU_PCCS": "pccs",
+    "DSTACK_EMU_AUTH_SRC": "auth-src",
+    "DSTACK_EMU_AUTH_DST": "auth-dst",
+    "DSTACK_EMU_AGENT_SRC": "agent-src",
+    "DSTACK_EMU_AGENT_DST": "agent-dst",
+    "DSTACK_EMU_KMS_SRC": "kms-src",
+    "DSTACK_EMU_KMS_DST": "kms-dst",
+    "DSTACK_EMU_APP": "app",
+    "DSTACK_EMU_VERIFIER": "verifier",
+    "DSTACK_EMU_CONTROL": "control",
+}
+"""Variables with the URLs of services."""
+
+_FORWARDED: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_FROM_THE_KEYBOARD: Final = (signal.SIGINT, signal.SIGQUIT)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_stack_options(parser)
+    parser.add_argument("--runbook-ports", action="store_true", help="take the runbook's ports instead of free ones")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="-- CMD ARGS", help="the command")
+    parser.usage, parser.epilog = "dstack-emu exec [OPTIONS] -- CMD ARGS", EPILOG
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    words: list[str] = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
+    if not words:
+        raise UsageError("a command to run expected, as in: dstack-emu exec -- pytest")
+    return asyncio.run(_Run(words).within(stack_config(arguments, free_ports=not arguments.runbook_ports)))
+
+
+def environment(description: Mapping[str, Any]) -> dict[str, str]:
+    """The variables by which a command finds the stack of this description."""
+    return {
+        **description["env"],
+        **{variable: description["services"][name] for variable, name in URLS.items()},
+        "DSTACK_EMU_POLICY_SRC": description["policies"]["src"],
+        "DSTACK_EMU_POLICY_DST": description["policies"]["dst"],
+        "DSTACK_EMU_ROOT_CA": description["root_ca"],
+        "DSTACK_EMU_KMS_CA": description["kms_ca"],
+        "DSTACK_EMU_STATE": description["state"],
+        "DSTACK_EMU_STACK": str(Path(description["state"], DESCRIPTION_FILE)),
+    }
+
+
+class _Run:
+    """A command, and the signals that are meant for it: before it runs they end the run."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = words
+        self._task: asyncio.Task[Any] | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._signalled: int | None = None
+
+    async def within(self, config: StackConfig) -> int:
+        """Run it in a stack; return the exit status."""
+        self._task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        for number in (*_FORWARDED, *_FROM_THE_KEYBOARD):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                loop.add_signal_handler(number, self._signal, number)
+        from dstack_emu.deployment.stack import Stack  # who asks for help need not wait for all that a stack is made of
+
+        try:
+            async with Stack(config) as stack:
+                return await self._command(environment(stack.description()))
+        except asyncio.CancelledError:
+            if self._signalled is None:
+                raise
+            return 128 + self._signalled
+        except PartEndedError as error:
+            say(f"Error: {error}; {self._words[0]} was stopped")
+            return 1
+        except (KmsError, GuestError, AttestError, TransportError) as error:
+            raise StackError(str(error)) from error
+
+    async def _command(self, variables: Mapping[str, str]) -> int:
+        try:
+            self._process = await asyncio.create_subprocess_exec(*self._words, env={**os.environ, **variables})
+        except FileNotFoundError:
+            say(f"Error: {self._words[0]}: command not found")
+            return NOT_FOUND
+        except OSError as error:
+            say(f"Error: {self._words[0]}: {error.strerror}")
+            return NOT_EXECUTABLE
+        try:
+            code = await self._process.wait()
+        except asyncio.CancelledError:  # the stack failed
+            await self._end(self._process)
+            raise
+        return code if code >= 0 else 128 - code
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        """Ask the command to end, and end it where it does not."""
+        for ask in (process.terminate, process.kill):
+            with contextlib.suppress(ProcessLookupError):
+                ask()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), PATIENCE)
+                return
+
+    def _signal(self, number: int) -> None:
+        if self._process is not None:
+            if self._process.returncode is None and not (number in _FROM_THE_KEYBOARD and _in_foreground()):
+                self._process.send_signal(number)
+        elif self._signalled is None and self._task is not None:
+            self._signalled = number
+            self._task.cancel()
+
+
+def _in_foreground() -> bool:
+    """Whether this process runs in a terminal's foreground: what is typed there goes to the command anyway."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)

@@ -1,0 +1,173 @@
+"""Options by which `agent`, `boot` and `quote` describe a guest: platform, VM, app, and what is wrong with it."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any, Final, get_args
+
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.cli.commands.common import UsageError, hex_bytes
+from dstack_emu.deployment.guest import DEFAULT_NAME, GuestConfig, Machine
+from dstack_emu.simulator.guest_files import KeyFile, load_vm_config, read_text
+from dstack_emu.simulator.intel import Dating, VendorState
+from dstack_emu.simulator.platform import PART_STATUSES, TCB_STATUSES, PlatformState
+from dstack_emu.simulator.seed import DEFAULT_SEED
+from dstack_emu.simulator.trust_domain import AppCompose, DomainSettings
+
+_UNITS: Final = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+_MAX_MEMORY: Final = 1 << 52  # bytes that x86-64 can address physically
+_MAX_CPUS: Final = 4096  # QEMU's own limit for a machine of this kind
+
+
+def memory_size(text: str) -> int:
+    """Read a size in bytes, or with a unit: 2G, 4096M."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"a size like 2G, 4096M or bytes expected, got {text!r}")
+    size = int(match[1]) * _UNITS[match[2].upper()]
+    if size > _MAX_MEMORY:
+        raise argparse.ArgumentTypeError(f"at most {_MAX_MEMORY >> 40}T expected, got {text!r}")
+    return size
+
+
+def cpu_count(text: str) -> int:
+    """Read a number of CPUs, at least one."""
+    if not text.isdecimal() or not 1 <= int(text) <= _MAX_CPUS:
+        raise argparse.ArgumentTypeError(f"a number of CPUs from 1 to {_MAX_CPUS} expected, got {text!r}")
+    return int(text)
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Add --seed, the same for every command that makes a world."""
+    parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="the same text gives the same bytes")
+
+
+def add_guest_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that describe a guest."""
+    add_seed(parser)
+    guest = parser.add_argument_group("the guest")
+    guest.add_argument(
+        "--name", metavar="NAME", help=f"the app's name, where its app-compose is made up ({DEFAULT_NAME})"
+    )
+    guest.add_argument(
+        "--platform",
+        metavar="NAME",
+        help="the machine: each name has a device id of its own (`host of ` and the made-up app's name)",
+    )
+    guest.add_argument(
+        "--app-compose", type=Path, metavar="FILE", help="the app's app-compose.json (made up without it)"
+    )
+    guest.add_argument("--app-id", type=hex_bytes, metavar="HEX", help="20 bytes (default: of the compose hash)")
+    guest.add_argument(
+        "--instance", default="", metavar="NAME", help="another instance of the app: each name has an id of its own"
+    )
+    guest.add_argument("--image", default="dstack-emu", metavar="NAME", help="name of the OS image (%(default)s)")
+    guest.add_argument("--image-version", default="0.5.11", metavar="TEXT", help="its version (%(default)s)")
+    guest.add_argument("--image-dir", type=Path, metavar="DIR", help="boot this image (see `dstack-emu image build`)")
+    guest.add_argument("--cpus", type=cpu_count, default=2, metavar="N", help="CPUs of the VM (%(default)s)")
+    guest.add_argument(
+        "--memory", type=memory_size, default=2 * 1024**3, metavar="SIZE", help="its memory: 2G, or 2816M and more"
+    )
+    guest.add_argument(
+        "--sys-config", type=Path, metavar="FILE", help="a sys-config.json whose vm_config goes before them"
+    )
+    guest.add_argument("--debug", action="store_true", help="a debug domain, which no verifier accepts")
+    guest.add_argument("--mr-config-id", type=hex_bytes, metavar="HEX", help="48 bytes that the domain is started with")
+    guest.add_argument(
+        "--quote-version", type=int, choices=(4, 5), default=4, help="version of its quotes (%(default)s)"
+    )
+    guest.add_argument("--td15", action="store_true", help="quote the TDX 1.5 report (quote version 5)")
+    guest.add_argument("--other-root", action="store_true", help="a platform whose quotes lead to another root")
+
+
+def add_world_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what the vendor says."""
+    world = parser.add_argument_group("what the emulated vendor says")
+    statuses, parts = ", ".join(TCB_STATUSES), ", ".join(PART_STATUSES)
+    world.add_argument("--tcb-status", default="UpToDate", metavar="STATUS", help=f"of the platform: {statuses}")
+    world.add_argument("--advisory", action="append", default=[], metavar="ID", help="an advisory that goes with it")
+    world.add_argument("--module-status", default="UpToDate", metavar="STATUS", help=f"of its TDX module: {parts}")
+    world.add_argument("--module-advisory", action="append", default=[], metavar="ID", help="an advisory, likewise")
+    world.add_argument("--qe-status", default="UpToDate", metavar="STATUS", help="of the quoting enclave, likewise")
+    world.add_argument("--qe-advisory", action="append", default=[], metavar="ID", help="an advisory, likewise")
+    world.add_argument(
+        "--revoke", action="append", default=[], choices=("pck", "pck-ca"), help="the platform's certificate, or its CA"
+    )
+    for document in ("tcb-info", "qe-identity", "pck-crl", "root-ca-crl"):
+        world.add_argument(f"--{document}", choices=get_args(Dating), default="current", help="how it is dated")
+
+
+def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
+    """Put the options together; raise `UsageError` naming the one that is wrong."""
+    try:
+        return GuestConfig(
+            seed=arguments.seed,
+            platform=arguments.platform or f"host of {arguments.name or DEFAULT_NAME}",
+            compose=_compose(arguments.app_compose, arguments.name),
+            app_id=_app_id(arguments.app_id),
+            instance=arguments.instance,
+            machine=Machine(
+                arguments.image,
+                arguments.image_version,
+                arguments.cpus,
+                arguments.memory,
+                None if arguments.sys_config is None else load_vm_config(arguments.sys_config),
+                arguments.image_dir,
+            ),
+            settings=DomainSettings(
+                arguments.debug,
+                bytes(48) if arguments.mr_config_id is None else arguments.mr_config_id,
+                arguments.quote_version,
+                arguments.td15,
+            ),
+            **more,
+        )
+    except FormatError as error:
+        raise UsageError(str(error)) from error
+
+
+def platform_state(arguments: argparse.Namespace) -> PlatformState:
+    """The platform's state that the options ask for."""
+    return PlatformState(
+        tcb_status=arguments.tcb_status,
+        advisory_ids=tuple(arguments.advisory),
+        module_status=arguments.module_status,
+        module_advisory_ids=tuple(arguments.module_advisory),
+        pck_revoked="pck" in arguments.revoke,
+        other_root=getattr(arguments, "other_root", False),
+    )
+
+
+def vendor_state(arguments: argparse.Namespace) -> VendorState:
+    """The vendor's state that the options ask for."""
+    return VendorState(
+        qe_status=arguments.qe_status,
+        qe_advisory_ids=tuple(arguments.qe_advisory),
+        pck_ca_revoked="pck-ca" in arguments.revoke,
+        tcb_info_dating=arguments.tcb_info,
+        qe_identity_dating=arguments.qe_identity,
+        pck_crl_dating=arguments.pck_crl,
+        root_ca_crl_dating=arguments.root_ca_crl,
+    )
+
+
+def load_key_file(path: Path | None) -> KeyFile | None:
+    """Load upstream's key file, if one is given."""
+    try:
+        return None if path is None else KeyFile.load(path)
+    except FormatError as error:
+        raise UsageError(str(error)) from error
+
+
+def _compose(path: Path | None, name: str | None) -> AppCompose:
+    if path is None:
+        return AppCompose.named(DEFAULT_NAME if name is None else name)
+    if name is not None:
+        raise UsageError("--name is for a made-up app-compose: with --app-compose the file has the name")
+    return AppCompose.parse(read_text(path, "app-compose"))
+
+
+def _app_id(app_id: bytes | None) -> bytes | None:
+    if app_id is not None and len(app_id) != 20:
+        raise UsageError(f"--app-id: 20 bytes expected, got {len(app_id)}")
+    return app_id

@@ -1,0 +1,46 @@
+"""`dstack-emu health`: is a running stack, or one service of it, ready?"""
+
+import argparse
+import asyncio
+from pathlib import Path
+
+from dstack_emu.cli.commands.common import UsageError, say
+from dstack_emu.deployment.healthcheck import ask
+
+DESCRIPTION = (
+    "Ask every service of the stack in a state folder, or those that are named; exit 0 when all answer, 1 with the "
+    "reason otherwise."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("--state", type=Path, metavar="DIR", help="the folder given to `up --state`")
+    parser.add_argument(
+        "--url", action="append", default=[], metavar="URL", help="http(s)://host:port/path that has to answer with 200"
+    )
+    parser.add_argument(
+        "--kms", action="append", default=[], metavar="HOST:PORT", help="a KMS that has to answer, in whichever phase"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ask, and say what is wrong."""
+    if arguments.state is None and not arguments.url and not arguments.kms:
+        raise UsageError("nothing to ask: give --state DIR, --url URL or --kms HOST:PORT")
+    targets = [*arguments.url, *(f"kms:{address}" for address in arguments.kms)]
+    try:
+        problems = [problem for target in targets if (problem := ask(target))]
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if arguments.state is not None:
+        from dstack_emu.deployment.health import (
+            check_health,  # with it comes the whole stack, which one URL does not need
+        )
+
+        problems += asyncio.run(check_health(arguments.state))
+    for problem in problems:
+        say(problem)
+    if not problems:
+        print("ready")
+    return 1 if problems else 0

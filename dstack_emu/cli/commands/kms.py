@@ -1,0 +1,106 @@
+"""`dstack-emu kms`: one KMS of its own."""
+
+import argparse
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from dstack_emu.cli import logs
+from dstack_emu.cli.commands.common import WARNING, listen_address, say, stop_on_signals
+from dstack_emu.deployment.clock import ISSUED_AT, wall_clock
+from dstack_emu.kms_emu.admin import admin_token
+from dstack_emu.kms_emu.agent_client import DEFAULT_ADDRESS
+from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
+from dstack_emu.kms_emu.config import KmsConfig
+from dstack_emu.kms_emu.environment import PREFIX
+from dstack_emu.kms_emu.errors import KmsError
+from dstack_emu.kms_emu.server import KmsServer
+from dstack_emu.simulator.seed import Seed
+from dstack_emu.transport.listen import bind_tcp
+
+DESCRIPTION = (
+    "Run one KMS from upstream's kms.toml, both phases on one port. The guest agent that quotes for it is named by the "
+    f"environment variable DSTACK_AGENT_ADDRESS (unix:/path or http://host:port; default {DEFAULT_ADDRESS}). Any key "
+    f"of the file can be set by a variable: {PREFIX}CORE__SITE_NAME is core.site_name. " + WARNING
+)
+
+TALKATIVE = ("kms_emu",)
+
+def log_level() -> str | None:
+    """The level that upstream's variable asks for."""
+    return logs.level_of(os.environ.get("RUST_LOG", ""))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="the kms.toml")
+    parser.add_argument(
+        "--listen",
+        type=listen_address,
+        metavar="HOST:PORT",
+        help="where both phases listen, instead of what the file says (port 0: a free one)",
+    )
+    parser.add_argument(
+        "--seed", metavar="TEXT", help="the same text gives the same keys and certificates (default: random ones)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the KMS until it ends or a signal comes."""
+    config = KmsConfig.load(arguments.config, os.environ)
+    agent = os.environ.get("DSTACK_AGENT_ADDRESS") or DEFAULT_ADDRESS
+    # uvloop answers a tenth more calls than asyncio's own loop, but the relay in front of grpcio is not made for it.
+    run_loop = asyncio.run if config.emulator.grpc.enabled else uvloop.run
+    return run_loop(_run_kms(config, agent, arguments))
+
+
+def _kms(config: KmsConfig, agent: str, arguments: argparse.Namespace) -> KmsServer:
+    options: dict[str, Any] = {"entropy": os.urandom, "clock": wall_clock}
+    if arguments.seed is not None:
+        options |= {"entropy": Seed.of(arguments.seed).stream("kms"), "issue_clock": lambda: ISSUED_AT}
+    if config.core.admin.enabled:
+        options["admin_token"] = admin_token(config.core.admin, os.environ)
+    if arguments.listen is not None:
+        options["sock"] = bind_tcp(*arguments.listen, setting="--listen HOST:PORT")
+        config = config.listening_at(*arguments.listen)
+    return KmsServer(config, agent, **options)
+
+
+async def _run_kms(config: KmsConfig, agent: str, arguments: argparse.Namespace) -> int:
+    stop = stop_on_signals()
+    kms = _kms(config, agent, arguments)
+    await kms.start()
+    for key, target in kms.grpc_targets.items():
+        say(f"gRPC at {target} (emulator.grpc.{key})")
+    say(f"KMS ({kms.phase} phase) at {kms.url}. {WARNING}")
+    if arguments.json:
+        print(json.dumps(_description(kms)), flush=True)
+    waiting, stopping = asyncio.create_task(kms.wait()), asyncio.create_task(stop.wait())
+    await asyncio.wait((waiting, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if waiting.done():
+        waiting.result()
+    was_fresh = kms.phase == "onboard"
+    await kms.stop()
+    waiting.cancel()
+    if was_fresh:
+        raise KmsError("Failed to onboard")  # upstream's answer to a signal before there are keys
+    return 0
+
+
+def _description(kms: KmsServer) -> dict[str, Any]:
+    """What a program needs to know, as `--json` prints it. The port stays the same in the runtime phase."""
+    cert_dir = kms.config.core.cert_dir.absolute()
+    return {
+        "url": kms.url,
+        "phase": kms.phase,
+        "address": kms.url.partition("://")[2],
+        "admin_url": kms.admin_url,
+        "grpc": kms.grpc_targets,
+        "cert_dir": str(cert_dir),
+        "kms_ca": str(cert_dir / ROOT_CA_CERT),
+    }

@@ -1,0 +1,36 @@
+"""`dstack-emu proto`: the .proto files, for clients in any language."""
+
+import argparse
+from importlib import resources
+from pathlib import Path
+
+from dstack_emu.cli.commands.common import UsageError
+
+DESCRIPTION = (
+    "Write the .proto files of the guest agent (package dstack_guest) and the KMS (package kms) into a folder, to "
+    "generate clients from. A file of that name that says something else is left alone, and an error."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="where they go; made if it is not there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write them, and print where."""
+    folder: Path = arguments.folder
+    files = resources.files("dstack_emu.attest.proto").iterdir()
+    sources = {file.name: file.read_text() for file in files if file.name.endswith(".proto")}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in sources.items():
+            path = folder / name
+            if path.exists() and path.read_text() != text:
+                raise UsageError(f"{path} is there already, and is another file: name another folder")
+        for name, text in sorted(sources.items()):
+            (folder / name).write_text(text)
+            print(folder / name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{folder} cannot be written: {error}") from error
+    return 0

@@ -1,0 +1,155 @@
+"""`dstack-emu runbook`: dstack's runbook for KMS self authorization, carried out."""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from dstack_emu.attest.version import EMULATOR, UPSTREAM
+from dstack_emu.cli.commands.common import WARNING, Interrupted, UsageError, interruptible, say
+from dstack_emu.deployment.clock import wall_clock
+from dstack_emu.deployment.config import StackConfig
+from dstack_emu.deployment.stack import Stack
+from dstack_emu.runbook.cases import carry_out
+from dstack_emu.runbook.evidence import Destination, archive, normalised, normalised_log
+from dstack_emu.runbook.kms_client import Caller, PrpcCaller
+from dstack_emu.runbook.report import to_stderr, to_stdout
+from dstack_emu.runbook.runner import Book, RunbookError
+from dstack_emu.runbook.target import Target, TargetError
+from dstack_emu.runbook.transcript import Journal
+from dstack_emu.simulator.seed import DEFAULT_SEED, Entropy, Seed
+
+DESCRIPTION = (
+    "Carry out the five test cases of dstack's runbook for KMS self authorization: step by step, on a fresh stack of "
+    "its own, or on one that runs elsewhere, by its public interfaces and its two policy files. Exit 0 when every case "
+    "passes, 1 when a check fails, 2 when the runbook cannot be carried out. " + WARNING
+)
+
+PATIENCE: Final = 60.0
+LOGGERS: Final = ("auth", "kms_emu", "simulator", "transport")
+
+
+def _grpc_caller() -> Caller:
+    from dstack_emu.runbook.grpc_kms_client import GrpcCaller  # costs time and memory that nobody else should pay
+
+    return GrpcCaller()
+
+
+TRANSPORTS: Final[Mapping[str, Callable[[], Caller]]] = {"prpc": PrpcCaller, "grpc": _grpc_caller}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="the same text gives the same evidence")
+    where.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="a fresh stack that runs elsewhere: JSON with the keys of `up --json`, as stack.json in its state folder",
+    )
+    parser.add_argument("--source-url", metavar="URL", help="where kms-dst reaches kms-src, if elsewhere than we do")
+    parser.add_argument(
+        "--wait", type=_seconds, default=PATIENCE, metavar="SECONDS", help="how long to wait for a KMS (%(default)g)"
+    )
+    parser.add_argument("--transport", choices=list(TRANSPORTS), default="prpc", help="how to ask (%(default)s)")
+    parser.add_argument("--evidence", type=Path, metavar="FILE", help="archive what was asked and answered (.tar.gz)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end, no more on stdout")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"a number of seconds expected, got {text!r:.40}")
+    return seconds
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry it out, show it, and keep the evidence."""
+    if arguments.source_url and not arguments.against:
+        raise UsageError("--source-url: only for a stack that runs elsewhere (--against)")
+    try:
+        destination = Destination(arguments.evidence) if arguments.evidence else None
+    except OSError as error:
+        raise UsageError(f"--evidence: cannot write {arguments.evidence}: {error.strerror}") from error
+    try:
+        return asyncio.run(interruptible(_run(arguments, destination)))
+    except Interrupted as signal:
+        return signal.status
+    except (RunbookError, TargetError) as error:
+        raise UsageError(str(error)) from error
+    finally:
+        if destination is not None:
+            destination.discard()
+
+
+async def _run(arguments: argparse.Namespace, destination: Destination | None) -> int:
+    screen = to_stderr() if arguments.json else to_stdout()
+    journal = Journal(screen.case, screen.step)
+    about: dict[str, Any] = {"emulator": EMULATOR, "upstream": UPSTREAM, "transport": arguments.transport}
+    by_grpc = arguments.transport == "grpc"
+    if arguments.against:
+        target = Target.load(arguments.against, source_url=arguments.source_url, by_grpc=by_grpc)
+        await _carry_out(arguments, target, journal, os.urandom)
+        logs: dict[str, str] = {}
+    else:
+        about |= {"seed": arguments.seed}
+        _let_logs_through()
+        config = StackConfig.on_free_ports(seed=arguments.seed, fresh=True, grpc=by_grpc)
+        async with Stack(config, progress=lambda text: say(f"… {text}")) as stack:
+            target = _target_of(stack)
+            await _carry_out(arguments, target, journal, Seed.of(arguments.seed).child("runbook").stream("client"))
+            logs = {
+                f"logs/{name}.log": normalised_log(stack.logs.lines(name, logging.INFO), target.names)
+                for name in stack.services
+            }
+    screen.summary(journal)
+    if destination is not None:
+        _write(destination, journal, target, about, logs)
+        say(f"Evidence: {destination.path}")
+    if arguments.json:
+        print(json.dumps({**about, "ok": journal.ok, "cases": journal.to_json()}), flush=True)
+    return 0 if journal.ok else 1
+
+
+async def _carry_out(arguments: argparse.Namespace, target: Target, journal: Journal, entropy: Entropy) -> None:
+    caller = TRANSPORTS[arguments.transport]()
+    async with Book(target, caller, journal, entropy=entropy, clock=wall_clock, patience=arguments.wait) as book:
+        await carry_out(book)
+
+
+def _target_of(stack: Stack) -> Target:
+    """Our own stack, by what it would print."""
+    addresses = {urlsplit(url).netloc: name for name, url in stack.services.items()}
+    names = {**addresses, **{target: name for name, target in stack.grpc.items()}, str(stack.state): "STATE"}
+    return Target.of(stack.description(), "the stack", stack.state, names, by_grpc=stack.config.grpc)
+
+
+def _let_logs_through() -> None:
+    """Let the parts' logs reach the evidence, and only as much of them to stderr as was asked for."""
+    root = logging.getLogger()
+    for handler in root.handlers:
+        handler.setLevel(max(handler.level, root.level))
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(min(logging.INFO, root.level))
+
+
+def _write(
+    destination: Destination, journal: Journal, target: Target, about: dict[str, Any], logs: Mapping[str, str]
+) -> None:
+    report = {**about, "ok": journal.ok, "cases": journal.to_json(with_times=False)}
+    files = {**journal.files, "runbook.json": json.dumps(report, indent=2) + "\n"}
+    named = {name: normalised(text, target.names) for name, text in files.items()}
+    try:
+        destination.write(archive({**named, **logs}, {**about, "ok": journal.ok}))
+    except OSError as error:
+        raise UsageError(f"--evidence: cannot write {destination.path}: {error.strerror}") from error
+

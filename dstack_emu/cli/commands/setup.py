@@ -1,0 +1,89 @@
+"""`dstack-emu setup`: the authorization flow on two KMS and an app that run elsewhere."""
+
+import argparse
+import asyncio
+import json
+from pathlib import Path
+
+from aiohttp import web
+
+from dstack_emu.cli.commands.common import WARNING, listen_address, say, stop_on_signals
+from dstack_emu.deployment import policy_files
+from dstack_emu.deployment.authorization import RemoteApp, RemoteKms, secure, set_up
+from dstack_emu.deployment.config import StackError
+from dstack_emu.transport.listen import bind_tcp, serve
+
+DESCRIPTION = (
+    "Measure two fresh KMS, allow them and the app in both policy files, bootstrap the source, onboard the target, "
+    "finish both, and wait until the app has its keys: what `dstack-emu up` does, for services in processes or "
+    "containers of their own. A KMS that has keys already, and a policy that is no placeholder, are left as they are. "
+    + WARNING
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("--kms-src", required=True, metavar="URL", help="the KMS that makes the keys")
+    parser.add_argument("--kms-dst", required=True, metavar="URL", help="the KMS that takes them over")
+    parser.add_argument("--app", metavar="URL", help="the guest agent of an app that shall be allowed, too")
+    parser.add_argument(
+        "--policies", type=Path, required=True, metavar="DIR", help="where auth-src.json and auth-dst.json are"
+    )
+    parser.add_argument("--source-url", metavar="URL", help="where the target finds the source (default: --kms-src)")
+    parser.add_argument("--fresh", action="store_true", help="only put policies in place that deny everyone")
+    parser.add_argument(
+        "--serve", type=listen_address, metavar="HOST:PORT", help="stay, and answer /health with 200 when all is done"
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON when done, no more on stdout")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Set everything up; stay if asked to."""
+    return asyncio.run(_run(arguments))
+
+
+async def _run(arguments: argparse.Namespace) -> int:
+    policies = [arguments.policies / f"auth-{side}.json" for side in ("src", "dst")]
+    try:
+        policy_files.place(policies)
+    except OSError as error:
+        raise StackError(f"--policies: {arguments.policies} cannot be written: {error.strerror}") from error
+    source = RemoteKms("kms-src", arguments.kms_src, _host(arguments.kms_src))
+    target = RemoteKms("kms-dst", arguments.kms_dst, _host(arguments.kms_dst))
+    done = asyncio.Event()
+    stop = stop_on_signals()
+    server = None
+    if arguments.serve is not None:
+        host, port = arguments.serve
+        server = await serve(_health_app(done), bind_tcp(host, port, setting="--serve HOST:PORT"))
+    try:
+        if not arguments.fresh:
+            source_url = secure(arguments.source_url or arguments.kms_src)
+            app = None if arguments.app is None else RemoteApp(arguments.app)
+            await set_up(source, target, app, policies, source_url, say)
+        done.set()
+        if arguments.json:
+            print(json.dumps({"fresh": arguments.fresh, "policies": [str(path) for path in policies]}), flush=True)
+        else:
+            say("fresh: both policies deny" if arguments.fresh else "ready")
+        if server is not None:
+            await stop.wait()
+    finally:
+        if server is not None:
+            await server.close()
+    return 0
+
+
+def _host(url: str) -> str:
+    return url.partition("://")[2].partition("/")[0].rpartition(":")[0].strip("[]") or url
+
+
+def _health_app(done: asyncio.Event) -> web.Application:
+    async def health(request: web.Request) -> web.Response:
+        if done.is_set():
+            return web.json_response({"status": "ok", "service": "dstack-emu-setup"})
+        return web.json_response({"status": "setting up", "service": "dstack-emu-setup"}, status=503)
+
+    app = web.Application()
+    app.router.add_get("/health", health)
+    return app

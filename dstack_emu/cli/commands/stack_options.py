@@ -1,0 +1,55 @@
+"""The options of the commands that bring a whole stack up."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from dstack_emu.deployment.config import GRPC_PORTS, PORTS, StackConfig
+from dstack_emu.simulator.seed import DEFAULT_SEED
+
+_PORTS = {**PORTS, **GRPC_PORTS}
+
+
+def add_stack_options(parser: argparse.ArgumentParser) -> None:
+    """Add them, but for where it listens."""
+    parser.add_argument("--fresh", action="store_true", help="stop at the runbook's start: no keys, policies that deny")
+    parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="the same text gives the same bytes")
+    parser.add_argument("--grpc", action="store_true", help="let agents and KMS serve gRPC, too")
+    parser.add_argument(
+        "--port",
+        action="append",
+        default=[],
+        type=_port,
+        metavar="NAME=PORT",
+        help="another port for one service (0: a free one); names and defaults: "
+        + ", ".join(f"{name}={port}" for name, port in _PORTS.items()),
+    )
+    parser.add_argument("--state", type=Path, metavar="DIR", help="keep keys, sockets and policies here, and resume")
+    parser.add_argument("--policies", type=Path, metavar="DIR", help="keep auth-src.json and auth-dst.json here")
+    parser.add_argument("--journal", type=Path, metavar="FILE", help="append a record of each call, as JSON lines")
+    parser.add_argument("--image-dir", type=Path, metavar="DIR", help="boot this OS image instead of the seed's")
+
+
+def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str = "127.0.0.1") -> StackConfig:
+    """The configuration that the options describe."""
+    ports: Mapping[str, int] = dict.fromkeys(_PORTS, 0) if free_ports else _PORTS
+    return StackConfig(
+        seed=arguments.seed,
+        fresh=arguments.fresh,
+        host=host,
+        ports={**ports, **dict(arguments.port)},
+        state=arguments.state,
+        policies=arguments.policies,
+        image_dir=arguments.image_dir,
+        grpc=arguments.grpc,
+        journal=arguments.journal,
+    )
+
+
+def _port(text: str) -> tuple[str, int]:
+    name, _, number = text.partition("=")
+    if name not in _PORTS or not (number.isascii() and number.isdigit()) or int(number) > 65535:
+        raise argparse.ArgumentTypeError(
+            f"NAME=PORT expected, with a name of {', '.join(_PORTS)} and a port of 0 to 65535, got {text!r}"
+        )
+    return name, int(number)

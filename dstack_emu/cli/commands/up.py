@@ -1,0 +1,49 @@
+"""`dstack-emu up`: the whole stack."""
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import json
+import time
+
+from dstack_emu.cli.commands.common import WARNING, Interrupted, interruptible, say
+from dstack_emu.cli.commands.stack_options import add_stack_options, stack_config
+from dstack_emu.cli.stack_summary import show
+from dstack_emu.deployment.config import StackConfig
+
+TALKATIVE = ("kms_emu",)
+
+DESCRIPTION = (
+    "Bring up a PCCS, two auth-simple webhooks, two KMS in trust domains of their own, and an app; measure both KMS, "
+    "allow them, bootstrap the source, onboard the destination, and boot the app with keys from the source. It runs "
+    "until Ctrl-C. The two policy files may be edited meanwhile: they are read anew for every question. " + WARNING
+)
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_stack_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
+    parser.add_argument("--listen", default="127.0.0.1", metavar="HOST", help="address to listen on (%(default)s)")
+    parser.add_argument("--free-ports", action="store_true", help="take free ports instead of the runbook's")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the stack until a signal."""
+    config = stack_config(arguments, free_ports=arguments.free_ports, host=arguments.listen)
+    with contextlib.suppress(Interrupted):  # it is what ends a stack
+        asyncio.run(interruptible(_run_stack(config, as_json=arguments.json)))
+    return 0
+
+
+async def _run_stack(config: StackConfig, *, as_json: bool) -> None:
+    from dstack_emu.deployment.stack import Stack  # who asks for help need not wait for all that a stack is made of
+
+    began = time.monotonic()
+    async with Stack(config, progress=lambda text: say(f"… {text}")) as stack:
+        # What there is by now stays: the collector need not look at it again for every few hundred calls noted.
+        gc.collect()
+        gc.freeze()
+        description = stack.description()
+        print(json.dumps(description) if as_json else show(description, time.monotonic() - began), flush=True)
+        await asyncio.get_running_loop().create_future()  # until a signal, or a part that fails

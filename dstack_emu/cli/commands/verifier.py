@@ -1,0 +1,179 @@
+"""`dstack-emu verifier`: the verifier as a service, or for one file."""
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from dstack_emu.attest.certificate import load_pem
+from dstack_emu.attest.errors import AttestError, FormatError
+from dstack_emu.attest.verify import TrustAnchor
+from dstack_emu.cli.commands.common import WARNING, UsageError, listen_address, say, stop_on_signals
+from dstack_emu.deployment.clock import wall_clock
+from dstack_emu.deployment.config import PORTS
+from dstack_emu.kms_emu.server import trust_anchor
+from dstack_emu.simulator.intel import Intel
+from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
+from dstack_emu.transport.image_store import ImageStore
+from dstack_emu.transport.listen import bind_tcp, serve
+from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
+from dstack_emu.verifier.config import VARIABLES, VerifierConfig
+from dstack_emu.verifier.server import verifier_app
+from dstack_emu.verifier.service import (
+    InputError,
+    RequestSyntaxError,
+    RequestTypeError,
+    VerificationRequest,
+    VerificationResponse,
+    Verifier,
+)
+
+DESCRIPTION = (
+    "Serve POST /verify and GET /health, as dstack-verifier does: quote, runtime events, and whether the registers are "
+    "those of the OS image that the VM config names. Or judge one file and end: exit 0 where it is valid, 1 where not. "
+    f"Upstream's dstack-verifier.toml and its variables ({VARIABLES}…) are read; options go before both. " + WARNING
+)
+
+PCCS = f"http://127.0.0.1:{PORTS['pccs']}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="a dstack-verifier.toml")
+    parser.add_argument(
+        "--listen", type=listen_address, metavar="HOST:PORT", help=f"address (127.0.0.1:{PORTS['verifier']})"
+    )
+    parser.add_argument("--pccs", metavar="URL", help=f"where to fetch collateral ({PCCS})")
+    root = parser.add_mutually_exclusive_group()
+    root.add_argument("--seed", metavar="TEXT", help=f"under the emulated root of this seed ({DEFAULT_SEED})")
+    root.add_argument("--root", type=Path, metavar="PEM", help="under the root certificate in this file")
+    root.add_argument("--intel", action="store_true", help="under Intel's production root")
+    once = parser.add_mutually_exclusive_group()
+    once.add_argument(
+        "--verify",
+        type=Path,
+        metavar="FILE",
+        help="judge the request in this file (JSON, as POSTed), print the answer, write it to FILE.verification.json",
+    )
+    once.add_argument(
+        "--verify-cert",
+        type=Path,
+        metavar="FILE",
+        help="judge a self-signed RA-TLS certificate (PEM or DER), print what it proves, and write it to "
+        "FILE.ratls-verification.json",
+    )
+    once.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until a signal, or judge one file."""
+    config = VerifierConfig.load(arguments.config, os.environ)
+    anchor, root = _anchor(arguments, config)
+    pccs_url: str = arguments.pccs or config.attestation.urls.pccs or PCCS
+    verifier = _verifier(config, pccs_url, anchor)
+    if arguments.verify is not None:
+        return _verify_file(arguments.verify, verifier)
+    if arguments.verify_cert is not None:
+        return _verify_certificate(arguments.verify_cert, verifier)
+    host, port = arguments.listen or (config.address, config.port)
+    sock = bind_tcp(host, port, setting="--listen HOST:PORT")
+    return asyncio.run(_serve(verifier, sock, root, arguments.json))
+
+
+def _anchor(arguments: argparse.Namespace, config: VerifierConfig) -> tuple[TrustAnchor, str]:
+    """The root to believe, and what to call it: an option's, else the file's, else the default seed's."""
+    if arguments.intel:
+        return TrustAnchor.intel(), "Intel's production root"
+    if arguments.root is not None:
+        try:
+            certificate = load_pem(arguments.root.read_text(), str(arguments.root))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--root: cannot read {arguments.root}: {error}") from error
+        except FormatError as error:
+            raise UsageError(f"--root: {error}") from error
+        return TrustAnchor.of(certificate), f"the root in {arguments.root}"
+    configured = trust_anchor(config.attestation, "")
+    if arguments.seed is None and configured.root_ca is not None:
+        return configured, f"the root in {config.attestation.root_ca.tdx}"
+    seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
+    return TrustAnchor.of(Intel(Seed.of(seed)).root), f"the emulated root of seed {seed!r}"
+
+
+@asynccontextmanager
+async def _verifier(config: VerifierConfig, pccs_url: str, anchor: TrustAnchor) -> AsyncIterator[Verifier]:
+    pccs = PccsClient(pccs_url, ttl=config.attestation.collateral_ttl)
+    images = ImageStore(
+        Path(config.image_cache_dir), config.image_download_url, float(config.image_download_timeout_secs)
+    )
+    try:
+        yield Verifier(AttestationVerifier(pccs, anchor, wall_clock), images)
+    finally:
+        await images.close()
+        await pccs.close()
+
+
+async def _serve(verifier: AbstractAsyncContextManager[Verifier], sock: socket.socket, root: str, as_json: bool) -> int:
+    stop = stop_on_signals()
+    async with verifier as judge:
+        server = await serve(verifier_app(judge), sock)
+        try:
+            if as_json:
+                print(json.dumps({"url": server.url, "root": root}), flush=True)
+            else:
+                print(f"Verifier at {server.url}, under {root}. Ctrl-C stops it.", flush=True)
+            await stop.wait()
+        finally:
+            await server.close()
+    return 0
+
+
+def _verify_file(path: Path, verifier: AbstractAsyncContextManager[Verifier]) -> int:
+    """Judge a request; whatever happens, stdout has one JSON document, as upstream's."""
+
+    async def judge(request: VerificationRequest) -> VerificationResponse:
+        async with verifier as judge:
+            return await judge.verify(request)
+
+    try:
+        response = asyncio.run(judge(VerificationRequest.parse(path.read_bytes())))
+        _write(path, ".verification.json", response.to_document(), "verification result")
+    except OSError as error:
+        response = VerificationResponse.internal_error(f"Failed to read file {path}: {error.strerror}")
+    except (RequestSyntaxError, RequestTypeError) as error:
+        response = VerificationResponse.internal_error(f"Failed to parse JSON: {error}")
+    except (InputError, AttestError) as error:
+        response = VerificationResponse.internal_error(str(error))
+    print(json.dumps(response.to_document(), separators=(",", ":")), flush=True)
+    if not response.is_valid:
+        say(f"Error: {response.reason}")
+    return 0 if response.is_valid else 1
+
+
+def _verify_certificate(path: Path, verifier: AbstractAsyncContextManager[Verifier]) -> int:
+    async def judge(certificate: bytes) -> dict[str, Any]:
+        async with verifier as judge:
+            return await judge.verify_certificate(certificate, wall_clock)
+
+    try:
+        found = asyncio.run(judge(path.read_bytes()))
+    except OSError as error:
+        raise UsageError(f"failed to read certificate {path}: {error.strerror}") from error
+    _write(path, ".ratls-verification.json", found, "certificate verification result")
+    print(json.dumps(found, indent=2), flush=True)
+    return 0
+
+
+def _write(path: Path, suffix: str, document: dict[str, Any], what: str) -> None:
+    """Put an answer beside the file it is about, at once."""
+    target = path.with_name(path.name + suffix)
+    temporary = path.with_name(f".{target.name}.new")
+    try:
+        temporary.write_text(json.dumps(document, indent=2) + "\n")
+        temporary.replace(target)
+    except OSError as error:
+        raise FormatError(f"Failed to write {what} to {target}: {error.strerror}") from error

@@ -1,0 +1,161 @@
+"""`dstack-emu verify`: does this evidence hold, and if not, what of it does not?"""
+
+import argparse
+import asyncio
+import json
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, TypeVar
+
+from dcap_qvl import QuoteCollateralV3
+
+from dstack_emu.attest.certificate import load_pem
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.report_data import pad_report_data
+from dstack_emu.attest.verify import TrustAnchor
+from dstack_emu.cli.commands.common import UsageError, hex_bytes
+from dstack_emu.cli.commands.inspect import WIDTH, add_input, headline, read_input, show
+from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
+from dstack_emu.deployment.config import PORTS
+from dstack_emu.inspection.checks import Check, Collect, Policy, all_hold, verify_evidence
+from dstack_emu.simulator.intel import Intel
+from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
+from dstack_emu.transport.pccs_client import PccsClient
+
+DESCRIPTION = (
+    "Run every check on a quote, a versioned attestation, an RA-TLS certificate, a signing request, or a GetQuote or "
+    "Attest answer, in any form that `dstack-emu inspect` reads. Exit 0 when all hold, 1 when one failed, 2 when there "
+    "is nothing to check. That all hold says nothing of which application it is, and under the emulated root "
+    "nothing at all: anybody can forge that."
+)
+
+PCCS: Final = f"http://127.0.0.1:{PORTS['pccs']}"
+MAX_TIME: Final = 253_402_300_799
+"""The last second of the year 9999."""
+
+T = TypeVar("T")
+
+_STATES: Final = {True: ("ok", GREEN), False: ("FAILED", RED), None: ("skipped", YELLOW)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_input(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--pccs", default=PCCS, metavar="URL", help="where to fetch collateral (%(default)s)")
+    source.add_argument("--collateral", type=Path, metavar="FILE", help="collateral as QuoteCollateralV3 JSON instead")
+    root = parser.add_mutually_exclusive_group()
+    root.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="under the emulated root of this seed")
+    root.add_argument("--root", type=Path, metavar="PEM", help="under the root certificate in this file")
+    root.add_argument("--intel", action="store_true", help="under Intel's production root")
+    parser.add_argument("--time", type=_moment, metavar="WHEN", help="judge at this time: Unix seconds or ISO 8601")
+    parser.add_argument("--report-data", type=hex_bytes, metavar="HEX", help="what must be quoted, padded with zeros")
+    parser.add_argument("--strict", action="store_true", help="refuse every TCB status but UpToDate")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _moment(text: str) -> int:
+    try:
+        seconds = int(text) if text.isascii() and text.isdigit() else _from_iso(text)
+    except (ValueError, OverflowError):
+        seconds = -1
+    if not 0 <= seconds <= MAX_TIME:
+        raise argparse.ArgumentTypeError(f"Unix seconds or ISO 8601 from 1970 to 9999 expected, got {text!r:.80}")
+    return seconds
+
+
+def _from_iso(text: str) -> int:
+    """Read a date, with UTC where it names no time zone."""
+    moment = datetime.fromisoformat(text)
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check, and show."""
+    data, found = read_input(arguments.file)
+    if found.evidence is None:
+        raise UsageError(printable(f"{arguments.file}: {found.what}: {found.obstacle or 'no evidence in it'}"))
+    collect, policy = _collect(arguments), _policy(arguments)
+    checks = verify_evidence(found.evidence, collect, policy)
+    if arguments.json:
+        head = {"ok": all_hold(checks), "what": found.what, "root": policy.root, "time": policy.now}
+        show(json.dumps(head | {"checks": [asdict(check) for check in checks]}))
+    else:
+        show("\n".join(_render(headline(found, len(data)), checks, policy, wants_colour(sys.stdout))))
+    return 0 if all_hold(checks) else 1
+
+
+def _policy(arguments: argparse.Namespace) -> Policy:
+    if arguments.intel:
+        anchor, root = TrustAnchor.intel(), "Intel's production root"
+    elif arguments.root is not None:
+        anchor = _read(arguments.root, lambda text: TrustAnchor.of(load_pem(text, "root certificate")))
+        root = f"the root in {arguments.root}"
+    else:
+        anchor = TrustAnchor.of(Intel(Seed.of(arguments.seed)).root)
+        root = f"the emulated root of seed {arguments.seed!r}"
+    try:
+        wanted = None if arguments.report_data is None else pad_report_data(arguments.report_data)
+    except FormatError as error:
+        raise UsageError(f"--report-data: {error}") from error
+    now = int(time.time()) if arguments.time is None else arguments.time
+    return Policy(anchor, root, now, wanted, arguments.strict)
+
+
+def _collect(arguments: argparse.Namespace) -> Collect:
+    if arguments.collateral is None:
+        url: str = arguments.pccs
+        return lambda quote: asyncio.run(_fetch(url, quote))
+    collateral = _read(arguments.collateral, QuoteCollateralV3.from_json)
+    return lambda quote: collateral
+
+
+async def _fetch(url: str, quote: bytes) -> QuoteCollateralV3:
+    pccs = PccsClient(url)
+    try:
+        return await pccs.collateral(quote)
+    finally:
+        await pccs.close()
+
+
+def _read(path: Path, parse: Callable[[str], T]) -> T:
+    try:
+        return parse(path.read_text())
+    except (OSError, ValueError, FormatError) as error:
+        raise UsageError(printable(f"{path}: {error}")) from error
+
+
+def _render(title: str, checks: Sequence[Check], policy: Policy, colour: bool) -> Iterator[str]:
+    when = datetime.fromtimestamp(policy.now, UTC)
+    yield paint(title, BOLD, colour)
+    yield from _wrapped("", printable(f"Judged at {when:%Y-%m-%dT%H:%M:%SZ} under {policy.root}"))
+    yield ""
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        state, tone = _STATES[check.ok]
+        said = "; ".join(part for part in (check.got if check.ok else "", check.detail) if part)
+        first, *more = _wrapped(f"{state:<7}  {check.name:<{width}}  ", printable(said))
+        yield paint(first[:7], tone, colour) + first[7:]
+        yield from more
+        if check.ok is False:
+            for name, text in (("got", check.got), ("expected", check.expected)):
+                yield from _wrapped(f"{'':<9}{name:>{width}}  ", printable(text))
+    failed, skipped = (sum(check.ok is state for check in checks) for state in (False, None))
+    yield ""
+    if failed:
+        yield paint(f"{failed} of {len(checks)} checks failed, {skipped} skipped.", RED, colour)
+    else:
+        yield paint(f"All {len(checks) - skipped} checks that could be made hold, {skipped} skipped.", GREEN, colour)
+    if not any(check.ok for check in checks if check.name == "quote"):
+        yield "The quote is not proven: what holds beside it proves nothing."
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    """Put text behind a label, further lines of it below its first."""
+    lines = textwrap.wrap(text, WIDTH - len(label)) or [""]
+    return [(label + lines[0]).rstrip(), *(" " * len(label) + line for line in lines[1:])]

@@ -1,0 +1,118 @@
+"""The command line `dstack-emu`."""
+
+import argparse
+import importlib
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, NoReturn, get_args
+
+from dstack_emu.attest.errors import AttestError
+from dstack_emu.attest.version import EMULATOR, UPSTREAM
+from dstack_emu.cli import logs
+from dstack_emu.cli.commands.common import WARNING, UsageError, say
+from dstack_emu.deployment.config import PartEndedError, StackError
+from dstack_emu.kms_emu.errors import ConfigError, KmsError
+from dstack_emu.simulator.errors import GuestError
+from dstack_emu.transport.errors import ListenError, TransportError
+
+COMMANDS: Final[Mapping[str, str]] = {
+    "up": "bring the whole stack up",
+    "exec": "run a command with a stack around it",
+    "runbook": "carry out the KMS authorization runbook, and keep the evidence",
+    "agent": "run one guest agent with real quotes, and a PCCS for them",
+    "boot": "boot one app with keys from a KMS, and run its guest agent",
+    "pccs": "run a PCCS for every platform of a seed",
+    "quote": "sign one quote and write it to a file",
+    "inspect": "say what a file is, and show what stands in it",
+    "verify": "check evidence, and say what of it does not hold",
+    "verifier": "judge evidence over HTTP, its OS image included, as dstack-verifier does",
+    "image": "build, measure, compare and serve OS images",
+    "kms": "run one KMS from a kms.toml",
+    "auth": "run one webhook that decides for a KMS: auth-simple or auth-mock",
+    "check-webhook": "ask an auth webhook everything that a KMS asks, and say what would break it",
+    "setup": "set two KMS up that run elsewhere, and have an app allowed",
+    "proto": "write the .proto files of all services",
+    "health": "ask whether a stack, or one service, is ready",
+    "ctl": "watch, change and turn back a running stack",
+}
+"""Each is a module of `cli.commands`, imported when it is asked for: a command starts without what others need."""
+
+FAILED, USED_WRONGLY, INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit with its status: 0 done, 1 failed, 2 used or set up wrongly."""
+    try:
+        status = _run(sys.argv[1:] if argv is None else list(argv))
+    except KeyboardInterrupt:  # before the command was ready to take it
+        status = INTERRUPTED
+    sys.exit(status)
+
+
+def _run(words: Sequence[str]) -> int:
+    named = next((word for word in words if word in COMMANDS), None)
+    arguments = (overview() if named is None else parser((named,))).parse_args(words)
+    module = _module(arguments.command)
+    level = module.log_level() if hasattr(module, "log_level") else None
+    logs.set_up(arguments.verbose, arguments.log_format, getattr(module, "TALKATIVE", ()), level)
+    try:
+        status: int = module.run(arguments)
+        return status
+    except (UsageError, StackError, ConfigError, ListenError) as error:
+        say(f"Error: {_one_line(error)}")
+        return USED_WRONGLY
+    except (PartEndedError, KmsError, GuestError, AttestError, TransportError) as error:
+        say(f"Error: {_one_line(error)}")
+        return FAILED
+
+
+def overview() -> argparse.ArgumentParser:
+    """Make the parser for who names no command: it knows what there is, without the price of knowing it well."""
+    top, choice = _top()
+    for name, does in COMMANDS.items():
+        choice.add_parser(name, help=does)
+    return top
+
+
+def parser(commands: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
+    """Make the parser of these commands."""
+    top, choice = _top()
+    for name in commands:
+        module = _module(name)
+        command = choice.add_parser(name, help=COMMANDS[name], description=module.DESCRIPTION)
+        command.add_argument("-v", "--verbose", action="count", default=0, help="log more to stderr (-vv: everything)")
+        command.add_argument(
+            "--log-format", choices=get_args(logs.Form), default="text", help="how a line of the log looks (text)"
+        )
+        module.add_arguments(command)
+    return top
+
+
+def _top() -> tuple["_Parser", "argparse._SubParsersAction[_Parser]"]:
+    top = _Parser(
+        prog="dstack-emu",
+        description="A local simulated TDX stack for dstack "
+        f"{UPSTREAM}: guest agent, KMS, PCCS and auth webhooks. {WARNING}",
+        epilog="First steps: `dstack-emu up` brings everything up; `dstack-emu up --fresh` stops where the KMS "
+        "authorization runbook begins. Each command explains itself with --help.",
+    )
+    top.add_argument("--version", action="version", version=f"dstack-emu {EMULATOR} (dstack {UPSTREAM})")
+    return top, top.add_subparsers(dest="command", title="commands", required=True, metavar="COMMAND")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, as every other error is said, without the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        say(f"Error: {message} (see {self.prog} --help)")
+        sys.exit(USED_WRONGLY)
+
+
+def _one_line(error: Exception) -> str:
+    """An error's text on one line: refusals of a KMS arrive as indented JSON inside one another."""
+    return re.sub(r"\s*\n\s*", " ", str(error))
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"dstack_emu.cli.commands.{name.replace('-', '_')}")

@@ -1,0 +1,253 @@
+"""The control API as a table: each call's method, path, body and what it does; routes and OpenAPI are made of it."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+from dstack_emu.attest.version import EMULATOR
+from dstack_emu.control.api import Control
+from dstack_emu.control.schemas import (
+    BootRequest,
+    ClockChange,
+    ControlError,
+    OnboardRequest,
+    PlatformChange,
+    PolicyChange,
+    Request,
+    SnapshotRequest,
+    VendorChange,
+)
+from dstack_emu.control.snapshots import StackState
+from dstack_emu.deployment.guests import EventSpec, GuestSpec
+from dstack_emu.deployment.kms import KmsSpec
+from dstack_emu.observability.fault_rules import Fault
+
+Run = Callable[[Control, dict[str, str], dict[str, str], Any], Any]
+
+
+class _Policy(Request):
+    """auth-simple's policy file; it is not checked here."""
+
+
+class _Nothing(Request):
+    """An empty object, or no body."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One call. `body` describes its body, and checks it where `checks` says so; `query` are its parameters."""
+
+    method: str
+    path: str
+    summary: str
+    run: Run
+    body: type[BaseModel] | None = None
+    query: tuple[str, ...] = ()
+    checks: bool = True
+
+
+def _given(body: BaseModel) -> dict[str, Any]:
+    """The fields that a body names."""
+    return {name: getattr(body, name) for name in body.model_fields_set}
+
+
+def _journal(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> dict[str, Any]:
+    since, limit = _number(query, "since", 0), _number(query, "limit", 1000)
+    wanted = {key: query[key] for key in ("call", "service", "caller", "outcome") if key in query}
+    journal = control.journal
+    found = journal.find(**wanted, since=since)[-limit:] if wanted else journal.records(since=since, limit=limit)
+    return {"position": journal.position, "records": found if limit else []}
+
+
+def _count(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> dict[str, int]:
+    wanted = {key: query[key] for key in ("call", "service", "caller", "outcome") if key in query}
+    return {"calls": control.journal.calls(**wanted, since=_number(query, "since", 0))}
+
+
+def _number(query: dict[str, str], name: str, default: int) -> int:
+    text = query.get(name, str(default))
+    if not text.isdecimal() or len(text) > 12:
+        raise ControlError(f"{name}: a number expected, got {text!r:.40}")
+    return int(text)
+
+
+async def _revert(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> None:
+    await control.revert(path["name"])
+
+
+async def _load(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> None:
+    await control.load(body)
+
+
+def _set_policy(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> Any:
+    if not isinstance(body, dict):
+        raise ControlError(f"a policy is an object, got {type(body).__name__}")
+    control.set_policy(path["side"], body)
+    return control.policy(path["side"])
+
+
+def _switch(control: Control, enabled: bool) -> dict[str, bool]:
+    control.journal.enabled = enabled
+    return {"enabled": enabled}
+
+
+_FIND: Final = ("call", "service", "caller", "outcome", "since")
+
+OPERATIONS: Final = (
+    Operation("GET", "/stack", "The stack and every part of it", lambda c, p, q, b: c.describe()),
+    Operation("GET", "/stack/health", "What each service answers", lambda c, p, q, b: c.health()),
+    Operation("GET", "/clock", "What the clock shows", lambda c, p, q, b: c.clock()),
+    Operation(
+        "POST", "/clock", "Set, advance, freeze or resume it", lambda c, p, q, b: c.set_clock(**_given(b)), ClockChange
+    ),
+    Operation("GET", "/vendor", "What the vendor says for all machines", lambda c, p, q, b: c.vendor()),
+    Operation(
+        "PATCH", "/vendor", "Change what it says", lambda c, p, q, b: c.set_vendor(**_given(b)), VendorChange
+    ),
+    Operation("GET", "/platforms", "Every machine", lambda c, p, q, b: c.platforms()),
+    Operation("GET", "/platforms/{name}", "One machine", lambda c, p, q, b: c.platform(p["name"])),
+    Operation(
+        "PUT", "/platforms/{name}", "Make a machine", lambda c, p, q, b: c.add_platform(p["name"]), _Nothing
+    ),
+    Operation(
+        "PATCH",
+        "/platforms/{name}",
+        "Change what holds for it",
+        lambda c, p, q, b: c.set_platform(p["name"], **_given(b)),
+        PlatformChange,
+    ),
+    Operation("GET", "/guests", "Every trust domain", lambda c, p, q, b: c.describe()["guests"]),
+    Operation(
+        "POST",
+        "/guests",
+        "Make a trust domain, without keys",
+        lambda c, p, q, b: c.add_guest(**_given(b)),
+        GuestSpec,
+    ),
+    Operation("GET", "/guests/{name}", "One trust domain", lambda c, p, q, b: c.guest(p["name"])),
+    Operation("DELETE", "/guests/{name}", "Switch it off", lambda c, p, q, b: c.remove_guest(p["name"])),
+    Operation(
+        "POST",
+        "/guests/{name}/boot",
+        "Let it fetch keys from a KMS; 403 with the KMS's words where it is refused",
+        lambda c, p, q, b: c.boot_guest(p["name"], b.kms),
+        BootRequest,
+    ),
+    Operation(
+        "POST",
+        "/guests/{name}/events",
+        "Extend its RTMR3, or let its log claim an event falsely",
+        lambda c, p, q, b: c.emit_event(p["name"], b.event, b.payload, measured=b.measured),
+        EventSpec,
+    ),
+    Operation("GET", "/kms", "Every KMS", lambda c, p, q, b: c.all_kms()),
+    Operation("POST", "/kms", "Make a KMS, without keys", lambda c, p, q, b: c.add_kms(**_given(b)), KmsSpec),
+    Operation("GET", "/kms/{name}", "One KMS", lambda c, p, q, b: c.kms(p["name"])),
+    Operation("DELETE", "/kms/{name}", "Stop it", lambda c, p, q, b: c.remove_kms(p["name"])),
+    Operation(
+        "POST",
+        "/kms/{name}/onboard",
+        "Let it take keys over, or make new ones; 403 with its words where that is refused",
+        lambda c, p, q, b: c.onboard_kms(p["name"], b.source),
+        OnboardRequest,
+    ),
+    Operation("GET", "/policies", "Where the policies are", lambda c, p, q, b: c.policies()),
+    Operation("GET", "/policies/{side}", "A policy", lambda c, p, q, b: c.policy(p["side"])),
+    Operation("PUT", "/policies/{side}", "Put a policy in place", _set_policy, _Policy, checks=False),
+    Operation(
+        "POST",
+        "/policies/{side}/allow",
+        "Let it allow a trust domain",
+        lambda c, p, q, b: c.allow(p["side"], b.guest, this_device_only=b.this_device_only),
+        PolicyChange,
+    ),
+    Operation(
+        "POST",
+        "/policies/{side}/deny",
+        "Let it no longer allow a trust domain",
+        lambda c, p, q, b: c.deny(p["side"], b.guest),
+        PolicyChange,
+    ),
+    Operation("GET", "/faults", "The faults in force", lambda c, p, q, b: c.faults()),
+    Operation(
+        "POST", "/faults", "Put a fault in force", lambda c, p, q, b: c.add_fault(**_given(b)).to_json(), Fault
+    ),
+    Operation("DELETE", "/faults", "Lift all faults", lambda c, p, q, b: c.clear_faults()),
+    Operation("DELETE", "/faults/{id}", "Lift one fault", lambda c, p, q, b: c.lift_fault(p["id"])),
+    Operation(
+        "GET", "/journal", "Records, or the calls among them that match", _journal, query=(*_FIND, "limit")
+    ),
+    Operation("GET", "/journal/count", "How many calls match", _count, query=_FIND),
+    Operation("DELETE", "/journal", "Forget every record", lambda c, p, q, b: c.journal.clear()),
+    Operation("POST", "/journal/on", "Note what is called", lambda c, p, q, b: _switch(c, True), _Nothing),
+    Operation("POST", "/journal/off", "Note nothing", lambda c, p, q, b: _switch(c, False), _Nothing),
+    Operation("GET", "/snapshots", "What there is to go back to", lambda c, p, q, b: c.snapshots()),
+    Operation(
+        "POST",
+        "/snapshots",
+        "Keep what the stack is now",
+        lambda c, p, q, b: {"name": c.snapshot(b.name)},
+        SnapshotRequest,
+    ),
+    Operation("DELETE", "/snapshots/{name}", "Let a snapshot go", lambda c, p, q, b: c.forget_snapshot(p["name"])),
+    Operation("POST", "/snapshots/{name}/revert", "Go back to it", _revert, _Nothing),
+    Operation("POST", "/reset", "Go back to when the stack became ready", lambda c, p, q, b: c.reset(), _Nothing),
+    Operation("GET", "/state", "What the stack is now, to save", lambda c, p, q, b: c.save()),
+    Operation("PUT", "/state", "Go back to what was saved", _load, StackState, checks=False),
+)
+
+
+def openapi() -> dict[str, Any]:
+    """The OpenAPI document."""
+    schemas: dict[str, Any] = {
+        "Error": {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+    }
+    paths: dict[str, dict[str, Any]] = {
+        "/journal/stream": {
+            "get": {
+                "summary": "Each record as its call ends, as JSON lines or server-sent events",
+                "operationId": "get_journal_stream",
+                "parameters": [_parameter("since", "query")],
+                "responses": {"200": {"description": "It does not end", "content": {"application/x-ndjson": {}}}},
+            }
+        }
+    }
+    for operation in OPERATIONS:
+        described: dict[str, Any] = {
+            "summary": operation.summary,
+            "operationId": re.sub(r"\W+", "_", f"{operation.method.lower()}{operation.path}").strip("_"),
+            "responses": {
+                "200": {"description": "Done", "content": {"application/json": {}}},
+                "4XX": {"description": "Refused; nothing has changed", "content": _json("Error")},
+            },
+        }
+        parameters = [_parameter(name, "path") for name in re.findall(r"{(\w+)}", operation.path)]
+        parameters += [_parameter(name, "query") for name in operation.query]
+        if parameters:
+            described["parameters"] = parameters
+        if operation.body is not None:
+            name = operation.body.__name__.removeprefix("_")
+            schema = operation.body.model_json_schema(ref_template="#/components/schemas/{model}")
+            if not operation.checks and not operation.body.model_fields:
+                schema["additionalProperties"] = True
+            schemas |= schema.pop("$defs", {})
+            schemas[name] = schema
+            described["requestBody"] = {"required": bool(schema.get("required")), "content": _json(name)}
+        paths.setdefault(operation.path, {})[operation.method.lower()] = described
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "dstack-emu control API", "version": EMULATOR},
+        "paths": paths,
+        "components": {"schemas": schemas},
+    }
+
+
+def _parameter(name: str, where: str) -> dict[str, Any]:
+    return {"name": name, "in": where, "required": where == "path", "schema": {"type": "string"}}
+
+
+def _json(schema: str) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}

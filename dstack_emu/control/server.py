@@ -1,0 +1,191 @@
+"""The control API over HTTP: JSON in, JSON out, on a port of its own.
+
+It is for programs on this machine. So that no web page can use it through a browser, a request with a body must say
+that it is JSON, and one that names a foreign host or comes from a foreign page is refused. The OpenAPI document at
+`/openapi.json` is made of the same table as the routes.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from pydantic import ValidationError
+from yarl import URL
+
+from dstack_emu.control.api import Control
+from dstack_emu.control.routes import OPERATIONS, Operation, openapi
+from dstack_emu.control.schemas import ControlError, problems
+from dstack_emu.observability.journal import Record
+
+MAX_BODY: Final = 32 * 1024 * 1024
+
+log = logging.getLogger("stack.control")
+
+
+class _Streams:
+    """Who follows the journal: they are sent away when the server stops."""
+
+    def __init__(self) -> None:
+        self.tasks: set[asyncio.Task[Any]] = set()
+
+
+_STREAMS: Final = web.AppKey("streams", _Streams)
+
+
+def control_app(control: Control) -> web.Application:
+    """Make the application."""
+    app = web.Application(middlewares=[_guard], client_max_size=MAX_BODY)
+    document = openapi()
+
+    async def describe_api(_request: web.Request) -> web.Response:
+        return web.json_response(document)
+
+    async def alive(_request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok", "service": "dstack-emu-control"})
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        return await _stream(control, request)
+
+    app.router.add_get("/openapi.json", describe_api)
+    app.router.add_get("/health", alive)
+    app.router.add_get("/journal/stream", stream)
+    for operation in OPERATIONS:
+        app.router.add_route(operation.method, operation.path, _handler(control, operation))
+    app.on_shutdown.append(_end_streams)
+    app[_STREAMS] = _Streams()
+    return app
+
+
+async def _end_streams(app: web.Application) -> None:
+    for task in list(app[_STREAMS].tasks):
+        task.cancel()
+
+
+def _handler(control: Control, operation: Operation) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handle(request: web.Request) -> web.Response:
+        body: Any = None
+        if operation.body is not None:
+            body = _parsed(await request.read())
+            if operation.checks:
+                try:
+                    body = operation.body.model_validate({} if body is None else body)
+                except ValidationError as error:
+                    raise ControlError(problems(error)) from error
+        unknown = sorted(request.query.keys() - operation.query)
+        if unknown:
+            known = ", ".join(operation.query) or "none"
+            raise ControlError(f"{unknown[0]!r:.60}: no parameter of this call; known: {known}")
+        answer = operation.run(control, dict(request.match_info), dict(request.query), body)
+        if asyncio.iscoroutine(answer):
+            answer = await answer
+        return web.json_response({} if answer is None else answer)
+
+    return handle
+
+
+def _parsed(body: bytes) -> Any:
+    if not body:
+        return None
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ControlError(f"the body is no JSON: {error}") from error
+
+
+@web.middleware
+async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        _require_local(request)
+        return await handler(request)
+    except ControlError as error:
+        return web.json_response({"error": str(error)}, status=error.status)
+    except web.HTTPException as error:
+        text = f"{request.method} {request.path}: {error.reason}; /openapi.json lists what there is"
+        return web.json_response({"error": text}, status=error.status)
+    except Exception as error:  # the server's edge
+        log.exception("%s %s failed", request.method, request.path)
+        return web.json_response({"error": f"internal error: {type(error).__name__}"}, status=500)
+
+
+def _require_local(request: web.Request) -> None:
+    """Refuse what a browser would send for a page of somebody else's."""
+    host = request.headers.get("Host", "")
+    if not _is_local(f"http://{host}"):
+        raise ControlError(f"Host: localhost or an IP address expected, got {host!r:.100}", 403)
+    origin = request.headers.get("Origin")
+    if origin is not None and not (_is_local(origin) and URL(origin).host == request.url.host):
+        raise ControlError(f"Origin: pages of other hosts may not use this; got {origin!r:.100}", 403)
+    if request.method in ("POST", "PUT", "PATCH") and request.content_type != "application/json":
+        raise ControlError(f"Content-Type: application/json expected, got {request.content_type!r:.100}", 415)
+
+
+def _is_local(url: str) -> bool:
+    try:
+        host = URL(url).host
+    except ValueError:
+        return False
+    if host is None:
+        return False
+    if host == "localhost":
+        return True
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+async def _stream(control: Control, request: web.Request) -> web.StreamResponse:
+    """Each record as its call ends: JSON lines, or server-sent events for who accepts those."""
+    events = "text/event-stream" in request.headers.get("Accept", "")
+    response = web.StreamResponse(
+        headers={
+            "Content-Type": "text/event-stream" if events else "application/x-ndjson",
+            "Cache-Control": "no-store",
+        }
+    )
+    before: list[Record] = []
+    if "since" in request.query:
+        since = request.query["since"]
+        if not since.isdecimal():
+            raise ControlError(f"since: the number of a record expected, got {since!r:.40}")
+        before = control.journal.records(since=int(since))
+    follower = control.journal.follow()
+    coming = asyncio.ensure_future(anext(follower))  # from here on nothing is missed
+    await asyncio.sleep(0)
+    await response.prepare(request)
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - a handler runs in one
+    request.app[_STREAMS].tasks.add(task)
+    try:
+        for record in before:
+            await response.write(_line(record, events))
+        while True:
+            await response.write(_line(await coming, events))
+            coming = asyncio.ensure_future(anext(follower))
+    except (ConnectionError, asyncio.CancelledError):
+        pass
+    finally:
+        request.app[_STREAMS].tasks.discard(task)
+        coming.cancel()
+        with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
+            await coming
+        await _close(follower)
+    return response
+
+
+async def _close(follower: AsyncIterator[Record]) -> None:
+    close = getattr(follower, "aclose", None)
+    if close is not None:
+        await close()
+
+
+def _line(record: Record, events: bool) -> bytes:
+    text = json.dumps(record, separators=(",", ":"))
+    return (f"data: {text}\n\n" if events else f"{text}\n").encode()

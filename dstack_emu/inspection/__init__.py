@@ -1,0 +1,1 @@
+"""What a piece of evidence is, what stands in it, and which checks it passes."""

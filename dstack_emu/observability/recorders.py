@@ -1,0 +1,127 @@
+"""Who judges, and who is asked for a decision, with what they say noted in the journal."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from dstack_emu.attest.app_info import BootInfo
+from dstack_emu.attest.attestation import Attestation
+from dstack_emu.attest.errors import AttestError
+from dstack_emu.attest.remember import remember_by_identity
+from dstack_emu.attest.verify import TrustAnchor, VerifiedAttestation
+from dstack_emu.kms_emu.auth_api import AuthApi, AuthInfo, Decision
+from dstack_emu.kms_emu.errors import UnavailableError
+from dstack_emu.observability.journal import Journal
+from dstack_emu.observability.spans import current, enter, entered, leave
+from dstack_emu.transport.pccs_client import AttestationVerifier, Clock, PccsClient
+from dstack_emu.verifier.service import VerificationResponse
+
+
+class NotedVerifier(AttestationVerifier):
+    """Judges as its base does, and notes each verdict with the collateral that was asked for it."""
+
+    def __init__(self, pccs: PccsClient, anchor: TrustAnchor, clock: Clock, journal: Journal) -> None:
+        super().__init__(pccs, anchor, clock)
+        self._journal = journal
+
+    async def verify(self, attestation: Attestation) -> VerifiedAttestation:
+        """Verify evidence, and note what came of it."""
+        asking = current()
+        if asking is None or not self._journal.enabled:
+            return await super().verify(attestation)
+        span = self._journal.begin_judging(asking)
+        before = enter(span)
+        verdict: dict[str, Any] = {}
+        try:
+            verified = await super().verify(attestation)
+            verdict = _notes_of(verified)
+            return verified
+        except AttestError as error:
+            verdict = {"attestation": "refused", "error": self._journal.scrub(str(error))}
+            raise
+        finally:
+            leave(before)
+            self._journal.end_judging(span, verdict)
+
+
+@remember_by_identity
+def _notes_of(verified: VerifiedAttestation) -> dict[str, Any]:
+    quote = verified.quote
+    return {
+        "attestation": "holds",
+        "tcb_status": quote.tcb_status,
+        "advisory_ids": list(quote.advisory_ids),
+        "device_id": hashlib.sha256(quote.ppid).hexdigest(),
+    }
+
+
+def verdict_noter(journal: Journal) -> Callable[[VerificationResponse], None]:
+    """Make the observer of a verifier: it notes the verdict, of which app and image, and the reason of a no."""
+
+    def note(response: VerificationResponse) -> None:
+        call = current()
+        if call is None:
+            return
+        verdict: dict[str, Any] = {"is_valid": response.is_valid}
+        if response.reason is not None:
+            verdict["reason"] = journal.scrub(response.reason)
+        if (app := response.details.app_info) is not None:
+            verdict |= {name: app[name] for name in ("app_id", "os_image_hash", "mr_aggregated")}
+        call.note("verdict", verdict)
+
+    return note
+
+
+class NotedAuth:
+    """A webhook that is no part of the stack, with what it is asked and says noted."""
+
+    def __init__(self, auth: AuthApi, name: str, caller: str, journal: Journal) -> None:
+        self._auth, self._name, self._caller, self._journal = auth, name, caller, journal
+
+    async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
+        """Ask for one decision."""
+        asking = current()
+        if asking is None or not self._journal.enabled:
+            return await self._auth.decide(boot_info, is_kms=is_kms)
+        path = f"/bootAuth/{'kms' if is_kms else 'app'}"
+        call = self._journal.begin(self._name, path, asking, asking.next_place(), self._caller)
+        status, text = None, ""
+        try:
+            with entered(call):
+                decision = await self._auth.decide(boot_info, is_kms=is_kms)
+            status = 200
+            noted = {
+                "about": "kms" if is_kms else "app",
+                "allowed": decision.is_allowed,
+                "reason": decision.reason,
+                "rule": "",
+                "asked": _asked(boot_info),
+            }
+            call.note("decision", noted)
+            return decision
+        except UnavailableError as error:
+            text = self._journal.scrub(str(error))
+            raise
+        finally:
+            self._journal.end(call, status, text)
+
+    async def info(self) -> AuthInfo:
+        """Ask what stands behind it."""
+        return await self._auth.info()
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        await self._auth.close()
+
+
+def _asked(info: BootInfo) -> dict[str, Any]:
+    return {
+        "app_id": info.app_id.hex(),
+        "compose_hash": info.compose_hash.hex(),
+        "instance_id": info.instance_id.hex(),
+        "device_id": info.device_id.hex(),
+        "mr_aggregated": info.mr_aggregated.hex(),
+        "os_image_hash": info.os_image_hash.hex(),
+        "tcb_status": info.tcb_status,
+        "advisory_ids": list(info.advisory_ids),
+    }

@@ -1,0 +1,213 @@
+"""The pytest plugin: fixtures `dstack_…`, the option `--dstack-seed`, and the journal in the report of a failed test.
+
+It is loaded into every pytest run of whoever has the package installed, so nothing of the emulator is imported before
+a fixture is used. What the fixtures give is in `testing`; docs/pytest.md is their reference.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from dstack_emu.testing import (
+        ActiveFault,
+        Clock,
+        Image,
+        Journal,
+        Kms,
+        LiveStack,
+        Platform,
+        Policy,
+        Refusal,
+        TrustDomain,
+        Vendor,
+    )
+    from dstack_emu.testing.thread import SyncControl
+    from dstack_emu.webhook_check.check import Report
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option and the ini key."""
+    help_text = "the text that everything in the emulated dstack stacks grows from"
+    parser.getgroup("dstack-emu").addoption("--dstack-seed", metavar="TEXT", help=help_text)
+    parser.addini("dstack_seed", help_text)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add to the report of a failed test what was asked in its stack, by whom, and why it was refused."""
+    report = yield
+    used = getattr(item, "funcargs", {})
+    if report.when == "call" and report.failed:
+        stacks = (used.get(name) for name in ("dstack_fresh_stack", "dstack_stack", "dstack_current"))
+        for live in {id(live): live for live in stacks if live is not None}.values():
+            if said := _calls_of(live):
+                report.sections.append(("Calls in the dstack stack", said))
+    return report
+
+
+def _calls_of(live: "LiveStack") -> str:
+    from dstack_emu.deployment.config import StackError
+
+    try:
+        return live.journal.text()
+    except StackError as error:
+        return str(error)
+
+
+# ---- stacks
+
+
+@pytest.fixture(scope="session")
+def dstack_settings() -> dict[str, Any]:
+    """Settings of the stacks (fields of `StackConfig`): override it in a conftest.py."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def dstack_session_stack(
+    pytestconfig: pytest.Config, dstack_settings: dict[str, Any]
+) -> "Iterator[LiveStack]":
+    """A ready stack for the session; what fixtures of a wider scope do to it stays."""
+    from dstack_emu.testing import LiveStack
+
+    with LiveStack(**_settings(pytestconfig, dstack_settings)) as live:
+        yield live
+
+
+@pytest.fixture
+def dstack_stack(dstack_session_stack: "LiveStack") -> "Iterator[LiveStack]":
+    """The session's ready stack, put back after the test as it was before."""
+    with dstack_session_stack.put_back() as live:
+        yield live
+
+
+@pytest.fixture
+def dstack_fresh_stack(
+    pytestconfig: pytest.Config, dstack_settings: dict[str, Any]
+) -> "Iterator[LiveStack]":
+    """A stack for this test alone, where an operator begins: two KMS without keys, policies that allow nobody."""
+    from dstack_emu.testing import LiveStack
+
+    with LiveStack(**_settings(pytestconfig, dstack_settings), fresh=True) as live:
+        yield live
+
+
+def _settings(config: pytest.Config, settings: dict[str, Any]) -> dict[str, Any]:
+    given, written = config.getoption("--dstack-seed"), config.getini("dstack_seed")
+    seed = {"seed": given} if given else {"seed": written} if written and "seed" not in settings else {}
+    return {**settings, **seed}
+
+
+@pytest.fixture
+def dstack_current(request: pytest.FixtureRequest) -> "LiveStack":
+    """The stack that the fixtures below are about: `dstack_fresh_stack` where the test has one, else `dstack_stack`."""
+    fresh = "dstack_fresh_stack" in request.fixturenames
+    live: LiveStack = request.getfixturevalue("dstack_fresh_stack" if fresh else "dstack_stack")
+    return live
+
+
+# ---- its parts
+
+
+@pytest.fixture
+def dstack_app(dstack_current: "LiveStack") -> "Callable[..., TrustDomain]":
+    """`dstack_app()`: the stack's own app; `dstack_app("wallet", compose={…})`: a new one."""
+    return dstack_current.app
+
+
+@pytest.fixture
+def dstack_trust_domain(dstack_current: "LiveStack") -> "Callable[..., TrustDomain]":
+    """`dstack_trust_domain("forger", debug=True)`: a trust domain of any identity."""
+    return dstack_current.trust_domain
+
+
+@pytest.fixture
+def dstack_kms(dstack_current: "LiveStack") -> "Callable[..., Kms]":
+    """`dstack_kms("src")`: a KMS of the stack; `dstack_kms("third")`: a new one, without keys."""
+    return dstack_current.kms
+
+
+@pytest.fixture
+def dstack_policy(dstack_current: "LiveStack") -> "Callable[..., Policy]":
+    """`dstack_policy("src").deny(app)`: whom a KMS's webhook allows."""
+    return dstack_current.policy
+
+
+@pytest.fixture
+def dstack_platform(dstack_current: "LiveStack") -> "Callable[..., Platform]":
+    """`dstack_platform("another host", tcb_status="OutOfDate")`: a machine."""
+    return dstack_current.platform
+
+
+@pytest.fixture
+def dstack_image(dstack_current: "LiveStack") -> "Callable[..., Image]":
+    """`dstack_image("mine", "0.6.0")`: an OS image, for `dstack_app` and `dstack_kms` to boot."""
+    return dstack_current.image
+
+
+@pytest.fixture
+def dstack_vendor(dstack_current: "LiveStack") -> "Vendor":
+    """What the emulated Intel says for all machines."""
+    return dstack_current.vendor
+
+
+# ---- what is done with it
+
+
+@pytest.fixture
+def dstack_boot(dstack_current: "LiveStack") -> "Callable[..., TrustDomain]":
+    """`dstack_boot(app)`: let an app fetch keys from a KMS."""
+    return dstack_current.boot
+
+
+@pytest.fixture
+def dstack_refused() -> "Callable[..., AbstractContextManager[Refusal]]":
+    """`with dstack_refused("KMS is not allowed"):` as `testing.refused`."""
+    from dstack_emu.testing import refused
+
+    return refused
+
+
+@pytest.fixture
+def dstack_fault(dstack_current: "LiveStack") -> "Callable[..., ActiveFault]":
+    """`with dstack_fault(service="auth-src", kind="status", status=503):` something goes wrong on purpose."""
+    return dstack_current.fault
+
+
+@pytest.fixture
+def dstack_clock(dstack_current: "LiveStack") -> "Clock":
+    """The clock of the whole stack."""
+    return dstack_current.clock
+
+
+@pytest.fixture
+def dstack_journal(dstack_current: "LiveStack") -> "Journal":
+    """What was asked since the test began: `dstack_journal.calls("/bootAuth/kms") == 2`."""
+    return dstack_current.journal
+
+
+@pytest.fixture
+def dstack_check_webhook(dstack_current: "LiveStack") -> "Callable[[str], Report]":
+    """`dstack_check_webhook(url).broken == ()`: does a KMS understand a webhook of one's own?"""
+    return dstack_current.check_webhook
+
+
+@pytest.fixture
+def dstack_control(dstack_current: "LiveStack") -> "SyncControl":
+    """Every call of the control API, without `await`."""
+    return dstack_current.control
+
+
+@pytest.fixture
+def dstack_env(dstack_current: "LiveStack", monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment by which SDKs and programs find the stack, set for the test."""
+    from dstack_emu.cli.commands.exec import environment
+
+    variables = environment(dstack_current.description)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return variables

@@ -1,0 +1,78 @@
+"""Asking a KMS by gRPC, by its descriptors: the same JSON goes in and comes out as with pRPC, statuses are gRPC's own.
+
+Onboard is asked in plain, KMS over TLS, and with a client certificate at the port that demands one. Pages of other
+services are HTTP's here, too.
+
+Imported only for `--transport grpc`: grpcio costs time and memory.
+"""
+
+import json
+from typing import Any, Final
+
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.descriptor_pool import Default as default_pool
+from google.protobuf.message_factory import GetMessageClass
+
+from dstack_emu.attest.errors import FormatError, VerificationError
+from dstack_emu.attest.proto import kms_pb2
+from dstack_emu.attest.prpc import decode_json, encode_json
+from dstack_emu.runbook.kms_client import TIMEOUT, Answer, PrpcCaller
+from dstack_emu.runbook.target import Kms
+from dstack_emu.transport.errors import TransportError
+from dstack_emu.transport.grpc_client import StatusError, call, certificate_of
+from dstack_emu.transport.pccs_client import AttestationVerifier
+from dstack_emu.transport.ratls import Identity, Peer, peer_of
+
+PACKAGE: Final = kms_pb2.DESCRIPTOR.package
+
+
+class GrpcCaller:
+    """gRPC."""
+
+    finishes_by_page = False
+
+    def __init__(self) -> None:
+        self._pages = PrpcCaller()
+
+    def address(self, kms: Kms, method: str) -> str:
+        """The port for clients without a certificate."""
+        return kms.grpc
+
+    async def call(self, kms: Kms, method: str, arguments: dict[str, Any], identity: Identity | None = None) -> Answer:
+        """Call `kms.Service/Method` at the port that serves it."""
+        descriptor: MethodDescriptor = default_pool().FindMethodByName(f"{PACKAGE}.{method}")
+        request = decode_json(GetMessageClass(descriptor.input_type), json.dumps(arguments).encode())
+        try:
+            answer = await call(
+                kms.grpc if identity is None else kms.grpc_mtls,
+                f"{PACKAGE}.{method.replace('.', '/')}",
+                request,
+                GetMessageClass(descriptor.output_type),
+                seconds=TIMEOUT,
+                secure=not method.startswith("Onboard."),
+                identity=identity,
+            )
+        except StatusError as error:
+            return Answer(400, {"error": str(error)}, error.code)
+        except TransportError as error:
+            return Answer(0, f"no answer: {error.cause}", "")
+        return Answer(200, json.loads(encode_json(answer)), "OK")
+
+    async def peer(self, kms: Kms, verifier: AttestationVerifier | None) -> Peer:
+        """Judge the certificate that the gRPC port shows."""
+        try:
+            return await peer_of(await certificate_of(kms.grpc, seconds=TIMEOUT), verifier)
+        except (TransportError, FormatError) as error:
+            raise VerificationError(str(error)) from error
+
+    async def get(self, url: str) -> Answer:
+        """GET a page."""
+        return await self._pages.get(url)
+
+    async def post(self, url: str, document: Any) -> Answer:
+        """POST JSON."""
+        return await self._pages.post(url, document)
+
+    async def close(self) -> None:
+        """Close the connections of HTTP; those of gRPC end with their calls."""
+        await self._pages.close()

@@ -1,0 +1,175 @@
+"""What the runbook is carried out on: where two KMS, their webhooks' policy files and an app's agent are.
+
+The form is that of the line that `dstack-emu up --json` prints, and leaves in the state folder as stack.json. Keys that
+the runbook does not use are passed over, so that line is good as it is.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from dstack_emu.attest.certificate import load_pem
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.verify import TrustAnchor
+
+SIDES: Final = ("src", "dst")
+_NO_NAMES: Final[Mapping[str, str]] = MappingProxyType({})
+
+
+class TargetError(Exception):
+    """A description of a stack that cannot be used; the text names the file and the key."""
+
+
+def _http(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ValueError(f"http(s)://host:port expected, got {url!r:.100}")
+    return url.rstrip("/")
+
+
+Url = Annotated[str, AfterValidator(_http)]
+
+
+class _Services(BaseModel):
+    auth_src: Url = Field(alias="auth-src")
+    auth_dst: Url = Field(alias="auth-dst")
+    kms_src: Url = Field(alias="kms-src")
+    kms_dst: Url = Field(alias="kms-dst")
+    pccs: Url | None = None
+    app: str | None = None
+    verifier: Url | None = None
+
+
+class _Sides(BaseModel):
+    src: Path
+    dst: Path
+
+
+class _Runtime(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    src: Url | None = None
+    dst: Url | None = None
+
+
+class _Description(BaseModel):
+    services: _Services
+    policies: _Sides
+    root_ca: Path | None = None
+    runtime: _Runtime = _Runtime()
+    source_url: Url | None = None
+    grpc: dict[str, str] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Kms:
+    """One KMS: where it answers in its onboard phase and in its runtime phase, its webhook, and that one's policy.
+
+    `grpc` and `grpc_mtls` are its gRPC listeners (`host:port`), empty where they are not needed.
+    """
+
+    onboard: str
+    runtime: str
+    auth: str
+    policy: Path
+    grpc: str = ""
+    grpc_mtls: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A stack to carry the runbook out on.
+
+    `source_url` is where kms-dst reaches kms-src. Without a `pccs` no evidence can be judged, without an `app` (a guest
+    agent, as URL or socket) there is no attested client, without a `verifier` nobody gives a second verdict. `names`
+    replaces what differs from run to run in evidence.
+    """
+
+    kms: Mapping[str, Kms]
+    source_url: str
+    anchor: TrustAnchor
+    root: str
+    pccs: str | None = None
+    app: str | None = None
+    verifier: str | None = None
+    names: Mapping[str, str] = field(default_factory=lambda: _NO_NAMES)
+
+    @classmethod
+    def load(cls, path: Path, source_url: str | None = None, *, by_grpc: bool = False) -> Self:
+        """Read a description from a file; paths in it are relative to its folder. Raises `TargetError`.
+
+        `source_url` goes before the file's. With `by_grpc` it has to name gRPC listeners.
+        """
+        try:
+            document = json.loads(path.read_text())
+        except OSError as error:
+            raise TargetError(f"{path}: cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise TargetError(f"{path}: JSON expected: {error}") from error
+        if source_url is not None and isinstance(document, dict):
+            document["source_url"] = source_url
+        return cls.of(document, str(path), path.absolute().parent, by_grpc=by_grpc)
+
+    @classmethod
+    def of(
+        cls, document: Any, name: str, folder: Path, names: Mapping[str, str] = _NO_NAMES, *, by_grpc: bool = False
+    ) -> Self:
+        """Take a description that is parsed already. Raises `TargetError`."""
+        try:
+            found = _Description.model_validate(document)
+        except ValidationError as error:
+            fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            where = ".".join(map(str, fault["loc"])) or "the document"
+            raise TargetError(f"{name}: {where}: {fault['msg']}") from error
+        services, runtime = found.services, found.runtime
+        kms = {
+            side: Kms(
+                onboard=f"http://{urlsplit(url).netloc}" if given is None else url,
+                runtime=given or f"https://{urlsplit(url).netloc}",
+                auth=auth,
+                policy=folder / policy,
+                grpc=_grpc_target(found, name, f"kms-{side}-grpc") if by_grpc else "",
+                grpc_mtls=_grpc_target(found, name, f"kms-{side}-grpc-mtls") if by_grpc else "",
+            )
+            for side, url, given, auth, policy in (
+                ("src", services.kms_src, runtime.src, services.auth_src, found.policies.src),
+                ("dst", services.kms_dst, runtime.dst, services.auth_dst, found.policies.dst),
+            )
+        }
+        anchor, root = TrustAnchor.intel(), "Intel's production root"
+        if found.root_ca is not None:
+            path = folder / found.root_ca
+            try:
+                anchor, root = TrustAnchor.of(load_pem(path.read_text(), "root certificate")), "the root in root_ca"
+            except (OSError, ValueError, FormatError) as error:
+                raise TargetError(f"{name}: root_ca: {path}: {error}") from error
+        return cls(
+            kms=kms,
+            source_url=found.source_url or f"{kms['src'].runtime}/prpc",
+            anchor=anchor,
+            root=root,
+            pccs=services.pccs,
+            app=services.app,
+            verifier=services.verifier,
+            names=names,
+        )
+
+
+def _grpc_target(found: _Description, name: str, key: str) -> str:
+    target = found.grpc.get(key)
+    if target is None:
+        raise TargetError(f"{name}: grpc.{key}: not there, and --transport grpc needs it: `up --grpc` switches gRPC on")
+    host, _, port = target.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise TargetError(f"{name}: grpc.{key}: host:port expected, got {target!r:.100}")
+    return target

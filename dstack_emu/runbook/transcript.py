@@ -1,0 +1,180 @@
+"""What was asked, what came back, what was expected: the steps of a run, and the files that its evidence is made of."""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from dstack_emu.runbook.kms_client import Answer
+
+SHOWN: Final = 80
+"""Characters of a value that a line shows in full; of a longer one it shows the beginning. Files have all of it."""
+BEGINNING: Final = 12
+NAMES: Final = 4
+"""Names of an answer's fields that a line shows."""
+REDACTED: Final = "(a private key was here)"
+_PRIVATE: Final = frozenset(("temp_ca_key", "ca_key", "k256_key", "disk_crypt_key", "env_crypt_key"))
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What an answer has to be, in words and as a question. Of a success the words go on from its status."""
+
+    text: str
+    holds: Callable[[Answer], bool]
+    is_success: bool = False
+
+    def words(self, success: str) -> str:
+        """The words, with the status that a success has in this transport."""
+        return f"{success} {self.text}".rstrip() if self.is_success else self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step; `ok` is None where it could not be judged, and `got` says why."""
+
+    name: str
+    asked: str
+    got: str
+    expected: str
+    ok: bool | None
+    seconds: float
+
+
+@dataclass(slots=True)
+class Case:
+    """One test case and the steps made of it so far."""
+
+    number: int
+    title: str
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool | None:
+        """Whether every step that could be judged holds; None where none could."""
+        judged = [step.ok for step in self.steps if step.ok is not None]
+        return all(judged) if judged else None
+
+
+class Journal:
+    """Takes the steps down and tells `on_case` and `on_step` at once."""
+
+    def __init__(self, on_case: Callable[[Case], None], on_step: Callable[[Step], None]) -> None:
+        self.cases: list[Case] = []
+        self.files: dict[str, str] = {}
+        self._on_case, self._on_step = on_case, on_step
+        self._since = time.monotonic()
+
+    def begin(self, number: int, title: str) -> None:
+        """Begin a case."""
+        self.cases.append(Case(number, title))
+        self._on_case(self.cases[-1])
+        self._since = time.monotonic()
+
+    @property
+    def next_name(self) -> str:
+        """The name of the step that comes next, such as 3.2."""
+        return f"{self.cases[-1].number}.{len(self.cases[-1].steps) + 1}"
+
+    def note(self, asked: str, got: str, expected: str, ok: bool | None) -> bool:
+        """Take a step down; return whether it holds."""
+        now = time.monotonic()
+        step = Step(self.next_name, asked, got, expected, ok, now - self._since)
+        self._since = now
+        self.cases[-1].steps.append(step)
+        self._on_step(step)
+        return bool(ok)
+
+    def keep(self, folder: str, name: str, document: Any) -> None:
+        """Keep a document as evidence of the step that comes next."""
+        step = f"{self.cases[-1].number}.{len(self.cases[-1].steps) + 1:02}"  # in a folder's listing in their order
+        self.files[f"{folder}/{step}-{name}.json"] = json.dumps(document, indent=2, sort_keys=True) + "\n"
+
+    @property
+    def ok(self) -> bool:
+        """Whether every case was judged, and holds."""
+        return all(case.ok for case in self.cases)
+
+    def to_json(self, *, with_times: bool = True) -> list[dict[str, Any]]:
+        """The cases with all their steps."""
+        cases = []
+        for case in self.cases:
+            steps = [asdict(step) for step in case.steps]
+            for step in steps:
+                if with_times:
+                    step["seconds"] = round(step["seconds"], 3)
+                else:
+                    del step["seconds"]
+            cases.append({"case": case.number, "title": case.title, "ok": case.ok, "steps": steps})
+        return cases
+
+
+# ---- words for answers
+
+
+def short(value: Any) -> str:
+    """A value in few characters."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN else f"{text[:BEGINNING]}… ({len(text)} characters)"
+
+
+def arguments_of(arguments: Mapping[str, Any]) -> str:
+    """The arguments of a call for a line."""
+    return ", ".join(f"{name}={short(value)}" for name, value in arguments.items())
+
+
+def summary_of(answer: Answer) -> str:
+    """An answer for a line: its error in full, else the names of what it has."""
+    if answer.status == 0:
+        return answer.error
+    if not answer.ok:
+        return f"{answer.shown} {' '.join(answer.error.split())}"
+    if isinstance(answer.body, dict):
+        names = [*list(answer.body)[:NAMES], *(["…"] if len(answer.body) > NAMES else [])]
+        return f"{answer.success} {', '.join(names) or '{}'}"
+    return f"{answer.success} {short(answer.body)}"
+
+
+def redacted(value: Any) -> Any:
+    """A document without private keys."""
+    if isinstance(value, dict):
+        return {name: REDACTED if name in _PRIVATE and child else redacted(child) for name, child in value.items()}
+    return [redacted(child) for child in value] if isinstance(value, list) else value
+
+
+# ---- expectations
+
+
+def answers(*names: str, **values: Any) -> Expected:
+    """A success that has these fields, not empty, and these values."""
+    wanted = [*names, *(f"{name} = {short(value)}" for name, value in values.items())]
+
+    def holds(answer: Answer) -> bool:
+        return (
+            answer.ok
+            and all(answer.field(name) for name in names)
+            and all(answer.field(name) == value for name, value in values.items())
+        )
+
+    return Expected(f"with {', '.join(wanted)}" if wanted else "", holds, is_success=True)
+
+
+def says(text: str) -> Expected:
+    """A success whose body is this text."""
+    return Expected(text, lambda answer: answer.ok and answer.body == text, is_success=True)
+
+
+def refused(*reasons: str) -> Expected:
+    """An error that says one of these, in any case of letters."""
+
+    def holds(answer: Answer) -> bool:
+        text = answer.error.lower()
+        return answer.status > 0 and any(reason.lower() in text for reason in reasons)
+
+    return Expected(f"an error that says {_or(reasons)}", holds)
+
+
+def _or(reasons: Iterable[str]) -> str:
+    return " or ".join(f"'{reason}'" for reason in reasons)

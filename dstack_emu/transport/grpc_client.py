@@ -1,0 +1,158 @@
+"""A gRPC client for single calls: each has a connection of its own, so it finds a server in whichever phase it is.
+
+Over TLS the server's certificate is looked up first, and then is what grpcio trusts: like `curl -k` this believes any
+server, which grpcio itself cannot be told to. What a server proves by its certificate is the caller's to judge.
+
+Not here: retries, connections that are kept. Upstream has no gRPC: this is ours.
+"""
+
+import asyncio
+import contextlib
+import ssl
+from typing import Final, TypeVar
+
+import grpc
+import grpc.aio
+from cryptography import x509
+from google.protobuf.message import Message
+
+from dstack_emu.attest.certificate import load_der
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.transport.client import MAX_RESPONSE, describe_failure
+from dstack_emu.transport.errors import TransportError
+from dstack_emu.transport.ratls import Identity, client_context
+
+A = TypeVar("A", bound=Message)
+Options = tuple[tuple[str, object], ...]
+
+_OPTIONS: Final[Options] = (
+    ("grpc.use_local_subchannel_pool", 1),  # grpcio shares connections among channels otherwise
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_receive_message_length", MAX_RESPONSE),
+)
+
+
+PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""How a client of HTTP/2 begins, with settings that change nothing (RFC 9113, section 3.4)."""
+
+
+class StatusError(Exception):
+    """A refusal: the name of its status, and its details as the text."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+async def call(
+    target: str,
+    method: str,
+    request: Message,
+    answer: type[A],
+    *,
+    seconds: float,
+    secure: bool = False,
+    identity: Identity | None = None,
+) -> A:
+    """Call `package.Service/Method` at `host:port`, over TLS if `secure`, with a client certificate if one is given.
+
+    Raises `StatusError` where the server refuses, `TransportError` where no answer came.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            if secure:
+                credentials, options = _trusting(await _certificate(target, identity), identity)
+            else:
+                credentials, options = None, ()
+                await _require_listener(target)
+    except (OSError, TimeoutError) as error:
+        raise TransportError(target, describe_failure(error, seconds)) from error
+    except FormatError as error:
+        raise TransportError(target, str(error)) from error
+    async with _channel(target, credentials, (*_OPTIONS, *options)) as channel:
+        stub = channel.unary_unary(
+            f"/{method}", request_serializer=type(request).SerializeToString, response_deserializer=answer.FromString
+        )
+        try:
+            received: A | None = await stub(request, timeout=seconds)
+        except grpc.aio.AioRpcError as error:
+            code, text = error.code(), error.details() or ""
+            if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise TransportError(target, f"no answer within {seconds:g} s") from error
+            # A server that answered UNAVAILABLE is still there; where grpcio says it of itself, it is not.
+            connected = channel.get_state() is grpc.ChannelConnectivity.READY
+            if code is grpc.StatusCode.UNAVAILABLE and not connected:
+                raise TransportError(target, text) from error
+            raise StatusError(code.name, text) from error
+        if received is None:  # so grpc.aio tells of bytes that are no message
+            raise TransportError(target, "the answer is no message")
+        return received
+
+
+async def certificate_of(target: str, *, seconds: float) -> bytes:
+    """The certificate (DER) that a server shows; raise `TransportError` where there is no TLS."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await _certificate(target, None)
+    except (OSError, TimeoutError) as error:
+        raise TransportError(target, describe_failure(error, seconds)) from error
+
+
+async def is_demanded(target: str, *, seconds: float) -> bool:
+    """Whether a server's TLS refuses a client that shows no certificate; raise `TransportError` where there is none."""
+    try:
+        async with asyncio.timeout(seconds):
+            reader, writer = await asyncio.open_connection(*split(target), ssl=client_context())
+            try:
+                writer.write(PREFACE)  # which a server of HTTP/2 answers
+                await reader.read(1)
+            except ssl.SSLError as error:
+                return error.reason is not None and "CERTIFICATE_REQUIRED" in error.reason
+            finally:
+                writer.transport.abort()
+            return False
+    except (OSError, TimeoutError) as error:
+        raise TransportError(target, describe_failure(error, seconds)) from error
+
+
+async def _certificate(target: str, identity: Identity | None) -> bytes:
+    host, port = split(target)
+    _, writer = await asyncio.open_connection(host, port, ssl=client_context(identity))
+    try:
+        channel: ssl.SSLObject = writer.get_extra_info("ssl_object")
+        return channel.getpeercert(binary_form=True) or b""
+    finally:
+        writer.transport.abort()
+
+
+async def _require_listener(target: str) -> None:
+    _, writer = await asyncio.open_connection(*split(target))
+    writer.transport.abort()
+
+
+def split(target: str) -> tuple[str, int]:
+    """Host and port of `host:port`; an IPv6 address is in brackets."""
+    host, _, port = target.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _trusting(certificate: bytes, identity: Identity | None) -> tuple[grpc.ChannelCredentials, Options]:
+    """TLS settings that take this certificate, and the name in it, for good."""
+    read = load_der(certificate)
+    names: list[str] = []
+    with contextlib.suppress(x509.ExtensionNotFound, ValueError):
+        found = read.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names = [str(name.value) for name in found if isinstance(name, x509.DNSName | x509.IPAddress)]
+    trusted = ssl.DER_cert_to_PEM_cert(certificate).encode()
+    mine = () if identity is None else (identity.key.encode(), identity.certificate.encode())
+    options = (("grpc.ssl_target_name_override", names[0]),) if names else ()
+    return grpc.ssl_channel_credentials(trusted, *mine), options
+
+
+def _channel(
+    target: str, credentials: grpc.ChannelCredentials | None, options: Options
+) -> grpc.aio.Channel:
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options)
+    return grpc.aio.secure_channel(target, credentials, options)

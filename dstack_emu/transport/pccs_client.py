@@ -1,0 +1,259 @@
+"""Fetching collateral from a PCCS, and judging evidence with it.
+
+Four requests for each verification, as the real KMS makes them, so a platform that is revoked at the PCCS is refused at
+the very next call. An ETag makes the answer to an unchanged document short, and a PCCS of ours is asked after all four
+at once, by the ETag of those that are held; whatever it answers but "not modified" leads to the four requests. Callers
+that come while requests are under way share those that follow: nobody is judged by collateral that was asked for before
+he came. Nothing is trusted for having been cached: `attest.verify` checks signatures and dates, once a second where
+neither the evidence nor a document changed. Source: `dcap-qvl` src/collateral.rs at 0.7.0; dstack
+`dstack-attest/src/attestation.rs:181` at 312dc605.
+"""
+
+import asyncio
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import aiohttp
+from dcap_qvl import QuoteCollateralV3
+
+from dstack_emu.attest.attestation import Attestation
+from dstack_emu.attest.collateral import CollateralKey, assemble
+from dstack_emu.attest.errors import AttestError, UnjudgedError, VerificationError
+from dstack_emu.attest.pcs import (
+    PCK_CRL_ISSUER_HEADER,
+    QE_IDENTITY_ISSUER_HEADER,
+    REVALIDATION_HEADER,
+    TCB_INFO_ISSUER_HEADERS,
+    Document,
+    combined_etag,
+)
+from dstack_emu.attest.verify import TrustAnchor, VerifiedAttestation, require_bound_to_key, verify_attestation
+from dstack_emu.transport.client import MoreHeaders, TransportError, describe_failure
+from dstack_emu.transport.keepalive import AnswerTooLongError, KeepAliveClient, header_lines
+
+Clock = Callable[[], int]
+"""Unix seconds, now."""
+
+DEFAULT_TIMEOUT = 10.0
+MAX_DOCUMENT = 1024 * 1024
+SHOWN = 200
+REMEMBERED = 1024
+PATIENCE = 0.1
+"""Seconds that callers wait for requests under way before they ask on their own."""
+_ISSUER_HEADERS = (PCK_CRL_ISSUER_HEADER, *TCB_INFO_ISSUER_HEADERS, QE_IDENTITY_ISSUER_HEADER)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A document as it was last answered; `revalidation` is where the PCCS says it may be asked after all four."""
+
+    document: Document
+    etag: str
+    revalidation: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Assembled:
+    """Collateral made of four documents; `revalidation` is where to ask after them at once, if anywhere."""
+
+    documents: tuple[Document, ...]
+    collateral: QuoteCollateralV3
+    revalidation: str
+    question: str
+    """The lines of the headers that ask: the four ETags as one."""
+
+
+class PccsClient:
+    """One PCCS, asked over kept-alive connections. Close it.
+
+    `ttl` is how many seconds a document is used that came without an ETag; with 0 it is asked for each time. `headers`
+    are added to each question for a document.
+    """
+
+    def __init__(
+        self, base_url: str, *, timeout: float = DEFAULT_TIMEOUT, ttl: float = 0, headers: MoreHeaders | None = None
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self._seconds, self._ttl = timeout, ttl
+        self._more_headers = headers
+        self._session: aiohttp.ClientSession | None = None
+        self._revalidator = KeepAliveClient(timeout=timeout, max_answer=SHOWN)
+        self._documents: dict[str, _Held] = {}
+        self._assembled: dict[CollateralKey, _Assembled] = {}
+        self._coming: dict[CollateralKey, asyncio.Task[QuoteCollateralV3]] = {}
+        self._under_way: dict[CollateralKey, asyncio.Task[QuoteCollateralV3]] = {}
+
+    async def collateral(self, quote: bytes) -> QuoteCollateralV3:
+        """Ask for what this quote needs.
+
+        Raises `TransportError` naming the URL, or `FormatError` for an answer that is none.
+        """
+        key = _key_of_quote(quote)
+        question = self._coming.get(key)
+        if question is None:
+            question = self._coming[key] = asyncio.create_task(self._ask_in_turn(key, self._under_way.get(key)))
+        return await asyncio.shield(question)  # which others may be waiting for
+
+    async def _ask_in_turn(
+        self, key: CollateralKey, before: "asyncio.Task[QuoteCollateralV3] | None"
+    ) -> QuoteCollateralV3:
+        if before is not None:
+            await asyncio.wait((before,), timeout=PATIENCE)
+        question = self._under_way[key] = self._coming.pop(key)  # who comes from here on is too late for this one
+        try:
+            return await self._ask(key)
+        finally:
+            if self._under_way.get(key) is question:
+                del self._under_way[key]
+
+    async def _ask(self, key: CollateralKey) -> QuoteCollateralV3:
+        known = self._assembled.get(key)
+        if known is not None and known.revalidation and await self._is_current(known):
+            return known.collateral
+        held = tuple(await asyncio.gather(*(self._fetch(path) for path in key.requests())))
+        documents = tuple(h.document for h in held)
+        collateral = known.collateral if known is not None and known.documents == documents else assemble(*documents)
+        url, etag = self._revalidation(held)
+        if key not in self._assembled and len(self._assembled) >= REMEMBERED:
+            self._assembled.clear()  # whoever calls names a platform: that must not fill memory
+        question = header_lines({"If-None-Match": etag})
+        self._assembled[key] = _Assembled(documents, collateral, url, question)
+        return collateral
+
+    def forget(self) -> None:
+        """Forget every document: the next question for each is answered in full."""
+        self._documents.clear()
+        self._assembled.clear()
+
+    def _revalidation(self, held: tuple[_Held, ...]) -> tuple[str, str]:
+        """Where to ask after these documents at once, and by which ETag; nothing where a server did not say so itself.
+
+        An address elsewhere was meant for another client, such as a proxy that gave its own answers before this one.
+        """
+        url = next((h.revalidation for h in held if h.revalidation), "")
+        if not url.startswith(f"{self.base_url}/") or not all(h.etag for h in held):
+            return "", ""
+        return url, combined_etag([h.etag for h in held])
+
+    async def _is_current(self, known: _Assembled) -> bool:
+        try:
+            answer = await self._revalidator.ask("GET", known.revalidation, headers=known.question)
+        except TimeoutError as error:  # of a server that hangs enough was waited for
+            raise TransportError(known.revalidation, describe_failure(error, self._seconds)) from error
+        except (aiohttp.ClientError, OSError, AnswerTooLongError):
+            return False  # what is wrong shows when the documents are asked for
+        return answer.status == 304
+
+    async def close(self) -> None:
+        """Close the connections, and give up what is under way."""
+        questions = {*self._coming.values(), *self._under_way.values()}
+        for question in questions:
+            question.cancel()
+        await asyncio.gather(*questions, return_exceptions=True)
+        self._coming.clear()
+        await self._revalidator.close()
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def _fetch(self, path: str) -> _Held:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=self._seconds), cookie_jar=aiohttp.DummyCookieJar()
+            )
+        url, now = self.base_url + path, asyncio.get_running_loop().time()
+        held = self._documents.get(path)
+        if held and not held.etag and now < held.at + self._ttl:
+            return held
+        headers = {"If-None-Match": held.etag} if held and held.etag else {}
+        if self._more_headers is not None:
+            headers |= self._more_headers()
+        try:
+            async with self._session.get(url, headers=headers) as response:
+                etag, revalidation = response.headers.get("ETag", ""), response.headers.get(REVALIDATION_HEADER, "")
+                if response.status == 304 and held and held.etag:
+                    return self._hold(path, _Held(held.document, held.etag, revalidation, now))
+                body = b""
+                async for chunk in response.content.iter_any():
+                    body += chunk
+                    if len(body) > MAX_DOCUMENT:
+                        raise TransportError(url, f"the answer is longer than {MAX_DOCUMENT} bytes")
+                if response.status != 200:
+                    said = body[:SHOWN].decode(errors="replace")
+                    raise TransportError(url, f"PCCS status {response.status}, 200 expected: {said}")
+                chain = next((response.headers[h] for h in _ISSUER_HEADERS if h in response.headers), "")
+                return self._hold(path, _Held(Document(body, chain), etag, revalidation, now))
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise TransportError(url, describe_failure(error, self._seconds)) from error
+
+    def _hold(self, path: str, held: _Held) -> _Held:
+        if held.etag or self._ttl > 0:
+            if path not in self._documents and len(self._documents) >= REMEMBERED:
+                self._documents.clear()  # as above
+            self._documents[path] = held
+        return held
+
+
+@functools.lru_cache(maxsize=256)
+def _key_of_quote(quote: bytes) -> CollateralKey:
+    return CollateralKey.of_quote(quote)
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    collateral: QuoteCollateralV3
+    verified: VerifiedAttestation
+
+
+class AttestationVerifier:
+    """Judges evidence under one root, with collateral of one PCCS, at the time of one clock."""
+
+    def __init__(self, pccs: PccsClient, anchor: TrustAnchor, clock: Clock) -> None:
+        self.pccs, self.anchor, self.clock = pccs, anchor, clock
+        self._second = 0
+        self._judged: dict[bytes, _Judged] = {}
+
+    def forget(self) -> None:
+        """Forget every document and every verdict."""
+        self.pccs.forget()
+        self._second, self._judged = 0, {}
+
+    async def verify(self, attestation: Attestation) -> VerifiedAttestation:
+        """Verify evidence.
+
+        Raises `VerificationError`, its cause in upstream's words; a PCCS that is down, or answers no collateral, is a
+        `UnjudgedError`.
+        """
+        try:
+            _key_of_quote(attestation.quote)
+        except AttestError as error:
+            raise VerificationError(f"failed to verify TDX quote: {error}") from error
+        try:
+            collateral = await self.pccs.collateral(attestation.quote)
+            return self._judge(attestation, collateral)
+        except VerificationError:
+            # A document that was damaged on the way would be kept under the ETag of the good one.
+            self.pccs.forget()
+            raise
+        except (TransportError, AttestError) as error:
+            self.pccs.forget()
+            raise UnjudgedError(f"failed to verify TDX quote: {error}") from error
+
+    def _judge(self, attestation: Attestation, collateral: QuoteCollateralV3) -> VerifiedAttestation:
+        """Verify, unless the very same evidence was, under the very same collateral, within this second."""
+        now = self.clock()
+        if now != self._second:
+            self._second, self._judged = now, {}
+        known = self._judged.get(attestation.quote)
+        if known is not None and known.verified.attestation is attestation and known.collateral is collateral:
+            return known.verified
+        verified = verify_attestation(attestation, collateral, self.anchor, now)
+        self._judged[attestation.quote] = _Judged(collateral, verified)
+        return verified
+
+    async def verify_bound(self, attestation: Attestation, spki: bytes) -> VerifiedAttestation:
+        """Verify evidence that must bind a TLS key (SPKI DER): the binding first, then the evidence, as upstream."""
+        require_bound_to_key(attestation, spki)
+        return await self.verify(attestation)

@@ -1,0 +1,178 @@
+"""RA-TLS from the client's side: a certificate that carries evidence, and a server whose evidence is judged.
+
+What dstack-util does when a guest fetches keys, and what a KMS does when it onboards from another. Source: dstack
+`ra-rpc/src/client.rs` and `ra-tls/src/cert.rs` (`generate_ra_cert`) at 312dc605.
+"""
+
+import ssl
+import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Final, TypeVar
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from google.protobuf.message import Message
+
+from dstack_emu.attest.attestation import Attestation
+from dstack_emu.attest.certificate import (
+    CertificateAuthority,
+    CertificateRequest,
+    attestation_of,
+    certificate_spki,
+    load_der,
+    pem,
+    spki_der,
+    usage_of,
+)
+from dstack_emu.attest.errors import AttestError, FormatError, UnjudgedError, VerificationError
+from dstack_emu.attest.kdf import pkcs8_pem
+from dstack_emu.attest.report_data import ratls_report_data
+from dstack_emu.attest.verify import VerifiedAttestation
+from dstack_emu.transport.client import MoreHeaders, PrpcClient, RpcError, TransportError
+from dstack_emu.transport.pccs_client import AttestationVerifier
+from dstack_emu.transport.status import status_line
+
+CLIENT_SUBJECT: Final = "RA-TLS TEMP Cert"
+TIMEOUT: Final = 60.0
+
+M = TypeVar("M", bound=Message)
+Attester = Callable[[bytes], Awaitable[Attestation]]
+"""Quotes 64 bytes of report_data: a guest agent, or the trust domain itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A client certificate and its key, both PEM."""
+
+    certificate: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """What a server proved of itself by its certificate; `attestation` is None where it carries no evidence."""
+
+    attestation: VerifiedAttestation | None
+    usage: str | None
+
+
+async def make_identity(
+    temp_ca: CertificateAuthority, key: ec.EllipticCurvePrivateKey, attester: Attester, now: int
+) -> Identity:
+    """Make a client certificate under a KMS's temporary CA that carries evidence bound to its key."""
+    attestation = await attester(ratls_report_data(spki_der(key.public_key())))
+    request = CertificateRequest(public_key=key.public_key(), subject=CLIENT_SUBJECT, attestation=attestation)
+    return Identity(pem(temp_ca.issue(request, now)), pkcs8_pem(key))
+
+
+class RaTlsError(Exception):
+    """No usable answer of a server: nothing came, it refused, or what came cannot be read.
+
+    Texts as upstream's client has them.
+    """
+
+
+class RefusedError(RaTlsError):
+    """A server that understood, and refused: its words are in the text."""
+
+
+class RaTlsUnreachableError(RaTlsError):
+    """Nothing came: the server is not there, or speaks no TLS."""
+
+
+class RaTlsClient:
+    """pRPC over TLS to one server. Close it.
+
+    `root_ca` (PEM) pins the server's issuer and checks its name; without it any certificate is taken, and only `judge`
+    decides. `judge` is asked about every answer's peer before the answer is looked at, its HTTP status included.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        identity: Identity | None = None,
+        root_ca: str | None = None,
+        verifier: AttestationVerifier | None = None,
+        judge: Callable[[Peer], None] | None = None,
+        timeout: float = TIMEOUT,
+        headers: MoreHeaders | None = None,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise RaTlsError(f"Failed to send request: builder error: http(s) URL expected, got {url!r:.200}")
+        self.url = url
+
+        async def check(certificate: bytes | None) -> None:
+            if judge is None:
+                return
+            try:
+                judge(await peer_of(certificate, verifier))
+            except AttestError as error:
+                raise _within(f"failed to validate the server attestation of {url}", error) from error
+
+        tls = client_context(identity, root_ca)
+        self._client = PrpcClient(url, timeout=timeout, ssl=tls, check_server=check, headers=headers)
+
+    async def call(self, method: str, request: Message, answer: type[M]) -> M:
+        """Ask one method and read its answer.
+
+        Raises `RaTlsError`, or `VerificationError` where the server's evidence does not hold or `judge` refuses.
+        """
+        try:
+            return await self._client.call(method, request, answer)
+        except TransportError as error:
+            raise RaTlsUnreachableError(f"Failed to send request: {error}") from error
+        except RpcError as error:
+            # All that pRPC refuses is a 400.
+            kind = RefusedError if error.status == HTTPStatus.BAD_REQUEST else RaTlsError
+            raise kind(f"Request failed with status={status_line(error.status)}, error={error.body}") from error
+        except FormatError as error:
+            raise RaTlsError(f"Failed to deserialize response: {error}") from error
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+
+async def peer_of(certificate_der: bytes | None, verifier: AttestationVerifier | None) -> Peer:
+    """What a server proves by its certificate; raise `AttestError` where its evidence does not hold."""
+    if certificate_der is None:
+        raise VerificationError("No TLS info in response")
+    certificate = load_der(certificate_der)
+    attestation = attestation_of(certificate)
+    if attestation is None or verifier is None:
+        return Peer(None, usage_of(certificate))
+    try:
+        verified = await verifier.verify_bound(attestation, certificate_spki(certificate))
+    except AttestError as error:
+        raise _within("failed to verify the attestation report presented by the server", error) from error
+    return Peer(verified, usage_of(certificate))
+
+
+def _within(text: str, error: AttestError) -> VerificationError:
+    """An error of judging a server, with one more outer context."""
+    kind = UnjudgedError if isinstance(error, UnjudgedError) else VerificationError
+    return kind(f"{text}: {error}")
+
+
+def client_context(identity: Identity | None = None, root_ca: str | None = None) -> ssl.SSLContext:
+    """Make a client's TLS settings: show an identity, if given; check the server under a root (PEM), or not at all."""
+    # Not ssl.create_default_context(): from Python 3.13 it asks for authority key identifiers, which dstack's
+    # certificates, ours as upstream's, do not carry.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if root_ca is None:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    else:
+        context.load_verify_locations(cadata=root_ca)
+    if identity is not None:
+        # OpenSSL reads a certificate chain from files alone; this folder is the process's own (mode 0700) and
+        # short-lived.
+        with tempfile.TemporaryDirectory(prefix="dstack-emu-") as folder:
+            certificate, key = Path(folder, "client.crt"), Path(folder, "client.key")
+            certificate.write_text(identity.certificate)
+            key.touch(mode=0o600)
+            key.write_text(identity.key)
+            context.load_cert_chain(certificate, key)
+    return context

@@ -1,0 +1,126 @@
+"""What a webhook is asked: the questions of a stack's KMS about itself and about an app, and variations of them.
+
+The values are those of a seed's stack: a webhook that allows the KMS and the app of `dstack-emu up` allows these.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Final, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic.alias_generators import to_camel
+
+from dstack_emu.attest.app_info import BootInfo, decode_app_info
+from dstack_emu.control.schemas import problems
+from dstack_emu.deployment.guest import GuestConfig, local_key_provider, power_on
+from dstack_emu.simulator.intel import Intel
+from dstack_emu.simulator.seed import Seed
+from dstack_emu.simulator.trust_domain import AppCompose
+
+Hex = Annotated[str, StringConstraints(pattern=r"^(0x)?([0-9a-fA-F]{2})*$", max_length=10_000)]
+_TEXTS: Final = ("tcb_status", "advisory_ids", "tee_variant")
+"""The fields of a question that are no bytes."""
+
+
+class QuestionError(Exception):
+    """Values that make no question; the text says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variation(BootInfo):
+    """A question in other words: `more` fields (JSON), some left out (`without`), or other text (`instead`)."""
+
+    more: str = "{}"
+    without: tuple[str, ...] = ()
+    instead: bytes | None = None
+
+    @classmethod
+    def of(cls, question: BootInfo, **changes: Any) -> Self:
+        """Vary a question."""
+        return cls(**{field.name: getattr(question, field.name) for field in fields(BootInfo)}, **changes)
+
+    def to_json(self) -> bytes:
+        """The webhook's body."""
+        if self.instead is not None:
+            return self.instead
+        document = {k: v for k, v in json.loads(BootInfo.to_json(self)).items() if k not in self.without}
+        return json.dumps(document | json.loads(self.more), separators=(",", ":")).encode()
+
+
+class _Values(BaseModel):
+    """Fields of a question, by the names that the webhook knows, in place of the seed's."""
+
+    model_config = ConfigDict(extra="forbid", alias_generator=to_camel)
+
+    mr_aggregated: Hex | None = None
+    os_image_hash: Hex | None = None
+    mr_system: Hex | None = None
+    app_id: Hex | None = None
+    compose_hash: Hex | None = None
+    instance_id: Hex | None = None
+    device_id: Hex | None = None
+    key_provider_info: Hex | None = None
+    tcb_status: str | None = None
+    advisory_ids: tuple[str, ...] | None = None
+    tee_variant: str | None = None
+    attestation_mode: str | None = Field(default=None, exclude=True)
+
+    def put_into(self, question: BootInfo) -> BootInfo:
+        """The question with these values."""
+        given: dict[str, Any] = self.model_dump(exclude_none=True)
+        if self.attestation_mode is not None:
+            given.setdefault("tee_variant", self.attestation_mode)
+        values: dict[str, Any] = {n: v if n in _TEXTS else _octets(v) for n, v in given.items()}
+        return replace(question, **values)
+
+
+class _ForEach(BaseModel):
+    """Values for each of the two questions."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kms: _Values = Field(default_factory=_Values)
+    app: _Values = Field(default_factory=_Values)
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """What is asked at bootAuth/kms and at bootAuth/app."""
+
+    kms: BootInfo
+    app: BootInfo
+
+    @classmethod
+    def of_seed(cls, seed: str) -> Self:
+        """About the source KMS and the app of that seed's stack, each on its machine."""
+        return cls(_question(seed, "kms-src", has_keys=True), _question(seed, "app", has_keys=False))
+
+    def with_values(self, document: Any) -> "Questions":
+        """The same with one's own values: fields of a question, for both, or those of `kms` and `app`.
+
+        Raises `QuestionError`.
+        """
+        if not isinstance(document, Mapping):
+            raise QuestionError(f"an object expected, got {type(document).__name__}")
+        try:
+            if document.keys() <= {"kms", "app"}:
+                each = _ForEach.model_validate(document)
+                return Questions(each.kms.put_into(self.kms), each.app.put_into(self.app))
+            both = _Values.model_validate(document)
+        except ValidationError as error:
+            raise QuestionError(problems(error)) from error
+        return Questions(both.put_into(self.kms), both.put_into(self.app))
+
+
+def _question(seed: str, name: str, *, has_keys: bool) -> BootInfo:
+    config = GuestConfig(seed=seed, platform=f"host of {name}", compose=AppCompose.named(name))
+    domain = power_on(Intel(Seed.of(seed)), config)
+    if has_keys:
+        domain.complete(local_key_provider(Seed.of(seed), name))
+    info = decode_app_info(domain.attest(bytes(64)), device_id=domain.platform.device_id)
+    return BootInfo.about(info, "UpToDate", ())
+
+
+def _octets(text: str) -> bytes:
+    return bytes.fromhex(text.removeprefix("0x"))

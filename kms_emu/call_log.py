@@ -1,0 +1,47 @@
+"""What a KMS logs of its RPCs: each refusal with its reason, and at the next level of detail each answer.
+
+A table of RPCs goes in and comes out, so it is the same whichever front serves it. What is answered is never logged:
+answers are keys.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from dstack_emu.attest.errors import AttestError
+from dstack_emu.kms_emu.errors import KmsError, UnavailableError
+from dstack_emu.transport.events import EventLog
+from dstack_emu.transport.service import Rpc, ServiceTable
+
+C = TypeVar("C")
+Who = Callable[[C], Mapping[str, object]]
+
+
+def nobody(_context: object) -> Mapping[str, object]:
+    """What is known of a caller that shows nothing of itself."""
+    return {}
+
+
+def journaled(table: ServiceTable[C], log: EventLog, who: Who[C] = nobody) -> ServiceTable[C]:
+    """The same table, whose refusals and answers are logged; `who` names a caller in fields."""
+    return ServiceTable(table.prefix, {name: _journaled(rpc, log, who) for name, rpc in table.rpcs.items()})
+
+
+def _journaled(rpc: Rpc[C, Any, Any], log: EventLog, who: Who[C]) -> Rpc[C, Any, Any]:
+    async def handle(caller: C, request: Any) -> Any:
+        try:
+            answer = await rpc.handler(caller, request)
+        except (KmsError, AttestError) as error:
+            log_refusal(log, error, rpc=rpc.name, **who(caller))
+            raise
+        if log.is_debug():
+            log.debug("answered", rpc=rpc.name, **who(caller))
+        return answer
+
+    return replace(rpc, handler=handle)
+
+
+def log_refusal(log: EventLog, error: Exception, **fields: object) -> None:
+    """Log a refusal: a warning where somebody this KMS depends on (webhook, PCCS, agent, source) gave no answer."""
+    write = log.warning if isinstance(error, UnavailableError) else log.info
+    write("refused", **fields, kind=type(error).__name__.removesuffix("Error"), reason=str(error))

@@ -1,0 +1,174 @@
+"""The KMS's gRPC listeners, beside pRPC and over the same service objects.
+
+The first port is plain in the onboard phase and serves Onboard; in the runtime phase it serves KMS by the TLS rules of
+`rpc.tls`, so a client certificate may be shown (or must, where that says so). The second one has TLS in the runtime
+phase alone, and demands a certificate under the temporary CA. Admin has a plain port of its own, as over HTTP. A port
+is bound from the start on: who connects to it between the phases waits.
+
+Imported only where gRPC is switched on: grpcio costs time and memory. Upstream has no gRPC: this is ours.
+"""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
+
+import grpc
+from multidict import CIMultiDict
+
+from dstack_emu.attest.errors import AttestError
+from dstack_emu.kms_emu.admin import REALM, is_admitted
+from dstack_emu.kms_emu.call_log import journaled, log_refusal
+from dstack_emu.kms_emu.caller import caller_of
+from dstack_emu.kms_emu.config import KmsConfig
+from dstack_emu.kms_emu.errors import (
+    BootDeniedError,
+    InvalidRequestError,
+    KmsError,
+    NotAttestedError,
+    UnavailableError,
+    WrongPhaseError,
+)
+from dstack_emu.kms_emu.image_cache import ImageCache, admin_table
+from dstack_emu.kms_emu.service import Caller, KmsService, OnboardService, kms_table, onboard_table
+from dstack_emu.transport.events import EventLog
+from dstack_emu.transport.grpc_server import (
+    GrpcServer,
+    GrpcService,
+    Listener,
+    Peer,
+    Statuses,
+    absent,
+    anyone,
+    serve_grpc,
+)
+from dstack_emu.transport.listen import bind_tcp, reachable
+from dstack_emu.transport.pccs_client import AttestationVerifier
+
+
+class NoCredentialError(KmsError):
+    """A call of Admin without its token, which HTTP answers with a bare 401."""
+
+
+STATUSES: Final[Statuses] = {
+    InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    NoCredentialError: grpc.StatusCode.UNAUTHENTICATED,
+    NotAttestedError: grpc.StatusCode.UNAUTHENTICATED,
+    BootDeniedError: grpc.StatusCode.PERMISSION_DENIED,
+    UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    WrongPhaseError: grpc.StatusCode.FAILED_PRECONDITION,
+    KmsError: grpc.StatusCode.INTERNAL,
+}
+"""What kind of refusal is which status; docs/grpc.md has the same table for readers."""
+
+
+class GrpcFront:
+    """The listeners of one KMS, from phase to phase. Its ports are its own from the start; close it.
+
+    `bound` are sockets that were bound already, by their keys in `emulator.grpc`; `interceptors` grpc.aio's, for every
+    listener. Raises `ListenError` for a port that is taken.
+    """
+
+    def __init__(
+        self,
+        config: KmsConfig,
+        log: EventLog,
+        *,
+        admin_token: str | None = None,
+        bound: Mapping[str, socket.socket] = MappingProxyType({}),
+        interceptors: Sequence[Any] = (),
+    ) -> None:
+        self._config, self._log = config, log
+        self._admin_token, self._interceptors = admin_token, interceptors
+        self._servers: list[GrpcServer] = []
+        self._ports = dict(bound)
+        grpc_config = config.emulator.grpc
+        wanted = {"port": grpc_config.port, "mtls_port": grpc_config.mtls_port}
+        if config.core.admin.enabled:
+            wanted["admin_port"] = grpc_config.admin_port
+        try:
+            for key, port in wanted.items():
+                if key in bound:
+                    continue
+                setting = f"emulator.grpc.address and emulator.grpc.{key}"
+                self._ports[key] = bind_tcp(grpc_config.address, port, setting=setting)
+        except BaseException:
+            self._release()
+            raise
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """Where a client on this machine reaches each listener, by the key of its port."""
+        return {key: reachable(sock) for key, sock in self._ports.items()}
+
+    async def enter_onboard(self, service: OnboardService) -> None:
+        """Serve Onboard in plain."""
+        onboard = GrpcService("kms.Onboard", onboard_table(service), anyone)
+        await self._serve(onboard, absent("kms.KMS", anyone, _not_found), listeners={"port": None})
+
+    async def enter_runtime(
+        self,
+        service: KmsService,
+        verifier: AttestationVerifier,
+        tls: Callable[[bool], ssl.SSLContext],
+        answered: Callable[[str, bool], None],
+    ) -> None:
+        """Serve KMS over TLS, and Admin if it is switched on.
+
+        `tls` makes the settings, by whether a client certificate is demanded even if `rpc.tls` does not. `answered` is
+        told of each call that is over.
+        """
+
+        async def caller(peer: Peer) -> Caller:
+            try:
+                return await caller_of(peer.certificate, verifier)
+            except (KmsError, AttestError) as error:
+                log_refusal(self._log, error, listener="grpc")
+                raise
+
+        kms = GrpcService("kms.KMS", kms_table(service), caller)
+        listeners = {"port": _with_http2(tls(False)), "mtls_port": _with_http2(tls(True))}
+        await self._serve(kms, absent("kms.Onboard", caller, _not_found), listeners=listeners, answered=answered)
+        if "admin_port" in self._ports:
+            table = journaled(admin_table(ImageCache(self._config.core.image.cache_dir)), self._log)
+            await self._serve(GrpcService("kms.Admin", table, self._require_token), listeners={"admin_port": None})
+
+    async def leave(self) -> None:
+        """End a phase: calls in progress get a short while; the ports stay."""
+        servers, self._servers = self._servers, []
+        await asyncio.gather(*(server.close() for server in servers))
+
+    async def close(self) -> None:
+        """End it all."""
+        await self.leave()
+        self._release()
+
+    async def _serve(
+        self, *services: GrpcService[Any], listeners: Mapping[str, ssl.SSLContext | None], **options: Any
+    ) -> None:
+        sockets = (Listener(self._ports[key].dup(), tls) for key, tls in listeners.items())
+        server = await serve_grpc(
+            services, *sockets, statuses=STATUSES, interceptors=self._interceptors, **options
+        )
+        self._servers.append(server)
+
+    async def _require_token(self, peer: Peer) -> None:
+        if not is_admitted(CIMultiDict(peer.metadata), self._admin_token):
+            self._log.info("refused", listener="grpc admin", reason="no valid credential")
+            raise NoCredentialError(f"{REALM}: a token is required")
+
+    def _release(self) -> None:
+        for sock in self._ports.values():
+            sock.close()
+
+
+def _not_found(name: str) -> WrongPhaseError:
+    """The refusal of an RPC that another phase serves, as pRPC words it."""
+    return WrongPhaseError(f"Service not found: {name}")
+
+
+def _with_http2(tls: ssl.SSLContext) -> ssl.SSLContext:
+    tls.set_alpn_protocols(["h2"])
+    return tls

@@ -1,5 +1,0 @@
-"""`python -m stack` is `dstack-emu`."""
-
-from stack.cli import main
-
-main()
