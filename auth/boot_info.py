@@ -1,4 +1,4 @@
-"""The webhook's side of the boot-info contract: a JSON body in, a `Decision` out.
+"""The webhook's side of the boot-info contract: a JSON body in, a `PolicyDecision` out.
 
 Reads what a KMS sends and refuses what the originals refuse, with the same words: they validate with zod 3,
 whose answer names every fault in schema order, not only the first. It does not judge the values: hex stays
@@ -17,7 +17,7 @@ from dstack_emu.auth.errors import BootInfoError, Issue, MalformedJsonError
 
 
 @dataclass(frozen=True, slots=True)
-class BootInfo:
+class ReceivedBootInfo:
     """What a KMS says of the machine that asks: hex as sent; optional fields that were absent are empty."""
 
     mr_aggregated: str
@@ -32,7 +32,7 @@ class BootInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class PolicyDecision:
     """A webhook's answer, and why.
 
     `rule` names the rule that decided and `differs_from` the other contracts of `policy.evaluate` that would
@@ -58,7 +58,7 @@ def parse_json(body: bytes) -> object:
         raise MalformedJsonError(f"body of {len(body)} bytes is not JSON: {error}") from error
 
 
-def parse_boot_info(document: object, *, checks_tee_variant: bool = False) -> BootInfo:
+def parse_boot_info(document: object, *, checks_tee_variant: bool = False) -> ReceivedBootInfo:
     """Read a parsed body as boot info, or raise `BootInfoError` with every issue.
 
     `checks_tee_variant` is next's auth-simple, which also wants `teeVariant` to be a string where it is
@@ -70,7 +70,7 @@ def parse_boot_info(document: object, *, checks_tee_variant: bool = False) -> Bo
     if checks_tee_variant:
         fields.optional("teeVariant")
     # Arguments are evaluated in this order, and this order is the order of the issues.
-    boot_info = BootInfo(
+    boot_info = ReceivedBootInfo(
         mr_aggregated=fields.required("mrAggregated"),
         os_image_hash=fields.required("osImageHash"),
         app_id=fields.required("appId"),

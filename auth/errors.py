@@ -22,7 +22,7 @@ class AuthError(Exception):
     """Anything this package refuses."""
 
 
-class ConfigError(AuthError):
+class AuthConfigError(AuthError):
     """A setting or a config file that cannot be used: which one, what was got, and what is expected."""
 
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from dstack_emu.auth.boot_info import BootInfo, Decision
-from dstack_emu.auth.errors import ConfigError
+from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo
+from dstack_emu.auth.errors import AuthConfigError
 
 MockPolicy = Literal["allow-all", "deny-all", "deny-kms", "deny-app", "allowlist-device", "allowlist-mr"]
 MOCK_POLICIES: Final[tuple[MockPolicy, ...]] = get_args(MockPolicy)
@@ -43,10 +43,10 @@ class MockSettings:
     def from_env(cls, env: Mapping[str, str]) -> "MockSettings":
         """Read the MOCK_ variables, KMS_CONTRACT_ADDR and ETH_RPC_URL, an empty value being none.
 
-        Raises `ConfigError` for a policy or chain id it does not know, and where NODE_ENV is `production`.
+        Raises `AuthConfigError` for a policy or chain id it does not know, and where NODE_ENV is `production`.
         """
         if env.get("NODE_ENV") == "production":
-            raise ConfigError("auth-mock must not run with NODE_ENV=production")
+            raise AuthConfigError("auth-mock must not run with NODE_ENV=production")
         default = cls()
         return cls(
             policy=_parse_policy(env.get("MOCK_POLICY") or default.policy),
@@ -66,7 +66,7 @@ class MockAuth:
     def __init__(self, settings: MockSettings) -> None:
         self._settings = settings
 
-    def decide(self, boot_info: BootInfo, is_kms: bool) -> Decision:
+    def decide(self, boot_info: ReceivedBootInfo, is_kms: bool) -> PolicyDecision:
         """Decide by the policy alone; a denial names no gateway."""
         caller = "KMS" if is_kms else "app"
         match self._settings.policy:
@@ -100,25 +100,25 @@ class MockAuth:
             "note": "this is a mock backend - all authentications will succeed",
         }
 
-    def _by_list(self, allowed: frozenset[str], name: str, value: str) -> Decision:
+    def _by_list(self, allowed: frozenset[str], name: str, value: str) -> PolicyDecision:
         if not allowed:
             return self._deny(f"mock policy: {self._settings.policy} with empty list")
         if value.lower().removeprefix("0x") not in allowed:
             return self._deny(f"mock policy: {name} {value} not in allowlist")
         return self._allow(f"mock policy: {name} {value} allowed")
 
-    def _allow(self, reason: str) -> Decision:
-        return Decision(True, reason, self._settings.gateway_app_id, rule=self._settings.policy)
+    def _allow(self, reason: str) -> PolicyDecision:
+        return PolicyDecision(True, reason, self._settings.gateway_app_id, rule=self._settings.policy)
 
-    def _deny(self, reason: str) -> Decision:
-        return Decision(False, reason, "", rule=self._settings.policy)
+    def _deny(self, reason: str) -> PolicyDecision:
+        return PolicyDecision(False, reason, "", rule=self._settings.policy)
 
 
 def _parse_policy(text: str) -> MockPolicy:
     for policy in MOCK_POLICIES:
         if policy == text:
             return policy
-    raise ConfigError(f'MOCK_POLICY is "{text}", expected one of {", ".join(MOCK_POLICIES)}')
+    raise AuthConfigError(f'MOCK_POLICY is "{text}", expected one of {", ".join(MOCK_POLICIES)}')
 
 
 def _parse_list(text: str) -> frozenset[str]:
@@ -127,5 +127,5 @@ def _parse_list(text: str) -> frozenset[str]:
 
 def _parse_chain_id(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 20 and int(text) < 2**64):
-        raise ConfigError(f'MOCK_CHAIN_ID is "{text}", expected a decimal number below 2^64')
+        raise AuthConfigError(f'MOCK_CHAIN_ID is "{text}", expected a decimal number below 2^64')
     return int(text)

@@ -22,9 +22,9 @@ from typing import Annotated, Final, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
 from pydantic.alias_generators import to_camel
 
-from dstack_emu.auth.boot_info import BootInfo
-from dstack_emu.auth.boot_info import Decision as Decision
-from dstack_emu.auth.errors import ConfigError
+from dstack_emu.auth.boot_info import PolicyDecision as PolicyDecision
+from dstack_emu.auth.boot_info import ReceivedBootInfo
+from dstack_emu.auth.errors import AuthConfigError
 
 Compat = Literal["readme", "upstream", "next"]
 COMPATS: Final[tuple[Compat, ...]] = get_args(Compat)
@@ -45,11 +45,11 @@ ZERO_ADDRESS: Final = "0x" + "00" * 20
 
 
 def parse_compat(text: str) -> Compat:
-    """Name the contract that `text` names exactly, or raise `ConfigError`."""
+    """Name the contract that `text` names exactly, or raise `AuthConfigError`."""
     for compat in COMPATS:
         if compat == text:
             return compat
-    raise ConfigError(f'AUTH_SIMPLE_COMPAT is "{text}", expected one of {", ".join(COMPATS)}')
+    raise AuthConfigError(f'AUTH_SIMPLE_COMPAT is "{text}", expected one of {", ".join(COMPATS)}')
 
 
 def normalize_hex(text: str) -> str:
@@ -114,7 +114,7 @@ class Policy(_ConfigModel):
     apps: Annotated[Mapping[str, AppPolicy], AfterValidator(_normalize_ids)] = {}
 
 
-def evaluate(policy: Policy, boot_info: BootInfo, is_kms: bool, *, compat: Compat = "readme") -> Decision:
+def evaluate(policy: Policy, boot_info: ReceivedBootInfo, is_kms: bool, *, compat: Compat = "readme") -> PolicyDecision:
     """Decide under one contract, and say which of the others would decide otherwise.
 
     The rules run in upstream's order and the first that refuses gives the reason; an allowed boot has the
@@ -124,10 +124,10 @@ def evaluate(policy: Policy, boot_info: BootInfo, is_kms: bool, *, compat: Compa
     rule, reason = verdicts[compat]
     is_allowed = rule == "allowed"
     differs_from = tuple(each for each in COMPATS if (verdicts[each][0] == "allowed") != is_allowed)
-    return Decision(is_allowed, reason, policy.gateway_app_id, rule, differs_from)
+    return PolicyDecision(is_allowed, reason, policy.gateway_app_id, rule, differs_from)
 
 
-def _deciding_rule(policy: Policy, boot_info: BootInfo, is_kms: bool, compat: Compat) -> tuple[Rule, str]:
+def _deciding_rule(policy: Policy, boot_info: ReceivedBootInfo, is_kms: bool, compat: Compat) -> tuple[Rule, str]:
     if compat == "next":
         if boot_info.tcb_status not in policy.allowed_tcb_statuses:
             return "tcb_status", "TCB status is not allowed"
@@ -153,7 +153,7 @@ def _deciding_rule(policy: Policy, boot_info: BootInfo, is_kms: bool, compat: Co
     return "allowed", ""
 
 
-def _is_device_admitted(section: KmsPolicy | AppPolicy, boot_info: BootInfo, compat: Compat) -> bool:
+def _is_device_admitted(section: KmsPolicy | AppPolicy, boot_info: ReceivedBootInfo, compat: Compat) -> bool:
     if section.allow_any_device or normalize_hex(boot_info.device_id) in section.devices:
         return True
     return compat != "readme" and not section.devices

@@ -19,7 +19,7 @@ from typing import Final
 from aiohttp import web
 
 from dstack_emu.auth import openapi
-from dstack_emu.auth.boot_info import BootInfo, Decision, parse_boot_info, parse_json
+from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, parse_boot_info, parse_json
 from dstack_emu.auth.errors import BootInfoError, MalformedJsonError
 from dstack_emu.auth.mock import MockAuth, MockSettings
 from dstack_emu.auth.policy import Compat
@@ -36,7 +36,7 @@ _JSON_CONTENT_TYPE: Final = re.compile(
 _LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
-Observer = Callable[[BootInfo, bool, Decision], None]
+Observer = Callable[[ReceivedBootInfo, bool, PolicyDecision], None]
 """Is told of each decision: question, whether it was about a KMS, answer."""
 
 
@@ -49,7 +49,7 @@ def simple_app(
     used, and a warning for each decision that another contract would have made otherwise.
     """
     service = SimpleAuth(config_path, compat=compat)
-    log = logging.getLogger("auth.simple")
+    log = logging.getLogger("dstack_emu.auth.simple")
 
     def info() -> dict[str, object]:
         answer = service.info()
@@ -57,7 +57,7 @@ def simple_app(
             log.error("%s", answer["configError"])
         return answer
 
-    def decide(boot_info: BootInfo, is_kms: bool) -> Decision:
+    def decide(boot_info: ReceivedBootInfo, is_kms: bool) -> PolicyDecision:
         caller = "KMS" if is_kms else "app"
         request = (
             {"osImageHash": boot_info.os_image_hash, "mrAggregated": boot_info.mr_aggregated}
@@ -89,12 +89,12 @@ def simple_app(
 def mock_app(settings: MockSettings) -> web.Application:
     """Build auth-mock; logs upstream's request lines to `auth.mock`, less their note that all succeeds."""
     service = MockAuth(settings)
-    log = logging.getLogger("auth.mock")
+    log = logging.getLogger("dstack_emu.auth.mock")
     for entry in sorted(settings.allowed_device_ids | settings.allowed_mr_aggregated):
         if entry.startswith("0x"):
             log.warning("allowlist entry %s matches nothing: entries are compared without 0x", entry)
 
-    def decide(boot_info: BootInfo, is_kms: bool) -> Decision:
+    def decide(boot_info: ReceivedBootInfo, is_kms: bool) -> PolicyDecision:
         request = {"appId": boot_info.app_id, "instanceId": boot_info.instance_id}
         log.info("mock %s boot auth request: %s", "KMS" if is_kms else "app", _Json(request))
         return service.decide(boot_info, is_kms)
@@ -105,7 +105,7 @@ def mock_app(settings: MockSettings) -> web.Application:
 def _webhook(
     title: str,
     info: Callable[[], dict[str, object]],
-    decide: Callable[[BootInfo, bool], Decision],
+    decide: Callable[[ReceivedBootInfo, bool], PolicyDecision],
     *,
     checks_tee_variant: bool = False,
 ) -> web.Application:
@@ -169,7 +169,7 @@ async def _read_json(content_type: str | None, read: Callable[[], Awaitable[byte
     return parse_json(body)
 
 
-def _boot_response(decision: Decision) -> dict[str, object]:
+def _boot_response(decision: PolicyDecision) -> dict[str, object]:
     return {
         "isAllowed": decision.is_allowed,
         "reason": decision.reason,

@@ -18,8 +18,8 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from dstack_emu.auth.boot_info import BootInfo, Decision, parse_json
-from dstack_emu.auth.errors import ConfigError, MalformedJsonError
+from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, parse_json
+from dstack_emu.auth.errors import AuthConfigError, MalformedJsonError
 from dstack_emu.auth.policy import Compat, Policy, evaluate, parse_compat
 
 DEFAULT_CONFIG_PATH: Final = "./auth-config.json"
@@ -36,7 +36,7 @@ class SimpleSettings:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "SimpleSettings":
-        """Read AUTH_CONFIG_PATH and AUTH_SIMPLE_COMPAT, an empty value being none; raises `ConfigError`."""
+        """Read AUTH_CONFIG_PATH and AUTH_SIMPLE_COMPAT, an empty value being none; raises `AuthConfigError`."""
         return cls(
             config_path=env.get("AUTH_CONFIG_PATH") or DEFAULT_CONFIG_PATH,
             compat=parse_compat(env.get("AUTH_SIMPLE_COMPAT") or "readme"),
@@ -47,26 +47,26 @@ class SimpleAuth:
     """Decides by the config file at `config_path`, under one of the contracts of `policy`."""
 
     def __init__(self, config_path: Path | str, *, compat: Compat = "readme") -> None:
-        """A `str` keeps its spelling in answers (`./x`, which a `Path` loses). Raises `ConfigError`."""
+        """A `str` keeps its spelling in answers (`./x`, which a `Path` loses). Raises `AuthConfigError`."""
         self._config_path = str(config_path)
         self.compat: Final = parse_compat(compat)
         self._content: bytes | None = None
         self._policy = Policy()
 
     def policy(self) -> Policy:
-        """Read the file now, or raise `ConfigError`; bytes equal to the last good ones are not parsed."""
+        """Read the file now, or raise `AuthConfigError`; bytes equal to the last good ones are not parsed."""
         content = _read(self._config_path)
         if content != self._content:
             self._policy = _parse(content, self._config_path)
             self._content = content
         return self._policy
 
-    def decide(self, boot_info: BootInfo, is_kms: bool) -> Decision:
+    def decide(self, boot_info: ReceivedBootInfo, is_kms: bool) -> PolicyDecision:
         """Decide by the file as it is now; a file that cannot be used denies by the rule `config`."""
         try:
             policy = self.policy()
-        except ConfigError as error:
-            return Decision(is_allowed=False, reason=str(error), gateway_app_id="", rule="config")
+        except AuthConfigError as error:
+            return PolicyDecision(is_allowed=False, reason=str(error), gateway_app_id="", rule="config")
         return evaluate(policy, boot_info, is_kms, compat=self.compat)
 
     def info(self) -> dict[str, object]:
@@ -78,7 +78,7 @@ class SimpleAuth:
         problem: dict[str, object] = {}
         try:
             policy = self.policy()
-        except ConfigError as error:
+        except AuthConfigError as error:
             policy = Policy()
             problem["configError"] = str(error)
         return {
@@ -103,7 +103,7 @@ def _read(path: str) -> bytes:
         with open(path, "rb", buffering=0, opener=_open_nonblocking) as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
-                raise ConfigError(f"failed to load config: {path}: Not a regular file")
+                raise AuthConfigError(f"failed to load config: {path}: Not a regular file")
             for _ in range(READS):
                 content = file.read()
                 after = os.fstat(file.fileno())
@@ -111,12 +111,12 @@ def _read(path: str) -> bytes:
                     return content
                 before = after
                 file.seek(0)
-        raise ConfigError(f"config is being rewritten: {path}")
+        raise AuthConfigError(f"config is being rewritten: {path}")
     except FileNotFoundError as error:
-        raise ConfigError(f"config file not found: {path}") from error
+        raise AuthConfigError(f"config file not found: {path}") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         detail = getattr(error, "strerror", None) or error
-        raise ConfigError(f"failed to load config: {path}: {detail}") from error
+        raise AuthConfigError(f"failed to load config: {path}: {detail}") from error
 
 
 def _version(state: os.stat_result) -> tuple[int, int, int]:
@@ -132,9 +132,9 @@ def _parse(content: bytes, path: str) -> Policy:
         parse_json(content)  # pydantic's parser lets NaN and Infinity pass, which are no JSON
         return Policy.model_validate_json(content)
     except MalformedJsonError as error:
-        raise ConfigError(f"failed to load config: {path}: Invalid JSON: {error.__cause__}") from error
+        raise AuthConfigError(f"failed to load config: {path}: Invalid JSON: {error.__cause__}") from error
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False, include_input=False)
         first = ": ".join(filter(None, (".".join(map(str, faults[0]["loc"])), faults[0]["msg"])))
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise ConfigError(f"failed to load config: {path}: {first}{more}") from error
+        raise AuthConfigError(f"failed to load config: {path}: {first}{more}") from error

@@ -128,7 +128,7 @@ def measured_kms(*, verify_images: bool = False) -> Iterator[MeasuredKms]:
                 verify=str(verify_images).lower(),
             )
         )
-        command = (sys.executable, "-m", "stack", "kms", "--config", str(config), "--json")
+        command = (sys.executable, "-m", "dstack_emu", "kms", "--config", str(config), "--json")
         environment = {"DSTACK_AGENT_ADDRESS": services["agent-src"]}
         with running(command, SERVER_CORE, environment=environment) as (process, line), on_core(OTHER_CORE):
             url = urlsplit(json.loads(line)["url"])

@@ -19,8 +19,8 @@ _CORES: Final = sorted(os.sched_getaffinity(0))
 SERVER_CORE: Final = _CORES[0]
 OTHER_CORE: Final = _CORES[-1]
 
-AGENT: Final = (sys.executable, "-m", "stack", "agent", "--json")
-UP: Final = (sys.executable, "-m", "stack", "up", "--json", "--free-ports")
+AGENT: Final = (sys.executable, "-m", "dstack_emu", "agent", "--json")
+UP: Final = (sys.executable, "-m", "dstack_emu", "up", "--json", "--free-ports")
 STOP_TIMEOUT: Final = 10.0
 _CPUCLOCK_SCHED: Final = 2
 

@@ -16,7 +16,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
     seconds = []
     for turn in range(effort.starts + 1):
         began = time.perf_counter()
-        subprocess.run((sys.executable, "-m", "stack", "runbook"), cwd=ROOT, capture_output=True, check=True)
+        subprocess.run((sys.executable, "-m", "dstack_emu", "runbook"), cwd=ROOT, capture_output=True, check=True)
         if turn:  # the first one finds cold caches
             seconds.append(time.perf_counter() - began)
     yield Figure("runbook", median(seconds), "s", Bar(RUNBOOK_BAR, at_most=True))

@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from dstack_emu.testing import (
-        ActiveFault,
-        Clock,
-        Image,
-        Journal,
-        Kms,
+        LiveClock,
+        LiveFault,
+        LiveImage,
+        LiveJournal,
+        LiveKms,
+        LivePlatform,
+        LivePolicy,
         LiveStack,
-        Platform,
-        Policy,
+        LiveTrustDomain,
+        LiveVendor,
         Refusal,
-        TrustDomain,
-        Vendor,
     )
     from dstack_emu.testing.thread import SyncControl
     from dstack_emu.webhook_check.check import Report
@@ -68,9 +68,7 @@ def dstack_settings() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def dstack_session_stack(
-    pytestconfig: pytest.Config, dstack_settings: dict[str, Any]
-) -> "Iterator[LiveStack]":
+def dstack_session_stack(pytestconfig: pytest.Config, dstack_settings: dict[str, Any]) -> "Iterator[LiveStack]":
     """A ready stack for the session; what fixtures of a wider scope do to it stays."""
     from dstack_emu.testing import LiveStack
 
@@ -86,9 +84,7 @@ def dstack_stack(dstack_session_stack: "LiveStack") -> "Iterator[LiveStack]":
 
 
 @pytest.fixture
-def dstack_fresh_stack(
-    pytestconfig: pytest.Config, dstack_settings: dict[str, Any]
-) -> "Iterator[LiveStack]":
+def dstack_fresh_stack(pytestconfig: pytest.Config, dstack_settings: dict[str, Any]) -> "Iterator[LiveStack]":
     """A stack for this test alone, where an operator begins: two KMS without keys, policies that allow nobody."""
     from dstack_emu.testing import LiveStack
 
@@ -114,43 +110,43 @@ def dstack_current(request: pytest.FixtureRequest) -> "LiveStack":
 
 
 @pytest.fixture
-def dstack_app(dstack_current: "LiveStack") -> "Callable[..., TrustDomain]":
+def dstack_app(dstack_current: "LiveStack") -> "Callable[..., LiveTrustDomain]":
     """`dstack_app()`: the stack's own app; `dstack_app("wallet", compose={…})`: a new one."""
     return dstack_current.app
 
 
 @pytest.fixture
-def dstack_trust_domain(dstack_current: "LiveStack") -> "Callable[..., TrustDomain]":
+def dstack_trust_domain(dstack_current: "LiveStack") -> "Callable[..., LiveTrustDomain]":
     """`dstack_trust_domain("forger", debug=True)`: a trust domain of any identity."""
     return dstack_current.trust_domain
 
 
 @pytest.fixture
-def dstack_kms(dstack_current: "LiveStack") -> "Callable[..., Kms]":
+def dstack_kms(dstack_current: "LiveStack") -> "Callable[..., LiveKms]":
     """`dstack_kms("src")`: a KMS of the stack; `dstack_kms("third")`: a new one, without keys."""
     return dstack_current.kms
 
 
 @pytest.fixture
-def dstack_policy(dstack_current: "LiveStack") -> "Callable[..., Policy]":
+def dstack_policy(dstack_current: "LiveStack") -> "Callable[..., LivePolicy]":
     """`dstack_policy("src").deny(app)`: whom a KMS's webhook allows."""
     return dstack_current.policy
 
 
 @pytest.fixture
-def dstack_platform(dstack_current: "LiveStack") -> "Callable[..., Platform]":
+def dstack_platform(dstack_current: "LiveStack") -> "Callable[..., LivePlatform]":
     """`dstack_platform("another host", tcb_status="OutOfDate")`: a machine."""
     return dstack_current.platform
 
 
 @pytest.fixture
-def dstack_image(dstack_current: "LiveStack") -> "Callable[..., Image]":
+def dstack_image(dstack_current: "LiveStack") -> "Callable[..., LiveImage]":
     """`dstack_image("mine", "0.6.0")`: an OS image, for `dstack_app` and `dstack_kms` to boot."""
     return dstack_current.image
 
 
 @pytest.fixture
-def dstack_vendor(dstack_current: "LiveStack") -> "Vendor":
+def dstack_vendor(dstack_current: "LiveStack") -> "LiveVendor":
     """What the emulated Intel says for all machines."""
     return dstack_current.vendor
 
@@ -159,7 +155,7 @@ def dstack_vendor(dstack_current: "LiveStack") -> "Vendor":
 
 
 @pytest.fixture
-def dstack_boot(dstack_current: "LiveStack") -> "Callable[..., TrustDomain]":
+def dstack_boot(dstack_current: "LiveStack") -> "Callable[..., LiveTrustDomain]":
     """`dstack_boot(app)`: let an app fetch keys from a KMS."""
     return dstack_current.boot
 
@@ -173,19 +169,19 @@ def dstack_refused() -> "Callable[..., AbstractContextManager[Refusal]]":
 
 
 @pytest.fixture
-def dstack_fault(dstack_current: "LiveStack") -> "Callable[..., ActiveFault]":
+def dstack_fault(dstack_current: "LiveStack") -> "Callable[..., LiveFault]":
     """`with dstack_fault(service="auth-src", kind="status", status=503):` something goes wrong on purpose."""
     return dstack_current.fault
 
 
 @pytest.fixture
-def dstack_clock(dstack_current: "LiveStack") -> "Clock":
+def dstack_clock(dstack_current: "LiveStack") -> "LiveClock":
     """The clock of the whole stack."""
     return dstack_current.clock
 
 
 @pytest.fixture
-def dstack_journal(dstack_current: "LiveStack") -> "Journal":
+def dstack_journal(dstack_current: "LiveStack") -> "LiveJournal":
     """What was asked since the test began: `dstack_journal.calls("/bootAuth/kms") == 2`."""
     return dstack_current.journal
 
@@ -205,7 +201,7 @@ def dstack_control(dstack_current: "LiveStack") -> "SyncControl":
 @pytest.fixture
 def dstack_env(dstack_current: "LiveStack", monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The environment by which SDKs and programs find the stack, set for the test."""
-    from dstack_emu.cli.commands.exec import environment
+    from dstack_emu.deployment.environment import environment
 
     variables = environment(dstack_current.description)
     for name, value in variables.items():

@@ -15,8 +15,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from dstack_emu.kms_emu.call_log import journaled
-from dstack_emu.kms_emu.config import Admin
-from dstack_emu.kms_emu.errors import ConfigError, KmsError
+from dstack_emu.kms_emu.config import AdminSection
+from dstack_emu.kms_emu.errors import KmsConfigError, KmsError
 from dstack_emu.kms_emu.image_cache import ImageCache, admin_table
 from dstack_emu.transport.events import EventLog
 from dstack_emu.transport.prpc_server import Asked, add_prpc
@@ -26,19 +26,19 @@ TOKEN_HEADER: Final = "X-Admin-Token"  # noqa: S105 - a header's name
 TOKEN_VARIABLES: Final = ("DSTACK_KMS_ADMIN_TOKEN", "ADMIN_API_TOKEN")
 
 
-def admin_token(admin: Admin, environment: Mapping[str, str]) -> str | None:
+def admin_token(admin: AdminSection, environment: Mapping[str, str]) -> str | None:
     """The token that admits, or None where `insecure_no_auth` lets anyone in.
 
-    Raises `ConfigError` where there is neither.
+    Raises `KmsConfigError` where there is neither.
     """
     if admin.insecure_no_auth:
         return None
     if admin.htpasswd_file:
-        raise ConfigError("core.admin.htpasswd_file is not supported by this emulator: set core.admin.auth_token")
+        raise KmsConfigError("core.admin.htpasswd_file is not supported by this emulator: set core.admin.auth_token")
     from_environment = next((environment[name] for name in TOKEN_VARIABLES if name in environment), "")
     token = (admin.auth_token or from_environment).strip()
     if not token:
-        raise ConfigError(
+        raise KmsConfigError(
             "admin API is enabled but neither auth_token nor htpasswd_file is configured; set core.admin.auth_token, "
             "DSTACK_KMS_ADMIN_TOKEN, ADMIN_API_TOKEN, core.admin.htpasswd_file, or insecure_no_auth = true "
             "(testing only)"
@@ -83,4 +83,3 @@ def _given(headers: Mapping[str, str]) -> list[bytes]:
         with contextlib.suppress(binascii.Error, UnicodeDecodeError):
             given.append(base64.b64decode(value, validate=True).decode().partition(":")[0])
     return [token.encode(errors="surrogateescape") for token in given]  # a header may hold any bytes
-

@@ -16,7 +16,7 @@ DEFAULT_ADDRESS = "unix:/var/run/dstack.sock"
 TIMEOUT = 10.0
 
 
-class GuestAgent:
+class GuestAgentClient:
     """A client of one guest agent. Close it."""
 
     def __init__(self, address: str, *, timeout: float = TIMEOUT, headers: MoreHeaders | None = None) -> None:

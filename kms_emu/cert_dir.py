@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from dstack_emu.kms_emu.errors import ConfigError
+from dstack_emu.kms_emu.errors import KmsConfigError
 
 TMP_CA_CERT: Final = "tmp-ca.crt"
 TMP_CA_KEY: Final = "tmp-ca.key"
@@ -40,7 +40,7 @@ class CertDir:
     def prepare(self) -> None:
         """Make the folder, and finish or discard what a crash left.
 
-        Raises `ConfigError` where the folder cannot be used.
+        Raises `KmsConfigError` where the folder cannot be used.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -50,7 +50,7 @@ class CertDir:
             for left in self.path.glob(".*.new"):  # by `replace`
                 left.unlink()
         except OSError as error:
-            raise ConfigError(f"core.cert_dir {self.path} cannot be used: {error.strerror}") from error
+            raise KmsConfigError(f"core.cert_dir {self.path} cannot be used: {error.strerror}") from error
 
     def has_keys(self) -> bool:
         """Whether a start goes straight to the runtime phase."""
@@ -61,18 +61,18 @@ class CertDir:
         return (self.path / name).exists()
 
     def read(self, name: str) -> bytes:
-        """Read one file; raise `ConfigError` naming it."""
+        """Read one file; raise `KmsConfigError` naming it."""
         try:
             return (self.path / name).read_bytes()
         except OSError as error:
-            raise ConfigError(f"failed to open file `{self.path / name}`: {error.strerror}") from error
+            raise KmsConfigError(f"failed to open file `{self.path / name}`: {error.strerror}") from error
 
     def read_text(self, name: str) -> str:
         """Read one file of text."""
         try:
             return self.read(name).decode()
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{self.path / name}: text expected ({error.reason})") from error
+            raise KmsConfigError(f"{self.path / name}: text expected ({error.reason})") from error
 
     def store(self, files: Mapping[str, bytes]) -> None:
         """Write a set of files so that after a crash at any moment the next start finds all of them or none."""
@@ -87,7 +87,7 @@ class CertDir:
             _sync(self.path)
             self._move_committed()
         except OSError as error:
-            raise ConfigError(f"cannot store keys in {self.path}: {error.strerror}") from error
+            raise KmsConfigError(f"cannot store keys in {self.path}: {error.strerror}") from error
 
     def replace(self, name: str, data: bytes) -> None:
         """Replace one file at once."""
@@ -97,7 +97,7 @@ class CertDir:
             temporary.replace(self.path / name)
             _sync(self.path)
         except OSError as error:
-            raise ConfigError(f"cannot write {self.path / name}: {error.strerror}") from error
+            raise KmsConfigError(f"cannot write {self.path / name}: {error.strerror}") from error
 
     def _move_committed(self) -> None:
         committed = self.path / _COMMITTED

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from dstack_emu.attest.certificate import EvidenceForm
 from dstack_emu.kms_emu import environment
-from dstack_emu.kms_emu.errors import ConfigError
+from dstack_emu.kms_emu.errors import KmsConfigError
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -61,7 +61,7 @@ class Tls(_Section):
     mutual: MutualTls = MutualTls()
 
 
-class Rpc(_Section):
+class RpcSection(_Section):
     """[rpc]: where the runtime phase listens."""
 
     address: str = "0.0.0.0"  # noqa: S104 - upstream's default; the emulator's own commands bind loopback
@@ -97,7 +97,7 @@ class AttestationConfig(_Section):
     root_ca: RootCaPaths = RootCaPaths()
 
 
-class Image(_Section):
+class ImageSection(_Section):
     """[core.image]."""
 
     verify: bool = True
@@ -142,7 +142,7 @@ class OnboardConfig(_Section):
     quote_enabled: bool = True
 
 
-class Admin(_Section):
+class AdminSection(_Section):
     """[core.admin] (next)."""
 
     enabled: bool = False
@@ -166,11 +166,11 @@ class Core(_Section):
     pccs_url: str = ""
     admin_token_hash: TokenHash = ""
     attestation: AttestationConfig = AttestationConfig()
-    image: Image = Image()
+    image: ImageSection = ImageSection()
     metrics: Metrics = Metrics()
     auth_api: AuthApiConfig = AuthApiConfig()
     onboard: OnboardConfig = OnboardConfig()
-    admin: Admin = Admin()
+    admin: AdminSection = AdminSection()
 
     @property
     def pccs(self) -> str:
@@ -199,7 +199,7 @@ class KmsConfig(_Section):
     """The whole file. `default` is the web server's own section upstream: known, and without effect here."""
 
     default: dict[str, Any] = {}
-    rpc: Rpc = Rpc()
+    rpc: RpcSection = RpcSection()
     core: Core = Core()
     emulator: Emulator = Emulator()
 
@@ -207,14 +207,14 @@ class KmsConfig(_Section):
     def load(cls, path: Path, variables: Mapping[str, str] | None = None) -> Self:
         """Read a kms.toml, with the keys that `variables` override.
 
-        Raises `ConfigError` naming the file and each key that is wrong, or the variable.
+        Raises `KmsConfigError` naming the file and each key that is wrong, or the variable.
         """
         try:
             document = tomllib.loads(path.read_text())
         except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+            raise KmsConfigError(f"cannot read {path}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is no TOML: {error}") from error
+            raise KmsConfigError(f"{path} is no TOML: {error}") from error
         return cls.from_document(environment.merged(document, environment.overrides(cls, variables or {})), str(path))
 
     @classmethod
@@ -224,7 +224,7 @@ class KmsConfig(_Section):
             return cls.model_validate(document)
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
-            raise ConfigError(f"{source}: {problems}") from error
+            raise KmsConfigError(f"{source}: {problems}") from error
 
     def listening_at(self, host: str, port: int) -> Self:
         """The same, with both phases at one address."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Union, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from dstack_emu.kms_emu.errors import ConfigError
+from dstack_emu.kms_emu.errors import KmsConfigError
 
 PREFIX: Final = "DSTACK_EMU_KMS_"
 
@@ -46,11 +46,11 @@ def _field(model: type[BaseModel], path: list[str], name: str) -> FieldInfo:
     for part in path:
         known = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
         if part not in known:
-            raise ConfigError(f"{name}: kms.toml has no key {'.'.join(path)}")
+            raise KmsConfigError(f"{name}: kms.toml has no key {'.'.join(path)}")
         field = known[part]
         section = field.annotation
     if field is None or (isinstance(section, type) and issubclass(section, BaseModel)) or get_origin(section) is dict:
-        raise ConfigError(f"{name}: {'.'.join(path)} is a section of kms.toml, a key expected")
+        raise KmsConfigError(f"{name}: {'.'.join(path)} is a section of kms.toml, a key expected")
     return field
 
 
@@ -58,7 +58,7 @@ def _value(name: str, field: FieldInfo, text: str) -> Any:
     """Read a value: booleans are `true` or `false`, all else as it stands in the file, without quotes."""
     if field.annotation is bool:
         if text not in ("true", "false"):
-            raise ConfigError(f"{name}: true or false expected, got {text!r:.80}")
+            raise KmsConfigError(f"{name}: true or false expected, got {text!r:.80}")
         return text == "true"
     if not text and _is_optional(field.annotation):
         return None
@@ -66,7 +66,7 @@ def _value(name: str, field: FieldInfo, text: str) -> Any:
     try:
         return TypeAdapter(kind).validate_strings(text)
     except ValidationError as error:
-        raise ConfigError(f"{name}: {error.errors()[0]['msg']}, got {text!r:.80}") from error
+        raise KmsConfigError(f"{name}: {error.errors()[0]['msg']}, got {text!r:.80}") from error
 
 
 def _is_optional(annotation: Any) -> bool:

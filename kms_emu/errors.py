@@ -40,7 +40,7 @@ class WrongPhaseError(KmsError):
     """The KMS is past that: bootstrapped, or onboarded, already."""
 
 
-class ConfigError(KmsError):
+class KmsConfigError(KmsError):
     """A configuration that this KMS cannot run with; the text names file and key."""
 
 

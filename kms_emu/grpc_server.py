@@ -35,10 +35,10 @@ from dstack_emu.kms_emu.image_cache import ImageCache, admin_table
 from dstack_emu.kms_emu.service import Caller, KmsService, OnboardService, kms_table, onboard_table
 from dstack_emu.transport.events import EventLog
 from dstack_emu.transport.grpc_server import (
+    GrpcPeer,
     GrpcServer,
     GrpcService,
     Listener,
-    Peer,
     Statuses,
     absent,
     anyone,
@@ -64,7 +64,7 @@ STATUSES: Final[Statuses] = {
 """What kind of refusal is which status; docs/grpc.md has the same table for readers."""
 
 
-class GrpcFront:
+class KmsGrpcServer:
     """The listeners of one KMS, from phase to phase. Its ports are its own from the start; close it.
 
     `bound` are sockets that were bound already, by their keys in `emulator.grpc`; `interceptors` grpc.aio's, for every
@@ -121,7 +121,7 @@ class GrpcFront:
         told of each call that is over.
         """
 
-        async def caller(peer: Peer) -> Caller:
+        async def caller(peer: GrpcPeer) -> Caller:
             try:
                 return await caller_of(peer.certificate, verifier)
             except (KmsError, AttestError) as error:
@@ -149,12 +149,10 @@ class GrpcFront:
         self, *services: GrpcService[Any], listeners: Mapping[str, ssl.SSLContext | None], **options: Any
     ) -> None:
         sockets = (Listener(self._ports[key].dup(), tls) for key, tls in listeners.items())
-        server = await serve_grpc(
-            services, *sockets, statuses=STATUSES, interceptors=self._interceptors, **options
-        )
+        server = await serve_grpc(services, *sockets, statuses=STATUSES, interceptors=self._interceptors, **options)
         self._servers.append(server)
 
-    async def _require_token(self, peer: Peer) -> None:
+    async def _require_token(self, peer: GrpcPeer) -> None:
         if not is_admitted(CIMultiDict(peer.metadata), self._admin_token):
             self._log.info("refused", listener="grpc admin", reason="no valid credential")
             raise NoCredentialError(f"{REALM}: a token is required")

@@ -16,19 +16,19 @@ from dstack_emu.attest.kdf import load_p256_pem, p256_from_uniform
 from dstack_emu.attest.proto import kms_pb2 as pb
 from dstack_emu.attest.signature import k256_key
 from dstack_emu.attest.verify import VerifiedAttestation
-from dstack_emu.kms_emu.agent_client import GuestAgent
+from dstack_emu.kms_emu.agent_client import GuestAgentClient
 from dstack_emu.kms_emu.auth_api import AuthApi
 from dstack_emu.kms_emu.errors import BootDeniedError, NotAttestedError, UnavailableError, context
 from dstack_emu.kms_emu.gate import boot_info_of, require_kms_allowed
 from dstack_emu.kms_emu.keys import Entropy, KmsKeys, RootKeys
 from dstack_emu.transport.client import MoreHeaders
 from dstack_emu.transport.pccs_client import AttestationVerifier
-from dstack_emu.transport.ratls import TIMEOUT, Peer, RaTlsClient, RaTlsError, RefusedError, make_identity
+from dstack_emu.transport.ratls import TIMEOUT, AttestedServer, RaTlsClient, RaTlsError, RefusedError, make_identity
 
 ZERO_REPORT_DATA: Final = bytes(64)
 
 
-async def own_evidence(agent: GuestAgent, verifier: AttestationVerifier) -> VerifiedAttestation:
+async def own_evidence(agent: GuestAgentClient, verifier: AttestationVerifier) -> VerifiedAttestation:
     """Attest this KMS itself with zero report_data, and verify it like anyone's."""
     with context("Failed to get local KMS attestation"):
         attestation = await agent.evidence(ZERO_REPORT_DATA)
@@ -40,7 +40,7 @@ async def own_evidence(agent: GuestAgent, verifier: AttestationVerifier) -> Veri
 class Receiver:
     """A fresh KMS that takes keys over."""
 
-    agent: GuestAgent
+    agent: GuestAgentClient
     auth: AuthApi
     verifier: AttestationVerifier
     entropy: Entropy
@@ -63,7 +63,7 @@ class Receiver:
     async def _take_keys(self, url: str, domain: str, now: int) -> KmsKeys:
         source: list[VerifiedAttestation] = []
 
-        def judge(peer: Peer) -> None:
+        def judge(peer: AttestedServer) -> None:
             if peer.attestation is None:
                 raise VerificationError("Source KMS certificate does not contain attestation")
             source.append(peer.attestation)

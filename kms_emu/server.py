@@ -23,13 +23,13 @@ from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.attest.version import REVISION, UPSTREAM
 from dstack_emu.kms_emu.admin import admin_app
 from dstack_emu.kms_emu.agent_client import TIMEOUT as AGENT_TIMEOUT
-from dstack_emu.kms_emu.agent_client import GuestAgent
+from dstack_emu.kms_emu.agent_client import GuestAgentClient
 from dstack_emu.kms_emu.auth_api import AuthApi, DevAuth, WebhookAuth
 from dstack_emu.kms_emu.call_log import log_refusal
 from dstack_emu.kms_emu.caller import caller_of
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT, CertDir
 from dstack_emu.kms_emu.config import AttestationConfig, Core, KmsConfig
-from dstack_emu.kms_emu.errors import ConfigError, KmsError, context
+from dstack_emu.kms_emu.errors import KmsConfigError, KmsError, context
 from dstack_emu.kms_emu.image_cache import ImageCache
 from dstack_emu.kms_emu.keys import Entropy, KmsKeys, RootKeys
 from dstack_emu.kms_emu.metrics import AttestationMetrics
@@ -46,7 +46,7 @@ from dstack_emu.transport.prpc_server import Asked, add_prpc
 from dstack_emu.transport.ratls import TIMEOUT as SOURCE_TIMEOUT
 
 if TYPE_CHECKING:
-    from dstack_emu.kms_emu.grpc_server import GrpcFront
+    from dstack_emu.kms_emu.grpc_server import KmsGrpcServer
 
 Phase = Literal["starting", "onboard", "runtime", "stopped"]
 
@@ -58,6 +58,7 @@ REISSUE_FAILED: Final = (
 )
 STATE_FAILED: Final = "Failed to initialize KMS state"
 
+
 def trust_anchor(attestation: AttestationConfig, section: str = "core.") -> TrustAnchor:
     """Read the root that callers are judged under: Intel's own, or the configured one with the insecure opt-in.
 
@@ -66,7 +67,7 @@ def trust_anchor(attestation: AttestationConfig, section: str = "core.") -> Trus
     roots = attestation.root_ca
     given = [name for name in type(roots).model_fields if getattr(roots, name) is not None]
     if given and not attestation.insecure_allow_external_trust_anchors:
-        raise ConfigError(
+        raise KmsConfigError(
             f"failed to load attestation verifier: {section}attestation.root_ca.{given[0]} is set, which needs "
             f"{section}attestation.insecure_allow_external_trust_anchors = true"
         )
@@ -79,16 +80,16 @@ def trust_anchor(attestation: AttestationConfig, section: str = "core.") -> Trus
             x509.load_pem_x509_certificate(data) if b"-----BEGIN" in data else x509.load_der_x509_certificate(data)
         )
     except OSError as error:
-        raise ConfigError(f"{section}attestation.root_ca.tdx: cannot read {path}: {error.strerror}") from error
+        raise KmsConfigError(f"{section}attestation.root_ca.tdx: cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(
+        raise KmsConfigError(
             f"{section}attestation.root_ca.tdx: {path} is no certificate in PEM or DER: {error}"
         ) from error
     return TrustAnchor.of(certificate)
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class KmsInstruments:
     """What a KMS that is watched, or disturbed, is given from outside; on its own it needs none of it.
 
     `middlewares` go around its listeners' applications; `verifier` judges in place of the configured PCCS and root;
@@ -147,23 +148,23 @@ class KmsServer:
         auth: AuthApi | None = None,
         grpc_socks: Mapping[str, socket.socket] | None = None,
         grpc_interceptors: Sequence[Any] = (),
-        surroundings: Surroundings | None = None,
+        surroundings: KmsInstruments | None = None,
     ) -> None:
         self.config = config
         self.phase: Phase = "starting"
         core = config.core
-        self.log = EventLog("kms_emu", **({"site": core.site_name} if core.site_name else {}))
+        self.log = EventLog("dstack_emu.kms_emu", **({"site": core.site_name} if core.site_name else {}))
         with context("Failed to initialize KMS state"):
             anchor = trust_anchor(core.attestation)
         self._admin_token = admin_token
         self._admin_sock: socket.socket | None = None
         self._admin_server: Server | None = None
         self._grpc_socks, self._grpc_interceptors = grpc_socks or {}, grpc_interceptors
-        self._grpc: GrpcFront | None = None
+        self._grpc: KmsGrpcServer | None = None
         self._folder = CertDir(core.cert_dir)
-        around = surroundings or Surroundings()
+        around = surroundings or KmsInstruments()
         self._middlewares = around.middlewares
-        agent = GuestAgent(agent_address, timeout=around.timeout or AGENT_TIMEOUT, headers=around.headers)
+        agent = GuestAgentClient(agent_address, timeout=around.timeout or AGENT_TIMEOUT, headers=around.headers)
         auth = auth or auth_api(core)
         pccs = PccsClient(core.pccs, ttl=core.attestation.collateral_ttl)
         verifier = around.verifier or AttestationVerifier(pccs, anchor, clock)
@@ -250,10 +251,10 @@ class KmsServer:
                 self._admin_sock = bind_tcp(core.admin.address, core.admin.port, setting=where, listen=False)
             if self.config.emulator.grpc.enabled:
                 from dstack_emu.kms_emu.grpc_server import (
-                    GrpcFront,  # costs time and memory that nobody else should pay
+                    KmsGrpcServer,  # costs time and memory that nobody else should pay
                 )
 
-                self._grpc = GrpcFront(
+                self._grpc = KmsGrpcServer(
                     self.config,
                     self.log,
                     admin_token=self._admin_token,
@@ -430,9 +431,9 @@ class KmsServer:
     async def _reissue_certificates(self) -> KmsKeys:
         """Issue the RPC certificate over fresh evidence, and anew each CA certificate that is about to expire."""
         env, folder = self._env, self._folder
-        with context(REISSUE_FAILED, ConfigError):
+        with context(REISSUE_FAILED, KmsConfigError):
             stored = KmsKeys.load(folder, env.core.onboard.auto_bootstrap_domain)
-        with context(STATE_FAILED, ConfigError):
+        with context(STATE_FAILED, KmsConfigError):
             stored.require_own_certificates()
         old = stored.roots
         new = RootKeys.of(old.temp_ca.key, old.root_ca.key, old.k256, env.issue_clock())
@@ -460,7 +461,7 @@ class KmsServer:
             tls_context.load_cert_chain(tls.certs, tls.key)
             tls_context.load_verify_locations(tls.mutual.ca_certs)
         except (OSError, ssl.SSLError) as error:
-            raise ConfigError(
+            raise KmsConfigError(
                 f"rpc.tls: cannot load {tls.certs}, {tls.key} and {tls.mutual.ca_certs}: {error} "
                 "(they are the files in core.cert_dir)"
             ) from error

@@ -22,7 +22,7 @@ from dstack_emu.attest.prpc import decode_json, encode_json
 from dstack_emu.attest.report_data import bootstrap_report_data, ratls_report_data
 from dstack_emu.attest.verify import VerifiedAttestation, require_bound_to_key
 from dstack_emu.kms_emu import keys
-from dstack_emu.kms_emu.agent_client import GuestAgent
+from dstack_emu.kms_emu.agent_client import GuestAgentClient
 from dstack_emu.kms_emu.auth_api import AuthApi
 from dstack_emu.kms_emu.call_log import journaled
 from dstack_emu.kms_emu.cert_dir import BOOTSTRAP_INFO, K256_KEY, ROOT_CA_KEY, CertDir
@@ -49,7 +49,7 @@ class Environment:
 
     core: Core
     folder: CertDir
-    agent: GuestAgent
+    agent: GuestAgentClient
     auth: AuthApi
     verifier: AttestationVerifier
     clock: Clock

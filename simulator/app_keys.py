@@ -69,9 +69,7 @@ class OwnKeys:
     issuer: LocalIssuer
 
     @classmethod
-    def from_seed(
-        cls, domain: TrustDomain, seed: bytes, provider: KeyProvider, clock: Callable[[], int]
-    ) -> Self:
+    def from_seed(cls, domain: TrustDomain, seed: bytes, provider: KeyProvider, clock: Callable[[], int]) -> Self:
         """Derive them; the CA certificate carries the domain's evidence as of now."""
         key = derive_p256(seed, [b"app-key"])
         disk_key = derive_p256(seed, [b"app-disk-key"])

@@ -35,8 +35,8 @@ from dstack_emu.transport.client import MoreHeaders
 from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.ratls import (
     TIMEOUT,
+    AttestedServer,
     Identity,
-    Peer,
     RaTlsClient,
     RaTlsError,
     RaTlsUnreachableError,
@@ -164,7 +164,7 @@ class _KmsJudge:
     def __init__(self) -> None:
         self.mr_aggregated: bytes | None = None
 
-    def __call__(self, peer: Peer) -> None:
+    def __call__(self, peer: AttestedServer) -> None:
         if peer.usage is None:
             raise VerificationError("missing server cert usage")
         if peer.usage != USAGE_KMS_RPC:

@@ -210,9 +210,7 @@ class Intel:
         return self._signed("tcbInfo", body)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - as above
-    def _qe_identity(
-        self, status: PartStatus, advisory_ids: tuple[str, ...], dating: Dating | Validity
-    ) -> Document:
+    def _qe_identity(self, status: PartStatus, advisory_ids: tuple[str, ...], dating: Dating | Validity) -> Document:
         body = {
             "id": "TD_QE",
             "version": 2,

@@ -19,7 +19,7 @@ def run_command(
     *arguments: str, stdin: bytes = b"", environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a command to its end."""
-    command = [sys.executable, "-m", "stack", *arguments]
+    command = [sys.executable, "-m", "dstack_emu", *arguments]
     env = {**os.environ, **(environment or {})}
     return subprocess.run(command, cwd=ROOT, env=env, input=stdin, capture_output=True, timeout=60, check=False)
 
@@ -38,7 +38,7 @@ def serving(*arguments: str, environment: dict[str, str] | None = None, log: Pat
 
     Its stderr goes to `log`, for commands that say more there than a pipe holds.
     """
-    command = [sys.executable, "-m", "stack", *arguments, "--json"]
+    command = [sys.executable, "-m", "dstack_emu", *arguments, "--json"]
     env = {**os.environ, **(environment or {})}
     with tempfile.TemporaryFile("w+") if log is None else log.open("w+") as errors:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)

@@ -36,7 +36,7 @@ class Kms:
     """A KMS process of one folder, ready."""
 
     def __init__(self, config: Path, agent: str) -> None:
-        command = [sys.executable, "-m", "stack", "kms", "-c", str(config), "--listen", "127.0.0.1:0", "--json"]
+        command = [sys.executable, "-m", "dstack_emu", "kms", "-c", str(config), "--listen", "127.0.0.1:0", "--json"]
         env = {**os.environ, "DSTACK_AGENT_ADDRESS": agent}
         log = config.with_suffix(".log")
         with log.open("w") as errors:

@@ -115,7 +115,7 @@ def _start(folder: Path, world: World, arguments: tuple[str, ...], environment: 
     config, log = folder / "kms.toml", folder / "kms.log"
     if not config.exists():
         write_kms_toml(folder, world)
-    command = [sys.executable, "-m", "stack", "kms", "-c", str(config), "--json", *arguments]
+    command = [sys.executable, "-m", "dstack_emu", "kms", "-c", str(config), "--json", *arguments]
     env = {**os.environ, "DSTACK_AGENT_ADDRESS": world.agent, **environment}
     with log.open("w") as errors:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True), log

@@ -68,7 +68,7 @@ def running_kms(config: Path, agent: str, said: dict[str, Any] | None = None) ->
 
     The line that it prints when it is ready goes into `said`.
     """
-    command = [sys.executable, "-m", "stack", "kms", "--config", str(config), "--json"]
+    command = [sys.executable, "-m", "dstack_emu", "kms", "--config", str(config), "--json"]
     env = {**os.environ, "DSTACK_AGENT_ADDRESS": agent}
     with tempfile.TemporaryFile("w+") as errors:  # more is logged than a pipe holds
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -91,7 +91,7 @@ def running_kms(config: Path, agent: str, said: dict[str, Any] | None = None) ->
 @contextmanager
 def running_stack(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[RunningStack]:
     """Run `dstack-emu up --json --free-ports …` until the block ends."""
-    command = [sys.executable, "-m", "stack", "up", "--json", "--free-ports", *arguments]
+    command = [sys.executable, "-m", "dstack_emu", "up", "--json", "--free-ports", *arguments]
     env = {**os.environ, **(environment or {})}
     with tempfile.TemporaryFile("w+") as errors:  # more is logged than a pipe holds
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from dstack_emu.auth.errors import AuthError, ConfigError
+from dstack_emu.auth.errors import AuthConfigError, AuthError
 from dstack_emu.auth.mock import MockSettings
 from dstack_emu.auth.server import mock_app
 from tests.vectors import golden
@@ -92,9 +92,7 @@ async def test_info_and_decision_follow_the_environment() -> None:
         ("deny-app", denied("mock policy: deny-app"), allowed("mock KMS allowed (deny-app policy)")),
     ],
 )
-async def test_policy_decides_for_app_and_kms(
-    policy: str | None, app: dict[str, Any], kms: dict[str, Any]
-) -> None:
+async def test_policy_decides_for_app_and_kms(policy: str | None, app: dict[str, Any], kms: dict[str, Any]) -> None:
     env = {} if policy is None else {"MOCK_POLICY": policy}
     assert await decide(env, "app") == app
     assert await decide(env, "kms") == kms
@@ -138,18 +136,16 @@ async def test_allowlist_entry_with_0x_matches_nothing_and_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     env = {"MOCK_POLICY": "allowlist-device", "MOCK_ALLOWED_DEVICE_IDS": "0xFF01"}
-    assert await decide(env, "app", deviceId="0xff01") == denied(
-        "mock policy: device 0xff01 not in allowlist"
-    )
+    assert await decide(env, "app", deviceId="0xff01") == denied("mock policy: device 0xff01 not in allowlist")
     warning = "allowlist entry 0xff01 matches nothing: entries are compared without 0x"
-    assert ("auth.mock", logging.WARNING, warning) in caplog.record_tuples
+    assert ("dstack_emu.auth.mock", logging.WARNING, warning) in caplog.record_tuples
 
 
 async def test_requests_are_logged_as_upstream_does(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "auth.mock")
+    caplog.set_level(logging.INFO, "dstack_emu.auth.mock")
     await decide({}, "app")
     await decide({}, "kms", instanceId="a\nb")
-    assert [record.message for record in caplog.records if record.name == "auth.mock"] == [
+    assert [record.message for record in caplog.records if record.name == "dstack_emu.auth.mock"] == [
         'mock app boot auth request: {"appId":"0xcc","instanceId":"0xee"}',
         'mock KMS boot auth request: {"appId":"0xcc","instanceId":"a\\nb"}',
     ]
@@ -172,25 +168,25 @@ def test_unknown_policy_refuses_to_start(policy: str) -> None:
         f'MOCK_POLICY is "{policy}", expected one of '
         "allow-all, deny-all, deny-kms, deny-app, allowlist-device, allowlist-mr"
     )
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(AuthConfigError) as caught:
         MockSettings.from_env({"MOCK_POLICY": policy})
     assert str(caught.value) == expected
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(AuthConfigError) as caught:
         MockSettings(policy=policy)  # type: ignore[arg-type]
     assert str(caught.value) == expected
 
 
 def test_production_is_refused_whatever_the_policy() -> None:
-    assert issubclass(ConfigError, AuthError)
+    assert issubclass(AuthConfigError, AuthError)
     for env in [{}, {"MOCK_POLICY": "deny-all"}, {"MOCK_POLICY": "bogus"}]:
-        with pytest.raises(ConfigError, match=r"^auth-mock must not run with NODE_ENV=production$"):
+        with pytest.raises(AuthConfigError, match=r"^auth-mock must not run with NODE_ENV=production$"):
             MockSettings.from_env({**env, "NODE_ENV": "production"})
     assert MockSettings.from_env({"NODE_ENV": "development"}) == MockSettings()
 
 
 @pytest.mark.parametrize("text", ["x", "0x539", "-1", "1.5", " 1", "\u0661", str(2**64), "9" * 5000])
 def test_chain_id_that_is_no_number_refuses_to_start(text: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(AuthConfigError) as caught:
         MockSettings.from_env({"MOCK_CHAIN_ID": text})
     assert str(caught.value) == f'MOCK_CHAIN_ID is "{text}", expected a decimal number below 2^64'
 

@@ -67,9 +67,7 @@ async def webhook(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
         yield client
 
 
-async def ask(
-    client: Client, body: bytes | str, content_type: str | None = "application/json"
-) -> tuple[int, str]:
+async def ask(client: Client, body: bytes | str, content_type: str | None = "application/json") -> tuple[int, str]:
     headers = {} if content_type is None else {"Content-Type": content_type}
     skip = ["Content-Type"] if content_type is None else []
     data = body.encode() if isinstance(body, str) else body
@@ -121,9 +119,7 @@ async def test_reason_echoes_what_json_can_carry_as_javascript_writes_it() -> No
     async with TestClient(TestServer(mock_app(settings))) as client:
         device_id = r'"é\u2028\ud800\u0001\u007f\n\"\\/"'
         body = json.dumps(BOOT_INFO).replace('"0xff"', device_id)
-        async with client.post(
-            "/bootAuth/kms", data=body, headers={"Content-Type": "application/json"}
-        ) as response:
+        async with client.post("/bootAuth/kms", data=body, headers={"Content-Type": "application/json"}) as response:
             raw = await response.read()
     reason = 'mock policy: device é\u2028\\ud800\\u0001\x7f\\n\\"\\\\/ not in allowlist'
     assert raw == f'{{"isAllowed":false,"reason":"{reason}","gatewayAppId":""}}'.encode()
@@ -224,9 +220,7 @@ async def test_mistyped_text_field_is_named_with_its_type(
     ("value", "received"),
     [("INTEL-SA-1", "string"), (1, "number"), (True, "boolean"), (None, "null"), ({"0": "x"}, "object")],
 )
-async def test_advisory_ids_that_are_no_array_are_refused(
-    webhook: Client, value: object, received: str
-) -> None:
+async def test_advisory_ids_that_are_no_array_are_refused(webhook: Client, value: object, received: str) -> None:
     expected = (400, refusal(issue("array", received, ["advisoryIds"])))
     assert await ask_json(webhook, {**BOOT_INFO, "advisoryIds": value}) == expected
 
@@ -243,9 +237,7 @@ async def test_each_advisory_id_that_is_no_string_is_named_by_its_index(webhook:
 
 async def test_issues_come_in_schema_order_whatever_the_order_of_the_body(webhook: Client) -> None:
     document = {key: [1] if key == "advisoryIds" else 1 for key in reversed(FIELDS)}
-    expected = [
-        issue("string", "number", ["advisoryIds", 0] if key == "advisoryIds" else [key]) for key in FIELDS
-    ]
+    expected = [issue("string", "number", ["advisoryIds", 0] if key == "advisoryIds" else [key]) for key in FIELDS]
     assert await ask_json(webhook, document) == (400, refusal(*expected))
 
 
@@ -267,9 +259,7 @@ async def test_empty_object_lacks_all_six_required_fields(webhook: Client) -> No
         ('"x"', "string"),
     ],
 )
-async def test_body_that_is_no_object_is_refused_at_the_empty_path(
-    webhook: Client, body: str, received: str
-) -> None:
+async def test_body_that_is_no_object_is_refused_at_the_empty_path(webhook: Client, body: str, received: str) -> None:
     assert await ask(webhook, body) == (400, refusal(issue("object", received, [])))
 
 
@@ -397,9 +387,7 @@ async def test_chunked_body_passes(mock: Client) -> None:
         for byte in json.dumps(BOOT_INFO).encode():
             yield bytes([byte])
 
-    async with mock.post(
-        "/bootAuth/app", data=chunks(), headers={"Content-Type": "application/json"}
-    ) as response:
+    async with mock.post("/bootAuth/app", data=chunks(), headers={"Content-Type": "application/json"}) as response:
         assert await response.text() == ALLOWED
 
 
@@ -460,10 +448,8 @@ async def test_references_in_openapi_resolve(mock: Client) -> None:
 # --- logs
 
 
-async def test_refused_request_is_not_logged_as_a_request(
-    mock: Client, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "auth.mock")
+async def test_refused_request_is_not_logged_as_a_request(mock: Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dstack_emu.auth.mock")
     await ask(mock, "{bad")
     await ask_json(mock, {})
-    assert [record for record in caplog.records if record.name.startswith("auth.")] == []
+    assert [record for record in caplog.records if record.name.startswith("dstack_emu.auth.")] == []

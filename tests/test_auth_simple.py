@@ -14,8 +14,8 @@ from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstack_emu.auth.boot_info import BootInfo, parse_boot_info
-from dstack_emu.auth.errors import ConfigError
+from dstack_emu.auth.boot_info import ReceivedBootInfo, parse_boot_info
+from dstack_emu.auth.errors import AuthConfigError
 from dstack_emu.auth.policy import COMPATS, Compat, Policy, evaluate
 from dstack_emu.auth.server import simple_app
 from dstack_emu.auth.simple import SimpleAuth, SimpleSettings
@@ -216,12 +216,8 @@ async def test_any_device_is_admitted_where_the_config_says_so(config: Path) -> 
 # --- hex
 
 
-@pytest.mark.parametrize(
-    "respell", [str.upper, str.lower, lambda text: text[2:], lambda text: "0X" + text[2:].upper()]
-)
-async def test_hex_is_compared_without_regard_to_case_and_prefix(
-    config: Path, respell: Callable[[str], str]
-) -> None:
+@pytest.mark.parametrize("respell", [str.upper, str.lower, lambda text: text[2:], lambda text: "0X" + text[2:].upper()])
+async def test_hex_is_compared_without_regard_to_case_and_prefix(config: Path, respell: Callable[[str], str]) -> None:
     hex_keys = ["mrAggregated", "osImageHash", "appId", "composeHash", "deviceId"]
     respelt: dict[str, Any] = {key: respell(BOOT_INFO[key]) for key in hex_keys}
     for caller in ["app", "kms"]:
@@ -322,7 +318,7 @@ async def test_decision_on_which_all_contracts_agree_is_not_warned_of(
     changes: list[dict[str, Any]] = [{}, {"tcbStatus": "OutOfDate"}, {"deviceId": "0xd1"}]
     for changed in changes:
         await decide(config, "kms", **changed)
-    assert [record for record in caplog.records if record.name == "auth.simple"] == []
+    assert [record for record in caplog.records if record.name == "dstack_emu.auth.simple"] == []
 
 
 def test_decision_names_the_rule_that_decided() -> None:
@@ -355,7 +351,7 @@ _configs = st.fixed_dictionaries(
     },
 )
 _boot_infos = st.builds(
-    BootInfo,
+    ReceivedBootInfo,
     mr_aggregated=_words,
     os_image_hash=_words,
     app_id=_words,
@@ -368,14 +364,12 @@ _boot_infos = st.builds(
 
 
 @given(config=_configs, boot_info=_boot_infos, is_kms=st.booleans())
-def test_contracts_relate_as_documented(config: dict[str, Any], boot_info: BootInfo, is_kms: bool) -> None:
+def test_contracts_relate_as_documented(config: dict[str, Any], boot_info: ReceivedBootInfo, is_kms: bool) -> None:
     policy = Policy.model_validate_json(json.dumps(config))
     decisions = {compat: evaluate(policy, boot_info, is_kms, compat=compat) for compat in COMPATS}
     allowing = {compat for compat, decision in decisions.items() if decision.is_allowed}
     for compat, decision in decisions.items():
-        assert set(decision.differs_from) == {
-            other for other in COMPATS if (other in allowing) != (compat in allowing)
-        }
+        assert set(decision.differs_from) == {other for other in COMPATS if (other in allowing) != (compat in allowing)}
         assert decision.is_allowed == (decision.reason == "") == (decision.rule == "allowed")
     if "readme" in allowing:
         assert "upstream" in allowing
@@ -501,7 +495,7 @@ async def test_broken_config_denies_and_says_what_is_wrong(
     start = f"failed to load config: {config}: {detail}"
     assert (answer["isAllowed"], answer["gatewayAppId"]) == (False, "")
     assert answer["reason"].startswith(start) if detail.endswith(": ") else answer["reason"] == start
-    assert ("auth.simple", logging.ERROR, answer["reason"]) in caplog.record_tuples
+    assert ("dstack_emu.auth.simple", logging.ERROR, answer["reason"]) in caplog.record_tuples
 
 
 async def test_broken_section_denies_even_boots_that_do_not_need_it(config: Path) -> None:
@@ -618,7 +612,7 @@ async def test_info_without_a_usable_config_is_ok_with_zero_values_and_the_error
         "configPath": str(path),
         "configError": reason,
     }
-    assert ("auth.simple", logging.ERROR, reason) in caplog.record_tuples
+    assert ("dstack_emu.auth.simple", logging.ERROR, reason) in caplog.record_tuples
 
 
 async def test_info_after_a_config_broke_shows_none_of_its_values(config: Path) -> None:
@@ -639,18 +633,15 @@ async def test_config_path_keeps_its_spelling(config: Path, monkeypatch: pytest.
 # --- logs
 
 
-async def test_requests_and_results_are_logged_as_upstream_does(
-    config: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "auth.simple")
+async def test_requests_and_results_are_logged_as_upstream_does(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dstack_emu.auth.simple")
     await decide(config, "app")
     await decide(config, "kms", mrAggregated="0x00")
-    assert [record.getMessage() for record in caplog.records if record.name == "auth.simple"] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "dstack_emu.auth.simple"] == [
         'app boot auth request: {"appId":"0xa0","composeHash":"0xc0","instanceId":"0x10"}',
         'app boot auth result: {"isAllowed":true,"reason":"","gatewayAppId":"0x9a"}',
         f'KMS boot auth request: {{"osImageHash":"{OS_IMAGE}","mrAggregated":"0x00","instanceId":"0x10"}}',
-        "KMS boot auth result: "
-        '{"isAllowed":false,"reason":"aggregated MR not allowed","gatewayAppId":"0x9a"}',
+        'KMS boot auth result: {"isAllowed":false,"reason":"aggregated MR not allowed","gatewayAppId":"0x9a"}',
     ]
 
 
@@ -667,10 +658,10 @@ def test_settings_come_from_the_environment() -> None:
 @pytest.mark.parametrize("text", ["README", "v0.5.11", "readme "])
 def test_unknown_contract_refuses_to_start(text: str) -> None:
     expected = f'AUTH_SIMPLE_COMPAT is "{text}", expected one of readme, upstream, next'
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(AuthConfigError) as caught:
         SimpleSettings.from_env({"AUTH_SIMPLE_COMPAT": text})
     assert str(caught.value) == expected
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(AuthConfigError) as caught:
         simple_app("x.json", compat=text)  # type: ignore[arg-type]
     assert str(caught.value) == expected
 
@@ -759,6 +750,4 @@ async def test_requests_of_the_real_kms_are_decided_by_their_values(config: Path
             for document, is_allowed in [(listed, True), ({**listed, "kms": {}, "apps": {}}, False)]:
                 write(config, document)
                 async with client.post(row["path"], data=row["body"], headers=headers) as response:
-                    assert (await response.json())["isAllowed"] is (
-                        is_allowed and sent["tcbStatus"] == "UpToDate"
-                    )
+                    assert (await response.json())["isAllowed"] is (is_allowed and sent["tcbStatus"] == "UpToDate")

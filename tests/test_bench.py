@@ -97,6 +97,6 @@ def test_load_generator_refuses_an_answer_that_is_no_success(ready_stack: Runnin
 
 
 def test_process_that_ends_before_it_is_ready_is_reported_with_what_it_said() -> None:
-    command = (sys.executable, "-m", "stack", "kms", "--config", "/nonexistent/kms.toml")
+    command = (sys.executable, "-m", "dstack_emu", "kms", "--config", "/nonexistent/kms.toml")
     with pytest.raises(ProcessError, match=r"cannot read /nonexistent/kms\.toml"), running(command, ready_on="stderr"):
         pass

@@ -301,7 +301,7 @@ def test_kms_url_that_is_none_is_wrong_use(wrong: str, capsys: pytest.CaptureFix
 @contextmanager
 def waiting(url: str) -> Iterator[subprocess.Popen[str]]:
     """Boot through a KMS that is not there yet; yield once the command has said that it waits."""
-    command = [sys.executable, "-m", "stack", "boot", "--kms", url, "--wait", "40", "--json"]
+    command = [sys.executable, "-m", "dstack_emu", "boot", "--kms", url, "--wait", "40", "--json"]
     both: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=ROOT, text=True, **both)
     assert process.stderr

@@ -67,9 +67,9 @@ def test_golden_certificates_are_issued_again_with_the_same_extensions_names_and
         assert ours.subject.public_bytes() == bytes.fromhex(entry["subject_der"])
         assert ours.serial_number == recorded.serial_number
         assert ours.not_valid_after_utc == recorded.not_valid_after_utc
-        assert [
-            (e.oid.dotted_string, e.critical, e.value.public_bytes().hex()) for e in ours.extensions
-        ] == [(e["oid"], e["critical"], e["extn_value_der"]) for e in entry["extensions_in_order"]]
+        assert [(e.oid.dotted_string, e.critical, e.value.public_bytes().hex()) for e in ours.extensions] == [
+            (e["oid"], e["critical"], e["extn_value_der"]) for e in entry["extensions_in_order"]
+        ]
         seen += 1
     assert seen >= 20
 

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from dstack_emu.testing import LiveStack
 from dstack_emu.transport.listen import bind_tcp, serve
-from dstack_emu.webhook_check.check import AT_ONCE, Finding, Report, check_webhook
+from dstack_emu.webhook_check.check import AT_ONCE, AnswerCheck, Report, check_webhook
 from dstack_emu.webhook_check.questions import QuestionError, Questions
 from tests.commands import run_command, serving, usage_error
 
@@ -63,7 +63,7 @@ async def report_on(answer: Answer = right, info: Callable[[], web.StreamRespons
         return await check_webhook(url, QUESTIONS, patience=0.5 if answer is hang else 10.0)
 
 
-def timeless(report: Report) -> list[Finding]:
+def timeless(report: Report) -> list[AnswerCheck]:
     """The findings but the one that depends on how busy this machine is."""
     return [finding for finding in report.findings if finding.name != "time"]
 

@@ -15,7 +15,7 @@ import pytest_asyncio
 from aiohttp import web
 
 from dstack_emu.control.api import Control
-from dstack_emu.control.routes import OPERATIONS, openapi
+from dstack_emu.control.routes import ROUTES, openapi
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.stack import Stack
 from dstack_emu.transport.listen import bind_tcp, serve
@@ -342,7 +342,7 @@ async def test_openapi_document_names_every_call_and_every_call_answers_or_refus
     status, document = await _ask(stack, "GET", "/openapi.json")
     assert status == 200
     assert document == json.loads(json.dumps(openapi()))
-    for operation in OPERATIONS:
+    for operation in ROUTES:
         described = document["paths"][operation.path][operation.method.lower()]
         assert described["summary"]
         if operation.method == "GET" and "{" not in operation.path:

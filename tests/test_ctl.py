@@ -15,7 +15,7 @@ from tests.vectors import ROOT
 
 def _ctl(stack: RunningStack, *words: str, environment: dict[str, str] | None = None) -> tuple[int, str, str]:
     where = [] if environment else ["--url", stack.services["control"]]
-    command = [sys.executable, "-m", "stack", "ctl", *where, *words]
+    command = [sys.executable, "-m", "dstack_emu", "ctl", *where, *words]
     env = {**os.environ, **(environment or {})}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30, check=False)
     return done.returncode, done.stdout, done.stderr
@@ -62,7 +62,7 @@ def test_shell_finds_the_stack_by_its_folder_and_by_the_environment(ready_stack:
 
 
 def test_journal_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "stack", "up", "--free-ports", "--journal", str(tmp_path / "no" / "journal")]
+    command = [sys.executable, "-m", "dstack_emu", "up", "--free-ports", "--journal", str(tmp_path / "no" / "journal")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert f"--journal: the journal {tmp_path / 'no' / 'journal'} cannot be written" in done.stderr

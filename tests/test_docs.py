@@ -33,7 +33,7 @@ from tests.scratch import run_pytest
 from tests.vectors import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-PACKAGES = ("attest", "auth", "kms_emu", "simulator", "stack", "transport")
+PACKAGES = ("auth", "dstack_emu", "kms_emu", "simulator")
 STATE = "/tmp/emu"
 ANYTHING = "…"
 
@@ -179,7 +179,7 @@ def test_kms_of_ones_own_bootstraps_by_the_readmes_file(folder: Path) -> None:
         assert agent
         environment = {**os.environ, "DSTACK_AGENT_ADDRESS": reader.here(agent[1], stack)}
         kms = subprocess.Popen(
-            [sys.executable, "-m", "stack", "kms", "-c", str(file)],
+            [sys.executable, "-m", "dstack_emu", "kms", "-c", str(file)],
             cwd=ROOT,
             env=environment,
             stderr=subprocess.PIPE,
@@ -351,7 +351,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_files_named_in_code_spans_exist(path: Path) -> None:
-    named = re.findall(rf"`((?:{'|'.join(PACKAGES)}|docs|proto|tests|tools)/[\w./-]*)`", path.read_text())
+    named = re.findall(rf"`((?:{'|'.join(PACKAGES)}|docs|tests|tools)/[\w./-]*)`", path.read_text())
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -418,7 +418,7 @@ def test_messages_of_the_troubleshooting_page_are_the_programs() -> None:
 
 def ends(*arguments: str) -> tuple[int, str]:
     """Run the program where it is going to fail; return its status and the last line on stderr."""
-    command = [sys.executable, "-m", "stack", *arguments]
+    command = [sys.executable, "-m", "dstack_emu", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
     return done.returncode, done.stderr.strip().splitlines()[-1]
 

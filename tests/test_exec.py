@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dstack_emu.cli.commands.exec import URLS
+from dstack_emu.deployment.environment import URLS
 from tests.commands import run_command, usage_error
 from tests.running import RunningStack
 from tests.vectors import ROOT
@@ -20,7 +20,7 @@ from tests.vectors import ROOT
 @contextmanager
 def executing(script: str, short_folder: Path, *options: str) -> Iterator["subprocess.Popen[str]"]:
     """Run a Python script in a stack until the block ends, with temporary folders in one of ours."""
-    command = [sys.executable, "-m", "stack", "exec", *options, "--", sys.executable, "-c", script]
+    command = [sys.executable, "-m", "dstack_emu", "exec", *options, "--", sys.executable, "-c", script]
     environment = {**os.environ, "TMPDIR": str(short_folder)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)  # type: ignore[call-overload]
@@ -66,7 +66,7 @@ def test_command_finds_the_stack_by_its_environment(short_folder: Path) -> None:
 
 def test_streams_go_through_untouched_and_the_status_is_the_commands(short_folder: Path) -> None:
     script = "import sys; d = sys.stdin.buffer.read(); sys.stdout.buffer.write(d); print('e', file=sys.stderr); exit(3)"
-    command = [sys.executable, "-m", "stack", "exec", "--fresh", "--", sys.executable, "-c", script]
+    command = [sys.executable, "-m", "dstack_emu", "exec", "--fresh", "--", sys.executable, "-c", script]
     data = bytes(range(256)) * 1000
     done = subprocess.run(command, cwd=ROOT, input=data, capture_output=True, timeout=50, check=False)
     assert (done.returncode, done.stdout == data, done.stderr) == (3, True, b"e\n")

@@ -16,9 +16,9 @@ from dstack_emu.attest.errors import FormatError, UnjudgedError, VerificationErr
 from dstack_emu.attest.proto import dstack_guest_pb2 as pb
 from dstack_emu.transport.grpc_server import (
     MAX_DETAILS,
+    GrpcPeer,
     GrpcService,
     Listener,
-    Peer,
     Statuses,
     anyone,
     details,
@@ -39,7 +39,7 @@ class FrozenError(ColdError):
     """A kind of it."""
 
 
-def worker(version: Handler, context: Callable[[Peer], Awaitable[Any]] = anyone) -> GrpcService[Any]:
+def worker(version: Handler, context: Callable[[GrpcPeer], Awaitable[Any]] = anyone) -> GrpcService[Any]:
     """Service Worker with one interesting RPC."""
 
     async def info(context: Any, request: Empty) -> pb.AppInfo:
@@ -110,7 +110,7 @@ async def test_unexpected_error_is_logged_and_told_by_its_type_alone(caplog: pyt
 
 
 async def test_refusal_of_the_context_comes_before_the_message_is_read() -> None:
-    async def stranger(peer: Peer) -> str:
+    async def stranger(peer: GrpcPeer) -> str:
         raise ColdError("who are you?")
 
     async with served(worker(answering, stranger)) as call:
@@ -120,7 +120,7 @@ async def test_refusal_of_the_context_comes_before_the_message_is_read() -> None
 
 
 async def test_context_has_the_metadata_and_no_certificate_without_tls() -> None:
-    async def who(peer: Peer) -> tuple[bytes | None, str]:
+    async def who(peer: GrpcPeer) -> tuple[bytes | None, str]:
         return peer.certificate, peer.metadata["x-name"]
 
     async with served(worker(answering, who)) as call:

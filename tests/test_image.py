@@ -259,8 +259,7 @@ def test_mrtd_follows_qemu_version_unless_set(
         ("7.9.9", "Unsupported QEMU version: (7, 9, 9)"),
         (
             "8.2",
-            "Failed to parse QEMU version: "
-            "Version string must have exactly 3 parts (major.minor.patch), got 2",
+            "Failed to parse QEMU version: Version string must have exactly 3 parts (major.minor.patch), got 2",
         ),
         ("8.x.1", "Failed to parse QEMU version: Invalid version number: invalid digit found in string"),
         (
@@ -399,17 +398,13 @@ def set_version(value: object) -> Callable[[Json], object]:
         ),
     ],
 )
-def test_document_refused_when_one_member_is_wrong(
-    steps: Json, change: Callable[[Json], object], reason: str
-) -> None:
+def test_document_refused_when_one_member_is_wrong(steps: Json, change: Callable[[Json], object], reason: str) -> None:
     with pytest.raises(FormatError) as refusal:
         ImageMeasurement.decode(changed_document(steps, change))
     assert str(refusal.value) == f"TdxOsImageMeasurement: {reason}"
 
 
-@pytest.mark.parametrize(
-    "data", ["", "ff", "00", "80", "a367", "a1808080", "a26776657273696f6e036776657273696f6e03"]
-)
+@pytest.mark.parametrize("data", ["", "ff", "00", "80", "a367", "a1808080", "a26776657273696f6e036776657273696f6e03"])
 def test_document_refused_when_it_is_no_map_of_text(data: str) -> None:
     with pytest.raises(FormatError, match=r"^TdxOsImageMeasurement: failed to decode CBOR: "):
         ImageMeasurement.decode(bytes.fromhex(data))
@@ -473,15 +468,11 @@ def pe_kernel(certificates: tuple[int, int] = (0, 0)) -> bytes:
 
 
 # Of these bytes, computed by upstream's dstack-mr (312dc605).
-UNSIGNED_KERNEL = (
-    "fa303b78d0d92231a485d450b7cbe1a9c8feb1e45a34890b107048789bd3dc5a7d908dee648605577a604a3d63ecb39f"
-)
+UNSIGNED_KERNEL = "fa303b78d0d92231a485d450b7cbe1a9c8feb1e45a34890b107048789bd3dc5a7d908dee648605577a604a3d63ecb39f"
 UNSIGNED_KERNEL_1536_MIB = (
     "0070ac478b02981a8a7781c1aba72e7a3e205daa42130e849ae6b9ac179ed898f868fb8a98aa529c2356d653a169f53e"
 )
-SIGNED_KERNEL = (
-    "ed9b75662984abcec09195eba78942979cefac6f9cb6ef577f8828e8e87803d0a4c7f2106ee64a065d57f195fc461ed1"
-)
+SIGNED_KERNEL = "ed9b75662984abcec09195eba78942979cefac6f9cb6ef577f8828e8e87803d0a4c7f2106ee64a065d57f195fc461ed1"
 
 
 @pytest.mark.parametrize(
@@ -494,9 +485,7 @@ SIGNED_KERNEL = (
         (pe_kernel((0x1F00, 0x100)), 0x80000000, SIGNED_KERNEL),
     ],
 )
-def test_kernel_digest_equals_upstreams_for_the_patched_pe(
-    kernel: bytes, memory_size: int, digest: str
-) -> None:
+def test_kernel_digest_equals_upstreams_for_the_patched_pe(kernel: bytes, memory_size: int, digest: str) -> None:
     assert kernel_authenticode(kernel, 5_000_000, memory_size).hex() == digest
 
 
@@ -525,9 +514,7 @@ def test_kernel_digest_ignores_checksum_and_certificates_but_no_code() -> None:
         (0x46, b"\xff\xff", 0, "is beyond its 8196 bytes"),
     ],
 )
-def test_kernel_refused_when_it_is_no_modern_pe(
-    offset: int, patch: bytes, initrd_size: int, reason: str
-) -> None:
+def test_kernel_refused_when_it_is_no_modern_pe(offset: int, patch: bytes, initrd_size: int, reason: str) -> None:
     kernel = bytearray(pe_kernel())
     kernel[offset : offset + len(patch)] = patch
     with pytest.raises(FormatError, match=reason):
@@ -637,18 +624,13 @@ def image() -> OsImage:
 
 def test_image_equals_when_made_from_the_same_seed_only(image: OsImage) -> None:
     assert OsImage.from_seed(derive) == image
-    assert (
-        OsImage.from_seed(lambda label, size: derive("other " + label, size)).os_image_hash
-        != image.os_image_hash
-    )
+    assert OsImage.from_seed(lambda label, size: derive("other " + label, size)).os_image_hash != image.os_image_hash
     assert OsImage.from_seed(derive, version="0.5.12").os_image_hash != image.os_image_hash
     # Pinned, so that another process, another day or another edit cannot change what a seed means unnoticed.
     assert image.os_image_hash.hex() == "089ee62cd2a9f9bdce834ca95df76abed9ffc386d8b4fca7cdccad4458be2b62"
 
 
-def test_image_directory_passes_sha256sum_and_carries_required_metadata(
-    image: OsImage, tmp_path: Path
-) -> None:
+def test_image_directory_passes_sha256sum_and_carries_required_metadata(image: OsImage, tmp_path: Path) -> None:
     for name, content in image.files.items():
         (tmp_path / name).write_bytes(content)
     subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "sha256sum.txt"], cwd=tmp_path, check=True)

@@ -667,7 +667,7 @@ def test_command_colours_a_terminal_alone_and_not_under_no_color(tmp_path: Path)
 
     def on_terminal(**environment: str) -> str:
         reader, writer = pty.openpty()
-        command = [sys.executable, "-m", "stack", "inspect", str(file)]
+        command = [sys.executable, "-m", "dstack_emu", "inspect", str(file)]
         base = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
         with subprocess.Popen(command, cwd=ROOT, stdout=writer, env=base | environment) as process:
             os.close(writer)

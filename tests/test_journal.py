@@ -10,7 +10,6 @@ import pytest
 
 from dstack_emu.control.api import Control
 from dstack_emu.control.schemas import ControlError
-from dstack_emu.deployment.clock import StackClock
 from dstack_emu.observability.journal import Journal, record_of
 from dstack_emu.observability.record_text import lines
 from dstack_emu.observability.spans import OUTSIDE, answered, current, entered, headers_of, read_header
@@ -148,7 +147,7 @@ def test_header_of_somebody_else_is_from_outside(text: str | None) -> None:
 
 
 def test_header_that_claims_a_call_which_is_over_begins_a_trace_of_its_own() -> None:
-    journal = Journal(StackClock(lambda: 0.0))
+    journal = Journal(StackClock(lambda: 0.0), kept=3)
     over = journal.begin("s", "C", None, 0, OUTSIDE)
     with entered(over):
         header = headers_of("app")()["X-Dstack-Emu-Trace"]
@@ -159,7 +158,7 @@ def test_header_that_claims_a_call_which_is_over_begins_a_trace_of_its_own() -> 
 
 
 def test_questions_that_never_arrive_are_forgotten_oldest_first() -> None:
-    journal = Journal(StackClock(lambda: 0.0))
+    journal = Journal(StackClock(lambda: 0.0), kept=3)
     outer = journal.begin("s", "C", None, 0, OUTSIDE)
     with entered(outer):
         asked = [headers_of("app")()["X-Dstack-Emu-Trace"] for _ in range(5000)]
@@ -170,7 +169,7 @@ def test_questions_that_never_arrive_are_forgotten_oldest_first() -> None:
 
 
 def test_question_that_was_sent_twice_is_noted_once_and_forgotten_when_it_is_answered() -> None:
-    journal = Journal(StackClock(lambda: 0.0))
+    journal = Journal(StackClock(lambda: 0.0), kept=3)
     outer = journal.begin("s", "C", None, 0, OUTSIDE)
     with entered(outer):
         header = headers_of("app")()["X-Dstack-Emu-Trace"]

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from dstack_emu.kms_emu.config import KmsConfig
 from dstack_emu.kms_emu.environment import merged, overrides
-from dstack_emu.kms_emu.errors import ConfigError
+from dstack_emu.kms_emu.errors import KmsConfigError
 from tests.commands import usage_error
 from tests.kms_process import variables
 
@@ -59,7 +59,7 @@ def test_every_key_can_be_set_by_a_variable(key: str) -> None:
                 "core.auth_api.type": "dev",
                 "core.admin_token_hash": "ab" * 32,
                 "emulator.rpc_cert_evidence": "legacy",
-            }.get(key, "a text = \"with\" [signs]")
+            }.get(key, 'a text = "with" [signs]')
             other = text
     changed = dict(leaves(configured(variables({key: text}))))
     assert changed == {**KEYS, key: other}
@@ -98,13 +98,13 @@ def test_other_variables_are_left_alone() -> None:
     ],
 )
 def test_variable_that_cannot_be_is_named(name: str, value: str, said: str) -> None:
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(KmsConfigError) as refusal:
         configured({f"DSTACK_EMU_KMS_{name}": value})
     assert str(refusal.value).startswith(f"DSTACK_EMU_KMS_{name}: {said}")
 
 
 def test_file_whose_section_is_no_table_is_refused_by_key() -> None:
-    with pytest.raises(ConfigError, match="^kms.toml: core: Input should be a valid dictionary"):
+    with pytest.raises(KmsConfigError, match="^kms.toml: core: Input should be a valid dictionary"):
         configured({"DSTACK_EMU_KMS_CORE__SITE_NAME": "x"}, "core = 1")
 
 

@@ -12,7 +12,7 @@ from dstack_sdk import DstackClient
 
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.config import PartEndedError, StackConfig, StackError
-from dstack_emu.testing import Journal, Kms, LiveStack, Policy, Refused, TrustDomain, refused
+from dstack_emu.testing import LiveJournal, LiveKms, LivePolicy, LiveStack, LiveTrustDomain, Refused, refused
 from dstack_emu.testing.thread import StackThread
 
 # ---- refusals
@@ -46,7 +46,7 @@ def test_what_is_no_refusal_goes_through(dstack_stack: LiveStack) -> None:
         1 // 0  # noqa: B018
 
 
-def test_refusal_of_an_agent_has_its_words_and_status(dstack_app: Callable[..., TrustDomain]) -> None:
+def test_refusal_of_an_agent_has_its_words_and_status(dstack_app: Callable[..., LiveTrustDomain]) -> None:
     with pytest.raises(Refused, match="Unsupported algorithm") as refusal:
         dstack_app().rpc("GetKey", path="a", algorithm="rot13")
     assert refusal.value.status == 400
@@ -78,7 +78,7 @@ def test_setting_for_what_is_there_is_refused(dstack_stack: LiveStack) -> None:
         dstack_stack.kms("src", webhook="own")
 
 
-def test_images_are_measured_and_booted(dstack_stack: LiveStack, dstack_policy: Callable[..., Policy]) -> None:
+def test_images_are_measured_and_booted(dstack_stack: LiveStack, dstack_policy: Callable[..., LivePolicy]) -> None:
     own, other = dstack_stack.image(), dstack_stack.image("other", "0.6.0")
     assert own.os_image_hash == dstack_stack.app().info["os_image_hash"] != other.os_image_hash
     app = dstack_stack.app("wallet", image=other)
@@ -89,13 +89,13 @@ def test_images_are_measured_and_booted(dstack_stack: LiveStack, dstack_policy: 
     assert app.boot("src").has_keys
 
 
-def test_policy_of_a_foreign_webhook_is_none_of_the_stacks(dstack_kms: Callable[..., Kms]) -> None:
+def test_policy_of_a_foreign_webhook_is_none_of_the_stacks(dstack_kms: Callable[..., LiveKms]) -> None:
     kms = dstack_kms("mine", webhook="http://127.0.0.1:1")
     with pytest.raises(ControlError, match="kms-mine asks http://127.0.0.1:1, which has no policy of the stack's"):
         _ = kms.policy
 
 
-def test_policy_is_read_and_replaced(dstack_policy: Callable[..., Policy], dstack_stack: LiveStack) -> None:
+def test_policy_is_read_and_replaced(dstack_policy: Callable[..., LivePolicy], dstack_stack: LiveStack) -> None:
     policy = dstack_policy("src")
     assert json.loads(policy.path.read_text()) == policy.content
     policy.set({**policy.content, "osImages": []})
@@ -103,7 +103,7 @@ def test_policy_is_read_and_replaced(dstack_policy: Callable[..., Policy], dstac
         dstack_stack.boot()
 
 
-def test_kms_answers_under_its_own_root(dstack_kms: Callable[..., Kms], dstack_fresh_stack: LiveStack) -> None:
+def test_kms_answers_under_its_own_root(dstack_kms: Callable[..., LiveKms], dstack_fresh_stack: LiveStack) -> None:
     kms = dstack_kms("src")
     assert kms.rpc("GetAttestationInfo")["mr_aggregated"] == kms.trust_domain.mr_aggregated
     assert kms.platform.name == "host of kms-src"
@@ -131,7 +131,7 @@ def test_control_has_every_call_and_no_more(dstack_stack: LiveStack) -> None:
 # ---- what is seen and broken
 
 
-def test_journal_looks_at_the_test_alone(dstack_stack: LiveStack, dstack_journal: Journal) -> None:
+def test_journal_looks_at_the_test_alone(dstack_stack: LiveStack, dstack_journal: LiveJournal) -> None:
     assert dstack_journal.records() == []
     dstack_stack.boot()
     assert dstack_journal.calls("GetAppKey", service="kms-src") == dstack_journal.calls("SignCert") == 1
@@ -183,7 +183,7 @@ def test_snapshots_of_ones_own(dstack_stack: LiveStack) -> None:
 # ---- threads and ends
 
 
-async def test_calls_are_made_from_many_threads_at_once(dstack_stack: LiveStack, dstack_journal: Journal) -> None:
+async def test_calls_are_made_from_many_threads_at_once(dstack_stack: LiveStack, dstack_journal: LiveJournal) -> None:
     names = [f"app-{number}" for number in range(2, 8)]
     apps = await asyncio.gather(*(asyncio.to_thread(dstack_stack.app, name) for name in names))
     await asyncio.to_thread(dstack_stack.policy().allow, *apps)

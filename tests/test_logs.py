@@ -104,10 +104,10 @@ def test_passwords_in_urls_and_private_keys_are_cut_out(form: logs.Form) -> None
     ],
 )
 def test_verbosity_says_how_much_is_heard(verbosity: int, level: str | None, heard: tuple[str, str]) -> None:
-    root, talkative = logging.getLogger(), logging.getLogger("tests.talkative")
+    root, talkative = logging.getLogger(), logging.getLogger("dstack_emu.talkative")
     before = root.level, root.handlers[:]
     try:
-        logs.set_up(verbosity, "text", ("tests.talkative",), level)
+        logs.set_up(verbosity, "text", ("talkative",), level)
         found = tuple(logging.getLevelName(logger.getEffectiveLevel()).lower() for logger in (root, talkative))
         assert found == heard
     finally:

@@ -30,7 +30,10 @@ def copy(tmp_path: Path) -> Path:
 
 def test_check_passes_for_the_committed_code() -> None:
     result = check(ROOT)
-    assert (result.returncode, result.stdout) == (0, "dstack_emu/attest/proto and dstack_emu/transport/stubs are fresh\n"), result.stderr
+    assert (result.returncode, result.stdout) == (
+        0,
+        "dstack_emu/attest/proto and dstack_emu/transport/stubs are fresh\n",
+    ), result.stderr
 
 
 def test_check_fails_where_a_field_was_edited(copy: Path) -> None:

@@ -54,9 +54,7 @@ FULL_GUEST = guest.GetQuoteResponse(quote=b"\x01", event_log="[]", report_data=b
 
 def answer_type(path: str) -> type[Message] | None:
     name = path.partition("?")[0].rpartition("/")[2]
-    return next(
-        (kind for ending, kind in ANSWERS.items() if name == ending or name.endswith("." + ending)), None
-    )
+    return next((kind for ending, kind in ANSWERS.items() if name == ending or name.endswith("." + ending)), None)
 
 
 def recorded_answers() -> list[tuple[str, type[Message], str]]:
@@ -483,12 +481,8 @@ TYPES: list[type[Message]] = [
     kms.KmsKeyResponse,
     guest.GetTlsKeyArgs,
 ]
-SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("0xab") | st.just("00")
-)
-NAMES = st.sampled_from([name for kind in TYPES for name in kind.DESCRIPTOR.fields_by_name]) | st.text(
-    max_size=3
-)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("0xab") | st.just("00")
+NAMES = st.sampled_from([name for kind in TYPES for name in kind.DESCRIPTOR.fields_by_name]) | st.text(max_size=3)
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
@@ -514,12 +508,8 @@ def test_decode_json_raises_nothing_but_format_errors_on_json(kind: type[Message
     assert decode_json(kind, encode_json(message)) == message
 
 
-@given(
-    st.sampled_from(TYPES), st.lists(st.tuples(NAMES, st.sampled_from(["", "[]", "[0]", "[a]"]), st.text()))
-)
-def test_decode_query_raises_nothing_but_format_errors(
-    kind: type[Message], pairs: list[tuple[str, str, str]]
-) -> None:
+@given(st.sampled_from(TYPES), st.lists(st.tuples(NAMES, st.sampled_from(["", "[]", "[0]", "[a]"]), st.text())))
+def test_decode_query_raises_nothing_but_format_errors(kind: type[Message], pairs: list[tuple[str, str, str]]) -> None:
     try:
         decode_query(kind, "&".join(f"{name}{index}={value}" for name, index, value in pairs))
     except FormatError:

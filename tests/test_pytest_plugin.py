@@ -122,7 +122,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> str:
     source = folder / "source"
     source.mkdir()
     for name in PACKAGES:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--no-input"]
@@ -158,8 +158,11 @@ def test_project_with_nothing_but_the_package_runs_on_two_workers(
 
 
 def test_plugin_imports_nothing_of_the_emulator_until_a_fixture_is_used() -> None:
-    program = "import sys, stack.pytest_plugin; print([m for m in sys.modules if m.split('.')[0] in sys.argv[1:]])"
-    heavy = ["aiohttp", "cryptography", "grpc", "pydantic", "google", *(set(PACKAGES) - {"stack"})]
+    program = (
+        "import sys, dstack_emu.pytest_plugin; own = {'dstack_emu', 'dstack_emu.pytest_plugin'}; "
+        "print([m for m in sys.modules if m.split('.')[0] in sys.argv[1:] and m not in own])"
+    )
+    heavy = ["aiohttp", "cryptography", "grpc", "pydantic", "google", "dstack_emu"]
     command = [sys.executable, "-c", program, *heavy]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == "[]\n"

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from dstack_emu.runbook.report import Screen
+from dstack_emu.cli.runbook_report import Screen
 from dstack_emu.runbook.target import Target, TargetError
 from dstack_emu.runbook.transcript import Step
 from tests.commands import run_command, usage_error
@@ -481,7 +481,7 @@ def test_source_url_without_a_stack_elsewhere_is_refused() -> None:
 
 def test_interrupted_run_leaves_nothing_behind(short_folder: Path) -> None:
     evidence = short_folder / "evidence.tar.gz"
-    command = [sys.executable, "-m", "stack", "runbook", "--evidence", str(evidence)]
+    command = [sys.executable, "-m", "dstack_emu", "runbook", "--evidence", str(evidence)]
     environment = {**os.environ, "TMPDIR": str(short_folder)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stderr is not None

@@ -24,7 +24,7 @@ from tests.vectors import ROOT
 
 pytestmark = pytest.mark.timeout(180)
 
-SITE = "</script><b>site</b> & \"more\""
+SITE = '</script><b>site</b> & "more"'
 
 
 @pytest.fixture(scope="module")

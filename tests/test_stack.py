@@ -147,7 +147,7 @@ async def test_stack_that_cannot_be_made_names_the_part(tmp_path: Path) -> None:
     ],
 )
 def test_signal_ends_it_cleanly_at_any_time(said: str | None, number: int, short_folder: Path) -> None:
-    command = [sys.executable, "-m", "stack", "up", "--json", "--free-ports"]
+    command = [sys.executable, "-m", "dstack_emu", "up", "--json", "--free-ports"]
     environment = {**os.environ, "TMPDIR": str(short_folder)}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -189,7 +189,7 @@ def test_stack_is_stopped_and_resumed_many_times(short_folder: Path) -> None:
         lambda process: process.send_signal(signal.SIGINT),
         lambda process: process.kill(),
     ]
-    command = [sys.executable, "-m", "stack", "up", "--json", "--free-ports", "--state", str(short_folder)]
+    command = [sys.executable, "-m", "dstack_emu", "up", "--json", "--free-ports", "--state", str(short_folder)]
     for turn in range(TURNS):
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None

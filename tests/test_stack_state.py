@@ -12,7 +12,7 @@ from tests.vectors import ROOT
 
 
 def _up_fails(*arguments: str) -> str:
-    command = [sys.executable, "-m", "stack", "up", "--json", "--free-ports", *arguments]
+    command = [sys.executable, "-m", "dstack_emu", "up", "--json", "--free-ports", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert sum("Error: " in line for line in done.stderr.splitlines()) == 1

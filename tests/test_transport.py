@@ -73,8 +73,7 @@ def rows_of(service: str) -> list[dict[str, Any]]:
     rows = [
         row
         for row in golden("wire.json")
-        if (row["component"], row.get("phase") or row.get("socket")) == wanted[service]
-        and row["name"] in ROWS[service]
+        if (row["component"], row.get("phase") or row.get("socket")) == wanted[service] and row["name"] in ROWS[service]
     ]
     assert {row["name"] for row in rows} == set(ROWS[service])
     return rows
@@ -112,9 +111,7 @@ async def test_recorded_codec_calls_are_answered_as_by_the_real_program(service:
                     assert answer.error == text, name
                 else:
                     assert answer.error, name
-                    assert answer.body.startswith(b'{\n  "error": "') == (
-                        answer.kind == "application/json"
-                    ), name
+                    assert answer.body.startswith(b'{\n  "error": "') == (answer.kind == "application/json"), name
             elif wanted["status"] == 200 and answer.kind == "application/json":
                 assert (answer.body == b"null") == (wanted["body"] == "null"), name
 
@@ -132,13 +129,9 @@ EDGE_ROWS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("component", "service"), [("http-edge kms-tls", "kms"), ("http-edge agent-unix", "guest")]
-)
+@pytest.mark.parametrize(("component", "service"), [("http-edge kms-tls", "kms"), ("http-edge agent-unix", "guest")])
 async def test_recorded_raw_http_is_answered_as_by_the_real_program(component: str, service: str) -> None:
-    rows = [
-        r for r in golden("wire.json") if r["component"] == component and r["name"] in EDGE_ROWS[component]
-    ]
+    rows = [r for r in golden("wire.json") if r["component"] == component and r["name"] in EDGE_ROWS[component]]
     assert len(rows) == len(EDGE_ROWS[component])
     async with served(application(Toy(), service)) as server:
         for row in rows:
@@ -202,10 +195,10 @@ async def test_an_unexpected_error_is_logged_and_answered_without_details(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with served(application(Toy(), "guest")) as server:
-        with caplog.at_level(logging.ERROR, "transport.prpc_server"):
+        with caplog.at_level(logging.ERROR, "dstack_emu.transport.prpc_server"):
             answer = await post(server, "/Broken?json")
     assert answer.body == b'{\n  "error": "internal error: ValueError"\n}'
-    (record,) = [r for r in caplog.records if r.name == "transport.prpc_server"]
+    (record,) = [r for r in caplog.records if r.name == "dstack_emu.transport.prpc_server"]
     assert record.getMessage() == "'DstackGuest.Broken' failed"
     assert record.exc_info is not None
 
@@ -394,9 +387,7 @@ async def test_a_body_with_broken_chunks_is_an_error_and_reaches_no_handler() ->
     toy = Toy()
     async with served(application(toy, "onboard")) as server:
         reader, writer = await connect(server)
-        writer.write(
-            b"POST /prpc/Bootstrap?json HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"
-        )
+        writer.write(b"POST /prpc/Bootstrap?json HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab")
         writer.write(b"cdeXX\r\n")
         assert (await read_answer(reader)).status == 400
         assert toy.seen == []
@@ -610,9 +601,7 @@ def self_signed(folder: Path, name: str) -> Identity:
         x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
-        )
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
         .sign(key, hashes.SHA256())
     )
     cert_file, key_file = folder / f"{name}.crt", folder / f"{name}.key"
@@ -682,9 +671,7 @@ async def test_client_names_tls_where_the_server_is_not_trusted(identity: Identi
     assert "self-signed certificate" in caught.value.cause
 
 
-async def test_client_names_tls_where_its_own_certificate_is_refused(
-    identity: Identity, tmp_path: Path
-) -> None:
+async def test_client_names_tls_where_its_own_certificate_is_refused(identity: Identity, tmp_path: Path) -> None:
     other = self_signed(tmp_path, "other")
     context = ssl.create_default_context(cafile=identity.cert_file)
     context.load_cert_chain(other.cert_file, other.key_file)
@@ -728,9 +715,7 @@ def test_bind_tcp_of_a_taken_port_names_address_cause_and_setting() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ListenError) as caught:
             bind_tcp("127.0.0.1", port, setting="core.onboard.port")
-    assert str(caught.value) == (
-        f"cannot listen on 127.0.0.1:{port}: the address is in use (set by core.onboard.port)"
-    )
+    assert str(caught.value) == (f"cannot listen on 127.0.0.1:{port}: the address is in use (set by core.onboard.port)")
     assert caught.value.setting == "core.onboard.port"
 
 
@@ -759,9 +744,7 @@ def test_bind_unix_replaces_a_socket_file_that_nobody_listens_on(tmp_path: Path)
 def test_bind_unix_leaves_a_live_socket_alone(tmp_path: Path) -> None:
     path = tmp_path / "s.sock"
     with bind_unix(path):
-        with pytest.raises(
-            ListenError, match=r"unix:.*/s\.sock: another process listens there \(set by X\)$"
-        ):
+        with pytest.raises(ListenError, match=r"unix:.*/s\.sock: another process listens there \(set by X\)$"):
             bind_unix(path, setting="X")
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
@@ -815,9 +798,7 @@ async def test_an_accepted_socket_has_its_options() -> None:
         await server.close()
 
 
-@pytest.mark.parametrize(
-    ("host", "shown"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")]
-)
+@pytest.mark.parametrize(("host", "shown"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
 async def test_the_url_of_a_server_is_one_to_connect_to(host: str, shown: str) -> None:
     try:
         sock = bind_tcp(host, 0)

@@ -24,7 +24,7 @@ from dstack_emu.attest.quote import TD10_FIELDS, TdReport, TdReport15
 from dstack_emu.attest.report_data import bootstrap_report_data, pad_report_data
 from dstack_emu.attest.verify import TrustAnchor, VerifiedQuote, require_bound_to_key, verify_attestation, verify_quote
 from dstack_emu.cli.commands.inspect import WIDTH
-from dstack_emu.inspection.checks import Check, Evidence, Policy, all_hold, verify_evidence
+from dstack_emu.inspection.checks import Check, Evidence, Expectations, all_hold, verify_evidence
 from dstack_emu.inspection.identify import inspect_input
 from dstack_emu.simulator.intel import DATES, Dating, Intel, VendorState
 from dstack_emu.simulator.platform import PART_STATUSES, TCB_STATUSES, PlatformState
@@ -51,8 +51,8 @@ INTEL_QUOTE, COLLATERAL = "intel-tdx-quote.bin", "intel-tdx-collateral.json"
 SKIPPED: Final = None
 
 
-def policy(**changes: Any) -> Policy:
-    return replace(Policy(world().anchor, "the emulated root", NOW), **changes)
+def policy(**changes: Any) -> Expectations:
+    return replace(Expectations(world().anchor, "the emulated root", NOW), **changes)
 
 
 def collect(quote: bytes) -> QuoteCollateralV3:
@@ -446,7 +446,7 @@ def test_recorded_hardware_evidence_holds_but_for_collateral_of_its_time(name: s
     quoted = QuoteCollateralV3.from_json(vector_path(COLLATERAL).read_text())
     evidence = inspect_input(vector_path(name).read_bytes()).evidence
     assert evidence is not None
-    under_intel = Policy(TrustAnchor.intel(), "Intel's production root", one_day_after_issue()[1])
+    under_intel = Expectations(TrustAnchor.intel(), "Intel's production root", one_day_after_issue()[1])
     checks = {one.name: one for one in verify_evidence(evidence, lambda quote: quoted, under_intel)}
     assert failed(checks) == {"quote"}  # its certificate is younger than the recorded collateral
     assert "CertNotValidYet" in checks["quote"].got
@@ -601,7 +601,7 @@ def test_certificate_with_half_of_the_legacy_evidence_is_unusable_and_says_why(t
 
 
 def test_emulated_root_is_that_of_the_seed() -> None:
-    other = Policy(TrustAnchor.of(Intel(Seed.of("another")).root), "another root", NOW)
+    other = Expectations(TrustAnchor.of(Intel(Seed.of("another")).root), "another root", NOW)
     checks = verify_evidence(Evidence(quote=world().evidence.quote), collect, other)
     assert not all_hold(checks)
     assert [one.name for one in checks if one.ok is False] == ["quote"]

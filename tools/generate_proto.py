@@ -112,7 +112,9 @@ def stale(generated: dict[str, str], root: Path) -> list[str]:
 
 def main() -> int:
     """Write the packages, or with --check compare them; returns the exit status."""
-    parser = argparse.ArgumentParser(description=f"Generate the Python of {PACKAGE}/ and {STUBS}/ from the .proto files.")
+    parser = argparse.ArgumentParser(
+        description=f"Generate the Python of {PACKAGE}/ and {STUBS}/ from the .proto files."
+    )
     parser.add_argument("--check", action="store_true", help="compare only; status 1 where they are stale")
     parser.add_argument("--into", type=Path, default=ROOT, help="the folder that has the packages")
     arguments = parser.parse_args()

@@ -317,9 +317,7 @@ def _own_extensions(request: CertificateRequest) -> list[x509.ExtensionType]:
     return [x509.UnrecognizedExtension(oid, der.octet_string(p)) for oid, p in payloads if p is not None]
 
 
-def _evidence(
-    attestation: Attestation | None, form: EvidenceForm
-) -> tuple[tuple[x509.ObjectIdentifier, bytes], ...]:
+def _evidence(attestation: Attestation | None, form: EvidenceForm) -> tuple[tuple[x509.ObjectIdentifier, bytes], ...]:
     if attestation is None:
         return ()
     if form == "versioned":

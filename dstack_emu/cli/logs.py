@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final, Literal
 
-from dstack_emu.transport.events import Event
+from dstack_emu.transport.events import LOGGERS, Event, logger_name
 
 Form = Literal["text", "json"]
 
@@ -47,7 +47,7 @@ def set_up(verbosity: int, form: Form, talkative: Sequence[str] = (), level: str
     root.setLevel(LEVELS[level] if level and not verbosity else steps[min(verbosity, 2)])
     for name in talkative:
         ahead = LEVELS[level] if level and not verbosity else steps[min(verbosity + 1, 2)]
-        logging.getLogger(name).setLevel(ahead)
+        logging.getLogger(LOGGERS + name).setLevel(ahead)
 
 
 def level_of(rust_log: str) -> str | None:
@@ -66,7 +66,7 @@ class TextFormatter(logging.Formatter):
             text = str(Event(_clean(event.name), **_clean_fields(event)))
         else:
             text = _clean(record.getMessage())
-        line = f"{_time(record)} {_level(record)} {record.name}: {text}"
+        line = f"{_time(record)} {_level(record)} {logger_name(record)}: {text}"
         if record.exc_info:
             line += f" exception={json.dumps(_safe(self.formatException(record.exc_info)), ensure_ascii=False)}"
         return _CONTROL.sub(_escape, line)
@@ -81,7 +81,7 @@ class JsonFormatter(logging.Formatter):
         line: dict[str, object] = {
             "time": _time(record),
             "level": _level(record),
-            "logger": record.name,
+            "logger": logger_name(record),
             "event": _clean(event.name),
         }
         line |= _clean_fields(event)
@@ -104,9 +104,7 @@ def _clean(text: str) -> str:
 
 
 def _clean_fields(event: Event) -> dict[str, object]:
-    return {
-        key: value if isinstance(value, bool | int) else _clean(str(value)) for key, value in event.fields.items()
-    }
+    return {key: value if isinstance(value, bool | int) else _clean(str(value)) for key, value in event.fields.items()}
 
 
 def _safe(text: str) -> str:

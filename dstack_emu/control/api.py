@@ -20,7 +20,7 @@ from dstack_emu.deployment.guests import EventSpec, GuestSpec, RunningGuest, oct
 from dstack_emu.deployment.health import ask_grpc, ask_services
 from dstack_emu.deployment.kms import KmsSpec, RunningKms, remove_kms, start_kms
 from dstack_emu.kms_emu.errors import KmsError
-from dstack_emu.observability.fault_rules import Fault, Rule
+from dstack_emu.observability.fault_rules import FaultRule, InstalledRule
 from dstack_emu.observability.journal import Journal
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.intel import VendorState
@@ -334,9 +334,9 @@ class Control(PolicyControl):
         """The faults in force, and what they have met."""
         return [rule.to_json() for rule in self._stack.world.faults.rules]
 
-    def add_fault(self, **fault: Any) -> Rule:
-        """Put a fault in force (fields of `Fault`)."""
-        return self._stack.world.faults.add(_checked(Fault, fault))
+    def add_fault(self, **fault: Any) -> InstalledRule:
+        """Put a fault in force (fields of `FaultRule`)."""
+        return self._stack.world.faults.add(_checked(FaultRule, fault))
 
     def lift_fault(self, fault_id: str) -> None:
         """Take one out of force."""
@@ -363,5 +363,3 @@ def _checked(model: type[B], fields: Mapping[str, Any]) -> B:
         return model.model_validate(dict(fields))
     except ValidationError as error:
         raise ControlError(problems(error)) from error
-
-

@@ -23,7 +23,7 @@ from dstack_emu.control.schemas import (
 from dstack_emu.control.snapshots import StackState
 from dstack_emu.deployment.guests import EventSpec, GuestSpec
 from dstack_emu.deployment.kms import KmsSpec
-from dstack_emu.observability.fault_rules import Fault
+from dstack_emu.observability.fault_rules import FaultRule
 
 Run = Callable[[Control, dict[str, str], dict[str, str], Any], Any]
 
@@ -37,7 +37,7 @@ class _Nothing(Request):
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
+class Route:
     """One call. `body` describes its body, and checks it where `checks` says so; `query` are its parameters."""
 
     method: str
@@ -96,107 +96,99 @@ def _switch(control: Control, enabled: bool) -> dict[str, bool]:
 
 _FIND: Final = ("call", "service", "caller", "outcome", "since")
 
-OPERATIONS: Final = (
-    Operation("GET", "/stack", "The stack and every part of it", lambda c, p, q, b: c.describe()),
-    Operation("GET", "/stack/health", "What each service answers", lambda c, p, q, b: c.health()),
-    Operation("GET", "/clock", "What the clock shows", lambda c, p, q, b: c.clock()),
-    Operation(
+ROUTES: Final = (
+    Route("GET", "/stack", "The stack and every part of it", lambda c, p, q, b: c.describe()),
+    Route("GET", "/stack/health", "What each service answers", lambda c, p, q, b: c.health()),
+    Route("GET", "/clock", "What the clock shows", lambda c, p, q, b: c.clock()),
+    Route(
         "POST", "/clock", "Set, advance, freeze or resume it", lambda c, p, q, b: c.set_clock(**_given(b)), ClockChange
     ),
-    Operation("GET", "/vendor", "What the vendor says for all machines", lambda c, p, q, b: c.vendor()),
-    Operation(
-        "PATCH", "/vendor", "Change what it says", lambda c, p, q, b: c.set_vendor(**_given(b)), VendorChange
-    ),
-    Operation("GET", "/platforms", "Every machine", lambda c, p, q, b: c.platforms()),
-    Operation("GET", "/platforms/{name}", "One machine", lambda c, p, q, b: c.platform(p["name"])),
-    Operation(
-        "PUT", "/platforms/{name}", "Make a machine", lambda c, p, q, b: c.add_platform(p["name"]), _Nothing
-    ),
-    Operation(
+    Route("GET", "/vendor", "What the vendor says for all machines", lambda c, p, q, b: c.vendor()),
+    Route("PATCH", "/vendor", "Change what it says", lambda c, p, q, b: c.set_vendor(**_given(b)), VendorChange),
+    Route("GET", "/platforms", "Every machine", lambda c, p, q, b: c.platforms()),
+    Route("GET", "/platforms/{name}", "One machine", lambda c, p, q, b: c.platform(p["name"])),
+    Route("PUT", "/platforms/{name}", "Make a machine", lambda c, p, q, b: c.add_platform(p["name"]), _Nothing),
+    Route(
         "PATCH",
         "/platforms/{name}",
         "Change what holds for it",
         lambda c, p, q, b: c.set_platform(p["name"], **_given(b)),
         PlatformChange,
     ),
-    Operation("GET", "/guests", "Every trust domain", lambda c, p, q, b: c.describe()["guests"]),
-    Operation(
+    Route("GET", "/guests", "Every trust domain", lambda c, p, q, b: c.describe()["guests"]),
+    Route(
         "POST",
         "/guests",
         "Make a trust domain, without keys",
         lambda c, p, q, b: c.add_guest(**_given(b)),
         GuestSpec,
     ),
-    Operation("GET", "/guests/{name}", "One trust domain", lambda c, p, q, b: c.guest(p["name"])),
-    Operation("DELETE", "/guests/{name}", "Switch it off", lambda c, p, q, b: c.remove_guest(p["name"])),
-    Operation(
+    Route("GET", "/guests/{name}", "One trust domain", lambda c, p, q, b: c.guest(p["name"])),
+    Route("DELETE", "/guests/{name}", "Switch it off", lambda c, p, q, b: c.remove_guest(p["name"])),
+    Route(
         "POST",
         "/guests/{name}/boot",
         "Let it fetch keys from a KMS; 403 with the KMS's words where it is refused",
         lambda c, p, q, b: c.boot_guest(p["name"], b.kms),
         BootRequest,
     ),
-    Operation(
+    Route(
         "POST",
         "/guests/{name}/events",
         "Extend its RTMR3, or let its log claim an event falsely",
         lambda c, p, q, b: c.emit_event(p["name"], b.event, b.payload, measured=b.measured),
         EventSpec,
     ),
-    Operation("GET", "/kms", "Every KMS", lambda c, p, q, b: c.all_kms()),
-    Operation("POST", "/kms", "Make a KMS, without keys", lambda c, p, q, b: c.add_kms(**_given(b)), KmsSpec),
-    Operation("GET", "/kms/{name}", "One KMS", lambda c, p, q, b: c.kms(p["name"])),
-    Operation("DELETE", "/kms/{name}", "Stop it", lambda c, p, q, b: c.remove_kms(p["name"])),
-    Operation(
+    Route("GET", "/kms", "Every KMS", lambda c, p, q, b: c.all_kms()),
+    Route("POST", "/kms", "Make a KMS, without keys", lambda c, p, q, b: c.add_kms(**_given(b)), KmsSpec),
+    Route("GET", "/kms/{name}", "One KMS", lambda c, p, q, b: c.kms(p["name"])),
+    Route("DELETE", "/kms/{name}", "Stop it", lambda c, p, q, b: c.remove_kms(p["name"])),
+    Route(
         "POST",
         "/kms/{name}/onboard",
         "Let it take keys over, or make new ones; 403 with its words where that is refused",
         lambda c, p, q, b: c.onboard_kms(p["name"], b.source),
         OnboardRequest,
     ),
-    Operation("GET", "/policies", "Where the policies are", lambda c, p, q, b: c.policies()),
-    Operation("GET", "/policies/{side}", "A policy", lambda c, p, q, b: c.policy(p["side"])),
-    Operation("PUT", "/policies/{side}", "Put a policy in place", _set_policy, _Policy, checks=False),
-    Operation(
+    Route("GET", "/policies", "Where the policies are", lambda c, p, q, b: c.policies()),
+    Route("GET", "/policies/{side}", "A policy", lambda c, p, q, b: c.policy(p["side"])),
+    Route("PUT", "/policies/{side}", "Put a policy in place", _set_policy, _Policy, checks=False),
+    Route(
         "POST",
         "/policies/{side}/allow",
         "Let it allow a trust domain",
         lambda c, p, q, b: c.allow(p["side"], b.guest, this_device_only=b.this_device_only),
         PolicyChange,
     ),
-    Operation(
+    Route(
         "POST",
         "/policies/{side}/deny",
         "Let it no longer allow a trust domain",
         lambda c, p, q, b: c.deny(p["side"], b.guest),
         PolicyChange,
     ),
-    Operation("GET", "/faults", "The faults in force", lambda c, p, q, b: c.faults()),
-    Operation(
-        "POST", "/faults", "Put a fault in force", lambda c, p, q, b: c.add_fault(**_given(b)).to_json(), Fault
-    ),
-    Operation("DELETE", "/faults", "Lift all faults", lambda c, p, q, b: c.clear_faults()),
-    Operation("DELETE", "/faults/{id}", "Lift one fault", lambda c, p, q, b: c.lift_fault(p["id"])),
-    Operation(
-        "GET", "/journal", "Records, or the calls among them that match", _journal, query=(*_FIND, "limit")
-    ),
-    Operation("GET", "/journal/count", "How many calls match", _count, query=_FIND),
-    Operation("DELETE", "/journal", "Forget every record", lambda c, p, q, b: c.journal.clear()),
-    Operation("POST", "/journal/on", "Note what is called", lambda c, p, q, b: _switch(c, True), _Nothing),
-    Operation("POST", "/journal/off", "Note nothing", lambda c, p, q, b: _switch(c, False), _Nothing),
-    Operation("GET", "/snapshots", "What there is to go back to", lambda c, p, q, b: c.snapshots()),
-    Operation(
+    Route("GET", "/faults", "The faults in force", lambda c, p, q, b: c.faults()),
+    Route("POST", "/faults", "Put a fault in force", lambda c, p, q, b: c.add_fault(**_given(b)).to_json(), FaultRule),
+    Route("DELETE", "/faults", "Lift all faults", lambda c, p, q, b: c.clear_faults()),
+    Route("DELETE", "/faults/{id}", "Lift one fault", lambda c, p, q, b: c.lift_fault(p["id"])),
+    Route("GET", "/journal", "Records, or the calls among them that match", _journal, query=(*_FIND, "limit")),
+    Route("GET", "/journal/count", "How many calls match", _count, query=_FIND),
+    Route("DELETE", "/journal", "Forget every record", lambda c, p, q, b: c.journal.clear()),
+    Route("POST", "/journal/on", "Note what is called", lambda c, p, q, b: _switch(c, True), _Nothing),
+    Route("POST", "/journal/off", "Note nothing", lambda c, p, q, b: _switch(c, False), _Nothing),
+    Route("GET", "/snapshots", "What there is to go back to", lambda c, p, q, b: c.snapshots()),
+    Route(
         "POST",
         "/snapshots",
         "Keep what the stack is now",
         lambda c, p, q, b: {"name": c.snapshot(b.name)},
         SnapshotRequest,
     ),
-    Operation("DELETE", "/snapshots/{name}", "Let a snapshot go", lambda c, p, q, b: c.forget_snapshot(p["name"])),
-    Operation("POST", "/snapshots/{name}/revert", "Go back to it", _revert, _Nothing),
-    Operation("POST", "/reset", "Go back to when the stack became ready", lambda c, p, q, b: c.reset(), _Nothing),
-    Operation("GET", "/state", "What the stack is now, to save", lambda c, p, q, b: c.save()),
-    Operation("PUT", "/state", "Go back to what was saved", _load, StackState, checks=False),
+    Route("DELETE", "/snapshots/{name}", "Let a snapshot go", lambda c, p, q, b: c.forget_snapshot(p["name"])),
+    Route("POST", "/snapshots/{name}/revert", "Go back to it", _revert, _Nothing),
+    Route("POST", "/reset", "Go back to when the stack became ready", lambda c, p, q, b: c.reset(), _Nothing),
+    Route("GET", "/state", "What the stack is now, to save", lambda c, p, q, b: c.save()),
+    Route("PUT", "/state", "Go back to what was saved", _load, StackState, checks=False),
 )
 
 
@@ -215,7 +207,7 @@ def openapi() -> dict[str, Any]:
             }
         }
     }
-    for operation in OPERATIONS:
+    for operation in ROUTES:
         described: dict[str, Any] = {
             "summary": operation.summary,
             "operationId": re.sub(r"\W+", "_", f"{operation.method.lower()}{operation.path}").strip("_"),

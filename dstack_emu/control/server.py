@@ -19,13 +19,13 @@ from pydantic import ValidationError
 from yarl import URL
 
 from dstack_emu.control.api import Control
-from dstack_emu.control.routes import OPERATIONS, Operation, openapi
+from dstack_emu.control.routes import ROUTES, Route, openapi
 from dstack_emu.control.schemas import ControlError, problems
 from dstack_emu.observability.journal import Record
 
 MAX_BODY: Final = 32 * 1024 * 1024
 
-log = logging.getLogger("stack.control")
+log = logging.getLogger("dstack_emu.control")
 
 
 class _Streams:
@@ -55,7 +55,7 @@ def control_app(control: Control) -> web.Application:
     app.router.add_get("/openapi.json", describe_api)
     app.router.add_get("/health", alive)
     app.router.add_get("/journal/stream", stream)
-    for operation in OPERATIONS:
+    for operation in ROUTES:
         app.router.add_route(operation.method, operation.path, _handler(control, operation))
     app.on_shutdown.append(_end_streams)
     app[_STREAMS] = _Streams()
@@ -67,7 +67,7 @@ async def _end_streams(app: web.Application) -> None:
         task.cancel()
 
 
-def _handler(control: Control, operation: Operation) -> Callable[[web.Request], Awaitable[web.Response]]:
+def _handler(control: Control, operation: Route) -> Callable[[web.Request], Awaitable[web.Response]]:
     async def handle(request: web.Request) -> web.Response:
         body: Any = None
         if operation.body is not None:

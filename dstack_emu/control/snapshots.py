@@ -24,7 +24,7 @@ from dstack_emu.deployment.guests import GuestSpec, RunningGuest, start_guest
 from dstack_emu.deployment.kms import KmsSpec, RunningKms, remove_kms, start_kms
 from dstack_emu.kms_emu.cert_dir import PRIVATE, RPC_CERT
 from dstack_emu.kms_emu.server import Memory
-from dstack_emu.observability.fault_rules import Fault
+from dstack_emu.observability.fault_rules import FaultRule
 from dstack_emu.observability.spans import headers_of
 from dstack_emu.simulator.agent import Provided
 from dstack_emu.simulator.app_keys import AppKeys
@@ -53,13 +53,13 @@ class FaultState(_Data):
     """A fault and what it has met."""
 
     number: Count
-    fault: Fault
+    fault: FaultRule
     seen: Count
     met: Count
     chances: Count
 
     @field_serializer("fault")
-    def _as_given(self, fault: Fault) -> dict[str, Any]:
+    def _as_given(self, fault: FaultRule) -> dict[str, Any]:
         return fault.model_dump(mode="json", exclude_unset=True)  # a field without meaning for its kind is refused
 
 

@@ -35,7 +35,7 @@ DEFAULT_NAME = "app"
 RETRY_PAUSE: Final = 0.5
 """Seconds between two questions to a KMS that is not there yet."""
 
-log = logging.getLogger("stack")
+log = logging.getLogger("dstack_emu.stack")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """What the parts of a stack log, by part, kept in memory while it runs.
 
-Parts of one process share their loggers. Which part a record is of is known by the context that it is logged in: a
-server that is started inside `Logs.of` handles every request in a copy of that context. Levels are not touched: what
-the loggers of the packages let through is kept, and goes on to whoever else listens.
+Parts of one process share their loggers. The context in which a record is logged says which part it is of: a server
+that is started inside `ServiceLogs.of` handles every request in a copy of that context. Levels are not touched: what
+the loggers let through is kept, and goes on to whoever else listens.
 """
 
 import logging
@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Final
 
+from dstack_emu.transport.events import logger_name
+
 KEPT: Final = 10_000
 """Records that are kept of each part; older ones are dropped."""
 
-_where: "ContextVar[tuple[Logs, str] | None]" = ContextVar("part of a stack", default=None)
+_where: "ContextVar[tuple[ServiceLogs, str] | None]" = ContextVar("part of a stack", default=None)
 
 
-class Logs(logging.Handler):
+class ServiceLogs(logging.Handler):
     """Keeps the records of one stack. Attach it, and detach it at the end."""
 
     def __init__(self) -> None:
@@ -55,4 +57,4 @@ class Logs(logging.Handler):
     def lines(self, part: str, level: int = logging.NOTSET) -> list[str]:
         """The same as text, from a level on: level, logger and message; no times."""
         found = (record for record in self.records(part) if record.levelno >= level)
-        return [f"{record.levelname} {record.name}: {record.getMessage()}" for record in found]
+        return [f"{record.levelname} {logger_name(record)}: {record.getMessage()}" for record in found]

@@ -33,16 +33,16 @@ from dstack_emu.control.server import control_app
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.config import DESCRIPTION_FILE, GRPC_PORTS, IMAGE_URL, PORTS, StackConfig, StackError
 from dstack_emu.deployment.guests import GuestSpec, RunningGuest, start_guest
-from dstack_emu.deployment.instrumentation import World
+from dstack_emu.deployment.instrumentation import Instrumentation
 from dstack_emu.deployment.kms import KmsSpec, RunningKms, start_kms
-from dstack_emu.deployment.service_logs import Logs
-from dstack_emu.deployment.supervision import Watch
+from dstack_emu.deployment.service_logs import ServiceLogs
+from dstack_emu.deployment.supervision import Supervisor
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.kms_emu.server import KmsServer
 from dstack_emu.observability.journal import JournalError
-from dstack_emu.observability.middleware import decision_noter
-from dstack_emu.observability.recorders import NotedVerifier, verdict_noter
+from dstack_emu.observability.middleware import decision_recorder
+from dstack_emu.observability.recorders import RecordingVerifier, verdict_recorder
 from dstack_emu.observability.spans import headers_of
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.image import OsImage
@@ -66,7 +66,7 @@ SIDES: Final = ("src", "dst")
 Progress = Callable[[str], None]
 M = TypeVar("M", bound=Message)
 
-log = logging.getLogger("stack")
+log = logging.getLogger("dstack_emu.stack")
 
 
 class Stack:
@@ -81,8 +81,8 @@ class Stack:
         self.config = config or StackConfig()
         self._progress = progress
         self._exit = AsyncExitStack()
-        self._watch: Watch | None = None
-        self.logs = Logs()
+        self._watch: Supervisor | None = None
+        self.logs = ServiceLogs()
         self._sockets: dict[str, socket.socket] = {}
         self.services: dict[str, str] = {}
         self.grpc: dict[str, str] = {}
@@ -100,7 +100,7 @@ class Stack:
         except BaseException:
             await self._exit.aclose()
             raise
-        self._watch = Watch({f"kms-{side}": kms.wait for side, kms in self.kms.items()})
+        self._watch = Supervisor({f"kms-{side}": kms.wait for side, kms in self.kms.items()})
         return self
 
     async def __aexit__(
@@ -128,7 +128,7 @@ class Stack:
         self._bind()
         self.seed = Seed.of(config.seed)
         try:
-            self.world = World(
+            self.world = Instrumentation(
                 self.seed, patience=config.patience, kept=config.journal_size, journal_file=config.journal
             )
         except JournalError as error:
@@ -210,7 +210,7 @@ class Stack:
         self._exit.push_async_callback(images.close)
         judge = self.verifier_of("verifier")
         self._exit.push_async_callback(judge.pccs.close)
-        app = verifier_app(Verifier(judge, images), observer=verdict_noter(self.world.journal))
+        app = verifier_app(Verifier(judge, images), observer=verdict_recorder(self.world.journal))
         await self._serve("verifier", self.world.around("verifier", app))
 
     async def _close_parts(self) -> None:
@@ -219,14 +219,14 @@ class Stack:
         for guest in reversed(self.guests.values()):
             await guest.close()
 
-    def verifier_of(self, caller: str) -> NotedVerifier:
+    def verifier_of(self, caller: str) -> RecordingVerifier:
         """Make who judges for one part."""
         return self.world.verifier(caller, self.services["pccs"], TrustAnchor(self.intel.root_der))
 
     def auth_app(self, side: str) -> web.Application:
         """Make the webhook over one policy file."""
         path = str(self.policies[side])
-        return self.world.around(f"auth-{side}", simple_app(path, observer=decision_noter(path)))
+        return self.world.around(f"auth-{side}", simple_app(path, observer=decision_recorder(path)))
 
     def take_socket(self, service: str) -> socket.socket | None:
         """The bound socket of a service that the stack begins with; None where it has no port of its own."""

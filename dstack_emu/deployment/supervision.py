@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dstack_emu.deployment.config import PartEndedError
 
 
-class Watch:
+class Supervisor:
     """Waits for parts to end. When one ends with an error, it cancels the task that made this watch."""
 
     def __init__(self, parts: Mapping[str, Callable[[], Awaitable[None]]]) -> None:

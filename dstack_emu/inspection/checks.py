@@ -94,7 +94,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class Expectations:
     """Under which root, at which Unix time, and what is asked beyond what a KMS asks.
 
     `report_data` (64 bytes) must be the quoted one; `strict` refuses every TCB status but UpToDate.
@@ -127,7 +127,7 @@ def replayed(attestation: Attestation, imr: int) -> bytes | None:
     return replay_register(attestation.event_log, imr)
 
 
-def verify_evidence(evidence: Evidence, collect: Collect, policy: Policy) -> tuple[Check, ...]:
+def verify_evidence(evidence: Evidence, collect: Collect, policy: Expectations) -> tuple[Check, ...]:
     """Run every check; one that fails does not keep the others from running where they can."""
     return tuple(_checks(evidence, collect, policy))
 
@@ -137,7 +137,7 @@ def all_hold(checks: tuple[Check, ...]) -> bool:
     return all(check.ok is not False for check in checks)
 
 
-def _checks(evidence: Evidence, collect: Collect, policy: Policy) -> Iterator[Check]:
+def _checks(evidence: Evidence, collect: Collect, policy: Expectations) -> Iterator[Check]:
     attestation = evidence.attestation
     if evidence.request is not None:
         yield from _check_request(evidence.request, evidence.signature)
@@ -226,7 +226,7 @@ def _check_replays(attestation: Attestation | None, report: TdReport) -> Iterato
             yield _compare(name, register, report.rtmrs[imr], "the event log replays to the quoted register")
 
 
-def _check_report_data(evidence: Evidence, policy: Policy, quoted: bytes) -> Iterator[Check]:
+def _check_report_data(evidence: Evidence, policy: Expectations, quoted: bytes) -> Iterator[Check]:
     if evidence.stated is None:
         yield _skipped("report_data", "the input names none beside the quoted one")
     else:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from dstack_emu.observability.fault_rules import Fault, Rule
+from dstack_emu.observability.fault_rules import FaultRule, InstalledRule
 from dstack_emu.transport.listen import reset
 
 PIECES: Final = 20
@@ -25,8 +25,8 @@ class DroppedError(ConnectionError):
     """The connection was dropped on purpose: there is nothing to answer on."""
 
 
-async def misbehave(
-    rule: Rule, fault: Fault, request: web.Request, handler: Handler, stale: Stale | None
+async def apply_fault(
+    rule: InstalledRule, fault: FaultRule, request: web.Request, handler: Handler, stale: Stale | None
 ) -> web.StreamResponse:
     """Answer a call as a fault wants it; raise `DroppedError` where it gets no answer."""
     match fault.kind:
@@ -95,7 +95,7 @@ def _decision(allow: bool, reason: str) -> web.Response:
     )
 
 
-async def until_lifted(rule: Rule, seconds: float) -> None:
+async def until_lifted(rule: InstalledRule, seconds: float) -> None:
     """Wait so long, or until the fault is lifted."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(rule.lifted.wait(), seconds)
@@ -114,7 +114,7 @@ async def _begin(request: web.Request, answer: web.StreamResponse, body: bytes) 
 
 
 async def _slowly(
-    rule: Rule, fault: Fault, request: web.Request, answer: web.StreamResponse, body: bytes
+    rule: InstalledRule, fault: FaultRule, request: web.Request, answer: web.StreamResponse, body: bytes
 ) -> web.StreamResponse:
     begun = _stream(answer, body)
     await begun.prepare(request)

@@ -1,7 +1,8 @@
-"""Faults: rules by which a service of the stack misbehaves, and which of them a call meets.
+"""Fault rules: which service of the stack misbehaves in which call, and how.
 
-Matching is here, what a fault does to an answer in `observability.fault_effects`. Rules are tried in the order in which they
-were added; the first that applies counts. Chances come from the stack's seed, a sequence for each rule.
+Matching is here; what a rule does to an answer is in `observability.fault_effects`. Rules are tried in the order in
+which they were added, and the first one that applies counts. Chances come from the stack's seed, a sequence for each
+rule.
 """
 
 import asyncio
@@ -60,7 +61,7 @@ _OF_KIND: Final[dict[str, tuple[str, ...]]] = {
 }
 
 
-class Fault(BaseModel):
+class FaultRule(BaseModel):
     """One rule: which calls it meets, and what then happens.
 
     `service`, `call` (an RPC such as `GetAppKey`, a path such as `/bootAuth/kms`) and `caller` may have wildcards. It
@@ -106,26 +107,26 @@ class Fault(BaseModel):
         return self
 
 
-def _step(text: str) -> "Fault | None":
+def _step(text: str) -> "FaultRule | None":
     """What one step of a script is: a fault of its own, or None to let the question pass."""
     if text == "pass":
         return None
     if text in ("allow", "deny"):
-        return Fault(kind="decision", allow=text == "allow")
+        return FaultRule(kind="decision", allow=text == "allow")
     if text in ("hang", "reset", "drop", "truncate", "malformed", "wrong-type", "stale"):
-        return Fault(kind=text)  # type: ignore[arg-type]  # they are kinds
+        return FaultRule(kind=text)  # type: ignore[arg-type]  # they are kinds
     if text.isdecimal() and 400 <= int(text) <= 599:
-        return Fault(kind="status", status=int(text))
+        return FaultRule(kind="status", status=int(text))
     raise ValueError(
         "script: allow, deny, pass, hang, reset, drop, truncate, malformed, wrong-type, stale or a status from 400 to "
         f"599 expected, got {text!r:.40}"
     )
 
 
-class Rule:
+class InstalledRule:
     """A fault in force: how many calls it has met, and its chances so far."""
 
-    def __init__(self, number: int, fault: Fault, chances: Stream) -> None:
+    def __init__(self, number: int, fault: FaultRule, chances: Stream) -> None:
         self.id, self.fault, self._chances = f"f{number}", fault, chances
         self.seen = self.met = 0
         self.lifted = asyncio.Event()
@@ -138,7 +139,7 @@ class Rule:
             return not fault.repeat and self.met >= len(fault.script)
         return fault.times is not None and self.met >= fault.times
 
-    def meet(self, service: str, call: str, caller: str) -> Fault | None:
+    def meet(self, service: str, call: str, caller: str) -> FaultRule | None:
         """What happens to a call by this rule, if anything; it counts from here on."""
         fault = self.fault
         if self.is_spent or not (
@@ -172,22 +173,22 @@ class Rule:
         return {"id": self.id, **fields, "seen": self.seen, "met": self.met, "spent": self.is_spent}
 
 
-Met = tuple[Rule, Fault]
+Met = tuple[InstalledRule, FaultRule]
 """A rule that met a call, and what happens to it."""
 
 
-class Faults:
+class FaultRules:
     """The rules in force."""
 
     def __init__(self, seed: Seed) -> None:
         self._seed = seed.child("faults")
-        self.rules: list[Rule] = []
+        self.rules: list[InstalledRule] = []
         self.count = 0
 
-    def add(self, fault: Fault) -> Rule:
+    def add(self, fault: FaultRule) -> InstalledRule:
         """Put one rule in force."""
         self.count += 1
-        rule = Rule(self.count, fault, self._seed.stream(f"chances {self.count}"))
+        rule = InstalledRule(self.count, fault, self._seed.stream(f"chances {self.count}"))
         self.rules = [*self.rules, rule]
         return rule
 
@@ -199,12 +200,12 @@ class Faults:
         """Take all out of force; whether there were any."""
         return self._keep(lambda _rule: False)
 
-    def replace(self, count: int, rules: Iterable[tuple[int, Fault, dict[str, int]]]) -> None:
+    def replace(self, count: int, rules: Iterable[tuple[int, FaultRule, dict[str, int]]]) -> None:
         """Put saved rules, by their numbers, in the place of all."""
         self.clear()
         self.count = count
         for number, fault, state in rules:
-            rule = Rule(number, fault, self._seed.stream(f"chances {number}"))
+            rule = InstalledRule(number, fault, self._seed.stream(f"chances {number}"))
             rule.set_state(**state)
             self.rules = [*self.rules, rule]
 
@@ -215,7 +216,7 @@ class Faults:
                 return rule, fault
         return None
 
-    def _keep(self, wanted: Callable[[Rule], bool]) -> bool:
+    def _keep(self, wanted: Callable[[InstalledRule], bool]) -> bool:
         gone = [rule for rule in self.rules if not wanted(rule)]
         self.rules = [rule for rule in self.rules if wanted(rule)]
         for rule in gone:

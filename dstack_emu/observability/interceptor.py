@@ -21,9 +21,9 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
 from dstack_emu.observability.fault_effects import PIECES, until_lifted
-from dstack_emu.observability.fault_rules import Fault, Faults, Rule
+from dstack_emu.observability.fault_rules import FaultRule, FaultRules, InstalledRule
 from dstack_emu.observability.journal import Journal
-from dstack_emu.observability.spans import HEADER, Asking, answered, entered, read_header
+from dstack_emu.observability.spans import HEADER, Origin, answered, entered, read_header
 from dstack_emu.transport.grpc_server import details
 from dstack_emu.transport.relay import reset_connection
 
@@ -52,10 +52,10 @@ _PROXIED: Final = {
 """What a client of gRPC takes an HTTP status for; all others are UNKNOWN (gRPC, doc/http-grpc-status-mapping.md)."""
 
 
-class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has no types
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has no types
     """One service's interceptor."""
 
-    def __init__(self, service: str, journal: Journal, faults: Faults) -> None:
+    def __init__(self, service: str, journal: Journal, faults: FaultRules) -> None:
         self._service, self._journal, self._faults = service, journal, faults
 
     async def intercept_service(self, proceed: Callable[[Any], Awaitable[Any]], called: Any) -> Any:
@@ -77,7 +77,7 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
             response_serializer=found.response_serializer,
         )
 
-    def _noted(self, handler: Handler, path: str, trace: Asking) -> Handler:
+    def _noted(self, handler: Handler, path: str, trace: Origin) -> Handler:
         name, journal = path.rpartition("/")[2], self._journal
         asking, place, caller = trace
 
@@ -89,7 +89,7 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
                 call.note("grpc", code.name)
                 journal.end(call, 400, journal.scrub(text))
 
-            status, noting = None, _Noting(context, refused)
+            status, noting = None, _RecordingContext(context, refused)
             try:
                 with entered(call):
                     if met is None:
@@ -105,7 +105,7 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
 
         return handle
 
-    def _unnoted(self, handler: Handler, path: str, trace: Asking) -> Handler:
+    def _unnoted(self, handler: Handler, path: str, trace: Origin) -> Handler:
         name = path if path.startswith(UNNOTED) else path.rpartition("/")[2]
 
         async def handle(request: Any, context: Any) -> Any:
@@ -122,7 +122,7 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
         self._journal.end(call, 400, "Method not found!")
 
 
-class _Noting:
+class _RecordingContext:
     """A call's context that tells of a refusal before the client hears of it."""
 
     def __init__(self, context: Any, refused: Callable[[grpc.StatusCode, str], None]) -> None:
@@ -137,7 +137,7 @@ class _Noting:
         await self._context.abort(code, text, trailing_metadata)
 
 
-def _trace(called: Any) -> Asking:
+def _trace(called: Any) -> Origin:
     """Span, place and caller, from the call's metadata."""
     header = next((value for key, value in called.invocation_metadata if key == HEADER.lower()), None)
     asked = read_header(header)
@@ -145,7 +145,9 @@ def _trace(called: Any) -> Asking:
     return asked
 
 
-async def _misbehave(rule: Rule, fault: Fault, path: str, handler: Handler, request: Any, context: Any) -> Any:
+async def _misbehave(
+    rule: InstalledRule, fault: FaultRule, path: str, handler: Handler, request: Any, context: Any
+) -> Any:
     """Answer a call as a fault wants it; raise `asyncio.CancelledError` where it gets no answer."""
     match fault.kind:
         case "delay":
@@ -178,13 +180,13 @@ async def _misbehave(rule: Rule, fault: Fault, path: str, handler: Handler, requ
     return answer
 
 
-def _code(fault: Fault) -> grpc.StatusCode:
+def _code(fault: FaultRule) -> grpc.StatusCode:
     if fault.grpc_status is not None:
         return grpc.StatusCode[fault.grpc_status]
     return _PROXIED.get(fault.status, grpc.StatusCode.UNKNOWN)
 
 
-async def _reset(rule: Rule, context: Any) -> None:
+async def _reset(rule: InstalledRule, context: Any) -> None:
     """End the connection; on a socket file, which grpcio serves itself, the call alone."""
     if not reset_connection(context.peer()):
         await context.abort(grpc.StatusCode.UNAVAILABLE, f"the connection is reset: fault {rule.id}")

@@ -13,11 +13,9 @@ import json
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Any, Final, Protocol, TextIO
 
-from dstack_emu.deployment.clock import StackClock
-from dstack_emu.deployment.config import JOURNAL_SIZE
-from dstack_emu.observability.spans import GIVEN_UP, JUDGED, Attestation, Call, Child
+from dstack_emu.observability.spans import GIVEN_UP, JUDGED, CallSpan, Span, VerificationSpan
 
 RELEASED: Final = {
     "GetAppKey": ("disk_crypt_key", "env_crypt_key", "k256_key"),
@@ -33,6 +31,12 @@ _FOLLOWED: Final = 1000
 Record = dict[str, Any]
 
 
+class Clock(Protocol):
+    """What the journal reads times from; `now` gives Unix seconds with their fraction."""
+
+    now: Callable[[], float]
+
+
 class JournalError(Exception):
     """A journal that cannot be written."""
 
@@ -44,11 +48,11 @@ class Journal:
     run to run: ports and folders.
     """
 
-    def __init__(self, clock: StackClock, *, kept: int = JOURNAL_SIZE, file: Path | None = None) -> None:
+    def __init__(self, clock: Clock, *, kept: int, file: Path | None = None) -> None:
         self.enabled = True
         self.scrub: Callable[[str], str] = str
         self._clock = clock
-        self._ended: deque[Call] = deque(maxlen=kept)
+        self._ended: deque[CallSpan] = deque(maxlen=kept)
         self._begun = 0
         self._followers: set[asyncio.Queue[Record]] = set()
         self._file: TextIO | None = None
@@ -66,19 +70,19 @@ class Journal:
 
     # ---- noting
 
-    def begin(self, service: str, call: str, asking: Child | None, place: int, caller: str) -> Call:
+    def begin(self, service: str, call: str, asking: Span | None, place: int, caller: str) -> CallSpan:
         """Note that a call came; `asking` is the span that asks, if there is one, and counts while it waits."""
         if asking is None or asking.outcome is not None:
             self._begun += 1
-            return Call(False, self._begun, service, call, caller, self._clock.now())
-        made = Call(True, place, service, call, caller, self._clock.now())
+            return CallSpan(False, self._begun, service, call, caller, self._clock.now())
+        made = CallSpan(True, place, service, call, caller, self._clock.now())
         if asking.inner:
             asking.inner.append(made)
         else:
             asking.inner = [made]
         return made
 
-    def end(self, call: Call, status: int | None, error: str = "") -> None:
+    def end(self, call: CallSpan, status: int | None, error: str = "") -> None:
         """Note how it ended: its status, or None where the connection was dropped."""
         if call.outcome is not None:
             return  # whoever asked has given up, and been noted
@@ -92,14 +96,14 @@ class Journal:
         if self._file is not None or self._followers:
             self._publish(record_of(call))
 
-    def begin_judging(self, asking: Child) -> Attestation:
+    def begin_judging(self, asking: Span) -> VerificationSpan:
         """Note that evidence is judged for a span; its verdict follows in any case."""
-        made = Attestation(asking.next_place())
+        made = VerificationSpan(asking.next_place())
         if asking.outcome is None:
             asking.put(made)
         return made
 
-    def end_judging(self, made: Attestation, verdict: dict[str, Any]) -> None:
+    def end_judging(self, made: VerificationSpan, verdict: dict[str, Any]) -> None:
         """Note what was found."""
         if made.outcome is None:
             made.notes, made.outcome = verdict, JUDGED
@@ -188,10 +192,10 @@ def flattened(record: Record) -> Iterator[Record]:
         yield from flattened(inner)
 
 
-def record_of(span: Child, around: str = "") -> Record:
+def record_of(span: Span, around: str = "") -> Record:
     """A span as JSON says it; `around` is the id of the one around it."""
     number = f"{around}.{span.place}" if around else str(span.place)
-    if isinstance(span, Attestation):
+    if isinstance(span, VerificationSpan):
         record: Record = {"id": number, **copy.deepcopy(span.notes)}
     else:
         status, error, ended = span.outcome or GIVEN_UP
@@ -226,11 +230,11 @@ def _outcome(status: int | None, notes: dict[str, Any]) -> str:
     return "denied" if denied or (verdict is not None and not verdict["is_valid"]) else "ok"
 
 
-def _receiver(call: Call) -> dict[str, str] | None:
+def _receiver(call: CallSpan) -> dict[str, str] | None:
     """Whom the last decision behind a release was about: an app, or another KMS."""
     if call.call == "GetTempCaCert":
         return None  # whoever asks gets it; the decision was about the KMS itself
-    decisions = [i.notes["decision"] for i in call.inner if isinstance(i, Call) and "decision" in i.notes]
+    decisions = [i.notes["decision"] for i in call.inner if isinstance(i, CallSpan) and "decision" in i.notes]
     asked = decisions[-1].get("asked") if decisions else None
     return None if asked is None else {key: asked.get(key, "") for key in ("app_id", "instance_id", "mr_aggregated")}
 

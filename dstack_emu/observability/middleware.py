@@ -12,14 +12,14 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 from multidict import istr
 
-from dstack_emu.auth.boot_info import BootInfo, Decision
+from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo
 from dstack_emu.auth.errors import AuthError
 from dstack_emu.auth.server import Observer
 from dstack_emu.auth.simple import SimpleAuth
-from dstack_emu.observability.fault_effects import DroppedError, Stale, misbehave
-from dstack_emu.observability.fault_rules import Faults, Met
+from dstack_emu.observability.fault_effects import DroppedError, Stale, apply_fault
+from dstack_emu.observability.fault_rules import FaultRules, Met
 from dstack_emu.observability.journal import Journal
-from dstack_emu.observability.spans import HEADER, Call, answered, current, enter, leave, read_header
+from dstack_emu.observability.spans import HEADER, CallSpan, answered, current, enter, leave, read_header
 from dstack_emu.simulator.pccs import REVALIDATION_PATH
 
 UNNOTED: Final = frozenset(("/health", "/metrics", REVALIDATION_PATH))
@@ -46,7 +46,7 @@ _KNOWN: Final = 256
 """Decisions whose words are kept."""
 
 
-def front(service: str, journal: Journal, faults: Faults, *, stale: Stale | None = None) -> Middleware:
+def journal_middleware(service: str, journal: Journal, faults: FaultRules, *, stale: Stale | None = None) -> Middleware:
     """Make a service's middleware; `stale` answers for a PCCS with collateral that has expired."""
 
     @web.middleware
@@ -68,7 +68,7 @@ def front(service: str, journal: Journal, faults: Faults, *, stale: Stale | None
             if met is None:
                 return await handler(request)
             try:
-                return await misbehave(*met, request, handler, stale)
+                return await apply_fault(*met, request, handler, stale)
             except DroppedError:
                 return web.Response()  # to a connection that is gone
         call = journal.begin(service, name, asking, place, caller)
@@ -90,10 +90,10 @@ def front(service: str, journal: Journal, faults: Faults, *, stale: Stale | None
             leave(before)
             journal.end(call, status, error)
 
-    async def meeting(call: Call, met: Met, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def meeting(call: CallSpan, met: Met, request: web.Request, handler: Handler) -> web.StreamResponse:
         rule, fault = met
         call.note("fault", {"id": rule.id, "kind": fault.kind})
-        response = await misbehave(rule, fault, request, handler, stale)
+        response = await apply_fault(rule, fault, request, handler, stale)
         if fault.kind == "decision":
             call.note("decision", {**(call.notes.get("decision") or {}), **_decided(response)})
         return response
@@ -132,14 +132,14 @@ def _error_text(response: web.StreamResponse) -> str:
 # ---- what a webhook decided, and by what
 
 
-def decision_noter(policy_path: str) -> Observer:
+def decision_recorder(policy_path: str) -> Observer:
     """Make the observer of an auth-simple: it notes question, answer, the rule that decided, and what did not match."""
     auth = SimpleAuth(policy_path)
     known: dict[tuple[Any, ...], dict[str, Any]] = {}
 
-    def note(boot_info: BootInfo, is_kms: bool, decision: Decision) -> None:
+    def note(boot_info: ReceivedBootInfo, is_kms: bool, decision: PolicyDecision) -> None:
         call = current()
-        if not isinstance(call, Call):
+        if not isinstance(call, CallSpan):
             return
         # The same question has the same words each time it is answered alike: what is kept of a call should be little.
         key = (is_kms, _what_was_asked(boot_info), _what_was_said(decision))
@@ -156,7 +156,7 @@ def decision_noter(policy_path: str) -> Observer:
     return note
 
 
-def _noted(boot_info: BootInfo, is_kms: bool, decision: Decision) -> dict[str, Any]:
+def _noted(boot_info: ReceivedBootInfo, is_kms: bool, decision: PolicyDecision) -> dict[str, Any]:
     noted: dict[str, Any] = {
         "about": "kms" if is_kms else "app",
         "allowed": decision.is_allowed,
@@ -169,11 +169,11 @@ def _noted(boot_info: BootInfo, is_kms: bool, decision: Decision) -> dict[str, A
     return noted
 
 
-def _asked(boot_info: BootInfo) -> dict[str, Any]:
+def _asked(boot_info: ReceivedBootInfo) -> dict[str, Any]:
     return {name: getattr(boot_info, name) for name in _ASKED} | {"advisory_ids": list(boot_info.advisory_ids)}
 
 
-def _mismatch(auth: SimpleAuth, boot_info: BootInfo, rule: str) -> dict[str, Any] | None:
+def _mismatch(auth: SimpleAuth, boot_info: ReceivedBootInfo, rule: str) -> dict[str, Any] | None:
     """What was measured and what the policy has in its place."""
     try:
         policy = auth.policy()
@@ -194,5 +194,3 @@ def _mismatch(auth: SimpleAuth, boot_info: BootInfo, rule: str) -> dict[str, Any
         return None
     field, got, allowed = table[rule]
     return {"field": field, "got": got, "allowed": sorted(allowed)}
-
-

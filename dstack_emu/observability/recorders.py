@@ -17,7 +17,7 @@ from dstack_emu.transport.pccs_client import AttestationVerifier, Clock, PccsCli
 from dstack_emu.verifier.service import VerificationResponse
 
 
-class NotedVerifier(AttestationVerifier):
+class RecordingVerifier(AttestationVerifier):
     """Judges as its base does, and notes each verdict with the collateral that was asked for it."""
 
     def __init__(self, pccs: PccsClient, anchor: TrustAnchor, clock: Clock, journal: Journal) -> None:
@@ -55,7 +55,7 @@ def _notes_of(verified: VerifiedAttestation) -> dict[str, Any]:
     }
 
 
-def verdict_noter(journal: Journal) -> Callable[[VerificationResponse], None]:
+def verdict_recorder(journal: Journal) -> Callable[[VerificationResponse], None]:
     """Make the observer of a verifier: it notes the verdict, of which app and image, and the reason of a no."""
 
     def note(response: VerificationResponse) -> None:
@@ -72,7 +72,7 @@ def verdict_noter(journal: Journal) -> Callable[[VerificationResponse], None]:
     return note
 
 
-class NotedAuth:
+class RecordingAuth:
     """A webhook that is no part of the stack, with what it is asked and says noted."""
 
     def __init__(self, auth: AuthApi, name: str, caller: str, journal: Journal) -> None:

@@ -19,7 +19,7 @@ HEADER: Final = "X-Dstack-Emu-Trace"
 OUTSIDE: Final = "outside"
 """Who calls when it is no part of the stack."""
 
-Child = Union["Call", "Attestation"]
+Span = Union["CallSpan", "VerificationSpan"]
 
 Outcome = tuple[int | None, str, float | None]
 """How a span ended: status, the text of a refusal, Unix seconds. For a span that was given up, nothing of all that."""
@@ -31,7 +31,7 @@ _NO_NOTES: Final[dict[str, Any]] = {}
 _NONE_INNER: Final[list[Any]] = []
 
 
-class _Span:
+class _SpanBase:
     """A part of a trace. `notes` is what was found out on the way, `inner` what was asked for it as it came.
 
     There are many of them, and they are kept: none refers to the one around it, and what would be empty is not made.
@@ -44,7 +44,7 @@ class _Span:
     def __init__(self, place: int) -> None:
         self.place, self.places = place, 0
         self.notes: dict[str, Any] = _NO_NOTES
-        self.inner: list[Child] = _NONE_INNER
+        self.inner: list[Span] = _NONE_INNER
         self.outcome: Outcome | None = None
 
     def next_place(self) -> int:
@@ -59,7 +59,7 @@ class _Span:
         else:
             self.notes[key] = value
 
-    def put(self, inner: "Child") -> None:
+    def put(self, inner: "Span") -> None:
         """Put in what was asked for it."""
         if self.inner:
             self.inner.append(inner)
@@ -74,7 +74,7 @@ class _Span:
             inner.give_up()
 
 
-class Call(_Span):
+class CallSpan(_SpanBase):
     """One call that a service answered, or refused; of one from outside (not `within`) the place is its number."""
 
     __slots__ = ("call", "caller", "service", "time", "within")
@@ -92,16 +92,16 @@ class Call(_Span):
         self.time = time
 
 
-class Attestation(_Span):
+class VerificationSpan(_SpanBase):
     """Evidence that was judged: a span, for the collateral that was asked for it."""
 
     __slots__ = ()
 
 
-_current: ContextVar[Child | None] = ContextVar("span", default=None)
+_current: ContextVar[Span | None] = ContextVar("span", default=None)
 
 
-def current() -> Child | None:
+def current() -> Span | None:
     """The span that this code runs for."""
     return _current.get()
 
@@ -112,7 +112,7 @@ leave = _current.reset
 
 
 @contextmanager
-def entered(span: Child) -> Iterator[None]:
+def entered(span: Span) -> Iterator[None]:
     """Run the block for a span. (At every call `enter` and `leave` are cheaper.)"""
     before = enter(span)
     try:
@@ -121,10 +121,10 @@ def entered(span: Child) -> Iterator[None]:
         leave(before)
 
 
-Asking = tuple[Child | None, int, str]
+Origin = tuple[Span | None, int, str]
 """The span that asks, if it is known here; the place of its question; who asks."""
 
-_asked: Final[dict[str, Asking]] = {}
+_asked: Final[dict[str, Origin]] = {}
 """The questions under way between services of this process, by their headers."""
 _UNDER_WAY: Final = 4096
 """More than are asked at a time: beyond it lie questions that never arrived."""
@@ -152,7 +152,7 @@ def headers_of(caller: str) -> Callable[[], Mapping[str, str]]:
     return headers
 
 
-def read_header(text: str | None) -> Asking:
+def read_header(text: str | None) -> Origin:
     """Find who asks what for; a header that is missing or none of ours is from outside."""
     if text is None:
         return _FROM_OUTSIDE
@@ -169,7 +169,7 @@ def answered(text: str | None) -> None:
         _asked.pop(text, None)
 
 
-_FROM_OUTSIDE: Final[Asking] = (None, 0, OUTSIDE)
+_FROM_OUTSIDE: Final[Origin] = (None, 0, OUTSIDE)
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ from dstack_emu.attest.certificate import CertificateAuthority, CertificateReque
 from dstack_emu.attest.csr import CertificateConfig, SigningRequest
 from dstack_emu.attest.kdf import load_p256_pem, p256_from_uniform, pkcs8_pem
 from dstack_emu.attest.report_data import ratls_report_data
-from dstack_emu.kms_emu.agent_client import GuestAgent
+from dstack_emu.kms_emu.agent_client import GuestAgentClient
 from dstack_emu.simulator.seed import Entropy
 from dstack_emu.transport.pccs_client import Clock
 from dstack_emu.transport.ratls import CLIENT_SUBJECT, Identity
@@ -25,13 +25,13 @@ IN_MRTD: Final = 200
 class AttestedClient:
     """Makes identities for an app: its agent quotes, the KMS's temporary CA signs."""
 
-    agent: GuestAgent
+    agent: GuestAgentClient
     temp_ca: CertificateAuthority
     entropy: Entropy
     clock: Clock
 
     @classmethod
-    def of(cls, answer: dict[str, Any], agent: GuestAgent, entropy: Entropy, clock: Clock) -> "AttestedClient":
+    def of(cls, answer: dict[str, Any], agent: GuestAgentClient, entropy: Entropy, clock: Clock) -> "AttestedClient":
         """Take the CA from an answer of GetTempCaCert; raise `FormatError` where it is none."""
         key = load_p256_pem(str(answer.get("temp_ca_key")), "temporary CA key")
         temp_ca = load_authority(str(answer.get("temp_ca_cert")), key, "temporary CA certificate")

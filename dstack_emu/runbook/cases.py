@@ -16,7 +16,7 @@ from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.deployment.policy_files import DENY_ALL
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.runbook.attested_client import AttestedClient, altered
-from dstack_emu.runbook.runner import BlockedError, Book
+from dstack_emu.runbook.runner import BlockedError, RunbookRun
 from dstack_emu.runbook.target import SIDES
 from dstack_emu.runbook.transcript import Expected, answers, refused, short
 
@@ -29,7 +29,7 @@ NO_ATTESTATION: Final = refused("No attestation provided")
 NO_APP: Final = "no agent of an app is named (services.app)"
 
 
-async def carry_out(book: Book) -> None:
+async def carry_out(book: RunbookRun) -> None:
     """Make every case. What cannot be judged for want of an earlier success is said so, and the rest goes on."""
     for number, (title, case) in enumerate(CASES):
         book.journal.begin(number, title)
@@ -41,7 +41,7 @@ async def carry_out(book: Book) -> None:
             book.journal.note("evidence for an attested client", str(error), "evidence, and a certificate", ok=False)
 
 
-async def prepare(book: Book) -> None:
+async def prepare(book: RunbookRun) -> None:
     """Both KMS answer and have no keys, both webhooks answer, and both policies deny."""
     for side in SIDES:
         await book.wait_until_fresh(side)
@@ -54,7 +54,7 @@ async def prepare(book: Book) -> None:
         book.measured[side] = answer.body
 
 
-async def bootstrap_denied(book: Book) -> None:
+async def bootstrap_denied(book: RunbookRun) -> None:
     """Case 1: a KMS asks about itself before it makes keys."""
     _require_measured(book)
     for name, policy in (("deny-all", None), ("deny-self", book.deny_by_measurement("src"))):
@@ -63,7 +63,7 @@ async def bootstrap_denied(book: Book) -> None:
         await _bootstrap(book, NOT_ALLOWED, f"bootstrap-src-denied-by-{name}")
 
 
-async def bootstrap_allowed(book: Book) -> None:
+async def bootstrap_allowed(book: RunbookRun) -> None:
     """Case 2: once its own measurement is allowed, it makes keys, and starts over with them."""
     _require_measured(book)
     await book.apply("src", "allow-self", book.allow("src"))
@@ -74,7 +74,7 @@ async def bootstrap_allowed(book: Book) -> None:
         raise BlockedError("kms-src does not run")
 
 
-async def onboarding(book: Book) -> None:
+async def onboarding(book: RunbookRun) -> None:
     """Case 3: a KMS takes no keys from a source that it denies, and a source gives none to a KMS that it denies."""
     _require_running(book)
     await book.apply("src", "allow-both", book.allow("src", "dst"))
@@ -92,7 +92,7 @@ async def onboarding(book: Book) -> None:
         raise BlockedError("kms-dst does not run")
 
 
-async def trusted_rpcs(book: Book) -> None:
+async def trusted_rpcs(book: RunbookRun) -> None:
     """Case 4: a KMS that runs asks about itself before every trusted RPC."""
     _require_running(book)
     temp_ca = await book.call("src", "KMS.GetTempCaCert", TEMP_CA, keep="get-temp-ca-allowed")
@@ -112,7 +112,7 @@ async def trusted_rpcs(book: Book) -> None:
     await book.call("src", "KMS.GetTempCaCert", TEMP_CA, keep="get-temp-ca-allowed-again")
 
 
-async def quotes_required(book: Book) -> None:
+async def quotes_required(book: RunbookRun) -> None:
     """Case 5: nothing passes without a quote, and what the KMS itself say is quoted."""
     _require_running(book)
     for side in SIDES:
@@ -151,7 +151,7 @@ async def quotes_required(book: Book) -> None:
     await book.call("src", "KMS.SignCert", expected, arguments=request, by="one bit of the quote changed")
 
 
-CASES: Final[tuple[tuple[str, Callable[[Book], Awaitable[None]]], ...]] = (
+CASES: Final[tuple[tuple[str, Callable[[RunbookRun], Awaitable[None]]], ...]] = (
     ("preparations", prepare),
     ("bootstrap is denied when self is not allowed", bootstrap_denied),
     ("bootstrap succeeds after self is allowed", bootstrap_allowed),
@@ -193,12 +193,12 @@ IS_NOT_VALID: Final = Expected(
 )
 
 
-def _require_measured(book: Book) -> None:
+def _require_measured(book: RunbookRun) -> None:
     if len(book.measured) < len(SIDES):
         raise BlockedError("it is not known what both KMS measure")
 
 
-def _require_running(book: Book) -> None:
+def _require_running(book: RunbookRun) -> None:
     _require_measured(book)
     if "src" not in book.meta:
         raise BlockedError("kms-src does not run")
@@ -207,7 +207,7 @@ def _require_running(book: Book) -> None:
 # ---- steps that several cases share
 
 
-async def _bootstrap(book: Book, expected: Expected, keep: str) -> None:
+async def _bootstrap(book: RunbookRun, expected: Expected, keep: str) -> None:
     if book.bootstrap is not None:
         wanted = expected.words(book.bootstrap.success)
         book.journal.note("kms-src Onboard.Bootstrap", "it has made keys before", wanted, None)
@@ -217,7 +217,7 @@ async def _bootstrap(book: Book, expected: Expected, keep: str) -> None:
         book.bootstrap = answer
 
 
-async def _onboard(book: Book, expected: Expected, keep: str) -> None:
+async def _onboard(book: RunbookRun, expected: Expected, keep: str) -> None:
     if book.onboarded is not None:
         wanted = expected.words(book.onboarded.success)
         book.journal.note("kms-dst Onboard.Onboard", "it has taken keys before", wanted, None)
@@ -229,7 +229,7 @@ async def _onboard(book: Book, expected: Expected, keep: str) -> None:
 
 
 async def _ask_attested(
-    book: Book, client: AttestedClient, name: str, app_key: Expected, sign: Expected, kms_key: Expected
+    book: RunbookRun, client: AttestedClient, name: str, app_key: Expected, sign: Expected, kms_key: Expected
 ) -> None:
     """Ask the three RPCs that take evidence, as the app."""
     identity, by = await client.identity(), "with evidence"
@@ -240,7 +240,7 @@ async def _ask_attested(
     await book.call("src", "KMS.GetKmsKey", kms_key, identity=identity, by=by, keep=f"get-kms-key-{name}")
 
 
-async def _check_certificate(book: Book, side: str) -> None:
+async def _check_certificate(book: RunbookRun, side: str) -> None:
     """The certificate that a KMS shows carries evidence that holds, bound to its key; what it measures is in there."""
     asked = f"the certificate of kms-{side}, judged by dcap-qvl with the PCCS's collateral"
     expected = f"evidence under {book.target.root}, bound to its key, usage {USAGE_KMS_RPC}"
@@ -259,7 +259,7 @@ async def _check_certificate(book: Book, side: str) -> None:
         _compare_measured(book, side, peer.attestation)
 
 
-def _compare_measured(book: Book, side: str, evidence: VerifiedAttestation) -> None:
+def _compare_measured(book: RunbookRun, side: str, evidence: VerifiedAttestation) -> None:
     info, stated = evidence.app_info(), book.measured[side]
     quoted = {"mr_aggregated": info.mr_aggregated.hex(), "device_id": info.device_id.hex()}
     if info.os_image_hash:  # evidence of old releases names no image
@@ -270,7 +270,7 @@ def _compare_measured(book: Book, side: str, evidence: VerifiedAttestation) -> N
     book.journal.note(asked, got, "the quoted values", not differing)
 
 
-async def _check_bootstrap(book: Book) -> None:
+async def _check_bootstrap(book: RunbookRun) -> None:
     """The attestation of the bootstrap holds, and binds the keys that were made."""
     asked, expected = "the attestation of the bootstrap", f"evidence under {book.target.root} that binds both keys"
     if book.verifier is None or book.bootstrap is None:
@@ -287,7 +287,7 @@ async def _check_bootstrap(book: Book) -> None:
     book.journal.note(asked, got, expected, binds)
 
 
-async def _ask_verifier(book: Book) -> None:
+async def _ask_verifier(book: RunbookRun) -> None:
     """A verifier, which is told nothing else, comes to the same verdict, and to another one about other bytes."""
     verifier, bootstrap = book.target.verifier, book.bootstrap
     if verifier is None or bootstrap is None:

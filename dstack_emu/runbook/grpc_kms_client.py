@@ -16,29 +16,31 @@ from google.protobuf.message_factory import GetMessageClass
 from dstack_emu.attest.errors import FormatError, VerificationError
 from dstack_emu.attest.proto import kms_pb2
 from dstack_emu.attest.prpc import decode_json, encode_json
-from dstack_emu.runbook.kms_client import TIMEOUT, Answer, PrpcCaller
-from dstack_emu.runbook.target import Kms
+from dstack_emu.runbook.kms_client import TIMEOUT, KmsAnswer, PrpcKmsClient
+from dstack_emu.runbook.target import TargetKms
 from dstack_emu.transport.errors import TransportError
 from dstack_emu.transport.grpc_client import StatusError, call, certificate_of
 from dstack_emu.transport.pccs_client import AttestationVerifier
-from dstack_emu.transport.ratls import Identity, Peer, peer_of
+from dstack_emu.transport.ratls import AttestedServer, Identity, peer_of
 
 PACKAGE: Final = kms_pb2.DESCRIPTOR.package
 
 
-class GrpcCaller:
+class GrpcKmsClient:
     """gRPC."""
 
     finishes_by_page = False
 
     def __init__(self) -> None:
-        self._pages = PrpcCaller()
+        self._pages = PrpcKmsClient()
 
-    def address(self, kms: Kms, method: str) -> str:
+    def address(self, kms: TargetKms, method: str) -> str:
         """The port for clients without a certificate."""
         return kms.grpc
 
-    async def call(self, kms: Kms, method: str, arguments: dict[str, Any], identity: Identity | None = None) -> Answer:
+    async def call(
+        self, kms: TargetKms, method: str, arguments: dict[str, Any], identity: Identity | None = None
+    ) -> KmsAnswer:
         """Call `kms.Service/Method` at the port that serves it."""
         descriptor: MethodDescriptor = default_pool().FindMethodByName(f"{PACKAGE}.{method}")
         request = decode_json(GetMessageClass(descriptor.input_type), json.dumps(arguments).encode())
@@ -53,23 +55,23 @@ class GrpcCaller:
                 identity=identity,
             )
         except StatusError as error:
-            return Answer(400, {"error": str(error)}, error.code)
+            return KmsAnswer(400, {"error": str(error)}, error.code)
         except TransportError as error:
-            return Answer(0, f"no answer: {error.cause}", "")
-        return Answer(200, json.loads(encode_json(answer)), "OK")
+            return KmsAnswer(0, f"no answer: {error.cause}", "")
+        return KmsAnswer(200, json.loads(encode_json(answer)), "OK")
 
-    async def peer(self, kms: Kms, verifier: AttestationVerifier | None) -> Peer:
+    async def peer(self, kms: TargetKms, verifier: AttestationVerifier | None) -> AttestedServer:
         """Judge the certificate that the gRPC port shows."""
         try:
             return await peer_of(await certificate_of(kms.grpc, seconds=TIMEOUT), verifier)
         except (TransportError, FormatError) as error:
             raise VerificationError(str(error)) from error
 
-    async def get(self, url: str) -> Answer:
+    async def get(self, url: str) -> KmsAnswer:
         """GET a page."""
         return await self._pages.get(url)
 
-    async def post(self, url: str, document: Any) -> Answer:
+    async def post(self, url: str, document: Any) -> KmsAnswer:
         """POST JSON."""
         return await self._pages.post(url, document)
 

@@ -1,7 +1,7 @@
 """Asking a KMS as an operator asks it: a method and JSON go in, a status and JSON come out.
 
-`Caller` is the seam between the runbook and a transport. The one here is pRPC, in JSON over HTTP/1.1; the one for gRPC
-is in `runbook.grpc_kms_client`. No certificate of a server is checked in either, as the runbook's own `curl -sk`
+`KmsClient` is the seam between the runbook and a transport. The one here is pRPC, in JSON over HTTP/1.1; the one for
+gRPC is in `runbook.grpc_kms_client`. No certificate of a server is checked in either, as the runbook's own `curl -sk`
 checks none: what a server proves is a step of its own.
 """
 
@@ -15,17 +15,17 @@ from google.protobuf.empty_pb2 import Empty
 
 from dstack_emu.attest.errors import VerificationError
 from dstack_emu.attest.proto import kms_pb2 as pb
-from dstack_emu.runbook.target import Kms
+from dstack_emu.runbook.target import TargetKms
 from dstack_emu.transport.client import MAX_RESPONSE, TransportError, describe_failure
 from dstack_emu.transport.pccs_client import AttestationVerifier
-from dstack_emu.transport.ratls import Identity, Peer, RaTlsClient, RaTlsError, client_context
+from dstack_emu.transport.ratls import AttestedServer, Identity, RaTlsClient, RaTlsError, client_context
 
 TIMEOUT: Final = 60.0
 """Seconds for one call: a platform may take its time to quote."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class KmsAnswer:
     """What came back: a status, and the body, parsed where it is JSON. Status 0: nothing came, the body says why.
 
     Of a call by gRPC `code` is the name of its status, and `status` what pRPC has in its place: 200 or 400.
@@ -63,7 +63,7 @@ class Answer:
         return self.body.get(name) if self.ok and isinstance(self.body, dict) else None
 
 
-class Caller(Protocol):
+class KmsClient(Protocol):
     """A transport. What it asks raises nothing, but for `peer`.
 
     With `finishes_by_page` the end of the onboard phase is a page, `/finish`, else the RPC Onboard.Finish.
@@ -71,23 +71,25 @@ class Caller(Protocol):
 
     finishes_by_page: bool
 
-    def address(self, kms: Kms, method: str) -> str:
+    def address(self, kms: TargetKms, method: str) -> str:
         """Where a method of a KMS is asked, for a person."""
         ...
 
-    async def call(self, kms: Kms, method: str, arguments: dict[str, Any], identity: Identity | None = None) -> Answer:
+    async def call(
+        self, kms: TargetKms, method: str, arguments: dict[str, Any], identity: Identity | None = None
+    ) -> KmsAnswer:
         """Call `Service.Method` of a KMS, with a client certificate if one is given."""
         ...
 
-    async def peer(self, kms: Kms, verifier: AttestationVerifier | None) -> Peer:
+    async def peer(self, kms: TargetKms, verifier: AttestationVerifier | None) -> AttestedServer:
         """What a KMS that runs proves by its certificate; raise `AttestError` where that does not hold."""
         ...
 
-    async def get(self, url: str) -> Answer:
+    async def get(self, url: str) -> KmsAnswer:
         """GET a page: not every question is an RPC."""
         ...
 
-    async def post(self, url: str, document: Any) -> Answer:
+    async def post(self, url: str, document: Any) -> KmsAnswer:
         """POST JSON: not every service has RPCs."""
         ...
 
@@ -96,7 +98,7 @@ class Caller(Protocol):
         ...
 
 
-class PrpcCaller:
+class PrpcKmsClient:
     """pRPC in JSON."""
 
     finishes_by_page = True
@@ -106,18 +108,20 @@ class PrpcCaller:
         self._contexts: dict[Identity, SSLContext] = {}
         self._session: aiohttp.ClientSession | None = None
 
-    def address(self, kms: Kms, method: str) -> str:
+    def address(self, kms: TargetKms, method: str) -> str:
         """The URL of the phase that serves it."""
         return kms.onboard if method.startswith("Onboard.") else kms.runtime
 
-    async def call(self, kms: Kms, method: str, arguments: dict[str, Any], identity: Identity | None = None) -> Answer:
+    async def call(
+        self, kms: TargetKms, method: str, arguments: dict[str, Any], identity: Identity | None = None
+    ) -> KmsAnswer:
         """POST to `/prpc/Service.Method?json`."""
         url = f"{self.address(kms, method)}/prpc/{method}?json"
         return await self._ask("POST", url, json.dumps(arguments), identity)
 
-    async def peer(self, kms: Kms, verifier: AttestationVerifier | None) -> Peer:
+    async def peer(self, kms: TargetKms, verifier: AttestationVerifier | None) -> AttestedServer:
         """Judge the certificate behind an answer of GetMeta."""
-        seen: list[Peer] = []
+        seen: list[AttestedServer] = []
         try:
             client = RaTlsClient(f"{kms.runtime}/prpc", verifier=verifier, judge=seen.append)
             try:
@@ -128,11 +132,11 @@ class PrpcCaller:
             raise VerificationError(str(error)) from error
         return seen[0]
 
-    async def get(self, url: str) -> Answer:
+    async def get(self, url: str) -> KmsAnswer:
         """GET a page."""
         return await self._ask("GET", url, None, None)
 
-    async def post(self, url: str, document: Any) -> Answer:
+    async def post(self, url: str, document: Any) -> KmsAnswer:
         """POST JSON."""
         return await self._ask("POST", url, json.dumps(document), None)
 
@@ -141,7 +145,7 @@ class PrpcCaller:
         if self._session is not None:
             await self._session.close()
 
-    async def _ask(self, verb: str, url: str, body: str | None, identity: Identity | None) -> Answer:
+    async def _ask(self, verb: str, url: str, body: str | None, identity: Identity | None) -> KmsAnswer:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=TIMEOUT)
             self._session = aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar())
@@ -155,13 +159,13 @@ class PrpcCaller:
                 text = await _read(response, url)
                 status = response.status
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            return Answer(0, f"no answer: {describe_failure(error, TIMEOUT)}")
+            return KmsAnswer(0, f"no answer: {describe_failure(error, TIMEOUT)}")
         except TransportError as error:
-            return Answer(0, f"no answer: {error.cause}")
+            return KmsAnswer(0, f"no answer: {error.cause}")
         try:
-            return Answer(status, json.loads(text))
+            return KmsAnswer(status, json.loads(text))
         except (ValueError, RecursionError):
-            return Answer(status, text)
+            return KmsAnswer(status, text)
 
 
 async def _read(response: aiohttp.ClientResponse, url: str) -> str:

@@ -12,15 +12,15 @@ from dstack_emu.attest.attestation import Attestation, decode
 from dstack_emu.attest.errors import VerificationError
 from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.deployment import policy_files
-from dstack_emu.kms_emu.agent_client import GuestAgent
+from dstack_emu.kms_emu.agent_client import GuestAgentClient
 from dstack_emu.kms_emu.onboarding import ZERO_REPORT_DATA
 from dstack_emu.runbook.attested_client import AttestedClient
-from dstack_emu.runbook.kms_client import Answer, Caller
+from dstack_emu.runbook.kms_client import KmsAnswer, KmsClient
 from dstack_emu.runbook.target import Target
-from dstack_emu.runbook.transcript import Expected, Journal, answers, arguments_of, redacted, says, short, summary_of
+from dstack_emu.runbook.transcript import Expected, Transcript, answers, arguments_of, redacted, says, short, summary_of
 from dstack_emu.simulator.seed import Entropy
 from dstack_emu.transport.pccs_client import AttestationVerifier, Clock, PccsClient
-from dstack_emu.transport.ratls import Identity, Peer
+from dstack_emu.transport.ratls import AttestedServer, Identity
 
 PAUSE: Final = 0.2
 """Seconds between two questions to a KMS that does not answer yet."""
@@ -47,20 +47,20 @@ class BlockedError(Exception):
     """The rest of a case cannot be judged; the text says for want of what."""
 
 
-class Book:
+class RunbookRun:
     """One run on one target. What later cases need of earlier ones stands in the attributes."""
 
     def __init__(
-        self, target: Target, caller: Caller, journal: Journal, *, entropy: Entropy, clock: Clock, patience: float
+        self, target: Target, caller: KmsClient, journal: Transcript, *, entropy: Entropy, clock: Clock, patience: float
     ) -> None:
         self.target, self.caller, self.journal = target, caller, journal
         self._entropy, self._clock, self._patience = entropy, clock, patience
         self._exit = AsyncExitStack()
         self._policies_before: dict[str, bytes | None] = {}
         self.measured: dict[str, dict[str, Any]] = {}
-        self.bootstrap: Answer | None = None
-        self.onboarded: Answer | None = None
-        self.meta: dict[str, Answer] = {}
+        self.bootstrap: KmsAnswer | None = None
+        self.onboarded: KmsAnswer | None = None
+        self.meta: dict[str, KmsAnswer] = {}
         self.client: AttestedClient | None = None
         self.app_rule: policy_files.AppRule | None = None
         self._app_image = ""
@@ -68,7 +68,7 @@ class Book:
     async def __aenter__(self) -> Self:
         target = self.target
         self._exit.push_async_callback(self.caller.close)
-        self.agent = GuestAgent(target.app) if target.app else None
+        self.agent = GuestAgentClient(target.app) if target.app else None
         if self.agent is not None:
             self._exit.push_async_callback(self.agent.close)
         self.verifier: AttestationVerifier | None = None
@@ -97,7 +97,7 @@ class Book:
         identity: Identity | None = None,
         by: str = "",
         keep: str = "",
-    ) -> Answer:
+    ) -> KmsAnswer:
         """Call an RPC of a KMS and hold the answer against what is expected; keep it as evidence."""
         kms, given = self.target.kms[side], arguments or {}
         answer = await self.caller.call(kms, method, given, identity)
@@ -109,13 +109,13 @@ class Book:
             raise RunbookError(f"kms-{side} at {where}: {answer.error}: {START_AGAIN}")
         return answer
 
-    async def get(self, what: str, url: str, expected: Expected, *, keep: str = "") -> Answer:
+    async def get(self, what: str, url: str, expected: Expected, *, keep: str = "") -> KmsAnswer:
         """GET a page and hold it against what is expected."""
         answer = await self.caller.get(url)
         self._judge(f"GET {what}", answer, expected, keep, None)
         return answer
 
-    async def post(self, what: str, url: str, document: Any, expected: Expected, *, keep: str) -> Answer:
+    async def post(self, what: str, url: str, document: Any, expected: Expected, *, keep: str) -> KmsAnswer:
         """POST JSON to a service without RPCs and hold the answer against what is expected."""
         answer = await self.caller.post(url, document)
         self._judge(f"POST {what}", answer, expected, keep, document)
@@ -136,7 +136,9 @@ class Book:
             self.meta[side] = answer
         return answer.ok
 
-    def _judge(self, asked: str, answer: Answer, expected: Expected, keep: str, given: dict[str, Any] | None) -> None:
+    def _judge(
+        self, asked: str, answer: KmsAnswer, expected: Expected, keep: str, given: dict[str, Any] | None
+    ) -> None:
         if keep:
             response = {"asked": asked, "status": answer.shown, "body": redacted(answer.body)}
             self.journal.keep("responses", keep, response if given is None else response | {"arguments": given})
@@ -195,7 +197,7 @@ class Book:
                 raise RunbookError(f"kms-{side} at {where} does not say what it measures: {short(said)}")
             await asyncio.sleep(PAUSE)
 
-    async def _wait_until_it_runs(self, side: str) -> Answer:
+    async def _wait_until_it_runs(self, side: str) -> KmsAnswer:
         """Ask a KMS that was told to finish for its metadata, until it answers or patience ends; return the answer."""
         deadline = time.monotonic() + self._patience
         while True:
@@ -220,11 +222,11 @@ class Book:
             raise VerificationError(f"hex expected, got {short(text)}") from error
         return await self.verify(decode(data))
 
-    async def peer(self, side: str) -> Peer:
+    async def peer(self, side: str) -> AttestedServer:
         """What a KMS proves by its certificate, judged under the target's root; raise `AttestError`."""
         return await self.caller.peer(self.target.kms[side], self.verifier)
 
-    async def make_client(self, temp_ca: Answer) -> AttestedClient | None:
+    async def make_client(self, temp_ca: KmsAnswer) -> AttestedClient | None:
         """Make the attested client, and the rule that allows it; None where no app's agent is named.
 
         Raises `KmsError` or `AttestError` where the agent or the temporary CA are no good.

@@ -72,7 +72,7 @@ class _Description(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Kms:
+class TargetKms:
     """One KMS: where it answers in its onboard phase and in its runtime phase, its webhook, and that one's policy.
 
     `grpc` and `grpc_mtls` are its gRPC listeners (`host:port`), empty where they are not needed.
@@ -95,7 +95,7 @@ class Target:
     replaces what differs from run to run in evidence.
     """
 
-    kms: Mapping[str, Kms]
+    kms: Mapping[str, TargetKms]
     source_url: str
     anchor: TrustAnchor
     root: str
@@ -133,7 +133,7 @@ class Target:
             raise TargetError(f"{name}: {where}: {fault['msg']}") from error
         services, runtime = found.services, found.runtime
         kms = {
-            side: Kms(
+            side: TargetKms(
                 onboard=f"http://{urlsplit(url).netloc}" if given is None else url,
                 runtime=given or f"https://{urlsplit(url).netloc}",
                 auth=auth,

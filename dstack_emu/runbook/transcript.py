@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from dstack_emu.runbook.kms_client import Answer
+from dstack_emu.runbook.kms_client import KmsAnswer
 
 SHOWN: Final = 80
 """Characters of a value that a line shows in full; of a longer one it shows the beginning. Files have all of it."""
@@ -22,7 +22,7 @@ class Expected:
     """What an answer has to be, in words and as a question. Of a success the words go on from its status."""
 
     text: str
-    holds: Callable[[Answer], bool]
+    holds: Callable[[KmsAnswer], bool]
     is_success: bool = False
 
     def words(self, success: str) -> str:
@@ -57,7 +57,7 @@ class Case:
         return all(judged) if judged else None
 
 
-class Journal:
+class Transcript:
     """Takes the steps down and tells `on_case` and `on_step` at once."""
 
     def __init__(self, on_case: Callable[[Case], None], on_step: Callable[[Step], None]) -> None:
@@ -125,7 +125,7 @@ def arguments_of(arguments: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={short(value)}" for name, value in arguments.items())
 
 
-def summary_of(answer: Answer) -> str:
+def summary_of(answer: KmsAnswer) -> str:
     """An answer for a line: its error in full, else the names of what it has."""
     if answer.status == 0:
         return answer.error
@@ -151,7 +151,7 @@ def answers(*names: str, **values: Any) -> Expected:
     """A success that has these fields, not empty, and these values."""
     wanted = [*names, *(f"{name} = {short(value)}" for name, value in values.items())]
 
-    def holds(answer: Answer) -> bool:
+    def holds(answer: KmsAnswer) -> bool:
         return (
             answer.ok
             and all(answer.field(name) for name in names)
@@ -169,7 +169,7 @@ def says(text: str) -> Expected:
 def refused(*reasons: str) -> Expected:
     """An error that says one of these, in any case of letters."""
 
-    def holds(answer: Answer) -> bool:
+    def holds(answer: KmsAnswer) -> bool:
         text = answer.error.lower()
         return answer.status > 0 and any(reason.lower() in text for reason in reasons)
 

@@ -3,24 +3,24 @@
 The fixtures of `pytest_plugin` are made of this; it needs no pytest itself.
 """
 
-from dstack_emu.testing.kms import Kms, Policy
+from dstack_emu.testing.kms import LiveKms, LivePolicy
 from dstack_emu.testing.live import LiveStack
-from dstack_emu.testing.observation import ActiveFault, Clock, Journal
+from dstack_emu.testing.observation import LiveClock, LiveFault, LiveJournal
 from dstack_emu.testing.refusals import Refusal, Refused, refused
-from dstack_emu.testing.trust_domain import Image, Platform, TrustDomain, Vendor
+from dstack_emu.testing.trust_domain import LiveImage, LivePlatform, LiveTrustDomain, LiveVendor
 
 __all__ = [
-    "ActiveFault",
-    "Clock",
-    "Image",
-    "Journal",
-    "Kms",
+    "LiveClock",
+    "LiveFault",
+    "LiveImage",
+    "LiveJournal",
+    "LiveKms",
+    "LivePlatform",
+    "LivePolicy",
     "LiveStack",
-    "Platform",
-    "Policy",
+    "LiveTrustDomain",
+    "LiveVendor",
     "Refusal",
     "Refused",
-    "TrustDomain",
-    "Vendor",
     "refused",
 ]

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
-from dstack_emu.testing.trust_domain import Platform, TrustDomain, with_refusals
+from dstack_emu.testing.trust_domain import LivePlatform, LiveTrustDomain, with_refusals
 
 if TYPE_CHECKING:
     from dstack_emu.testing.live import LiveStack
 
 
-class Policy:
+class LivePolicy:
     """Whom the webhook (auth-simple) of a KMS allows; heeded by its next answer."""
 
     def __init__(self, live: "LiveStack", side: str) -> None:
@@ -32,26 +32,26 @@ class Policy:
         """Put another in its place; it is not checked."""
         self._live.control.set_policy(self.side, content)
 
-    def allow(self, *who: "TrustDomain | Kms | str", this_device_only: bool = False) -> Self:
+    def allow(self, *who: "LiveTrustDomain | LiveKms | str", this_device_only: bool = False) -> Self:
         """Allow trust domains as they are now, with their OS images; on their own machines alone where asked."""
         for name in map(_domain, who):
             self._live.control.allow(self.side, name, this_device_only=this_device_only)
         return self
 
-    def deny(self, *who: "TrustDomain | Kms | str") -> Self:
+    def deny(self, *who: "LiveTrustDomain | LiveKms | str") -> Self:
         """Allow them no longer: of a KMS its measurement, of an app all of it."""
         for name in map(_domain, who):
             self._live.control.deny(self.side, name)
         return self
 
 
-def _domain(who: "TrustDomain | Kms | str") -> str:
+def _domain(who: "LiveTrustDomain | LiveKms | str") -> str:
     if isinstance(who, str):
         return who
-    return who.trust_domain.name if isinstance(who, Kms) else who.name
+    return who.trust_domain.name if isinstance(who, LiveKms) else who.name
 
 
-class Kms:
+class LiveKms:
     """A KMS."""
 
     def __init__(self, live: "LiveStack", name: str) -> None:
@@ -79,22 +79,22 @@ class Kms:
         return Path(self.info["certs"]) / ROOT_CA_CERT
 
     @property
-    def trust_domain(self) -> TrustDomain:
+    def trust_domain(self) -> LiveTrustDomain:
         """The trust domain it runs in."""
-        return TrustDomain(self._live, f"kms-{self.name}")
+        return LiveTrustDomain(self._live, f"kms-{self.name}")
 
     @property
-    def platform(self) -> Platform:
+    def platform(self) -> LivePlatform:
         """The machine it runs on."""
         return self.trust_domain.platform
 
     @property
-    def policy(self) -> Policy:
+    def policy(self) -> LivePolicy:
         """The policy that decides about it and its callers."""
         webhook = str(self.info["webhook"])
         if "://" in webhook:
             raise ControlError(f"kms-{self.name} asks {webhook}, which has no policy of the stack's")
-        return Policy(self._live, self.name) if webhook == "own" else Kms(self._live, webhook).policy
+        return LivePolicy(self._live, self.name) if webhook == "own" else LiveKms(self._live, webhook).policy
 
     def bootstrap(self) -> Self:
         """Make new keys and end the onboard phase; raise `Refused` with its words."""
@@ -102,7 +102,7 @@ class Kms:
         with_refusals(lambda: self._live.control.onboard_kms(self.name, None))
         return self
 
-    def onboard(self, source: "Kms | str" = "src") -> Self:
+    def onboard(self, source: "LiveKms | str" = "src") -> Self:
         """Take another KMS's keys over and end the onboard phase; raise `Refused` with its words."""
         __tracebackhide__ = True
         name = source if isinstance(source, str) else source.name

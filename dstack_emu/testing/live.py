@@ -13,11 +13,11 @@ import aiohttp
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.deployment.stack import Stack
 from dstack_emu.simulator.image import OsImage
-from dstack_emu.testing.kms import Kms, Policy
-from dstack_emu.testing.observation import ActiveFault, Clock, Journal
+from dstack_emu.testing.kms import LiveKms, LivePolicy
+from dstack_emu.testing.observation import LiveClock, LiveFault, LiveJournal
 from dstack_emu.testing.refusals import Refused
 from dstack_emu.testing.thread import StackThread, SyncControl
-from dstack_emu.testing.trust_domain import Image, Platform, TrustDomain, Vendor
+from dstack_emu.testing.trust_domain import LiveImage, LivePlatform, LiveTrustDomain, LiveVendor
 from dstack_emu.transport.ratls import client_context
 from dstack_emu.webhook_check.check import Report, check_webhook
 from dstack_emu.webhook_check.questions import Questions
@@ -37,7 +37,7 @@ class LiveStack:
 
     def __init__(self, **settings: Any) -> None:
         self._thread = StackThread(StackConfig.on_free_ports(**settings))
-        self.journal, self.clock, self.vendor = Journal(self), Clock(self), Vendor(self)
+        self.journal, self.clock, self.vendor = LiveJournal(self), LiveClock(self), LiveVendor(self)
 
     def __enter__(self) -> Self:
         self._stack = self._thread.start()
@@ -74,7 +74,7 @@ class LiveStack:
 
     # ---- its parts: found by name, or made
 
-    def app(self, name: str | None = None, **spec: Any) -> TrustDomain:
+    def app(self, name: str | None = None, **spec: Any) -> LiveTrustDomain:
         """The app of that name; with anything else given, a new one (fields of `trust_domain`).
 
         Without a name it is the stack's own, or a new one is called `app-2`, `app-3`, …
@@ -83,52 +83,53 @@ class LiveStack:
             name = "app" if not spec else self._free_name("app")
         return self.trust_domain(name, **spec)
 
-    def trust_domain(self, name: str, **spec: Any) -> TrustDomain:
+    def trust_domain(self, name: str, **spec: Any) -> LiveTrustDomain:
         """The trust domain of that name, or a new one, powered on and without keys.
 
-        `spec` has the fields of docs/control.md; `compose` may be a dict, `platform` a `Platform`, `image` an `Image`.
+        `spec` has the fields of docs/control.md; `compose` may be a dict, `platform` a `LivePlatform`, `image` a
+        `LiveImage`.
         """
         if spec or name not in self.in_thread(lambda stack: dict(stack.guests)):
             self.control.add_guest(name, **_plain(spec))
-        return TrustDomain(self, name)
+        return LiveTrustDomain(self, name)
 
-    def kms(self, name: str = "src", **spec: Any) -> Kms:
+    def kms(self, name: str = "src", **spec: Any) -> LiveKms:
         """The KMS of that name, or a new one without keys (fields of docs/control.md)."""
         if spec or name not in self.in_thread(lambda stack: dict(stack.kms_parts)):
             self.control.add_kms(name, **_plain(spec))
-        return Kms(self, name)
+        return LiveKms(self, name)
 
-    def platform(self, name: str | None = None, **state: Any) -> Platform:
+    def platform(self, name: str | None = None, **state: Any) -> LivePlatform:
         """The machine of that name, made where there is none, with a state where one is given.
 
         Without a name it is a new one: `machine-1`, `machine-2`, …
         """
-        platform = Platform(self, self._free_name("machine", 1) if name is None else name)
+        platform = LivePlatform(self, self._free_name("machine", 1) if name is None else name)
         self.control.add_platform(platform.name)
         return platform.set(**state) if state else platform
 
-    def image(self, name: str | None = None, version: str = "0.5.11") -> Image:
+    def image(self, name: str | None = None, version: str = "0.5.11") -> LiveImage:
         """An OS image; without a name the one that everything boots that names none."""
 
-        def made(stack: Stack) -> Image:
+        def made(stack: Stack) -> LiveImage:
             image = stack.image if name is None else OsImage.from_seed(stack.seed.derive, name, version)
-            return Image(name, version, image.os_image_hash.hex())
+            return LiveImage(name, version, image.os_image_hash.hex())
 
         return self.in_thread(made)
 
-    def policy(self, kms: Kms | str = "src") -> Policy:
+    def policy(self, kms: LiveKms | str = "src") -> LivePolicy:
         """The policy of a KMS's webhook."""
         return (self.kms(kms) if isinstance(kms, str) else kms).policy
 
     # ---- what is done to it
 
-    def boot(self, app: TrustDomain | str | None = None, kms: Kms | str = "src") -> TrustDomain:
+    def boot(self, app: LiveTrustDomain | str | None = None, kms: LiveKms | str = "src") -> LiveTrustDomain:
         """Let an app (the stack's own) fetch keys from a KMS; raise `Refused` with the KMS's words."""
         return (self.app(app) if app is None or isinstance(app, str) else app).boot(kms)
 
-    def fault(self, **fields: Any) -> ActiveFault:
+    def fault(self, **fields: Any) -> LiveFault:
         """Put a fault in force (fields of docs/control.md): for a `with` block, or until the test ends."""
-        return ActiveFault(self, self.in_thread(lambda stack: stack.control.add_fault(**fields)))
+        return LiveFault(self, self.in_thread(lambda stack: stack.control.add_fault(**fields)))
 
     def check_webhook(self, url: str) -> Report:
         """Ask somebody's webhook everything that this stack's KMS would (`dstack-emu check-webhook`)."""
@@ -198,10 +199,10 @@ def _plain(spec: Mapping[str, Any]) -> dict[str, Any]:
     plain = dict(spec)
     if isinstance(compose := plain.get("compose"), Mapping):
         plain["compose"] = json.dumps(compose)
-    if isinstance(platform := plain.get("platform"), Platform):
+    if isinstance(platform := plain.get("platform"), LivePlatform):
         plain["platform"] = platform.name
-    if isinstance(image := plain.get("image"), Image):
+    if isinstance(image := plain.get("image"), LiveImage):
         plain |= {"image": image.name, "image_version": image.version}
-    if isinstance(webhook := plain.get("webhook"), Kms):
+    if isinstance(webhook := plain.get("webhook"), LiveKms):
         plain["webhook"] = webhook.name
     return plain

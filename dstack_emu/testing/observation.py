@@ -4,7 +4,7 @@ import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from dstack_emu.observability.fault_rules import Rule
+from dstack_emu.observability.fault_rules import InstalledRule
 from dstack_emu.observability.journal import Record
 from dstack_emu.observability.record_text import lines
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Moment = str | float | datetime.datetime
 
 
-class Journal:
+class LiveJournal:
     """What was asked in the stack since the test began."""
 
     def __init__(self, live: "LiveStack") -> None:
@@ -29,15 +29,11 @@ class Journal:
         """How many calls match, inner ones too; each pattern may have wildcards."""
         return len(self.find(call, service=service, caller=caller, outcome=outcome))
 
-    def find(
-        self, call: str = "*", *, service: str = "*", caller: str = "*", outcome: str = "*"
-    ) -> list[Record]:
+    def find(self, call: str = "*", *, service: str = "*", caller: str = "*", outcome: str = "*") -> list[Record]:
         """The calls that match, inner ones too; outcomes are `ok`, `denied`, `refused` and `unanswered`."""
         since = self.since
         return self._live.in_thread(
-            lambda stack: stack.control.journal.find(
-                call, service=service, caller=caller, outcome=outcome, since=since
-            )
+            lambda stack: stack.control.journal.find(call, service=service, caller=caller, outcome=outcome, since=since)
         )
 
     def records(self) -> list[Record]:
@@ -50,7 +46,7 @@ class Journal:
         return "\n".join(line for record in self.records() for line in lines(record))
 
 
-class Clock:
+class LiveClock:
     """The clock of the whole stack. Moments are datetimes, Unix seconds, or ISO 8601, in UTC where they do not say."""
 
     def __init__(self, live: "LiveStack") -> None:
@@ -92,10 +88,10 @@ def _plain(moment: Moment) -> str | float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
 
 
-class ActiveFault:
+class LiveFault:
     """A fault in force: until `lift`, the end of a `with` block over it, or the end of the test."""
 
-    def __init__(self, live: "LiveStack", rule: Rule) -> None:
+    def __init__(self, live: "LiveStack", rule: InstalledRule) -> None:
         self._live, self._rule = live, rule
 
     @property

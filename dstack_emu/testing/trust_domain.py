@@ -7,12 +7,12 @@ from dstack_emu.control.schemas import ControlError
 from dstack_emu.testing.refusals import Refused
 
 if TYPE_CHECKING:
-    from dstack_emu.testing.kms import Kms
+    from dstack_emu.testing.kms import LiveKms
     from dstack_emu.testing.live import LiveStack
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
+class LiveImage:
     """An OS image: name and version, of which the seed makes it, and its hash (hex). No name: the stack's own."""
 
     name: str | None
@@ -20,7 +20,7 @@ class Image:
     os_image_hash: str
 
 
-class Platform:
+class LivePlatform:
     """A machine."""
 
     def __init__(self, live: "LiveStack", name: str) -> None:
@@ -43,7 +43,7 @@ class Platform:
         return self
 
 
-class Vendor:
+class LiveVendor:
     """What the emulated Intel says for all machines."""
 
     def __init__(self, live: "LiveStack") -> None:
@@ -60,7 +60,7 @@ class Vendor:
         self._live.control.set_vendor(**changes)
 
 
-class TrustDomain:
+class LiveTrustDomain:
     """A trust domain: of an app, or of a KMS."""
 
     def __init__(self, live: "LiveStack", name: str) -> None:
@@ -88,9 +88,9 @@ class TrustDomain:
         return str(self.info["mr_aggregated"])
 
     @property
-    def platform(self) -> Platform:
+    def platform(self) -> LivePlatform:
         """The machine it runs on."""
-        return Platform(self._live, self.info["platform"])
+        return LivePlatform(self._live, self.info["platform"])
 
     @property
     def has_keys(self) -> bool:
@@ -102,7 +102,7 @@ class TrustDomain:
         """Where its agent answers; `info` has its sockets."""
         return str(self.info["url"])
 
-    def boot(self, kms: "Kms | str" = "src") -> Self:
+    def boot(self, kms: "LiveKms | str" = "src") -> Self:
         """Fetch keys from a KMS; raise `Refused` with the KMS's words. One that has keys is powered on anew first."""
         __tracebackhide__ = True
         side = kms if isinstance(kms, str) else kms.name

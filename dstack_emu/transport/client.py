@@ -148,9 +148,7 @@ class _Connector(aiohttp.TCPConnector):
 
     async def connect(self, *arguments: Any, **options: Any) -> Connection:
         connection = await super().connect(*arguments, **options)
-        channel = (
-            connection.transport.get_extra_info("ssl_object") if connection.transport is not None else None
-        )
+        channel = connection.transport.get_extra_info("ssl_object") if connection.transport is not None else None
         _server_certificate.set(channel.getpeercert(binary_form=True) if channel is not None else None)
         return connection
 

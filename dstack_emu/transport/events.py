@@ -9,6 +9,9 @@ import logging
 import re
 from typing import Final
 
+LOGGERS: Final = "dstack_emu."
+"""What the name of every logger of the project begins with; where logs are shown it is left out."""
+
 _PLAIN: Final = re.compile(r"[^\s\"=\x00-\x1f\x7f-\x9f]+")
 
 
@@ -27,6 +30,11 @@ class Event:
 def _shown(value: object) -> str:
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+
+
+def logger_name(record: logging.LogRecord) -> str:
+    """Name a record's logger as logs show it."""
+    return record.name.removeprefix(LOGGERS)
 
 
 class EventLog:

@@ -150,9 +150,7 @@ def _trusting(certificate: bytes, identity: Identity | None) -> tuple[grpc.Chann
     return grpc.ssl_channel_credentials(trusted, *mine), options
 
 
-def _channel(
-    target: str, credentials: grpc.ChannelCredentials | None, options: Options
-) -> grpc.aio.Channel:
+def _channel(target: str, credentials: grpc.ChannelCredentials | None, options: Options) -> grpc.aio.Channel:
     if credentials is None:
         return grpc.aio.insecure_channel(target, options)
     return grpc.aio.secure_channel(target, credentials, options)

@@ -73,7 +73,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Peer:
+class GrpcPeer:
     """Who is at the other end of a call: the certificate it showed (DER), if any, and the call's metadata."""
 
     certificate: bytes | None
@@ -97,11 +97,11 @@ class GrpcService(Generic[C]):
 
     name: str
     table: ServiceTable[C]
-    context: Callable[[Peer], Awaitable[C]]
+    context: Callable[[GrpcPeer], Awaitable[C]]
     serving: bool = True
 
 
-async def anyone(peer: Peer) -> None:
+async def anyone(peer: GrpcPeer) -> None:
     """The context of a service to which it is all the same who calls."""
 
 
@@ -223,10 +223,12 @@ class _Calls:
 
         return handle
 
-    def _peer(self, call: Any) -> Peer:
+    def _peer(self, call: Any) -> GrpcPeer:
         # A connection that is gone meanwhile is one of nobody; its call is about to be cancelled.
         certificate = self.certificates.get(call.peer())
-        return Peer(certificate, {key: value for key, value in call.invocation_metadata() if isinstance(value, str)})
+        return GrpcPeer(
+            certificate, {key: value for key, value in call.invocation_metadata() if isinstance(value, str)}
+        )
 
     def _end(self, call: Any) -> None:
         self._count -= 1
@@ -255,7 +257,7 @@ def details(text: str) -> str:
     return data.decode()
 
 
-def absent(name: str, context: Callable[[Peer], Awaitable[C]], error: Callable[[str], Exception]) -> GrpcService[C]:
+def absent(name: str, context: Callable[[GrpcPeer], Awaitable[C]], error: Callable[[str], Exception]) -> GrpcService[C]:
     """Make the stand-in for a service that this server knows and does not serve now.
 
     Each call of it is refused with the error that `error` makes of its name (`KMS.GetMeta`).

@@ -126,9 +126,7 @@ def _remove_stale(path: str, address: str, setting: str) -> None:
 
 
 def _why(error: OSError) -> str:
-    if (
-        error.errno is None
-    ):  # the only error of bind that Python raises itself: a path too long for the system
+    if error.errno is None:  # the only error of bind that Python raises itself: a path too long for the system
         return f"the path is too long for a socket ({error})"
     reasons = {
         errno.EADDRINUSE: "the address is in use",
@@ -179,9 +177,7 @@ class _Site(web.SockSite):
             self._server.close()
 
 
-async def serve(
-    app: web.Application, sock: socket.socket, ssl_context: ssl.SSLContext | None = None
-) -> Server:
+async def serve(app: web.Application, sock: socket.socket, ssl_context: ssl.SSLContext | None = None) -> Server:
     """Start an application on a bound socket, which it owns from here on."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted ones inherit it
     # aiohttp waits this long twice: for a handler to finish, and for it to end once it is cancelled.

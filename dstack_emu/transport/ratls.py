@@ -51,7 +51,7 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class Peer:
+class AttestedServer:
     """What a server proved of itself by its certificate; `attestation` is None where it carries no evidence."""
 
     attestation: VerifiedAttestation | None
@@ -96,7 +96,7 @@ class RaTlsClient:
         identity: Identity | None = None,
         root_ca: str | None = None,
         verifier: AttestationVerifier | None = None,
-        judge: Callable[[Peer], None] | None = None,
+        judge: Callable[[AttestedServer], None] | None = None,
         timeout: float = TIMEOUT,
         headers: MoreHeaders | None = None,
     ) -> None:
@@ -136,19 +136,19 @@ class RaTlsClient:
         await self._client.close()
 
 
-async def peer_of(certificate_der: bytes | None, verifier: AttestationVerifier | None) -> Peer:
+async def peer_of(certificate_der: bytes | None, verifier: AttestationVerifier | None) -> AttestedServer:
     """What a server proves by its certificate; raise `AttestError` where its evidence does not hold."""
     if certificate_der is None:
         raise VerificationError("No TLS info in response")
     certificate = load_der(certificate_der)
     attestation = attestation_of(certificate)
     if attestation is None or verifier is None:
-        return Peer(None, usage_of(certificate))
+        return AttestedServer(None, usage_of(certificate))
     try:
         verified = await verifier.verify_bound(attestation, certificate_spki(certificate))
     except AttestError as error:
         raise _within("failed to verify the attestation report presented by the server", error) from error
-    return Peer(verified, usage_of(certificate))
+    return AttestedServer(verified, usage_of(certificate))
 
 
 def _within(text: str, error: AttestError) -> VerificationError:

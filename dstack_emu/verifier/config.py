@@ -14,7 +14,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from dstack_emu.deployment.config import IMAGE_URL, PORTS
 from dstack_emu.kms_emu.config import AttestationConfig
-from dstack_emu.kms_emu.errors import ConfigError
+from dstack_emu.kms_emu.errors import KmsConfigError
 from dstack_emu.transport.image_store import PLACEHOLDER
 
 VARIABLES: Final = "DSTACK_VERIFIER_"
@@ -60,15 +60,15 @@ class VerifierConfig(BaseModel):
 
     @classmethod
     def load(cls, path: Path | None, environment: Mapping[str, str]) -> Self:
-        """Read the file, if one is named, and the variables, which go before it; raise `ConfigError`."""
+        """Read the file, if one is named, and the variables, which go before it; raise `KmsConfigError`."""
         document: dict[str, Any] = {}
         if path is not None:
             try:
                 document = tomllib.loads(path.read_text())
             except OSError as error:
-                raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+                raise KmsConfigError(f"cannot read {path}: {error.strerror}") from error
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{path} is no TOML: {error}") from error
+                raise KmsConfigError(f"{path} is no TOML: {error}") from error
         for name, value in environment.items():
             if name.startswith(VARIABLES):
                 _set(document, name.removeprefix(VARIABLES).lower().split("__"), _value(value), name)
@@ -76,7 +76,7 @@ class VerifierConfig(BaseModel):
             return cls.model_validate(document)
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
-            raise ConfigError(f"{path or 'the environment'}: {problems}") from error
+            raise KmsConfigError(f"{path or 'the environment'}: {problems}") from error
 
 
 def _set(document: dict[str, Any], keys: list[str], value: object, name: str) -> None:
@@ -84,7 +84,7 @@ def _set(document: dict[str, Any], keys: list[str], value: object, name: str) ->
     for key in outer:
         document = document.setdefault(key, {})
         if not isinstance(document, dict):
-            raise ConfigError(f"{name}: {key} is no section")
+            raise KmsConfigError(f"{name}: {key} is no section")
     document[last] = value
 
 

@@ -35,7 +35,7 @@ _META: Final = "GetMeta fails, and every app that asks for it while it boots"
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class AnswerCheck:
     """One check: what was asked, what the KMS makes of the answer, and where it is `broken`, what that breaks."""
 
     name: str
@@ -50,7 +50,7 @@ class Report:
     """All checks of one webhook."""
 
     url: str
-    findings: tuple[Finding, ...]
+    findings: tuple[AnswerCheck, ...]
 
     @property
     def ok(self) -> bool:
@@ -58,12 +58,12 @@ class Report:
         return not self.broken
 
     @property
-    def broken(self) -> tuple[Finding, ...]:
+    def broken(self) -> tuple[AnswerCheck, ...]:
         """What breaks a KMS."""
         return tuple(finding for finding in self.findings if finding.level == "broken")
 
     @property
-    def warnings(self) -> tuple[Finding, ...]:
+    def warnings(self) -> tuple[AnswerCheck, ...]:
         """What is understood, and can hardly be meant."""
         return tuple(finding for finding in self.findings if finding.level == "warning")
 
@@ -101,7 +101,7 @@ class _Checker:
         self._unexplained: list[str] = []
         self._long: list[str] = []
 
-    async def all(self) -> AsyncIterator[Finding]:
+    async def all(self) -> AsyncIterator[AnswerCheck]:
         """Check after check; what cannot be asked for want of an answer is skipped."""
         yield await self._info()
         plain = [
@@ -115,7 +115,7 @@ class _Checker:
             if finding.level != "broken":
                 answered.append(asked)
         if len(answered) < len(plain):
-            yield Finding("variations, load, connections", "skipped", "no sense before both paths give decisions")
+            yield AnswerCheck("variations, load, connections", "skipped", "no sense before both paths give decisions")
             return
         for asked in self._variations():
             yield await self._decision(asked)
@@ -186,12 +186,12 @@ class _Checker:
             yield _Asked(f"{who}, an empty object", is_kms, Variation.of(question, instead=b"{}"), "")
             yield _Asked(f"{who}, no JSON", is_kms, Variation.of(question, instead=b"isAllowed"), "")
 
-    async def _info(self) -> Finding:
+    async def _info(self) -> AnswerCheck:
         try:
             info = await self.auth.info()
         except UnavailableError as error:
             return _broken("GET /", error, _META)
-        return Finding("GET /", "ok", f"gatewayAppId {info.gateway_app_id!r}, chainId {info.chain_id}")
+        return AnswerCheck("GET /", "ok", f"gatewayAppId {info.gateway_app_id!r}, chainId {info.chain_id}")
 
     async def _ask(self, asked: _Asked) -> Decision:
         began = time.monotonic()
@@ -203,25 +203,25 @@ class _Checker:
             self._long.append(asked.name)
         return decision
 
-    async def _decision(self, asked: _Asked) -> Finding:
+    async def _decision(self, asked: _Asked) -> AnswerCheck:
         try:
             decision = await self._ask(asked)
         except UnavailableError as error:
             return _broken(asked.name, error, asked.breaks)
         if decision.is_allowed and asked.unlikely:
-            return Finding(asked.name, "warning", f"allowed: {asked.unlikely}")
-        return Finding(asked.name, "ok", _said(decision))
+            return AnswerCheck(asked.name, "warning", f"allowed: {asked.unlikely}")
+        return AnswerCheck(asked.name, "ok", _said(decision))
 
-    async def _refusal(self, asked: _Asked) -> Finding:
+    async def _refusal(self, asked: _Asked) -> AnswerCheck:
         try:
             decision = await self.auth.decide(asked.question, is_kms=asked.is_kms)
         except UnavailableError as error:
-            return Finding(asked.name, "ok", f"an error, as it should be: {str(error)[:SHOWN]}")
+            return AnswerCheck(asked.name, "ok", f"an error, as it should be: {str(error)[:SHOWN]}")
         if decision.is_allowed:
-            return Finding(asked.name, "warning", "allowed: it decides without having been told about whom")
-        return Finding(asked.name, "ok", _said(decision))
+            return AnswerCheck(asked.name, "warning", "allowed: it decides without having been told about whom")
+        return AnswerCheck(asked.name, "ok", _said(decision))
 
-    async def _repeated(self, asked: _Asked) -> Finding:
+    async def _repeated(self, asked: _Asked) -> AnswerCheck:
         name = f"{asked.name}, {IN_A_ROW} times over one connection"
         decisions = set()
         for number in range(IN_A_ROW):
@@ -231,7 +231,7 @@ class _Checker:
                 return _broken(name, error, f"now and then: {asked.breaks}", f"question {number + 1}: ")
         return _steady(name, decisions)
 
-    async def _at_once(self) -> Finding:
+    async def _at_once(self) -> AnswerCheck:
         name, breaks = f"{AT_ONCE} questions at once", "when many apps boot together, some get no keys"
         asked = _Asked("bootAuth/app", False, self.questions.app, breaks)
         answers = await asyncio.gather(*(self._ask(asked) for _ in range(AT_ONCE)), return_exceptions=True)
@@ -243,7 +243,7 @@ class _Checker:
                 raise answer
         return _steady(name, {answer.is_allowed for answer in answers if isinstance(answer, Decision)})
 
-    async def _plain_answer(self) -> Finding:
+    async def _plain_answer(self) -> AnswerCheck:
         """Look at what a KMS does not look at: an answer's headers."""
         name, url = "headers of an answer", f"{self.url.rstrip('/')}/bootAuth/app"
         client = KeepAliveClient(timeout=self._patience, max_answer=MAX_ANSWER, headers={"User-Agent": USER_AGENT})
@@ -251,30 +251,32 @@ class _Checker:
             headers = "Content-Type: application/json\r\n"
             answer = await client.ask("POST", url, self.questions.app.to_json(), headers)
         except (OSError, ValueError, TimeoutError, AnswerTooLongError) as error:
-            return Finding(name, "warning", f"asked once more, it did not answer: {error}")
+            return AnswerCheck(name, "warning", f"asked once more, it did not answer: {error}")
         finally:
             await client.close()
         content_type = answer.headers.get("content-type", "none")
         if content_type.partition(";")[0].strip().lower() != "application/json":
             said = f"Content-Type is {content_type}: a KMS does not mind, but other clients will"
-            return Finding(name, "warning", said)
+            return AnswerCheck(name, "warning", said)
         if answer.headers.get("connection", "").lower() == "close":
-            return Finding(name, "warning", "it ends the connection after each answer: each question needs a new one")
-        return Finding(name, "ok", content_type)
+            return AnswerCheck(
+                name, "warning", "it ends the connection after each answer: each question needs a new one"
+            )
+        return AnswerCheck(name, "ok", content_type)
 
-    def _noticed(self) -> Iterator[Finding]:
+    def _noticed(self) -> Iterator[AnswerCheck]:
         """What there is to say of all answers together."""
         level: Level = "warning" if self._slowest > SLOW else "ok"
         said = f"the slowest took {self._slowest:.2f} s; GetAppKey waits for two, and gives up after {TIMEOUT:g} s each"
-        yield Finding("time", level, said)
+        yield AnswerCheck("time", level, said)
         if self._unexplained:
             said = f"{_some(self._unexplained)}: denied without a reason: an operator reads `Boot denied: ` and no more"
-            yield Finding("reasons", "warning", said)
+            yield AnswerCheck("reasons", "warning", said)
         elif self._long:
             said = f"{_some(self._long)}: a reason longer than {LONG_REASON} characters is in every error and every log"
-            yield Finding("reasons", "warning", said)
+            yield AnswerCheck("reasons", "warning", said)
         else:
-            yield Finding("reasons", "ok", "every refusal has one")
+            yield AnswerCheck("reasons", "ok", "every refusal has one")
 
 
 def _said(decision: Decision) -> str:
@@ -283,15 +285,15 @@ def _said(decision: Decision) -> str:
     return f"allowed{f': {decision.reason}' if decision.reason else ''}, gatewayAppId {decision.gateway_app_id!r}"
 
 
-def _broken(name: str, error: UnavailableError, breaks: str, which: str = "") -> Finding:
+def _broken(name: str, error: UnavailableError, breaks: str, which: str = "") -> AnswerCheck:
     text = str(error)
-    return Finding(name, "broken", which + text, breaks, hint_for(text))
+    return AnswerCheck(name, "broken", which + text, breaks, hint_for(text))
 
 
-def _steady(name: str, decisions: set[bool]) -> Finding:
+def _steady(name: str, decisions: set[bool]) -> AnswerCheck:
     if len(decisions) > 1:
-        return Finding(name, "warning", "now allowed, now denied, though nothing differs")
-    return Finding(name, "ok", "the same decision each time")
+        return AnswerCheck(name, "warning", "now allowed, now denied, though nothing differs")
+    return AnswerCheck(name, "ok", "the same decision each time")
 
 
 def _some(names: list[str]) -> str:

@@ -14,7 +14,7 @@ from typing import Final
 
 from aiohttp import web
 
-from dstack_emu.auth.errors import ConfigError
+from dstack_emu.auth.errors import AuthConfigError
 from dstack_emu.auth.mock import MockSettings
 from dstack_emu.auth.server import mock_app, simple_app
 from dstack_emu.auth.simple import SimpleAuth, SimpleSettings
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal."""
     try:
         webhook = _simple(arguments.config) if arguments.kind == "simple" else _mock(arguments.config)
-    except ConfigError as error:
+    except AuthConfigError as error:
         raise UsageError(str(error)) from error
     return asyncio.run(_serve(webhook, arguments.listen or ("127.0.0.1", _port()), as_json=arguments.json))
 
@@ -79,7 +79,7 @@ def _simple(config: str | None) -> _Webhook:
         settings = replace(settings, config_path=config)
     try:
         SimpleAuth(settings.config_path).policy()
-    except ConfigError as error:
+    except AuthConfigError as error:
         say(f"{error}; everything is denied until this file can be used")
     facts = {"config_path": os.path.abspath(settings.config_path), "compat": settings.compat}
     return _Webhook(simple_app(settings.config_path, compat=settings.compat), "auth-simple", facts)

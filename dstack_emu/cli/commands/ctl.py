@@ -39,7 +39,7 @@ examples:
 TIMEOUT: Final = 120.0
 
 
-class RefusedError(UsageError):
+class ControlRefusedError(UsageError):
     """What the control API refused."""
 
 
@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         answer = arguments.act(Api(_find(arguments)), arguments)
         if answer is not None and answer != {}:
             print(answer if isinstance(answer, str) else json.dumps(answer, indent=2), flush=True)
-    except RefusedError as error:
+    except ControlRefusedError as error:
         say(f"Error: {' '.join(str(error).split())}")
         return 1
     except KeyboardInterrupt:
@@ -150,7 +150,7 @@ class Api:
         return self.send("GET", path)
 
     def send(self, method: str, path: str, body: Any = None) -> Any:
-        """Send JSON, and parse the answer; raise `RefusedError` with a refusal's text."""
+        """Send JSON, and parse the answer; raise `ControlRefusedError` with a refusal's text."""
         with self.open(method, path, body, timeout=TIMEOUT) as response:
             return json.load(response)
 
@@ -163,7 +163,7 @@ class Api:
         try:
             return self._opener.open(request, timeout=timeout)
         except urllib.error.HTTPError as error:
-            raise RefusedError(_refusal(error)) from error
+            raise ControlRefusedError(_refusal(error)) from error
         except (urllib.error.URLError, OSError) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             raise UsageError(f"no stack answers at {self._url} ({reason}): name one by --url or --state") from error
@@ -237,7 +237,7 @@ def _name(arguments: argparse.Namespace) -> str:
 def _health(api: Api, arguments: argparse.Namespace) -> str:
     answers: dict[str, str] = api.get("/stack/health")
     if wrong := {name: said for name, said in answers.items() if said != "ok"}:
-        raise RefusedError("; ".join(wrong.values()))
+        raise ControlRefusedError("; ".join(wrong.values()))
     return "ready"
 
 

@@ -6,13 +6,13 @@ import contextlib
 import os
 import signal
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from dstack_emu.attest.errors import AttestError
 from dstack_emu.cli.commands.common import WARNING, UsageError, say
 from dstack_emu.cli.commands.stack_options import add_stack_options, stack_config
-from dstack_emu.deployment.config import DESCRIPTION_FILE, PartEndedError, StackConfig, StackError
+from dstack_emu.deployment.config import PartEndedError, StackConfig, StackError
+from dstack_emu.deployment.environment import environment
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.transport.errors import TransportError
@@ -28,20 +28,6 @@ EPILOG = "Example: dstack-emu exec -- pytest tests/. What is set: docs/configura
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 PATIENCE: Final = 5.0
 """Seconds that a command has to end once the stack has failed."""
-
-URLS: Final[Mapping[str, str]] = {
-    "DSTACK_EMU_PCCS": "pccs",
-    "DSTACK_EMU_AUTH_SRC": "auth-src",
-    "DSTACK_EMU_AUTH_DST": "auth-dst",
-    "DSTACK_EMU_AGENT_SRC": "agent-src",
-    "DSTACK_EMU_AGENT_DST": "agent-dst",
-    "DSTACK_EMU_KMS_SRC": "kms-src",
-    "DSTACK_EMU_KMS_DST": "kms-dst",
-    "DSTACK_EMU_APP": "app",
-    "DSTACK_EMU_VERIFIER": "verifier",
-    "DSTACK_EMU_CONTROL": "control",
-}
-"""Variables with the URLs of services."""
 
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _FROM_THE_KEYBOARD: Final = (signal.SIGINT, signal.SIGQUIT)
@@ -61,20 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
     if not words:
         raise UsageError("a command to run expected, as in: dstack-emu exec -- pytest")
     return asyncio.run(_Run(words).within(stack_config(arguments, free_ports=not arguments.runbook_ports)))
-
-
-def environment(description: Mapping[str, Any]) -> dict[str, str]:
-    """The variables by which a command finds the stack of this description."""
-    return {
-        **description["env"],
-        **{variable: description["services"][name] for variable, name in URLS.items()},
-        "DSTACK_EMU_POLICY_SRC": description["policies"]["src"],
-        "DSTACK_EMU_POLICY_DST": description["policies"]["dst"],
-        "DSTACK_EMU_ROOT_CA": description["root_ca"],
-        "DSTACK_EMU_KMS_CA": description["kms_ca"],
-        "DSTACK_EMU_STATE": description["state"],
-        "DSTACK_EMU_STACK": str(Path(description["state"], DESCRIPTION_FILE)),
-    }
 
 
 class _Run:

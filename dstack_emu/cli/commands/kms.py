@@ -30,6 +30,7 @@ DESCRIPTION = (
 
 TALKATIVE = ("kms_emu",)
 
+
 def log_level() -> str | None:
     """The level that upstream's variable asks for."""
     return logs.level_of(os.environ.get("RUST_LOG", ""))

@@ -12,17 +12,18 @@ from urllib.parse import urlsplit
 
 from dstack_emu.attest.version import EMULATOR, UPSTREAM
 from dstack_emu.cli.commands.common import WARNING, Interrupted, UsageError, interruptible, say
+from dstack_emu.cli.runbook_report import to_stderr, to_stdout
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.deployment.stack import Stack
 from dstack_emu.runbook.cases import carry_out
 from dstack_emu.runbook.evidence import Destination, archive, normalised, normalised_log
-from dstack_emu.runbook.kms_client import Caller, PrpcCaller
-from dstack_emu.runbook.report import to_stderr, to_stdout
-from dstack_emu.runbook.runner import Book, RunbookError
+from dstack_emu.runbook.kms_client import KmsClient, PrpcKmsClient
+from dstack_emu.runbook.runner import RunbookError, RunbookRun
 from dstack_emu.runbook.target import Target, TargetError
-from dstack_emu.runbook.transcript import Journal
+from dstack_emu.runbook.transcript import Transcript
 from dstack_emu.simulator.seed import DEFAULT_SEED, Entropy, Seed
+from dstack_emu.transport.events import LOGGERS
 
 DESCRIPTION = (
     "Carry out the five test cases of dstack's runbook for KMS self authorization: step by step, on a fresh stack of "
@@ -31,16 +32,16 @@ DESCRIPTION = (
 )
 
 PATIENCE: Final = 60.0
-LOGGERS: Final = ("auth", "kms_emu", "simulator", "transport")
+LOGGED: Final = ("auth", "kms_emu", "simulator", "transport")
 
 
-def _grpc_caller() -> Caller:
-    from dstack_emu.runbook.grpc_kms_client import GrpcCaller  # costs time and memory that nobody else should pay
+def _grpc_caller() -> KmsClient:
+    from dstack_emu.runbook.grpc_kms_client import GrpcKmsClient  # costs time and memory that nobody else should pay
 
-    return GrpcCaller()
+    return GrpcKmsClient()
 
 
-TRANSPORTS: Final[Mapping[str, Callable[[], Caller]]] = {"prpc": PrpcCaller, "grpc": _grpc_caller}
+TRANSPORTS: Final[Mapping[str, Callable[[], KmsClient]]] = {"prpc": PrpcKmsClient, "grpc": _grpc_caller}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _run(arguments: argparse.Namespace, destination: Destination | None) -> int:
     screen = to_stderr() if arguments.json else to_stdout()
-    journal = Journal(screen.case, screen.step)
+    journal = Transcript(screen.case, screen.step)
     about: dict[str, Any] = {"emulator": EMULATOR, "upstream": UPSTREAM, "transport": arguments.transport}
     by_grpc = arguments.transport == "grpc"
     if arguments.against:
@@ -120,9 +121,9 @@ async def _run(arguments: argparse.Namespace, destination: Destination | None) -
     return 0 if journal.ok else 1
 
 
-async def _carry_out(arguments: argparse.Namespace, target: Target, journal: Journal, entropy: Entropy) -> None:
+async def _carry_out(arguments: argparse.Namespace, target: Target, journal: Transcript, entropy: Entropy) -> None:
     caller = TRANSPORTS[arguments.transport]()
-    async with Book(target, caller, journal, entropy=entropy, clock=wall_clock, patience=arguments.wait) as book:
+    async with RunbookRun(target, caller, journal, entropy=entropy, clock=wall_clock, patience=arguments.wait) as book:
         await carry_out(book)
 
 
@@ -138,12 +139,12 @@ def _let_logs_through() -> None:
     root = logging.getLogger()
     for handler in root.handlers:
         handler.setLevel(max(handler.level, root.level))
-    for name in LOGGERS:
-        logging.getLogger(name).setLevel(min(logging.INFO, root.level))
+    for name in LOGGED:
+        logging.getLogger(LOGGERS + name).setLevel(min(logging.INFO, root.level))
 
 
 def _write(
-    destination: Destination, journal: Journal, target: Target, about: dict[str, Any], logs: Mapping[str, str]
+    destination: Destination, journal: Transcript, target: Target, about: dict[str, Any], logs: Mapping[str, str]
 ) -> None:
     report = {**about, "ok": journal.ok, "cases": journal.to_json(with_times=False)}
     files = {**journal.files, "runbook.json": json.dumps(report, indent=2) + "\n"}
@@ -152,4 +153,3 @@ def _write(
         destination.write(archive({**named, **logs}, {**about, "ok": journal.ok}))
     except OSError as error:
         raise UsageError(f"--evidence: cannot write {destination.path}: {error.strerror}") from error
-

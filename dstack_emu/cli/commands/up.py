@@ -20,6 +20,7 @@ DESCRIPTION = (
     "until Ctrl-C. The two policy files may be edited meanwhile: they are read anew for every question. " + WARNING
 )
 
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_stack_options(parser)

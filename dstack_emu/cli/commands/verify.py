@@ -22,7 +22,7 @@ from dstack_emu.cli.commands.common import UsageError, hex_bytes
 from dstack_emu.cli.commands.inspect import WIDTH, add_input, headline, read_input, show
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 from dstack_emu.deployment.config import PORTS
-from dstack_emu.inspection.checks import Check, Collect, Policy, all_hold, verify_evidence
+from dstack_emu.inspection.checks import Check, Collect, Expectations, all_hold, verify_evidence
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
 from dstack_emu.transport.pccs_client import PccsClient
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if all_hold(checks) else 1
 
 
-def _policy(arguments: argparse.Namespace) -> Policy:
+def _policy(arguments: argparse.Namespace) -> Expectations:
     if arguments.intel:
         anchor, root = TrustAnchor.intel(), "Intel's production root"
     elif arguments.root is not None:
@@ -104,7 +104,7 @@ def _policy(arguments: argparse.Namespace) -> Policy:
     except FormatError as error:
         raise UsageError(f"--report-data: {error}") from error
     now = int(time.time()) if arguments.time is None else arguments.time
-    return Policy(anchor, root, now, wanted, arguments.strict)
+    return Expectations(anchor, root, now, wanted, arguments.strict)
 
 
 def _collect(arguments: argparse.Namespace) -> Collect:
@@ -130,7 +130,7 @@ def _read(path: Path, parse: Callable[[str], T]) -> T:
         raise UsageError(printable(f"{path}: {error}")) from error
 
 
-def _render(title: str, checks: Sequence[Check], policy: Policy, colour: bool) -> Iterator[str]:
+def _render(title: str, checks: Sequence[Check], policy: Expectations, colour: bool) -> Iterator[str]:
     when = datetime.fromtimestamp(policy.now, UTC)
     yield paint(title, BOLD, colour)
     yield from _wrapped("", printable(f"Judged at {when:%Y-%m-%dT%H:%M:%SZ} under {policy.root}"))

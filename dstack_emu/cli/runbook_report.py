@@ -4,7 +4,7 @@ import sys
 from typing import Final, TextIO
 
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
-from dstack_emu.runbook.transcript import Case, Journal, Step
+from dstack_emu.runbook.transcript import Case, Step, Transcript
 
 _STATES: Final = {True: ("ok", GREEN), False: ("FAILED", RED), None: ("skipped", YELLOW)}
 _RESULTS: Final = {True: ("passed", GREEN), False: ("FAILED", RED), None: ("not judged", YELLOW)}
@@ -29,7 +29,7 @@ class Screen:
             text += f" [expected: {step.expected}]"
         self._line(f"  {paint(f'{state:<7}', tone, self._colour)} {printable(text)}")
 
-    def summary(self, journal: Journal) -> None:
+    def summary(self, journal: Transcript) -> None:
         """Show a table of the cases."""
         width = max(len(case.title) for case in journal.cases)
         head = f"case  {'':<{width}}  held  failed  skipped"

@@ -1,0 +1,35 @@
+"""The environment variables by which a program finds a running stack; docs/configuration.md lists them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from dstack_emu.deployment.config import DESCRIPTION_FILE
+
+URLS: Final[Mapping[str, str]] = {
+    "DSTACK_EMU_PCCS": "pccs",
+    "DSTACK_EMU_AUTH_SRC": "auth-src",
+    "DSTACK_EMU_AUTH_DST": "auth-dst",
+    "DSTACK_EMU_AGENT_SRC": "agent-src",
+    "DSTACK_EMU_AGENT_DST": "agent-dst",
+    "DSTACK_EMU_KMS_SRC": "kms-src",
+    "DSTACK_EMU_KMS_DST": "kms-dst",
+    "DSTACK_EMU_APP": "app",
+    "DSTACK_EMU_VERIFIER": "verifier",
+    "DSTACK_EMU_CONTROL": "control",
+}
+"""Variables with the URLs of services."""
+
+
+def environment(description: Mapping[str, Any]) -> dict[str, str]:
+    """The variables by which a command finds the stack of this description."""
+    return {
+        **description["env"],
+        **{variable: description["services"][name] for variable, name in URLS.items()},
+        "DSTACK_EMU_POLICY_SRC": description["policies"]["src"],
+        "DSTACK_EMU_POLICY_DST": description["policies"]["dst"],
+        "DSTACK_EMU_ROOT_CA": description["root_ca"],
+        "DSTACK_EMU_KMS_CA": description["kms_ca"],
+        "DSTACK_EMU_STATE": description["state"],
+        "DSTACK_EMU_STACK": str(Path(description["state"], DESCRIPTION_FILE)),
+    }
