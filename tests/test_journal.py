@@ -10,6 +10,7 @@ import pytest
 
 from dstack_emu.control.api import Control
 from dstack_emu.control.schemas import ControlError
+from dstack_emu.deployment.clock import StackClock
 from dstack_emu.observability.journal import Journal, record_of
 from dstack_emu.observability.record_text import lines
 from dstack_emu.observability.spans import OUTSIDE, answered, current, entered, headers_of, read_header

@@ -1,8 +1,8 @@
 """A service as a table: what each RPC is called, what it takes and gives, and who answers it.
 
-A table names no transport: `transport.prpc_server` serves it over HTTP, and `transport.grpc_server` serves the same table
-from the same message types. It holds no state either: what differs from call to call (who asks, over which connection)
-is the context `C`, which the server makes and the handler receives.
+A table names no transport: `transport.prpc_server` serves it over HTTP, and `transport.grpc_server` serves the same
+table from the same message types. It holds no state either: what differs from call to call (who asks, over which
+connection) is the context `C`, which the server makes and the handler receives.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
