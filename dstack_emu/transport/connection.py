@@ -1,7 +1,7 @@
 """A server's connections: aiohttp's, and what real clients need beside.
 
 A client that shuts down its sending side still gets its answers: aiohttp closes such a connection at once. A request's
-Content-Encoding is not undone, as upstream ignores it. And a plain request (dstack_emu/transport/plain.py) is answered past
+Content-Encoding is not undone, as upstream ignores it. And a plain request (`transport.plain`) is answered past
 aiohttp, whose machinery is most of what a short RPC costs. The first request of another form goes to aiohttp, and with
 it all that follows on the connection: only aiohttp's parser knows where one of those ends.
 

@@ -4,7 +4,7 @@ The form: a head in printable ASCII, each header once and none that changes how 
 with a length, every byte of it there. Nearly every RPC and every answer to one has it. For whatever has not, these
 functions give None, and aiohttp reads the very same bytes; tests hold both readings against each other.
 
-Not here: connections (dstack_emu/transport/keepalive.py has a client's, dstack_emu/transport/connection.py a server's), and what is asked.
+Not here: connections (`transport.keepalive`, `transport.connection`), and what is asked.
 Source of the form: RFC 9112.
 """
 
