@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.vectors import ROOT
+from tests.repository import ROOT
 
 
 def run_command(

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.foreign import kms
+from tests.repository import ROOT
 from tests.running import RunningStack, running_stack
-from tests.vectors import ROOT
 
 SLACK = 1.5
 """Moments reach this far beyond the time that an undisturbed call takes, so that some come after its end."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.vectors import ROOT
+from tests.repository import ROOT
 
 TIMEOUT = 60
 

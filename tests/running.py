@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from tests.vectors import ROOT
+from tests.repository import ROOT
 
 READY_TIMEOUT = 30
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.vectors import ROOT
+from tests.repository import ROOT
 
 
 def run_pytest(

@@ -40,7 +40,7 @@ from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
-from tests.vectors import VECTORS
+from tests.recorded import EXTERNAL
 
 NOW: Final = 1_795_264_581
 THOROUGH: Final = settings(
@@ -111,7 +111,7 @@ def pod(evidence: Attestation) -> Attestation:
 
 def recorded(pattern: str) -> Iterator[bytes]:
     """Recorded files as further samples, where they are at hand."""
-    return (path.read_bytes() for path in sorted(VECTORS.glob(pattern)))
+    return (path.read_bytes() for path in sorted(EXTERNAL.glob(pattern)))
 
 
 def quotes() -> list[bytes]:

@@ -17,13 +17,13 @@ from dstack_emu.attest.eventlog import (
     replay_runtime,
 )
 from dstack_emu.attest.quote import Quote
-from tests.vectors import golden, vector_path
+from tests.recorded import external_path, golden
 
 HARDWARE = "hardware-attestation-v0.scale"
 
 
 def test_hardware_attestation_decodes_to_its_last_byte_and_encodes_back() -> None:
-    data = vector_path(HARDWARE).read_bytes()
+    data = external_path(HARDWARE).read_bytes()
     attestation = decode(data)
     assert len(data) == 9504
     assert len(attestation.quote) == 5010
@@ -33,7 +33,7 @@ def test_hardware_attestation_decodes_to_its_last_byte_and_encodes_back() -> Non
 
 
 def test_hardware_log_replays_to_every_quoted_register() -> None:
-    attestation = decode(vector_path(HARDWARE).read_bytes())
+    attestation = decode(external_path(HARDWARE).read_bytes())
     report = Quote.parse(attestation.quote).report
     assert [replay_register(attestation.event_log, imr) for imr in range(4)] == list(report.rtmrs)
     assert replay_runtime(attestation.runtime_events) == report.rt_mr3
@@ -41,7 +41,7 @@ def test_hardware_log_replays_to_every_quoted_register() -> None:
 
 
 def test_hardware_mr_aggregated_counts_the_owner_fields_that_are_not_zero() -> None:
-    attestation = decode(vector_path(HARDWARE).read_bytes())
+    attestation = decode(external_path(HARDWARE).read_bytes())
     assert any(Quote.parse(attestation.quote).report.mr_config_id)
     info = decode_app_info(attestation)
     assert info.mr_aggregated.hex() == "85334a62c97d0f8bf82d0245d31b539d17a2d7c258e2a13efc928aaea0e107cb"
@@ -49,14 +49,14 @@ def test_hardware_mr_aggregated_counts_the_owner_fields_that_are_not_zero() -> N
 
 @pytest.mark.parametrize("cut", [1, 2, 700, 5000, 9503])
 def test_hardware_attestation_cut_short_is_refused(cut: int) -> None:
-    data = vector_path(HARDWARE).read_bytes()
+    data = external_path(HARDWARE).read_bytes()
     with pytest.raises(FormatError, match="^Failed to decode legacy VersionedAttestation: "):
         decode(data[:cut])
 
 
 def test_hardware_attestation_with_a_byte_left_over_is_refused() -> None:
     with pytest.raises(FormatError, match="^Trailing bytes after legacy VersionedAttestation: 1$"):
-        decode(vector_path(HARDWARE).read_bytes() + b"\0")
+        decode(external_path(HARDWARE).read_bytes() + b"\0")
 
 
 def test_golden_attestations_decode_and_encode_to_the_same_bytes() -> None:
@@ -111,7 +111,7 @@ def test_msgpack_attestation_with_a_byte_left_over_is_refused() -> None:
 
 
 def test_hardware_get_quote_log_replays_and_its_kept_payloads_are_ours() -> None:
-    answer = json.loads(vector_path("tdx-lite-getquote.json").read_text())
+    answer = json.loads(external_path("tdx-lite-getquote.json").read_text())
     log = log_from_json(answer["event_log"])
     report = Quote.parse(bytes.fromhex(answer["quote"])).report
     assert len(log) == 29

@@ -10,7 +10,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from dstack_emu.auth.errors import AuthConfigError, AuthError
 from dstack_emu.auth.mock import MockSettings
 from dstack_emu.auth.server import mock_app
-from tests.vectors import golden
+from tests.recorded import golden
 
 GATEWAY = "0xmockgateway1234567890123456789012345678"
 BOOT_INFO: dict[str, Any] = {

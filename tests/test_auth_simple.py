@@ -19,7 +19,7 @@ from dstack_emu.auth.errors import AuthConfigError
 from dstack_emu.auth.policy import COMPATS, Compat, Policy, evaluate
 from dstack_emu.auth.server import simple_app
 from dstack_emu.auth.simple import SimpleAuth, SimpleSettings
-from tests.vectors import golden
+from tests.recorded import golden
 
 Client = TestClient[web.Request, web.Application]
 

@@ -16,8 +16,8 @@ from bench.__main__ import BENCHMARKS, run, write
 from bench.figure import Bar, Effort, Figure, ratio
 from bench.load import Connection, LoadError, closed_loop, connect_unix, post
 from bench.processes import ProcessError, running
+from tests.repository import ROOT
 from tests.running import RunningStack
-from tests.vectors import ROOT
 
 TINY = Effort(rounds=1, seconds=0.05, starts=1, calls=40)
 

@@ -18,9 +18,9 @@ from tests import foreign
 from tests.commands import ask, run_command, serving, usage_error
 from tests.foreign import Guest
 from tests.kms_files import copy_keys, write_kms_toml
+from tests.repository import ROOT
 from tests.running import RunningStack, running_kms
 from tests.test_foreign_client import RootKeys, hkdf
-from tests.vectors import ROOT
 
 FAILED = "Failed to get app keys from KMS: "
 REFUSED = FAILED + "Failed to get app key: Request failed with status=400 Bad Request, error="

@@ -15,7 +15,7 @@ from dstack_emu.attest.csr import SigningRequest
 from dstack_emu.attest.errors import AttestError, FormatError, VerificationError
 from dstack_emu.attest.kdf import load_p256_pem, p256_key
 from dstack_emu.attest.verify import require_bound_to_key
-from tests.vectors import golden
+from tests.recorded import golden
 
 NOW = 1_795_264_581
 

@@ -11,7 +11,7 @@ import tempfile
 
 import pytest
 
-from tests.vectors import ROOT
+from tests.repository import ROOT
 
 MEMORY = "/dev/shm"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.repository import ROOT
 from tests.running import RunningStack
-from tests.vectors import ROOT
 
 
 def _ctl(stack: RunningStack, *words: str, environment: dict[str, str] | None = None) -> tuple[int, str, str]:

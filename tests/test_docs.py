@@ -28,9 +28,9 @@ from dstack_emu.kms_emu.admin import TOKEN_VARIABLES
 from dstack_emu.kms_emu.config import KmsConfig
 from dstack_emu.kms_emu.environment import PREFIX, overrides
 from dstack_emu.verifier.config import VerifierConfig
+from tests.repository import ROOT
 from tests.running import RunningStack, running_stack
 from tests.scratch import run_pytest
-from tests.vectors import ROOT
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PACKAGES = ("auth", "dstack_emu", "kms_emu", "simulator")

@@ -13,8 +13,8 @@ import pytest
 
 from dstack_emu.deployment.environment import URLS
 from tests.commands import run_command, usage_error
+from tests.repository import ROOT
 from tests.running import RunningStack
-from tests.vectors import ROOT
 
 
 @contextmanager

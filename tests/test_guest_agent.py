@@ -10,7 +10,7 @@ import pytest
 from dstack_emu.attest.eventlog import log_from_json, replay_register
 from dstack_emu.attest.quote import Quote
 from tests.commands import ask, serving, usage_error
-from tests.vectors import golden, vector_path
+from tests.recorded import external_path, golden
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +101,10 @@ def test_golden_quotes_and_app_key_attestations_carry_the_same_report_data(agent
 
 
 def test_key_file_of_upstreams_simulator_loads() -> None:
-    with serving("agent", "--keys", str(vector_path("appkeys.json"))) as agent:
+    with serving("agent", "--keys", str(external_path("appkeys.json"))) as agent:
         status, answer = _dstack(agent, "GetKey", {"path": "a"})
         assert status == 200
-        assert answer["signature_chain"][1] == json.loads(vector_path("appkeys.json").read_text())["k256_signature"]
+        assert answer["signature_chain"][1] == json.loads(external_path("appkeys.json").read_text())["k256_signature"]
         status, answer = _dstack(agent, "GetTlsKey", {"subject": "x", "usage_ra_tls": True})
         assert (status, len(answer["certificate_chain"])) == (200, 2)
 
@@ -146,7 +146,7 @@ def test_emit_event_is_refused_with_upstream_compat() -> None:
 
 
 def test_app_compose_and_sys_config_load_as_they_are(tmp_path: Path) -> None:
-    answer = json.loads(vector_path("tdx-lite-getquote.json").read_text())
+    answer = json.loads(external_path("tdx-lite-getquote.json").read_text())
     sys_config, compose = tmp_path / "sys-config.json", tmp_path / "app-compose.json"
     sys_config.write_text(json.dumps({"vm_config": answer["vm_config"], "kms_urls": [], "pccs_url": None}))
     compose.write_text('{"manifest_version": 2, "name": "mine", "runner": "docker-compose"}')

@@ -34,19 +34,20 @@ from dstack_emu.attest.image import (
 )
 from dstack_emu.attest.vmconfig import VmConfig
 from dstack_emu.simulator.image import GIB, OsImage, made_up_digest
-from tests.vectors import vector_path
+from tests.recorded import external_path, tdx_lite_steps
 
 Json = dict[str, Any]
 
 
 def vector(name: str) -> Json:
-    document: Json = json.loads(vector_path(name).read_text())
+    document: Json = json.loads(external_path(name).read_text())
     return document
 
 
 @pytest.fixture(scope="module")
 def steps() -> Json:
-    return vector("tdx-lite-steps.json")
+    document: Json = tdx_lite_steps()
+    return document
 
 
 @pytest.fixture(scope="module")

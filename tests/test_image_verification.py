@@ -30,8 +30,8 @@ from dstack_emu.simulator.trust_domain import TrustDomain
 from tests import foreign
 from tests.commands import ask, serving
 from tests.foreign import Guest
+from tests.recorded import tdx_lite_steps
 from tests.running import RunningStack
-from tests.vectors import vector_path
 
 Json = dict[str, Any]
 
@@ -114,7 +114,7 @@ def test_guest_of_the_image_it_names_gets_keys_and_is_valid(
 def test_recorded_image_boots_to_its_recorded_registers(
     ready_stack: RunningStack, guest: Guest, tmp_path: Path
 ) -> None:
-    recorded = json.loads(vector_path("tdx-lite-steps.json").read_text())["emulated"]
+    recorded = tdx_lite_steps()["emulated"]
     document = recorded["vm_config"]["tdx_measurement"]
     folder = tmp_path / "dstack-emu-image-0.6.0"
     folder.mkdir()

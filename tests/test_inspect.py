@@ -32,6 +32,8 @@ from dstack_emu.cli.main import main
 from dstack_emu.inspection.fields import as_json
 from dstack_emu.inspection.identify import MAX_SIZE, Finding, inspect_input
 from tests.commands import run_command, usage_error
+from tests.recorded import external_path, golden
+from tests.repository import ROOT
 from tests.test_attest_properties import (
     THOROUGH,
     issued,
@@ -45,7 +47,6 @@ from tests.test_attest_properties import (
     with_extensions,
     world,
 )
-from tests.vectors import ROOT, golden, vector_path
 
 HARDWARE = "hardware-attestation-v0.scale"
 INTEL_QUOTE = "intel-tdx-quote.bin"
@@ -53,7 +54,7 @@ COLLATERAL = "intel-tdx-collateral.json"
 
 
 def vector(name: str) -> bytes:
-    return vector_path(name).read_bytes()
+    return external_path(name).read_bytes()
 
 
 def inspect(data: bytes) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dstack_emu.deployment.clock import StackClock
 from dstack_emu.observability.journal import Journal, record_of
 from dstack_emu.observability.record_text import lines
 from dstack_emu.observability.spans import OUTSIDE, answered, current, entered, headers_of, read_header
-from tests.vectors import ROOT
+from tests.repository import ROOT
 from tests.world import own_stack
 
 FROZEN = 1_780_000_000

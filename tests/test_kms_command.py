@@ -18,7 +18,7 @@ from cryptography import x509
 
 from tests.commands import serving
 from tests.kms_process import Kms, World, ends, running, variables
-from tests.vectors import golden
+from tests.recorded import golden
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -26,7 +26,7 @@ from dstack_emu.attest.os_image import (
 )
 from dstack_emu.attest.quote import Quote, TdReport
 from dstack_emu.attest.vmconfig import TdxMeasurement, VmConfig
-from tests.vectors import vector_path
+from tests.recorded import external_path, tdx_lite_steps
 
 Json = dict[str, Any]
 
@@ -43,7 +43,7 @@ def sha256(data: bytes) -> str:
 @pytest.fixture(scope="module")
 def hardware() -> Attestation:
     """Evidence of real hardware, lite variant."""
-    return decode(bytes.fromhex(json.loads(vector_path("tdx-lite-attestation.json").read_text())["attestation"]))
+    return decode(bytes.fromhex(json.loads(external_path("tdx-lite-attestation.json").read_text())["attestation"]))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_hardware_boot_needs_of_its_log_three_events_in_any_order(
 
 
 def test_recorded_image_measures_register_by_register() -> None:
-    image = json.loads(vector_path("tdx-lite-steps.json").read_text())["emulated"]
+    image = tdx_lite_steps()["emulated"]
     vm_config = decode_vm_config(json.dumps(image["vm_config"]))
     log = tuple(
         TdxEvent(0, ACPI_EVENT_TYPE, bytes.fromhex(digest), name, ACPI_PAYLOAD)
@@ -94,7 +94,7 @@ def test_recorded_image_measures_register_by_register() -> None:
     )
     fields = {"mrtd": "mr_td", "rtmr0": "rt_mr0", "rtmr1": "rt_mr1", "rtmr2": "rt_mr2"}
     quoted = {fields[name]: value for name, value in image["registers"].items()}
-    fixture = decode(bytes.fromhex(json.loads(vector_path("tdx-lite-attestation.json").read_text())["attestation"]))
+    fixture = decode(bytes.fromhex(json.loads(external_path("tdx-lite-attestation.json").read_text())["attestation"]))
     good = replace(
         Quote.parse(fixture.quote).report, **{field: bytes.fromhex(value) for field, value in quoted.items()}
     )

@@ -24,7 +24,7 @@ from dstack_emu.attest.prpc import (
     trim_prefix,
     wants_json,
 )
-from tests.vectors import golden
+from tests.recorded import golden
 
 ANSWERS: dict[str, type[Message]] = {
     "Onboard.Bootstrap": kms.BootstrapResponse,

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from tests import foreign
 from tests.foreign import Guest
+from tests.recorded import golden
 from tests.running import RunningStack
-from tests.vectors import golden
 
 WRONG_MR = "00" * 32
 SRC_DOMAIN, DST_DOMAIN = "kms-src.example.test", "kms-dst.example.test"

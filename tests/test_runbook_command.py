@@ -23,8 +23,8 @@ from dstack_emu.cli.runbook_report import Screen
 from dstack_emu.runbook.target import Target, TargetError
 from dstack_emu.runbook.transcript import Step
 from tests.commands import run_command, usage_error
+from tests.repository import ROOT
 from tests.running import RunningStack, running_kms, running_stack
-from tests.vectors import ROOT
 
 CASES = 6
 """Five, and the preparations."""

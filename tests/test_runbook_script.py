@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
+from tests.recorded import EXTERNAL
 from tests.running import RunningStack, running_stack
-from tests.vectors import VECTORS
 
-DOCUMENT = VECTORS.parent / "seeds" / "kms-self-authorization-runbook.txt"
+DOCUMENT = EXTERNAL.parent / "seeds" / "kms-self-authorization-runbook.txt"
 FIRST = "export REPO_ROOT="
 """Where the shared setup begins."""
 FOLDER = "/tmp/kms-self-auth"

@@ -20,7 +20,7 @@ import pytest
 from dstack_emu.kms_emu.setup_page import content_security_policy, setup_page
 from tests.commands import serving
 from tests.kms_process import Kms, World, running, variables
-from tests.vectors import ROOT
+from tests.repository import ROOT
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -18,8 +18,8 @@ from dstack_emu.attest.pck import device_id
 from dstack_emu.deployment.config import PORTS, PartEndedError, StackConfig, StackError
 from dstack_emu.deployment.stack import Stack
 from dstack_emu.transport.listen import ListenError, bind_tcp
+from tests.repository import ROOT
 from tests.running import READY_TIMEOUT, running_stack
-from tests.vectors import ROOT
 
 
 async def status_of(url: str) -> int:

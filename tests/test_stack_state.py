@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.repository import ROOT
 from tests.running import running_stack
-from tests.vectors import ROOT
 
 
 def _up_fails(*arguments: str) -> str:

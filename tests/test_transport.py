@@ -32,8 +32,8 @@ from dstack_emu.attest.proto.prpc_pb2 import PrpcError
 from dstack_emu.transport.client import PrpcClient, RpcError, TransportError
 from dstack_emu.transport.listen import GRACE, ListenError, bind_tcp, bind_unix, serve
 from dstack_emu.transport.prpc_server import MAX_BODY, Asked
+from tests.recorded import golden
 from tests.toy import Toy, ToyError, application, connect, exchange, post, raw, read_answer, served
-from tests.vectors import golden
 
 # ---- Recorded calls --------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from dstack_emu.simulator.intel import DATES, Dating, Intel, VendorState
 from dstack_emu.simulator.platform import PART_STATUSES, TCB_STATUSES, PlatformState
 from dstack_emu.simulator.seed import Seed
 from tests.commands import run_command, serving, usage_error
+from tests.recorded import external_path, golden
 from tests.running import RunningStack
 from tests.test_attest_properties import (
     NOW,
@@ -45,7 +46,6 @@ from tests.test_attest_properties import (
     world,
 )
 from tests.test_inspect import kinds, run_inside
-from tests.vectors import golden, vector_path
 
 INTEL_QUOTE, COLLATERAL = "intel-tdx-quote.bin", "intel-tdx-collateral.json"
 SKIPPED: Final = None
@@ -410,7 +410,7 @@ def test_binding_fails_where_the_verifier_refuses_the_key(bound: bool) -> None:
 
 def one_day_after_issue() -> tuple[str, int]:
     """A time at which Intel's recorded collateral was current, in both spellings."""
-    document = json.loads(json.loads(vector_path(COLLATERAL).read_text())["tcb_info"])
+    document = json.loads(json.loads(external_path(COLLATERAL).read_text())["tcb_info"])
     issued_at = datetime.fromisoformat(document["issueDate"])
     moment = issued_at.replace(day=issued_at.day + 1)
     return moment.isoformat(), int(moment.timestamp())
@@ -418,7 +418,7 @@ def one_day_after_issue() -> tuple[str, int]:
 
 def test_quote_of_hardware_holds_under_intels_root_and_not_under_ours() -> None:
     iso, seconds = one_day_after_issue()
-    common = ("verify", str(vector_path(INTEL_QUOTE)), "--collateral", str(vector_path(COLLATERAL)), "--json")
+    common = ("verify", str(external_path(INTEL_QUOTE)), "--collateral", str(external_path(COLLATERAL)), "--json")
     for when in (iso, str(seconds)):
         done = run_command(*common, "--intel", "--strict", "--time", when)
         shown = json.loads(done.stdout)
@@ -443,8 +443,8 @@ HARDWARE = ["hardware-attestation-v0.scale", "tdx-lite-attestation.json", "tdx-l
 
 @pytest.mark.parametrize("name", HARDWARE)
 def test_recorded_hardware_evidence_holds_but_for_collateral_of_its_time(name: str) -> None:
-    quoted = QuoteCollateralV3.from_json(vector_path(COLLATERAL).read_text())
-    evidence = inspect_input(vector_path(name).read_bytes()).evidence
+    quoted = QuoteCollateralV3.from_json(external_path(COLLATERAL).read_text())
+    evidence = inspect_input(external_path(name).read_bytes()).evidence
     assert evidence is not None
     under_intel = Expectations(TrustAnchor.intel(), "Intel's production root", one_day_after_issue()[1])
     checks = {one.name: one for one in verify_evidence(evidence, lambda quote: quoted, under_intel)}
