@@ -7,6 +7,8 @@ configuration, or a request that is not one.
 from collections.abc import Sequence
 from typing import TypedDict
 
+from dstack_emu.transport.errors import ConfigError
+
 
 class Issue(TypedDict):
     """One entry of a zod 3 error, in the key order zod writes."""
@@ -22,7 +24,7 @@ class AuthError(Exception):
     """Anything this package refuses."""
 
 
-class AuthConfigError(AuthError):
+class AuthConfigError(AuthError, ConfigError):
     """A setting or a config file that cannot be used: which one, what was got, and what is expected."""
 
 

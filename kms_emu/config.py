@@ -2,29 +2,35 @@
 
 Source: dstack `kms/kms.toml` and `kms/src/config.rs` at 312dc605 and 40eaf35e. Every known key is accepted; an unknown
 one is an error that names it. What a key is for and this KMS does not do is said where it is used, or in
-docs/fidelity.md. The section `emulator` is ours. How the environment overrides keys: `kms_emu/environment.py`.
+docs/fidelity.md. The section `emulator` is ours.
 """
 
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field
 
 from dstack_emu.attest.certificate import EvidenceForm
-from dstack_emu.kms_emu import environment
-from dstack_emu.kms_emu.errors import KmsConfigError
+from dstack_emu.transport.settings import (
+    Port,
+    Seconds,
+    Section,
+    merge,
+    overrides,
+    read_toml,
+    typed_value,
+    validate,
+)
+from dstack_emu.transport.trust_root import AttestationConfig
 
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+VARIABLES: Final = "DSTACK_EMU_KMS_"
+"""What variables begin with that set a key: `DSTACK_EMU_KMS_CORE__AUTH_API__WEBHOOK__URL`.
 
-
-def _seconds(value: Any) -> Any:
-    """Read `2m`, `500ms`, `5s`, or a bare number of seconds."""
-    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)", value)):
-        return float(match[1]) * _UNITS[match[2]]
-    return value
+Ours alone: upstream's KMS reads no configuration from the environment (`load_config/src/lib.rs` at 40eaf35e merges
+files into the web server's defaults, and nothing else).
+"""
 
 
 def _token_hash(value: Any) -> Any:
@@ -38,22 +44,16 @@ def _token_hash(value: Any) -> Any:
 
 
 TokenHash = Annotated[str, BeforeValidator(_token_hash)]
-Seconds = Annotated[float, BeforeValidator(_seconds)]
-Port = Annotated[int, Field(ge=0, le=65535)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class MutualTls(_Section):
+class MutualTls(Section):
     """[rpc.tls.mutual]: who may issue client certificates."""
 
     ca_certs: Path = Path("/etc/kms/certs/tmp-ca.crt")
     mandatory: bool = False
 
 
-class Tls(_Section):
+class Tls(Section):
     """[rpc.tls]."""
 
     key: Path = Path("/etc/kms/certs/rpc.key")
@@ -61,7 +61,7 @@ class Tls(_Section):
     mutual: MutualTls = MutualTls()
 
 
-class RpcSection(_Section):
+class RpcSection(Section):
     """[rpc]: where the runtime phase listens."""
 
     address: str = "0.0.0.0"  # noqa: S104 - upstream's default; the emulator's own commands bind loopback
@@ -69,35 +69,7 @@ class RpcSection(_Section):
     tls: Tls = Tls()
 
 
-class AttestationUrls(_Section):
-    """[core.attestation.urls]."""
-
-    pccs: str = ""
-    amd_kds: str = ""
-
-
-class RootCaPaths(_Section):
-    """[core.attestation.root_ca]: only `tdx` has a meaning here."""
-
-    tdx: Path | None = None
-    gcp_tpm: Path | None = None
-    aws_nitro_enclave: Path | None = None
-    aws_nitro_tpm: Path | None = None
-    sev_snp_milan: Path | None = None
-    sev_snp_genoa: Path | None = None
-    sev_snp_turin: Path | None = None
-
-
-class AttestationConfig(_Section):
-    """[core.attestation] (next): another root than Intel's needs the insecure opt-in. `collateral_ttl` is our own."""
-
-    insecure_allow_external_trust_anchors: bool = False
-    collateral_ttl: Annotated[Seconds, Field(ge=0, allow_inf_nan=False)] = 0.0
-    urls: AttestationUrls = AttestationUrls()
-    root_ca: RootCaPaths = RootCaPaths()
-
-
-class ImageSection(_Section):
+class ImageSection(Section):
     """[core.image]."""
 
     verify: bool = True
@@ -106,25 +78,25 @@ class ImageSection(_Section):
     download_timeout: Seconds = 120.0
 
 
-class Metrics(_Section):
+class Metrics(Section):
     """[core.metrics]."""
 
     enabled: bool = True
 
 
-class Webhook(_Section):
+class Webhook(Section):
     """[core.auth_api.webhook]."""
 
     url: str = "http://auth-api:8000"
 
 
-class Dev(_Section):
+class Dev(Section):
     """[core.auth_api.dev]."""
 
     gateway_app_id: str = "any"
 
 
-class AuthApiConfig(_Section):
+class AuthApiConfig(Section):
     """[core.auth_api]."""
 
     type: Literal["webhook", "dev"] = "webhook"
@@ -132,7 +104,7 @@ class AuthApiConfig(_Section):
     dev: Dev = Dev()
 
 
-class OnboardConfig(_Section):
+class OnboardConfig(Section):
     """[core.onboard]: where the onboard phase listens (upstream: the same port as [rpc])."""
 
     enabled: bool = True
@@ -142,7 +114,7 @@ class OnboardConfig(_Section):
     quote_enabled: bool = True
 
 
-class AdminSection(_Section):
+class AdminSection(Section):
     """[core.admin] (next)."""
 
     enabled: bool = False
@@ -153,7 +125,7 @@ class AdminSection(_Section):
     insecure_no_auth: bool = False
 
 
-class Core(_Section):
+class Core(Section):
     """[core]."""
 
     cert_dir: Path = Path("/etc/kms/certs")
@@ -178,7 +150,7 @@ class Core(_Section):
         return self.attestation.urls.pccs or self.pccs_url
 
 
-class Grpc(_Section):
+class Grpc(Section):
     """[emulator.grpc]: where gRPC is served, if it is."""
 
     enabled: bool = False
@@ -188,17 +160,17 @@ class Grpc(_Section):
     admin_port: Port = 8004
 
 
-class Emulator(_Section):
+class Emulator(Section):
     """[emulator], our own: what no upstream KMS of today does, and none minds in its file."""
 
     rpc_cert_evidence: EvidenceForm = "versioned"
     grpc: Grpc = Grpc()
 
 
-class KmsConfig(_Section):
+class KmsConfig(Section):
     """The whole file. `default` is the web server's own section upstream: known, and without effect here."""
 
-    default: dict[str, Any] = {}
+    default: dict[str, Any] = Field(default_factory=dict)
     rpc: RpcSection = RpcSection()
     core: Core = Core()
     emulator: Emulator = Emulator()
@@ -207,27 +179,23 @@ class KmsConfig(_Section):
     def load(cls, path: Path, variables: Mapping[str, str] | None = None) -> Self:
         """Read a kms.toml, with the keys that `variables` override.
 
-        Raises `KmsConfigError` naming the file and each key that is wrong, or the variable.
+        Raises `ConfigError` naming the file and each key that is wrong, or the variable.
         """
-        try:
-            document = tomllib.loads(path.read_text())
-        except OSError as error:
-            raise KmsConfigError(f"cannot read {path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise KmsConfigError(f"{path} is no TOML: {error}") from error
-        return cls.from_document(environment.merged(document, environment.overrides(cls, variables or {})), str(path))
+        document = read_toml(path)
+        return cls.from_document(merge(document, cls.overrides(variables or {})), str(path))
+
+    @classmethod
+    def overrides(cls, variables: Mapping[str, str]) -> dict[str, Any]:
+        """Return what the variables with our prefix say, in the shape of the file; raise `ConfigError`."""
+        return overrides(variables, VARIABLES, typed_value(cls, "kms.toml"))
 
     @classmethod
     def from_document(cls, document: dict[str, Any], source: str) -> Self:
-        """Check a parsed document; `source` names it in errors."""
-        try:
-            return cls.model_validate(document)
-        except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
-            raise KmsConfigError(f"{source}: {problems}") from error
+        """Check a parsed document; raise `ConfigError` naming `source` and each key that is wrong."""
+        return validate(cls, document, source)
 
     def listening_at(self, host: str, port: int) -> Self:
-        """The same, with both phases at one address."""
+        """Return the same, with both phases at one address."""
         where = {"address": host, "port": port}
         onboard = self.core.onboard.model_copy(update=where)
         core = self.core.model_copy(update={"onboard": onboard})

@@ -8,6 +8,7 @@ import copy
 from typing import Self
 
 from dstack_emu.attest.errors import AttestError, UnjudgedError
+from dstack_emu.transport.errors import ConfigError
 
 
 class KmsError(Exception):
@@ -40,8 +41,8 @@ class WrongPhaseError(KmsError):
     """The KMS is past that: bootstrapped, or onboarded, already."""
 
 
-class KmsConfigError(KmsError):
-    """A configuration that this KMS cannot run with; the text names file and key."""
+class KmsConfigError(KmsError, ConfigError):
+    """A configuration or a stored file that this KMS cannot run with; the text names file and key."""
 
 
 class context:
@@ -61,6 +62,8 @@ class context:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, KmsError):
             raise error.within(self._text) from error
+        if isinstance(error, ConfigError):
+            raise KmsConfigError(f"{self._text}: {error}") from error
         if isinstance(error, UnjudgedError):
             raise UnavailableError(f"{self._text}: {error}") from error
         if isinstance(error, AttestError):

@@ -11,68 +11,25 @@ from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 
-from dstack_emu.attest.attestation import Attestation
-from dstack_emu.attest.certificate import EvidenceForm, spki_der
 from dstack_emu.attest.csr import SigningRequest
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.eventlog import find_payload
 from dstack_emu.attest.pck import device_id
 from dstack_emu.attest.proto import kms_pb2 as pb
 from dstack_emu.attest.prpc import decode_json, encode_json
-from dstack_emu.attest.report_data import bootstrap_report_data, ratls_report_data
+from dstack_emu.attest.report_data import bootstrap_report_data
 from dstack_emu.attest.verify import VerifiedAttestation, require_bound_to_key
 from dstack_emu.kms_emu import keys
-from dstack_emu.kms_emu.agent_client import GuestAgentClient
-from dstack_emu.kms_emu.auth_api import AuthApi
 from dstack_emu.kms_emu.call_log import journaled
-from dstack_emu.kms_emu.cert_dir import BOOTSTRAP_INFO, K256_KEY, ROOT_CA_KEY, CertDir
-from dstack_emu.kms_emu.config import Core
+from dstack_emu.kms_emu.cert_dir import BOOTSTRAP_INFO, K256_KEY, ROOT_CA_KEY
+from dstack_emu.kms_emu.dependencies import KmsDependencies
 from dstack_emu.kms_emu.errors import InvalidRequestError, UnavailableError, WrongPhaseError, context
 from dstack_emu.kms_emu.gate import Gate, boot_info_of, require_app_id, require_kms_allowed
 from dstack_emu.kms_emu.image_cache import ImageCache, main_listener_rpc
-from dstack_emu.kms_emu.keys import Entropy, KmsKeys
-from dstack_emu.kms_emu.onboarding import ZERO_REPORT_DATA, Receiver, own_evidence
-from dstack_emu.transport.events import EventLog
-from dstack_emu.transport.image_store import ImageStore
-from dstack_emu.transport.pccs_client import AttestationVerifier, Clock
+from dstack_emu.kms_emu.keys import KmsKeys
+from dstack_emu.kms_emu.onboarding import ZERO_REPORT_DATA, own_evidence
+from dstack_emu.kms_emu.rpc_certificate import issue_rpc_certificate
 from dstack_emu.transport.service import Rpc, ServiceTable, without_arguments, without_context
-
-
-@dataclass(frozen=True, slots=True)
-class Environment:
-    """What a KMS runs with: configuration, storage, its agent, who decides, who verifies, time and randomness.
-
-    `clock` is the time that evidence and collateral are judged at; `issue_clock` dates certificates. `evidence_form` is
-    how the RPC certificate carries its evidence. Without `images` (`core.image.verify` switched off) an OS image's hash
-    is believed as claimed.
-    """
-
-    core: Core
-    folder: CertDir
-    agent: GuestAgentClient
-    auth: AuthApi
-    verifier: AttestationVerifier
-    clock: Clock
-    issue_clock: Clock
-    entropy: Entropy
-    receiver: Receiver
-    log: EventLog
-    evidence_form: EvidenceForm = "versioned"
-    images: ImageStore | None = None
-
-    async def rpc_evidence(self, kms_keys: KmsKeys) -> Attestation | None:
-        """Attest the RPC listener's key; None where `attest_rpc_cert` is switched off."""
-        if not self.core.attest_rpc_cert:
-            return None
-        with context("failed to get a quote for the KMS RPC certificate"):
-            return await self.agent.evidence(ratls_report_data(spki_der(kms_keys.rpc_key.public_key())))
-
-    async def rpc_certificate(self, kms_keys: KmsKeys) -> str:
-        """Issue the RPC listener's certificate over fresh evidence (PEM)."""
-        evidence = await self.rpc_evidence(kms_keys)
-        return kms_keys.roots.issue_rpc_certificate(
-            kms_keys.rpc_key, kms_keys.domain, evidence, self.issue_clock(), self.evidence_form
-        )
 
 
 def validate_domain(domain: str) -> str:
@@ -89,25 +46,25 @@ def validate_domain(domain: str) -> str:
 class OnboardService:
     """Bootstrap new keys, or take another KMS's over; concurrent calls wait for each other."""
 
-    def __init__(self, environment: Environment, finish: Callable[[], None]) -> None:
-        self._env, self._finish = environment, finish
-        self.log = environment.log
+    def __init__(self, deps: KmsDependencies, finish: Callable[[], None]) -> None:
+        self._deps, self._finish = deps, finish
+        self.log = deps.log
         self._lock = asyncio.Lock()
 
     async def bootstrap(self, request: pb.BootstrapRequest) -> pb.BootstrapResponse:
         """Make and store new root keys, if this KMS is allowed to run."""
         domain = validate_domain(request.domain)
         async with self._lock:
-            env = self._env
-            if any(env.folder.exists(name) for name in (BOOTSTRAP_INFO, ROOT_CA_KEY, K256_KEY)):
+            deps = self._deps
+            if any(deps.folder.exists(name) for name in (BOOTSTRAP_INFO, ROOT_CA_KEY, K256_KEY)):
                 raise WrongPhaseError("KMS has already been bootstrapped")
             with context("KMS is not allowed to bootstrap"):
                 await self._require_self_allowed()
             kms_keys, files = await self._generate(domain)
             ca_pubkey, k256_pubkey = kms_keys.roots.ca_pubkey, kms_keys.roots.k256_pubkey
-            attestation = await env.agent.attest(bootstrap_report_data(ca_pubkey, k256_pubkey))
+            attestation = await deps.agent.attest(bootstrap_report_data(ca_pubkey, k256_pubkey))
             answer = pb.BootstrapResponse(ca_pubkey=ca_pubkey, k256_pubkey=k256_pubkey, attestation=attestation)
-            env.folder.store({**files, BOOTSTRAP_INFO: encode_json(answer)})
+            deps.folder.store({**files, BOOTSTRAP_INFO: encode_json(answer)})
         self.log.info("bootstrapped", domain=domain, k256_pubkey=k256_pubkey.hex())
         return answer
 
@@ -117,37 +74,37 @@ class OnboardService:
         with context("KMS is not allowed to auto-bootstrap"):
             await self._require_self_allowed()
         kms_keys, files = await self._generate(domain)
-        self._env.folder.store(files)
+        self._deps.folder.store(files)
         self.log.info("bootstrapped", domain=domain, k256_pubkey=kms_keys.roots.k256_pubkey.hex(), asked=False)
 
     async def onboard(self, request: pb.OnboardRequest) -> pb.OnboardResponse:
         """Take over and store the root keys of a source KMS, if both sides are allowed."""
         domain = validate_domain(request.domain)
         async with self._lock:
-            env = self._env
-            if any(env.folder.exists(name) for name in (ROOT_CA_KEY, K256_KEY)):
+            deps = self._deps
+            if any(deps.folder.exists(name) for name in (ROOT_CA_KEY, K256_KEY)):
                 raise WrongPhaseError("KMS has already been onboarded")
             with context("Failed to onboard"):
-                kms_keys = await env.receiver.take_keys(request.source_url, domain, env.issue_clock())
-                certificate = await env.rpc_certificate(kms_keys)
+                kms_keys = await deps.receiver.take_keys(request.source_url, domain, deps.issue_clock())
+                certificate = await issue_rpc_certificate(deps, kms_keys)
             with context("Failed to store keys"):
-                env.folder.store(kms_keys.files(certificate))
+                deps.folder.store(kms_keys.files(certificate))
         k256_pubkey = kms_keys.roots.k256_pubkey
         self.log.info("onboarded", source=request.source_url, domain=domain, k256_pubkey=k256_pubkey.hex())
         return pb.OnboardResponse(k256_pubkey=k256_pubkey)
 
     async def attestation_info(self) -> pb.AttestationInfoResponse:
         """Say what this KMS measures: what a policy that shall allow it needs."""
-        env = self._env
+        deps = self._deps
         with context("Failed to get attestation"):
-            evidence = await env.agent.evidence(ZERO_REPORT_DATA)
+            evidence = await deps.agent.evidence(ZERO_REPORT_DATA)
         with context("Failed to verify attestation"):
-            verified = await env.verifier.verify(evidence)
+            verified = await deps.verifier.verify(evidence)
         with context("Failed to get VM info"):
-            vm_config = await env.agent.vm_config()
+            vm_config = await deps.agent.vm_config()
         eth_rpc_url = kms_contract_address = ""
         try:
-            info = await env.auth.info()
+            info = await deps.auth.info()
             eth_rpc_url, kms_contract_address = info.eth_rpc_url or "", info.kms_contract_address or ""
         except UnavailableError as error:
             self.log.warning("failed to get auth api info", reason=error)
@@ -157,7 +114,7 @@ class OnboardService:
             mr_aggregated=boot_info.mr_aggregated,
             os_image_hash=boot_info.os_image_hash,
             tee_variant=boot_info.tee_variant,
-            site_name=env.core.site_name,
+            site_name=deps.core.site_name,
             eth_rpc_url=eth_rpc_url,
             kms_contract_address=kms_contract_address,
             ppid=verified.quote.ppid,
@@ -169,16 +126,16 @@ class OnboardService:
         return Empty()
 
     async def _require_self_allowed(self) -> None:
-        if not self._env.core.enforce_self_authorization:
+        if not self._deps.core.enforce_self_authorization:
             return
         with context("failed to build local KMS boot info"):
-            boot_info = boot_info_of(await own_evidence(self._env.agent, self._env.verifier))
-        await require_kms_allowed(self._env.auth, boot_info)
+            boot_info = boot_info_of(await own_evidence(self._deps.agent, self._deps.verifier))
+        await require_kms_allowed(self._deps.auth, boot_info)
 
     async def _generate(self, domain: str) -> tuple[KmsKeys, dict[str, bytes]]:
         with context("Failed to generate keys"):
-            kms_keys = KmsKeys.generate(domain, self._env.entropy, self._env.issue_clock())
-            return kms_keys, kms_keys.files(await self._env.rpc_certificate(kms_keys))
+            kms_keys = KmsKeys.generate(domain, self._deps.entropy, self._deps.issue_clock())
+            return kms_keys, kms_keys.files(await issue_rpc_certificate(self._deps, kms_keys))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,15 +154,15 @@ class Caller:
 class KmsService:
     """The trusted RPCs, each behind the self check, and GetMeta."""
 
-    def __init__(self, environment: Environment, kms_keys: KmsKeys) -> None:
-        self._env, self._keys = environment, kms_keys
+    def __init__(self, deps: KmsDependencies, kms_keys: KmsKeys) -> None:
+        self._deps, self._keys = deps, kms_keys
         self._root_ca_pem = kms_keys.roots.root_ca.pem
-        self.log, self.core = environment.log, environment.core
+        self.log, self.core = deps.log, deps.core
         self._gate = Gate(
-            environment.auth,
-            lambda: own_evidence(environment.agent, environment.verifier),
-            enforce_self=environment.core.enforce_self_authorization,
-            images=environment.images,
+            deps.auth,
+            lambda: own_evidence(deps.agent, deps.verifier),
+            enforce_self=deps.core.enforce_self_authorization,
+            images=deps.images,
         )
 
     @property
@@ -215,7 +172,7 @@ class KmsService:
 
     async def get_meta(self) -> pb.GetMetaResponse:
         """Say who this KMS is; the only RPC without a self check."""
-        info = await self._env.auth.info()
+        info = await self._deps.auth.info()
         return pb.GetMetaResponse(
             ca_cert=self._keys.roots.root_ca.pem,
             allow_any_upgrade=info.is_dev,
@@ -267,7 +224,7 @@ class KmsService:
     async def get_app_env_encrypt_pub_key(self, request: pb.AppId) -> pb.PublicKeyResponse:
         """Give the public key that an app's environment variables are encrypted to."""
         grant = await self._gate.self_check()
-        app_id, timestamp = require_app_id(request.app_id), self._env.clock()
+        app_id, timestamp = require_app_id(request.app_id), self._deps.clock()
         key = keys.env_public_key(self._keys.roots, grant, app_id, timestamp)
         return pb.PublicKeyResponse(
             public_key=key.public_key, signature=key.signature, timestamp=timestamp, signature_v1=key.signature_v1
@@ -284,17 +241,17 @@ class KmsService:
             csr.verify_signature(request.signature)
         with context("Quote verification failed"):
             require_bound_to_key(csr.attestation, csr.public_key)
-            evidence = await self._env.verifier.verify(csr.attestation)
+            evidence = await self._deps.verifier.verify(csr.attestation)
         grant = await self._gate.admit_app(of_kms, evidence, vm_config=request.vm_config, boot_time=True)
         with context("Failed to sign certificate", InvalidRequestError):
-            chain = keys.sign_certificate(self._keys.roots, grant, csr, self._env.issue_clock())
+            chain = keys.sign_certificate(self._keys.roots, grant, csr, self._deps.issue_clock())
         return pb.SignCertResponse(certificate_chain=chain)
 
     def _bootstrap_info(self) -> pb.BootstrapResponse | None:
-        if not self._env.folder.exists(BOOTSTRAP_INFO):
+        if not self._deps.folder.exists(BOOTSTRAP_INFO):
             return None
         try:
-            return decode_json(pb.BootstrapResponse, self._env.folder.read(BOOTSTRAP_INFO))
+            return decode_json(pb.BootstrapResponse, self._deps.folder.read(BOOTSTRAP_INFO))
         except FormatError as error:
             self.log.warning("not readable", file=BOOTSTRAP_INFO, reason=error)
             return None

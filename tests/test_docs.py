@@ -25,8 +25,7 @@ from dstack_emu.attest.version import EMULATOR
 from dstack_emu.cli.main import COMMANDS, parser
 from dstack_emu.deployment.config import GRPC_PORTS, PORTS
 from dstack_emu.kms_emu.admin import TOKEN_VARIABLES
-from dstack_emu.kms_emu.config import KmsConfig
-from dstack_emu.kms_emu.environment import PREFIX, overrides
+from dstack_emu.kms_emu.config import VARIABLES, KmsConfig
 from dstack_emu.verifier.config import VerifierConfig
 from tests.repository import ROOT
 from tests.running import RunningStack, running_stack
@@ -326,9 +325,9 @@ def test_variables_that_the_code_names_are_documented() -> None:
 def test_variables_that_set_keys_of_kms_toml_are_documented_as_they_work() -> None:
     text = section(document("docs/configuration.md"), "## kms.toml")
     name, key = re.findall(r"`(\w+__URL)` is `([\w.]+)`", text)[0]
-    assert f"`{PREFIX}`" in text
-    assert name == PREFIX + key.upper().replace(".", "__")
-    assert overrides(KmsConfig, {name: "x"}) == {"core": {"auth_api": {"webhook": {"url": "x"}}}}
+    assert f"`{VARIABLES}`" in text
+    assert name == VARIABLES + key.upper().replace(".", "__")
+    assert KmsConfig.overrides({name: "x"}) == {"core": {"auth_api": {"webhook": {"url": "x"}}}}
 
 
 def test_settings_of_the_container_are_documented() -> None:

@@ -9,15 +9,15 @@ import pytest
 from pydantic import BaseModel
 
 from dstack_emu.kms_emu.config import KmsConfig
-from dstack_emu.kms_emu.environment import merged, overrides
-from dstack_emu.kms_emu.errors import KmsConfigError
+from dstack_emu.transport.errors import ConfigError
+from dstack_emu.transport.settings import merge
 from tests.commands import usage_error
 from tests.kms_process import variables
 
 
 def configured(variables: dict[str, str], document: str = "") -> KmsConfig:
     """What a file and variables make together."""
-    return KmsConfig.from_document(merged(tomllib.loads(document), overrides(KmsConfig, variables)), "kms.toml")
+    return KmsConfig.from_document(merge(tomllib.loads(document), KmsConfig.overrides(variables)), "kms.toml")
 
 
 def leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -98,13 +98,13 @@ def test_other_variables_are_left_alone() -> None:
     ],
 )
 def test_variable_that_cannot_be_is_named(name: str, value: str, said: str) -> None:
-    with pytest.raises(KmsConfigError) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         configured({f"DSTACK_EMU_KMS_{name}": value})
     assert str(refusal.value).startswith(f"DSTACK_EMU_KMS_{name}: {said}")
 
 
 def test_file_whose_section_is_no_table_is_refused_by_key() -> None:
-    with pytest.raises(KmsConfigError, match="^kms.toml: core: Input should be a valid dictionary"):
+    with pytest.raises(ConfigError, match="^kms.toml: core: Input should be a valid dictionary"):
         configured({"DSTACK_EMU_KMS_CORE__SITE_NAME": "x"}, "core = 1")
 
 

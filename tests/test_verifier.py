@@ -30,13 +30,13 @@ from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.cli.main import main
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import PORTS
-from dstack_emu.kms_emu.errors import KmsConfigError
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.image_files import fill_cache
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.pccs import pccs_app
 from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
 from dstack_emu.simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
+from dstack_emu.transport.errors import ConfigError
 from dstack_emu.transport.image_store import ImageStore
 from dstack_emu.transport.listen import bind_tcp, serve
 from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
@@ -526,7 +526,7 @@ def test_upstreams_file_is_read_and_variables_go_before_it(tmp_path: Path) -> No
     ],
 )
 def test_config_refused_naming_the_key(text: str, reason: str, tmp_path: Path) -> None:
-    with pytest.raises(KmsConfigError) as refused:
+    with pytest.raises(ConfigError) as refused:
         load(tmp_path / "v.toml", text)
     assert reason in str(refused.value)
     assert str(tmp_path / "v.toml") in str(refused.value)

@@ -12,9 +12,9 @@ from dstack_emu.attest.version import EMULATOR, UPSTREAM
 from dstack_emu.cli import logs
 from dstack_emu.cli.commands.common import WARNING, UsageError, say
 from dstack_emu.deployment.config import PartEndedError, StackError
-from dstack_emu.kms_emu.errors import KmsConfigError, KmsError
+from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.simulator.errors import GuestError
-from dstack_emu.transport.errors import ListenError, TransportError
+from dstack_emu.transport.errors import ConfigError, ListenError, TransportError
 
 COMMANDS: Final[Mapping[str, str]] = {
     "up": "bring the whole stack up",
@@ -59,7 +59,7 @@ def _run(words: Sequence[str]) -> int:
     try:
         status: int = module.run(arguments)
         return status
-    except (UsageError, StackError, KmsConfigError, ListenError) as error:
+    except (UsageError, StackError, ConfigError, ListenError) as error:
         say(f"Error: {_one_line(error)}")
         return USED_WRONGLY
     except (PartEndedError, KmsError, GuestError, AttestError, TransportError) as error:

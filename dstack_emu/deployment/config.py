@@ -1,52 +1,21 @@
 """What a stack is made of: seed, addresses, folders.
 
-Ports are the runbook's by default, so its commands work as they stand.
+Ports are those of `transport.ports` by default.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final, Self
 
 from dstack_emu.simulator.seed import DEFAULT_SEED
+from dstack_emu.transport.ports import GRPC_PORTS as GRPC_PORTS
+from dstack_emu.transport.ports import IMAGE_PORT as IMAGE_PORT
+from dstack_emu.transport.ports import IMAGE_URL as IMAGE_URL
+from dstack_emu.transport.ports import PORTS as PORTS
 
 JOURNAL_SIZE: Final = 2000
 """Calls that the journal of a stack keeps in memory; older ones are dropped."""
-
-PORTS: Final[Mapping[str, int]] = MappingProxyType(
-    {
-        "pccs": 8081,
-        "auth-src": 3101,
-        "auth-dst": 3102,
-        "agent-src": 8091,
-        "agent-dst": 8092,
-        "kms-src": 9301,
-        "kms-dst": 9302,
-        "app": 8090,
-        "verifier": 8088,
-        "control": 8070,
-    }
-)
-"""Services in the order they are bound, and the ports they have by default."""
-
-GRPC_PORTS: Final[Mapping[str, int]] = MappingProxyType(
-    {
-        "agent-src-grpc": 8191,
-        "agent-dst-grpc": 8192,
-        "kms-src-grpc": 9311,
-        "kms-src-grpc-mtls": 9321,
-        "kms-dst-grpc": 9312,
-        "kms-dst-grpc-mtls": 9322,
-        "app-grpc": 8190,
-    }
-)
-"""The same of the gRPC listeners, which are there where they are asked for."""
-IMAGE_PORT: Final = 8089
-"""Where `dstack-emu image serve` listens by default."""
-IMAGE_URL: Final = f"http://127.0.0.1:{IMAGE_PORT}/mr_{{OS_IMAGE_HASH}}.tar.gz"
-"""Where a stack looks for images of the legacy variant; its own are of the lite one, and need no download."""
-
 
 DESCRIPTION_FILE: Final = "stack.json"
 """The stack's description, in its state folder."""

@@ -18,6 +18,7 @@ from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.kms_emu.server import KmsServer
 from dstack_emu.simulator.app_keys import OwnKeys
 from dstack_emu.simulator.errors import GuestError
+from dstack_emu.transport.errors import ConfigError
 from dstack_emu.transport.listen import bind_tcp, reachable, serve
 
 if TYPE_CHECKING:
@@ -147,12 +148,12 @@ async def _serve_kms(stack: "Stack", kms: RunningKms) -> None:
             grpc_socks=grpc_socks,
             grpc_interceptors=stack.world.interceptors(name) if grpc_socks else (),
             auth=stack.world.webhook(name, webhook, own=is_own),
-            surroundings=stack.world.surroundings(name, stack.verifier_of(name)),
+            instruments=stack.world.surroundings(name, stack.verifier_of(name)),
         )
         kms.exit.push_async_callback(server.stop)
         with stack.logs.of(name):
             await server.start()
-    except KmsError as error:
+    except (KmsError, ConfigError) as error:
         raise StackError(f"{name}: {error}") from error
     stack.kms[side] = server
     stack.note_url(side)

@@ -18,3 +18,7 @@ class ListenError(Exception):
         self.address = address
         self.cause = cause
         self.setting = setting
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used; the text names the file or variable, and the key."""

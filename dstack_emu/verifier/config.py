@@ -5,17 +5,16 @@ names it, as there; `host`, which upstream's README has for `address`, is known,
 """
 
 import ipaddress
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 
-from dstack_emu.deployment.config import IMAGE_URL, PORTS
-from dstack_emu.kms_emu.config import AttestationConfig
-from dstack_emu.kms_emu.errors import KmsConfigError
 from dstack_emu.transport.image_store import PLACEHOLDER
+from dstack_emu.transport.ports import IMAGE_URL, PORTS
+from dstack_emu.transport.settings import merge, overrides, read_toml, toml_value, validate
+from dstack_emu.transport.trust_root import AttestationConfig
 
 VARIABLES: Final = "DSTACK_VERIFIER_"
 """What variables begin with that set a key: DSTACK_VERIFIER_PORT, or with __ for the dot of a nested one."""
@@ -60,38 +59,7 @@ class VerifierConfig(BaseModel):
 
     @classmethod
     def load(cls, path: Path | None, environment: Mapping[str, str]) -> Self:
-        """Read the file, if one is named, and the variables, which go before it; raise `KmsConfigError`."""
-        document: dict[str, Any] = {}
-        if path is not None:
-            try:
-                document = tomllib.loads(path.read_text())
-            except OSError as error:
-                raise KmsConfigError(f"cannot read {path}: {error.strerror}") from error
-            except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-                raise KmsConfigError(f"{path} is no TOML: {error}") from error
-        for name, value in environment.items():
-            if name.startswith(VARIABLES):
-                _set(document, name.removeprefix(VARIABLES).lower().split("__"), _value(value), name)
-        try:
-            return cls.model_validate(document)
-        except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
-            raise KmsConfigError(f"{path or 'the environment'}: {problems}") from error
-
-
-def _set(document: dict[str, Any], keys: list[str], value: object, name: str) -> None:
-    *outer, last = keys
-    for key in outer:
-        document = document.setdefault(key, {})
-        if not isinstance(document, dict):
-            raise KmsConfigError(f"{name}: {key} is no section")
-    document[last] = value
-
-
-def _value(text: str) -> object:
-    """A variable's value: a number, a truth value, else the text itself."""
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-    return value if isinstance(value, int | str) else text
+        """Read the file, if one is named, and the variables, which go before it; raise `ConfigError`."""
+        document = read_toml(path) if path is not None else {}
+        document = merge(document, overrides(environment, VARIABLES, toml_value))
+        return validate(cls, document, str(path or "the environment"))

@@ -66,10 +66,7 @@ class _Webhook:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal."""
-    try:
-        webhook = _simple(arguments.config) if arguments.kind == "simple" else _mock(arguments.config)
-    except AuthConfigError as error:
-        raise UsageError(str(error)) from error
+    webhook = _simple(arguments.config) if arguments.kind == "simple" else _mock(arguments.config)
     return asyncio.run(_serve(webhook, arguments.listen or ("127.0.0.1", _port()), as_json=arguments.json))
 
 

@@ -15,8 +15,7 @@ from dstack_emu.deployment.clock import ISSUED_AT, wall_clock
 from dstack_emu.kms_emu.admin import admin_token
 from dstack_emu.kms_emu.agent_client import DEFAULT_ADDRESS
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
-from dstack_emu.kms_emu.config import KmsConfig
-from dstack_emu.kms_emu.environment import PREFIX
+from dstack_emu.kms_emu.config import VARIABLES, KmsConfig
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.kms_emu.server import KmsServer
 from dstack_emu.simulator.seed import Seed
@@ -25,7 +24,7 @@ from dstack_emu.transport.listen import bind_tcp
 DESCRIPTION = (
     "Run one KMS from upstream's kms.toml, both phases on one port. The guest agent that quotes for it is named by the "
     f"environment variable DSTACK_AGENT_ADDRESS (unix:/path or http://host:port; default {DEFAULT_ADDRESS}). Any key "
-    f"of the file can be set by a variable: {PREFIX}CORE__SITE_NAME is core.site_name. " + WARNING
+    f"of the file can be set by a variable: {VARIABLES}CORE__SITE_NAME is core.site_name. " + WARNING
 )
 
 TALKATIVE = ("kms_emu",)

@@ -16,12 +16,12 @@ from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.cli.commands.common import WARNING, UsageError, listen_address, say, stop_on_signals
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import PORTS
-from dstack_emu.kms_emu.server import trust_anchor
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
 from dstack_emu.transport.image_store import ImageStore
 from dstack_emu.transport.listen import bind_tcp, serve
 from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
+from dstack_emu.transport.trust_root import trust_anchor
 from dstack_emu.verifier.config import VARIABLES, VerifierConfig
 from dstack_emu.verifier.server import verifier_app
 from dstack_emu.verifier.service import (
@@ -97,7 +97,7 @@ def _anchor(arguments: argparse.Namespace, config: VerifierConfig) -> tuple[Trus
         except FormatError as error:
             raise UsageError(f"--root: {error}") from error
         return TrustAnchor.of(certificate), f"the root in {arguments.root}"
-    configured = trust_anchor(config.attestation, "")
+    configured = trust_anchor(config.attestation)
     if arguments.seed is None and configured.root_ca is not None:
         return configured, f"the root in {config.attestation.root_ca.tdx}"
     seed = DEFAULT_SEED if arguments.seed is None else arguments.seed

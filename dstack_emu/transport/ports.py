@@ -1,0 +1,42 @@
+"""Where the emulator's services listen by default: one table, so that no two of them want the same port.
+
+The ports of the two KMS, their webhooks and agents are the authorization runbook's, so its commands work unchanged.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+PORTS: Final[Mapping[str, int]] = MappingProxyType(
+    {
+        "pccs": 8081,
+        "auth-src": 3101,
+        "auth-dst": 3102,
+        "agent-src": 8091,
+        "agent-dst": 8092,
+        "kms-src": 9301,
+        "kms-dst": 9302,
+        "app": 8090,
+        "verifier": 8088,
+        "control": 8070,
+    }
+)
+"""Services in the order they are bound, and their ports."""
+
+GRPC_PORTS: Final[Mapping[str, int]] = MappingProxyType(
+    {
+        "agent-src-grpc": 8191,
+        "agent-dst-grpc": 8192,
+        "kms-src-grpc": 9311,
+        "kms-src-grpc-mtls": 9321,
+        "kms-dst-grpc": 9312,
+        "kms-dst-grpc-mtls": 9322,
+        "app-grpc": 8190,
+    }
+)
+"""The gRPC listeners, which exist only if they are asked for."""
+
+IMAGE_PORT: Final = 8089
+"""Where `dstack-emu image serve` listens."""
+IMAGE_URL: Final = f"http://127.0.0.1:{IMAGE_PORT}/mr_{{OS_IMAGE_HASH}}.tar.gz"
+"""Where images of the legacy variant are downloaded from; those of the lite variant need no download."""

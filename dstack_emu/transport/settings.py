@@ -1,0 +1,148 @@
+"""Configuration files in TOML, and the environment variables that override their keys.
+
+A file is read into a pydantic model that knows every key; an unknown key is an error that names it. Variables are an
+argument: nothing here reads the environment of the process.
+"""
+
+import re
+import tomllib
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from dstack_emu.transport.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+
+_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _seconds(value: Any) -> Any:
+    """Read `2m`, `500ms`, `5s`, or a bare number of seconds."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)", value)):
+        return float(match[1]) * _UNITS[match[2]]
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Section(BaseModel):
+    """A section of a configuration file: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def describe_errors(error: ValidationError) -> str:
+    """Return every problem that pydantic found, each with the path to its value, on one line."""
+    return "; ".join(f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors())
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; raise `ConfigError` naming it."""
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no TOML: {error}") from error
+
+
+def validate(model: type[M], document: Any, source: str) -> M:
+    """Check a parsed document; raise `ConfigError` naming `source` and each key that is wrong."""
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {describe_errors(error)}") from error
+
+
+def merge(document: Any, over: Mapping[str, Any]) -> Any:
+    """Return a document with another laid over it. A section that is no table stays as it is, to be refused later."""
+    if not isinstance(document, dict):
+        return document
+    merged = dict(document)
+    for key, value in over.items():
+        merged[key] = merge(merged.get(key, {}), value) if isinstance(value, dict) else value
+    return merged
+
+
+# ---- environment variables: a prefix, then the key in capitals with __ for the dot
+
+ReadValue = Callable[[str, Sequence[str], str], Any]
+"""Read the value of a variable: its name, the key as its parts, its text."""
+
+
+def overrides(variables: Mapping[str, str], prefix: str, read: ReadValue) -> dict[str, Any]:
+    """Return the document that the variables with this prefix make; the others do not count.
+
+    Raises `ConfigError` naming the variable.
+    """
+    document: dict[str, Any] = {}
+    for name in sorted(name for name in variables if name.startswith(prefix)):
+        *sections, key = path = name.removeprefix(prefix).lower().split("__")
+        section = document
+        for part in sections:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{name}: {part} is no section")
+        section[key] = read(name, path, variables[name])
+    return document
+
+
+def toml_value(_name: str, _path: Sequence[str], text: str) -> int | str:
+    """Read a number or a truth value as TOML writes it, anything else as the text itself."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if isinstance(value, int | str) else text
+
+
+def typed_value(model: type[BaseModel], file: str) -> ReadValue:
+    """Return a reader of values by the type that `model` gives their key; `file` names the model in errors.
+
+    Booleans are `true` or `false`, all else is written as in the file, without quotes. A variable that names no key, or
+    whose value does not have the key's type, is refused.
+    """
+
+    def read(name: str, path: Sequence[str], text: str) -> Any:
+        return _typed(name, _field(model, path, name, file), text)
+
+    return read
+
+
+def _field(model: type[BaseModel], path: Sequence[str], name: str, file: str) -> FieldInfo:
+    section: Any = model
+    field: FieldInfo | None = None
+    for part in path:
+        known = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
+        if part not in known:
+            raise ConfigError(f"{name}: {file} has no key {'.'.join(path)}")
+        field = known[part]
+        section = field.annotation
+    if field is None or (isinstance(section, type) and issubclass(section, BaseModel)) or get_origin(section) is dict:
+        raise ConfigError(f"{name}: {'.'.join(path)} is a section of {file}, a key expected")
+    return field
+
+
+def _typed(name: str, field: FieldInfo, text: str) -> Any:
+    if field.annotation is bool:
+        if text not in ("true", "false"):
+            raise ConfigError(f"{name}: true or false expected, got {text!r:.80}")
+        return text == "true"
+    if not text and _is_optional(field.annotation):
+        return None
+    kind: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    try:
+        return TypeAdapter(kind).validate_strings(text)
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {error.errors()[0]['msg']}, got {text!r:.80}") from error
+
+
+def _is_optional(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, types.UnionType) and type(None) in get_args(annotation)

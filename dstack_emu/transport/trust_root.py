@@ -1,0 +1,74 @@
+"""The root certificate that evidence is verified under, and where collateral comes from: the section `attestation`.
+
+The KMS and the verifier have the same section in their configuration files. Source: dstack `kms/src/config.rs` and
+`verifier/src/main.rs` at 40eaf35e. `collateral_ttl` is this emulator's own key.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from cryptography import x509
+from pydantic import Field
+
+from dstack_emu.attest.verify import TrustAnchor
+from dstack_emu.transport.errors import ConfigError
+from dstack_emu.transport.settings import Seconds, Section
+
+
+class AttestationUrls(Section):
+    """[attestation.urls]."""
+
+    pccs: str = ""
+    amd_kds: str = ""
+
+
+class RootCaPaths(Section):
+    """[attestation.root_ca]: only `tdx` has a meaning here."""
+
+    tdx: Path | None = None
+    gcp_tpm: Path | None = None
+    aws_nitro_enclave: Path | None = None
+    aws_nitro_tpm: Path | None = None
+    sev_snp_milan: Path | None = None
+    sev_snp_genoa: Path | None = None
+    sev_snp_turin: Path | None = None
+
+
+class AttestationConfig(Section):
+    """[attestation]: another root than Intel's needs the insecure opt-in; `collateral_ttl` is in seconds."""
+
+    insecure_allow_external_trust_anchors: bool = False
+    collateral_ttl: Annotated[Seconds, Field(ge=0, allow_inf_nan=False)] = 0.0
+    urls: AttestationUrls = AttestationUrls()
+    root_ca: RootCaPaths = RootCaPaths()
+
+
+def trust_anchor(attestation: AttestationConfig, section: str = "") -> TrustAnchor:
+    """Return Intel's own root, or read the configured one, which needs the insecure opt-in.
+
+    `section` is what stands before `attestation` in the names of its keys, such as `core.`. Raises `ConfigError`, which
+    names the key.
+    """
+    roots = attestation.root_ca
+    given = [name for name in type(roots).model_fields if getattr(roots, name) is not None]
+    if given and not attestation.insecure_allow_external_trust_anchors:
+        raise ConfigError(
+            f"failed to load attestation verifier: {section}attestation.root_ca.{given[0]} is set, which needs "
+            f"{section}attestation.insecure_allow_external_trust_anchors = true"
+        )
+    if roots.tdx is None:
+        return TrustAnchor.intel()
+    return TrustAnchor.of(_read_certificate(roots.tdx, f"{section}attestation.root_ca.tdx"))
+
+
+def _read_certificate(path: Path, key: str) -> x509.Certificate:
+    """Read a certificate in PEM or DER; `key` is the setting that names the file."""
+    try:
+        data = path.read_bytes()
+        if b"-----BEGIN" in data:
+            return x509.load_pem_x509_certificate(data)
+        return x509.load_der_x509_certificate(data)
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{key}: {path} is no certificate in PEM or DER: {error}") from error

@@ -1,0 +1,121 @@
+"""What a KMS works with: configuration, storage, its agent, the webhook, the verifier, time and randomness.
+
+One object for both phases. It is built from the configuration once, and whoever built it closes it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from aiohttp.typedefs import Middleware
+
+from dstack_emu.attest.certificate import EvidenceForm
+from dstack_emu.kms_emu.agent_client import TIMEOUT as AGENT_TIMEOUT
+from dstack_emu.kms_emu.agent_client import GuestAgentClient
+from dstack_emu.kms_emu.auth_api import AuthApi, DevAuth, WebhookAuth
+from dstack_emu.kms_emu.cert_dir import CertDir
+from dstack_emu.kms_emu.config import Core, KmsConfig
+from dstack_emu.kms_emu.errors import context
+from dstack_emu.kms_emu.keys import Entropy
+from dstack_emu.kms_emu.onboarding import Receiver
+from dstack_emu.transport.client import MoreHeaders
+from dstack_emu.transport.events import EventLog
+from dstack_emu.transport.image_store import ImageStore
+from dstack_emu.transport.pccs_client import AttestationVerifier, Clock, PccsClient
+from dstack_emu.transport.ratls import TIMEOUT as SOURCE_TIMEOUT
+from dstack_emu.transport.trust_root import trust_anchor
+
+
+@dataclass(frozen=True, slots=True)
+class KmsInstruments:
+    """What a KMS that is observed or disturbed is given from outside; on its own it needs none of it.
+
+    `middlewares` wrap the applications of its listeners; `verifier` replaces the one with the configured PCCS and root;
+    `headers` are added to requests to its agent and to a source KMS. `timeout` is how many seconds it waits for each of
+    those (None: each client's own).
+    """
+
+    middlewares: Sequence[Middleware] = ()
+    verifier: AttestationVerifier | None = None
+    headers: MoreHeaders | None = None
+    timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KmsDependencies:
+    """The parts that both phases share.
+
+    `clock` is the time that evidence and collateral are verified at; `issue_clock` dates certificates. `evidence_form`
+    is how the RPC certificate carries its evidence. Without `images` (`core.image.verify` switched off) an OS image's
+    hash is believed as claimed.
+    """
+
+    core: Core
+    folder: CertDir
+    agent: GuestAgentClient
+    auth: AuthApi
+    verifier: AttestationVerifier
+    clock: Clock
+    issue_clock: Clock
+    entropy: Entropy
+    receiver: Receiver
+    log: EventLog
+    evidence_form: EvidenceForm = "versioned"
+    images: ImageStore | None = None
+
+    @classmethod
+    def build(
+        cls,
+        config: KmsConfig,
+        agent_address: str,
+        *,
+        entropy: Entropy,
+        clock: Clock,
+        issue_clock: Clock | None,
+        auth: AuthApi | None,
+        instruments: KmsInstruments,
+    ) -> Self:
+        """Make what the configuration asks for; `auth` and the instruments' verifier replace the configured ones.
+
+        Raises `KmsConfigError` if the trust root cannot be used.
+        """
+        core, timeout, headers = config.core, instruments.timeout, instruments.headers
+        with context("Failed to initialize KMS state"):
+            anchor = trust_anchor(core.attestation, "core.")
+        agent = GuestAgentClient(agent_address, timeout=timeout or AGENT_TIMEOUT, headers=headers)
+        auth = auth or _auth_api(core)
+        pccs = PccsClient(core.pccs, ttl=core.attestation.collateral_ttl)
+        verifier = instruments.verifier or AttestationVerifier(pccs, anchor, clock)
+        return cls(
+            core=core,
+            folder=CertDir(core.cert_dir),
+            agent=agent,
+            auth=auth,
+            verifier=verifier,
+            clock=clock,
+            issue_clock=issue_clock or clock,
+            entropy=entropy,
+            receiver=Receiver(agent, auth, verifier, entropy, timeout or SOURCE_TIMEOUT, headers),
+            log=EventLog("dstack_emu.kms_emu", **({"site": core.site_name} if core.site_name else {})),
+            evidence_form=config.emulator.rpc_cert_evidence,
+            images=_image_store(core) if core.image.verify else None,
+        )
+
+    async def close(self) -> None:
+        """Close its clients; each opens new connections if it is used again."""
+        await self.agent.close()
+        await self.auth.close()
+        await self.verifier.pccs.close()
+        if self.images is not None:
+            await self.images.close()
+
+
+def _auth_api(core: Core) -> AuthApi:
+    if core.auth_api.type == "dev":
+        return DevAuth(core.auth_api.dev.gateway_app_id)
+    return WebhookAuth(core.auth_api.webhook.url)
+
+
+def _image_store(core: Core) -> ImageStore:
+    image = core.image
+    return ImageStore(image.cache_dir, image.download_url, image.download_timeout)

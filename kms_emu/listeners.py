@@ -1,0 +1,175 @@
+"""The sockets of one KMS, and what each phase serves on them.
+
+The RPC socket is bound once and survives the change of phases, so a client that connects in between waits for the
+handshake and is not refused. The admin port is bound at the start, so that a port that is taken is known, and answers
+once there are keys. gRPC listeners are optional.
+"""
+
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aiohttp.typedefs import Middleware
+
+from dstack_emu.kms_emu.admin import admin_app
+from dstack_emu.kms_emu.config import KmsConfig
+from dstack_emu.kms_emu.dependencies import KmsDependencies
+from dstack_emu.kms_emu.image_cache import ImageCache
+from dstack_emu.kms_emu.metrics import AttestationMetrics
+from dstack_emu.kms_emu.onboard_phase import onboard_app
+from dstack_emu.kms_emu.runtime_phase import runtime_app, tls_context
+from dstack_emu.kms_emu.service import KmsService, OnboardService
+from dstack_emu.transport.listen import Server, bind_tcp, serve
+
+if TYPE_CHECKING:
+    from dstack_emu.kms_emu.grpc_server import KmsGrpcServer
+
+_RPC_SETTING = "rpc.address and rpc.port"
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where a KMS listens, as host and port: the RPC listener, and gRPC's by their keys in `emulator.grpc`."""
+
+    rpc: tuple[str, int]
+    grpc: Mapping[str, tuple[str, int]]
+
+
+class KmsListeners:
+    """Binds, serves and closes. `sock` and `grpc_socks` are sockets that were bound already, if any."""
+
+    def __init__(
+        self,
+        config: KmsConfig,
+        deps: KmsDependencies,
+        *,
+        sock: socket.socket | None,
+        admin_token: str | None,
+        grpc_socks: Mapping[str, socket.socket],
+        grpc_interceptors: Sequence[Any],
+        middlewares: Sequence[Middleware],
+    ) -> None:
+        self._config, self._deps = config, deps
+        self._sock, self._grpc_socks = sock, grpc_socks
+        self._admin_token, self._grpc_interceptors = admin_token, grpc_interceptors
+        self._middlewares = middlewares
+        self._server: Server | None = None
+        self._admin_sock: socket.socket | None = None
+        self._admin_server: Server | None = None
+        self._grpc: KmsGrpcServer | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the RPC listener answers now."""
+        if self._server is None:
+            raise RuntimeError("the KMS is not started")
+        return self._server.url
+
+    @property
+    def admin_url(self) -> str | None:
+        """Where the admin listener answers in the runtime phase; None without one."""
+        if self._admin_sock is None:
+            return None
+        host, port = self._admin_sock.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    @property
+    def grpc_targets(self) -> dict[str, str]:
+        """Where the gRPC listeners are, by their keys in `emulator.grpc`; empty if they are switched off."""
+        return {} if self._grpc is None else self._grpc.targets
+
+    def bind(self) -> None:
+        """Bind the RPC socket, unless it was given; raise `ListenError`."""
+        if self._sock is None:
+            self._sock = bind_tcp(self._config.rpc.address, self._config.rpc.port, setting=_RPC_SETTING)
+
+    def bind_optional(self) -> None:
+        """Bind the admin and gRPC ports that the configuration asks for; raise `ListenError`."""
+        admin = self._config.core.admin
+        if admin.enabled:
+            where = "core.admin.address and core.admin.port"
+            self._admin_sock = bind_tcp(admin.address, admin.port, setting=where, listen=False)
+        if self._config.emulator.grpc.enabled:
+            # Imported only here: grpcio costs time and memory that a KMS without it must not pay.
+            from dstack_emu.kms_emu.grpc_server import KmsGrpcServer
+
+            self._grpc = KmsGrpcServer(
+                self._config,
+                self._deps.log,
+                admin_token=self._admin_token,
+                bound=self._grpc_socks,
+                interceptors=self._grpc_interceptors,
+            )
+
+    def addresses(self) -> Addresses:
+        """Return where the bound sockets listen."""
+        grpc = {key: sock.getsockname()[:2] for key, sock in self._grpc_socks.items()}
+        return Addresses(self._rpc_sock.getsockname()[:2], grpc)
+
+    def rebind(self, where: Addresses) -> None:
+        """Bind the RPC and gRPC sockets again, once they are closed; raise `ListenError`."""
+        self._sock = bind_tcp(*where.rpc, setting=_RPC_SETTING)
+        self._grpc_socks = {key: bind_tcp(*at, setting=f"emulator.grpc.{key}") for key, at in where.grpc.items()}
+
+    async def enter_onboard(self, service: OnboardService, finish: Callable[[], None]) -> None:
+        """Serve the onboard phase; `finish` is called when its end is requested."""
+        core, rpc = self._config.core, self._config.rpc
+        app = onboard_app(service, site_name=core.site_name, finish=finish, middlewares=self._middlewares)
+        if (core.onboard.address, core.onboard.port) == (rpc.address, rpc.port):
+            sock = self._rpc_sock.dup()
+        else:
+            sock = bind_tcp(core.onboard.address, core.onboard.port, setting="core.onboard")
+        self._server = await serve(app, sock)
+        if self._grpc is not None:
+            await self._grpc.enter_onboard(service)
+
+    def stop_listening(self) -> None:
+        """Accept no connection from here on: whoever connects waits for the next phase."""
+        if self._server is not None:
+            self._server.stop_listening()
+
+    async def leave_onboard(self) -> None:
+        """End what the onboard phase serves, after the answers in progress."""
+        if self._server is not None:
+            await self._server.close()
+            self._server = None
+        if self._grpc is not None:
+            await self._grpc.leave()
+
+    async def enter_runtime(self, service: KmsService, metrics: AttestationMetrics) -> None:
+        """Serve the runtime phase over TLS, and the admin listener."""
+        tls = self._config.rpc.tls
+        context = tls_context(tls)
+        await self._serve_admin()
+        if self._grpc is not None:
+            await self._grpc.enter_runtime(
+                service, self._deps.verifier, lambda mandatory: tls_context(tls, mandatory), metrics.record
+            )
+        app = runtime_app(service, self._deps, metrics, self._middlewares)
+        self._server = await serve(app, self._rpc_sock, context)
+
+    async def close(self) -> None:
+        """End it all: answers in progress get a short while, then everything is closed."""
+        servers, self._server, self._admin_server = (self._server, self._admin_server), None, None
+        for server in servers:
+            if server is not None:
+                await server.close()
+        if self._grpc is not None:
+            await self._grpc.close()
+        for sock in (self._sock, self._admin_sock):
+            if sock is not None:
+                sock.close()
+
+    @property
+    def _rpc_sock(self) -> socket.socket:
+        assert self._sock is not None  # noqa: S101 - bind() comes first
+        return self._sock
+
+    async def _serve_admin(self) -> None:
+        if self._admin_sock is None:
+            return
+        log = self._deps.log
+        cache = ImageCache(self._config.core.image.cache_dir)
+        self._admin_server = await serve(admin_app(cache, self._admin_token, log), self._admin_sock)
+        log.info("admin listener", url=self.admin_url)

@@ -1,0 +1,76 @@
+"""What a KMS with keys serves over TLS: the KMS RPCs, `/health` and `/metrics`.
+
+Source: dstack `kms/src/main.rs` at 312dc605.
+"""
+
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from dstack_emu.attest.errors import AttestError
+from dstack_emu.attest.version import REVISION, UPSTREAM
+from dstack_emu.kms_emu.call_log import log_refusal
+from dstack_emu.kms_emu.caller import caller_of
+from dstack_emu.kms_emu.config import Tls
+from dstack_emu.kms_emu.dependencies import KmsDependencies
+from dstack_emu.kms_emu.errors import KmsConfigError, KmsError
+from dstack_emu.kms_emu.metrics import AttestationMetrics
+from dstack_emu.kms_emu.onboard_phase import health
+from dstack_emu.kms_emu.service import Caller, KmsService, kms_table
+from dstack_emu.transport.events import EventLog
+from dstack_emu.transport.listen import ServerTlsContext
+from dstack_emu.transport.pccs_client import AttestationVerifier
+from dstack_emu.transport.plain import add_headers
+from dstack_emu.transport.prpc_server import Asked, add_prpc
+
+
+def runtime_app(
+    service: KmsService, deps: KmsDependencies, metrics: AttestationMetrics, middlewares: Sequence[Middleware] = ()
+) -> web.Application:
+    """Make the application of the runtime phase; `metrics` counts its calls."""
+    app = web.Application(middlewares=middlewares)
+    add_headers(app, {"X-App-Version": f"v{UPSTREAM} ({REVISION})"})
+    app.router.add_get("/health", health)
+    if deps.core.metrics.enabled:
+        app.router.add_get("/metrics", metrics.render)
+    who = caller(deps.verifier, deps.log)
+    add_prpc(app, "/prpc", kms_table(service), who, errors=(KmsError,), answered=metrics.record)
+    return app
+
+
+def caller(verifier: AttestationVerifier, log: EventLog) -> Callable[[Asked], Awaitable[Caller]]:
+    """Return the function that identifies a caller by the client certificate of its connection."""
+
+    async def identify(asked: Asked) -> Caller:
+        channel = None if asked.transport is None else asked.transport.get_extra_info("ssl_object")
+        certificate = None if channel is None else channel.getpeercert(binary_form=True)
+        try:
+            return await caller_of(certificate, verifier)
+        except (KmsError, AttestError) as error:
+            log_refusal(log, error, path=asked.path)
+            raise
+
+    return identify
+
+
+def tls_context(tls: Tls, mandatory: bool = False) -> ssl.SSLContext:
+    """Make the TLS settings of `rpc.tls`; `mandatory` demands a client certificate even if they do not.
+
+    Raises `KmsConfigError` if the files cannot be loaded.
+    """
+    context = ServerTlsContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.num_tickets = 0  # each holds the client's whole certificate, its evidence included
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(tls.certs, tls.key)
+        context.load_verify_locations(tls.mutual.ca_certs)
+    except (OSError, ssl.SSLError) as error:
+        raise KmsConfigError(
+            f"rpc.tls: cannot load {tls.certs}, {tls.key} and {tls.mutual.ca_certs}: {error} "
+            "(they are the files in core.cert_dir)"
+        ) from error
+    context.verify_mode = ssl.CERT_REQUIRED if mandatory or tls.mutual.mandatory else ssl.CERT_OPTIONAL
+    return context
