@@ -35,8 +35,8 @@ PREHASHED: Final = "secp256k1_prehashed"
 
 
 @dataclass(frozen=True, slots=True)
-class Provided:
-    """What an agent has of its keys: them, who certifies, and the certificate (PEM) that Info shows."""
+class ProvidedKeys:
+    """The keys that an agent was given, the issuer of its certificates, and the certificate (PEM) that Info shows."""
 
     keys: AppKeys
     issuer: CertificateIssuer
@@ -52,8 +52,7 @@ class GuestAgent:
     def __init__(self, domain: TrustDomain, entropy: Entropy, *, allow_emit_event: bool = True) -> None:
         self.domain, self._entropy = domain, entropy
         self._allow_emit_event = allow_emit_event
-        self._provided: tuple[AppKeys, CertificateIssuer] | None = None
-        self._demo_certificate = ""
+        self._provided: ProvidedKeys | None = None
 
     @property
     def has_keys(self) -> bool:
@@ -63,24 +62,26 @@ class GuestAgent:
     @property
     def keys(self) -> AppKeys:
         """The keys it was given; raise `GuestError` while there are none."""
-        return self._require_provided()[0]
+        return self._require_provided().keys
 
     @property
-    def provided(self) -> Provided | None:
-        """What it was given and made of it, None while it waits; may be set back."""
-        return None if self._provided is None else Provided(*self._provided, self._demo_certificate)
-
-    @provided.setter
-    def provided(self, provided: Provided | None) -> None:
-        self._provided = None if provided is None else (provided.keys, provided.issuer)
-        self._demo_certificate = "" if provided is None else provided.demo_certificate
+    def _demo_certificate(self) -> str:
+        return "" if self._provided is None else self._provided.demo_certificate
 
     async def provide(self, keys: AppKeys, issuer: CertificateIssuer) -> None:
         """Take keys, and get the certificate that Info shows, as the agent does at its start."""
-        self._provided = keys, issuer
+        self._provided = ProvidedKeys(keys, issuer, self._demo_certificate)
         key = derive_p256(self._entropy(32), [])
         config = CertificateConfig(subject="demo-cert", client_auth=True, with_attestation=True)
-        self._demo_certificate = "\n".join(await self._issue(key, config))
+        self._provided = ProvidedKeys(keys, issuer, "\n".join(await self._issue(key, config)))
+
+    def capture(self) -> ProvidedKeys | None:
+        """Return the keys it was given and what was made of them, None while it has none."""
+        return self._provided
+
+    def restore(self, state: ProvidedKeys | None) -> None:
+        """Put captured keys back."""
+        self._provided = state
 
     # ---- evidence
 
@@ -184,11 +185,11 @@ class GuestAgent:
         spki = spki_der(key.public_key())
         request = SigningRequest.make(spki, config, self.domain.attest(ratls_report_data(spki)))
         try:
-            return await self._require_provided()[1].sign(request, request.sign(key))
+            return await self._require_provided().issuer.sign(request, request.sign(key))
         except (AttestError, GuestError) as error:
             raise type(error)(f"Failed to sign the CSR: {error}") from error
 
-    def _require_provided(self) -> tuple[AppKeys, CertificateIssuer]:
+    def _require_provided(self) -> ProvidedKeys:
         if self._provided is None:
             raise GuestError("this trust domain has no keys yet: it gets them from a KMS that its policy allows")
         return self._provided

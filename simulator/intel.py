@@ -3,7 +3,7 @@
 What a verifier checks is real (chains, signatures, CRLs, TCB matching); only the root of trust is made up, and every
 name says so. All of it grows from the seed, with fixed dates, so it is byte-identical in every process. What the vendor
 says can be changed while it runs: `state` for all its platforms, `Platform.state` for one. Source of the formats: Intel
-PCK Certificate and CRL Profile 1.5; Intel PCS API v4; `dcap-qvl` src/verify.rs at 0.7.0 for what is looked at.
+PCK Certificate and CRL Profile 1.5; Intel PCS API v4; `dcap-qvl` src/verify.rs at 0.7.0 for what is verified.
 """
 
 import datetime
@@ -11,6 +11,7 @@ import functools
 import hashlib
 import hmac
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
@@ -77,7 +78,7 @@ DATES: Final[dict[Dating, tuple[datetime.datetime, datetime.datetime]]] = {
 
 @dataclass(frozen=True, slots=True)
 class VendorState:
-    """What the vendor says for all platforms: of the quoting enclave, its PCK CA, and how its documents are dated."""
+    """What the vendor says for all platforms: about its quoting enclave and PCK CA, and the dates of its documents."""
 
     qe_status: PartStatus = "UpToDate"
     qe_advisory_ids: tuple[str, ...] = ()
@@ -92,6 +93,14 @@ class VendorState:
         datings = (self.tcb_info_dating, self.qe_identity_dating, self.pck_crl_dating, self.root_ca_crl_dating)
         if wrong := [d for d in datings if not isinstance(d, Validity) and d not in get_args(Dating)]:
             raise FormatError(f"collateral dating: one of {', '.join(get_args(Dating))} expected, got {wrong[0]!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class IntelState:
+    """What the vendor says: for all platforms, and for each platform that there is, by name."""
+
+    vendor: VendorState
+    platforms: Mapping[str, PlatformState]
 
 
 class Intel:
@@ -116,7 +125,7 @@ class Intel:
 
     @property
     def root_der(self) -> bytes:
-        """The root certificate, what a verifier of this world has to believe."""
+        """Return the root certificate (DER): the trust anchor of verifiers of this vendor's platforms."""
         return self.root.public_bytes(Encoding.DER)
 
     @property
@@ -125,26 +134,33 @@ class Intel:
         return self.root.public_bytes(Encoding.PEM).decode()
 
     @functools.cached_property
-    def stranger(self) -> "Intel":
-        """Another vendor that nobody believes, for platforms whose quotes lead to another root."""
+    def untrusted(self) -> "Intel":
+        """Another vendor whose root nobody trusts, for platforms whose quotes lead to another root."""
         return Intel(self.seed.child("another vendor"))
 
     # ---- platforms
 
     def platform(self, name: str) -> Platform:
-        """The platform of that name: always the same machine, with its own PPID and FMSPC."""
+        """Return the platform of that name: always the same one, with a PPID and an FMSPC of its own."""
         if name not in self._platforms:
-            self._platforms[name] = Platform(self, name)
+            self._platforms[name] = Platform(self, name, self.seed.child(f"platform {name}"), self.fmspc(name))
         return self._platforms[name]
 
     @property
     def platforms(self) -> dict[str, Platform]:
-        """Every platform that was asked for so far, by name."""
+        """Return every platform that has been requested so far, by name."""
         return dict(self._platforms)
 
-    def forget(self, name: str) -> None:
-        """Forget that a platform was asked for, and what was said of it; asked for again, it is the same machine."""
-        self._platforms.pop(name, None)
+    def capture(self) -> IntelState:
+        """Return what it says now."""
+        return IntelState(self.state, {name: platform.state for name, platform in self._platforms.items()})
+
+    def restore(self, state: IntelState) -> None:
+        """Say what was captured again. Platforms that are not in it are forgotten; those that are missing are made."""
+        self.state = state.vendor
+        self._platforms = {name: self.platform(name) for name in state.platforms}
+        for name, platform in self._platforms.items():
+            platform.state = state.platforms[name]
 
     def fmspc(self, name: str) -> bytes:
         """The FMSPC (6 bytes) of a platform: half of it proves to a PCCS of the same seed that the platform is ours."""
@@ -185,7 +201,7 @@ class Intel:
         """The root's CRL (DER): it names the PCK CA when the state says so."""
         return self._root_ca_crl(self.state.pck_ca_revoked, self.state.root_ca_crl_dating)
 
-    # Made once for each state asked about; a vendor lives as long as its process, and states are few.
+    # Made once for each state: a vendor lives as long as its process, and states are few.
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 - as just said
     def _tcb_info(self, fmspc: bytes, state: PlatformState, dating: Dating | Validity) -> Document:
@@ -240,6 +256,10 @@ class Intel:
     def chain(self, *certificates: x509.Certificate) -> str:
         """PEM of certificates in order, closed by the root."""
         return "".join(c.public_bytes(Encoding.PEM).decode() for c in (*certificates, self.root))
+
+    def pck_chain(self, certificate: x509.Certificate) -> str:
+        """Return a PCK certificate with its issuers, up to the root (PEM)."""
+        return self.chain(certificate, self.pck_ca)
 
     def certify_pck(self, key: ec.EllipticCurvePublicKey, extension: PckExtension) -> x509.Certificate:
         """Issue a platform's PCK certificate."""

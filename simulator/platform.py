@@ -1,13 +1,14 @@
-"""One emulated machine: its identity, its security versions, and the quoting enclave that signs for it.
+"""One emulated platform: its identity, its security versions, and the quoting enclave that signs for it.
 
-The vendor certifies it (`simulator.intel`); trust domains run on it (`simulator.trust_domain`). Source of the formats:
-Intel TDX DCAP Quote Generation Library 4.0, appendix A.3; `dcap-qvl` src/verify.rs at 0.7.0 for what is looked at.
+A vendor certifies it (`simulator.intel`); trust domains run on it (`simulator.trust_domain`). Source of the formats:
+Intel TDX DCAP Quote Generation Library 4.0, appendix A.3; `dcap-qvl` src/verify.rs at 0.7.0 for what is verified.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import Final, Literal, Protocol, get_args
 
+from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
@@ -16,9 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.pck import PckExtension, device_id
 from dstack_emu.attest.quote import QuoteHeader, QuoteSignature, TdReport, encode_body, qe_report_data
-
-if TYPE_CHECKING:
-    from dstack_emu.simulator.intel import Intel
+from dstack_emu.simulator.seed import Seed
 
 TcbStatus = Literal[
     "UpToDate",
@@ -46,17 +45,17 @@ QE_AUTH_DATA: Final = bytes(range(32))
 
 
 def require_status(status: str, known: Sequence[str], of: str) -> None:
-    """Refuse what is no TCB status there, naming those that are."""
+    """Raise `FormatError`, which lists the known statuses, if `status` is not one of them."""
     if status not in known:
         raise FormatError(f"TCB status of {of}: one of {', '.join(known)} expected, got {status!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class PlatformState:
-    """What holds for one platform: its TCB status and its TDX module's with their advisories, and what was done to it.
+    """One platform's TCB status and its TDX module's, each with advisories, and two ways in which it is not trusted.
 
     With `pck_revoked` its certificate is on the PCK CA's CRL; with `other_root` its quotes lead to a root that nobody
-    believes.
+    trusts.
     """
 
     tcb_status: TcbStatus = "UpToDate"
@@ -71,26 +70,48 @@ class PlatformState:
         require_status(self.module_status, PART_STATUSES, "the TDX module")
 
 
+class PlatformVendor(Protocol):
+    """The vendor as a platform needs it: it certifies the platform's key, and makes its quoting enclave.
+
+    `mr_seam` is 48 bytes, `qe_mr_enclave` and `qe_mr_signer` 32.
+    """
+
+    mr_seam: bytes
+    qe_mr_enclave: bytes
+    qe_mr_signer: bytes
+
+    def certify_pck(self, key: ec.EllipticCurvePublicKey, extension: PckExtension) -> x509.Certificate:
+        """Issue a platform's PCK certificate."""
+        ...
+
+    def pck_chain(self, certificate: x509.Certificate) -> str:
+        """Return a PCK certificate with its issuers, up to the root (PEM)."""
+        ...
+
+    @property
+    def untrusted(self) -> "PlatformVendor":
+        """A vendor of the same kind whose root nobody trusts."""
+        ...
+
+
 class Platform:
-    """One emulated machine.
+    """One emulated platform, with an FMSPC of 6 bytes; everything else about it grows from `seed`.
 
     `state` may be changed while it runs: collateral and quotes follow at once.
     """
 
-    def __init__(self, intel: "Intel", name: str) -> None:
-        seed = intel.seed.child(f"platform {name}")
-        self.name, self.state = name, PlatformState()
+    def __init__(self, vendor: PlatformVendor, name: str, seed: Seed, fmspc: bytes) -> None:
+        self.name, self.state, self.fmspc = name, PlatformState(), fmspc
         self.ppid = seed.derive("ppid", 16)
-        self.fmspc = intel.fmspc(name)
-        self.mr_seam = intel.mr_seam
-        self._intel = intel
+        self.mr_seam = vendor.mr_seam
+        self._vendor = vendor
         self._pck_key = seed.p256("pck key")
         self._attestation_key = seed.p256("attestation key")
         instance_id = seed.derive("platform instance id", 16)
         self._extension = PckExtension(self.ppid, CPU_SVN, PCE_SVN, PCE_ID, self.fmspc, instance_id)
-        self.pck_certificate = intel.certify_pck(self._pck_key.public_key(), self._extension)
-        self._signature_data = self._signature_data_under(intel)
-        self._foreign_signature_data = b""
+        self.pck_certificate = vendor.certify_pck(self._pck_key.public_key(), self._extension)
+        self._signature_data = self._signature_data_under(vendor, self.pck_certificate)
+        self._untrusted_signature_data = b""
 
     @property
     def device_id(self) -> bytes:
@@ -100,41 +121,38 @@ class Platform:
     def quote(self, report: TdReport, version: int = 4) -> bytes:
         """Sign a TD report of this platform: a quote of version 4 or 5."""
         signed = QuoteHeader(version=version, qe_svn=QE_SVN, pce_svn=PCE_SVN).encode() + encode_body(report, version)
-        data = self._foreign_data() if self.state.other_root else self._signature_data
+        data = self._untrusted_data() if self.state.other_root else self._signature_data
         return b"".join((signed, data[:4], raw_signature(self._attestation_key, signed), data[68:]))
 
-    def _foreign_data(self) -> bytes:
-        if not self._foreign_signature_data:
-            self._foreign_signature_data = self._signature_data_under(self._intel.stranger)
-        return self._foreign_signature_data
+    def _untrusted_data(self) -> bytes:
+        if not self._untrusted_signature_data:
+            vendor = self._vendor.untrusted
+            certificate = vendor.certify_pck(self._pck_key.public_key(), self._extension)
+            self._untrusted_signature_data = self._signature_data_under(vendor, certificate)
+        return self._untrusted_signature_data
 
-    def _signature_data_under(self, vendor: "Intel") -> bytes:
-        """All of the signature data, which but for the signature itself is the same in every quote."""
+    def _signature_data_under(self, vendor: PlatformVendor, certificate: x509.Certificate) -> bytes:
+        """Return the whole signature data with 64 zero bytes as the signature: the rest is the same in every quote."""
         public = self._attestation_key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)[1:]
         qe_report = _qe_report(vendor, public)
-        certificate = (
-            self.pck_certificate
-            if vendor is self._intel
-            else vendor.certify_pck(self._pck_key.public_key(), self._extension)
-        )
         return QuoteSignature(
             signature=bytes(64),
             attestation_key=public,
             qe_report=qe_report,
             qe_report_signature=raw_signature(self._pck_key, qe_report),
             qe_authentication_data=QE_AUTH_DATA,
-            pck_chain=vendor.chain(certificate, vendor.pck_ca).encode(),
+            pck_chain=vendor.pck_chain(certificate).encode(),
         ).encode()
 
 
 def raw_signature(key: ec.EllipticCurvePrivateKey, data: bytes) -> bytes:
-    """Sign as Intel's structures have it: r and s, 32 bytes each (SHA-256, RFC 6979)."""
+    """Sign with SHA-256 and RFC 6979; return r and s, 32 bytes each, big-endian, as Intel's structures hold them."""
     r, s = decode_dss_signature(key.sign(data, ec.ECDSA(hashes.SHA256(), deterministic_signing=True)))
     return r.to_bytes(32, "big") + s.to_bytes(32, "big")
 
 
-def _qe_report(vendor: "Intel", attestation_key: bytes) -> bytes:
-    """The report of the quoting enclave, 384 bytes.
+def _qe_report(vendor: PlatformVendor, attestation_key: bytes) -> bytes:
+    """Build the report of the quoting enclave, 384 bytes.
 
     0 cpusvn[16], 48 attributes[16], 64 mrenclave[32], 128 mrsigner[32], 256 isvprodid u16, 258 isvsvn u16,
     320 report_data[64].

@@ -1,4 +1,4 @@
-"""One text from which everything secret or random in the emulated platform grows.
+"""The seed: one text from which every secret and every random byte of the emulated platforms is derived.
 
 Each use has a label of its own, so a new use changes no old bytes. Deliberately weak: the seed is a name, not a secret.
 """
@@ -44,22 +44,30 @@ class Seed:
         return Seed(self.derive(label, 32))
 
     def stream(self, label: str) -> "Stream":
-        """A source of bytes that gives the same sequence in every process."""
+        """Make a source of bytes that gives the same sequence in every process."""
         return Stream(self.derive(label, 32))
 
 
 class Stream:
-    """An `Entropy` that gives each byte of its sequence once; `position` is how many it gave, and may be set back."""
+    """An `Entropy` that gives each byte of its sequence once; its state is how many bytes it has given."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
-        self.position = 0
+        self._position = 0
 
     def __call__(self, size: int) -> bytes:
-        block, skip = divmod(self.position, 64)
+        block, skip = divmod(self._position, 64)
         data = b""
         while len(data) < skip + size:
             data += hashlib.sha512(self._key + block.to_bytes(8, "big")).digest()
             block += 1
-        self.position += size
+        self._position += size
         return data[skip : skip + size]
+
+    def capture(self) -> int:
+        """Return how many bytes it has given."""
+        return self._position
+
+    def restore(self, position: int) -> None:
+        """Continue after the first `position` bytes of the sequence."""
+        self._position = position

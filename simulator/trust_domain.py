@@ -109,10 +109,19 @@ class DomainSettings:
             raise FormatError(f"quote version: 4, or 5 (alone with TD15), expected, got {self.quote_version}")
 
 
+@dataclass(frozen=True, slots=True)
+class TrustDomainState:
+    """What has changed in a trust domain since power-on: RTMR3 (48 bytes) and the runtime events in its log."""
+
+    rtmr3: bytes
+    events: tuple[RuntimeEvent, ...]
+
+
 class TrustDomain:
     """One VM from power-on: `boot` measures its identity, `complete` what follows once it has keys.
 
-    It boots `image` on the machine of `vm_config`; `claimed_config` is what it says of itself, the same unless given.
+    It boots `image` as the VM that `vm_config` describes. `claimed_config` is the text of the configuration that it
+    reports; unless given, the true one.
     """
 
     def __init__(
@@ -181,19 +190,18 @@ class TrustDomain:
         self._log += (line,)
 
     def claim(self, event: str, payload: bytes) -> None:
-        """Write a runtime event into the log without measuring it: evidence of this domain holds no longer."""
-        self.memory = self._rtmrs[3], (*self.runtime_events, RuntimeEvent(event, payload))
+        """Write a runtime event into the log without measuring it: this domain's evidence does not verify any more."""
+        self.restore(TrustDomainState(self._rtmrs[3], (*self.runtime_events, RuntimeEvent(event, payload))))
 
-    @property
-    def memory(self) -> tuple[bytes, tuple[RuntimeEvent, ...]]:
-        """What changed since power-on: RTMR3 (48 bytes) and the runtime events that the log claims; may be set back."""
-        return self._rtmrs[3], self.runtime_events
+    def capture(self) -> TrustDomainState:
+        """Return what has changed since power-on."""
+        return TrustDomainState(self._rtmrs[3], self.runtime_events)
 
-    @memory.setter
-    def memory(self, memory: tuple[bytes, tuple[RuntimeEvent, ...]]) -> None:
-        if memory == self.memory:
-            return  # the very same log, which others remember by its identity
-        self._rtmrs[3], self.runtime_events = memory
+    def restore(self, state: TrustDomainState) -> None:
+        """Put RTMR3 and the runtime events back."""
+        if state == self.capture():
+            return  # the log stays the same object: caches find it by its identity
+        self._rtmrs[3], self.runtime_events = state.rtmr3, state.events
         self._log = (*self._firmware_log, *(TdxEvent.of(event) for event in self.runtime_events))
 
     def report(self, report_data: bytes) -> TdReport:

@@ -125,7 +125,7 @@ class Control(PolicyControl):
 
     def clock(self) -> dict[str, Any]:
         """What the clock shows."""
-        return {"now": self.time(), "frozen": self.time.is_frozen, "touched": self.time.state.touched}
+        return {"now": self.time(), "frozen": self.time.is_frozen, "touched": self.time.is_touched}
 
     def set_clock(self, **change: Any) -> dict[str, Any]:
         """Do one thing to the clock: `set`, `advance`, `freeze`, `resume` or `follow_the_wall`."""
@@ -207,7 +207,7 @@ class Control(PolicyControl):
             "mr_aggregated": info.mr_aggregated.hex(),
             "os_image_hash": info.os_image_hash.hex(),
             "platform": guest.domain.platform.name,
-            "has_keys": guest.agent.provided is not None,
+            "has_keys": guest.agent.has_keys,
             "url": guest.url,
             "dstack_sock": str(folder / "dstack.sock"),
             "tappd_sock": str(folder / "tappd.sock"),
@@ -239,13 +239,13 @@ class Control(PolicyControl):
             raise ControlError(f"there is no KMS {kms!r:.60}: {', '.join(self._stack.kms)}", 404)
         if server.phase != "runtime":
             raise ControlError(f"kms-{kms} has no keys to give: it is in its {server.phase} phase", 409)
-        before = guest.domain.memory
-        if guest.agent.provided is not None:
-            guest.domain.memory = guest.spec.power_on(self._stack).memory
+        before = guest.domain.capture()
+        if guest.agent.has_keys:
+            guest.domain.restore(guest.spec.power_on(self._stack).capture())
         try:
             await guest.boot(self._stack, kms)
         except (GuestError, FormatError) as error:
-            guest.domain.memory = before
+            guest.domain.restore(before)
             raise ControlError(str(error), 403) from error
         return self.guest(name)
 

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dstack_emu.attest.app_info import BootInfo
 from dstack_emu.attest.errors import FormatError
@@ -24,13 +24,14 @@ from dstack_emu.deployment.guests import GuestSpec, RunningGuest, start_guest
 from dstack_emu.deployment.kms import KmsSpec, RunningKms, remove_kms, start_kms
 from dstack_emu.kms_emu.cert_dir import PRIVATE, RPC_CERT
 from dstack_emu.kms_emu.server import Memory
-from dstack_emu.observability.fault_rules import FaultRule
+from dstack_emu.observability.fault_rules import FaultRulesState, FaultState
 from dstack_emu.observability.spans import headers_of
-from dstack_emu.simulator.agent import Provided
+from dstack_emu.simulator.agent import ProvidedKeys
 from dstack_emu.simulator.app_keys import AppKeys
 from dstack_emu.simulator.guest_boot import KmsIssuer
-from dstack_emu.simulator.intel import VendorState
+from dstack_emu.simulator.intel import IntelState, VendorState
 from dstack_emu.simulator.platform import PlatformState
+from dstack_emu.simulator.trust_domain import TrustDomainState
 from dstack_emu.transport.ratls import TIMEOUT as KMS_TIMEOUT
 from dstack_emu.transport.ratls import Identity, RaTlsClient
 
@@ -47,20 +48,6 @@ Count = Annotated[int, Field(ge=0)]
 class _Data(BaseModel):
     # Bytes are base64 in JSON.
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_bytes="base64", val_json_bytes="base64")
-
-
-class FaultState(_Data):
-    """A fault and what it has met."""
-
-    number: Count
-    fault: FaultRule
-    seen: Count
-    met: Count
-    chances: Count
-
-    @field_serializer("fault")
-    def _as_given(self, fault: FaultRule) -> dict[str, Any]:
-        return fault.model_dump(mode="json", exclude_unset=True)  # a field without meaning for its kind is refused
 
 
 class KeysState(_Data):
@@ -131,32 +118,32 @@ class StackState(_Data):
 def capture_state(stack: "Stack") -> StackState:
     """What a stack is now."""
     world = stack.world
+    intel, faults = stack.intel.capture(), world.faults.capture()
     state = StackState(
         seed=stack.config.seed,
-        clock=world.clock.state,
-        vendor=stack.intel.state,
-        platforms={name: platform.state for name, platform in stack.intel.platforms.items()},
+        clock=world.clock.capture(),
+        vendor=intel.vendor,
+        platforms=dict(intel.platforms),
         policies={side: _content(path) for side, path in stack.policies.items()},
-        faults=tuple(
-            FaultState(number=int(rule.id[1:]), fault=rule.fault, **rule.state) for rule in world.faults.rules
-        ),
-        fault_count=world.faults.count,
+        faults=faults.faults,
+        fault_count=faults.count,
         guests={name: _guest_state(guest) for name, guest in stack.guests.items()},
         kms={side: _kms_state(stack, kms) for side, kms in stack.kms_parts.items()},
-        journal=world.journal.position,
+        journal=world.journal.capture(),
     )
     world.forget()
     return state
 
 
 def _guest_state(guest: RunningGuest) -> GuestState:
-    rtmr3, events = guest.domain.memory
-    streams = {name: stream.position for name, stream in guest.streams.items()}
-    return GuestState(spec=guest.spec, rtmr3=rtmr3, events=events, streams=streams, keys=_keys_state(guest))
+    domain = guest.domain.capture()
+    streams = {name: stream.capture() for name, stream in guest.streams.items()}
+    keys = _keys_state(guest)
+    return GuestState(spec=guest.spec, rtmr3=domain.rtmr3, events=domain.events, streams=streams, keys=keys)
 
 
 def _keys_state(guest: RunningGuest) -> KeysState | None:
-    provided = guest.agent.provided
+    provided = guest.agent.capture()
     if provided is None or guest.issuer is None:
         return None
     return KeysState(
@@ -208,30 +195,20 @@ async def apply_state(stack: "Stack", state: StackState) -> None:
     enabled, world.journal.enabled = world.journal.enabled, False  # putting back is no call
     try:
         world.faults.clear()
-        world.clock.state = state.clock
-        stack.intel.state = state.vendor
-        for name in state.platforms:
-            stack.intel.platform(name)
+        world.clock.restore(state.clock)
         await _apply_parts(stack, state)
-        for name, platform in stack.intel.platforms.items():
-            if name in state.platforms:
-                platform.state = state.platforms[name]
-            else:
-                stack.intel.forget(name)
+        stack.intel.restore(IntelState(state.vendor, state.platforms))
         for side, content in state.policies.items():
             _put(stack.policies[side], content)
         for side, kms_state in state.kms.items():
             await _apply_kms(stack, stack.kms_parts[side], kms_state)
         for name, guest_state in state.guests.items():
             await _apply_guest(stack, stack.guests[name], guest_state)
-        world.faults.replace(
-            state.fault_count,
-            [(f.number, f.fault, {"seen": f.seen, "met": f.met, "chances": f.chances}) for f in state.faults],
-        )
+        world.faults.restore(FaultRulesState(state.fault_count, state.faults))
         world.forget()
     finally:
         world.journal.enabled = enabled
-    world.journal.rewind(state.journal)
+    world.journal.restore(state.journal)
 
 
 def _require_whole(stack: "Stack", state: StackState) -> None:
@@ -273,13 +250,13 @@ async def _apply_parts(stack: "Stack", state: StackState) -> None:
 
 
 async def _apply_guest(stack: "Stack", guest: RunningGuest, state: GuestState) -> None:
-    guest.domain.memory = state.rtmr3, state.events
+    guest.domain.restore(TrustDomainState(state.rtmr3, state.events))
     for name, stream in guest.streams.items():
-        stream.position = state.streams.get(name, 0)
+        stream.restore(state.streams.get(name, 0))
     if guest.name.startswith("kms-") or _keys_state(guest) == state.keys:
         return
     if state.keys is None:
-        guest.agent.provided = None
+        guest.agent.restore(None)
         await guest.use(None, "")
         return
     world, kept = stack.world, state.keys
@@ -291,7 +268,7 @@ async def _apply_guest(stack: "Stack", guest: RunningGuest, state: GuestState) -
         headers=headers_of(guest.name),
     )
     issuer = KmsIssuer(client, guest.domain.vm_config_json, kept.identity)
-    guest.agent.provided = Provided(kept.keys, issuer, kept.demo_certificate)
+    guest.agent.restore(ProvidedKeys(kept.keys, issuer, kept.demo_certificate))
     await guest.use(issuer, kept.kms)
 
 

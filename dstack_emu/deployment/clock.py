@@ -1,8 +1,8 @@
-"""The clock of a stack: what everything in it is judged by, and dated by.
+"""The clock of a stack: evidence is verified, and certificates are dated, at its time.
 
-It follows the wall until a person sets, advances or freezes it. Certificates are dated from `ISSUED_AT` for as long as
-nobody touched it, so a seed gives the same bytes on any day, and from the clock once somebody did. One thing does not
-follow it: OpenSSL checks the dates of a TLS peer's certificate by the wall.
+It follows the wall clock until it is set, advanced or frozen. Until then certificates are dated `ISSUED_AT`, so a seed
+gives the same bytes on any day; after that they are dated by the clock. One thing does not follow it: OpenSSL checks
+the dates of a TLS peer's certificate by the wall clock.
 """
 
 import time
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Final
 
 ISSUED_AT: Final = 1_767_225_600
-"""2026-01-01T00:00:00Z: certificates of a stack whose clock nobody touched are dated from here."""
+"""2026-01-01T00:00:00Z: the date of certificates of a stack whose clock was not touched."""
 
 LATEST: Final = 253_402_300_799
 """9999-12-31T23:59:59Z: no certificate can be dated later."""
 
 
 def wall_clock() -> int:
-    """Unix seconds, now."""
+    """Return the time of the machine's own clock, in Unix seconds."""
     return int(time.time())
 
 
@@ -28,9 +28,9 @@ class ClockError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ClockState:
-    """All there is to a clock: the moment it stands at, or by how many seconds it is ahead of the wall.
+    """The state of a clock: the moment it is frozen at, or by how many seconds it is ahead of the wall clock.
 
-    Neither (`frozen_at` None, `ahead` 0) and not `touched` is the clock as a stack begins with it.
+    A stack begins with neither (`frozen_at` None, `ahead` 0), and not `touched`.
     """
 
     frozen_at: float | None = None
@@ -48,22 +48,21 @@ class StackClock:
     """The time of one stack. Call it for Unix seconds."""
 
     now: Callable[[], float]
-    """Unix seconds with their fraction. (The wall's own function until somebody sets the clock: it is asked often.)"""
+    """Unix seconds with their fraction. (While the clock is not set, the wall's own function: it is called often.)"""
 
     def __init__(self, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
-        self.state = ClockState()
+        self.restore(ClockState())
 
     def __call__(self) -> int:
         return int(self.now())
 
-    @property
-    def state(self) -> ClockState:
-        """All there is to it, to be kept and put back."""
+    def capture(self) -> ClockState:
+        """Return the state of the clock."""
         return self._state
 
-    @state.setter
-    def state(self, state: ClockState) -> None:
+    def restore(self, state: ClockState) -> None:
+        """Put a captured state back."""
         self._state = state
         self.now = self._wall if state.frozen_at is None and not state.ahead else self._set_now
 
@@ -72,13 +71,18 @@ class StackClock:
         return self._wall() + state.ahead if state.frozen_at is None else state.frozen_at
 
     def issue(self) -> int:
-        """What a certificate made now is dated by."""
-        return self() if self.state.touched else ISSUED_AT
+        """Return the date of a certificate that is issued now, in Unix seconds."""
+        return self() if self.is_touched else ISSUED_AT
 
     @property
     def is_frozen(self) -> bool:
         """Whether time stands still."""
-        return self.state.frozen_at is not None
+        return self._state.frozen_at is not None
+
+    @property
+    def is_touched(self) -> bool:
+        """Whether the clock has been set, advanced or frozen."""
+        return self._state.touched
 
     def set(self, moment: float) -> None:
         """Put it to a moment (Unix seconds); it runs on from there, unless it is frozen."""
@@ -97,9 +101,9 @@ class StackClock:
         self._put(self.now(), frozen=False)
 
     def follow_the_wall(self) -> None:
-        """Make it the clock that a stack begins with."""
-        self.state = ClockState()
+        """Make it follow the wall clock again, as at the stack's start."""
+        self.restore(ClockState())
 
     def _put(self, moment: float, *, frozen: bool) -> None:
         stands = ClockState(frozen_at=moment, touched=True)  # which also checks the moment
-        self.state = stands if frozen else ClockState(ahead=moment - self._wall(), touched=True)
+        self.restore(stands if frozen else ClockState(ahead=moment - self._wall(), touched=True))

@@ -152,7 +152,7 @@ class RunningGuest:
         Raises `GuestError` with the refusal; all is then as it was before.
         """
         world = stack.world
-        before, position = self.domain.memory, self.streams["boot"].position
+        before, position = self.domain.capture(), self.streams["boot"].capture()
         call = world.journal.begin(self.name, "Boot", None, 0, "stack")
         status, error = 400, ""
         try:
@@ -174,7 +174,8 @@ class RunningGuest:
             await self.use(issuer, kms)
             status = 200
         except GuestError as refusal:
-            self.domain.memory, self.streams["boot"].position = before, position
+            self.domain.restore(before)
+            self.streams["boot"].restore(position)
             error = world.journal.scrub(str(refusal))
             raise
         finally:

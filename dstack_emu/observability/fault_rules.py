@@ -7,10 +7,11 @@ rule.
 
 import asyncio
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
 
 from dstack_emu.simulator.seed import Seed, Stream
 
@@ -50,6 +51,7 @@ GrpcStatus = Literal[
 """Every status of gRPC that is none of success."""
 
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 
 _COMMON: Final = ("service", "call", "caller", "kind", "times", "after", "probability", "script", "repeat")
@@ -123,11 +125,35 @@ def _step(text: str) -> "FaultRule | None":
     )
 
 
+class FaultState(BaseModel):
+    """A fault in force and where it stands: the calls that matched, those that it met, and the chances taken."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    number: Count
+    fault: FaultRule
+    seen: Count
+    met: Count
+    chances: Count
+
+    @field_serializer("fault")
+    def _as_given(self, fault: FaultRule) -> dict[str, Any]:
+        return fault.model_dump(mode="json", exclude_unset=True)  # a field without meaning for its kind is refused
+
+
+@dataclass(frozen=True, slots=True)
+class FaultRulesState:
+    """How many faults have been added so far, and those in force."""
+
+    count: int
+    faults: tuple[FaultState, ...]
+
+
 class InstalledRule:
     """A fault in force: how many calls it has met, and its chances so far."""
 
     def __init__(self, number: int, fault: FaultRule, chances: Stream) -> None:
-        self.id, self.fault, self._chances = f"f{number}", fault, chances
+        self.id, self._number, self.fault, self._chances = f"f{number}", number, fault, chances
         self.seen = self.met = 0
         self.lifted = asyncio.Event()
 
@@ -158,14 +184,15 @@ class InstalledRule:
             return fault
         return _step(fault.script[(self.met - 1) % len(fault.script)])
 
-    @property
-    def state(self) -> dict[str, Any]:
-        """What to save of it."""
-        return {"seen": self.seen, "met": self.met, "chances": self._chances.position}
+    def capture(self) -> FaultState:
+        """Return the rule and where it stands."""
+        chances = self._chances.capture()
+        return FaultState(number=self._number, fault=self.fault, seen=self.seen, met=self.met, chances=chances)
 
-    def set_state(self, seen: int, met: int, chances: int) -> None:
-        """Put it where it was."""
-        self.seen, self.met, self._chances.position = seen, met, chances
+    def restore(self, state: FaultState) -> None:
+        """Put it where it stood."""
+        self.seen, self.met = state.seen, state.met
+        self._chances.restore(state.chances)
 
     def to_json(self) -> dict[str, Any]:
         """The rule and where it stands."""
@@ -183,12 +210,12 @@ class FaultRules:
     def __init__(self, seed: Seed) -> None:
         self._seed = seed.child("faults")
         self.rules: list[InstalledRule] = []
-        self.count = 0
+        self._count = 0
 
     def add(self, fault: FaultRule) -> InstalledRule:
         """Put one rule in force."""
-        self.count += 1
-        rule = InstalledRule(self.count, fault, self._seed.stream(f"chances {self.count}"))
+        self._count += 1
+        rule = InstalledRule(self._count, fault, self._seed.stream(f"chances {self._count}"))
         self.rules = [*self.rules, rule]
         return rule
 
@@ -200,14 +227,15 @@ class FaultRules:
         """Take all out of force; whether there were any."""
         return self._keep(lambda _rule: False)
 
-    def replace(self, count: int, rules: Iterable[tuple[int, FaultRule, dict[str, int]]]) -> None:
-        """Put saved rules, by their numbers, in the place of all."""
+    def capture(self) -> FaultRulesState:
+        """Return the rules in force and where each stands."""
+        return FaultRulesState(self._count, tuple(rule.capture() for rule in self.rules))
+
+    def restore(self, state: FaultRulesState) -> None:
+        """Put captured rules, with their numbers, in the place of all."""
         self.clear()
-        self.count = count
-        for number, fault, state in rules:
-            rule = InstalledRule(number, fault, self._seed.stream(f"chances {number}"))
-            rule.set_state(**state)
-            self.rules = [*self.rules, rule]
+        self._count = state.count
+        self.rules = [self._installed(fault) for fault in state.faults]
 
     def meet(self, service: str, call: str, caller: str) -> Met | None:
         """What happens to a call: the first rule that meets it."""
@@ -215,6 +243,11 @@ class FaultRules:
             if (fault := rule.meet(service, call, caller)) is not None:
                 return rule, fault
         return None
+
+    def _installed(self, state: FaultState) -> InstalledRule:
+        rule = InstalledRule(state.number, state.fault, self._seed.stream(f"chances {state.number}"))
+        rule.restore(state)
+        return rule
 
     def _keep(self, wanted: Callable[[InstalledRule], bool]) -> bool:
         gone = [rule for rule in self.rules if not wanted(rule)]

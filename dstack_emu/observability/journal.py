@@ -124,8 +124,12 @@ class Journal:
         """How many calls from outside have come so far: the number of the last record."""
         return self._begun
 
-    def rewind(self, position: int) -> None:
-        """Forget what came after a position; what comes next is numbered from there."""
+    def capture(self) -> int:
+        """Return the position."""
+        return self._begun
+
+    def restore(self, position: int) -> None:
+        """Forget the records after a position; the next one is numbered from there."""
         if position == self._begun:
             return
         while self._ended and self._ended[-1].place > position:
