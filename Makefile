@@ -13,10 +13,12 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet install --co
 # setuptools comes first and by its pin: pip's isolated builds would take whichever is the newest that day.
 INSTALL := $(PIP) --no-build-isolation --editable
 
-.PHONY: help up test fuzz crash lint types imports check bench proto lock clean
+.PHONY: help venv up test fuzz crash lint types imports check bench proto lock clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+venv: $(VENV)/.dev ## Make .venv, with the tools for tests and checks (`. .venv/bin/activate` puts dstack-emu on the path)
 
 up: $(VENV)/.runtime ## Run the whole stack in the foreground (ARGS="--fresh" and the like are passed on)
 	@exec $(BIN)/dstack-emu up $(ARGS)
@@ -30,8 +32,9 @@ fuzz: $(VENV)/.dev ## Try the decoders' properties on many more examples (EXAMPL
 crash: $(VENV)/.dev ## Kill a KMS at random moments of its set-up, and look what the next start makes of it
 	@$(BIN)/python -m tests.crash_campaign $(ARGS)
 
-lint: $(VENV)/.dev ## Check the style
+lint: $(VENV)/.dev ## Check the style and the format
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev ## Check the types
 	@$(BIN)/mypy

@@ -1,21 +1,15 @@
-"""The documents hold: what they let a reader paste does what they say, and what they list is all there is.
+"""The documents are complete and true: what they list is what exists, and what they name can be found.
 
-The README's commands run against stacks of their own. Its ports and its folder are replaced by free ones, nothing else.
+`tests/test_docs_commands.py` runs the commands that they show.
 """
 
 import argparse
 import ast
-import os
 import re
-import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,184 +21,9 @@ from dstack_emu.deployment.config import GRPC_PORTS, PORTS
 from dstack_emu.kms_emu.admin import TOKEN_VARIABLES
 from dstack_emu.kms_emu.config import VARIABLES, KmsConfig
 from dstack_emu.verifier.config import VerifierConfig
+from tests.documents import DOCUMENTS, PACKAGES, code, document, rows, section
 from tests.repository import ROOT
-from tests.running import RunningStack, running_stack
-from tests.scratch import run_pytest
-
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-PACKAGES = ("auth", "dstack_emu", "kms_emu", "simulator")
-STATE = "/tmp/emu"
-ANYTHING = "…"
-
-
-def document(name: str) -> str:
-    """The text of one document."""
-    return (ROOT / name).read_text()
-
-
-def section(text: str, heading: str) -> str:
-    """The text under a heading, up to the next one of its level or above."""
-    level = len(heading) - len(heading.lstrip("#"))
-    inside, rest = False, []
-    in_code = False
-    for line in text.splitlines():
-        in_code ^= line.startswith("```")
-        if not in_code and re.match(rf"#{{1,{level}}} ", line):
-            inside = line == heading
-        elif inside:
-            rest.append(line)
-    assert rest, f"no text under {heading!r}"
-    return "\n".join(rest)
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A fenced block: its language and its text."""
-
-    language: str
-    text: str
-
-
-def blocks(text: str) -> list[Block]:
-    """The fenced blocks in order."""
-    return [Block(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
-
-
-def rows(text: str, header: str) -> list[list[str]]:
-    """The cells of each row of the tables whose first column has that header, backticks kept."""
-    found, inside = [], False
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")] if line.startswith("|") else []
-        if not cells:
-            inside = False
-        elif cells[0] == header:
-            inside = True
-        elif inside and not set(cells[0]) <= {"-"}:
-            found.append(cells)
-    assert found, f"no table whose first column is {header!r}"
-    return found
-
-
-def code(cell: str) -> list[str]:
-    """The code spans of a cell."""
-    return re.findall(r"`([^`]+)`", cell)
-
-
-# ---- What the README lets a reader paste
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder whose path is short enough for sockets, in place of the README's."""
-    with tempfile.TemporaryDirectory(prefix="emu", dir="/tmp") as name:
-        yield Path(name) / "s"
-
-
-class Reader:
-    """Someone with two terminals who pastes the blocks of a text in order."""
-
-    def __init__(self, text: str, folder: Path) -> None:
-        self.blocks, self.folder = blocks(text), folder
-        for tool in ("bash", "jq"):
-            if shutil.which(tool) is None:
-                pytest.skip(f"the README's commands need {tool}")
-
-    @contextmanager
-    def stack(self) -> Iterator[RunningStack]:
-        """Paste the next block into the first terminal: it starts a stack."""
-        block = self.blocks.pop(0)
-        command = block.text.strip().splitlines()[-1]
-        arguments = re.fullmatch(r'make up ARGS="(.*)"', command)
-        assert arguments, f"a command that starts a stack expected, got {command!r}"
-        with running_stack(*shlex.split(self.here(arguments[1]))) as stack:
-            yield stack
-
-    def here(self, text: str, stack: RunningStack | None = None) -> str:
-        """Put this run's folder, Python and ports in place of the documented ones."""
-        text = text.replace(STATE, str(self.folder)).replace(".venv/bin/python", sys.executable)
-        for name, port in PORTS.items() if stack else ():
-            assert stack
-            text = text.replace(f"127.0.0.1:{port}", stack.services[name].partition("://")[2])
-        return text
-
-    def paste(self, stack: RunningStack) -> list[tuple[Block, str, str]]:
-        """Paste into the second terminal all up to the next start; return commands, expected and seen output."""
-        pasted, script = [], []
-        while self.blocks and "make up" not in self.blocks[0].text:
-            block = self.blocks.pop(0)
-            assert block.language == "sh"
-            follows = self.blocks and self.blocks[0].language == "text"
-            pasted.append((block, self.blocks.pop(0).text if follows else ANYTHING))
-            script += [self.here(block.text, stack), "printf '\\n@@@\\n'"]
-        environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        done = subprocess.run(
-            ["bash"], input="\n".join(script), capture_output=True, text=True, timeout=50, env=environment, check=False
-        )
-        outputs = done.stdout.split("\n@@@\n")
-        assert len(outputs) == len(pasted) + 1, done.stderr
-        return [(block, expected, seen) for (block, expected), seen in zip(pasted, outputs, strict=False)]
-
-
-def matches(expected: str, seen: str) -> bool:
-    """Whether an output is as documented; `…` stands for anything, ends of lines do not count."""
-    pattern = ".*".join(map(re.escape, expected.strip().split(ANYTHING)))
-    return re.fullmatch(pattern, seen.strip(), re.DOTALL) is not None
-
-
-@pytest.mark.timeout(120)
-def test_first_quarter_of_an_hour_answers_as_written(folder: Path) -> None:
-    reader = Reader(section(document("README.md"), "## A first quarter of an hour"), folder)
-    checked = 0
-    for fresh in (True, False):
-        with reader.stack() as stack:
-            assert stack.description["fresh"] is fresh
-            for block, expected, seen in reader.paste(stack):
-                assert matches(expected, seen), f"{block.text}\nanswers\n{seen}\ninstead of\n{expected}"
-                checked += expected != ANYTHING
-        shutil.rmtree(folder)  # as the README says before the second one
-    assert not reader.blocks
-    assert checked >= 9
-
-
-@pytest.mark.timeout(120)
-def test_kms_of_ones_own_bootstraps_by_the_readmes_file(folder: Path) -> None:
-    text = section(document("README.md"), "## With your own programs")
-    config, command = (next(b.text for b in blocks(text) if b.language == language) for language in ("toml", "sh"))
-    with running_stack("--state", str(folder)) as stack:
-        reader = Reader("", folder)
-        file = folder / "kms.toml"
-        file.write_text(reader.here(config, stack).replace("9400", "0"))
-        agent = re.match(r"DSTACK_AGENT_ADDRESS=(\S+) \.venv/bin/dstack-emu kms -c kms\.toml", command)
-        assert agent
-        environment = {**os.environ, "DSTACK_AGENT_ADDRESS": reader.here(agent[1], stack)}
-        kms = subprocess.Popen(
-            [sys.executable, "-m", "dstack_emu", "kms", "-c", str(file)],
-            cwd=ROOT,
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            assert kms.stderr
-            greeting = next(line for line in kms.stderr if line.startswith("KMS ("))
-            url = re.search(r"onboard phase\) at (\S+)\.", greeting)
-            assert url
-            post = ("-X", "POST", "-d", '{"domain":"127.0.0.1"}')
-            status, body = stack.curl(f"{url[1]}/prpc/Onboard.Bootstrap?json", *post)
-            assert (status, "k256_pubkey" in body) == (200, True)
-            assert stack.curl(f"{url[1]}/finish") == (200, "OK")
-        finally:
-            kms.terminate()
-            kms.communicate(timeout=10)
-
-
-@pytest.mark.timeout(120)
-def test_test_of_the_readme_works(tmp_path: Path) -> None:
-    (shown,) = (b.text for b in blocks(section(document("README.md"), "## In CI")) if b.language == "python")
-    (tmp_path / "test_ci.py").write_text(shown)
-    done = run_pytest(tmp_path)
-    assert (done.returncode, "1 passed" in done.stdout) == (0, True), done.stdout + done.stderr
-
+from tests.running import RunningStack
 
 # ---- What the documents list
 
@@ -214,14 +33,14 @@ def test_ports_of_the_readme_are_the_stacks() -> None:
     assert {code(name)[0]: int(port) for name, port, _ in table} == dict(PORTS)
 
 
-def test_json_keys_of_the_readme_are_those_of_the_line(ready_stack: RunningStack) -> None:
-    table = rows(section(document("README.md"), "## In CI"), "key of the line")
+def test_documented_json_keys_are_those_of_the_line(ready_stack: RunningStack) -> None:
+    table = rows(section(document("docs/configuration.md"), "## The line of `up --json`"), "key of the line")
     assert [code(key)[0] for key, _ in table] == list(ready_stack.description)
     assert set(ready_stack.description["app"]) <= set(code({code(key)[0]: what for key, what in table}["app"]))
 
 
-def test_commands_of_the_readme_are_the_programs() -> None:
-    text = section(document("README.md"), "## What is there, and what is not yet")
+def test_documented_commands_are_the_programs() -> None:
+    text = section(document("docs/configuration.md"), "## Commands")
     assert [code(name)[0] for name, _ in rows(text, "command")] == [f"dstack-emu {name}" for name in COMMANDS]
 
 
@@ -252,7 +71,7 @@ def test_options_of_a_command_are_all_documented_and_no_others(command: str) -> 
     text = document("docs/configuration.md")
     headings = re.findall(r"^## .*", text, re.MULTILINE)
     of_it = [h for h in headings if h == f"## dstack-emu {command}" or re.search(rf"\(.*\b{command}\b", h)]
-    documented = documented_options(text.partition("\n## ")[0])  # what every command has
+    documented = documented_options(section(text, "## Commands"))  # what every command has
     assert documented.union(*(documented_options(section(text, heading)) for heading in of_it)) == options(command)
 
 

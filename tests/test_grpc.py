@@ -27,11 +27,11 @@ from dstack_emu.transport.stubs.dstack_guest_pb2_grpc import DstackGuestStub
 from dstack_emu.transport.stubs.kms_pb2_grpc import KMSStub
 from tests import foreign
 from tests.commands import run_command, usage_error
+from tests.documents import blocks, code, rows
 from tests.foreign import Guest, Identity
 from tests.reflected import reflected, shown
 from tests.repository import ROOT
 from tests.running import RunningStack, running_stack
-from tests.test_docs import blocks, code, rows
 from tests.test_foreign_client import POLICIES, root_keys
 from tests.transports import DENIED, INVALID, UNAUTHENTICATED, UNAVAILABLE, WRONG_PHASE, Both
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from dstack_emu import pytest_plugin, testing
+from tests.documents import PACKAGES, blocks, code, document, rows, section
 from tests.repository import ROOT
 from tests.scratch import run_pytest, write
-from tests.test_docs import PACKAGES, blocks, code, document, rows, section
 
 PAGE = document("docs/pytest.md")
 

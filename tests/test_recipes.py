@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.documents import blocks, document, section
 from tests.scratch import run_pytest, write
-from tests.test_docs import blocks, document, section
 
 PAGE = document("docs/recipes.md")
 HEADINGS = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
