@@ -1,7 +1,5 @@
 """Attestations, event logs and app info against real hardware's bytes and upstream's own answers."""
 
-import json
-
 import pytest
 
 from dstack_emu.attest.app_info import decode_app_info
@@ -17,23 +15,41 @@ from dstack_emu.attest.eventlog import (
     replay_runtime,
 )
 from dstack_emu.attest.quote import Quote
+from tests.hardware import LITE_GET_QUOTE, VERSIONED, boot
 from tests.recorded import external_path, golden
-
-HARDWARE = "hardware-attestation-v0.scale"
 
 
 def test_hardware_attestation_decodes_to_its_last_byte_and_encodes_back() -> None:
-    data = external_path(HARDWARE).read_bytes()
+    data = external_path(VERSIONED).read_bytes()
     attestation = decode(data)
     assert len(data) == 9504
     assert len(attestation.quote) == 5010
     assert [sum(e.imr == imr for e in attestation.event_log) for imr in range(4)] == [17, 5, 2, 9]
     assert attestation.encode() == data
     assert Quote.parse(attestation.quote).encode() == attestation.quote
+    assert_refused_unless_whole(data)
+
+
+def test_hardware_boot_decodes_to_its_last_byte_and_encodes_back_under_another_signature() -> None:
+    data = boot(VERSIONED).attestation().encode()
+    attestation = decode(data)
+    assert [sum(e.imr == imr for e in attestation.event_log) for imr in range(4)] == [17, 5, 2, 9]
+    assert attestation.encode() == data
+    assert Quote.parse(attestation.quote).report == boot(VERSIONED).report
+    assert_refused_unless_whole(data)
+
+
+def assert_refused_unless_whole(data: bytes) -> None:
+    """Assert that bytes of version 0 are refused if they are cut short, and if one is left over."""
+    for cut in (1, 2, 700, 5000, len(data) - 1):
+        with pytest.raises(FormatError, match="^Failed to decode legacy VersionedAttestation: "):
+            decode(data[:cut])
+    with pytest.raises(FormatError, match="^Trailing bytes after legacy VersionedAttestation: 1$"):
+        decode(data + b"\0")
 
 
 def test_hardware_log_replays_to_every_quoted_register() -> None:
-    attestation = decode(external_path(HARDWARE).read_bytes())
+    attestation = boot(VERSIONED).attestation()
     report = Quote.parse(attestation.quote).report
     assert [replay_register(attestation.event_log, imr) for imr in range(4)] == list(report.rtmrs)
     assert replay_runtime(attestation.runtime_events) == report.rt_mr3
@@ -41,22 +57,10 @@ def test_hardware_log_replays_to_every_quoted_register() -> None:
 
 
 def test_hardware_mr_aggregated_counts_the_owner_fields_that_are_not_zero() -> None:
-    attestation = decode(external_path(HARDWARE).read_bytes())
+    attestation = boot(VERSIONED).attestation()
     assert any(Quote.parse(attestation.quote).report.mr_config_id)
     info = decode_app_info(attestation)
     assert info.mr_aggregated.hex() == "85334a62c97d0f8bf82d0245d31b539d17a2d7c258e2a13efc928aaea0e107cb"
-
-
-@pytest.mark.parametrize("cut", [1, 2, 700, 5000, 9503])
-def test_hardware_attestation_cut_short_is_refused(cut: int) -> None:
-    data = external_path(HARDWARE).read_bytes()
-    with pytest.raises(FormatError, match="^Failed to decode legacy VersionedAttestation: "):
-        decode(data[:cut])
-
-
-def test_hardware_attestation_with_a_byte_left_over_is_refused() -> None:
-    with pytest.raises(FormatError, match="^Trailing bytes after legacy VersionedAttestation: 1$"):
-        decode(external_path(HARDWARE).read_bytes() + b"\0")
 
 
 def test_golden_attestations_decode_and_encode_to_the_same_bytes() -> None:
@@ -111,7 +115,7 @@ def test_msgpack_attestation_with_a_byte_left_over_is_refused() -> None:
 
 
 def test_hardware_get_quote_log_replays_and_its_kept_payloads_are_ours() -> None:
-    answer = json.loads(external_path("tdx-lite-getquote.json").read_text())
+    answer = boot(LITE_GET_QUOTE).get_quote()
     log = log_from_json(answer["event_log"])
     report = Quote.parse(bytes.fromhex(answer["quote"])).report
     assert len(log) == 29

@@ -4,7 +4,8 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -525,14 +526,6 @@ def _below_a_file(path: Path) -> Path:
     return path / "config.json"
 
 
-def _forbidden(path: Path) -> Path:
-    if os.geteuid() == 0:
-        pytest.skip("root reads every file")
-    path.write_text("{}")
-    path.chmod(0)
-    return path
-
-
 def _long_name(path: Path) -> Path:
     path = path.with_name("a" * 300)
     try:
@@ -558,7 +551,6 @@ def _unreadable(path: Path) -> Path:
         (_fifo, "Not a regular file"),
         (_loop, "Too many levels of symbolic links"),
         (_below_a_file, "Not a directory"),
-        (_forbidden, "Permission denied"),
         (_unreadable, "Input/output error"),
         (_long_name, "File name too long"),
         (lambda path: path.with_name("a\0b"), "embedded null byte"),
@@ -572,6 +564,39 @@ async def test_config_that_cannot_be_read_denies_and_says_why(
     assert await decide(path, "app") == denied(reason, "")
     answer = await info(path)
     assert (answer["status"], answer["configError"]) == ("ok", reason)
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """Read files as an ordinary user does: root may read every one."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def public_config(short_folder: Path) -> Path:
+    """A config in a folder that any user may enter."""
+    short_folder.chmod(0o755)
+    path = short_folder / "config.json"
+    path.write_text("{}")
+    return path
+
+
+async def test_config_that_its_reader_has_no_permission_for_denies_and_says_why(public_config: Path) -> None:
+    path = public_config
+    with without_privileges():
+        assert "configError" not in await info(path)
+    path.chmod(0)
+    reason = f"failed to load config: {path}: Permission denied"
+    with without_privileges():
+        assert await decide(path, "app") == denied(reason, "")
+        assert (await info(path))["configError"] == reason
 
 
 async def test_config_behind_a_symbolic_link_is_read(config: Path) -> None:

@@ -31,6 +31,7 @@ from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.trust_domain import AppCompose, DomainSettings, TrustDomain
 from dstack_emu.transport.listen import bind_tcp, serve
 from tests import foreign
+from tests.hardware import INTEL_COLLATERAL, INTEL_QUOTE
 from tests.recorded import external_path
 from tests.running import RunningStack
 
@@ -115,11 +116,11 @@ class Hardware:
 @pytest.fixture
 def hardware() -> Hardware:
     """The recorded quote of an Intel machine."""
-    text = external_path("intel-tdx-collateral.json").read_text()
+    text = external_path(INTEL_COLLATERAL).read_text()
     collateral = dcap_qvl.QuoteCollateralV3.from_json(text)
     issued = datetime.datetime.fromisoformat(json.loads(collateral.tcb_info)["issueDate"])
     day_after = int((issued + datetime.timedelta(days=1)).timestamp())
-    return Hardware(external_path("intel-tdx-quote.bin").read_bytes(), collateral, day_after)
+    return Hardware(external_path(INTEL_QUOTE).read_bytes(), collateral, day_after)
 
 
 def test_hardware_quote_holds_under_intels_root(hardware: Hardware) -> None:

@@ -10,6 +10,7 @@ import pytest
 from dstack_emu.attest.eventlog import log_from_json, replay_register
 from dstack_emu.attest.quote import Quote
 from tests.commands import ask, serving, usage_error
+from tests.hardware import APP_KEYS, LITE_GET_QUOTE, boot
 from tests.recorded import external_path, golden
 
 
@@ -101,10 +102,10 @@ def test_golden_quotes_and_app_key_attestations_carry_the_same_report_data(agent
 
 
 def test_key_file_of_upstreams_simulator_loads() -> None:
-    with serving("agent", "--keys", str(external_path("appkeys.json"))) as agent:
+    with serving("agent", "--keys", str(external_path(APP_KEYS))) as agent:
         status, answer = _dstack(agent, "GetKey", {"path": "a"})
         assert status == 200
-        assert answer["signature_chain"][1] == json.loads(external_path("appkeys.json").read_text())["k256_signature"]
+        assert answer["signature_chain"][1] == json.loads(external_path(APP_KEYS).read_text())["k256_signature"]
         status, answer = _dstack(agent, "GetTlsKey", {"subject": "x", "usage_ra_tls": True})
         assert (status, len(answer["certificate_chain"])) == (200, 2)
 
@@ -146,17 +147,17 @@ def test_emit_event_is_refused_with_upstream_compat() -> None:
 
 
 def test_app_compose_and_sys_config_load_as_they_are(tmp_path: Path) -> None:
-    answer = json.loads(external_path("tdx-lite-getquote.json").read_text())
+    hardware = boot(LITE_GET_QUOTE)
     sys_config, compose = tmp_path / "sys-config.json", tmp_path / "app-compose.json"
-    sys_config.write_text(json.dumps({"vm_config": answer["vm_config"], "kms_urls": [], "pccs_url": None}))
+    sys_config.write_text(json.dumps({"vm_config": hardware.vm_config, "kms_urls": [], "pccs_url": None}))
     compose.write_text('{"manifest_version": 2, "name": "mine", "runner": "docker-compose"}')
     with serving("agent", "--sys-config", str(sys_config), "--app-compose", str(compose)) as agent:
         _, info = _dstack(agent, "Info", {})
-        assert (info["app_name"], info["vm_config"]) == ("mine", answer["vm_config"])
-        assert info["os_image_hash"] == json.loads(answer["vm_config"])["os_image_hash"]
+        assert (info["app_name"], info["vm_config"]) == ("mine", hardware.vm_config)
+        assert info["os_image_hash"] == json.loads(hardware.vm_config)["os_image_hash"]
         # Its measurement document is that of real hardware, so MRTD, RTMR1 and RTMR2 are the hardware's.
         _, quote = _dstack(agent, "GetQuote", {})
-        ours, real = (Quote.parse(bytes.fromhex(text)).report for text in (quote["quote"], answer["quote"]))
+        ours, real = Quote.parse(bytes.fromhex(quote["quote"])).report, hardware.report
         assert (ours.mr_td, ours.rt_mr1, ours.rt_mr2) == (real.mr_td, real.rt_mr1, real.rt_mr2)
 
 

@@ -5,7 +5,7 @@ import json
 import re
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,13 @@ from dstack_emu.attest.image import (
     sha256sum_entry,
     sha256sum_txt,
 )
+from dstack_emu.attest.quote import TdReport
 from dstack_emu.attest.vmconfig import VmConfig
 from dstack_emu.simulator.image import GIB, OsImage, made_up_digest
-from tests.recorded import external_path, tdx_lite_steps
+from tests.hardware import LEGACY, LITE, LITE_GET_QUOTE, boot
+from tests.recorded import tdx_lite_steps
 
 Json = dict[str, Any]
-
-
-def vector(name: str) -> Json:
-    document: Json = json.loads(external_path(name).read_text())
-    return document
 
 
 @pytest.fixture(scope="module")
@@ -68,32 +65,16 @@ def machine() -> VmConfig:
     return VmConfig(memory_size=2 * GIB, qemu_version="8.2.2", tdx_attestation_variant="lite")
 
 
-def registers_of_quote(quote: bytes) -> Registers:
-    """MRTD and RTMR0 to 2 of a version 4 quote, at their fixed places."""
-    return Registers(quote[184:232], quote[376:424], quote[424:472], quote[472:520])
+def registers_of_report(report: TdReport) -> Registers:
+    return Registers(report.mr_td, report.rt_mr0, report.rt_mr1, report.rt_mr2)
 
 
 def registers_from_hex(registers: dict[str, str]) -> Registers:
     return Registers(**{name: bytes.fromhex(value) for name, value in registers.items()})
 
 
-def rows_to_events(event_log: str) -> tuple[TdxEvent, ...]:
-    rows = [row for row in json.loads(event_log) if row["imr"] < 3]
-    return tuple(
-        TdxEvent(
-            row["imr"],
-            row["event_type"],
-            bytes.fromhex(row["digest"]),
-            row["event"],
-            bytes.fromhex(row["event_payload"]),
-        )
-        for row in rows
-    )
-
-
-def config_in_attestation(attestation: bytes) -> str:
-    text = attestation[attestation.index(b'{"os_image_hash"') :].decode(errors="replace")
-    return text[: json.JSONDecoder().raw_decode(text)[1]]
+def boot_events(events: Iterable[TdxEvent]) -> tuple[TdxEvent, ...]:
+    return tuple(event for event in events if event.imr < 3)
 
 
 # Registers and events of real boots
@@ -143,31 +124,28 @@ def test_registers_equal_fixture_when_measured(
 
 
 def test_registers_equal_hardware_quote_when_measured_from_its_attestation(acpi: AcpiDigests) -> None:
-    attestation = bytes.fromhex(vector("tdx-lite-attestation.json")["attestation"])
-    config = VmConfig.parse(config_in_attestation(attestation))
+    config = VmConfig.parse(boot(LITE).vm_config)
     assert config.tdx_measurement is not None
     assert os_image_hash(config.tdx_measurement.checksum_file) == config.os_image_hash
     assert config.os_image_hash.hex().startswith("e6f5cfec")
     bound = sha256sum_entry(config.tdx_measurement.checksum_file, MEASUREMENT_FILE)
     assert bound == hashlib.sha256(config.tdx_measurement.measurement).digest()
     measurement = ImageMeasurement.decode(config.tdx_measurement.measurement)
-    quote = attestation[4 : 4 + 5006]
-    assert measure(measurement, config, acpi) == registers_of_quote(quote)
+    assert measure(measurement, config, acpi) == registers_of_report(boot(LITE).report)
 
 
 def test_event_rows_equal_hardware_log_when_boot_is_computed(acpi: AcpiDigests) -> None:
-    answer = vector("tdx-lite-getquote.json")
-    config = VmConfig.parse(answer["vm_config"])
-    attestation = bytes.fromhex(vector("tdx-lite-attestation.json")["attestation"])
-    assert config == VmConfig.parse(config_in_attestation(attestation))
+    hardware = boot(LITE_GET_QUOTE)
+    config = VmConfig.parse(hardware.vm_config)
+    assert config == VmConfig.parse(boot(LITE).vm_config)
     assert config.tdx_measurement is not None
     computed = boot_event_log(ImageMeasurement.decode(config.tdx_measurement.measurement), config, acpi)
-    logged = rows_to_events(answer["event_log"])
+    logged = boot_events(hardware.events)
     # This log was stripped of payloads, ACPI's apart: the rows must agree in the rest and in their order.
     assert [replace(event, event_payload=b"") for event in computed] == [
         replace(event, event_payload=b"") for event in logged
     ]
-    registers = registers_of_quote(bytes.fromhex(answer["quote"]))
+    registers = registers_of_report(hardware.report)
     assert tuple(replay_register(logged, imr) for imr in range(3)) == (
         registers.rtmr0,
         registers.rtmr1,
@@ -176,9 +154,9 @@ def test_event_rows_equal_hardware_log_when_boot_is_computed(acpi: AcpiDigests) 
 
 
 def test_full_log_with_payloads_equals_another_hardware_boot_at_64_gib(measurement: ImageMeasurement) -> None:
-    report = vector("quote-report.json")
-    logged = rows_to_events(report["event_log"])
-    config = VmConfig.parse(report["vm_config"])
+    hardware = boot(LEGACY)
+    logged = hardware.events
+    config = VmConfig.parse(hardware.vm_config)
     assert config.memory_size == 64 * GIB
 
     loader, rsdp, tables = (event.digest for event in logged if event.event_type == 0xA)
@@ -187,10 +165,15 @@ def test_full_log_with_payloads_equals_another_hardware_boot_at_64_gib(measureme
     booted = replace(measurement, kernel_authenticode=kernel, cmdline_sha384=cmdline, initrd_sha384=initrd)
     computed = boot_event_log(booted, config, (loader, rsdp, tables), kernel_size=0x7DD400)
     # Guests of that release did not name the ACPI events yet.
-    assert tuple(replace(event, event="") for event in computed) == logged
+    assert [(event.imr, event.event_type, event.digest) for event in computed] == [
+        (event.imr, event.event_type, event.digest) for event in logged
+    ]
+    assert {event.event for event in logged} == {""}
+    payloads = tuple(hashlib.sha256(event.event_payload).hexdigest() for event in computed)
+    assert payloads == hardware.payload_hashes
     assert computed[0].digest.hex().startswith("8ae1e425")
 
-    quoted = registers_of_quote(bytes.fromhex(report["quote"]))
+    quoted = registers_of_report(hardware.report)
     ours = measure(booted, config, (loader, rsdp, tables))
     assert replace(ours, mrtd=quoted.mrtd) == quoted
 
@@ -563,7 +546,7 @@ def test_config_writes_upstreams_members_in_order_then_spec_version(text: str, w
 
 
 def test_config_of_hardware_survives_but_for_the_order_of_one_nested_object() -> None:
-    text = vector("tdx-lite-getquote.json")["vm_config"]
+    text = boot(LITE_GET_QUOTE).vm_config
     written = VmConfig.parse(text).to_json()
     assert list(json.loads(written).items()) == list(json.loads(text).items())
     # The VMM of that day wrote measurement before checksum_file.

@@ -182,7 +182,7 @@ async def test_archive_of_another_packer_is_taken(
 
     host.gives(_packed(pack, **options))
     fill(tmp_path, IMAGE.boot(LEGACY)[0])
-    await store.verify(evidence(LEGACY))
+    assert (await store.verify(evidence(LEGACY))).acpi_tables_verified
 
 
 async def test_archive_of_several_gzip_members_is_read_to_its_end(
@@ -191,7 +191,7 @@ async def test_archive_of_several_gzip_members_is_read_to_its_end(
     plain = gzip.decompress(archive(IMAGE.files))
     host.gives(gzip.compress(plain[:5000]) + gzip.compress(plain[5000:]))
     fill(tmp_path, IMAGE.boot(LEGACY)[0])
-    await store.verify(evidence(LEGACY))
+    assert (await store.verify(evidence(LEGACY))).acpi_tables_verified
 
 
 async def test_redirect_is_followed_for_the_hash_decides(host: Host, store: ImageStore, tmp_path: Path) -> None:
@@ -202,7 +202,8 @@ async def test_redirect_is_followed_for_the_hash_decides(host: Host, store: Imag
 
     host.answer = answer
     fill(tmp_path, IMAGE.boot(LEGACY)[0])
-    await store.verify(evidence(LEGACY))
+    assert (await store.verify(evidence(LEGACY))).acpi_tables_verified
+    assert host.asked == [f"/mr_{HASH}.tar.gz", "/elsewhere"]
 
 
 # ---- registers

@@ -8,13 +8,13 @@ from coincurve import PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from dstack_emu.attest import kdf
-from dstack_emu.attest.attestation import decode
 from dstack_emu.attest.certificate import spki_der
 from dstack_emu.attest.errors import FormatError, VerificationError
 from dstack_emu.attest.eventlog import find_payload
 from dstack_emu.attest.keccak import keccak
 from dstack_emu.attest.report_data import bootstrap_report_data, report_data
 from dstack_emu.attest.signature import app_key_message, env_key_message, k256_key, recover, sign_recoverable
+from tests.hardware import APP_KEYS, VERSIONED, boot
 from tests.recorded import external_path, golden
 
 
@@ -78,12 +78,11 @@ def test_golden_messages_signed_with_any_prefix_are_equal() -> None:
 
 
 def test_upstream_simulator_app_key_chain_recovers_one_key_for_its_app_alone() -> None:
-    keys = json.loads(external_path("appkeys.json").read_text())
+    keys = json.loads(external_path(APP_KEYS).read_text())
     public_key = k256_key(bytes.fromhex(keys["k256_key"])).public_key.format()
     signature = bytes.fromhex(keys["k256_signature"])
     # The fixture does not name its app: the attestation recorded beside it does.
-    events = decode(external_path("hardware-attestation-v0.scale").read_bytes()).runtime_events
-    app_id = find_payload(events, "app-id")
+    app_id = find_payload(boot(VERSIONED).attestation().runtime_events, "app-id")
     root = recover(signature, app_key_message(app_id, public_key))
     assert (
         PublicKey.from_signature_and_message(

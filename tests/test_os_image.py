@@ -10,7 +10,6 @@ from typing import Any
 import cbor2
 import pytest
 
-from dstack_emu.attest.attestation import Attestation, decode
 from dstack_emu.attest.errors import FormatError, VerificationError
 from dstack_emu.attest.eventlog import ACPI_EVENT_TYPE, ACPI_PAYLOAD, TdxEvent
 from dstack_emu.attest.image import Registers
@@ -24,9 +23,10 @@ from dstack_emu.attest.os_image import (
     require_checksums,
     verify_lite,
 )
-from dstack_emu.attest.quote import Quote, TdReport
+from dstack_emu.attest.quote import TdReport
 from dstack_emu.attest.vmconfig import TdxMeasurement, VmConfig
-from tests.recorded import external_path, tdx_lite_steps
+from tests.hardware import LITE, HardwareBoot, boot
+from tests.recorded import tdx_lite_steps
 
 Json = dict[str, Any]
 
@@ -41,19 +41,19 @@ def sha256(data: bytes) -> str:
 
 
 @pytest.fixture(scope="module")
-def hardware() -> Attestation:
-    """Evidence of real hardware, lite variant."""
-    return decode(bytes.fromhex(json.loads(external_path("tdx-lite-attestation.json").read_text())["attestation"]))
+def hardware() -> HardwareBoot:
+    """A boot on real hardware, lite variant."""
+    return boot(LITE)
 
 
 @pytest.fixture(scope="module")
-def report(hardware: Attestation) -> TdReport:
-    return Quote.parse(hardware.quote).report
+def report(hardware: HardwareBoot) -> TdReport:
+    return hardware.report
 
 
 @pytest.fixture(scope="module")
-def config(hardware: Attestation) -> VmConfig:
-    return decode_vm_config(hardware.config)
+def config(hardware: HardwareBoot) -> VmConfig:
+    return decode_vm_config(hardware.vm_config)
 
 
 def refusal(vm_config: VmConfig, log: tuple[TdxEvent, ...], report: TdReport) -> str:
@@ -73,19 +73,21 @@ def with_document(config: VmConfig, document: bytes, checksum_file: bytes | None
 # ---- what holds
 
 
-def test_hardware_boot_is_its_images(config: VmConfig, hardware: Attestation, report: TdReport) -> None:
+def test_hardware_boot_is_its_images(config: VmConfig, hardware: HardwareBoot, report: TdReport) -> None:
     assert config.tdx_attestation_variant == "lite"
-    verify_lite(config, hardware.event_log, report)
+    verify_lite(config, hardware.events, report)
 
 
 def test_hardware_boot_needs_of_its_log_three_events_in_any_order(
-    config: VmConfig, hardware: Attestation, report: TdReport
+    config: VmConfig, hardware: HardwareBoot, report: TdReport
 ) -> None:
-    acpi = [event for event in hardware.event_log if event.is_acpi_data]
+    acpi = [event for event in hardware.events if event.is_acpi_data]
+    assert len(acpi) == 3
     verify_lite(config, tuple(reversed(acpi)), report)
+    assert refusal(config, tuple(acpi[:2]), report).startswith(f"{LOG}TDX lite attestation requires exactly 3")
 
 
-def test_recorded_image_measures_register_by_register() -> None:
+def test_recorded_image_measures_register_by_register(report: TdReport) -> None:
     image = tdx_lite_steps()["emulated"]
     vm_config = decode_vm_config(json.dumps(image["vm_config"]))
     log = tuple(
@@ -94,26 +96,24 @@ def test_recorded_image_measures_register_by_register() -> None:
     )
     fields = {"mrtd": "mr_td", "rtmr0": "rt_mr0", "rtmr1": "rt_mr1", "rtmr2": "rt_mr2"}
     quoted = {fields[name]: value for name, value in image["registers"].items()}
-    fixture = decode(bytes.fromhex(json.loads(external_path("tdx-lite-attestation.json").read_text())["attestation"]))
-    good = replace(
-        Quote.parse(fixture.quote).report, **{field: bytes.fromhex(value) for field, value in quoted.items()}
-    )
+    good = replace(report, **{field: bytes.fromhex(value) for field, value in quoted.items()})
     verify_lite(vm_config, log, good)
     for register, field in (("MRTD", "mr_td"), ("RTMR0", "rt_mr0"), ("RTMR1", "rt_mr1"), ("RTMR2", "rt_mr2")):
         said = refusal(vm_config, log, replace(good, **{field: bytes(48)}))
         assert said == f"MRs do not match: {register} mismatch: expected={quoted[field]}, actual={'00' * 48}"
 
 
-def test_first_register_that_differs_is_named(config: VmConfig, hardware: Attestation, report: TdReport) -> None:
+def test_first_register_that_differs_is_named(config: VmConfig, hardware: HardwareBoot, report: TdReport) -> None:
     wrong = replace(report, mr_td=bytes(48), rt_mr0=bytes(48), rt_mr2=bytes(48))
-    assert refusal(config, hardware.event_log, wrong).startswith("MRs do not match: MRTD mismatch: expected=fd685522")
+    assert refusal(config, hardware.events, wrong).startswith("MRs do not match: MRTD mismatch: expected=fd685522")
     wrong = replace(report, rt_mr1=bytes(48), rt_mr2=bytes(48))
-    assert refusal(config, hardware.event_log, wrong).startswith("MRs do not match: RTMR1 mismatch: expected=2023546e")
+    assert refusal(config, hardware.events, wrong).startswith("MRs do not match: RTMR1 mismatch: expected=2023546e")
 
 
-def test_the_rest_of_the_config_is_not_looked_at(config: VmConfig, hardware: Attestation, report: TdReport) -> None:
+def test_the_rest_of_the_config_is_not_looked_at(config: VmConfig, hardware: HardwareBoot, report: TdReport) -> None:
     other = replace(config, cpu_count=64, num_gpus=8, hugepages=True, pic=True, image="another", swtpm=True, num_nics=3)
-    verify_lite(other, hardware.event_log, report)
+    verify_lite(other, hardware.events, report)
+    assert "RTMR0 mismatch" in refusal(replace(other, memory_size=4 << 30), hardware.events, report)
 
 
 # ---- what does not, in the order of the checks
@@ -125,8 +125,8 @@ def test_config_that_is_none() -> None:
     assert decode_vm_config("") == VmConfig()
 
 
-def test_document_is_required(config: VmConfig, hardware: Attestation, report: TdReport) -> None:
-    said = refusal(replace(config, tdx_measurement=None), hardware.event_log, report)
+def test_document_is_required(config: VmConfig, hardware: HardwareBoot, report: TdReport) -> None:
+    said = refusal(replace(config, tdx_measurement=None), hardware.events, report)
     assert said == "tdx lite attestation requires vm_config.tdx_measurement"
 
 
@@ -223,11 +223,11 @@ def _other_qemu(config: VmConfig) -> tuple[VmConfig, str]:
     ],
 )
 def test_changed_config_is_refused_at_its_own_check(
-    change: Callable[[VmConfig], tuple[VmConfig, str]], config: VmConfig, hardware: Attestation, report: TdReport
+    change: Callable[[VmConfig], tuple[VmConfig, str]], config: VmConfig, hardware: HardwareBoot, report: TdReport
 ) -> None:
     changed, expected = change(config)
     head, ellipsis, _ = expected.partition("…")
-    said = refusal(changed, hardware.event_log, report)
+    said = refusal(changed, hardware.events, report)
     assert said == expected if not ellipsis else said.startswith(head)
 
 
@@ -254,33 +254,33 @@ def test_log_without_three_named_acpi_digests_is_refused(
     change: Callable[[tuple[TdxEvent, ...]], tuple[TdxEvent, ...]],
     cause: str,
     config: VmConfig,
-    hardware: Attestation,
+    hardware: HardwareBoot,
     report: TdReport,
 ) -> None:
-    assert refusal(config, change(hardware.event_log), report) == f"{LOG}TDX lite attestation {cause}"
+    assert refusal(config, change(hardware.events), report) == f"{LOG}TDX lite attestation {cause}"
 
 
-def test_acpi_digest_of_another_size_is_refused(config: VmConfig, hardware: Attestation, report: TdReport) -> None:
-    said = refusal(config, _shortened(hardware.event_log), report)
+def test_acpi_digest_of_another_size_is_refused(config: VmConfig, hardware: HardwareBoot, report: TdReport) -> None:
+    said = refusal(config, _shortened(hardware.events), report)
     assert said == f"{LOG}TDX RTMR0 ACPI DATA event acpi-tables has invalid digest length 32, expected 48"
 
 
-def test_check_comes_before_the_next(config: VmConfig, hardware: Attestation, report: TdReport) -> None:
+def test_check_comes_before_the_next(config: VmConfig, hardware: HardwareBoot, report: TdReport) -> None:
     bad_memory = replace(config, memory_size=1)
     no_cbor, _ = _no_cbor(bad_memory)
     wrong_hash = replace(no_cbor, os_image_hash=bytes(32))
-    assert refusal(bad_memory, hardware.event_log, report).startswith(COMPUTE)
+    assert refusal(bad_memory, hardware.events, report).startswith(COMPUTE)
     assert refusal(bad_memory, (), report).startswith(LOG)
     assert refusal(no_cbor, (), report).startswith(DECODE)
     assert refusal(wrong_hash, (), report).startswith(MATERIAL)
 
 
-def test_long_document_is_judged_alike(config: VmConfig, hardware: Attestation, report: TdReport) -> None:
+def test_long_document_is_judged_alike(config: VmConfig, hardware: HardwareBoot, report: TdReport) -> None:
     assert config.tdx_measurement
     listed = config.tdx_measurement.checksum_file + f"{'0' * 64}  other\n".encode() * 2000
     long = with_document(config, config.tdx_measurement.measurement, listed)
-    verify_lite(long, hardware.event_log, report)
-    assert refusal(replace(long, os_image_hash=bytes(32)), hardware.event_log, report).startswith(MATERIAL)
+    verify_lite(long, hardware.events, report)
+    assert refusal(replace(long, os_image_hash=bytes(32)), hardware.events, report).startswith(MATERIAL)
 
 
 # ---- the legacy variant's parts
@@ -338,7 +338,7 @@ def test_metadata_needs_what_is_measured(missing: str) -> None:
         ImageInfo.parse(json.dumps(document).encode())
 
 
-def test_cache_key_is_of_what_upstreams_types_write(config: VmConfig, hardware: Attestation) -> None:
+def test_cache_key_is_of_what_upstreams_types_write(config: VmConfig, hardware: HardwareBoot) -> None:
     legacy = VmConfig.parse('{"memory_size":2147483648,"os_image_hash":"ABCD","unknown":1,"cpu_count":2}')
     written = (
         '{"os_image_hash":"abcd","cpu_count":2,"memory_size":2147483648,"pci_hole64_size":0,"hugepages":false,'

@@ -494,9 +494,10 @@ VALUES = st.recursive(
 def test_decoders_raise_nothing_but_format_errors_on_bytes(kind: type[Message], body: bytes) -> None:
     for decode in (decode_json, decode_binary):
         try:
-            decode(kind, body)
+            message = decode(kind, body)
         except FormatError:
             continue
+        assert isinstance(message, kind)
 
 
 @given(st.sampled_from(TYPES), VALUES)
@@ -511,9 +512,10 @@ def test_decode_json_raises_nothing_but_format_errors_on_json(kind: type[Message
 @given(st.sampled_from(TYPES), st.lists(st.tuples(NAMES, st.sampled_from(["", "[]", "[0]", "[a]"]), st.text())))
 def test_decode_query_raises_nothing_but_format_errors(kind: type[Message], pairs: list[tuple[str, str, str]]) -> None:
     try:
-        decode_query(kind, "&".join(f"{name}{index}={value}" for name, index, value in pairs))
+        message = decode_query(kind, "&".join(f"{name}{index}={value}" for name, index, value in pairs))
     except FormatError:
         return
+    assert isinstance(message, kind)
 
 
 def messages(kind: type[Message]) -> st.SearchStrategy[Message]:

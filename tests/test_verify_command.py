@@ -30,6 +30,7 @@ from dstack_emu.simulator.intel import DATES, Dating, Intel, VendorState
 from dstack_emu.simulator.platform import PART_STATUSES, TCB_STATUSES, PlatformState
 from dstack_emu.simulator.seed import Seed
 from tests.commands import run_command, serving, usage_error
+from tests.hardware import BOOTS, INTEL_COLLATERAL, INTEL_QUOTE, LITE, LITE_GET_QUOTE, VERSIONED, boot
 from tests.recorded import external_path, golden
 from tests.running import RunningStack
 from tests.test_attest_properties import (
@@ -47,7 +48,6 @@ from tests.test_attest_properties import (
 )
 from tests.test_inspect import kinds, run_inside
 
-INTEL_QUOTE, COLLATERAL = "intel-tdx-quote.bin", "intel-tdx-collateral.json"
 SKIPPED: Final = None
 
 
@@ -410,7 +410,7 @@ def test_binding_fails_where_the_verifier_refuses_the_key(bound: bool) -> None:
 
 def one_day_after_issue() -> tuple[str, int]:
     """A time at which Intel's recorded collateral was current, in both spellings."""
-    document = json.loads(json.loads(external_path(COLLATERAL).read_text())["tcb_info"])
+    document = json.loads(json.loads(external_path(INTEL_COLLATERAL).read_text())["tcb_info"])
     issued_at = datetime.fromisoformat(document["issueDate"])
     moment = issued_at.replace(day=issued_at.day + 1)
     return moment.isoformat(), int(moment.timestamp())
@@ -418,7 +418,7 @@ def one_day_after_issue() -> tuple[str, int]:
 
 def test_quote_of_hardware_holds_under_intels_root_and_not_under_ours() -> None:
     iso, seconds = one_day_after_issue()
-    common = ("verify", str(external_path(INTEL_QUOTE)), "--collateral", str(external_path(COLLATERAL)), "--json")
+    common = ("verify", str(external_path(INTEL_QUOTE)), "--collateral", str(external_path(INTEL_COLLATERAL)), "--json")
     for when in (iso, str(seconds)):
         done = run_command(*common, "--intel", "--strict", "--time", when)
         shown = json.loads(done.stdout)
@@ -438,12 +438,9 @@ def test_quote_of_hardware_holds_under_intels_root_and_not_under_ours() -> None:
     assert "expired" in next(one["got"] for one in json.loads(later.stdout)["checks"] if one["name"] == "quote")
 
 
-HARDWARE = ["hardware-attestation-v0.scale", "tdx-lite-attestation.json", "tdx-lite-getquote.json", "quote-report.json"]
-
-
-@pytest.mark.parametrize("name", HARDWARE)
+@pytest.mark.parametrize("name", BOOTS)
 def test_recorded_hardware_evidence_holds_but_for_collateral_of_its_time(name: str) -> None:
-    quoted = QuoteCollateralV3.from_json(external_path(COLLATERAL).read_text())
+    quoted = QuoteCollateralV3.from_json(external_path(INTEL_COLLATERAL).read_text())
     evidence = inspect_input(external_path(name).read_bytes()).evidence
     assert evidence is not None
     under_intel = Expectations(TrustAnchor.intel(), "Intel's production root", one_day_after_issue()[1])
@@ -451,7 +448,20 @@ def test_recorded_hardware_evidence_holds_but_for_collateral_of_its_time(name: s
     assert failed(checks) == {"quote"}  # its certificate is younger than the recorded collateral
     assert "CertNotValidYet" in checks["quote"].got
     assert checks["rtmr3"].ok is True
-    assert checks["rtmr0"].ok is (SKIPPED if name == "tdx-lite-attestation.json" else True)
+    assert checks["rtmr0"].ok is (SKIPPED if name == LITE else True)
+
+
+@pytest.mark.parametrize("name", [VERSIONED, LITE, LITE_GET_QUOTE])
+def test_hardware_boot_under_an_emulated_signature_holds_but_for_its_unknown_platform(name: str) -> None:
+    checks = {
+        one.name: one
+        for one in verify_evidence(
+            Evidence.of_attestation(boot(name).attestation()), lambda quote: world().collateral, policy()
+        )
+    }
+    assert failed(checks) == {"quote"}
+    assert checks["rtmr3"].ok is True
+    assert checks["rtmr0"].ok is (SKIPPED if name == LITE else True)
 
 
 def golden_evidence() -> Iterator[tuple[str, bytes]]:
