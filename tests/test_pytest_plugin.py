@@ -223,7 +223,7 @@ def test_fixtures_of_the_page_are_the_plugins() -> None:
 
 
 def test_classes_of_the_page_have_what_it_says_and_no_more() -> None:
-    table = {code(row[0])[0]: row[1] for row in rows(section(PAGE, "## What they are"), "class")}
+    table = {code(row[0])[0]: row[1] for row in rows(section(PAGE, "## Classes"), "class")}
     classes = {name: getattr(testing, name) for name in testing.__all__ if inspect.isclass(getattr(testing, name))}
     assert table.keys() == classes.keys()
     for name, cls in classes.items():
