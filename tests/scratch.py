@@ -22,6 +22,8 @@ def run_pytest(
 
 
 def write(folder: Path, files: Mapping[str, str]) -> None:
-    """Write a project's files."""
+    """Write a project's files, named by their paths in it."""
     for name, text in files.items():
-        (folder / name).write_text(text)
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
