@@ -1,8 +1,9 @@
 """The webhook's side of the boot-info contract: a JSON body in, a `PolicyDecision` out.
 
 Reads what a KMS sends and refuses what the originals refuse, with the same words: they validate with zod 3,
-whose answer names every fault in schema order, not only the first. It does not judge the values: hex stays
-text, of whatever length and case, and keys it does not know (keyProviderInfo, attestationMode) are ignored.
+whose answer names every fault in schema order, not only the first. It does not check the values: hex stays
+text, of whatever length and case, and keys it does not know (keyProviderInfo, attestationMode, 0.6.5's
+launchTicketHash) are ignored.
 
 Source: dstack next 312dc605, `kms/auth-simple/index.ts` and `kms/auth-mock/index.ts` (BootInfoSchema,
 BootResponseSchema); zod 3.25.76 `v3/types.ts`, `v3/locales/en.ts`; what JSON means there is JavaScript's
@@ -61,8 +62,7 @@ def parse_json(body: bytes) -> object:
 def parse_boot_info(document: object, *, checks_tee_variant: bool = False) -> ReceivedBootInfo:
     """Read a parsed body as boot info, or raise `BootInfoError` with every issue.
 
-    `checks_tee_variant` is next's auth-simple, which also wants `teeVariant` to be a string where it is
-    given.
+    `checks_tee_variant`: `teeVariant` must be a string if it is present, as in auth-simple since next.
     """
     if not isinstance(document, dict):
         raise BootInfoError([_invalid_type("object", document, [])])

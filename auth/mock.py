@@ -1,11 +1,11 @@
 """auth-mock: a webhook that decides by a fixed policy, whatever was measured. The service; no HTTP.
 
-For tests only: its default allows everything. It keeps upstream's ways with two exceptions, both at its
-start: a policy name or chain id it does not know is refused, where upstream warns and allows all or answers
-`null`.
+For tests only: its default allows everything. An unknown policy ends it at its start, as in 0.6; before, upstream
+warned and allowed everything. One difference from upstream remains: a chain id that is not a number ends it too, for
+which upstream answers `null`.
 
-Source: `kms/auth-mock/index.ts` of dstack, release/v0.5.x 40eaf35e and next 312dc605 (which added the refusal
-to run in production).
+Source: `kms/auth-mock/index.ts` of dstack, release/v0.5.x 40eaf35e, next 312dc605 (which added the refusal to run
+in production) and 1a0afc5e (which added the refusal of an unknown policy).
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ MOCK_POLICIES: Final[tuple[MockPolicy, ...]] = get_args(MockPolicy)
 
 @dataclass(frozen=True, slots=True)
 class MockSettings:
-    """What auth-mock takes from its environment; the port is whoever binds it to know.
+    """What auth-mock takes from its environment, except the port: the caller binds the socket.
 
     The two allowlists hold lowercase text and are matched against the boot info's value without its `0x`: an
     entry that begins with `0x` matches nothing, as upstream.
@@ -41,9 +41,9 @@ class MockSettings:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "MockSettings":
-        """Read the MOCK_ variables, KMS_CONTRACT_ADDR and ETH_RPC_URL, an empty value being none.
+        """Read the MOCK_ variables, KMS_CONTRACT_ADDR and ETH_RPC_URL; an empty value is an absent one.
 
-        Raises `AuthConfigError` for a policy or chain id it does not know, and where NODE_ENV is `production`.
+        Raises `AuthConfigError` for an unknown policy, a chain id that is not a number, or NODE_ENV `production`.
         """
         if env.get("NODE_ENV") == "production":
             raise AuthConfigError("auth-mock must not run with NODE_ENV=production")
@@ -118,7 +118,7 @@ def _parse_policy(text: str) -> MockPolicy:
     for policy in MOCK_POLICIES:
         if policy == text:
             return policy
-    raise AuthConfigError(f'MOCK_POLICY is "{text}", expected one of {", ".join(MOCK_POLICIES)}')
+    raise AuthConfigError(f'unknown MOCK_POLICY "{text}"')
 
 
 def _parse_list(text: str) -> frozenset[str]:

@@ -1,22 +1,24 @@
 """auth-simple's rules: a config file's content and a boot info in, a decision out. Pure.
 
-Three contracts share one config file and differ in few rules (`Compat`):
+Four contracts share one config file and differ in few rules (`Compat`, `_RULES`):
 
 | contract | TCB status | advisory ids | an empty `devices` without `allowAnyDevice` |
 | --- | --- | --- | --- |
-| readme | `UpToDate` | not looked at | admits no device |
-| upstream | `UpToDate` | not looked at | admits every device |
+| readme | `UpToDate` | not checked | admits no device |
+| upstream | `UpToDate` | not checked | admits every device |
 | next | one of `allowedTcbStatuses` | all in `allowedAdvisoryIds` | admits every device |
+| 0.6 | one of `allowedTcbStatuses` | all in `allowedAdvisoryIds` | admits no device |
 
 `readme` is what auth-simple's README promises, `upstream` what the code of v0.5.11 does instead, `next` what
-the code of the next branch does. The rules say nothing of whether the boot info is true: that is the KMS's to
-verify.
+the code of the next branch does, `0.6` that code with the device rule that the upgrade notes of 0.6.0 announce.
+The rules do not establish that the boot info is true: the KMS verifies that.
 
-Source: the README of auth-simple; `kms/auth-simple/index.ts` of dstack, release/v0.5.x 40eaf35e and next
-312dc605.
+Source: the README of auth-simple; `kms/auth-simple/index.ts` of dstack, release/v0.5.x 40eaf35e, next 312dc605
+and 27cc12d7 (the same rules); the upgrade notes of 0.6.0.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Final, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
@@ -26,8 +28,28 @@ from dstack_emu.auth.boot_info import PolicyDecision as PolicyDecision
 from dstack_emu.auth.boot_info import ReceivedBootInfo
 from dstack_emu.auth.errors import AuthConfigError
 
-Compat = Literal["readme", "upstream", "next"]
+Compat = Literal["readme", "upstream", "next", "0.6"]
 COMPATS: Final[tuple[Compat, ...]] = get_args(Compat)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What differs between the contracts."""
+
+    configures_tcb: bool
+    """The config file names the TCB statuses and advisories that are allowed; if not, only `UpToDate` is."""
+    empty_devices_admit: bool
+    """An empty `devices` admits every device, even without `allowAnyDevice`."""
+    knows_tee_variant: bool
+    """`teeVariant` is a member of the boot info, optional, and must be a string."""
+
+
+_RULES: Final[Mapping[Compat, _Rules]] = {
+    "readme": _Rules(configures_tcb=False, empty_devices_admit=False, knows_tee_variant=False),
+    "upstream": _Rules(configures_tcb=False, empty_devices_admit=True, knows_tee_variant=False),
+    "next": _Rules(configures_tcb=True, empty_devices_admit=True, knows_tee_variant=True),
+    "0.6": _Rules(configures_tcb=True, empty_devices_admit=False, knows_tee_variant=True),
+}
 
 Rule = Literal[
     "tcb_status",
@@ -45,15 +67,20 @@ ZERO_ADDRESS: Final = "0x" + "00" * 20
 
 
 def parse_compat(text: str) -> Compat:
-    """Name the contract that `text` names exactly, or raise `AuthConfigError`."""
+    """Return the contract of exactly this name, or raise `AuthConfigError`."""
     for compat in COMPATS:
         if compat == text:
             return compat
     raise AuthConfigError(f'AUTH_SIMPLE_COMPAT is "{text}", expected one of {", ".join(COMPATS)}')
 
 
+def knows_tee_variant(compat: Compat) -> bool:
+    """Return whether `teeVariant` is a member of the boot info under this contract: optional, and a string."""
+    return _RULES[compat].knows_tee_variant
+
+
 def normalize_hex(text: str) -> str:
-    """Lowercase, with `0x` in front; text that is no hex is treated alike, as upstream does."""
+    """Return `text` in lowercase with `0x` in front; text that is not hex is treated alike, as upstream does."""
     text = text.lower()
     return text if text.startswith("0x") else "0x" + text
 
@@ -96,10 +123,10 @@ def _normalize_ids(apps: Mapping[str, AppPolicy]) -> Mapping[str, AppPolicy]:
 class Policy(_ConfigModel):
     """A config file's content, hex normalized.
 
-    Every key is optional and `null` is no way to leave one out. A key that is not listed here is ignored, at
-    every level, as upstream does: one file serves servers of several versions. Under the readme contract that
-    can only narrow what is allowed (a misspelt key is an absent one, and what is absent admits nothing);
-    under the other two a misspelt `devices` admits every device. Types are strict: `"true"` and `1` are no
+    Every key is optional, and `null` does not stand for an absent one. A key that is not listed here is ignored,
+    at every level, as upstream does: one file serves servers of several versions. Under the contracts `readme` and
+    `0.6` that can only narrow what is allowed (a misspelt key is an absent one, and an absent one admits nothing);
+    under the other two a misspelt `devices` admits every device. Types are strict: `"true"` and `1` are not
     booleans. `chainId` must fit the 64 bits in which a KMS reads it; upstream takes any number there.
     """
 
@@ -115,45 +142,64 @@ class Policy(_ConfigModel):
 
 
 def evaluate(policy: Policy, boot_info: ReceivedBootInfo, is_kms: bool, *, compat: Compat = "readme") -> PolicyDecision:
-    """Decide under one contract, and say which of the others would decide otherwise.
+    """Decide under one contract, and name the contracts that would decide otherwise.
 
-    The rules run in upstream's order and the first that refuses gives the reason; an allowed boot has the
-    reason "". Contracts that refuse alike for different reasons do not differ.
+    The rules run in upstream's order and the first that refuses gives the reason; the reason of an allowed boot
+    is "". Contracts that refuse for different reasons do not differ.
     """
-    verdicts = {each: _deciding_rule(policy, boot_info, is_kms, each) for each in COMPATS}
-    rule, reason = verdicts[compat]
+    decisions = {each: _deciding_rule(policy, boot_info, is_kms, _RULES[each]) for each in COMPATS}
+    rule, reason = decisions[compat]
     is_allowed = rule == "allowed"
-    differs_from = tuple(each for each in COMPATS if (verdicts[each][0] == "allowed") != is_allowed)
+    differs_from = tuple(each for each in COMPATS if (decisions[each][0] == "allowed") != is_allowed)
     return PolicyDecision(is_allowed, reason, policy.gateway_app_id, rule, differs_from)
 
 
-def _deciding_rule(policy: Policy, boot_info: ReceivedBootInfo, is_kms: bool, compat: Compat) -> tuple[Rule, str]:
-    if compat == "next":
-        if boot_info.tcb_status not in policy.allowed_tcb_statuses:
-            return "tcb_status", "TCB status is not allowed"
-        if not policy.allowed_advisory_ids.issuperset(boot_info.advisory_ids):
-            return "advisory_ids", "advisory ID is not allowed"
-    elif boot_info.tcb_status != "UpToDate":
-        return "tcb_status", "TCB status is not up to date"
+def _deciding_rule(policy: Policy, boot_info: ReceivedBootInfo, is_kms: bool, rules: _Rules) -> tuple[Rule, str]:
+    return (
+        _tcb_refusal(policy, boot_info, rules)
+        or _os_image_refusal(policy, boot_info)
+        or (_kms_refusal if is_kms else _app_refusal)(policy, boot_info, rules)
+        or ("allowed", "")
+    )
+
+
+def _tcb_refusal(policy: Policy, boot_info: ReceivedBootInfo, rules: _Rules) -> tuple[Rule, str] | None:
+    if not rules.configures_tcb:
+        is_up_to_date = boot_info.tcb_status == "UpToDate"
+        return None if is_up_to_date else ("tcb_status", "TCB status is not up to date")
+    if boot_info.tcb_status not in policy.allowed_tcb_statuses:
+        return "tcb_status", "TCB status is not allowed"
+    if not policy.allowed_advisory_ids.issuperset(boot_info.advisory_ids):
+        return "advisory_ids", "advisory ID is not allowed"
+    return None
+
+
+def _os_image_refusal(policy: Policy, boot_info: ReceivedBootInfo) -> tuple[Rule, str] | None:
     if normalize_hex(boot_info.os_image_hash) not in policy.os_images:
         return "os_image", "OS image is not allowed"
-    if is_kms:
-        if normalize_hex(boot_info.mr_aggregated) not in policy.kms.mr_aggregated:
-            return "kms_mr_aggregated", "aggregated MR not allowed"
-        if not _is_device_admitted(policy.kms, boot_info, compat):
-            return "kms_device", "KMS is not allowed to boot on this device"
-    else:
-        app = policy.apps.get(normalize_hex(boot_info.app_id))
-        if app is None:
-            return "app_registered", "app not registered"
-        if normalize_hex(boot_info.compose_hash) not in app.compose_hashes:
-            return "app_compose_hash", "compose hash not allowed"
-        if not _is_device_admitted(app, boot_info, compat):
-            return "app_device", "app is not allowed to boot on this device"
-    return "allowed", ""
+    return None
 
 
-def _is_device_admitted(section: KmsPolicy | AppPolicy, boot_info: ReceivedBootInfo, compat: Compat) -> bool:
+def _kms_refusal(policy: Policy, boot_info: ReceivedBootInfo, rules: _Rules) -> tuple[Rule, str] | None:
+    if normalize_hex(boot_info.mr_aggregated) not in policy.kms.mr_aggregated:
+        return "kms_mr_aggregated", "aggregated MR not allowed"
+    if not _is_device_admitted(policy.kms, boot_info, rules):
+        return "kms_device", "KMS is not allowed to boot on this device"
+    return None
+
+
+def _app_refusal(policy: Policy, boot_info: ReceivedBootInfo, rules: _Rules) -> tuple[Rule, str] | None:
+    app = policy.apps.get(normalize_hex(boot_info.app_id))
+    if app is None:
+        return "app_registered", "app not registered"
+    if normalize_hex(boot_info.compose_hash) not in app.compose_hashes:
+        return "app_compose_hash", "compose hash not allowed"
+    if not _is_device_admitted(app, boot_info, rules):
+        return "app_device", "app is not allowed to boot on this device"
+    return None
+
+
+def _is_device_admitted(section: KmsPolicy | AppPolicy, boot_info: ReceivedBootInfo, rules: _Rules) -> bool:
     if section.allow_any_device or normalize_hex(boot_info.device_id) in section.devices:
         return True
-    return compat != "readme" and not section.devices
+    return rules.empty_devices_admit and not section.devices

@@ -22,7 +22,7 @@ from dstack_emu.auth import openapi
 from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, parse_boot_info, parse_json
 from dstack_emu.auth.errors import BootInfoError, MalformedJsonError
 from dstack_emu.auth.mock import MockAuth, MockSettings
-from dstack_emu.auth.policy import Compat
+from dstack_emu.auth.policy import Compat, knows_tee_variant
 from dstack_emu.auth.simple import SimpleAuth
 from dstack_emu.transport.plain import PlainAnswer, PlainRequest, plain_calls
 
@@ -83,7 +83,7 @@ def simple_app(
         return decision
 
     title = "auth-simple: boot authorization by a config file"
-    return _webhook(title, info, decide, checks_tee_variant=compat == "next")
+    return _webhook(title, info, decide, checks_tee_variant=knows_tee_variant(compat))
 
 
 def mock_app(settings: MockSettings) -> web.Application:

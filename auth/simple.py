@@ -35,11 +35,14 @@ class SimpleSettings:
     compat: Compat = "readme"
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str]) -> "SimpleSettings":
-        """Read AUTH_CONFIG_PATH and AUTH_SIMPLE_COMPAT, an empty value being none; raises `AuthConfigError`."""
+    def from_env(cls, env: Mapping[str, str], *, default_contract: Compat = "readme") -> "SimpleSettings":
+        """Read AUTH_CONFIG_PATH and AUTH_SIMPLE_COMPAT; an empty value is an absent one.
+
+        `default_contract` is the release's. Raises `AuthConfigError`.
+        """
         return cls(
             config_path=env.get("AUTH_CONFIG_PATH") or DEFAULT_CONFIG_PATH,
-            compat=parse_compat(env.get("AUTH_SIMPLE_COMPAT") or "readme"),
+            compat=parse_compat(env.get("AUTH_SIMPLE_COMPAT") or default_contract),
         )
 
 

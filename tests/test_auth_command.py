@@ -193,6 +193,7 @@ def test_mock_takes_the_variables_of_the_original(
     ("arguments", "environment", "said"),
     [
         (("mock",), {"NODE_ENV": "production"}, "auth-mock must not run with NODE_ENV=production"),
+        (("mock",), {"MOCK_POLICY": "allow"}, 'unknown MOCK_POLICY "allow"'),
         (("mock", "--config", "x"), {}, "--config is for `auth simple`: `auth mock` decides by MOCK_POLICY"),
         (("simple",), {"PORT": "65536"}, 'PORT is "65536", expected a number of 0 (a free one) to 65535'),
     ],

@@ -15,6 +15,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from yarl import URL
 
 from dstack_emu.auth.mock import MockSettings
+from dstack_emu.auth.policy import COMPATS, Compat
 from dstack_emu.auth.server import MAX_BODY_SIZE, mock_app, simple_app
 
 Client = TestClient[web.Request, web.Application]
@@ -281,13 +282,25 @@ async def test_of_a_repeated_key_the_last_counts(mock: Client) -> None:
     assert await ask(mock, '{"appId":1,' + text[1:]) == (200, ALLOWED)
 
 
-async def test_tee_variant_is_a_field_only_of_next(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ticket", ["ab" * 32, "", None, 7, {"nested": []}])
+async def test_launch_ticket_hash_of_a_later_kms_is_accepted(mock: Client, tmp_path: Path, ticket: object) -> None:
+    asked = {**BOOT_INFO, "teeVariant": "dstack-tdx", "tcbStatus": "UpToDate", "launchTicketHash": ticket}
+    assert await ask_json(mock, asked) == (200, ALLOWED)
+    section = {"composeHashes": ["0xdd"], "devices": ["0xff"]}
+    config = tmp_path / "c.json"
+    config.write_text(json.dumps({"osImages": ["0xbb"], "apps": {"0xcc": section}}))
+    for compat in COMPATS:
+        async with TestClient(TestServer(simple_app(config, compat=compat))) as client:
+            assert await ask_json(client, asked) == (200, '{"isAllowed":true,"reason":"","gatewayAppId":""}')
+
+
+@pytest.mark.parametrize(("compat", "is_field"), [("readme", 0), ("upstream", 0), ("next", 1), ("0.6", 1)])
+async def test_tee_variant_is_an_optional_field_since_next(tmp_path: Path, compat: Compat, is_field: int) -> None:
     document = {**BOOT_INFO, "teeVariant": 1, "appId": 1}
     app_id, tee_variant = issue("string", "number", ["appId"]), issue("string", "number", ["teeVariant"])
-    async with TestClient(TestServer(simple_app(tmp_path / "c.json", compat="upstream"))) as client:
-        assert await ask_json(client, document) == (400, refusal(app_id))
-    async with TestClient(TestServer(simple_app(tmp_path / "c.json", compat="next"))) as client:
-        assert await ask_json(client, document) == (400, refusal(tee_variant, app_id))
+    async with TestClient(TestServer(simple_app(tmp_path / "c.json", compat=compat))) as client:
+        issues = [tee_variant, app_id] if is_field else [app_id]
+        assert await ask_json(client, document) == (400, refusal(*issues))
         assert (await ask_json(client, {**BOOT_INFO, "teeVariant": "dstack-tdx"}))[0] == 200
         assert (await ask_json(client, BOOT_INFO))[0] == 200
 

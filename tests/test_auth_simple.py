@@ -251,49 +251,93 @@ async def test_of_two_spellings_of_an_app_the_first_counts(config: Path) -> None
 # --- contracts
 
 
-async def test_empty_devices_admit_no_device_by_the_readme_and_every_device_upstream(config: Path) -> None:
-    write(config, kms_with(devices=[]))
-    assert await decide(config, "kms") == denied("KMS is not allowed to boot on this device")
-    assert await decide(config, "kms", "upstream") == ALLOWED
-    assert await decide(config, "kms", "next") == ALLOWED
-    write(config, config_with(apps={"0xa0": {"composeHashes": ["0xc0"]}}))
-    assert await decide(config, "app") == denied("app is not allowed to boot on this device")
-    assert await decide(config, "app", "upstream") == ALLOWED
-    assert await decide(config, "app", "next") == ALLOWED
+# Contract: what an empty `devices` admits without `allowAnyDevice`, and whether the file names statuses and advisories.
+CONTRACTS: dict[Compat, tuple[bool, bool]] = {
+    "readme": (False, False),
+    "upstream": (True, False),
+    "next": (True, True),
+    "0.6": (False, True),
+}
+NO_DEVICE = {
+    "kms": denied("KMS is not allowed to boot on this device"),
+    "app": denied("app is not allowed to boot on this device"),
+}
 
 
-async def test_only_next_takes_tcb_statuses_from_the_config(config: Path) -> None:
-    assert await decide(config, "kms", "next", tcbStatus="OutOfDate") == denied("TCB status is not allowed")
+def test_every_contract_is_in_the_table() -> None:
+    assert tuple(CONTRACTS) == COMPATS
+
+
+@pytest.mark.parametrize("changed", [{"devices": []}, {"devices": [], "allowAnyDevice": False}])
+@pytest.mark.parametrize("caller", ["app", "kms"])
+@pytest.mark.parametrize(("compat", "empty_admits"), [(name, row[0]) for name, row in CONTRACTS.items()])
+async def test_empty_devices_admit_what_the_contract_says(
+    config: Path, compat: Compat, empty_admits: bool, caller: str, changed: dict[str, Any]
+) -> None:
+    section = kms_with if caller == "kms" else app_with
+    write(config, section(**changed))
+    assert await decide(config, caller, compat) == (ALLOWED if empty_admits else NO_DEVICE[caller])
+    write(config, section(**{**changed, "allowAnyDevice": True}))
+    assert await decide(config, caller, compat) == ALLOWED
+    write(config, section(devices=["0xd1"]))
+    assert await decide(config, caller, compat) == NO_DEVICE[caller]
+    assert await decide(config, caller, compat, deviceId="0xd1") == ALLOWED
+
+
+@pytest.mark.parametrize("caller", ["app", "kms"])
+@pytest.mark.parametrize(("compat", "empty_admits"), [(name, row[0]) for name, row in CONTRACTS.items()])
+async def test_absent_devices_are_empty_devices(config: Path, compat: Compat, empty_admits: bool, caller: str) -> None:
+    kms = {"mrAggregated": ["0xabc123"]}
+    write(config, config_with(kms=kms, apps={"0xa0": {"composeHashes": ["0xc0"]}}))
+    assert await decide(config, caller, compat) == (ALLOWED if empty_admits else NO_DEVICE[caller])
+
+
+FROM_THE_FILE: list[Compat] = [name for name, row in CONTRACTS.items() if row[1]]
+FIXED: list[Compat] = [name for name, row in CONTRACTS.items() if not row[1]]
+
+
+@pytest.mark.parametrize("compat", FROM_THE_FILE)
+async def test_tcb_statuses_come_from_the_config(config: Path, compat: Compat) -> None:
+    assert await decide(config, "kms", compat, tcbStatus="OutOfDate") == denied("TCB status is not allowed")
     write(config, config_with(allowedTcbStatuses=["OutOfDate"]))
-    for compat in ("readme", "upstream"):
-        expected = denied("TCB status is not up to date")
-        assert await decide(config, "kms", compat, tcbStatus="OutOfDate") == expected
-        assert await decide(config, "kms", compat) == ALLOWED
-    assert await decide(config, "kms", "next", tcbStatus="OutOfDate") == ALLOWED
-    assert await decide(config, "kms", "next") == denied("TCB status is not allowed")
+    assert await decide(config, "kms", compat, tcbStatus="OutOfDate") == ALLOWED
+    assert await decide(config, "kms", compat) == denied("TCB status is not allowed")
     write(config, config_with(allowedTcbStatuses=[]))
-    assert await decide(config, "kms", "next") == denied("TCB status is not allowed")
+    assert await decide(config, "kms", compat) == denied("TCB status is not allowed")
 
 
-async def test_only_next_looks_at_advisories(config: Path) -> None:
+@pytest.mark.parametrize("compat", FIXED)
+async def test_tcb_status_is_fixed_whatever_the_config_says(config: Path, compat: Compat) -> None:
+    write(config, config_with(allowedTcbStatuses=["OutOfDate"]))
+    expected = denied("TCB status is not up to date")
+    assert await decide(config, "kms", compat, tcbStatus="OutOfDate") == expected
+    assert await decide(config, "kms", compat) == ALLOWED
+
+
+@pytest.mark.parametrize("compat", FROM_THE_FILE)
+async def test_advisories_must_be_in_the_config(config: Path, compat: Compat) -> None:
     advisories = ["INTEL-SA-00001", "INTEL-SA-00002"]
-    for compat in ("readme", "upstream"):
-        assert await decide(config, "app", compat, advisoryIds=advisories) == ALLOWED
-    assert await decide(config, "app", "next", advisoryIds=advisories) == denied("advisory ID is not allowed")
+    assert await decide(config, "app", compat, advisoryIds=advisories) == denied("advisory ID is not allowed")
     write(config, config_with(allowedAdvisoryIds=advisories[:1]))
-    assert await decide(config, "app", "next", advisoryIds=advisories[:1]) == ALLOWED
-    assert await decide(config, "app", "next", advisoryIds=advisories) == denied("advisory ID is not allowed")
+    assert await decide(config, "app", compat, advisoryIds=advisories[:1]) == ALLOWED
+    assert await decide(config, "app", compat, advisoryIds=advisories) == denied("advisory ID is not allowed")
     lower = [advisories[0].lower()]
-    assert await decide(config, "app", "next", advisoryIds=lower) == denied("advisory ID is not allowed")
+    assert await decide(config, "app", compat, advisoryIds=lower) == denied("advisory ID is not allowed")
 
 
-async def test_next_checks_advisories_between_tcb_and_os_image(config: Path) -> None:
+@pytest.mark.parametrize("compat", FIXED)
+async def test_advisories_are_not_checked(config: Path, compat: Compat) -> None:
+    assert await decide(config, "app", compat, advisoryIds=["INTEL-SA-00001", "INTEL-SA-00002"]) == ALLOWED
+
+
+@pytest.mark.parametrize("compat", FROM_THE_FILE)
+async def test_advisories_are_checked_between_tcb_and_os_image(config: Path, compat: Compat) -> None:
     wrong: dict[str, Any] = {"tcbStatus": "Revoked", "advisoryIds": ["x"], "osImageHash": "0x00"}
-    assert await decide(config, "app", "next", **wrong) == denied("TCB status is not allowed")
+    assert await decide(config, "app", compat, **wrong) == denied("TCB status is not allowed")
     del wrong["tcbStatus"]
-    assert await decide(config, "app", "next", **wrong) == denied("advisory ID is not allowed")
+    assert await decide(config, "app", compat, **wrong) == denied("advisory ID is not allowed")
     del wrong["advisoryIds"]
-    assert await decide(config, "app", "next", **wrong) == denied("OS image is not allowed")
+    assert await decide(config, "app", compat, **wrong) == denied("OS image is not allowed")
 
 
 async def test_decision_that_another_contract_makes_otherwise_is_warned_of(
@@ -302,13 +346,15 @@ async def test_decision_that_another_contract_makes_otherwise_is_warned_of(
     write(config, kms_with(devices=[]))
     await decide(config, "kms")
     await decide(config, "kms", "upstream")
+    await decide(config, "kms", "0.6")
     await decide(config, "app", advisoryIds=["x"])
     await decide(config, "app", "next", advisoryIds=["x"])
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings == [
         "KMS boot denied by rule kms_device of the readme contract; otherwise under: upstream, next",
-        "KMS boot allowed by rule allowed of the upstream contract; otherwise under: readme",
-        "app boot allowed by rule allowed of the readme contract; otherwise under: next",
+        "KMS boot allowed by rule allowed of the upstream contract; otherwise under: readme, 0.6",
+        "KMS boot denied by rule kms_device of the 0.6 contract; otherwise under: upstream, next",
+        "app boot allowed by rule allowed of the readme contract; otherwise under: next, 0.6",
         "app boot denied by rule advisory_ids of the next contract; otherwise under: readme, upstream",
     ]
 
@@ -374,8 +420,11 @@ def test_contracts_relate_as_documented(config: dict[str, Any], boot_info: Recei
         assert decision.is_allowed == (decision.reason == "") == (decision.rule == "allowed")
     if "readme" in allowing:
         assert "upstream" in allowing
+    if "0.6" in allowing:
+        assert "next" in allowing
     if not boot_info.advisory_ids and "allowedTcbStatuses" not in config:
         assert ("next" in allowing) == ("upstream" in allowing)
+        assert ("0.6" in allowing) == ("readme" in allowing)
 
 
 # --- the file's life
@@ -678,11 +727,18 @@ def test_settings_come_from_the_environment() -> None:
     assert SimpleSettings.from_env({"AUTH_CONFIG_PATH": "", "AUTH_SIMPLE_COMPAT": ""}) == SimpleSettings()
     env = {"AUTH_CONFIG_PATH": "/x/y.json", "AUTH_SIMPLE_COMPAT": "next"}
     assert SimpleSettings.from_env(env) == SimpleSettings("/x/y.json", "next")
+    assert SimpleSettings.from_env({"AUTH_SIMPLE_COMPAT": "0.6"}).compat == "0.6"
 
 
-@pytest.mark.parametrize("text", ["README", "v0.5.11", "readme "])
+def test_contract_of_the_release_is_the_default_of_the_variable() -> None:
+    assert SimpleSettings.from_env({}, default_contract="0.6").compat == "0.6"
+    assert SimpleSettings.from_env({"AUTH_SIMPLE_COMPAT": ""}, default_contract="0.6").compat == "0.6"
+    assert SimpleSettings.from_env({"AUTH_SIMPLE_COMPAT": "upstream"}, default_contract="0.6").compat == "upstream"
+
+
+@pytest.mark.parametrize("text", ["README", "v0.5.11", "readme ", "0.5", "0.6.0"])
 def test_unknown_contract_refuses_to_start(text: str) -> None:
-    expected = f'AUTH_SIMPLE_COMPAT is "{text}", expected one of readme, upstream, next'
+    expected = f'AUTH_SIMPLE_COMPAT is "{text}", expected one of readme, upstream, next, 0.6'
     with pytest.raises(AuthConfigError) as caught:
         SimpleSettings.from_env({"AUTH_SIMPLE_COMPAT": text})
     assert str(caught.value) == expected
