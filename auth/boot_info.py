@@ -10,10 +10,10 @@ BootResponseSchema); zod 3.25.76 `v3/types.ts`, `v3/locales/en.ts`; what JSON me
 `JSON.parse`.
 """
 
-import json
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Final
 
+from dstack_emu.attest.strict_json import StrictJson
 from dstack_emu.auth.errors import BootInfoError, Issue, MalformedJsonError
 
 
@@ -54,8 +54,8 @@ def parse_json(body: bytes) -> object:
     and Infinity are refused: they are Python's, not JSON. Raises `MalformedJsonError`.
     """
     try:
-        return _DECODER.decode(body.decode("utf-8", "replace").removeprefix("\ufeff"))
-    except (ValueError, RecursionError) as error:
+        return _JSON.parse(body.decode("utf-8", "replace").removeprefix("\ufeff"))
+    except ValueError as error:
         raise MalformedJsonError(f"body of {len(body)} bytes is not JSON: {error}") from error
 
 
@@ -140,9 +140,5 @@ def _invalid_type(expected: str, value: object, path: list[str | int]) -> Issue:
     }
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-# parse_int=float: JSON has one kind of number, and Python's int refuses one of more than 4300 digits.
-_DECODER = json.JSONDecoder(parse_int=float, parse_constant=_refuse_constant)
+# JavaScript has one kind of number, and takes the last of two members of one name.
+_JSON: Final = StrictJson(members=None, integer=float)

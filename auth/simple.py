@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, parse_json
 from dstack_emu.auth.errors import AuthConfigError, MalformedJsonError
 from dstack_emu.auth.policy import Compat, Policy, evaluate, parse_compat
+from dstack_emu.transport.validation import problems
 
 DEFAULT_CONFIG_PATH: Final = "./auth-config.json"
 READS: Final = 3
@@ -137,7 +138,6 @@ def _parse(content: bytes, path: str) -> Policy:
     except MalformedJsonError as error:
         raise AuthConfigError(f"failed to load config: {path}: Invalid JSON: {error.__cause__}") from error
     except ValidationError as error:
-        faults = error.errors(include_url=False, include_context=False, include_input=False)
-        first = ": ".join(filter(None, (".".join(map(str, faults[0]["loc"])), faults[0]["msg"])))
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        first, *others = problems(error)
+        more = f" (and {len(others)} more)" if others else ""
         raise AuthConfigError(f"failed to load config: {path}: {first}{more}") from error

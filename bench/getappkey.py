@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 from bench.figure import Bar, Effort, Figure, alternate, median, ratio
-from bench.kms import measured_kms, tls
+from bench.kms import measured_kms
 from bench.load import closed_loop
 from bench.processes import CpuMeter
 from bench.reference import bare_kms
+from dstack_emu.transport.tls import client_context
 
 CONNECTIONS = 8
 BAR, SHARE_BAR = 1000, 0.5
@@ -21,7 +22,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
     """Calls a second, as a share of the bare server's, and for each second that the KMS itself computed."""
     with ExitStack() as stack:
         kms = stack.enter_context(measured_kms())
-        body, contexts = kms.app_key_request(), [tls(identity) for identity in kms.identities(CONNECTIONS)]
+        body, contexts = kms.app_key_request(), [client_context(identity) for identity in kms.identities(CONNECTIONS)]
         ours = [kms.connect(context, "GetAppKey", body) for context in contexts]
         port = stack.enter_context(bare_kms(kms, documents=1, questions=2, answer=ours[0].call()))
         bare = [kms.connect(context, "GetAppKey", body, port) for context in contexts]

@@ -17,9 +17,10 @@ from dataclasses import replace
 import dcap_qvl
 
 from bench.figure import Bar, Effort, Figure, alternate, median, rate_of, ratio
-from bench.kms import MeasuredKms, measured_kms, tls
+from bench.kms import MeasuredKms, measured_kms
 from bench.processes import SERVER_CORE, cpu_seconds, on_core
 from bench.reference import ask_evidence, bare_kms
+from dstack_emu.transport.tls import client_context
 
 CALLERS = 250
 """New callers for each second of a round."""
@@ -73,7 +74,7 @@ def _new_callers(
             connection.close()
 
     def measured(seconds: float) -> float:
-        contexts = [tls(identity) for identity in kms.identities(max(THREADS, int(CALLERS * seconds)))]
+        contexts = [client_context(identity) for identity in kms.identities(max(THREADS, int(CALLERS * seconds)))]
         used, began = cpu_seconds(kms.pid), time.perf_counter()
         list(pool.map(call, contexts))
         took = time.perf_counter() - began

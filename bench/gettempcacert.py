@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 from bench.figure import Bar, Effort, Figure, alternate, median, ratio
-from bench.kms import measured_kms, tls
+from bench.kms import measured_kms
 from bench.load import closed_loop
 from bench.reference import bare_kms
+from dstack_emu.transport.tls import client_context
 
 CONNECTIONS = 8
 SHARE_BAR = 0.5
@@ -19,9 +20,9 @@ def measure(effort: Effort) -> Iterator[Figure]:
     """Calls a second, and as a share of the bare server's."""
     with ExitStack() as stack:
         kms = stack.enter_context(measured_kms())
-        ours = [kms.connect(tls(), "GetTempCaCert") for _ in range(CONNECTIONS)]
+        ours = [kms.connect(client_context(), "GetTempCaCert") for _ in range(CONNECTIONS)]
         port = stack.enter_context(bare_kms(kms, documents=0, questions=1, answer=ours[0].call()))
-        bare = [kms.connect(tls(), "GetTempCaCert", port=port) for _ in range(CONNECTIONS)]
+        bare = [kms.connect(client_context(), "GetTempCaCert", port=port) for _ in range(CONNECTIONS)]
         for connection in (*ours, *bare):
             stack.callback(connection.close)
         rates, bare_rates = alternate(effort, closed_loop(ours), closed_loop(bare))

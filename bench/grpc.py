@@ -15,11 +15,11 @@ from typing import Any
 import grpc
 
 from bench.figure import Effort, Figure, alternate, median, ratio
-from bench.kms import measured_kms, tls
+from bench.kms import measured_kms
 from bench.load import Connection, closed_loop, connect_unix, post
 from bench.processes import OTHER_CORE, SERVER_CORE, UP, CpuMeter, on_core, running
 from dstack_emu.attest.proto import dstack_guest_pb2, kms_pb2
-from dstack_emu.transport.ratls import Identity
+from dstack_emu.transport.tls import Identity, client_context
 
 CONNECTIONS = 8
 TIMEOUT = 30.0
@@ -59,7 +59,7 @@ def _getappkey(effort: Effort) -> Iterator[Figure]:
             grpc.secure_channel(f"127.0.0.1:{port}", _credentials(root, identity), options) for identity in identities
         ]
         by_grpc = _grpc_loop(stack, channels, "/kms.KMS/GetAppKey", request)
-        connections = [kms.connect(tls(identity), "GetAppKey", body) for identity in identities]
+        connections = [kms.connect(client_context(identity), "GetAppKey", body) for identity in identities]
         yield from _compare(effort, stack, "getappkey", kms.pid, by_grpc, connections)
 
 

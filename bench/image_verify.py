@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from bench.figure import Bar, Effort, Figure, alternate, median, ratio
-from bench.kms import measured_kms, tls
+from bench.kms import measured_kms
 from bench.load import closed_loop
 from bench.processes import SERVER_CORE, CpuMeter, on_core
 from bench.quotes import booted_domain
@@ -19,6 +19,7 @@ from dstack_emu.attest.app_info import vm_config_of
 from dstack_emu.attest.os_image import verify_lite
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.seed import Seed
+from dstack_emu.transport.tls import client_context
 
 CONNECTIONS = 8
 SHARE_BAR = 0.85
@@ -34,7 +35,8 @@ def measure(effort: Effort) -> Iterator[Figure]:
         meters = []
         for verifies in (False, True):
             kms = stack.enter_context(measured_kms(verify_images=verifies))
-            body, contexts = kms.app_key_request(), [tls(identity) for identity in kms.identities(CONNECTIONS)]
+            body = kms.app_key_request()
+            contexts = [client_context(identity) for identity in kms.identities(CONNECTIONS)]
             connections = [kms.connect(context, "GetAppKey", body) for context in contexts]
             for connection in connections:
                 stack.callback(connection.close)

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from google.protobuf.empty_pb2 import Empty
 
 from bench.figure import Bar, Effort, Figure, alternate, median, ratio
-from bench.kms import TIMEOUT, call, tls
+from bench.kms import TIMEOUT, call
 from bench.load import Connection, closed_loop, connect_tls, post
 from bench.processes import OTHER_CORE, SERVER_CORE, CpuMeter, on_core, running_stack
 from dstack_emu.attest.attestation import Attestation, decode
@@ -26,7 +26,8 @@ from dstack_emu.attest.proto import dstack_guest_pb2, kms_pb2
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.deployment.stack import Stack
 from dstack_emu.transport.client import PrpcClient
-from dstack_emu.transport.ratls import Identity, make_identity
+from dstack_emu.transport.ratls import make_identity
+from dstack_emu.transport.tls import Identity, client_context
 
 CONNECTIONS = 8
 BAR, REVERT_BAR = 0.95, 50.0
@@ -41,7 +42,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
         identity = asyncio.run(_identity(services["kms-src"], description["app"]["dstack_sock"]))
         vm_config: str = json.loads(call(description["app"]["dstack_sock"], "Info"))["vm_config"]
         request = post("/prpc/KMS.GetAppKey?json", json.dumps({"api_version": 1, "vm_config": vm_config}).encode())
-        url, context = urlsplit(services["kms-src"]), tls(identity)
+        url, context = urlsplit(services["kms-src"]), client_context(identity)
         address = (str(url.hostname), int(url.port or 0))
         connections = [Connection(connect_tls(address, context), request) for _ in range(CONNECTIONS)]
         for connection in connections:
@@ -72,7 +73,7 @@ def _switched(control: str, turn: str, load: Callable[[float], float]) -> Callab
 
 async def _identity(kms: str, agent: str) -> Identity:
     """Make a certificate for the stack's app, with evidence."""
-    async with PrpcClient(f"{kms}/prpc", timeout=TIMEOUT, ssl=tls()) as client:
+    async with PrpcClient(f"{kms}/prpc", timeout=TIMEOUT, ssl=client_context()) as client:
         temp = await client.call("GetTempCaCert", Empty(), kms_pb2.GetTempCaCertResponse)
     authority = load_authority(temp.temp_ca_cert, load_p256_pem(temp.temp_ca_key, "key"), "temporary CA")
     async with PrpcClient(agent, timeout=TIMEOUT) as client:

@@ -27,7 +27,8 @@ from dstack_emu.attest.certificate import load_authority
 from dstack_emu.attest.kdf import load_p256_pem
 from dstack_emu.attest.proto import dstack_guest_pb2, kms_pb2
 from dstack_emu.transport.client import PrpcClient
-from dstack_emu.transport.ratls import Identity, make_identity
+from dstack_emu.transport.ratls import make_identity
+from dstack_emu.transport.tls import Identity, client_context
 
 TIMEOUT = 10.0
 A = TypeVar("A", bound=Message)
@@ -140,20 +141,8 @@ async def _set_up(address: str) -> kms_pb2.GetTempCaCertResponse:
     async with PrpcClient(f"http://{address}/prpc", timeout=TIMEOUT) as client:
         await client.call("Onboard.Bootstrap", kms_pb2.BootstrapRequest(domain="localhost"), kms_pb2.BootstrapResponse)
         await client.call("Onboard.Finish", Empty(), Empty)
-    async with PrpcClient(f"https://{address}/prpc", timeout=TIMEOUT, ssl=tls()) as client:
+    async with PrpcClient(f"https://{address}/prpc", timeout=TIMEOUT, ssl=client_context()) as client:
         return await client.call("GetTempCaCert", Empty(), kms_pb2.GetTempCaCertResponse)
-
-
-def tls(identity: Identity | None = None) -> ssl.SSLContext:
-    """A client's TLS settings: any server will do, and a certificate to present."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    if identity is not None:
-        with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:  # OpenSSL reads files alone
-            file.write(identity.key + identity.certificate)
-            file.flush()
-            context.load_cert_chain(file.name)
-    return context
 
 
 def call(socket_path: str, method: str, body: bytes = b"{}") -> bytes:

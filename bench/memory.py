@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 from bench.figure import Bar, Effort, Figure
-from bench.kms import measured_kms, tls
+from bench.kms import measured_kms
 from bench.load import ask
 from bench.processes import resident_memory
+from dstack_emu.transport.tls import client_context
 
 CONNECTIONS = 8
 BATCH, NEW_CALLERS = 20, 1
@@ -22,14 +23,14 @@ def measure(effort: Effort) -> Iterator[Figure]:
     with ExitStack() as stack:
         kms = stack.enter_context(measured_kms())
         body, half = kms.app_key_request(), effort.calls // 2
-        kept = [kms.connect(tls(identity), "GetAppKey", body) for identity in kms.identities(CONNECTIONS)]
+        kept = [kms.connect(client_context(identity), "GetAppKey", body) for identity in kms.identities(CONNECTIONS)]
         for connection in kept:
             stack.callback(connection.close)
         held = []
         for _ in range(2):
             for identity in kms.identities(half // BATCH * NEW_CALLERS):
                 ask(kept, BATCH - NEW_CALLERS)
-                caller = kms.connect(tls(identity), "GetAppKey", body)
+                caller = kms.connect(client_context(identity), "GetAppKey", body)
                 caller.call()
                 caller.close()
             held.append(resident_memory(kms.pid) / 2**20)

@@ -6,13 +6,13 @@ parsers' words are our own. Decisions are never cached.
 """
 
 import functools
-import json
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, Protocol
 
 import aiohttp
 
 from dstack_emu.attest.app_info import BootInfo
+from dstack_emu.attest.strict_json import ConstantError, StrictJson
 from dstack_emu.attest.version import UPSTREAM
 from dstack_emu.kms_emu.errors import UnavailableError
 from dstack_emu.transport.client import MoreHeaders, describe_failure
@@ -161,8 +161,10 @@ class _Fields:
         self._complaint = answer.complaint
         try:
             # Of the JSON that Python reads, no more than upstream's parser: UTF-8 without NaN, and no field twice.
-            document = _DECODER.decode(answer.data.decode())
-        except (ValueError, RecursionError) as error:
+            document = _JSON.parse(answer.data.decode())
+        except ConstantError as error:
+            raise UnavailableError(f"{self._complaint}: {error.constant} is no JSON") from error
+        except ValueError as error:
             raise UnavailableError(f"{self._complaint}: {error}") from error
         if not isinstance(document, dict):
             raise UnavailableError(f"{self._complaint}: invalid type: {_kind(document)}, expected struct {what}")
@@ -209,11 +211,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
-_DECODER: Final = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
+_JSON: Final = StrictJson(members=_object)
 
 
 def _kind(value: Any) -> str:

@@ -6,13 +6,13 @@ empty, so everything happens inside it. Private files are 0600. Source of the na
 312dc605.
 """
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from dstack_emu.kms_emu.errors import KmsConfigError
+from dstack_emu.transport.files import UNFINISHED, replace_file_durably, sync_folder, write_durably
 
 TMP_CA_CERT: Final = "tmp-ca.crt"
 TMP_CA_KEY: Final = "tmp-ca.key"
@@ -27,7 +27,7 @@ BOOTSTRAP_INFO: Final = "bootstrap-info.json"
 REQUIRED: Final = (TMP_CA_CERT, TMP_CA_KEY, ROOT_CA_CERT, ROOT_CA_KEY, RPC_CERT, RPC_KEY, K256_KEY)
 PRIVATE: Final = frozenset((TMP_CA_KEY, ROOT_CA_KEY, RPC_KEY, K256_KEY))
 
-_UNFINISHED: Final = ".writing"
+_STAGING: Final = ".writing"
 _COMMITTED: Final = ".committed"
 
 
@@ -46,8 +46,8 @@ class CertDir:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             if (self.path / _COMMITTED).is_dir():
                 self._move_committed()
-            shutil.rmtree(self.path / _UNFINISHED, ignore_errors=True)
-            for left in self.path.glob(".*.new"):  # by `replace`
+            shutil.rmtree(self.path / _STAGING, ignore_errors=True)
+            for left in self.path.glob(UNFINISHED):
                 left.unlink()
         except OSError as error:
             raise KmsConfigError(f"core.cert_dir {self.path} cannot be used: {error.strerror}") from error
@@ -76,26 +76,23 @@ class CertDir:
 
     def store(self, files: Mapping[str, bytes]) -> None:
         """Write a set of files so that after a crash at any moment the next start finds all of them or none."""
-        staging = self.path / _UNFINISHED
+        staging = self.path / _STAGING
         try:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(mode=0o700)
             for name, data in files.items():
-                _write(staging / name, data, 0o600 if name in PRIVATE else 0o644)
-            _sync(staging)
+                write_durably(staging / name, data, 0o600 if name in PRIVATE else 0o644)
+            sync_folder(staging)
             staging.rename(self.path / _COMMITTED)  # from here on the next start completes the move
-            _sync(self.path)
+            sync_folder(self.path)
             self._move_committed()
         except OSError as error:
             raise KmsConfigError(f"cannot store keys in {self.path}: {error.strerror}") from error
 
     def replace(self, name: str, data: bytes) -> None:
         """Replace one file at once."""
-        temporary = self.path / f".{name}.new"
         try:
-            _write(temporary, data, 0o600 if name in PRIVATE else 0o644)
-            temporary.replace(self.path / name)
-            _sync(self.path)
+            replace_file_durably(self.path / name, data, 0o600 if name in PRIVATE else 0o644)
         except OSError as error:
             raise KmsConfigError(f"cannot write {self.path / name}: {error.strerror}") from error
 
@@ -103,21 +100,5 @@ class CertDir:
         committed = self.path / _COMMITTED
         for file in sorted(committed.iterdir()):
             file.replace(self.path / file.name)
-        _sync(self.path)
+        sync_folder(self.path)
         committed.rmdir()
-
-
-def _write(path: Path, data: bytes, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with open(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(descriptor)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -36,13 +36,13 @@ from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.ratls import (
     TIMEOUT,
     AttestedServer,
-    Identity,
     RaTlsClient,
     RaTlsError,
     RaTlsUnreachableError,
     RefusedError,
     make_identity,
 )
+from dstack_emu.transport.tls import Identity
 
 API_VERSION: Final = 1
 CSR_VERSION: Final = 2

@@ -13,7 +13,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import shutil
 import tarfile
 import tempfile
@@ -25,6 +24,7 @@ from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.image import MEASUREMENT_FILE, ImageMeasurement, cmdline_sha384, initrd_sha384, os_image_hash
 from dstack_emu.attest.os_image import CHECKSUM_FILE, METADATA_FILE, ImageInfo, parse_manifest
 from dstack_emu.simulator.image import OsImage, is_bootable, kernel_digest
+from dstack_emu.transport.files import replace_file
 
 DIGEST_FILE = "digest.txt"
 
@@ -134,11 +134,9 @@ def fill_cache(image: OsImage, cache_dir: Path, entry: str, content: bytes) -> P
     if not (folder / METADATA_FILE).exists():
         shutil.rmtree(folder, ignore_errors=True)
         save_image(image, folder)
-    temporary = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        replace_file(path, content)
     except OSError as error:
         raise ImageFileError(f"{path} cannot be written: {error.strerror}") from error
     return path

@@ -1,9 +1,9 @@
 """Stores keys, again and again, in processes that are killed at one step after the other; prints what was left.
 
-A step is a line of kms_emu/cert_dir.py, or a call that reaches the file system from there (an audit event), so nothing
-of the code under test is replaced. After each crash the folder is judged as the next start judges it: all keys, to the
-byte, or none, and nothing else. Where a start has something to finish or to discard, it is killed at each of its own
-calls, too.
+A step is a line of kms_emu/cert_dir.py or dstack_emu/transport/files.py, or a call that reaches the file system from
+there (an audit event), so nothing of the code under test is replaced. After each crash the folder is judged as the next
+start judges it: all keys, to the byte, or none, and nothing else. Where a start has something to finish or to discard,
+it is killed at each of its own calls, too.
 
 Run as a program: `python -m tests.crashing_store FOLDER`; one line of JSON.
 """
@@ -23,6 +23,7 @@ from typing import Any
 from dstack_emu.kms_emu import cert_dir
 from dstack_emu.kms_emu.cert_dir import BOOTSTRAP_INFO, RPC_CERT, CertDir
 from dstack_emu.kms_emu.keys import KmsKeys
+from dstack_emu.transport import files as transport_files
 
 REACHES_DISK = {
     "open",
@@ -75,7 +76,7 @@ def _arm(step: int, lines: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def trace(frame: FrameType, event: str, _argument: Any) -> Any:
-        if frame.f_code.co_filename != cert_dir.__file__:
+        if frame.f_code.co_filename not in (cert_dir.__file__, transport_files.__file__):
             return None
         if event == "line":
             count()

@@ -1,7 +1,7 @@
 """A guest that shares nothing with the emulator: what anyone could write after reading the protocol.
 
-It knows HTTP, TLS, X.509 and SHA-512 by the standard library and `cryptography`, and imports no package of this
-repository, so a mistake that both sides of the emulator make alike is no agreement here.
+It knows HTTP, TLS, X.509 and SHA-512 by the standard library and `cryptography`, and imports nothing of the package
+under test, so a mistake that both sides of the emulator make alike is no agreement here.
 """
 
 import datetime
@@ -11,11 +11,9 @@ import json
 import socket
 import ssl
 import struct
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -29,6 +27,8 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
 )
+
+from tests import tls
 
 OID_ATTESTATION = x509.ObjectIdentifier("1.3.6.1.4.1.62397.1.8")
 OID_QUOTE = x509.ObjectIdentifier("1.3.6.1.4.1.62397.1.1")
@@ -221,17 +221,10 @@ def kms(url: str, *, identity: Identity | None = None, root_ca: str | None = Non
 
 def tls_context(identity: Identity | None, root_ca: str | None) -> ssl.SSLContext:
     """Client settings: verify under one root, or not at all; show a certificate, or none."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    if root_ca is None:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    else:
-        context.load_verify_locations(cadata=root_ca)
+    context = tls.client(root_ca)
     if identity is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "client.pem")
-            key = identity.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-            file.write_bytes(key + identity.certificate.public_bytes(Encoding.PEM))
-            context.load_cert_chain(file)
+        key = identity.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        tls.load(context, identity.certificate.public_bytes(Encoding.PEM).decode(), key.decode())
     return context
 
 

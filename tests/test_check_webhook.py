@@ -406,9 +406,9 @@ async def test_deciding_about_nothing_is_a_warning() -> None:
 
 
 def test_unreachable_webhook_fails_with_a_hint() -> None:
-    with bind_tcp("127.0.0.1", 0) as sock:
+    with bind_tcp("127.0.0.1", 0, listen=False) as sock:  # kept, so that nobody else listens there meanwhile
         port = sock.getsockname()[1]
-    done = run_command("check-webhook", f"http://127.0.0.1:{port}")
+        done = run_command("check-webhook", f"http://127.0.0.1:{port}")
     assert (done.returncode, done.stderr) == (1, b"")
     assert b"Connection refused" in done.stdout
     assert b"hint: is it running, and at this address?" in done.stdout

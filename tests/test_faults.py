@@ -6,7 +6,6 @@ One stack for the file, whose services wait a second for one another; each case 
 import asyncio
 import json
 import os
-import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from dstack_emu.control.api import Control
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.stack import Stack
 from dstack_emu.observability.fault_rules import KINDS
+from tests import tls
 from tests.world import PATIENCE, own_stack
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -209,9 +209,7 @@ async def test_dropped_answer_promises_more_than_comes(stack: Stack, control: Co
 async def test_secrets_of_answers_are_nowhere_in_the_journal(stack: Stack, control: Control) -> None:
     await _boots(control)
     await _onboards(control)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls.client())) as session:
         async with session.get(f"{stack.services['kms-src']}/prpc/KMS.GetTempCaCert?json") as response:
             temp_ca_key = (await response.json())["temp_ca_key"]
         async with session.get(f"{stack.services['app']}/GetKey?path=wallet") as response:

@@ -20,7 +20,7 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from dstack_emu.simulator.platform import PlatformState
-from tests import foreign
+from tests import foreign, tls
 from tests.commands import run_command, serving
 from tests.kms_files import copy_keys, write_kms_toml
 from tests.live_pccs import LivePccs, live_pccs
@@ -81,16 +81,6 @@ def free_port() -> int:
 # ---- a source of this file's own
 
 
-def server_context(certificate: str, key: str) -> ssl.SSLContext:
-    """Settings of a server with a certificate (PEM)."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "server.pem")
-        file.write_text(key + certificate)
-        context.load_cert_chain(file)
-    return context
-
-
 @contextmanager
 def tls_server(reply: Reply, *contexts: ssl.SSLContext) -> Iterator[str]:
     """Answer each request by its path with raw bytes, and hang up; yield the URL.
@@ -149,7 +139,7 @@ def posing_as_the_source(world: World, answer: bytes | None, *, then_as: str = "
         return http(json.dumps(temp).encode()) if "GetTempCaCert" in path else answer
 
     folders = [world.certs, Path(world.stack.description["state"], f"kms-{then_as}", "certs")]
-    shown = [server_context((each / "rpc.crt").read_text(), (each / "rpc.key").read_text()) for each in folders]
+    shown = [tls.server((each / "rpc.crt").read_text(), (each / "rpc.key").read_text()) for each in folders]
     with tls_server(reply, *shown) as url:
         yield url
 
@@ -235,7 +225,7 @@ def attested(evidence_of: Callable[[bytes], bytes]) -> Iterator[str]:
     evidence = evidence_of(foreign.spki_of(key))
     certificate = foreign.Authority.invent("Dstack KMS CA").issue(key, evidence).certificate
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
-    shown = server_context(certificate.public_bytes(Encoding.PEM).decode(), pem)
+    shown = tls.server(certificate.public_bytes(Encoding.PEM).decode(), pem)
     with tls_server(lambda path: http(b"{}"), shown) as url:
         yield url
 

@@ -1,12 +1,12 @@
 """`dstack-emu setup` and `health`: a stack that runs elsewhere, by its public interfaces alone."""
 
 import json
-import ssl
 import urllib.request
 from pathlib import Path
 
 import pytest
 
+from tests import tls
 from tests.commands import run_command, usage_error
 from tests.running import RunningStack, running_stack
 
@@ -53,9 +53,7 @@ def test_kms_that_is_set_up_has_the_host_of_its_url_in_its_certificate() -> None
         assert run_command("setup", *words).returncode == 0
         for name in ("kms-src", "kms-dst"):
             ca = json.loads(stack.curl(f"https://{stack.services[name][7:]}/prpc/KMS.GetMeta?json")[1])["ca_cert"]
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.load_verify_locations(cadata=ca)
-            with urllib.request.urlopen(f"https://{stack.services[name][7:]}/health", context=context) as answer:
+            with urllib.request.urlopen(f"https://{stack.services[name][7:]}/health", context=tls.client(ca)) as answer:
                 assert answer.status == 200
         assert run_command("health", "--kms", stack.services["kms-dst"].partition("://")[2]).returncode == 0
 

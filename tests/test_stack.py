@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import ssl
 import subprocess
 import sys
 import tempfile
@@ -18,15 +17,14 @@ from dstack_emu.attest.pck import device_id
 from dstack_emu.deployment.config import PORTS, PartEndedError, StackConfig, StackError
 from dstack_emu.deployment.stack import Stack
 from dstack_emu.transport.listen import ListenError, bind_tcp
+from tests import tls
 from tests.repository import ROOT
 from tests.running import READY_TIMEOUT, running_stack
 
 
 async def status_of(url: str) -> int:
     """Ask a page."""
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
-    async with aiohttp.ClientSession() as session, session.get(url, ssl=tls) as response:
+    async with aiohttp.ClientSession() as session, session.get(url, ssl=tls.client()) as response:
         return response.status
 
 

@@ -32,6 +32,7 @@ from dstack_emu.attest.proto.prpc_pb2 import PrpcError
 from dstack_emu.transport.client import PrpcClient, RpcError, TransportError
 from dstack_emu.transport.listen import GRACE, ListenError, bind_tcp, bind_unix, serve
 from dstack_emu.transport.prpc_server import MAX_BODY, Asked
+from tests import tls
 from tests.recorded import golden
 from tests.toy import Toy, ToyError, application, connect, exchange, post, raw, read_answer, served
 
@@ -616,12 +617,8 @@ def identity(tmp_path: Path) -> Identity:
 
 
 def server_tls(identity: Identity, *, client_ca: Identity | None = None) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(identity.cert_file, identity.key_file)
-    if client_ca is not None:
-        context.load_verify_locations(client_ca.cert_file)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
+    ca = None if client_ca is None else Path(client_ca.cert_file).read_text()
+    return tls.server(Path(identity.cert_file).read_text(), Path(identity.key_file).read_text(), client_ca=ca)
 
 
 async def test_client_shows_the_servers_certificate_on_every_call_before_the_status(

@@ -27,6 +27,7 @@ import cbor2
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.eventlog import ACPI_PAYLOAD, TdxEvent, replay_register
+from dstack_emu.attest.varint import encode_varint, read_varint
 from dstack_emu.attest.vmconfig import VmConfig
 
 MEASUREMENT_FILE = "measurement.tdx.cbor"
@@ -316,7 +317,7 @@ class TdHobWitness:
     @classmethod
     def parse(cls, data: bytes) -> Self:
         """Parse a witness to its last byte. Raises FormatError, with upstream's texts where it has one."""
-        numbers = _leb128_numbers(data)
+        numbers = _read_numbers(data)
         if len(numbers) < 3 or len(numbers) < 3 + 2 * numbers[2]:
             raise FormatError("truncated TD HOB witness varuint")
         if len(numbers) > 3 + 2 * numbers[2]:
@@ -340,7 +341,7 @@ class TdHobWitness:
         numbers = [base, self.hob_page - base, len(ranges)]
         for start, pages in ranges:
             numbers += (start - base, pages)
-        return b"".join(map(_leb128, numbers))
+        return b"".join(map(encode_varint, numbers))
 
     def td_hob(self, memory_size: int) -> bytes:
         """Build the hand-off block list that the firmware measures, for a machine of memory_size bytes.
@@ -380,29 +381,16 @@ class TdHobWitness:
         return segments
 
 
-def _leb128(number: int) -> bytes:
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
-
-
-def _leb128_numbers(data: bytes) -> list[int]:
-    numbers = []
-    number = shift = 0
-    for byte in data:
-        number |= (byte & 0x7F) << shift
-        if byte & 0x80:
-            shift += 7
-            if shift >= 64:
-                raise FormatError("TD HOB witness varuint is too large")
-        else:
-            numbers.append(number)
-            number = shift = 0
-    if shift:
-        raise FormatError("truncated TD HOB witness varuint")
+def _read_numbers(data: bytes) -> list[int]:
+    numbers, at = list[int](), 0
+    while at < len(data):
+        try:
+            number, at = read_varint(data, at, len(data))
+        except EOFError as error:
+            raise FormatError("truncated TD HOB witness varuint") from error
+        except OverflowError as error:
+            raise FormatError("TD HOB witness varuint is too large") from error
+        numbers.append(number)
     return numbers
 
 

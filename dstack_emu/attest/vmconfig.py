@@ -15,11 +15,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
-from typing import Any, Final, Literal, NoReturn, Self
+from typing import Any, Final, Literal, Self
 
 from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.strict_json import ConstantError, StrictJson
 
 _Reader = Callable[[Any], Any]
+
+_JSON: Final = StrictJson()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +93,11 @@ class VmConfig:
         be named twice. Raises FormatError, its text beginning with upstream's `Failed to parse vm config: `.
         """
         try:
-            document = _object(json.loads(text, object_pairs_hook=_unique_members, parse_constant=_refuse_constant))
+            document = _object(_JSON.parse(text))
             read = {name: _read(name, reader, document[name]) for name, reader in _MEMBERS.items() if name in document}
-        except (ValueError, RecursionError) as error:
+        except ConstantError as error:
+            raise FormatError(f"Failed to parse vm config: expected value, got {error.constant}") from error
+        except ValueError as error:
             raise FormatError(f"Failed to parse vm config: {error}") from error
         return cls(**read)
 
@@ -213,16 +218,3 @@ _LATER_ADDITIONS: Final[Mapping[str, object]] = MappingProxyType(
     {"num_nics": 1, "num_verity_volumes": 0, "swtpm": False, "tdx_attestation_variant": "legacy"}
 )
 """Members that are written only where they differ from this."""
-
-
-def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in members:
-            raise ValueError(f"duplicate field `{name}`")
-        members[name] = value
-    return members
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"expected value, got {constant}")

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.control.policies import PolicyControl
-from dstack_emu.control.schemas import ClockChange, ControlError, Dates, PlatformChange, VendorChange, problems
+from dstack_emu.control.schemas import ClockChange, ControlError, Dates, PlatformChange, VendorChange
 from dstack_emu.control.snapshots import StackState, apply_state, capture_state
 from dstack_emu.deployment.clock import ClockError, StackClock
 from dstack_emu.deployment.config import StackError
@@ -25,6 +25,7 @@ from dstack_emu.observability.journal import Journal
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.intel import VendorState
 from dstack_emu.simulator.platform import Platform, PlatformState
+from dstack_emu.transport.validation import describe
 
 if TYPE_CHECKING:
     from dstack_emu.deployment.stack import Stack
@@ -362,4 +363,4 @@ def _checked(model: type[B], fields: Mapping[str, Any]) -> B:
     try:
         return model.model_validate(dict(fields))
     except ValidationError as error:
-        raise ControlError(problems(error)) from error
+        raise ControlError(describe(error)) from error

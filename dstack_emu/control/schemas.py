@@ -4,7 +4,7 @@ import datetime
 import re
 from typing import Annotated, Any, Final, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dstack_emu.deployment.clock import LATEST
 from dstack_emu.deployment.guests import EventSpec as EventSpec
@@ -52,14 +52,6 @@ class ControlError(Exception):
     def __init__(self, text: str, status: int = 400) -> None:
         super().__init__(text)
         self.status = status
-
-
-def problems(error: ValidationError) -> str:
-    """What is wrong with a document, in one line."""
-    return "; ".join(
-        ": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, "))))
-        for e in error.errors(include_url=False)
-    )
 
 
 class Request(BaseModel):

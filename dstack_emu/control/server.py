@@ -20,8 +20,9 @@ from yarl import URL
 
 from dstack_emu.control.api import Control
 from dstack_emu.control.routes import ROUTES, Route, openapi
-from dstack_emu.control.schemas import ControlError, problems
+from dstack_emu.control.schemas import ControlError
 from dstack_emu.observability.journal import Record
+from dstack_emu.transport.validation import describe
 
 MAX_BODY: Final = 32 * 1024 * 1024
 
@@ -76,7 +77,7 @@ def _handler(control: Control, operation: Route) -> Callable[[web.Request], Awai
                 try:
                     body = operation.body.model_validate({} if body is None else body)
                 except ValidationError as error:
-                    raise ControlError(problems(error)) from error
+                    raise ControlError(describe(error)) from error
         unknown = sorted(request.query.keys() - operation.query)
         if unknown:
             known = ", ".join(operation.query) or "none"

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from dstack_emu.attest.app_info import BootInfo
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.eventlog import RuntimeEvent
-from dstack_emu.control.schemas import ControlError, problems
+from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.clock import ClockState
 from dstack_emu.deployment.guests import GuestSpec, RunningGuest, start_guest
 from dstack_emu.deployment.kms import KmsSpec, RunningKms, remove_kms, start_kms
@@ -33,7 +33,9 @@ from dstack_emu.simulator.intel import IntelState, VendorState
 from dstack_emu.simulator.platform import PlatformState
 from dstack_emu.simulator.trust_domain import TrustDomainState
 from dstack_emu.transport.ratls import TIMEOUT as KMS_TIMEOUT
-from dstack_emu.transport.ratls import Identity, RaTlsClient
+from dstack_emu.transport.ratls import RaTlsClient
+from dstack_emu.transport.tls import Identity
+from dstack_emu.transport.validation import describe
 
 if TYPE_CHECKING:
     from dstack_emu.deployment.stack import Stack
@@ -107,7 +109,7 @@ class StackState(_Data):
         try:
             return cls.model_validate_json(json.dumps(document))
         except ValidationError as error:
-            raise ControlError(f"state: {problems(error)}") from error
+            raise ControlError(f"state: {describe(error)}") from error
         except (FormatError, ValueError, RecursionError) as error:
             raise ControlError(f"state: {error}") from error
 

@@ -6,7 +6,6 @@ processes or containers of their own, and for real KMS. A KMS that has keys alre
 
 import asyncio
 import json
-import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from dstack_emu.attest.prpc import encode_json
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.config import StackError
 from dstack_emu.transport.client import PrpcClient, RpcError, TransportError, describe_failure
+from dstack_emu.transport.tls import client_context
 
 TIMEOUT: Final = 30.0
 PAUSE: Final = 0.1
@@ -53,8 +53,7 @@ class RemoteKms:
 
     async def phase(self) -> Phase:
         """Find out by asking for its health with TLS and without; raise `StackError` where neither is answered."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the question is only whether it answers
+        context = client_context()  # nothing is verified: the question is only whether it answers
         timeout = aiohttp.ClientTimeout(total=TIMEOUT)
         async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(ssl=context)) as session:
             try:

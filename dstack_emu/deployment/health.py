@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -11,6 +10,7 @@ import aiohttp
 
 from dstack_emu.deployment.config import DESCRIPTION_FILE
 from dstack_emu.transport.client import describe_failure
+from dstack_emu.transport.tls import client_context
 
 TIMEOUT: Final = 5.0
 
@@ -30,8 +30,7 @@ async def check_health(state: Path) -> list[str]:
 
 async def ask_services(services: Mapping[str, str]) -> dict[str, str]:
     """Ask services by name and URL; say of each what is wrong, in no words where it answers."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # the question is only whether it answers
+    context = client_context()  # nothing is verified: the question is only whether it answers
     timeout = aiohttp.ClientTimeout(total=TIMEOUT)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(ssl=context)) as session:
         answers = await asyncio.gather(*(_ask(session, name, url) for name, url in services.items()))

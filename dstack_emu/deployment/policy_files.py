@@ -4,11 +4,12 @@ Plain JSON that a person edits while the stack runs: auth-simple reads it anew f
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from dstack_emu.transport.files import replace_file
 
 DENY_ALL: Final[dict[str, Any]] = {
     "osImages": [],
@@ -87,12 +88,8 @@ def write(path: Path, policy: dict[str, Any]) -> None:
 
 def replace(path: Path, content: bytes) -> None:
     """Put a file's content in place at once."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_bytes(content)
-    if os.geteuid() == 0:  # in a container: whoever has the folder has to be able to edit the policies in it
-        owner = path.parent.stat()
-        os.chown(temporary, owner.st_uid, owner.st_gid)
-    os.replace(temporary, path)
+    # As root, in a container: whoever owns the folder has to be able to edit the policies in it.
+    replace_file(path, content, like_folder=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from google.protobuf.descriptor_pool import Default as default_pool
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
+from dstack_emu.attest.varint import encode_varint
 from dstack_emu.observability.fault_effects import PIECES, until_lifted
 from dstack_emu.observability.fault_rules import FaultRule, FaultRules, InstalledRule
 from dstack_emu.observability.journal import Journal
@@ -202,12 +203,6 @@ def wrong_types(path: str, answer: bytes) -> bytes:
         return NOT_A_MESSAGE
     # A number 0 and an empty text are the same byte: only the tag before it tells them apart.
     fields = ((field.number, field.cpp_type in _DELIMITED) for field, _ in message.ListFields())
-    return b"".join(_varint(number << 3 | (VARINT if delimited else DELIMITED)) + b"\0" for number, delimited in fields)
-
-
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*out, number])
+    return b"".join(
+        encode_varint(number << 3 | (VARINT if delimited else DELIMITED)) + b"\0" for number, delimited in fields
+    )

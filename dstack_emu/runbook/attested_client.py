@@ -13,7 +13,8 @@ from dstack_emu.attest.report_data import ratls_report_data
 from dstack_emu.kms_emu.agent_client import GuestAgentClient
 from dstack_emu.simulator.seed import Entropy
 from dstack_emu.transport.pccs_client import Clock
-from dstack_emu.transport.ratls import CLIENT_SUBJECT, Identity
+from dstack_emu.transport.ratls import CLIENT_SUBJECT
+from dstack_emu.transport.tls import Identity
 
 CSR_VERSION: Final = 2
 CSR_NAME: Final = "runbook.example.test"

@@ -21,7 +21,8 @@ from dstack_emu.runbook.target import TargetKms
 from dstack_emu.transport.errors import TransportError
 from dstack_emu.transport.grpc_client import StatusError, call, certificate_of
 from dstack_emu.transport.pccs_client import AttestationVerifier
-from dstack_emu.transport.ratls import AttestedServer, Identity, peer_of
+from dstack_emu.transport.ratls import AttestedServer, peer_of
+from dstack_emu.transport.tls import Identity
 
 PACKAGE: Final = kms_pb2.DESCRIPTOR.package
 

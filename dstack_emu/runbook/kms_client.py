@@ -18,7 +18,8 @@ from dstack_emu.attest.proto import kms_pb2 as pb
 from dstack_emu.runbook.target import TargetKms
 from dstack_emu.transport.client import MAX_RESPONSE, TransportError, describe_failure
 from dstack_emu.transport.pccs_client import AttestationVerifier
-from dstack_emu.transport.ratls import AttestedServer, Identity, RaTlsClient, RaTlsError, client_context
+from dstack_emu.transport.ratls import AttestedServer, RaTlsClient, RaTlsError
+from dstack_emu.transport.tls import Identity, client_context
 
 TIMEOUT: Final = 60.0
 """Seconds for one call: a platform may take its time to quote."""

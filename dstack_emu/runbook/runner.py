@@ -20,7 +20,8 @@ from dstack_emu.runbook.target import Target
 from dstack_emu.runbook.transcript import Expected, Transcript, answers, arguments_of, redacted, says, short, summary_of
 from dstack_emu.simulator.seed import Entropy
 from dstack_emu.transport.pccs_client import AttestationVerifier, Clock, PccsClient
-from dstack_emu.transport.ratls import AttestedServer, Identity
+from dstack_emu.transport.ratls import AttestedServer
+from dstack_emu.transport.tls import Identity
 
 PAUSE: Final = 0.2
 """Seconds between two questions to a KMS that does not answer yet."""

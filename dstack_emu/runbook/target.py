@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from dstack_emu.attest.certificate import load_pem
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.verify import TrustAnchor
+from dstack_emu.transport.validation import problems
 
 SIDES: Final = ("src", "dst")
 _NO_NAMES: Final[Mapping[str, str]] = MappingProxyType({})
@@ -128,9 +129,7 @@ class Target:
         try:
             found = _Description.model_validate(document)
         except ValidationError as error:
-            fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            where = ".".join(map(str, fault["loc"])) or "the document"
-            raise TargetError(f"{name}: {where}: {fault['msg']}") from error
+            raise TargetError(f"{name}: {problems(error, document='the document')[0]}") from error
         services, runtime = found.services, found.runtime
         kms = {
             side: TargetKms(

@@ -18,7 +18,7 @@ from dstack_emu.testing.observation import LiveClock, LiveFault, LiveJournal
 from dstack_emu.testing.refusals import Refused
 from dstack_emu.testing.thread import StackThread, SyncControl
 from dstack_emu.testing.trust_domain import LiveImage, LivePlatform, LiveTrustDomain, LiveVendor
-from dstack_emu.transport.ratls import client_context
+from dstack_emu.transport.tls import client_context
 from dstack_emu.webhook_check.check import Report, check_webhook
 from dstack_emu.webhook_check.questions import Questions
 

@@ -20,7 +20,7 @@ from dstack_emu.attest.certificate import load_der
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.transport.client import MAX_RESPONSE, describe_failure
 from dstack_emu.transport.errors import TransportError
-from dstack_emu.transport.ratls import Identity, client_context
+from dstack_emu.transport.tls import Identity, client_context
 
 A = TypeVar("A", bound=Message)
 Options = tuple[tuple[str, object], ...]

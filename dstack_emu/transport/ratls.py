@@ -4,12 +4,9 @@ What dstack-util does when a guest fetches keys, and what a KMS does when it onb
 `ra-rpc/src/client.rs` and `ra-tls/src/cert.rs` (`generate_ra_cert`) at 312dc605.
 """
 
-import ssl
-import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from pathlib import Path
 from typing import Final, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -33,6 +30,7 @@ from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.transport.client import MoreHeaders, PrpcClient, RpcError, TransportError
 from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.status import status_line
+from dstack_emu.transport.tls import Identity, client_context
 
 CLIENT_SUBJECT: Final = "RA-TLS TEMP Cert"
 TIMEOUT: Final = 60.0
@@ -40,14 +38,6 @@ TIMEOUT: Final = 60.0
 M = TypeVar("M", bound=Message)
 Attester = Callable[[bytes], Awaitable[Attestation]]
 """Quotes 64 bytes of report_data: a guest agent, or the trust domain itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """A client certificate and its key, both PEM."""
-
-    certificate: str
-    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,24 +145,3 @@ def _within(text: str, error: AttestError) -> VerificationError:
     """An error of judging a server, with one more outer context."""
     kind = UnjudgedError if isinstance(error, UnjudgedError) else VerificationError
     return kind(f"{text}: {error}")
-
-
-def client_context(identity: Identity | None = None, root_ca: str | None = None) -> ssl.SSLContext:
-    """Make a client's TLS settings: show an identity, if given; check the server under a root (PEM), or not at all."""
-    # Not ssl.create_default_context(): from Python 3.13 it asks for authority key identifiers, which dstack's
-    # certificates, ours as upstream's, do not carry.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    if root_ca is None:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    else:
-        context.load_verify_locations(cadata=root_ca)
-    if identity is not None:
-        # OpenSSL reads a certificate chain from files alone; this folder is the process's own (mode 0700) and
-        # short-lived.
-        with tempfile.TemporaryDirectory(prefix="dstack-emu-") as folder:
-            certificate, key = Path(folder, "client.crt"), Path(folder, "client.key")
-            certificate.write_text(identity.certificate)
-            key.touch(mode=0o600)
-            key.write_text(identity.key)
-            context.load_cert_chain(certificate, key)
-    return context

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from pydantic.fields import FieldInfo
 
 from dstack_emu.transport.errors import ConfigError
+from dstack_emu.transport.validation import problems
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -38,11 +39,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def describe_errors(error: ValidationError) -> str:
-    """Return every problem that pydantic found, each with the path to its value, on one line."""
-    return "; ".join(f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors())
-
-
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file; raise `ConfigError` naming it."""
     try:
@@ -58,7 +54,7 @@ def validate(model: type[M], document: Any, source: str) -> M:
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {describe_errors(error)}") from error
+        raise ConfigError(f"{source}: {'; '.join(problems(error))}") from error
 
 
 def merge(document: Any, over: Mapping[str, Any]) -> Any:

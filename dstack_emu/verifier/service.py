@@ -9,10 +9,9 @@ register-by-register comparison that upstream's `debug` asks for (there is no QE
 Source of truth: dstack `verifier/src/{main,types,verification}.rs` at 312dc605, and recorded answers of that program.
 """
 
-import binascii
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, NoReturn, Self
+from typing import Any, Final, Self
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -23,11 +22,15 @@ from dstack_emu.attest.app_info import TEE_VARIANT_TDX, AppInfo
 from dstack_emu.attest.attestation import Attestation, decode, from_quote_and_log
 from dstack_emu.attest.certificate import attestation_of, certificate_spki, load_der
 from dstack_emu.attest.errors import AttestError, FormatError
+from dstack_emu.attest.hexadecimal import decode_hex
 from dstack_emu.attest.os_image import ImageInfo, decode_vm_config
 from dstack_emu.attest.quote import TdReport
+from dstack_emu.attest.strict_json import ConstantError, DuplicateMemberError, StrictJson
 from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.transport.image_store import ImageStore
 from dstack_emu.transport.pccs_client import AttestationVerifier, Clock
+
+_JSON: Final = StrictJson()
 
 
 class RequestSyntaxError(Exception):
@@ -63,8 +66,12 @@ class VerificationRequest:
     def parse(cls, body: bytes) -> Self:
         """Read the JSON; raise RequestSyntaxError or RequestTypeError. Unknown members are let pass."""
         try:
-            document = json.loads(body, object_pairs_hook=_unique, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
+            document = _JSON.parse(body.decode())
+        except DuplicateMemberError as error:
+            raise RequestTypeError("a member is named twice") from error
+        except ConstantError as error:
+            raise RequestSyntaxError(f"expected value, got {error.constant}") from error
+        except ValueError as error:
             raise RequestSyntaxError(str(error)) from error
         if not isinstance(document, dict):
             raise RequestTypeError(f"object expected, got {type(document).__name__}")
@@ -307,17 +314,6 @@ def _octets(document: dict[str, Any], name: str) -> bytes | None:
     if text is None:
         return None
     try:
-        return binascii.unhexlify(text.removeprefix("0x"))
+        return decode_hex(text)
     except ValueError as error:
         raise RequestTypeError(f"{name}: hex expected: {error}") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise RequestTypeError("a member is named twice")
-    return members
-
-
-def _no_constant(constant: str) -> NoReturn:
-    raise ValueError(f"expected value, got {constant}")

@@ -12,11 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic.alias_generators import to_camel
 
 from dstack_emu.attest.app_info import BootInfo, decode_app_info
-from dstack_emu.control.schemas import problems
+from dstack_emu.attest.hexadecimal import decode_hex
 from dstack_emu.deployment.guest import GuestConfig, local_key_provider, power_on
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.trust_domain import AppCompose
+from dstack_emu.transport.validation import describe
 
 Hex = Annotated[str, StringConstraints(pattern=r"^(0x)?([0-9a-fA-F]{2})*$", max_length=10_000)]
 _TEXTS: Final = ("tcb_status", "advisory_ids", "tee_variant")
@@ -71,7 +72,7 @@ class _Values(BaseModel):
         given: dict[str, Any] = self.model_dump(exclude_none=True)
         if self.attestation_mode is not None:
             given.setdefault("tee_variant", self.attestation_mode)
-        values: dict[str, Any] = {n: v if n in _TEXTS else _octets(v) for n, v in given.items()}
+        values: dict[str, Any] = {n: v if n in _TEXTS else decode_hex(v) for n, v in given.items()}
         return replace(question, **values)
 
 
@@ -109,7 +110,7 @@ class Questions:
                 return Questions(each.kms.put_into(self.kms), each.app.put_into(self.app))
             both = _Values.model_validate(document)
         except ValidationError as error:
-            raise QuestionError(problems(error)) from error
+            raise QuestionError(describe(error)) from error
         return Questions(both.put_into(self.kms), both.put_into(self.app))
 
 
@@ -120,7 +121,3 @@ def _question(seed: str, name: str, *, has_keys: bool) -> BootInfo:
         domain.complete(local_key_provider(Seed.of(seed), name))
     info = decode_app_info(domain.attest(bytes(64)), device_id=domain.platform.device_id)
     return BootInfo.about(info, "UpToDate", ())
-
-
-def _octets(text: str) -> bytes:
-    return bytes.fromhex(text.removeprefix("0x"))

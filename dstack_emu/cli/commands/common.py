@@ -7,6 +7,8 @@ import sys
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
+from dstack_emu.attest.hexadecimal import decode_hex
+
 T = TypeVar("T")
 
 WARNING: Final = "An emulator: it protects nothing. Never give it a secret, never believe its evidence in production."
@@ -78,6 +80,6 @@ def listen_address(text: str) -> tuple[str, int]:
 def hex_bytes(text: str) -> bytes:
     """Read hex, with 0x or without, for argparse."""
     try:
-        return bytes.fromhex(text.removeprefix("0x"))
+        return decode_hex("".join(text.split()))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"hex expected, got {text!r:.80}") from error

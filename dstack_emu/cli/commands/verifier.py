@@ -10,14 +10,13 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from dstack_emu.attest.certificate import load_pem
 from dstack_emu.attest.errors import AttestError, FormatError
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.cli.commands.common import WARNING, UsageError, listen_address, say, stop_on_signals
+from dstack_emu.cli.commands.root_options import NamedAnchor, add_root, chosen_root, default_root
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import PORTS
-from dstack_emu.simulator.intel import Intel
-from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
+from dstack_emu.transport.files import replace_file
 from dstack_emu.transport.image_store import ImageStore
 from dstack_emu.transport.listen import bind_tcp, serve
 from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
@@ -49,10 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--listen", type=listen_address, metavar="HOST:PORT", help=f"address (127.0.0.1:{PORTS['verifier']})"
     )
     parser.add_argument("--pccs", metavar="URL", help=f"where to fetch collateral ({PCCS})")
-    root = parser.add_mutually_exclusive_group()
-    root.add_argument("--seed", metavar="TEXT", help=f"under the emulated root of this seed ({DEFAULT_SEED})")
-    root.add_argument("--root", type=Path, metavar="PEM", help="under the root certificate in this file")
-    root.add_argument("--intel", action="store_true", help="under Intel's production root")
+    add_root(parser)
     once = parser.add_mutually_exclusive_group()
     once.add_argument(
         "--verify",
@@ -85,23 +81,15 @@ def run(arguments: argparse.Namespace) -> int:
     return asyncio.run(_serve(verifier, sock, root, arguments.json))
 
 
-def _anchor(arguments: argparse.Namespace, config: VerifierConfig) -> tuple[TrustAnchor, str]:
-    """The root to believe, and what to call it: an option's, else the file's, else the default seed's."""
-    if arguments.intel:
-        return TrustAnchor.intel(), "Intel's production root"
-    if arguments.root is not None:
-        try:
-            certificate = load_pem(arguments.root.read_text(), str(arguments.root))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--root: cannot read {arguments.root}: {error}") from error
-        except FormatError as error:
-            raise UsageError(f"--root: {error}") from error
-        return TrustAnchor.of(certificate), f"the root in {arguments.root}"
+def _anchor(arguments: argparse.Namespace, config: VerifierConfig) -> NamedAnchor:
+    """Return the root to believe: an option's, else the file's, else the default seed's."""
+    chosen = chosen_root(arguments)
+    if chosen is not None and arguments.seed is None:
+        return chosen
     configured = trust_anchor(config.attestation)
-    if arguments.seed is None and configured.root_ca is not None:
+    if chosen is None and configured.root_ca is not None:
         return configured, f"the root in {config.attestation.root_ca.tdx}"
-    seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
-    return TrustAnchor.of(Intel(Seed.of(seed)).root), f"the emulated root of seed {seed!r}"
+    return chosen or default_root()
 
 
 @asynccontextmanager
@@ -171,9 +159,7 @@ def _verify_certificate(path: Path, verifier: AbstractAsyncContextManager[Verifi
 def _write(path: Path, suffix: str, document: dict[str, Any], what: str) -> None:
     """Put an answer beside the file it is about, at once."""
     target = path.with_name(path.name + suffix)
-    temporary = path.with_name(f".{target.name}.new")
     try:
-        temporary.write_text(json.dumps(document, indent=2) + "\n")
-        temporary.replace(target)
+        replace_file(target, (json.dumps(document, indent=2) + "\n").encode())
     except OSError as error:
         raise FormatError(f"Failed to write {what} to {target}: {error.strerror}") from error

@@ -6,25 +6,22 @@ import json
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from dcap_qvl import QuoteCollateralV3
 
-from dstack_emu.attest.certificate import load_pem
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.report_data import pad_report_data
-from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.cli.commands.common import UsageError, hex_bytes
 from dstack_emu.cli.commands.inspect import WIDTH, add_input, headline, read_input, show
+from dstack_emu.cli.commands.root_options import add_root, chosen_root, default_root
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 from dstack_emu.deployment.config import PORTS
 from dstack_emu.inspection.checks import Check, Collect, Expectations, all_hold, verify_evidence
-from dstack_emu.simulator.intel import Intel
-from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
 from dstack_emu.transport.pccs_client import PccsClient
 
 DESCRIPTION = (
@@ -38,8 +35,6 @@ PCCS: Final = f"http://127.0.0.1:{PORTS['pccs']}"
 MAX_TIME: Final = 253_402_300_799
 """The last second of the year 9999."""
 
-T = TypeVar("T")
-
 _STATES: Final = {True: ("ok", GREEN), False: ("FAILED", RED), None: ("skipped", YELLOW)}
 
 
@@ -49,10 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--pccs", default=PCCS, metavar="URL", help="where to fetch collateral (%(default)s)")
     source.add_argument("--collateral", type=Path, metavar="FILE", help="collateral as QuoteCollateralV3 JSON instead")
-    root = parser.add_mutually_exclusive_group()
-    root.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="under the emulated root of this seed")
-    root.add_argument("--root", type=Path, metavar="PEM", help="under the root certificate in this file")
-    root.add_argument("--intel", action="store_true", help="under Intel's production root")
+    add_root(parser)
     parser.add_argument("--time", type=_moment, metavar="WHEN", help="judge at this time: Unix seconds or ISO 8601")
     parser.add_argument("--report-data", type=hex_bytes, metavar="HEX", help="what must be quoted, padded with zeros")
     parser.add_argument("--strict", action="store_true", help="refuse every TCB status but UpToDate")
@@ -91,14 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _policy(arguments: argparse.Namespace) -> Expectations:
-    if arguments.intel:
-        anchor, root = TrustAnchor.intel(), "Intel's production root"
-    elif arguments.root is not None:
-        anchor = _read(arguments.root, lambda text: TrustAnchor.of(load_pem(text, "root certificate")))
-        root = f"the root in {arguments.root}"
-    else:
-        anchor = TrustAnchor.of(Intel(Seed.of(arguments.seed)).root)
-        root = f"the emulated root of seed {arguments.seed!r}"
+    anchor, root = chosen_root(arguments) or default_root()
     try:
         wanted = None if arguments.report_data is None else pad_report_data(arguments.report_data)
     except FormatError as error:
@@ -111,7 +96,7 @@ def _collect(arguments: argparse.Namespace) -> Collect:
     if arguments.collateral is None:
         url: str = arguments.pccs
         return lambda quote: asyncio.run(_fetch(url, quote))
-    collateral = _read(arguments.collateral, QuoteCollateralV3.from_json)
+    collateral = _read(arguments.collateral)
     return lambda quote: collateral
 
 
@@ -123,10 +108,10 @@ async def _fetch(url: str, quote: bytes) -> QuoteCollateralV3:
         await pccs.close()
 
 
-def _read(path: Path, parse: Callable[[str], T]) -> T:
+def _read(path: Path) -> QuoteCollateralV3:
     try:
-        return parse(path.read_text())
-    except (OSError, ValueError, FormatError) as error:
+        return QuoteCollateralV3.from_json(path.read_text())
+    except (OSError, ValueError) as error:
         raise UsageError(printable(f"{path}: {error}")) from error
 
 

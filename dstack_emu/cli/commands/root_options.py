@@ -1,0 +1,49 @@
+"""The options that name the root certificate to verify evidence under: `--seed`, `--root`, `--intel`."""
+
+import argparse
+from pathlib import Path
+
+from dstack_emu.attest.certificate import load_pem
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.verify import TrustAnchor
+from dstack_emu.cli.commands.common import UsageError
+from dstack_emu.cli.terminal import printable
+from dstack_emu.simulator.intel import Intel
+from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
+
+NamedAnchor = tuple[TrustAnchor, str]
+"""A trust anchor, and what to call it."""
+
+
+def add_root(parser: argparse.ArgumentParser) -> None:
+    """Add the options, of which one may be given."""
+    root = parser.add_mutually_exclusive_group()
+    root.add_argument("--seed", metavar="TEXT", help=f"under the emulated root of this seed ({DEFAULT_SEED})")
+    root.add_argument("--root", type=Path, metavar="PEM", help="under the root certificate in this file")
+    root.add_argument("--intel", action="store_true", help="under Intel's production root")
+
+
+def chosen_root(arguments: argparse.Namespace) -> NamedAnchor | None:
+    """Return the root that an option names, None if none does; raise `UsageError`."""
+    if arguments.intel:
+        return TrustAnchor.intel(), "Intel's production root"
+    if arguments.root is not None:
+        return _in_file(arguments.root)
+    return None if arguments.seed is None else _of_seed(arguments.seed)
+
+
+def default_root() -> NamedAnchor:
+    """Return the emulated root of the default seed."""
+    return _of_seed(DEFAULT_SEED)
+
+
+def _of_seed(seed: str) -> NamedAnchor:
+    return TrustAnchor.of(Intel(Seed.of(seed)).root), f"the emulated root of seed {seed!r}"
+
+
+def _in_file(path: Path) -> NamedAnchor:
+    try:
+        certificate = load_pem(path.read_text(), "root certificate")
+    except (OSError, ValueError, FormatError) as error:
+        raise UsageError(printable(f"{path}: {error}")) from error
+    return TrustAnchor.of(certificate), f"the root in {path}"
