@@ -10,19 +10,25 @@ Source of truth: `VmConfig` of upstream's dstack-types and its VMM (312dc605), r
 """
 
 import base64
-import binascii
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal, Self
 
 from dstack_emu.attest.errors import FormatError
-from dstack_emu.attest.strict_json import ConstantError, StrictJson
-
-_Reader = Callable[[Any], Any]
-
-_JSON: Final = StrictJson()
+from dstack_emu.attest.json_struct import (
+    Reader,
+    one_of,
+    optional,
+    parse_json,
+    read_base64,
+    read_boolean,
+    read_hex,
+    read_members,
+    read_text,
+    unsigned,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +41,8 @@ class MeasurementDocument:
     @classmethod
     def from_json(cls, value: Any) -> Self:
         """Read the JSON object; raise `ValueError`."""
-        members = _object(value)
-        read = {}
-        for name in ("checksum_file", "measurement"):
-            if name not in members:
-                raise ValueError(f"missing field `{name}`")
-            read[name] = _read(name, _base64, members[name])
-        return cls(**read)
+        members = {"checksum_file": read_base64, "measurement": read_base64}
+        return cls(**read_members(value, members, required=tuple(members)))
 
     def to_json(self) -> dict[str, str]:
         """The JSON object."""
@@ -93,13 +94,9 @@ class VmConfig:
         be named twice. Raises FormatError, its text beginning with upstream's `Failed to parse vm config: `.
         """
         try:
-            document = _object(_JSON.parse(text))
-            read = {name: _read(name, reader, document[name]) for name, reader in _MEMBERS.items() if name in document}
-        except ConstantError as error:
-            raise FormatError(f"Failed to parse vm config: expected value, got {error.constant}") from error
+            return cls(**read_members(parse_json(text), _MEMBERS))
         except ValueError as error:
             raise FormatError(f"Failed to parse vm config: {error}") from error
-        return cls(**read)
 
     def to_json(self) -> str:
         """Write the text that the VMM hands to its guest: compact, `spec_version` 1 appended last.
@@ -120,96 +117,29 @@ class VmConfig:
         return json.dumps(document | {"spec_version": 1}, separators=(",", ":"), ensure_ascii=False)
 
 
-def _read(name: str, reader: _Reader, value: Any) -> Any:
-    try:
-        return reader(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"object expected, got {_kind(value)}")
-    return value
-
-
-def _unsigned(bits: int) -> _Reader:
-    def read(value: Any) -> Any:
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << bits:
-            raise ValueError(f"integer of {bits} bits, not negative, expected, got {_kind(value)}")
-        return value
-
-    return read
-
-
-def _boolean(value: Any) -> Any:
-    if not isinstance(value, bool):
-        raise ValueError(f"true or false expected, got {_kind(value)}")
-    return value
-
-
-def _text(value: Any) -> Any:
-    if not isinstance(value, str):
-        raise ValueError(f"text expected, got {_kind(value)}")
-    value.encode()  # a lone surrogate is no text
-    return value
-
-
-def _hex(value: Any) -> bytes:
-    """Decode hex text of either case; no 0x and no blanks (`bytes.fromhex` would skip blanks)."""
-    return binascii.unhexlify(_text(value))
-
-
-def _base64(value: Any) -> bytes:
-    """Decode standard base64 with its padding, part of it or none, and no stray bits in the last letter."""
-    text = _text(value)
-    body = text.rstrip("=")
-    decoded = base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
-    if not base64.b64encode(decoded).decode().startswith(text):
-        raise ValueError("not canonical base64")
-    return decoded
-
-
-def _one_of(*names: str) -> _Reader:
-    def read(value: Any) -> Any:
-        if value not in names:
-            raise ValueError(f"{' or '.join(map(repr, names))} expected, got {_kind(value)}")
-        return value
-
-    return read
-
-
-def _optional(reader: _Reader) -> _Reader:
-    return lambda value: None if value is None else reader(value)
-
-
-def _kind(value: Any) -> str:
-    return f"{json.dumps(value):.40}"
-
-
-_MEMBERS: Final[Mapping[str, _Reader]] = MappingProxyType(
+_MEMBERS: Final[Mapping[str, Reader]] = MappingProxyType(
     {
-        "os_image_hash": _hex,
-        "cpu_count": _unsigned(32),
-        "memory_size": _unsigned(64),
-        "qemu_single_pass_add_pages": _optional(_boolean),
-        "pic": _optional(_boolean),
-        "qemu_version": _optional(_text),
-        "pci_hole64_size": _unsigned(64),
-        "hugepages": _boolean,
-        "num_gpus": _unsigned(32),
-        "num_nvswitches": _unsigned(32),
-        "num_nics": _unsigned(32),
-        "num_verity_volumes": _unsigned(32),
-        "swtpm": _boolean,
-        "hotplug_off": _boolean,
-        "image": _optional(_text),
-        "host_share_mode": _text,
-        "ovmf_variant": _optional(_one_of("pre202505")),
-        "tdx_attestation_variant": _one_of("legacy", "lite"),
-        "tdx_measurement": _optional(TdxMeasurement.from_json),
-        "gcp_measurement": _optional(MeasurementDocument.from_json),
-        "aws_measurement": _optional(MeasurementDocument.from_json),
+        "os_image_hash": read_hex,
+        "cpu_count": unsigned(32),
+        "memory_size": unsigned(64),
+        "qemu_single_pass_add_pages": optional(read_boolean),
+        "pic": optional(read_boolean),
+        "qemu_version": optional(read_text),
+        "pci_hole64_size": unsigned(64),
+        "hugepages": read_boolean,
+        "num_gpus": unsigned(32),
+        "num_nvswitches": unsigned(32),
+        "num_nics": unsigned(32),
+        "num_verity_volumes": unsigned(32),
+        "swtpm": read_boolean,
+        "hotplug_off": read_boolean,
+        "image": optional(read_text),
+        "host_share_mode": read_text,
+        "ovmf_variant": optional(one_of("pre202505")),
+        "tdx_attestation_variant": one_of("legacy", "lite"),
+        "tdx_measurement": optional(TdxMeasurement.from_json),
+        "gcp_measurement": optional(MeasurementDocument.from_json),
+        "aws_measurement": optional(MeasurementDocument.from_json),
     }
 )
 """How each member is read, in the order in which they are written."""

@@ -1,0 +1,210 @@
+"""What differs between the dstack releases that this emulator is taken for: one table, one field for each difference.
+
+Code is given a `Release` and reads its fields; nothing compares the name of a release. What is equal in all of them
+stands in the code that does it, not here.
+
+Source: dstack 40eaf35e (0.5.11) and 312dc605 (branch next, whose recorded answers are what "0.5" answers); release
+0.6.0 of 2026-09-28 and its newest public sources before it. "0.6" has one rule of 0.6.1: `vm_config_must_match`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal
+
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.version import REVISION
+
+MrConfigVersion = Literal[1, 2, 3]
+AuthContract = Literal["readme", "0.6"]
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """One release line of dstack, by all in which it differs from the others."""
+
+    name: str
+    """How users name it: `0.5`, `0.6`."""
+    version: str
+    """What Version, User-Agent and X-App-Version say."""
+
+    # RPC, of every service.
+    unknown_method_status: Literal[400, 404]
+    """HTTP status for a method that a mount does not have."""
+    oversize_status: Literal[400, 413]
+    """HTTP status for a body over the limit."""
+
+    # The guest agent.
+    guest_api_v1: bool
+    """Serves dstack.guest.v1 at `/v1` and `/prpc/v1`, Worker.Health among it, and the frozen API at `/v0` too."""
+    v0_methods: Mapping[str, frozenset[str]]
+    """The methods of the frozen services DstackGuest, Tappd and Worker."""
+    emit_event_removed: bool
+    """EmitEvent is answered with its removal, and measures nothing."""
+    get_quote_has_attestation: bool
+    """GetQuote's answer has the versioned attestation, too."""
+    checks_validity_order: bool
+    """A certificate's not_before has to be earlier than its not_after."""
+
+    # Evidence.
+    certificate_log_has_digests: bool
+    """The event log in a certificate keeps the digests of runtime events."""
+
+    # Boot.
+    measures_kms: bool
+    """The event `mr-kms` comes before `os-image-hash`."""
+    measures_init_scripts: bool
+    """One event `init-script-hash` for each init script, after `compose-hash`."""
+    measures_gpu_policy: bool
+    """The event `gpu-policy-hash` before `instance-id`, with or without a GPU."""
+    measures_storage_encryption: bool
+    """The event `storage-encrypted` after `storage-fs`. A capture of 0.6.0 does not have it; later sources do."""
+    app_id_is_compose_hash_without_kms: bool
+    """A guest without a KMS has the first 20 bytes of its compose hash as app id, whatever its instance info says."""
+    mr_config_id_versions: frozenset[MrConfigVersion]
+    """The forms of mr_config_id that a guest accepts, beside the one that is all zero."""
+    pinned_mr_config_id_version: MrConfigVersion
+    """The form that a VMM writes for an app with a key_provider_id; for all others it is 1."""
+    manifest_version_is_text: bool
+    """manifest_version may be text, and only 1 and 2 may be numbers; otherwise it is any number of 32 bits."""
+    max_manifest_version: int | None
+    """The highest manifest version that a guest boots, if it looks."""
+    manifest_3_members: bool
+    """Reads init_script, snapshotter, event_log_version, requirements and verity_volumes of an app-compose."""
+    tpm_key_provider: bool
+    """The key provider `tpm` exists."""
+    reports_every_kms: bool
+    """If no KMS gives keys, the error has the answer of each URL; otherwise the first one's alone."""
+    refuses_encrypted_env_without_key: bool
+    """An encrypted environment that cannot be decrypted for want of a key ends the boot."""
+
+    # The KMS.
+    any_client_certificate_issuer: bool
+    """A client certificate needs evidence and no particular issuer; otherwise the temporary CA must have issued it."""
+    get_meta_has_os_image_verification: bool
+    """GetMeta says whether OS images are verified."""
+    attestation_mode_alias: bool
+    """GetAttestationInfo has the member attestation_mode beside tee_variant in JSON."""
+    clear_image_cache_with_token: bool
+    """The main listener has ClearImageCache if core.admin_token_hash is set."""
+    admin_get_kms_key: bool
+    """The admin listener has GetKmsKey."""
+    public_key_handover_option: bool
+    """core.onboard.public_key_handover may refuse GetKmsKey on the main listener."""
+    onboard_token: bool
+    """core.onboard may ask for a token or a user, and OnboardRequest has a source_token."""
+    certificate_app_info_is_verified: bool
+    """SignCert writes app info from the verified identity: the true device id, the authorized OS image hash."""
+    vm_config_must_match: bool
+    """A request's vm_config has to equal the one in the attestation; otherwise it takes its place."""
+
+    # Webhooks.
+    boot_info_variant_members: tuple[str, ...]
+    """The members of the webhook's question that name the TEE variant."""
+    auth_contract: AuthContract
+    """The contract of auth-simple by default."""
+    auth_mock_refuses_production: bool
+    """auth-mock does not start under NODE_ENV=production."""
+
+    @property
+    def revision(self) -> str:
+        """What stands where dstack has its git revision."""
+        return REVISION
+
+
+_V0_METHODS: Final = frozenset(
+    ("GetTlsKey", "GetKey", "GetQuote", "Attest", "EmitEvent", "Info", "Sign", "Verify", "Version")
+)
+_TAPPD_METHODS: Final = frozenset(("DeriveKey", "DeriveK256Key", "TdxQuote", "RawQuote", "Info", "Version"))
+_WORKER_METHODS: Final = frozenset(("Info", "Version", "GetAttestationForAppKey"))
+
+_0_5: Final = Release(
+    name="0.5",
+    version="0.5.11",
+    unknown_method_status=400,
+    oversize_status=400,
+    guest_api_v1=False,
+    v0_methods=MappingProxyType(
+        {"DstackGuest": _V0_METHODS | {"GpuInfo"}, "Tappd": _TAPPD_METHODS, "Worker": _WORKER_METHODS}
+    ),
+    emit_event_removed=False,
+    get_quote_has_attestation=True,
+    checks_validity_order=False,
+    certificate_log_has_digests=False,
+    measures_kms=True,
+    measures_init_scripts=False,
+    measures_gpu_policy=False,
+    measures_storage_encryption=False,
+    app_id_is_compose_hash_without_kms=True,
+    mr_config_id_versions=frozenset((1, 2)),
+    pinned_mr_config_id_version=2,
+    manifest_version_is_text=False,
+    max_manifest_version=None,
+    manifest_3_members=False,
+    tpm_key_provider=False,
+    reports_every_kms=False,
+    refuses_encrypted_env_without_key=False,
+    any_client_certificate_issuer=False,
+    get_meta_has_os_image_verification=False,
+    attestation_mode_alias=True,
+    clear_image_cache_with_token=True,
+    admin_get_kms_key=False,
+    public_key_handover_option=False,
+    onboard_token=False,
+    certificate_app_info_is_verified=False,
+    vm_config_must_match=False,
+    boot_info_variant_members=("teeVariant", "attestationMode"),
+    auth_contract="readme",
+    auth_mock_refuses_production=False,
+)
+
+_0_6: Final = Release(
+    name="0.6",
+    version="0.6.0",
+    unknown_method_status=404,
+    oversize_status=413,
+    guest_api_v1=True,
+    v0_methods=MappingProxyType({"DstackGuest": _V0_METHODS, "Tappd": _TAPPD_METHODS, "Worker": _WORKER_METHODS}),
+    emit_event_removed=True,
+    get_quote_has_attestation=False,
+    checks_validity_order=True,
+    certificate_log_has_digests=True,
+    measures_kms=False,
+    measures_init_scripts=True,
+    measures_gpu_policy=True,
+    measures_storage_encryption=False,
+    app_id_is_compose_hash_without_kms=False,
+    mr_config_id_versions=frozenset((1, 2, 3)),
+    pinned_mr_config_id_version=3,
+    manifest_version_is_text=True,
+    max_manifest_version=3,
+    manifest_3_members=True,
+    tpm_key_provider=True,
+    reports_every_kms=True,
+    refuses_encrypted_env_without_key=True,
+    any_client_certificate_issuer=True,
+    get_meta_has_os_image_verification=True,
+    attestation_mode_alias=False,
+    clear_image_cache_with_token=False,
+    admin_get_kms_key=True,
+    public_key_handover_option=True,
+    onboard_token=True,
+    certificate_app_info_is_verified=True,
+    vm_config_must_match=True,
+    boot_info_variant_members=("teeVariant",),
+    auth_contract="0.6",
+    auth_mock_refuses_production=True,
+)
+
+RELEASES: Final[Mapping[str, Release]] = MappingProxyType({each.name: each for each in (_0_5, _0_6)})
+
+DEFAULT: Final = _0_5
+"""The release that is meant if none is named."""
+
+
+def release(name: str) -> Release:
+    """Return the release of a name; raise `FormatError`, which lists the names there are, for any other."""
+    found = RELEASES.get(name)
+    if found is None:
+        raise FormatError(f"dstack release: {' or '.join(RELEASES)} expected, got {name!r:.40}")
+    return found
