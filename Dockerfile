@@ -1,5 +1,5 @@
-# The whole stack in one image. Nothing here names a registry or an index beyond the base image, so both can be replaced:
-# BASE_IMAGE by any image with Python 3.11 to 3.13, venv and a CA store; the index by pip's own settings.
+# The whole stack in one image. Only the base image names a registry, and nothing names an index, so both can be replaced:
+# BASE_IMAGE by any image with Python 3.11 to 3.13, venv and a CA store; the index by pip's settings.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
@@ -7,8 +7,8 @@ FROM ${BASE_IMAGE} AS build
 RUN python3 -m venv /opt/venv
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
-# The dependencies come before the sources, so that a change of code installs nothing anew. The secret pip_ca, where it is
-# given and not empty, is the CA bundle that pip trusts: for a network whose proxy opens TLS. No layer keeps it.
+# The dependencies come before the sources, so that a change of code does not install them again. The secret pip_ca, if it
+# is given and not empty, is the CA bundle that pip trusts, for a network whose proxy intercepts TLS. No layer contains it.
 RUN --mount=type=secret,id=pip_ca \
     if [ -s /run/secrets/pip_ca ]; then export PIP_CERT=/run/secrets/pip_ca; fi \
     && /opt/venv/bin/python -c 'import tomllib; config = tomllib.load(open("pyproject.toml", "rb")); print(*config["build-system"]["requires"], *config["project"]["dependencies"], sep="\n")' > requirements.txt \
@@ -21,8 +21,8 @@ FROM ${BASE_IMAGE}
 COPY --from=build /opt/venv /opt/venv
 COPY dstack_emu/deployment/healthcheck.py /usr/local/bin/healthcheck
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/var/lib/dstack-emu
-# By number: no user has to be made, and 1000 is who owns a folder that an ordinary person on Linux would mount.
-# A new named volume takes its owner from the folder it covers.
+# A numeric id, so that no user has to be created; 1000 usually owns the folders that a Linux user mounts. A new named
+# volume gets the owner of the folder that it covers.
 RUN install -d -o 1000 -g 1000 /var/lib/dstack-emu /run/pccs /run/agent /run/app
 USER 1000:1000
 WORKDIR /var/lib/dstack-emu

@@ -1,35 +1,35 @@
-# `make up` runs the stack, `make test` the tests. Either one first makes .venv, where it is missing or older than
-# pyproject.toml or constraints.txt.
+# `make up` runs the stack, `make test` the tests. Both first create .venv, if it is missing or older than pyproject.toml
+# or constraints.txt.
 
 VENV := .venv
 BIN  := $(VENV)/bin
 ARGS ?=
 
-# The Pythons to try, in order (`make PYTHON=/path/to/python` tries only that one). Up to 3.13: coincurve, as pinned,
-# has no wheel for a later one.
+# The Pythons to try, in order (`make PYTHON=/path/to/python` tries only that one). The latest is 3.13: the pinned version
+# of coincurve has no wheel for a later one.
 PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 FITS    := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt --only-binary=:all:
-# setuptools comes first and by its pin: pip's isolated builds would take whichever is the newest that day.
+# setuptools is installed first, in its pinned version: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-build-isolation --editable
 
 .PHONY: help venv up test fuzz crash lint types imports check bench proto lock clean
 
-help: ## Say what there is
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-venv: $(VENV)/.dev ## Make .venv, with the tools for tests and checks (`. .venv/bin/activate` puts dstack-emu on the path)
+venv: $(VENV)/.dev ## Create .venv with the tools for tests and checks (`. .venv/bin/activate` puts dstack-emu on the path)
 
-up: $(VENV)/.runtime ## Run the whole stack in the foreground (ARGS="--fresh" and the like are passed on)
+up: $(VENV)/.runtime ## Run the whole stack in the foreground (options: ARGS="--fresh")
 	@exec $(BIN)/dstack-emu up $(ARGS)
 
-test: $(VENV)/.dev ## Run the tests (ARGS="-k quote" and the like are passed on)
+test: $(VENV)/.dev ## Run the tests (options: ARGS="-k quote")
 	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-fuzz: $(VENV)/.dev ## Try the decoders' properties on many more examples (EXAMPLES=5000)
+fuzz: $(VENV)/.dev ## Test the decoders' properties with many more examples (EXAMPLES=5000)
 	@DSTACK_EMU_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest -n auto --timeout 3600 tests/test_attest_properties.py $(ARGS)
 
-crash: $(VENV)/.dev ## Kill a KMS at random moments of its set-up, and look what the next start makes of it
+crash: $(VENV)/.dev ## Kill a KMS at random moments of its set-up, and check its next start
 	@$(BIN)/python -m tests.crash_campaign $(ARGS)
 
 lint: $(VENV)/.dev ## Check the style and the format
@@ -39,25 +39,25 @@ lint: $(VENV)/.dev ## Check the style and the format
 types: $(VENV)/.dev ## Check the types
 	@$(BIN)/mypy
 
-imports: $(VENV)/.dev ## Check which package may import which
+imports: $(VENV)/.dev ## Check the layers: which package imports which
 	@$(BIN)/lint-imports
 
-check: lint types imports test ## All four
+check: lint types imports test ## Check style, types and layers, and run the tests
 
-bench: $(VENV)/.dev ## Measure
+bench: $(VENV)/.dev ## Run the benchmarks
 	@$(BIN)/python -m bench $(ARGS)
 
-proto: $(VENV)/.dev ## Write the protobuf code again, after a change of a .proto file
+proto: $(VENV)/.dev ## Generate the protobuf code, after a change of a .proto file
 	@$(BIN)/python tools/generate_proto.py
 
-lock: ## Resolve all dependencies afresh into constraints.txt
+lock: ## Resolve all dependencies into constraints.txt
 	@PYTHON="$(PYTHON)" .ci/lock
 
-clean: ## Remove the venv, caches and build leftovers
+clean: ## Remove .venv, caches and build files
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A candidate counts only once it has run: shims exist that are found and then fail.
+# A candidate is used only if it runs: some systems have shims that are found and then fail.
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@fit=; found=; \
 	for python in $(PYTHONS); do \
