@@ -1,0 +1,588 @@
+"""app-compose.json: what a guest reads of it, and what it refuses before it asks for keys.
+
+`AppManifest.parse` refuses what is no app-compose of a release: absent and mistyped members, manifest versions.
+`verify_policy` refuses what this guest must not run: what needs a newer manifest version, and each requirement.
+Only bytes count for the compose hash: nothing is normalized. Members that no guest reads are ignored, also mistyped.
+
+Not here: the interpretation of Rego, and the rules of the runners.
+
+Source: dstack `dstack-types/src/lib.rs` and `dstack-util/src/system_setup.rs` at 312dc605 and 40eaf35e (0.5.11); health
+checks from a public state of that file shortly before release 0.6.0.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final, Literal, Self
+
+from dstack_emu.attest.canonical_json import canonical_json
+from dstack_emu.attest.errors import FormatError, VerificationError
+from dstack_emu.attest.json_struct import (
+    Reader,
+    list_of,
+    one_of,
+    optional,
+    parse_json,
+    read_boolean,
+    read_hex,
+    read_members,
+    read_object,
+    read_text,
+    shown,
+    unsigned,
+)
+from dstack_emu.attest.mr_config import KEY_PROVIDER_CODES, MAX_INIT_SCRIPTS, KeyProviderKind
+from dstack_emu.attest.release import Release
+from dstack_emu.attest.semver import Version, VersionRequirement
+from dstack_emu.attest.strict_json import StrictJson
+from dstack_emu.attest.vmconfig import VmConfig
+
+TEE_VARIANTS: Final = (
+    "dstack-tdx",
+    "dstack-gcp-tdx",
+    "dstack-nitro-enclave",
+    "dstack-amd-sev-snp",
+    "dstack-aws-nitro-tpm",
+)
+NERDCTL_COMPOSE: Final = "nerdctl-compose"
+CONTAINER_RUNNERS: Final = ("docker-compose", NERDCTL_COMPOSE)
+REQUIREMENTS_MANIFEST: Final = 3
+"""The manifest version from which there are requirements, nerdctl-compose and several init scripts."""
+LAUNCH_TOKEN_DOMAIN: Final = "dstack-launch-token/v1:"  # noqa: S105 - a prefix
+LAUNCH_TOKEN_MIN_SIZE: Final = 32
+"""Bytes: the token's hash is public, so a short token could be guessed."""
+
+FileSystem = Literal["zfs", "ext4"]
+_FILE_SYSTEMS: Final[Mapping[str, FileSystem]] = MappingProxyType({"zfs": "zfs", "ext4": "ext4"})
+EventLogVersion = Literal[1, 2]
+
+
+@dataclass(frozen=True, slots=True)
+class GpuPolicy:
+    """What an app demands of GPUs. A guest without a GPU measures it and has nothing else to do with it."""
+
+    attest_gpu: bool = True
+    rego: str | None = None
+    allow_devtools: bool = False
+    allow_debug: bool = False
+    allow_insecure_boot: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Requirements:
+    """What an app demands of the guest that runs it; None demands nothing, and no platforms at all admit none."""
+
+    os_version: str | None = None
+    platforms: tuple[str, ...] | None = None
+    tdx_measure_acpi_tables: bool | None = None
+    launch_token_hash: str | None = None
+    gpu_policy: GpuPolicy = field(default_factory=GpuPolicy)
+    health_check: bool = False
+    health_status_file: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A port of the app; `pp` asks the gateway for the PROXY protocol."""
+
+    port: int
+    pp: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PortPolicy:
+    """The ports of an app; with `restrict_mode` the gateway forwards to no others."""
+
+    ports: tuple[Port, ...] = ()
+    restrict_mode: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VerityVolume:
+    """A volume that is attached read-only: a file's name, its dm-verity root (32 bytes), an absolute path."""
+
+    source: str
+    verity_root: bytes
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class AppManifest:
+    """An app-compose.json as a guest of one release reads it; `text` is the file, to the byte.
+
+    `gpu_policy_hash` (32 bytes) is over the policy as it is written. `swap_size` is in bytes.
+    """
+
+    text: str
+    gpu_policy_hash: bytes
+    manifest_version: int
+    name: str
+    runner: str
+    features: tuple[str, ...] = ()
+    docker_compose_file: str | None = None
+    public_logs: bool = False
+    public_sysinfo: bool = False
+    public_tcbinfo: bool = True
+    kms_enabled: bool = False
+    gateway_enabled: bool = False
+    tproxy_enabled: bool = False
+    local_key_provider_enabled: bool = False
+    key_provider: KeyProviderKind | None = None
+    key_provider_id: bytes = b""
+    allowed_envs: tuple[str, ...] = ()
+    no_instance_id: bool = False
+    secure_time: bool = True
+    storage_fs: str | None = None
+    swap_size: int = 0
+    port_policy: PortPolicy = field(default_factory=PortPolicy)
+    snapshotter: str | None = None
+    init_script: tuple[str, ...] = ()
+    event_log_version: EventLogVersion = 1
+    requirements: Requirements | None = None
+    verity_volumes: tuple[VerityVolume, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str, release: Release) -> Self:
+        """Read the file as a guest of this release does; raise `FormatError`, which names the wrong member."""
+        try:
+            document = read_object(parse_json(text))
+            version = _version_reader(release)
+            members = read_members(document, {"manifest_version": version, **_members(release)}, required=_REQUIRED)
+        except ValueError as error:
+            raise FormatError(f"app-compose: {error}") from error
+        return cls(text=text, gpu_policy_hash=_gpu_policy_hash(document), **members)
+
+    @property
+    def compose_hash(self) -> bytes:
+        """SHA-256 of the file, 32 bytes."""
+        return hashlib.sha256(self.text.encode()).digest()
+
+    @property
+    def init_script_hashes(self) -> tuple[bytes, ...]:
+        """SHA-256 of each init script, 32 bytes each, in the order in which they run."""
+        return tuple(hashlib.sha256(script.encode()).digest() for script in self.init_script)
+
+    @property
+    def key_provider_kind(self) -> KeyProviderKind:
+        """Who gives the app its keys: `key_provider`, or what the older switches say."""
+        if self.key_provider is not None:
+            return self.key_provider
+        if self.kms_enabled:
+            return "kms"
+        return "local" if self.local_key_provider_enabled else "none"
+
+    @property
+    def has_gateway(self) -> bool:
+        """Whether the app registers at a gateway, by the switch or one of its older forms."""
+        return self.gateway_enabled or self.tproxy_enabled or "tproxy-net" in self.features
+
+    def file_system(self) -> FileSystem:
+        """Return the file system of the data disk, zfs by default; raise `VerificationError` for any other."""
+        found = _FILE_SYSTEMS.get("zfs" if self.storage_fs is None else self.storage_fs.lower())
+        if found is None:
+            raise VerificationError(
+                "Failed to parse kernel cmdline: Failed to parse storage_fs: "
+                f"Invalid filesystem type: {self.storage_fs}, supported types: zfs, ext4"
+            )
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a guest knows of itself when it checks requirements.
+
+    `os_version` is VERSION_ID of its os-release, `vm_config` the text in its sys-config, `user_config` the text of that
+    file if there is one.
+    """
+
+    os_version: str
+    vm_config: str
+    tee_variant: str = TEE_VARIANTS[0]
+    user_config: str | None = None
+
+
+def verify_policy(manifest: AppManifest, machine: Machine, release: Release) -> None:
+    """Refuse, as a guest does before anything is measured, what this machine must not run.
+
+    Raises `VerificationError` with upstream's chain of words, as the host hears them. Success proves nothing to others:
+    what was refused never attests, that is all.
+    """
+    try:
+        _verify_manifest_version(manifest, release)
+        if release.manifest_3_members:
+            _verify_manifest_features(manifest)
+            _verify_health_check(manifest)
+        if manifest.requirements is not None:
+            for verify_requirement in _REQUIREMENTS:
+                verify_requirement(manifest.requirements, machine)
+    except VerificationError as error:
+        raise VerificationError(f"Failed to verify app-compose policy: {error}") from error
+
+
+def verify_gpu_policy(manifest: AppManifest) -> None:
+    """Refuse, as a guest does while it measures itself, a GPU policy that does not hold without a GPU.
+
+    Upstream evaluates a policy in Rego then, over no claims at all. Here it cannot be evaluated, so it counts as one
+    that does not hold. Raises `VerificationError`.
+    """
+    if manifest.requirements is not None and manifest.requirements.gpu_policy.rego is not None:
+        raise VerificationError(
+            "failed to verify GPU TEE attestation: failed to apply GPU Rego policy: "
+            "policies in Rego are not evaluated by this emulator"
+        )
+
+
+def verify_key_provider_id(manifest: AppManifest, provider_id: bytes) -> None:
+    """Refuse a key provider other than the one the app pins; raise `VerificationError`.
+
+    `provider_id` is the SPKI (DER) of a KMS's root CA, or the MR of a local provider.
+    """
+    pinned = manifest.key_provider_id
+    if pinned and pinned != provider_id:
+        raise VerificationError(f"Unexpected key provider id: {provider_id.hex()}, expected: {pinned.hex()}")
+
+
+def launch_token_hash(token: str) -> bytes:
+    """Hash a launch token as `requirements.launch_token_hash` has it: 32 bytes."""
+    return hashlib.sha256(f"{LAUNCH_TOKEN_DOMAIN}{token}".encode()).digest()
+
+
+# ---- Members -----------------------------------------------------------------------------------------------
+
+
+def _gpu_policy_hash(document: dict[str, Any]) -> bytes:
+    requirements = document.get("requirements")
+    policy = requirements.get("gpu_policy", {}) if isinstance(requirements, dict) else {}
+    return hashlib.sha256(canonical_json(policy)).digest()
+
+
+def _version_reader(release: Release) -> Reader:
+    return _read_manifest_version if release.manifest_version_is_text else unsigned(32)
+
+
+def _read_manifest_version(value: Any) -> int:
+    if isinstance(value, str):
+        return _parse_manifest_version(value.strip())
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"invalid type: {shown(value)}, expected a string manifest version, or legacy numeric 1/2")
+    if value < 0:
+        raise ValueError("manifest_version must be a positive integer")
+    if value not in (1, 2):
+        raise ValueError(
+            "numeric manifest_version is only supported for legacy versions 1 and 2; use a string for newer versions"
+        )
+    return value
+
+
+def _parse_manifest_version(text: str) -> int:
+    if not text:
+        raise ValueError("manifest_version must not be empty")
+    if not re.fullmatch(r"\+?[0-9]+", text) or len(text) > 11 or int(text) >= 1 << 32:
+        raise ValueError(f"manifest_version must be a positive integer string, got {json.dumps(text)}")
+    if int(text) == 0:
+        raise ValueError("manifest_version must be greater than 0")
+    if str(int(text)) != text:
+        raise ValueError(f"manifest_version must be a canonical integer string, got {json.dumps(text)}")
+    return int(text)
+
+
+def _read_init_script(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    scripts: tuple[str, ...] = (value,) if isinstance(value, str) else list_of(read_text)(value)
+    if len(scripts) > MAX_INIT_SCRIPTS:
+        raise ValueError(f"init_script supports at most {MAX_INIT_SCRIPTS} scripts")
+    return scripts
+
+
+def _read_event_log_version(value: Any) -> int:
+    version: int = unsigned(32)(value)
+    if version not in (1, 2):
+        raise ValueError(f"unknown event log version: {version}")
+    return version
+
+
+_UNITS: Final[Mapping[str, int]] = MappingProxyType({"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40})
+
+
+def _read_size(value: Any) -> int:
+    """Read a number of bytes, or text: decimal, 0x hexadecimal, or decimal with the unit K, M, G or T."""
+    size = _parse_size(value.strip()) if isinstance(value, str) else value
+    number: int = unsigned(64)(size)
+    return number
+
+
+def _parse_size(text: str) -> int:
+    if not text:
+        raise ValueError("Empty memory size")
+    if text[:2] in ("0x", "0X"):
+        return _digits(text[2:], "0-9a-fA-F", 16, "Invalid hexadecimal value")
+    if re.fullmatch("[0-9]+", text):
+        return _digits(text, "0-9", 10, "Invalid numeric value")
+    unit = _UNITS.get(text[-1].lower())
+    if unit is None:
+        raise ValueError(f"Unknown memory size suffix: {text[-1]}")
+    return _digits(text.rstrip(text[-1]), "0-9", 10, "Invalid numeric value") * unit
+
+
+def _digits(text: str, digits: str, base: int, words: str) -> int:
+    if not re.fullmatch(rf"\+?[{digits}]{{1,24}}", text):
+        raise ValueError(f"{words}: {text}")
+    return int(text, base)
+
+
+def _read_port(value: Any) -> Port:
+    return Port(**read_members(value, {"port": unsigned(16), "pp": read_boolean}, required=("port",)))
+
+
+def _read_port_policy(value: Any) -> PortPolicy:
+    return PortPolicy(**read_members(value, {"ports": list_of(_read_port), "restrict_mode": read_boolean}))
+
+
+def _read_verity_root(value: Any) -> bytes:
+    root = read_hex(value)
+    if len(root) != 32:
+        raise ValueError(f"32 bytes expected, got {len(root)}")
+    return root
+
+
+def _read_absolute_path(value: Any) -> str:
+    path = read_text(value)
+    if not path.startswith("/"):
+        raise ValueError(f"volume target must be an absolute path, got '{path}'")
+    return path
+
+
+_VERITY_VOLUME: Final[Mapping[str, Reader]] = MappingProxyType(
+    {"source": read_text, "verity_root": _read_verity_root, "target": _read_absolute_path}
+)
+
+
+def _read_verity_volume(value: Any) -> VerityVolume:
+    return VerityVolume(**read_members(value, _VERITY_VOLUME, required=tuple(_VERITY_VOLUME)))
+
+
+_GPU_POLICY: Final[Mapping[str, Reader]] = MappingProxyType(
+    {
+        "attest_gpu": read_boolean,
+        "rego": optional(read_text),
+        "allow_devtools": read_boolean,
+        "allow_debug": read_boolean,
+        "allow_insecure_boot": read_boolean,
+    }
+)
+
+
+def _read_gpu_policy(value: Any) -> GpuPolicy:
+    return GpuPolicy(**read_members(value, _GPU_POLICY, refuse_unknown=True))
+
+
+_REQUIREMENTS_MEMBERS: Final[Mapping[str, Reader]] = MappingProxyType(
+    {
+        "os_version": optional(read_text),
+        "platforms": optional(list_of(read_text)),
+        "tdx_measure_acpi_tables": optional(read_boolean),
+        "launch_token_hash": optional(read_text),
+        "gpu_policy": _read_gpu_policy,
+        "health_check": read_boolean,
+        "health_status_file": optional(read_text),
+    }
+)
+
+
+def _read_requirements(value: Any) -> Requirements:
+    return Requirements(**read_members(value, _REQUIREMENTS_MEMBERS, refuse_unknown=True))
+
+
+_REQUIRED: Final = ("manifest_version", "name", "runner")
+
+_MEMBERS: Final[Mapping[str, Reader]] = MappingProxyType(
+    {
+        "name": read_text,
+        "runner": read_text,
+        "features": list_of(read_text),
+        "docker_compose_file": optional(read_text),
+        "public_logs": read_boolean,
+        "public_sysinfo": read_boolean,
+        "public_tcbinfo": read_boolean,
+        "kms_enabled": read_boolean,
+        "gateway_enabled": read_boolean,
+        "tproxy_enabled": read_boolean,
+        "local_key_provider_enabled": read_boolean,
+        "key_provider": optional(one_of(*KEY_PROVIDER_CODES)),
+        "key_provider_id": read_hex,
+        "allowed_envs": list_of(read_text),
+        "no_instance_id": read_boolean,
+        "secure_time": read_boolean,
+        "storage_fs": optional(read_text),
+        "swap_size": _read_size,
+        "port_policy": _read_port_policy,
+    }
+)
+"""What a guest of every release reads, but for the manifest version."""
+
+_MANIFEST_3_MEMBERS: Final[Mapping[str, Reader]] = MappingProxyType(
+    {
+        "snapshotter": optional(one_of("overlayfs", "stargz")),
+        "init_script": _read_init_script,
+        "event_log_version": _read_event_log_version,
+        "requirements": optional(_read_requirements),
+        "verity_volumes": list_of(_read_verity_volume),
+    }
+)
+
+
+def _members(release: Release) -> Mapping[str, Reader]:
+    return {**_MEMBERS, **_MANIFEST_3_MEMBERS} if release.manifest_3_members else _MEMBERS
+
+
+# ---- Policy ------------------------------------------------------------------------------------------------
+
+
+def _verify_manifest_version(manifest: AppManifest, release: Release) -> None:
+    highest = release.max_manifest_version
+    if highest is not None and manifest.manifest_version > highest:
+        raise VerificationError(f"Unsupported manifest_version: {manifest.manifest_version}, max supported: {highest}")
+
+
+def _verify_manifest_features(manifest: AppManifest) -> None:
+    if manifest.manifest_version < REQUIREMENTS_MANIFEST:
+        for is_used, words in (
+            (manifest.requirements is not None, "requirements requires"),
+            (manifest.runner == NERDCTL_COMPOSE, "nerdctl-compose requires"),
+            (len(manifest.init_script) > 1, "multiple init scripts require"),
+        ):
+            if is_used:
+                raise VerificationError(
+                    f"{words} manifest_version >= {REQUIREMENTS_MANIFEST}; "
+                    f'use string manifest_version "{REQUIREMENTS_MANIFEST}" so older guests fail closed'
+                )
+    if manifest.snapshotter is not None and manifest.runner != NERDCTL_COMPOSE:
+        raise VerificationError("snapshotter is only supported by the nerdctl-compose runner")
+
+
+def _verify_health_check(manifest: AppManifest) -> None:
+    requirements = manifest.requirements
+    if requirements is None or not requirements.health_check:
+        return
+    path = requirements.health_status_file
+    if path is not None and not path.startswith("/"):
+        raise VerificationError(f"requirements.health_status_file must be an absolute path: {path}")
+    if path is None and manifest.runner not in CONTAINER_RUNNERS:
+        raise VerificationError(
+            f"requirements.health_check needs health_status_file for the {manifest.runner} runner; "
+            "without containers to inspect there is nothing to judge"
+        )
+
+
+def _verify_os_version(requirements: Requirements, machine: Machine) -> None:
+    if requirements.os_version is None:
+        return
+    try:
+        requirement = VersionRequirement.parse(requirements.os_version)
+    except FormatError as error:
+        raise VerificationError(f"Invalid requirements.os_version: {requirements.os_version}: {error}") from error
+    try:
+        version = Version.parse(machine.os_version)
+    except FormatError as error:
+        raise VerificationError(f"Invalid current dstack OS version: {machine.os_version}: {error}") from error
+    if not requirement.admits(version):
+        raise VerificationError(f"Unsupported dstack OS version: current {version}, required {requirement}")
+
+
+def _verify_platforms(requirements: Requirements, machine: Machine) -> None:
+    platforms = requirements.platforms
+    if platforms is None:
+        return
+    if not platforms:
+        raise VerificationError("Unsupported attestation platform: requirements.platforms is empty")
+    for index, name in enumerate(platforms):
+        if name not in TEE_VARIANTS:
+            known = ", ".join(f"`{variant}`" for variant in TEE_VARIANTS)
+            raise VerificationError(
+                f"Invalid requirements.platforms[{index}]: {name}: unknown variant `{name}`, expected one of {known}"
+            )
+    if machine.tee_variant not in platforms:
+        allowed = ", ".join(platforms)
+        raise VerificationError(f"Unsupported attestation platform: current {machine.tee_variant}, allowed [{allowed}]")
+
+
+def _verify_acpi_tables(requirements: Requirements, machine: Machine) -> None:
+    measured = requirements.tdx_measure_acpi_tables
+    if measured is None or machine.tee_variant != "dstack-tdx":
+        return
+    try:
+        is_lite = VmConfig.parse(machine.vm_config).tdx_attestation_variant == "lite"
+    except FormatError as error:
+        raise VerificationError(
+            f"failed to parse vm_config for requirements.tdx_measure_acpi_tables: {error}"
+        ) from error
+    if measured == is_lite:
+        needed = "ACPI table measurement" if measured else "TDX lite attestation"
+        raise VerificationError(
+            "unsupported TDX attestation mode: "
+            f"requirements.tdx_measure_acpi_tables={str(measured).lower()} requires {needed}"
+        )
+
+
+def _verify_launch_token(requirements: Requirements, machine: Machine) -> None:
+    if requirements.launch_token_hash is None:
+        return
+    token = _launch_token(machine.user_config)
+    expected = _expected_launch_token_hash(requirements.launch_token_hash)
+    size = len(token.encode())
+    if size < LAUNCH_TOKEN_MIN_SIZE:
+        raise VerificationError(
+            f"launch token too short: got {size} bytes, minimum is {LAUNCH_TOKEN_MIN_SIZE}; "
+            "use a random token since launch_token_hash is public"
+        )
+    if launch_token_hash(token) != expected:
+        raise VerificationError(
+            f'launch token mismatch: sha256("{LAUNCH_TOKEN_DOMAIN}" || launch token) '
+            "does not match requirements.launch_token_hash"
+        )
+
+
+_USER_CONFIG: Final = StrictJson(members=None)
+"""The app's own file, read as serde reads any value: of two members of one name the last counts."""
+
+
+def _launch_token(user_config: str | None) -> str:
+    """Return `dstack.launch_token` of a user config; the errors never show what the config says."""
+    if user_config is None:
+        raise VerificationError("failed to read user_config for requirements.launch_token_hash: there is none")
+    try:
+        document = _USER_CONFIG.parse(user_config)
+    except ValueError as error:
+        raise VerificationError("failed to parse user_config as JSON for requirements.launch_token_hash") from error
+    section = document.get("dstack") if isinstance(document, dict) else None
+    if not isinstance(section, dict) or "launch_token" not in section:
+        raise VerificationError("user_config is missing dstack.launch_token")
+    token = section["launch_token"]
+    if not isinstance(token, str):
+        raise VerificationError("user_config dstack.launch_token is not a string")
+    return token
+
+
+def _expected_launch_token_hash(text: str) -> bytes:
+    try:
+        expected = read_hex(text)
+    except ValueError as error:
+        raise VerificationError(f"invalid requirements.launch_token_hash: not a hex string: {error}") from error
+    if len(expected) != 32:
+        raise VerificationError(
+            f"invalid requirements.launch_token_hash: expected 32-byte sha256 hex, got {len(expected)} bytes"
+        )
+    return expected
+
+
+_REQUIREMENTS: Final[tuple[Callable[[Requirements, Machine], None], ...]] = (
+    _verify_os_version,
+    _verify_platforms,
+    _verify_acpi_tables,
+    _verify_launch_token,
+)
+"""The requirements in the order in which a guest checks them."""
