@@ -105,7 +105,7 @@ def add_prpc(
             if verb == "GET":
                 message = decode_query(rpc.request_type, query)
             elif as_json:
-                message = decode_json(rpc.request_type, body, remember=True)
+                message = decode_json(rpc.request_type, body)
             else:
                 message = decode_binary(rpc.request_type, body)
             reply = await rpc.handler(ctx, message)
