@@ -24,7 +24,7 @@ from dstack_emu.attest.certificate import load_authority
 from dstack_emu.attest.kdf import load_p256_pem, p256_from_uniform
 from dstack_emu.attest.proto import dstack_guest_pb2, kms_pb2
 from dstack_emu.deployment.config import StackConfig
-from dstack_emu.deployment.stack import Stack
+from dstack_emu.stack import Stack
 from dstack_emu.transport.client import PrpcClient
 from dstack_emu.transport.ratls import make_identity
 from dstack_emu.transport.tls import Identity, client_context

@@ -7,17 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dstack_emu.deployment.config import StackConfig as StackConfig
-    from dstack_emu.deployment.stack import Stack as Stack
+    from dstack_emu.deployment.errors import PartEndedError as PartEndedError
+    from dstack_emu.deployment.errors import StackError as StackError
+    from dstack_emu.stack import Stack as Stack
 
-__all__ = ["Stack", "StackConfig"]
+__all__ = ["PartEndedError", "Stack", "StackConfig", "StackError"]
 
-_HOMES = {"Stack": "dstack_emu.deployment.stack", "StackConfig": "dstack_emu.deployment.config"}
+_MODULES = {
+    "PartEndedError": "dstack_emu.deployment.errors",
+    "Stack": "dstack_emu.stack",
+    "StackConfig": "dstack_emu.deployment.config",
+    "StackError": "dstack_emu.deployment.errors",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: the package itself costs nothing, as the pytest plugin needs."""
-    if name not in _HOMES:
+    """Import a public name when it is first used: the package alone has to cost nothing, for the pytest plugin."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         LiveVendor,
         Refusal,
     )
-    from dstack_emu.testing.thread import SyncControl
+    from dstack_emu.testing.stack_thread import SyncControl
     from dstack_emu.webhook_check.check import Report
 
 
@@ -50,7 +50,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def _calls_of(live: "LiveStack") -> str:
-    from dstack_emu.deployment.config import StackError
+    from dstack_emu.deployment.errors import StackError
 
     try:
         return live.journal.text()

@@ -81,7 +81,7 @@ class CertDir:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(mode=0o700)
             for name, data in files.items():
-                write_durably(staging / name, data, 0o600 if name in PRIVATE else 0o644)
+                write_durably(staging / name, data, _mode(name))
             sync_folder(staging)
             staging.rename(self.path / _COMMITTED)  # from here on the next start completes the move
             sync_folder(self.path)
@@ -92,9 +92,24 @@ class CertDir:
     def replace(self, name: str, data: bytes) -> None:
         """Replace one file at once."""
         try:
-            replace_file_durably(self.path / name, data, 0o600 if name in PRIVATE else 0o644)
+            replace_file_durably(self.path / name, data, _mode(name))
         except OSError as error:
             raise KmsConfigError(f"cannot write {self.path / name}: {error.strerror}") from error
+
+    def contents(self) -> dict[str, bytes]:
+        """Return every file by its name; nothing if there is no folder."""
+        if not self.path.is_dir():
+            return {}
+        return {path.name: path.read_bytes() for path in sorted(self.path.iterdir()) if path.is_file()}
+
+    def overwrite(self, files: Mapping[str, bytes]) -> None:
+        """Delete what is there and write other files. A crash meanwhile leaves some of them."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(mode=0o700)
+        for name, data in files.items():
+            path = self.path / name
+            path.touch(mode=_mode(name))
+            path.write_bytes(data)
 
     def _move_committed(self) -> None:
         committed = self.path / _COMMITTED
@@ -102,3 +117,7 @@ class CertDir:
             file.replace(self.path / file.name)
         sync_folder(self.path)
         committed.rmdir()
+
+
+def _mode(name: str) -> int:
+    return 0o600 if name in PRIVATE else 0o644

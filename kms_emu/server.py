@@ -7,12 +7,13 @@
 import asyncio
 import functools
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dstack_emu.attest.app_info import BootInfo
 from dstack_emu.kms_emu.auth_api import AuthApi
+from dstack_emu.kms_emu.cert_dir import RPC_CERT
 from dstack_emu.kms_emu.config import Core, KmsConfig
 from dstack_emu.kms_emu.dependencies import KmsDependencies
 from dstack_emu.kms_emu.dependencies import KmsInstruments as KmsInstruments
@@ -29,9 +30,14 @@ Phase = Literal["starting", "onboard", "runtime", "stopped"]
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """What a running KMS knows beside its files: its own boot info, once it was measured, and its metrics' counters."""
+class KmsServerState:
+    """The state of a running KMS: its phase, its files, and what it knows beside them.
 
+    `own_boot_info` is its own boot info, once it was measured; `requests` and `failures` are its metrics' counters.
+    """
+
+    phase: Literal["onboard", "runtime"]
+    files: Mapping[str, bytes]
     own_boot_info: BootInfo | None = None
     requests: int = 0
     failures: int = 0
@@ -118,22 +124,6 @@ class KmsServer:
         self._listeners.bind()
         await self._enter()
 
-    async def restart(self, change: Callable[[], None], *, onboard: bool | None = None) -> None:
-        """End what is served, `change` what its folder holds, and begin again at the same address, as a new process.
-
-        It enters the phase that its keys call for, or the one that `onboard` names.
-        """
-        await self._cancel_leaving()
-        self._leaving = None
-        self._runtime.clear()
-        where = self._listeners.addresses()
-        await self._close()
-        change()
-        self._deps.folder.prepare()
-        self._service, self._metrics = None, AttestationMetrics()
-        self._listeners.rebind(where)
-        await self._enter(onboard)
-
     async def _enter(self, onboard: bool | None = None) -> None:
         """Enter the phase that the stored keys call for, or the one that is named."""
         config = self.config.core.onboard
@@ -150,17 +140,39 @@ class KmsServer:
             await self.stop()
             raise
 
-    @property
-    def memory(self) -> Memory:
-        """What it knows beside its files; may be set back."""
+    def capture(self) -> KmsServerState:
+        """Return the state as it is now; raise `KmsError` unless it is in its onboard or runtime phase."""
+        if self.phase not in ("onboard", "runtime"):
+            raise KmsError(f"{self.phase}: nothing to go back to")
         own = None if self._service is None else self._service.gate.own_boot_info
-        return Memory(own, self._metrics.requests, self._metrics.failures)
+        files = self._deps.folder.contents()
+        return KmsServerState(self.phase, files, own, self._metrics.requests, self._metrics.failures)
 
-    @memory.setter
-    def memory(self, memory: Memory) -> None:
+    async def restore(self, state: KmsServerState) -> None:
+        """Put a captured state back. If phase or keys differ it restarts at the same address, as a new process."""
+        folder = self._deps.folder
+        same_keys = _keys(folder.contents()) == _keys(state.files)
+        if self.phase == state.phase == "onboard":
+            if not same_keys:
+                folder.overwrite(state.files)
+        elif self.phase != state.phase or not same_keys:
+            await self._restart(state.files, onboard=state.phase == "onboard")
         if self._service is not None:
-            self._service.gate.own_boot_info = memory.own_boot_info
-        self._metrics.requests, self._metrics.failures = memory.requests, memory.failures
+            self._service.gate.own_boot_info = state.own_boot_info
+        self._metrics.requests, self._metrics.failures = state.requests, state.failures
+
+    async def _restart(self, files: Mapping[str, bytes], *, onboard: bool) -> None:
+        """End what is served, put other files in place, and begin again at the same address in that phase."""
+        await self._cancel_leaving()
+        self._leaving = None
+        self._runtime.clear()
+        where = self._listeners.addresses()
+        await self._close()
+        self._deps.folder.overwrite(files)
+        self._deps.folder.prepare()
+        self._service, self._metrics = None, AttestationMetrics()
+        self._listeners.rebind(where)
+        await self._enter(onboard)
 
     def _warn(self, core: Core) -> None:
         """Log the settings that make this KMS weaker than it looks."""
@@ -247,3 +259,8 @@ class KmsServer:
         self.phase = "runtime"
         self._runtime.set()
         self.log.info("runtime phase", url=self.url, domain=kms_keys.domain)
+
+
+def _keys(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Leave out the RPC certificate: it is issued anew at each start, so another one is no sign of other keys."""
+    return {name: data for name, data in files.items() if name != RPC_CERT}

@@ -17,10 +17,10 @@ from aiohttp import web
 from dstack_emu.control.api import Control
 from dstack_emu.control.routes import ROUTES, openapi
 from dstack_emu.control.schemas import ControlError
-from dstack_emu.deployment.stack import Stack
+from dstack_emu.stack import Stack
 from dstack_emu.transport.listen import bind_tcp, serve
 from tests import foreign
-from tests.world import own_stack
+from tests.own_stack import own_stack
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -347,7 +347,7 @@ async def test_openapi_document_names_every_call_and_every_call_answers_or_refus
         assert described["summary"]
         if operation.method == "GET" and "{" not in operation.path:
             assert (await _ask(stack, "GET", operation.path))[0] == 200
-        path = operation.path.format(name="nobody", side="nobody", id="nobody") if "{" in operation.path else ""
+        path = operation.path.format(name="nobody", kms="nobody", id="nobody") if "{" in operation.path else ""
         if path and operation.method == "GET":
             status, answer = await _ask(stack, "GET", path)
             assert (status, "there is no" in answer["error"]) == (404, True)

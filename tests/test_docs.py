@@ -17,9 +17,9 @@ from pydantic import BaseModel
 
 from dstack_emu.attest.version import EMULATOR
 from dstack_emu.cli.main import COMMANDS, parser
-from dstack_emu.deployment.config import GRPC_PORTS, PORTS
 from dstack_emu.kms_emu.admin import TOKEN_VARIABLES
 from dstack_emu.kms_emu.config import VARIABLES, KmsConfig
+from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 from dstack_emu.verifier.config import VerifierConfig
 from tests.documents import DOCUMENTS, PACKAGES, code, document, rows, section
 from tests.repository import ROOT

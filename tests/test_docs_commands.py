@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from dstack_emu.deployment.config import PORTS, StackConfig
+from dstack_emu import StackConfig
+from dstack_emu.transport.ports import PORTS
 from tests.documents import DOCUMENTS, Block, blocks, code, document, prose
 from tests.repository import ROOT
 from tests.running import RunningStack, running_stack

@@ -17,10 +17,10 @@ import pytest_asyncio
 from dstack_emu.attest.proto import kms_pb2 as pb
 from dstack_emu.control.api import Control
 from dstack_emu.control.schemas import ControlError
-from dstack_emu.deployment.stack import Stack
 from dstack_emu.observability.fault_rules import KINDS
+from dstack_emu.stack import Stack
 from tests import tls
-from tests.world import PATIENCE, own_stack
+from tests.own_stack import PATIENCE, own_stack
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

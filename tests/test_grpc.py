@@ -19,10 +19,10 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message_factory import GetMessageClass
 
 from dstack_emu.attest.proto import dstack_guest_pb2
-from dstack_emu.deployment.config import GRPC_PORTS
 from dstack_emu.kms_emu.grpc_server import STATUSES as KMS_STATUSES
 from dstack_emu.simulator.agent_grpc import STATUSES as AGENT_STATUSES
 from dstack_emu.transport.grpc_server import ATTEST_STATUSES
+from dstack_emu.transport.ports import GRPC_PORTS
 from dstack_emu.transport.stubs.dstack_guest_pb2_grpc import DstackGuestStub
 from dstack_emu.transport.stubs.kms_pb2_grpc import KMSStub
 from tests import foreign

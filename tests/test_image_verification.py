@@ -20,7 +20,7 @@ from dstack_emu.attest.app_info import decode_app_info
 from dstack_emu.attest.image import Registers, measure
 from dstack_emu.attest.os_image import cache_key, encode_cache_entry
 from dstack_emu.attest.proto import kms_pb2 as pb
-from dstack_emu.deployment.guest import GuestConfig, Machine, power_on
+from dstack_emu.deployment.guest_config import GuestConfig, VirtualMachine, power_on
 from dstack_emu.kms_emu.image_cache import ImageCache
 from dstack_emu.simulator.image import ImageParts, OsImage
 from dstack_emu.simulator.image_files import fill_cache, save_image
@@ -53,7 +53,7 @@ def intel() -> Intel:
 def booted(folder: Path, image: OsImage, memory_size: int = 2 * GIB, claim: str | None = CLAIM) -> TrustDomain:
     """The stack's app, on its machine, booted from an image directory; it claims to be the stack's image."""
     save_image(image, folder)
-    machine = Machine(memory_size=memory_size, config=claim, directory=folder)
+    machine = VirtualMachine(memory_size=memory_size, config=claim, directory=folder)
     return power_on(intel(), GuestConfig(machine=machine))
 
 
@@ -121,7 +121,7 @@ def test_recorded_image_boots_to_its_recorded_registers(
     for name, content in recorded["files"].items():
         (folder / name).write_bytes(bytes.fromhex(content))
     (folder / "sha256sum.txt").write_bytes(base64.b64decode(document["checksum_file"]))
-    domain = power_on(intel(), GuestConfig(machine=Machine(directory=folder)))
+    domain = power_on(intel(), GuestConfig(machine=VirtualMachine(directory=folder)))
     # MRTD is the document's other one: this machine's QEMU adds pages in two passes.
     report = domain.report(bytes(64))
     assert [report.rt_mr1.hex(), report.rt_mr2.hex()] == [recorded["registers"][name] for name in ("rtmr1", "rtmr2")]

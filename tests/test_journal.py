@@ -14,8 +14,8 @@ from dstack_emu.deployment.clock import StackClock
 from dstack_emu.observability.journal import Journal, record_of
 from dstack_emu.observability.record_text import lines
 from dstack_emu.observability.spans import OUTSIDE, answered, current, entered, headers_of, read_header
+from tests.own_stack import own_stack
 from tests.repository import ROOT
-from tests.world import own_stack
 
 FROZEN = 1_780_000_000
 
@@ -23,7 +23,7 @@ SCRIPT = f"""
 import asyncio, sys
 from pathlib import Path
 from dstack_emu.control.schemas import ControlError
-from tests.world import own_stack
+from tests.own_stack import own_stack
 
 async def play(control):
     control.set_clock(freeze={FROZEN})
@@ -49,7 +49,7 @@ async def play(control):
 
 async def main():
     async with own_stack(seed="journal", journal=Path(sys.argv[1])) as stack:
-        position = stack.world.journal.position
+        position = stack.control.journal.position
         print(position)
         stack.control.snapshot()
         await play(stack.control)

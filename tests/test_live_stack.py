@@ -11,9 +11,10 @@ import pytest
 from dstack_sdk import DstackClient
 
 from dstack_emu.control.schemas import ControlError
-from dstack_emu.deployment.config import PartEndedError, StackConfig, StackError
+from dstack_emu.deployment.config import StackConfig
+from dstack_emu.deployment.errors import PartEndedError, StackError
 from dstack_emu.testing import LiveJournal, LiveKms, LivePolicy, LiveStack, LiveTrustDomain, Refused, refused
-from dstack_emu.testing.thread import StackThread
+from dstack_emu.testing.stack_thread import StackThread
 
 # ---- refusals
 

@@ -14,9 +14,11 @@ import aiohttp
 import pytest
 
 from dstack_emu.attest.pck import device_id
-from dstack_emu.deployment.config import PORTS, PartEndedError, StackConfig, StackError
-from dstack_emu.deployment.stack import Stack
+from dstack_emu.deployment.config import StackConfig
+from dstack_emu.deployment.errors import PartEndedError, StackError
+from dstack_emu.stack import Stack
 from dstack_emu.transport.listen import ListenError, bind_tcp
+from dstack_emu.transport.ports import PORTS
 from tests import tls
 from tests.repository import ROOT
 from tests.running import READY_TIMEOUT, running_stack
@@ -210,8 +212,7 @@ def test_stack_is_stopped_and_resumed_many_times(short_folder: Path) -> None:
 
 WORKER = """
 import asyncio, json, os, pytest, urllib.request
-from dstack_emu.deployment.config import StackConfig
-from dstack_emu.deployment.stack import Stack
+from dstack_emu import Stack, StackConfig
 
 @pytest.mark.parametrize("number", range(4))
 async def test_stack_of_this_worker(number):

@@ -28,7 +28,6 @@ from dstack_emu.attest.report_data import APP_DATA, report_data
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.cli.main import main
 from dstack_emu.deployment.clock import wall_clock
-from dstack_emu.deployment.config import PORTS
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.image_files import fill_cache
 from dstack_emu.simulator.intel import Intel
@@ -39,6 +38,7 @@ from dstack_emu.transport.errors import ConfigError
 from dstack_emu.transport.image_store import ImageStore
 from dstack_emu.transport.listen import bind_tcp, serve
 from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
+from dstack_emu.transport.ports import PORTS
 from dstack_emu.verifier.config import VerifierConfig
 from dstack_emu.verifier.server import MAX_BODY, verifier_app
 from dstack_emu.verifier.service import InputError, RequestSyntaxError, RequestTypeError, VerificationRequest, Verifier

@@ -11,7 +11,7 @@ from dstack_emu.attest.errors import AttestError
 from dstack_emu.attest.version import EMULATOR, UPSTREAM
 from dstack_emu.cli import logs
 from dstack_emu.cli.commands.common import WARNING, UsageError, say
-from dstack_emu.deployment.config import PartEndedError, StackError
+from dstack_emu.deployment.errors import PartEndedError, StackError
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.transport.errors import ConfigError, ListenError, TransportError

@@ -1,24 +1,27 @@
-"""What a person, or a test, does to a running stack. `control.server` has the same calls over HTTP.
+"""The control of a running deployment: what can be done to it, as Python calls. `control.server` has them over HTTP.
 
-Each call takes effect before it returns, and what it refuses it leaves as it was.
+Each call takes effect before it returns, and one that is refused changes nothing.
 """
 
 import asyncio
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.hexadecimal import decode_hex
 from dstack_emu.control.policies import PolicyControl
 from dstack_emu.control.schemas import ClockChange, ControlError, Dates, PlatformChange, VendorChange
 from dstack_emu.control.snapshots import StackState, apply_state, capture_state
 from dstack_emu.deployment.clock import ClockError, StackClock
-from dstack_emu.deployment.config import StackError
-from dstack_emu.deployment.guests import EventSpec, GuestSpec, RunningGuest, octets, start_guest
+from dstack_emu.deployment.deployment import Deployment
+from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.health import ask_grpc, ask_services
-from dstack_emu.deployment.kms import KmsSpec, RunningKms, remove_kms, start_kms
+from dstack_emu.deployment.instrumentation import Instrumentation
+from dstack_emu.deployment.kms import PERMANENT, RunningKms
+from dstack_emu.deployment.specs import EventSpec, GuestSpec, KmsSpec
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.observability.fault_rules import FaultRule, InstalledRule
 from dstack_emu.observability.journal import Journal
@@ -27,75 +30,76 @@ from dstack_emu.simulator.intel import VendorState
 from dstack_emu.simulator.platform import Platform, PlatformState
 from dstack_emu.transport.validation import describe
 
-if TYPE_CHECKING:
-    from dstack_emu.deployment.stack import Stack
-
 B = TypeVar("B", bound=BaseModel)
 
 READY = "ready"
-"""The snapshot that a stack makes of itself when it is ready; `reset` goes back to it."""
+"""The snapshot that is made of a stack when it is ready; `reset` goes back to it."""
 
 
 class Control(PolicyControl):
-    """One stack, in the hands of a person."""
+    """Every call that changes a running deployment, or tells what there is."""
 
-    def __init__(self, stack: "Stack") -> None:
-        super().__init__(stack)
+    def __init__(self, deployment: Deployment) -> None:
+        super().__init__(deployment)
         self._snapshots: dict[str, StackState] = {}
-        self._going_back = asyncio.Lock()
+        self._restoring = asyncio.Lock()
 
     # ---- what there is
 
     def describe(self) -> dict[str, Any]:
-        """The stack's description, as `up --json` printed it, and what was made since."""
-        stack = self._stack
+        """Return the stack's description, as `up --json` printed it, and what was made since."""
+        deployment = self._deployment
         return {
-            **stack.description(),
-            "guests": {name: self.guest(name) for name in stack.guests},
-            "kms_phases": {side: kms.phase for side, kms in stack.kms.items()},
+            **deployment.description(),
+            "guests": {name: self.guest(name) for name in deployment.guests},
+            "kms_phases": {name: kms.server.phase for name, kms in deployment.kms.items()},
             "snapshots": sorted(self._snapshots),
         }
 
     async def health(self) -> dict[str, str]:
-        """What each service answers: `ok`, or what is wrong with it."""
-        found = await ask_services({k: v for k, v in self._stack.services.items() if k != "control"})
-        found |= await ask_grpc(self._stack.grpc)
+        """Return the health of each service: `ok`, or what is wrong with it."""
+        found = await ask_services({k: v for k, v in self._deployment.services.items() if k != "control"})
+        found |= await ask_grpc(self._deployment.grpc)
         return {name: problem or "ok" for name, problem in found.items()}
 
     @property
     def journal(self) -> Journal:
         """The record of every call."""
-        return self._stack.world.journal
+        return self._instrumentation.journal
 
-    # ---- machines, and what their vendor says
+    @property
+    def _instrumentation(self) -> Instrumentation:
+        return self._deployment.context.instrumentation
+
+    # ---- platforms, and what their vendor says
 
     def platforms(self) -> dict[str, dict[str, Any]]:
-        """Every machine there is, by name."""
-        return {name: _platform(platform) for name, platform in self._stack.intel.platforms.items()}
+        """Return every platform, by name."""
+        return {name: _platform(platform) for name, platform in self._deployment.intel.platforms.items()}
 
     def platform(self, name: str) -> dict[str, Any]:
-        """One machine."""
+        """Return one platform."""
         return _platform(self._known_platform(name))
 
     def add_platform(self, name: str) -> dict[str, Any]:
-        """Make a machine (or find it: a name is always the same machine)."""
+        """Make a platform, or find it: a name is always the same platform."""
         if not 1 <= len(name) <= 200 or not name.isprintable():
             raise ControlError(f"platform: a name of 1 to 200 characters expected, got {name!r:.60}")
-        return _platform(self._stack.intel.platform(name))
+        return _platform(self._deployment.intel.platform(name))
 
     def set_platform(self, name: str, **changes: Any) -> dict[str, Any]:
-        """Change what holds for one machine; its collateral and quotes follow at once."""
+        """Change the state of one platform; its collateral and quotes follow at once."""
         platform = self._known_platform(name)
         given = _checked(PlatformChange, changes)
         platform.state = dataclasses.replace(platform.state, **given.model_dump(exclude_none=True))
         return _platform(platform)
 
     def vendor(self) -> dict[str, Any]:
-        """What the vendor says for all machines."""
-        return dataclasses.asdict(self._stack.intel.state)
+        """Return what the vendor says for all platforms."""
+        return dataclasses.asdict(self._deployment.intel.state)
 
     def set_vendor(self, **changes: Any) -> dict[str, Any]:
-        """Change what the vendor says for all machines; its documents follow at once."""
+        """Change what the vendor says for all platforms; its documents follow at once."""
         given = _checked(VendorChange, changes)
         fields = {name: getattr(given, name) for name in given.model_fields_set if getattr(given, name) is not None}
         for_all = fields.pop("collateral", None)
@@ -106,15 +110,15 @@ class Control(PolicyControl):
             fields = {f.name: for_all for f in dataclasses.fields(VendorState) if f.name.endswith("_dating")} | fields
         try:
             fields = {n: value.validity() if isinstance(value, Dates) else value for n, value in fields.items()}
-            self._stack.intel.state = dataclasses.replace(self._stack.intel.state, **fields)
+            self._deployment.intel.state = dataclasses.replace(self._deployment.intel.state, **fields)
         except FormatError as error:
             raise ControlError(str(error)) from error
         return self.vendor()
 
     def _known_platform(self, name: str) -> Platform:
-        platform = self._stack.intel.platforms.get(name)
+        platform = self._deployment.intel.platforms.get(name)
         if platform is None:
-            raise ControlError(f"there is no platform {name!r:.60}: {', '.join(self._stack.intel.platforms)}", 404)
+            raise ControlError(f"there is no platform {name!r:.60}: {', '.join(self._deployment.intel.platforms)}", 404)
         return platform
 
     # ---- time
@@ -122,14 +126,14 @@ class Control(PolicyControl):
     @property
     def time(self) -> StackClock:
         """The clock itself."""
-        return self._stack.world.clock
+        return self._instrumentation.clock
 
     def clock(self) -> dict[str, Any]:
-        """What the clock shows."""
+        """Return what the clock shows."""
         return {"now": self.time(), "frozen": self.time.is_frozen, "touched": self.time.is_touched}
 
     def set_clock(self, **change: Any) -> dict[str, Any]:
-        """Do one thing to the clock: `set`, `advance`, `freeze`, `resume` or `follow_the_wall`."""
+        """Change the clock in one way: `set`, `advance`, `freeze`, `resume` or `follow_the_wall`."""
         given, clock = _checked(ClockChange, change), self.time
         try:
             if given.set is not None:
@@ -146,23 +150,23 @@ class Control(PolicyControl):
             raise ControlError(str(error)) from error
         return self.clock()
 
-    # ---- going back
+    # ---- snapshots
 
     def became_ready(self) -> None:
-        """Keep what the stack is now, for `reset`."""
+        """Take the snapshot that `reset` goes back to."""
         self.snapshot(READY)
 
     def snapshots(self) -> list[str]:
-        """The names of what there is to go back to."""
+        """Return the names of all snapshots."""
         return sorted(self._snapshots)
 
     def snapshot(self, name: str = "snapshot") -> str:
-        """Keep what the stack is now under a name."""
-        self._snapshots[name] = capture_state(self._stack)
+        """Take a snapshot under a name; one of that name is replaced."""
+        self._snapshots[name] = self._capture()
         return name
 
     async def revert(self, name: str = "snapshot") -> None:
-        """Make the stack what it was when that snapshot was made."""
+        """Make the stack what it was when that snapshot was taken."""
         if name not in self._snapshots:
             raise ControlError(f"there is no snapshot {name!r:.60}: {', '.join(self.snapshots())}", 404)
         await self._apply(self._snapshots[name])
@@ -172,33 +176,39 @@ class Control(PolicyControl):
         await self.revert(READY)
 
     def forget_snapshot(self, name: str) -> None:
-        """Let a snapshot go."""
+        """Delete a snapshot."""
         if name == READY:
             raise ControlError("the snapshot `ready` is what reset goes back to: it stays", 409)
         if self._snapshots.pop(name, None) is None:
             raise ControlError(f"there is no snapshot {name!r:.60}: {', '.join(self.snapshots())}", 404)
 
     def save(self) -> dict[str, Any]:
-        """What the stack is now, as JSON; it holds the emulated KMS's keys."""
-        return capture_state(self._stack).model_dump(mode="json")
+        """Return the state of the stack as JSON; it holds the emulated KMS's keys."""
+        return self._capture().model_dump(mode="json")
 
     async def load(self, document: Any) -> None:
-        """Make the stack what it was when `save` gave that; a document that is none changes nothing."""
+        """Make the stack what it was when `save` returned that document; one that is invalid changes nothing."""
         await self._apply(StackState.read(document))
+
+    def _capture(self) -> StackState:
+        try:
+            return capture_state(self._deployment)
+        except StackError as error:
+            raise ControlError(str(error), 409) from error
 
     async def _apply(self, state: StackState) -> None:
         try:
-            async with self._going_back:
-                await apply_state(self._stack, state)
+            async with self._restoring:
+                await apply_state(self._deployment, state)
         except (StackError, GuestError, KmsError, FormatError) as error:
             raise ControlError(f"the state cannot be restored: {error}", 409) from error
 
-    # ---- who there is
+    # ---- trust domains
 
     def guest(self, name: str) -> dict[str, Any]:
-        """One trust domain: what it measures, and where its agent answers."""
+        """Return one trust domain: what it measures, and where its agent answers."""
         guest = self._known_guest(name)
-        info, folder = guest.agent.app_info(), guest.folder
+        info = guest.agent.app_info()
         return {
             "name": name,
             "app_id": info.app_id.hex(),
@@ -210,8 +220,8 @@ class Control(PolicyControl):
             "platform": guest.domain.platform.name,
             "has_keys": guest.agent.has_keys,
             "url": guest.url,
-            "dstack_sock": str(folder / "dstack.sock"),
-            "tappd_sock": str(folder / "tappd.sock"),
+            "dstack_sock": str(guest.dstack_sock),
+            "tappd_sock": str(guest.tappd_sock),
         }
 
     async def add_guest(self, name: str, **spec: Any) -> dict[str, Any]:
@@ -219,10 +229,10 @@ class Control(PolicyControl):
         given = _checked(GuestSpec, {"name": name, **spec})
         if name.startswith("kms-"):
             raise ControlError("a trust domain kms-… belongs to a KMS: make a KMS")
-        if name in self._stack.services or name in self._stack.guests:
+        if name in self._deployment.services or name in self._deployment.guests:
             raise ControlError(f"there is a service {name} already", 409)
         try:
-            await start_guest(self._stack, given, name)
+            await self._deployment.start_guest(given)
         except (GuestError, FormatError) as error:
             raise ControlError(str(error)) from error
         return self.guest(name)
@@ -230,21 +240,19 @@ class Control(PolicyControl):
     async def boot_guest(self, name: str, kms: str = "src") -> dict[str, Any]:
         """Let a trust domain fetch its keys from a KMS; a refusal has the status 403 and the KMS's own words.
 
-        One that has keys already is powered on anew first.
+        If it has keys already, it is powered on anew first.
         """
         guest = self._known_guest(name)
-        server = self._stack.kms.get(kms)
         if guest.name.startswith("kms-"):
             raise ControlError(f"{name} is a KMS's trust domain: it makes its keys itself")
-        if server is None:
-            raise ControlError(f"there is no KMS {kms!r:.60}: {', '.join(self._stack.kms)}", 404)
-        if server.phase != "runtime":
-            raise ControlError(f"kms-{kms} has no keys to give: it is in its {server.phase} phase", 409)
+        phase = self._known_kms(kms).server.phase
+        if phase != "runtime":
+            raise ControlError(f"kms-{kms} has no keys to give: it is in its {phase} phase", 409)
         before = guest.domain.capture()
         if guest.agent.has_keys:
-            guest.domain.restore(guest.spec.power_on(self._stack).capture())
+            guest.power_cycle()
         try:
-            await guest.boot(self._stack, kms)
+            await self._deployment.boot(guest, kms)
         except (GuestError, FormatError) as error:
             guest.domain.restore(before)
             raise ControlError(str(error), 403) from error
@@ -253,33 +261,31 @@ class Control(PolicyControl):
     def emit_event(self, name: str, event: str, payload: str = "", *, measured: bool = True) -> dict[str, Any]:
         """Extend a trust domain's RTMR3 with an event; with `measured` false its log claims it falsely."""
         given, domain = _checked(EventSpec, {"event": event, "payload": payload}), self._known_guest(name).domain
-        (domain.measure if measured else domain.claim)(given.event, octets(given.payload))
+        (domain.measure if measured else domain.claim)(given.event, decode_hex(given.payload))
         return self.guest(name)
 
     async def remove_guest(self, name: str) -> None:
-        """Switch a trust domain off that was made while the stack ran."""
+        """Stop a trust domain that was made while the stack ran."""
         guest = self._known_guest(name)
         if name == "app" or name.startswith("kms-"):
             raise ControlError(f"{name} is part of the stack: it stays", 409)
-        await self.end_guest(guest)
+        await self._deployment.stop_guest(guest)
 
-    async def end_guest(self, guest: RunningGuest) -> None:
-        """Stop a trust domain and forget it."""
-        await guest.close()
-        self._stack.guests.pop(guest.name, None)
-        self._stack.services.pop(guest.service, None)
+    # ---- KMS
 
     async def add_kms(self, name: str, **spec: Any) -> dict[str, Any]:
         """Make a KMS without keys (fields of `KmsSpec`); `onboard_kms` gives it some."""
-        given = _checked(KmsSpec, {"name": name, **spec})
-        if name in self._stack.kms:
+        given, deployment = _checked(KmsSpec, {"name": name, **spec}), self._deployment
+        if name in deployment.kms:
             raise ControlError(f"there is a KMS {name} already", 409)
         try:
-            await start_kms(self._stack, given)
-            self._stack.kms_info[name] = await self._stack.measure(name)
+            kms = await deployment.start_kms(given)
         except (StackError, KmsError, FormatError) as error:
-            if (kms := self._stack.kms_parts.get(name)) is not None:
-                await remove_kms(self._stack, kms)
+            raise ControlError(str(error)) from error
+        try:
+            kms.measured = await kms.onboarding.measure()
+        except StackError as error:
+            await deployment.stop_kms(kms)
             raise ControlError(str(error)) from error
         return self.kms(name)
 
@@ -288,65 +294,67 @@ class Control(PolicyControl):
 
         A refusal has the status 403 and the KMS's own words.
         """
-        self._known_kms(name)
-        if source is not None:
-            self._known_kms(source)
-        if self._stack.kms[name].phase != "onboard":
-            raise ControlError(f"kms-{name} has keys already: it is in its {self._stack.kms[name].phase} phase", 409)
+        kms = self._known_kms(name)
+        source_url = None if source is None else self._known_kms(source).url
+        if kms.server.phase != "onboard":
+            raise ControlError(f"kms-{name} has keys already: it is in its {kms.server.phase} phase", 409)
         try:
-            await self._stack.give_keys(name, source)
+            if source_url is None:
+                await kms.onboarding.bootstrap()
+            else:
+                await kms.onboarding.onboard(source_url)
         except StackError as error:
             raise ControlError(str(error), 403) from error
         return self.kms(name)
 
     def all_kms(self) -> dict[str, dict[str, Any]]:
-        """Every KMS, by name."""
-        return {name: self.kms(name) for name in self._stack.kms_parts}
+        """Return every KMS, by name."""
+        return {name: self.kms(name) for name in self._deployment.kms}
 
     def kms(self, name: str) -> dict[str, Any]:
-        """One KMS: its phase, where it answers and what it measures."""
-        part, stack = self._known_kms(name), self._stack
+        """Return one KMS: its phase, where it answers and what it measures."""
+        kms, policies = self._known_kms(name), self._deployment.policies
         return {
             "name": name,
-            "phase": stack.kms[name].phase,
-            "url": stack.services[f"kms-{name}"],
-            "webhook": part.spec.webhook,
-            "policy": str(stack.policies[name]) if name in stack.policies else None,
-            "certs": str(part.certs),
-            "guest": self.guest(part.guest.name),
+            "phase": kms.server.phase,
+            "url": kms.url,
+            "webhook": kms.spec.webhook,
+            "policy": str(policies[name]) if name in policies else None,
+            "certs": str(kms.cert_dir),
+            "guest": self.guest(kms.guest.name),
         }
 
     async def remove_kms(self, name: str) -> None:
         """Stop a KMS that was made while the stack ran."""
-        part = self._known_kms(name)
-        if name in ("src", "dst"):
+        kms = self._known_kms(name)
+        if name in PERMANENT:
             raise ControlError(f"kms-{name} is part of the stack: it stays", 409)
-        await remove_kms(self._stack, part)
+        await self._deployment.stop_kms(kms)
 
     def _known_kms(self, name: str) -> RunningKms:
-        part = self._stack.kms_parts.get(name)
-        if part is None:
-            raise ControlError(f"there is no KMS {name!r:.60}: {', '.join(self._stack.kms_parts)}", 404)
-        return part
+        kms = self._deployment.kms.get(name)
+        if kms is None:
+            raise ControlError(f"there is no KMS {name!r:.60}: {', '.join(self._deployment.kms)}", 404)
+        return kms
 
-    # ---- what goes wrong
+    # ---- faults
 
     def faults(self) -> list[dict[str, Any]]:
-        """The faults in force, and what they have met."""
-        return [rule.to_json() for rule in self._stack.world.faults.rules]
+        """Return the faults in force, and how many calls each has met."""
+        return [rule.to_json() for rule in self._instrumentation.faults.rules]
 
     def add_fault(self, **fault: Any) -> InstalledRule:
         """Put a fault in force (fields of `FaultRule`)."""
-        return self._stack.world.faults.add(_checked(FaultRule, fault))
+        return self._instrumentation.faults.add(_checked(FaultRule, fault))
 
     def lift_fault(self, fault_id: str) -> None:
-        """Take one out of force."""
-        if not self._stack.world.faults.lift(fault_id):
+        """Lift one fault."""
+        if not self._instrumentation.faults.lift(fault_id):
             raise ControlError(f"there is no fault {fault_id!r:.60}", 404)
 
     def clear_faults(self) -> None:
-        """Take all out of force."""
-        self._stack.world.faults.clear()
+        """Lift all faults."""
+        self._instrumentation.faults.clear()
 
 
 def _platform(platform: Platform) -> dict[str, Any]:

@@ -1,52 +1,50 @@
-"""The policies of a running stack, in a person's hands: a part of `control.api`."""
+"""The part of the control API that reads and changes the policies of a running stack."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment import policy_files
+from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.deployment.guests import RunningGuest
-
-if TYPE_CHECKING:
-    from dstack_emu.deployment.stack import Stack
 
 
 class PolicyControl:
-    """Who is allowed."""
+    """The calls about policies: whom each KMS's webhook allows. `kms` is the name of a KMS."""
 
-    def __init__(self, stack: "Stack") -> None:
-        self._stack = stack
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
 
     def policies(self) -> dict[str, str]:
-        """The policy files, by KMS."""
-        return {side: str(path) for side, path in self._stack.policies.items()}
+        """Return the path of each policy file, by KMS."""
+        return {name: str(path) for name, path in self._deployment.policies.items()}
 
-    def policy(self, side: str) -> Any:
-        """A policy as it is now."""
+    def policy(self, kms: str) -> Any:
+        """Return a policy as it is now."""
         try:
-            return json.loads(self._policy_path(side).read_text())
+            return json.loads(self._policy_path(kms).read_text())
         except (OSError, ValueError) as error:
-            raise ControlError(f"the policy of {side} cannot be read: {error}", 409) from error
+            raise ControlError(f"the policy of {kms} cannot be read: {error}", 409) from error
 
-    def set_policy(self, side: str, policy: Mapping[str, Any]) -> None:
+    def set_policy(self, kms: str, policy: Mapping[str, Any]) -> None:
         """Put a policy in place; it is not checked, so that a webhook can be seen to refuse a wrong one."""
-        path = self._policy_path(side)
+        path = self._policy_path(kms)
         try:
             policy_files.write(path, dict(policy))
         except OSError as error:
             raise ControlError(f"{path} cannot be written: {error.strerror}", 409) from error
 
-    def allow(self, side: str, guest: str, *, this_device_only: bool = False) -> dict[str, Any]:
-        """Let a policy allow a trust domain as it is now, with its OS image."""
-        return self._changed(side, policy_files.allowing, guest, this_device_only)
+    def allow(self, kms: str, guest: str, *, this_device_only: bool = False) -> dict[str, Any]:
+        """Allow a trust domain as it is now, with its OS image; return the new policy."""
+        return self._changed(kms, policy_files.allowing, guest, this_device_only)
 
-    def deny(self, side: str, guest: str) -> dict[str, Any]:
-        """Let a policy no longer allow a trust domain."""
-        return self._changed(side, policy_files.denying, guest, False)
+    def deny(self, kms: str, guest: str) -> dict[str, Any]:
+        """Stop allowing a trust domain; return the new policy."""
+        return self._changed(kms, policy_files.denying, guest, False)
 
-    def _changed(self, side: str, change: Any, name: str, this_device_only: bool) -> dict[str, Any]:
+    def _changed(self, kms: str, change: Any, name: str, this_device_only: bool) -> dict[str, Any]:
         guest = self._known_guest(name)
         info = guest.agent.app_info()
         who = policy_files.Measured(
@@ -57,23 +55,23 @@ class PolicyControl:
             os_image_hash=info.os_image_hash.hex(),
             device_id=info.device_id.hex() if this_device_only else None,
         )
-        policy = self.policy(side)
+        policy = self.policy(kms)
         if not isinstance(policy, dict):
-            raise ControlError(f"the policy of {side} is no object: set it first", 409)
+            raise ControlError(f"the policy of {kms} is no object: set it first", 409)
         try:
             changed: dict[str, Any] = change(policy, who)
         except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise ControlError(f"the policy of {side} is none of auth-simple's: set it first", 409) from error
-        self.set_policy(side, changed)
+            raise ControlError(f"the policy of {kms} is none of auth-simple's: set it first", 409) from error
+        self.set_policy(kms, changed)
         return changed
 
-    def _policy_path(self, side: str) -> Path:
-        if side not in self._stack.policies:
-            raise ControlError(f"there is no policy {side!r:.60}: {', '.join(self._stack.policies)}", 404)
-        return self._stack.policies[side]
+    def _policy_path(self, kms: str) -> Path:
+        if kms not in self._deployment.policies:
+            raise ControlError(f"there is no policy {kms!r:.60}: {', '.join(self._deployment.policies)}", 404)
+        return self._deployment.policies[kms]
 
     def _known_guest(self, name: str) -> RunningGuest:
-        guest = self._stack.guests.get(name)
+        guest = self._deployment.guests.get(name)
         if guest is None:
-            raise ControlError(f"there is no trust domain {name!r:.60}: {', '.join(self._stack.guests)}", 404)
+            raise ControlError(f"there is no trust domain {name!r:.60}: {', '.join(self._deployment.guests)}", 404)
         return guest

@@ -1,4 +1,4 @@
-"""The control API as a table: each call's method, path, body and what it does; routes and OpenAPI are made of it."""
+"""The routes of the control API as one table: method, path, body and call of each; OpenAPI is made of it, too."""
 
 import re
 from collections.abc import Callable
@@ -21,15 +21,14 @@ from dstack_emu.control.schemas import (
     VendorChange,
 )
 from dstack_emu.control.snapshots import StackState
-from dstack_emu.deployment.guests import EventSpec, GuestSpec
-from dstack_emu.deployment.kms import KmsSpec
+from dstack_emu.deployment.specs import EventSpec, GuestSpec, KmsSpec
 from dstack_emu.observability.fault_rules import FaultRule
 
 Run = Callable[[Control, dict[str, str], dict[str, str], Any], Any]
 
 
 class _Policy(Request):
-    """auth-simple's policy file; it is not checked here."""
+    """auth-simple's policy file; it is not validated here."""
 
 
 class _Nothing(Request):
@@ -38,7 +37,7 @@ class _Nothing(Request):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One call. `body` describes its body, and checks it where `checks` says so; `query` are its parameters."""
+    """One call. `body` is the schema of its body, checked if `validates` is set; `query` are its parameters."""
 
     method: str
     path: str
@@ -46,7 +45,7 @@ class Route:
     run: Run
     body: type[BaseModel] | None = None
     query: tuple[str, ...] = ()
-    checks: bool = True
+    validates: bool = True
 
 
 def _given(body: BaseModel) -> dict[str, Any]:
@@ -85,8 +84,8 @@ async def _load(control: Control, path: dict[str, str], query: dict[str, str], b
 def _set_policy(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> Any:
     if not isinstance(body, dict):
         raise ControlError(f"a policy is an object, got {type(body).__name__}")
-    control.set_policy(path["side"], body)
-    return control.policy(path["side"])
+    control.set_policy(path["kms"], body)
+    return control.policy(path["kms"])
 
 
 def _switch(control: Control, enabled: bool) -> dict[str, bool]:
@@ -103,11 +102,11 @@ ROUTES: Final = (
     Route(
         "POST", "/clock", "Set, advance, freeze or resume it", lambda c, p, q, b: c.set_clock(**_given(b)), ClockChange
     ),
-    Route("GET", "/vendor", "What the vendor says for all machines", lambda c, p, q, b: c.vendor()),
+    Route("GET", "/vendor", "What the vendor says for all platforms", lambda c, p, q, b: c.vendor()),
     Route("PATCH", "/vendor", "Change what it says", lambda c, p, q, b: c.set_vendor(**_given(b)), VendorChange),
-    Route("GET", "/platforms", "Every machine", lambda c, p, q, b: c.platforms()),
-    Route("GET", "/platforms/{name}", "One machine", lambda c, p, q, b: c.platform(p["name"])),
-    Route("PUT", "/platforms/{name}", "Make a machine", lambda c, p, q, b: c.add_platform(p["name"]), _Nothing),
+    Route("GET", "/platforms", "Every platform", lambda c, p, q, b: c.platforms()),
+    Route("GET", "/platforms/{name}", "One platform", lambda c, p, q, b: c.platform(p["name"])),
+    Route("PUT", "/platforms/{name}", "Make a platform", lambda c, p, q, b: c.add_platform(p["name"]), _Nothing),
     Route(
         "PATCH",
         "/platforms/{name}",
@@ -124,11 +123,11 @@ ROUTES: Final = (
         GuestSpec,
     ),
     Route("GET", "/guests/{name}", "One trust domain", lambda c, p, q, b: c.guest(p["name"])),
-    Route("DELETE", "/guests/{name}", "Switch it off", lambda c, p, q, b: c.remove_guest(p["name"])),
+    Route("DELETE", "/guests/{name}", "Stop it", lambda c, p, q, b: c.remove_guest(p["name"])),
     Route(
         "POST",
         "/guests/{name}/boot",
-        "Let it fetch keys from a KMS; 403 with the KMS's words where it is refused",
+        "Let it fetch keys from a KMS; 403 with the KMS's words if it is refused",
         lambda c, p, q, b: c.boot_guest(p["name"], b.kms),
         BootRequest,
     ),
@@ -146,25 +145,25 @@ ROUTES: Final = (
     Route(
         "POST",
         "/kms/{name}/onboard",
-        "Let it take keys over, or make new ones; 403 with its words where that is refused",
+        "Let it take keys over, or make new ones; 403 with its words if that is refused",
         lambda c, p, q, b: c.onboard_kms(p["name"], b.source),
         OnboardRequest,
     ),
     Route("GET", "/policies", "Where the policies are", lambda c, p, q, b: c.policies()),
-    Route("GET", "/policies/{side}", "A policy", lambda c, p, q, b: c.policy(p["side"])),
-    Route("PUT", "/policies/{side}", "Put a policy in place", _set_policy, _Policy, checks=False),
+    Route("GET", "/policies/{kms}", "A policy", lambda c, p, q, b: c.policy(p["kms"])),
+    Route("PUT", "/policies/{kms}", "Put a policy in place", _set_policy, _Policy, validates=False),
     Route(
         "POST",
-        "/policies/{side}/allow",
-        "Let it allow a trust domain",
-        lambda c, p, q, b: c.allow(p["side"], b.guest, this_device_only=b.this_device_only),
+        "/policies/{kms}/allow",
+        "Allow a trust domain",
+        lambda c, p, q, b: c.allow(p["kms"], b.guest, this_device_only=b.this_device_only),
         PolicyChange,
     ),
     Route(
         "POST",
-        "/policies/{side}/deny",
-        "Let it no longer allow a trust domain",
-        lambda c, p, q, b: c.deny(p["side"], b.guest),
+        "/policies/{kms}/deny",
+        "Stop allowing a trust domain",
+        lambda c, p, q, b: c.deny(p["kms"], b.guest),
         PolicyChange,
     ),
     Route("GET", "/faults", "The faults in force", lambda c, p, q, b: c.faults()),
@@ -174,26 +173,26 @@ ROUTES: Final = (
     Route("GET", "/journal", "Records, or the calls among them that match", _journal, query=(*_FIND, "limit")),
     Route("GET", "/journal/count", "How many calls match", _count, query=_FIND),
     Route("DELETE", "/journal", "Forget every record", lambda c, p, q, b: c.journal.clear()),
-    Route("POST", "/journal/on", "Note what is called", lambda c, p, q, b: _switch(c, True), _Nothing),
-    Route("POST", "/journal/off", "Note nothing", lambda c, p, q, b: _switch(c, False), _Nothing),
-    Route("GET", "/snapshots", "What there is to go back to", lambda c, p, q, b: c.snapshots()),
+    Route("POST", "/journal/on", "Record calls", lambda c, p, q, b: _switch(c, True), _Nothing),
+    Route("POST", "/journal/off", "Record nothing", lambda c, p, q, b: _switch(c, False), _Nothing),
+    Route("GET", "/snapshots", "The names of all snapshots", lambda c, p, q, b: c.snapshots()),
     Route(
         "POST",
         "/snapshots",
-        "Keep what the stack is now",
+        "Take a snapshot",
         lambda c, p, q, b: {"name": c.snapshot(b.name)},
         SnapshotRequest,
     ),
-    Route("DELETE", "/snapshots/{name}", "Let a snapshot go", lambda c, p, q, b: c.forget_snapshot(p["name"])),
+    Route("DELETE", "/snapshots/{name}", "Delete a snapshot", lambda c, p, q, b: c.forget_snapshot(p["name"])),
     Route("POST", "/snapshots/{name}/revert", "Go back to it", _revert, _Nothing),
     Route("POST", "/reset", "Go back to when the stack became ready", lambda c, p, q, b: c.reset(), _Nothing),
-    Route("GET", "/state", "What the stack is now, to save", lambda c, p, q, b: c.save()),
-    Route("PUT", "/state", "Go back to what was saved", _load, StackState, checks=False),
+    Route("GET", "/state", "The state of the stack, to save", lambda c, p, q, b: c.save()),
+    Route("PUT", "/state", "Restore a saved state", _load, StackState, validates=False),
 )
 
 
 def openapi() -> dict[str, Any]:
-    """The OpenAPI document."""
+    """Build the OpenAPI document."""
     schemas: dict[str, Any] = {
         "Error": {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
     }
@@ -207,28 +206,28 @@ def openapi() -> dict[str, Any]:
             }
         }
     }
-    for operation in ROUTES:
+    for route in ROUTES:
         described: dict[str, Any] = {
-            "summary": operation.summary,
-            "operationId": re.sub(r"\W+", "_", f"{operation.method.lower()}{operation.path}").strip("_"),
+            "summary": route.summary,
+            "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"),
             "responses": {
                 "200": {"description": "Done", "content": {"application/json": {}}},
                 "4XX": {"description": "Refused; nothing has changed", "content": _json("Error")},
             },
         }
-        parameters = [_parameter(name, "path") for name in re.findall(r"{(\w+)}", operation.path)]
-        parameters += [_parameter(name, "query") for name in operation.query]
+        parameters = [_parameter(name, "path") for name in re.findall(r"{(\w+)}", route.path)]
+        parameters += [_parameter(name, "query") for name in route.query]
         if parameters:
             described["parameters"] = parameters
-        if operation.body is not None:
-            name = operation.body.__name__.removeprefix("_")
-            schema = operation.body.model_json_schema(ref_template="#/components/schemas/{model}")
-            if not operation.checks and not operation.body.model_fields:
+        if route.body is not None:
+            name = route.body.__name__.removeprefix("_")
+            schema = route.body.model_json_schema(ref_template="#/components/schemas/{model}")
+            if not route.validates and not route.body.model_fields:
                 schema["additionalProperties"] = True
             schemas |= schema.pop("$defs", {})
             schemas[name] = schema
             described["requestBody"] = {"required": bool(schema.get("required")), "content": _json(name)}
-        paths.setdefault(operation.path, {})[operation.method.lower()] = described
+        paths.setdefault(route.path, {})[route.method.lower()] = described
     return {
         "openapi": "3.1.0",
         "info": {"title": "dstack-emu control API", "version": EMULATOR},

@@ -1,4 +1,4 @@
-"""What the control API takes: each request's body, checked here and nowhere else."""
+"""The bodies of the control API's requests: the schema of each, validated here and nowhere else."""
 
 import datetime
 import re
@@ -7,8 +7,7 @@ from typing import Annotated, Any, Final, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dstack_emu.deployment.clock import LATEST
-from dstack_emu.deployment.guests import EventSpec as EventSpec
-from dstack_emu.deployment.guests import Name
+from dstack_emu.deployment.specs import Name
 from dstack_emu.simulator.intel import VALID_FROM, Dating, Validity
 from dstack_emu.simulator.platform import TcbStatus
 
@@ -16,7 +15,7 @@ _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 def moment(value: Any) -> Any:
-    """Read a moment: Unix seconds, or ISO 8601 (a date alone is its midnight, without an offset it is UTC)."""
+    """Parse a moment: Unix seconds, or ISO 8601 (a date alone is its midnight, without an offset it is UTC)."""
     if not isinstance(value, str):
         return value
     try:
@@ -32,7 +31,7 @@ def moment(value: Any) -> Any:
 
 
 def duration(value: Any) -> Any:
-    """Read a duration: seconds, or text such as 90s, 15m, 12h, 30d, 2w, with a minus to go back."""
+    """Parse a duration: seconds, or text such as 90s, 15m, 12h, 30d, 2w, with a minus to go back."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"([+-]?\d+(?:\.\d+)?)([smhdw]?)", value)
@@ -47,7 +46,7 @@ Advisory = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 class ControlError(Exception):
-    """What the control API refuses; the text says why, `status` is HTTP's."""
+    """A refusal of the control API; the text says why, `status` is HTTP's."""
 
     def __init__(self, text: str, status: int = 400) -> None:
         super().__init__(text)
@@ -55,13 +54,13 @@ class ControlError(Exception):
 
 
 class Request(BaseModel):
-    """A body; what is not named in it is refused."""
+    """A body; a field that is not declared is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class PlatformChange(Request):
-    """What to change about one machine; what is left out stays."""
+    """A change of one platform; fields that are left out stay as they are."""
 
     tcb_status: TcbStatus | None = None
     advisory_ids: tuple[Advisory, ...] | None = None
@@ -78,12 +77,12 @@ class Dates(Request):
     next_update: Moment
 
     def validity(self) -> Validity:
-        """As the vendor has it."""
+        """Return the dates as the vendor takes them."""
         return Validity(int(self.issued), int(self.next_update))
 
 
 class VendorChange(Request):
-    """What to change about what the vendor says for all machines; what is left out stays.
+    """A change of what the vendor says for all platforms; fields that are left out stay as they are.
 
     A dating is `current`, `expired`, `not-yet-valid`, or dates. `collateral_until` dates all four documents to expire
     then, `collateral` gives all four the same dating.
@@ -101,7 +100,7 @@ class VendorChange(Request):
 
 
 class ClockChange(Request):
-    """One thing to do to the clock; `freeze` takes true, or the moment to freeze it at."""
+    """One change of the clock; `freeze` takes true, or the moment to freeze it at."""
 
     set: Moment | None = None
     advance: Duration | None = None
@@ -119,28 +118,28 @@ class ClockChange(Request):
 
 
 class SnapshotRequest(Request):
-    """What to call a snapshot; one of that name is replaced."""
+    """The name of a snapshot; one of that name is replaced."""
 
     name: Name = "snapshot"
 
 
 class BootRequest(Request):
-    """By which KMS a trust domain gets its keys."""
+    """The KMS from which a trust domain gets its keys."""
 
     kms: Name = "src"
 
 
 class OnboardRequest(Request):
-    """How a KMS gets its keys: from another one, or (`source` null) new ones."""
+    """The KMS whose keys a KMS takes over; with `source` null it makes new ones."""
 
     source: Name | None = "src"
 
 
 class PolicyChange(Request):
-    """Which trust domain a policy is to allow or deny, by name.
+    """The trust domain that a policy is to allow or deny, by name.
 
-    Of a KMS its measurement is meant, of an app its id and compose hash; allowing it allows its OS image, too. With
-    `this_device_only` it is allowed on its own machine alone.
+    A KMS is allowed by its measurement, an app by its id and compose hash, and either with its OS image. With
+    `this_device_only` it is allowed on its own platform alone.
     """
 
     guest: Name

@@ -1,7 +1,7 @@
 """The control API over HTTP: JSON in, JSON out, on a port of its own.
 
-It is for programs on this machine. So that no web page can use it through a browser, a request with a body must say
-that it is JSON, and one that names a foreign host or comes from a foreign page is refused. The OpenAPI document at
+It is for programs on this machine. So that no web page can use it through a browser, a request with a body must be of
+the type JSON, and one that names a foreign host or comes from a foreign page is refused. The OpenAPI document at
 `/openapi.json` is made of the same table as the routes.
 """
 
@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 import json
 import logging
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from dstack_emu.control.api import Control
 from dstack_emu.control.routes import ROUTES, Route, openapi
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.observability.journal import Record
+from dstack_emu.transport.listen import Server, serve
 from dstack_emu.transport.validation import describe
 
 MAX_BODY: Final = 32 * 1024 * 1024
@@ -29,8 +31,25 @@ MAX_BODY: Final = 32 * 1024 * 1024
 log = logging.getLogger("dstack_emu.control")
 
 
+class ControlService:
+    """The control API as a service of a deployment."""
+
+    name = "control"
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    async def start(self, sock: socket.socket) -> Server:
+        """Serve it on a bound socket."""
+        return await serve(control_app(self._control), sock)
+
+    def became_ready(self) -> None:
+        """Take the snapshot that `reset` goes back to."""
+        self._control.became_ready()
+
+
 class _Streams:
-    """Who follows the journal: they are sent away when the server stops."""
+    """The requests that follow the journal: they are cancelled when the server stops."""
 
     def __init__(self) -> None:
         self.tasks: set[asyncio.Task[Any]] = set()
@@ -56,8 +75,8 @@ def control_app(control: Control) -> web.Application:
     app.router.add_get("/openapi.json", describe_api)
     app.router.add_get("/health", alive)
     app.router.add_get("/journal/stream", stream)
-    for operation in ROUTES:
-        app.router.add_route(operation.method, operation.path, _handler(control, operation))
+    for route in ROUTES:
+        app.router.add_route(route.method, route.path, _handler(control, route))
     app.on_shutdown.append(_end_streams)
     app[_STREAMS] = _Streams()
     return app
@@ -68,21 +87,21 @@ async def _end_streams(app: web.Application) -> None:
         task.cancel()
 
 
-def _handler(control: Control, operation: Route) -> Callable[[web.Request], Awaitable[web.Response]]:
+def _handler(control: Control, route: Route) -> Callable[[web.Request], Awaitable[web.Response]]:
     async def handle(request: web.Request) -> web.Response:
         body: Any = None
-        if operation.body is not None:
+        if route.body is not None:
             body = _parsed(await request.read())
-            if operation.checks:
+            if route.validates:
                 try:
-                    body = operation.body.model_validate({} if body is None else body)
+                    body = route.body.model_validate({} if body is None else body)
                 except ValidationError as error:
                     raise ControlError(describe(error)) from error
-        unknown = sorted(request.query.keys() - operation.query)
+        unknown = sorted(request.query.keys() - route.query)
         if unknown:
-            known = ", ".join(operation.query) or "none"
+            known = ", ".join(route.query) or "none"
             raise ControlError(f"{unknown[0]!r:.60}: no parameter of this call; known: {known}")
-        answer = operation.run(control, dict(request.match_info), dict(request.query), body)
+        answer = route.run(control, dict(request.match_info), dict(request.query), body)
         if asyncio.iscoroutine(answer):
             answer = await answer
         return web.json_response({} if answer is None else answer)
@@ -115,7 +134,7 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 def _require_local(request: web.Request) -> None:
-    """Refuse what a browser would send for a page of somebody else's."""
+    """Refuse what a browser would send for a foreign page."""
     host = request.headers.get("Host", "")
     if not _is_local(f"http://{host}"):
         raise ControlError(f"Host: localhost or an IP address expected, got {host!r:.100}", 403)
@@ -143,7 +162,7 @@ def _is_local(url: str) -> bool:
 
 
 async def _stream(control: Control, request: web.Request) -> web.StreamResponse:
-    """Each record as its call ends: JSON lines, or server-sent events for who accepts those."""
+    """Send each record as its call ends: as JSON lines, or as server-sent events to a client that accepts those."""
     events = "text/event-stream" in request.headers.get("Accept", "")
     response = web.StreamResponse(
         headers={

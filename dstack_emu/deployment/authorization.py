@@ -1,15 +1,15 @@
-"""Setting two KMS up from outside: measure, allow, bootstrap, onboard, finish.
+"""The authorization flow of two KMS: measure, allow, bootstrap, onboard, finish.
 
-Nothing but their public interfaces is used, and the policy files of their webhooks; so it is the same for services in
-processes or containers of their own, and for real KMS. A KMS that has keys already is left as it is.
+It uses nothing but the KMS's public interface, and the policy files of their webhooks; so it is the same for a stack's
+own KMS, for KMS in processes or containers, and for real ones. A KMS that has keys already is left as it is.
 """
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 import aiohttp
 from google.protobuf.empty_pb2 import Empty
@@ -20,91 +20,88 @@ from dstack_emu.attest.proto import dstack_guest_pb2 as guest_pb
 from dstack_emu.attest.proto import kms_pb2 as pb
 from dstack_emu.attest.prpc import encode_json
 from dstack_emu.deployment import policy_files
-from dstack_emu.deployment.config import StackError
-from dstack_emu.transport.client import PrpcClient, RpcError, TransportError, describe_failure
+from dstack_emu.deployment.errors import StackError
+from dstack_emu.transport.client import MoreHeaders, PrpcClient, RpcError, TransportError, describe_failure
 from dstack_emu.transport.tls import client_context
 
 TIMEOUT: Final = 30.0
 PAUSE: Final = 0.1
-"""Seconds between two looks at a service that is not there yet."""
+"""Seconds between two requests to a service that is not there yet."""
 
 Phase = Literal["onboard", "runtime"]
 Progress = Callable[[str], None]
+Measurements = dict[str, Any]
+"""What a KMS answers to GetAttestationInfo, as JSON."""
 M = TypeVar("M", bound=Message)
 
 
-def plain(url: str) -> str:
-    """The URL of a KMS in its onboard phase, which speaks no TLS."""
+def plain_url(url: str) -> str:
+    """Return the URL of a KMS in its onboard phase, which is plain HTTP."""
     return "http://" + url.rstrip("/").partition("://")[2]
 
 
-def secure(url: str) -> str:
-    """The URL of a KMS in its runtime phase."""
+def tls_url(url: str) -> str:
+    """Return the URL of a KMS in its runtime phase."""
     return "https://" + url.rstrip("/").partition("://")[2]
 
 
+class PhaseSource(Protocol):
+    """Tells the phase of one KMS."""
+
+    async def current(self) -> Phase:
+        """Return its phase; raise `StackError` if it does not answer."""
+        ...
+
+    async def reached_runtime(self) -> None:
+        """Wait until it answers over TLS; raise `StackError` if it does not."""
+        ...
+
+
+class AppToAllow(Protocol):
+    """The app that the policies are to allow."""
+
+    async def rule(self) -> Mapping[policy_files.AppRule, str]:
+        """Return its rule, and the hash of its OS image (hex)."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class RemoteKms:
-    """One KMS: its name in messages, its URL (of either scheme), and the domain that its certificate shall have."""
+class KmsOnboarding:
+    """The onboard phase of one KMS: its RPCs, each of which raises `StackError` with the refusal.
+
+    `name` is used in messages, `url` may be of either scheme, `domain` is the name that its certificate gets. `headers`
+    are added to each request.
+    """
 
     name: str
     url: str
     domain: str
+    phases: PhaseSource
+    headers: MoreHeaders | None = None
 
-    async def phase(self) -> Phase:
-        """Find out by asking for its health with TLS and without; raise `StackError` where neither is answered."""
-        context = client_context()  # nothing is verified: the question is only whether it answers
-        timeout = aiohttp.ClientTimeout(total=TIMEOUT)
-        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(ssl=context)) as session:
-            try:
-                async with session.get(f"{plain(self.url)}/health") as response:
-                    if response.status == 200:
-                        return "onboard"
-            except (aiohttp.ClientError, OSError, TimeoutError):
-                pass  # a TLS port does not answer plain HTTP
-            try:
-                async with session.get(f"{secure(self.url)}/health") as response:
-                    if response.status == 200:
-                        return "runtime"
-                    raise StackError(f"{self.name} at {self.url} answered {response.status} to /health, 200 expected")
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                raise StackError(f"{self.name} at {self.url}: {describe_failure(error, TIMEOUT)}") from error
-
-    async def measure(self) -> dict[str, Any]:
-        """Ask what it measures, as it says it to a person."""
-        info = await self._ask("GetAttestationInfo", Empty(), pb.AttestationInfoResponse)
-        measured: dict[str, Any] = json.loads(encode_json(info))
+    async def measure(self) -> Measurements:
+        """Return what it measures."""
+        info = await self._call("GetAttestationInfo", Empty(), pb.AttestationInfoResponse)
+        measured: Measurements = json.loads(encode_json(info))
         return measured
 
     async def bootstrap(self) -> None:
-        """Have it make keys."""
-        await self._ask("Bootstrap", pb.BootstrapRequest(domain=self.domain), pb.BootstrapResponse)
+        """Let it make keys, and end its onboard phase."""
+        await self._call("Bootstrap", pb.BootstrapRequest(domain=self.domain), pb.BootstrapResponse)
+        await self._finish()
 
     async def onboard(self, source_url: str) -> None:
-        """Have it take over the keys of the KMS at `source_url`, as seen from where it runs."""
+        """Let it take over the keys of the KMS at `source_url`, as seen from where it runs, and end the phase."""
         request = pb.OnboardRequest(source_url=f"{source_url}/prpc", domain=self.domain)
-        await self._ask("Onboard", request, pb.OnboardResponse)
+        await self._call("Onboard", request, pb.OnboardResponse)
+        await self._finish()
 
-    async def finish(self) -> None:
-        """End its onboard phase."""
-        await self._ask("Finish", Empty(), Empty)
+    async def _finish(self) -> None:
+        await self._call("Finish", Empty(), Empty)
+        await self.phases.reached_runtime()
 
-    async def reached_runtime(self) -> None:
-        """Wait until it answers over TLS."""
-        for _ in range(int(TIMEOUT / PAUSE)):
-            if await self._phase_or_none() == "runtime":
-                return
-            await asyncio.sleep(PAUSE)
-        raise StackError(f"{self.name} does not answer over TLS {TIMEOUT:g} s after /finish")
-
-    async def _phase_or_none(self) -> Phase | None:
-        try:
-            return await self.phase()
-        except StackError:
-            return None
-
-    async def _ask(self, method: str, request: Message, answer: type[M]) -> M:
-        async with PrpcClient(plain(self.url), timeout=TIMEOUT) as client:
+    async def _call(self, method: str, request: Message, answer: type[M]) -> M:
+        async with PrpcClient(plain_url(self.url), timeout=TIMEOUT, headers=self.headers) as client:
             try:
                 return await client.call(f"prpc/Onboard.{method}", request, answer)
             except RpcError as error:
@@ -114,63 +111,119 @@ class RemoteKms:
 
 
 @dataclass(frozen=True, slots=True)
+class Authorization:
+    """The flow for a source and a target KMS.
+
+    `policies` are the files of their webhooks; only one that is still the placeholder is written. `source_url` is where
+    the target finds the source, `https://host:port`.
+    """
+
+    source: KmsOnboarding
+    target: KmsOnboarding
+    app: AppToAllow | None
+    policies: Sequence[Path]
+    source_url: str
+    progress: Progress
+
+    async def carry_out(self, known: Mapping[str, Measurements] | None = None) -> dict[str, Measurements]:
+        """Give each fresh KMS its keys; return what those measured, by name.
+
+        `known` is what KMS measured when they were fresh; they are allowed, too. Raises `StackError`.
+        """
+        fresh = [kms for kms in (self.source, self.target) if await kms.phases.current() == "onboard"]
+        measured = await self._measure_and_allow(fresh, known or {}) if fresh else {}
+        if self.source in fresh:
+            self.progress(f"bootstrapping {self.source.name}")
+            await self.source.bootstrap()
+        if self.target in fresh:
+            self.progress(f"onboarding {self.target.name} from {self.source.name}")
+            await self.target.onboard(self.source_url)
+        return measured
+
+    async def _measure_and_allow(
+        self, fresh: Sequence[KmsOnboarding], known: Mapping[str, Measurements]
+    ) -> dict[str, Measurements]:
+        self.progress("measuring and allowing")
+        measured = {kms.name: await kms.measure() for kms in fresh}
+        apps = {} if self.app is None else await self.app.rule()
+        policy_files.admit(self.policies, {**known, **measured}.values(), apps, self.progress)
+        return measured
+
+
+# ---- services that run elsewhere
+
+
+@dataclass(frozen=True, slots=True)
+class PolledPhase:
+    """The phase of a KMS by whether it answers /health with TLS or without."""
+
+    name: str
+    url: str
+
+    async def current(self) -> Phase:
+        """Return its phase; raise `StackError` if it answers neither way."""
+        context = client_context()  # nothing is verified: only whether it answers is of interest
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT)
+        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(ssl=context)) as session:
+            try:
+                async with session.get(f"{plain_url(self.url)}/health") as response:
+                    if response.status == 200:
+                        return "onboard"
+            except (aiohttp.ClientError, OSError, TimeoutError):
+                pass  # a TLS port does not answer plain HTTP
+            try:
+                async with session.get(f"{tls_url(self.url)}/health") as response:
+                    if response.status == 200:
+                        return "runtime"
+                    raise StackError(f"{self.name} at {self.url} answered {response.status} to /health, 200 expected")
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                raise StackError(f"{self.name} at {self.url}: {describe_failure(error, TIMEOUT)}") from error
+
+    async def reached_runtime(self) -> None:
+        """Wait until it answers over TLS; raise `StackError` after 30 s."""
+        for _ in range(int(TIMEOUT / PAUSE)):
+            if await self._current_or_none() == "runtime":
+                return
+            await asyncio.sleep(PAUSE)
+        raise StackError(f"{self.name} does not answer over TLS {TIMEOUT:g} s after /finish")
+
+    async def _current_or_none(self) -> Phase | None:
+        try:
+            return await self.current()
+        except StackError:
+            return None
+
+
+def remote_kms(name: str, url: str, domain: str) -> KmsOnboarding:
+    """Make the onboarding of a KMS that runs elsewhere."""
+    return KmsOnboarding(name, url, domain, PolledPhase(name, url))
+
+
+@dataclass(frozen=True, slots=True)
 class RemoteApp:
-    """The guest agent of an app that waits for its keys, by URL."""
+    """An app that runs elsewhere and waits for its keys, by the URL of its guest agent."""
 
     url: str
 
-    async def info(self) -> guest_pb.AppInfo:
-        """Ask who it is."""
+    async def rule(self) -> dict[policy_files.AppRule, str]:
+        """Return its rule, and the hash of its OS image (hex); raise `StackError` if its agent does not answer."""
         try:
             async with PrpcClient(self.url, timeout=TIMEOUT) as client:
-                return await client.call("Info", Empty(), guest_pb.AppInfo)
+                info = await client.call("Info", Empty(), guest_pb.AppInfo)
         except (RpcError, TransportError, AttestError) as error:
             raise StackError(f"app: Info: {error}") from error
-
-    async def rule(self) -> dict[policy_files.AppRule, str]:
-        """What a policy needs to admit it, with its OS image's hash."""
-        info = await self.info()
         return {policy_files.AppRule(info.app_id.hex(), info.compose_hash.hex()): info.os_image_hash.hex()}
 
     async def has_keys(self) -> None:
-        """Wait until it has its keys; raise `StackError` with its own last words where that takes too long."""
-        said = ""
+        """Wait until it has its keys; after 30 s raise `StackError` with its last refusal."""
+        refusal = ""
         async with PrpcClient(self.url, timeout=TIMEOUT) as client:
             for _ in range(int(TIMEOUT / PAUSE)):
                 try:
                     await client.call("GetKey", guest_pb.GetKeyArgs(), guest_pb.GetKeyResponse)
                 except (RpcError, TransportError) as error:
-                    said = str(error)
+                    refusal = str(error)
                     await asyncio.sleep(PAUSE)
                 else:
                     return
-        raise StackError(f"the app has no keys after {TIMEOUT:g} s: {said}")
-
-
-async def set_up(
-    source: RemoteKms,
-    target: RemoteKms,
-    app: RemoteApp | None,
-    policies: Sequence[Path],
-    source_url: str,
-    progress: Progress,
-) -> None:
-    """Walk the runbook to its end. `source_url` is where the target finds the source, `https://host:port`."""
-    fresh = [kms for kms in (source, target) if await kms.phase() == "onboard"]
-    if fresh:
-        progress("measuring and allowing")
-        measured = {kms.name: await kms.measure() for kms in fresh}
-        policy_files.admit(policies, measured.values(), {} if app is None else await app.rule(), progress)
-    if source in fresh:
-        progress(f"bootstrapping {source.name}")
-        await source.bootstrap()
-        await source.finish()
-        await source.reached_runtime()
-    if target in fresh:
-        progress(f"onboarding {target.name} from {source.name}")
-        await target.onboard(source_url)
-        await target.finish()
-        await target.reached_runtime()
-    if app is not None:
-        progress("waiting for the app's keys")
-        await app.has_keys()
+        raise StackError(f"the app has no keys after {TIMEOUT:g} s: {refusal}")

@@ -1,212 +1,231 @@
 """Trust domains of a stack with their agents: those it begins with, and those that are made while it runs."""
 
-from collections.abc import Mapping
-from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Self
-
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from dstack_emu.attest.errors import FormatError
-from dstack_emu.deployment.guest import instance_seed
+from dstack_emu.attest.hexadecimal import decode_hex
+from dstack_emu.deployment.agent_listeners import AgentAddresses, AgentListeners, Instruments, SocketFile
+from dstack_emu.deployment.context import StackContext
+from dstack_emu.deployment.guest_config import instance_seed
+from dstack_emu.deployment.specs import GuestSpec
+from dstack_emu.deployment.state import GuestState, KeysState
 from dstack_emu.observability.spans import entered, headers_of
-from dstack_emu.simulator.agent import GuestAgent
-from dstack_emu.simulator.agent_server import dstack_app, tappd_app, tcp_app
+from dstack_emu.simulator.agent import GuestAgent, ProvidedKeys
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.guest_boot import KmsIssuer, fetch_keys
 from dstack_emu.simulator.image import OsImage
-from dstack_emu.simulator.seed import Seed, Stream
-from dstack_emu.simulator.trust_domain import AppCompose, DomainSettings, TrustDomain
-from dstack_emu.transport.listen import bind_tcp, bind_unix, reachable, reserve_unix, serve
+from dstack_emu.simulator.seed import Seed
+from dstack_emu.simulator.trust_domain import AppCompose, DomainSettings, TrustDomain, TrustDomainState
+from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.ratls import TIMEOUT as KMS_TIMEOUT
+from dstack_emu.transport.ratls import RaTlsClient
 
-if TYPE_CHECKING:
-    from dstack_emu.deployment.stack import Stack
-
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
-Hex = Annotated[str, StringConstraints(pattern=r"^(0x)?([0-9a-fA-F]{2})*$", max_length=20_000)]
-GIB: Final = 1024**3
+_OPTION = "--state DIR"
+"""What decides where a stack's socket files are."""
 
 
-def octets(text: str) -> bytes:
-    """Read hex, with 0x or without."""
-    return bytes.fromhex(text.removeprefix("0x"))
+def power_on(context: StackContext, spec: GuestSpec) -> TrustDomain:
+    """Boot a trust domain up to where it needs keys.
 
-
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class EventSpec(_Spec):
-    """One runtime event; `payload` is hex. With `measured` false the log claims it and no register holds it."""
-
-    event: Annotated[str, Field(min_length=1, max_length=200)]
-    payload: Hex = ""
-    measured: bool = True
-
-
-class GuestSpec(_Spec):
-    """Who a trust domain is: everything that is measured, and the machine it runs on.
-
-    `app_id` is the first 20 bytes of the compose hash unless given; `compose` the text of its app-compose.json, made up
-    unless given. Without `image` it boots the stack's own. `events` follow the boot's own, before keys are fetched.
-    `instance` tells instances of an app apart.
+    Raises `FormatError` if its VM or its app-compose is invalid.
     """
-
-    name: Name
-    app_id: Hex | None = None
-    compose: str | None = None
-    instance: str | None = None
-    image: str | None = None
-    image_version: str = "0.5.11"
-    platform: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    cpu_count: Annotated[int, Field(ge=1, le=1024)] = 2
-    memory_size: Annotated[int, Field(ge=1)] = 2 * GIB
-    debug: bool = False
-    mr_config_id: Hex = "00" * 48
-    quote_version: Annotated[int, Field(ge=4, le=5)] = 4
-    events: Annotated[tuple[EventSpec, ...], Field(max_length=1000)] = ()
-
-    @model_validator(mode="after")
-    def _sizes(self) -> Self:
-        if self.app_id is not None and len(octets(self.app_id)) != 20:
-            raise ValueError(f"app_id: 20 bytes expected, got {len(octets(self.app_id))}")
-        return self
-
-    @property
-    def machine(self) -> str:
-        """The platform's name."""
-        return self.platform or f"host of {self.name}"
-
-    def power_on(self, stack: "Stack") -> TrustDomain:
-        """Boot it, up to where it needs keys; raise `FormatError` for a machine or an app-compose that cannot be."""
-        derive = stack.seed.derive
-        image = stack.image if self.image is None else OsImage.from_seed(derive, self.image, self.image_version)
-        domain = TrustDomain(
-            stack.intel.platform(self.machine),
-            image,
-            AppCompose.named(self.name) if self.compose is None else AppCompose.parse(self.compose),
-            instance_seed=instance_seed(stack.seed, self.instance or self.name),
-            vm_config=image.vm_config(self.cpu_count, self.memory_size),
-            app_id=None if self.app_id is None else octets(self.app_id),
-            settings=DomainSettings(self.debug, octets(self.mr_config_id), self.quote_version),
-        )
-        domain.boot()
-        for event in self.events:
-            (domain.measure if event.measured else domain.claim)(event.event, octets(event.payload))
-        return domain
+    derive = context.seed.derive
+    image = context.image if spec.image is None else OsImage.from_seed(derive, spec.image, spec.image_version)
+    domain = TrustDomain(
+        context.intel.platform(spec.platform_name),
+        image,
+        AppCompose.named(spec.name) if spec.compose is None else AppCompose.parse(spec.compose),
+        instance_seed=instance_seed(context.seed, spec.instance or spec.name),
+        vm_config=image.vm_config(spec.cpu_count, spec.memory_size),
+        app_id=None if spec.app_id is None else decode_hex(spec.app_id),
+        settings=DomainSettings(spec.debug, decode_hex(spec.mr_config_id), spec.quote_version),
+    )
+    domain.boot()
+    for event in spec.events:
+        (domain.measure if event.measured else domain.claim)(event.event, decode_hex(event.payload))
+    return domain
 
 
 class RunningGuest:
-    """A trust domain whose agent answers. `boot` gets it keys of a KMS; `close` ends it."""
+    """A trust domain whose agent answers. `boot` gets it keys of a KMS; `close` ends it.
 
-    def __init__(self, spec: GuestSpec, service: str, domain: TrustDomain, streams: Mapping[str, Stream]) -> None:
-        self.spec, self.service, self.domain, self.streams = spec, service, domain, dict(streams)
+    `service` is the name under which its agent is known in the stack; `streams` are its sources of randomness.
+    """
+
+    def __init__(self, context: StackContext, spec: GuestSpec, service: str, domain: TrustDomain, seed: Seed) -> None:
+        self.spec, self.service, self.domain = spec, service, domain
+        self.streams = {name: seed.stream(name) for name in ("agent", "boot")}
         self.agent = GuestAgent(domain, self.streams["agent"])
-        self.issuer: KmsIssuer | None = None
-        self.kms = ""
-        self.folder = Path()
-        self.url = ""
-        self._exit = AsyncExitStack()
+        self._context = context
+        self._issuer: KmsIssuer | None = None
+        self._kms = ""
+        self._listeners: AgentListeners | None = None
 
     @property
     def name(self) -> str:
         """What it is called."""
         return self.spec.name
 
-    async def listen(self, stack: "Stack") -> None:
-        """Let the agent listen: two sockets in the state folder, and a TCP port."""
-        self.folder = stack.state / self.name
+    @property
+    def folder(self) -> Path:
+        """The folder of its socket files."""
+        return self._context.state / self.name
+
+    @property
+    def dstack_sock(self) -> Path:
+        """The socket file of DstackGuest."""
+        return self.folder / "dstack.sock"
+
+    @property
+    def tappd_sock(self) -> Path:
+        """The socket file of Tappd."""
+        return self.folder / "tappd.sock"
+
+    @property
+    def url(self) -> str:
+        """The URL of its agent's TCP port."""
+        return "" if self._listeners is None else self._listeners.url
+
+    # ---- running
+
+    async def listen(self) -> None:
+        """Let the agent listen: on two socket files and a TCP port, and by gRPC if the stack serves it."""
+        context, grpc = self._context, self._context.config.grpc
         self.folder.mkdir(exist_ok=True, mode=0o700)
-        world = stack.world
-        for app, file in ((dstack_app, "dstack.sock"), (tappd_app, "tappd.sock")):
-            sock = bind_unix(self.folder / file, setting="--state DIR")
-            with stack.logs.of(self.service):
-                server = await serve(world.around(self.service, app(self.agent)), sock)
-            self._exit.push_async_callback(server.close)
-        sock = stack.take_socket(self.service) or bind_tcp(stack.config.host, 0)
-        with stack.logs.of(self.service):
-            server = await serve(world.around(self.service, tcp_app(self.agent)), sock)
-        self._exit.push_async_callback(server.close)
-        self.url = stack.services[self.service] = server.url
-        await self._listen_by_grpc(stack)
+        addresses = AgentAddresses(
+            tcp=context.ports.take(self.service),
+            dstack_sock=SocketFile(self.dstack_sock, _OPTION),
+            tappd_sock=SocketFile(self.tappd_sock, _OPTION),
+            grpc=context.ports.take(f"{self.service}-grpc") if grpc else None,
+            grpc_sock=SocketFile(self.folder / "grpc.sock", _OPTION) if grpc else None,
+        )
+        instruments = Instruments(
+            lambda app: context.instrumentation.instrument(self.service, app),
+            context.instrumentation.interceptors(self.service) if grpc else (),
+        )
+        with context.logs.of(self.service):
+            self._listeners = await AgentListeners.open(self.agent, addresses, instruments)
+        context.urls[self.service] = self._listeners.url
+        if grpc:
+            context.grpc[f"{self.service}-grpc"] = self._listeners.grpc_target
 
-    async def _listen_by_grpc(self, stack: "Stack") -> None:
-        """Serve gRPC, too, where the stack does."""
-        if not stack.config.grpc:
-            return
-        name = f"{self.service}-grpc"
-        sock = stack.take_socket(name) or bind_tcp(stack.config.host, 0)
-        from dstack_emu.simulator.agent_grpc import serve_agent  # costs time and memory that nobody else should pay
+    async def boot(self, kms: str, verifier: AttestationVerifier) -> None:
+        """Fetch keys from the KMS of that name, whose evidence `verifier` verifies, and run with them.
 
-        path = reserve_unix(self.folder / "grpc.sock", setting="--state DIR")
-        stack.grpc[name] = reachable(sock)
-        self._exit.callback(stack.grpc.pop, name, None)
-        with stack.logs.of(self.service):
-            server = await serve_agent(self.agent, sock, path, interceptors=stack.world.interceptors(self.service))
-        self._exit.push_async_callback(server.close)
-
-    async def boot(self, stack: "Stack", kms: str) -> None:
-        """Fetch keys from the KMS of that name and run with them.
-
-        Raises `GuestError` with the refusal; all is then as it was before.
+        Raises `GuestError` with the refusal; the trust domain is then as it was before.
         """
-        world = stack.world
+        instrumentation = self._context.instrumentation
         before, position = self.domain.capture(), self.streams["boot"].capture()
-        call = world.journal.begin(self.name, "Boot", None, 0, "stack")
+        call = instrumentation.journal.begin(self.name, "Boot", None, 0, "stack")
         status, error = 400, ""
         try:
             with entered(call):
-                keys, issuer = await fetch_keys(
-                    self.domain,
-                    stack.services[f"kms-{kms}"],
-                    stack.verifier,
-                    self.streams["boot"],
-                    world.clock.issue(),
-                    patience=world.patience or KMS_TIMEOUT,
-                    headers=headers_of(self.name),
-                )
-                try:
-                    await self.agent.provide(keys, issuer)
-                except BaseException:
-                    await issuer.close()
-                    raise
-            await self.use(issuer, kms)
+                await self._fetch_keys(kms, verifier)
             status = 200
         except GuestError as refusal:
             self.domain.restore(before)
             self.streams["boot"].restore(position)
-            error = world.journal.scrub(str(refusal))
+            error = instrumentation.journal.scrub(str(refusal))
             raise
         finally:
-            world.journal.end(call, status, error)
+            instrumentation.journal.end(call, status, error)
 
-    async def use(self, issuer: KmsIssuer | None, kms: str) -> None:
-        """Note whose keys it has, and let go of the connections to the KMS it had them from before."""
-        before, self.issuer, self.kms = self.issuer, issuer, kms
+    async def _fetch_keys(self, kms: str, verifier: AttestationVerifier) -> None:
+        keys, issuer = await fetch_keys(
+            self.domain,
+            self._context.urls[f"kms-{kms}"],
+            verifier,
+            self.streams["boot"],
+            self._context.instrumentation.clock.issue(),
+            patience=self._kms_timeout,
+            headers=headers_of(self.name),
+        )
+        try:
+            await self.agent.provide(keys, issuer)
+        except BaseException:
+            await issuer.close()
+            raise
+        await self._use(issuer, kms)
+
+    def power_cycle(self) -> None:
+        """Power it on anew, up to where it needs keys; its agent keeps the keys that it has."""
+        self.domain.restore(power_on(self._context, self.spec).capture())
+
+    @property
+    def _kms_timeout(self) -> float:
+        return self._context.instrumentation.patience or KMS_TIMEOUT
+
+    async def _use(self, issuer: KmsIssuer | None, kms: str) -> None:
+        """Use the issuer of a KMS from here on, and close the connections of the one before."""
+        before, self._issuer, self._kms = self._issuer, issuer, kms
         if before is not None and before is not issuer:
             await before.close()
 
     async def close(self) -> None:
         """Stop listening."""
-        await self._exit.aclose()
-        await self.use(None, "")
+        if self._listeners is not None:
+            await self._listeners.close()
+        await self._use(None, "")
+
+    # ---- state
+
+    def capture(self) -> GuestState:
+        """Return the state as it is now."""
+        domain = self.domain.capture()
+        streams = {name: stream.capture() for name, stream in self.streams.items()}
+        keys = self._captured_keys()
+        return GuestState(spec=self.spec, rtmr3=domain.rtmr3, events=domain.events, streams=streams, keys=keys)
+
+    def _captured_keys(self) -> KeysState | None:
+        """Return the keys that a KMS gave it; those that it made itself grow from the seed."""
+        provided = self.agent.capture()
+        if provided is None or self._issuer is None:
+            return None
+        return KeysState(
+            keys=provided.keys,
+            identity=self._issuer.identity,
+            kms=self._kms,
+            demo_certificate=provided.demo_certificate,
+        )
+
+    async def restore(self, state: GuestState) -> None:
+        """Put a captured state of a trust domain of the same description back."""
+        self.domain.restore(TrustDomainState(state.rtmr3, state.events))
+        for name, stream in self.streams.items():
+            stream.restore(state.streams.get(name, 0))
+        if self._captured_keys() != state.keys:
+            await self._restore_keys(state.keys)
+
+    async def _restore_keys(self, state: KeysState | None) -> None:
+        if state is None:
+            self.agent.restore(None)
+            await self._use(None, "")
+            return
+        client = RaTlsClient(
+            f"{self._context.urls[f'kms-{state.kms}']}/prpc",
+            identity=state.identity,
+            root_ca=state.keys.ca_cert,
+            timeout=self._kms_timeout,
+            headers=headers_of(self.name),
+        )
+        issuer = KmsIssuer(client, self.domain.vm_config_json, state.identity)
+        self.agent.restore(ProvidedKeys(state.keys, issuer, state.demo_certificate))
+        await self._use(issuer, state.kms)
 
 
-async def start_guest(stack: "Stack", spec: GuestSpec, service: str, seed: Seed | None = None) -> RunningGuest:
-    """Power a trust domain on and let its agent answer; raise `GuestError` where it cannot be."""
-    if spec.name in stack.guests:
-        raise GuestError(f"there is a trust domain {spec.name} already")
-    own = seed or stack.seed.child(f"guest {spec.name}")
+async def start_guest(context: StackContext, spec: GuestSpec, service: str, seed: Seed | None = None) -> RunningGuest:
+    """Power a trust domain on and let its agent answer; raise `GuestError` if it cannot boot.
+
+    Its randomness grows from `seed`, by default one of its own.
+    """
     try:
-        domain = spec.power_on(stack)
+        domain = power_on(context, spec)
     except FormatError as error:
         raise GuestError(f"trust domain {spec.name}: {error}") from error
-    guest = RunningGuest(spec, service, domain, {"agent": own.stream("agent"), "boot": own.stream("boot")})
+    guest = RunningGuest(context, spec, service, domain, seed or context.seed.child(f"guest {spec.name}"))
     try:
-        await guest.listen(stack)
+        await guest.listen()
     except BaseException:
         await guest.close()
         raise
-    stack.guests[spec.name] = guest
     return guest

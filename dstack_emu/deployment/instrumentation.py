@@ -1,4 +1,4 @@
-"""One stack's clock, journal and faults, and how they come in around its services."""
+"""One stack's clock, journal and faults, and how its services are instrumented with them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Instrumentation:
-    """What is around the services of one stack; `patience` is how long they wait (None: as long as upstream)."""
+    """The instruments of one stack; `patience` is the seconds that its services wait (None: as long as upstream's)."""
 
     def __init__(
         self, seed: Seed, *, patience: float | None = None, kept: int = JOURNAL_SIZE, journal_file: Path | None = None
@@ -34,40 +34,44 @@ class Instrumentation:
         self.faults = FaultRules(seed)
         self.journal = Journal(self.clock, kept=kept, file=journal_file)
         self.patience = patience
-        self.verifiers: dict[str, RecordingVerifier] = {}
+        self._verifiers: dict[str, RecordingVerifier] = {}
 
-    def around(self, service: str, app: web.Application, *, stale: Stale | None = None) -> web.Application:
-        """Put journal and faults before a service's application, which is not served yet."""
+    def instrument(self, service: str, app: web.Application, *, stale: Stale | None = None) -> web.Application:
+        """Put journal and faults around the application of a service, which is not served yet."""
         app.middlewares.insert(0, journal_middleware(service, self.journal, self.faults, stale=stale))
         return app
 
-    def verifier(self, caller: str, pccs_url: str, anchor: TrustAnchor) -> RecordingVerifier:
-        """Make who judges for one part of the stack, which closes it."""
-        pccs = PccsClient(pccs_url, timeout=self.patience or DEFAULT_TIMEOUT, headers=headers_of(caller))
-        made = self.verifiers[caller] = RecordingVerifier(pccs, anchor, self.clock, self.journal)
-        return made
+    def interceptors(self, service: str) -> "list[CallInterceptor]":
+        """Make the interceptors that do the same for what a service serves by gRPC."""
+        from dstack_emu.observability.interceptor import CallInterceptor  # grpcio costs time and memory: only if wanted
 
-    def webhook(self, caller: str, url: str, *, own: bool) -> AuthApi:
-        """Make the client of a webhook: one of the stack's `own`, or somebody else's, who is sent no header of ours."""
+        return [CallInterceptor(service, self.journal, self.faults)]
+
+    def kms_instruments(self, service: str, verifier: RecordingVerifier) -> KmsInstruments:
+        """Make the instruments of a KMS."""
+        middleware = journal_middleware(service, self.journal, self.faults)
+        return KmsInstruments((middleware,), verifier, headers_of(service), self.patience)
+
+    def webhook_client(self, caller: str, url: str, *, own: bool) -> AuthApi:
+        """Make the client of a webhook: one of the stack's `own`, or a foreign one, which is sent no header of ours."""
         timeout = self.patience or WEBHOOK_TIMEOUT
         if own:
             return WebhookAuth(url, timeout=timeout, headers=headers_of(caller))
         return RecordingAuth(WebhookAuth(url, timeout=timeout), "webhook", caller, self.journal)
 
-    def surroundings(self, service: str, verifier: RecordingVerifier) -> KmsInstruments:
-        """What a KMS of the stack is given."""
-        before = journal_middleware(service, self.journal, self.faults)
-        return KmsInstruments((before,), verifier, headers_of(service), self.patience)
+    # ---- verifiers
 
-    def interceptors(self, service: str) -> "list[CallInterceptor]":
-        """The same as `around` for what a service serves by gRPC."""
-        from dstack_emu.observability.interceptor import (
-            CallInterceptor,  # costs time and memory that nobody else should pay
-        )
+    def verifier(self, caller: str, pccs_url: str, anchor: TrustAnchor) -> RecordingVerifier:
+        """Make the verifier of one part of the stack; the part closes it and drops it at its end."""
+        pccs = PccsClient(pccs_url, timeout=self.patience or DEFAULT_TIMEOUT, headers=headers_of(caller))
+        made = self._verifiers[caller] = RecordingVerifier(pccs, anchor, self.clock, self.journal)
+        return made
 
-        return [CallInterceptor(service, self.journal, self.faults)]
+    def drop_verifier(self, caller: str) -> None:
+        """Forget the verifier of a part that has ended."""
+        self._verifiers.pop(caller, None)
 
-    def forget(self) -> None:
-        """Empty the caches of who judges: what is asked next is asked in full."""
-        for verifier in self.verifiers.values():
+    def clear_caches(self) -> None:
+        """Empty the caches of all verifiers, so that their next requests are made in full."""
+        for verifier in self._verifiers.values():
             verifier.forget()

@@ -4,214 +4,244 @@ import shutil
 import socket
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import Any, Final
 
-from pydantic import Field
-
-from dstack_emu.attest.certificate import EvidenceForm
-from dstack_emu.deployment import policy_files
-from dstack_emu.deployment.config import IMAGE_URL, StackError
-from dstack_emu.deployment.guest import local_key_provider
-from dstack_emu.deployment.guests import GuestSpec, Name, RunningGuest, _Spec, start_guest
+from dstack_emu.deployment.authorization import KmsOnboarding, Phase
+from dstack_emu.deployment.context import StackContext
+from dstack_emu.deployment.errors import StackError
+from dstack_emu.deployment.guest_config import local_key_provider
+from dstack_emu.deployment.guests import RunningGuest, start_guest
+from dstack_emu.deployment.specs import KmsSpec
+from dstack_emu.deployment.state import KmsState
 from dstack_emu.kms_emu.config import KmsConfig
 from dstack_emu.kms_emu.errors import KmsError
-from dstack_emu.kms_emu.server import KmsServer
+from dstack_emu.kms_emu.server import KmsServer, KmsServerState
+from dstack_emu.observability.spans import headers_of
 from dstack_emu.simulator.app_keys import OwnKeys
 from dstack_emu.simulator.errors import GuestError
+from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.errors import ConfigError
-from dstack_emu.transport.listen import bind_tcp, reachable, serve
+from dstack_emu.transport.listen import reachable
+from dstack_emu.transport.ports import IMAGE_URL
 
-if TYPE_CHECKING:
-    from dstack_emu.deployment.stack import Stack
+PERMANENT: Final = ("src", "dst")
+"""The KMS that a stack begins with. The state folder keeps their files; other KMS start without any."""
 
-
-BEGUN_WITH: Final = ("src", "dst")
-"""The KMS that a stack begins with, whose files are its state folder's to keep; others begin without any."""
-
-
-class KmsSpec(_Spec):
-    """A KMS: its name (`third` is the service `kms-third` in the trust domain `kms-third`), and who decides for it.
-
-    `webhook` is `own` (a new auth-simple with a policy of its own, that denies everyone), the name of another KMS whose
-    webhook it shares, or the URL of somebody's. Fields of the trust domain are those of `GuestSpec`; `settings` are
-    keys of kms.toml's [core], `rpc_cert_evidence` is the key of its [emulator]: with `legacy` it is a source of 0.5.x.
-    """
-
-    name: Annotated[Name, Field(max_length=20)]
-    webhook: Annotated[str, Field(min_length=1, max_length=2000)] = "own"
-    platform: Annotated[str, Field(min_length=1, max_length=200)] | None = None
-    image: str | None = None
-    image_version: str = "0.5.11"
-    compose: str | None = None
-    rpc_cert_evidence: EvidenceForm = "versioned"
-    settings: dict[str, Any] = Field(default_factory=dict)
-
-    @property
-    def guest(self) -> GuestSpec:
-        """The trust domain it runs in."""
-        return GuestSpec(
-            name=f"kms-{self.name}",
-            platform=self.platform,
-            image=self.image,
-            image_version=self.image_version,
-            compose=self.compose,
-        )
+KMS_DOMAIN: Final = "127.0.0.1"
+"""The name in the KMS's certificates, an IP address: the printed URLs verify under the KMS's root."""
 
 
 class RunningKms:
-    """A KMS that answers, with what belongs to it alone."""
+    """A KMS that answers, with what belongs to it alone.
 
-    def __init__(self, spec: KmsSpec, guest: RunningGuest) -> None:
+    `measured` is what it answered to GetAttestationInfo in its onboard phase, None if it has not been asked.
+    """
+
+    server: KmsServer
+
+    def __init__(self, context: StackContext, spec: KmsSpec, guest: RunningGuest) -> None:
         self.spec, self.guest = spec, guest
-        self.exit = AsyncExitStack()
+        self.measured: dict[str, Any] | None = None
+        self._context = context
+        self._exit = AsyncExitStack()
 
     @property
-    def certs(self) -> Path:
-        """Where it keeps its keys."""
+    def name(self) -> str:
+        """Its name: `src` for the service `kms-src`."""
+        return self.spec.name
+
+    @property
+    def url(self) -> str:
+        """The URL of its service."""
+        return self._context.urls[self.spec.service]
+
+    @property
+    def cert_dir(self) -> Path:
+        """The folder of its keys."""
         return self.guest.folder / "certs"
 
+    # ---- starting and stopping
+
+    async def start(self, entropy_seed: Seed) -> None:
+        """Serve it; raise `StackError` if it does not start."""
+        context, service = self._context, self.spec.service
+        self.guest.streams["kms"] = entropy = entropy_seed.stream("kms")
+        webhook, is_own = await self._webhook()
+        sock = context.ports.take(service)
+        self._exit.callback(sock.close)
+        grpc_socks = self._grpc_sockets()
+        instrumentation = context.instrumentation
+        try:
+            self.server = KmsServer(
+                KmsConfig.from_document(self._document(webhook, sock, grpc=bool(grpc_socks)), service),
+                f"unix:{self.guest.dstack_sock}",
+                entropy=entropy,
+                clock=instrumentation.clock,
+                issue_clock=instrumentation.clock.issue,
+                sock=sock,
+                grpc_socks=grpc_socks,
+                grpc_interceptors=instrumentation.interceptors(service) if grpc_socks else (),
+                auth=instrumentation.webhook_client(service, webhook, own=is_own),
+                instruments=instrumentation.kms_instruments(service, context.verifier(service)),
+            )
+            self._exit.push_async_callback(self.server.stop)
+            with context.logs.of(service):
+                await self.server.start()
+        except (KmsError, ConfigError) as error:
+            raise StackError(f"{service}: {error}") from error
+        self._publish_url()
+
+    def _publish_url(self) -> None:
+        """Publish where it answers: the scheme follows its phase."""
+        self._context.urls[self.spec.service] = self.server.url
+
+    def _document(self, webhook: str, sock: socket.socket, *, grpc: bool) -> dict[str, Any]:
+        """Build its kms.toml."""
+        context, certs = self._context, self.cert_dir
+        host, port = sock.getsockname()[:2]
+        core = {
+            "cert_dir": str(certs),
+            "site_name": f"dstack-emu {self.name}",
+            "attestation": {
+                "insecure_allow_external_trust_anchors": True,
+                "urls": {"pccs": context.urls["pccs"]},
+                "root_ca": {"tdx": str(context.root_ca)},
+            },
+            "image": {"cache_dir": str(context.state / "images"), "download_url": IMAGE_URL},
+            "auth_api": {"type": "webhook", "webhook": {"url": webhook}},
+            "onboard": {"address": host, "port": port},
+        }
+        tls = {
+            "key": str(certs / "rpc.key"),
+            "certs": str(certs / "rpc.crt"),
+            "mutual": {"ca_certs": str(certs / "tmp-ca.crt")},
+        }
+        return {
+            "rpc": {"address": host, "port": port, "tls": tls},
+            "core": core | self.spec.settings,
+            "emulator": {"rpc_cert_evidence": self.spec.rpc_cert_evidence, "grpc": {"enabled": grpc}},
+        }
+
+    def _grpc_sockets(self) -> dict[str, socket.socket]:
+        """Return the bound ports of its gRPC listeners, by their keys in kms.toml; none if the stack serves no gRPC."""
+        context, socks = self._context, {}
+        if not context.config.grpc:
+            return {}
+        for key, suffix in (("port", "grpc"), ("mtls_port", "grpc-mtls")):
+            name = f"{self.spec.service}-{suffix}"
+            socks[key] = context.ports.take(name)
+            self._exit.callback(socks[key].close)
+            context.grpc[name] = reachable(socks[key])
+        return socks
+
+    async def _webhook(self) -> tuple[str, bool]:
+        """Return the URL of its webhook, started if it is to have its own, and whether it is part of the stack."""
+        context, wanted = self._context, self.spec.webhook
+        if wanted.startswith(("http://", "https://")):
+            return wanted, wanted.rstrip("/") in context.urls.values()
+        service = f"auth-{self.name if wanted == 'own' else wanted}"
+        if wanted == "own" and service not in context.urls:
+            context.policies.add(self.name)
+            server = await context.serve_webhook(self.name)
+            self._exit.push_async_callback(server.close)
+        if service not in context.urls:
+            raise StackError(f"webhook: own, the name of a KMS, or a URL expected, got {wanted!r:.100}")
+        return context.urls[service], True
+
     async def close(self) -> None:
-        """Stop it, and a webhook of its own."""
-        await self.exit.aclose()
+        """Stop it, and a webhook of its own. Its trust domain goes on."""
+        await self._exit.aclose()
+        self._context.instrumentation.drop_verifier(self.spec.service)
+
+    # ---- its onboard phase
+
+    @property
+    def onboarding(self) -> KmsOnboarding:
+        """Its onboard phase, by its public interface."""
+        return KmsOnboarding(self.spec.service, self.url, KMS_DOMAIN, self, headers_of("stack"))
+
+    async def current(self) -> Phase:
+        """Return its phase; raise `StackError` if it runs no more."""
+        phase = self.server.phase
+        if phase not in ("onboard", "runtime"):
+            raise StackError(f"{self.spec.service} is {phase}")
+        return phase
+
+    async def reached_runtime(self) -> None:
+        """Wait until it answers over TLS; raise `StackError` if it ends before."""
+        try:
+            await self.server.reached_runtime()
+        except KmsError as error:
+            raise StackError(f"{self.spec.service}: {error}") from error
+        self._publish_url()
+
+    # ---- state
+
+    def capture(self) -> KmsState:
+        """Return the state as it is now; raise `StackError` if it runs no more."""
+        try:
+            server = self.server.capture()
+        except KmsError as error:
+            raise StackError(f"{self.spec.service} is {error}") from error
+        return KmsState(
+            spec=self.spec,
+            phase=server.phase,
+            files=dict(server.files),
+            own_boot_info=server.own_boot_info,
+            requests=server.requests,
+            failures=server.failures,
+            measured=self.measured,
+        )
+
+    async def restore(self, state: KmsState) -> None:
+        """Put a captured state of a KMS of the same description back; raise `KmsError` if it does not start again."""
+        await self.server.restore(
+            KmsServerState(state.phase, state.files, state.own_boot_info, state.requests, state.failures)
+        )
+        self._publish_url()
+        self.measured = state.measured
 
 
-async def start_kms(stack: "Stack", spec: KmsSpec) -> RunningKms:
-    """Start a KMS in a trust domain with keys of a local key provider, as production KMS have them."""
-    side, name = spec.name, f"kms-{spec.name}"
-    if side in stack.kms:
-        raise StackError(f"there is a KMS {side} already")
-    if side not in BEGUN_WITH:
-        _forget_files(stack, spec)
-    seed = stack.seed.child(f"kms {side}")
+async def start_kms(context: StackContext, spec: KmsSpec) -> RunningKms:
+    """Start a KMS in a trust domain with keys of a local key provider, as production KMS have them.
+
+    Raises `StackError` if it does not start.
+    """
+    if spec.name not in PERMANENT:
+        delete_files(context, spec)
+    seed = context.seed.child(f"kms {spec.name}")
     try:
-        guest = await start_guest(stack, spec.guest, f"agent-{side}", seed)
+        guest = await start_guest(context, spec.guest, f"agent-{spec.name}", seed)
     except GuestError as error:
         raise StackError(str(error)) from error
-    kms = RunningKms(spec, guest)
+    kms = RunningKms(context, spec, guest)
     try:
-        provider = local_key_provider(stack.seed, name)
+        provider = local_key_provider(context.seed, spec.service)
         guest.domain.complete(provider)
-        own = OwnKeys.from_seed(guest.domain, seed.derive("sealing key", 32), provider, stack.world.clock.issue)
+        sealing_key = seed.derive("sealing key", 32)
+        own = OwnKeys.from_seed(guest.domain, sealing_key, provider, context.instrumentation.clock.issue)
         await guest.agent.provide(own.keys, own.issuer)
-        guest.streams["kms"] = seed.stream("kms")
-        await _serve_kms(stack, kms)
+        await kms.start(seed)
     except BaseException:
-        await remove_kms(stack, kms)
+        await stop_kms(context, kms)
         raise
-    stack.kms_parts[side] = kms
-    if name not in stack.services:
-        raise StackError(f"{name} does not answer")
     return kms
 
 
-async def _serve_kms(stack: "Stack", kms: RunningKms) -> None:
-    side, name = kms.spec.name, f"kms-{kms.spec.name}"
-    webhook, is_own = await _webhook(stack, kms)
-    sock = stack.take_socket(name) or bind_tcp(stack.config.host, 0)
-    kms.exit.callback(sock.close)
-    host, port = sock.getsockname()[:2]
-    certs = kms.certs
-    document: dict[str, Any] = {
-        "rpc": {
-            "address": host,
-            "port": port,
-            "tls": {
-                "key": str(certs / "rpc.key"),
-                "certs": str(certs / "rpc.crt"),
-                "mutual": {"ca_certs": str(certs / "tmp-ca.crt")},
-            },
-        },
-        "core": {
-            "cert_dir": str(certs),
-            "site_name": f"dstack-emu {side}",
-            "attestation": {
-                "insecure_allow_external_trust_anchors": True,
-                "urls": {"pccs": stack.services["pccs"]},
-                "root_ca": {"tdx": str(stack.root_ca)},
-            },
-            "image": {"cache_dir": str(stack.state / "images"), "download_url": IMAGE_URL},
-            "auth_api": {"type": "webhook", "webhook": {"url": webhook}},
-            "onboard": {"address": host, "port": port},
-        },
-    }
-    document["core"] |= kms.spec.settings
-    grpc_socks = _grpc_sockets(stack, kms)
-    document["emulator"] = {"rpc_cert_evidence": kms.spec.rpc_cert_evidence, "grpc": {"enabled": bool(grpc_socks)}}
-    try:
-        server = KmsServer(
-            KmsConfig.from_document(document, name),
-            f"unix:{kms.guest.folder / 'dstack.sock'}",
-            entropy=kms.guest.streams["kms"],
-            clock=stack.world.clock,
-            issue_clock=stack.world.clock.issue,
-            sock=sock,
-            grpc_socks=grpc_socks,
-            grpc_interceptors=stack.world.interceptors(name) if grpc_socks else (),
-            auth=stack.world.webhook(name, webhook, own=is_own),
-            instruments=stack.world.surroundings(name, stack.verifier_of(name)),
-        )
-        kms.exit.push_async_callback(server.stop)
-        with stack.logs.of(name):
-            await server.start()
-    except (KmsError, ConfigError) as error:
-        raise StackError(f"{name}: {error}") from error
-    stack.kms[side] = server
-    stack.note_url(side)
-
-
-def _grpc_sockets(stack: "Stack", kms: RunningKms) -> dict[str, socket.socket]:
-    """The bound ports of its gRPC listeners, by their keys in kms.toml; none where the stack serves no gRPC."""
-    if not stack.config.grpc:
-        return {}
-    socks = {}
-    for key, suffix in (("port", "grpc"), ("mtls_port", "grpc-mtls")):
-        name = f"kms-{kms.spec.name}-{suffix}"
-        socks[key] = stack.take_socket(name) or bind_tcp(stack.config.host, 0)
-        kms.exit.callback(socks[key].close)
-        stack.grpc[name] = reachable(socks[key])
-        kms.exit.callback(stack.grpc.pop, name, None)
-    return socks
-
-
-async def _webhook(stack: "Stack", kms: RunningKms) -> tuple[str, bool]:
-    """The URL of who decides for it, made where it is to have its own; and whether it is part of the stack."""
-    wanted, side = kms.spec.webhook, kms.spec.name
-    if wanted.startswith(("http://", "https://")):
-        return wanted, wanted.rstrip("/") in stack.services.values()
-    service = f"auth-{side if wanted == 'own' else wanted}"
-    if wanted == "own" and service not in stack.services:
-        path = stack.policies["src"].with_name(f"{service}.json")
-        policy_files.write(path, policy_files.DENY_ALL)
-        stack.policies[side] = path
-        server = await serve(stack.auth_app(side), bind_tcp(stack.config.host, 0))
-        kms.exit.push_async_callback(server.close)
-        stack.services[service] = server.url
-    if service not in stack.services:
-        raise StackError(f"webhook: own, the name of a KMS, or a URL expected, got {wanted!r:.100}")
-    return stack.services[service], True
-
-
-def _forget_files(stack: "Stack", spec: KmsSpec) -> None:
-    """Remove the keys of a KMS that is made while the stack runs, and a policy of its own."""
-    shutil.rmtree(stack.state / f"kms-{spec.name}" / "certs", ignore_errors=True)
-    if spec.webhook == "own":
-        stack.policies["src"].with_name(f"auth-{spec.name}.json").unlink(missing_ok=True)
-
-
-async def remove_kms(stack: "Stack", kms: RunningKms) -> None:
-    """Stop a KMS that was made while the stack ran, and forget it."""
-    side = kms.spec.name
+async def stop_kms(context: StackContext, kms: RunningKms) -> None:
+    """Stop a KMS and its trust domain, and withdraw their services."""
     await kms.close()
     await kms.guest.close()
-    for service in (f"kms-{side}", f"agent-{side}"):
-        stack.services.pop(service, None)
+    for service in (kms.spec.service, kms.guest.service):
+        context.withdraw(service)
     if kms.spec.webhook == "own":
-        stack.services.pop(f"auth-{side}", None)
-        stack.policies.pop(side, None)
-    if side not in BEGUN_WITH:
-        _forget_files(stack, kms.spec)
-    stack.guests.pop(kms.guest.name, None)
-    stack.kms.pop(side, None)
-    stack.kms_parts.pop(side, None)
-    stack.kms_info.pop(side, None)
-    stack.world.verifiers.pop(f"kms-{side}", None)
+        context.withdraw(f"auth-{kms.name}")
+    if kms.name not in PERMANENT:
+        delete_files(context, kms.spec)
+
+
+def delete_files(context: StackContext, spec: KmsSpec) -> None:
+    """Delete the keys of a KMS that was made while the stack ran, and a policy of its own."""
+    shutil.rmtree(context.state / spec.service / "certs", ignore_errors=True)
+    if spec.webhook == "own":
+        context.policies.remove(spec.name)

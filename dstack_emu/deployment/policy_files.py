@@ -1,6 +1,6 @@
-"""The two auth-simple policy files of a stack, written so that nobody ever reads half of one.
+"""The auth-simple policy files of a stack, each replaced as a whole, so that nobody ever reads half of one.
 
-Plain JSON that a person edits while the stack runs: auth-simple reads it anew for every question.
+Plain JSON that may be edited while the stack runs: auth-simple reads it anew for every request.
 """
 
 import json
@@ -90,6 +90,52 @@ def replace(path: Path, content: bytes) -> None:
     """Put a file's content in place at once."""
     # As root, in a container: whoever owns the folder has to be able to edit the policies in it.
     replace_file(path, content, like_folder=True)
+
+
+PolicyContents = dict[str, bytes | None]
+"""What is in each policy file, by KMS; None if there is no file."""
+
+
+class PolicyFiles:
+    """The policy files of one stack, in one folder, by the name of the KMS whose webhook reads each."""
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self._folder = folder
+        self.paths = {name: self._path(name) for name in names}
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"auth-{name}.json"
+
+    def add(self, name: str) -> Path:
+        """Write a policy that denies everyone for a KMS that is new."""
+        path = self.paths[name] = self._path(name)
+        write(path, DENY_ALL)
+        return path
+
+    def remove(self, name: str) -> None:
+        """Delete the policy of a KMS, if there is one."""
+        self.paths.pop(name, None)
+        self._path(name).unlink(missing_ok=True)
+
+    def capture(self) -> PolicyContents:
+        """Return the content of every file."""
+        return {name: _content(path) for name, path in self.paths.items()}
+
+    def restore(self, state: PolicyContents) -> None:
+        """Put captured contents back into the files that there are."""
+        for name, content in state.items():
+            path = self.paths[name]
+            if content is None:
+                path.unlink(missing_ok=True)
+            elif _content(path) != content:
+                replace(path, content)
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)

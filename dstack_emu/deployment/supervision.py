@@ -1,13 +1,13 @@
-"""A part that fails ends the whole: the block of an `async with`, as a task group ends it."""
+"""A part that fails ends the whole deployment: its `async with` block is cancelled, as a task group cancels it."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
-from dstack_emu.deployment.config import PartEndedError
+from dstack_emu.deployment.errors import PartEndedError
 
 
 class Supervisor:
-    """Waits for parts to end. When one ends with an error, it cancels the task that made this watch."""
+    """Waits for parts to end. When one ends with an error, it cancels the task that made the supervisor."""
 
     def __init__(self, parts: Mapping[str, Callable[[], Awaitable[None]]]) -> None:
         self._owner = asyncio.current_task()
@@ -25,7 +25,7 @@ class Supervisor:
                     self._owner.cancel()
 
     def stop(self) -> None:
-        """Look no longer: what ends from here on ends because it is told to."""
+        """Stop watching: from here on parts end because they are stopped."""
         for task in self._tasks:
             task.cancel()
 

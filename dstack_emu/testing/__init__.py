@@ -3,11 +3,14 @@
 The fixtures of `pytest_plugin` are made of this; it needs no pytest itself.
 """
 
+from dstack_emu.testing.clock import LiveClock
+from dstack_emu.testing.faults import LiveFault
+from dstack_emu.testing.journal import LiveJournal
 from dstack_emu.testing.kms import LiveKms, LivePolicy
-from dstack_emu.testing.live import LiveStack
-from dstack_emu.testing.observation import LiveClock, LiveFault, LiveJournal
+from dstack_emu.testing.live_stack import LiveStack
+from dstack_emu.testing.platforms import LiveImage, LivePlatform, LiveVendor
 from dstack_emu.testing.refusals import Refusal, Refused, refused
-from dstack_emu.testing.trust_domain import LiveImage, LivePlatform, LiveTrustDomain, LiveVendor
+from dstack_emu.testing.trust_domains import LiveTrustDomain
 
 __all__ = [
     "LiveClock",

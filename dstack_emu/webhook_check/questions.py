@@ -13,7 +13,7 @@ from pydantic.alias_generators import to_camel
 
 from dstack_emu.attest.app_info import BootInfo, decode_app_info
 from dstack_emu.attest.hexadecimal import decode_hex
-from dstack_emu.deployment.guest import GuestConfig, local_key_provider, power_on
+from dstack_emu.deployment.guest_config import GuestConfig, local_key_provider, power_on
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.trust_domain import AppCompose

@@ -15,7 +15,8 @@ from dstack_emu.cli.commands.guest_options import (
     platform_state,
     vendor_state,
 )
-from dstack_emu.deployment.guest import Guest, GuestConfig
+from dstack_emu.deployment.guest_config import GuestConfig
+from dstack_emu.deployment.standalone_guest import ListenOptions, StandaloneGuest
 
 DESCRIPTION = (
     "Run the guest agent of one emulated trust domain, on dstack.sock, tappd.sock and one TCP port that serves all its "
@@ -80,21 +81,12 @@ def run(arguments: argparse.Namespace) -> int:
 def serve_guest(config: GuestConfig, arguments: argparse.Namespace) -> int:
     """Run a guest until a signal, by the listener's options."""
     host, port = arguments.listen
-    guest = Guest(
-        config,
-        host=host,
-        port=port,
-        pccs_url=arguments.pccs,
-        dstack_sock=arguments.dstack_sock,
-        tappd_sock=arguments.tappd_sock,
-        grpc=arguments.grpc,
-        grpc_sock=arguments.grpc_sock,
-        progress=say,
-    )
+    listen = ListenOptions(host, port, arguments.dstack_sock, arguments.tappd_sock, arguments.grpc, arguments.grpc_sock)
+    guest = StandaloneGuest(config, listen, pccs_url=arguments.pccs, progress=say)
     return asyncio.run(_serve(guest, as_json=arguments.json))
 
 
-async def _serve(guest: Guest, *, as_json: bool) -> int:
+async def _serve(guest: StandaloneGuest, *, as_json: bool) -> int:
     stop = stop_on_signals()
     starting, stopping = asyncio.create_task(guest.__aenter__()), asyncio.create_task(stop.wait())
     await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 from dstack_emu.cli.commands.agent import add_listener_options, serve_guest
 from dstack_emu.cli.commands.common import WARNING
 from dstack_emu.cli.commands.guest_options import add_guest_options, guest_config
-from dstack_emu.deployment.guest import KmsBoot
+from dstack_emu.deployment.guest_config import KmsBoot
 from dstack_emu.simulator.platform import PlatformState
 
 DESCRIPTION = (

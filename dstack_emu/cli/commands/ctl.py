@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from dstack_emu.cli.commands.common import UsageError, say
-from dstack_emu.deployment.config import DESCRIPTION_FILE, PORTS
+from dstack_emu.deployment.config import DESCRIPTION_FILE
 from dstack_emu.observability.record_text import lines
+from dstack_emu.transport.ports import PORTS
 
 DESCRIPTION = (
     "Talk to the control API of a running stack. It is found by --url, by --state, by the environment variable "

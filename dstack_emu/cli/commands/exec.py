@@ -11,8 +11,9 @@ from typing import Any, Final
 from dstack_emu.attest.errors import AttestError
 from dstack_emu.cli.commands.common import WARNING, UsageError, say
 from dstack_emu.cli.commands.stack_options import add_stack_options, stack_config
-from dstack_emu.deployment.config import PartEndedError, StackConfig, StackError
+from dstack_emu.deployment.config import StackConfig
 from dstack_emu.deployment.environment import environment
+from dstack_emu.deployment.errors import PartEndedError, StackError
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.transport.errors import TransportError
@@ -65,7 +66,7 @@ class _Run:
         for number in (*_FORWARDED, *_FROM_THE_KEYBOARD):
             if signal.getsignal(number) != signal.SIG_IGN:
                 loop.add_signal_handler(number, self._signal, number)
-        from dstack_emu.deployment.stack import Stack  # who asks for help need not wait for all that a stack is made of
+        from dstack_emu.stack import Stack  # only here: --help need not wait for all that a stack is made of
 
         try:
             async with Stack(config) as stack:

@@ -7,7 +7,7 @@ from typing import Any, Final, get_args
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.cli.commands.common import UsageError, hex_bytes
-from dstack_emu.deployment.guest import DEFAULT_NAME, GuestConfig, Machine
+from dstack_emu.deployment.guest_config import DEFAULT_NAME, GuestConfig, VirtualMachine
 from dstack_emu.simulator.guest_files import KeyFile, load_vm_config, read_text
 from dstack_emu.simulator.intel import Dating, VendorState
 from dstack_emu.simulator.platform import PART_STATUSES, TCB_STATUSES, PlatformState
@@ -106,7 +106,7 @@ def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
             compose=_compose(arguments.app_compose, arguments.name),
             app_id=_app_id(arguments.app_id),
             instance=arguments.instance,
-            machine=Machine(
+            machine=VirtualMachine(
                 arguments.image,
                 arguments.image_version,
                 arguments.cpus,

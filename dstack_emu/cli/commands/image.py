@@ -18,11 +18,11 @@ from dstack_emu.attest.os_image import cache_key, encode_cache_entry
 from dstack_emu.attest.vmconfig import VmConfig
 from dstack_emu.cli.commands.common import UsageError, listen_address, say, stop_on_signals
 from dstack_emu.cli.commands.guest_options import add_seed, cpu_count, memory_size
-from dstack_emu.deployment.config import IMAGE_PORT
 from dstack_emu.simulator.image import ImageParts, OsImage, is_bootable
 from dstack_emu.simulator.image_files import archive, disagreements, fill_cache, load_image, save_image
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.listen import bind_tcp, serve
+from dstack_emu.transport.ports import IMAGE_PORT
 
 DESCRIPTION = (
     "OS images as dstack has them: a directory whose sha256sum.txt names it (os_image_hash is its SHA-256), with the "

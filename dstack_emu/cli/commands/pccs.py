@@ -9,11 +9,11 @@ from pathlib import Path
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.cli.commands.common import WARNING, UsageError, listen_address, stop_on_signals
 from dstack_emu.cli.commands.guest_options import add_seed, add_world_options, platform_state, vendor_state
-from dstack_emu.deployment.config import PORTS
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.pccs import pccs_app
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.listen import bind_tcp, serve
+from dstack_emu.transport.ports import PORTS
 
 DESCRIPTION = (
     "Serve collateral in the shape of Intel's PCS v4 for quotes of every platform of a seed. What is said of platforms "

@@ -10,7 +10,7 @@ from dstack_emu.attest.eventlog import for_get_quote
 from dstack_emu.attest.report_data import pad_report_data
 from dstack_emu.cli.commands.common import WARNING, UsageError, hex_bytes
 from dstack_emu.cli.commands.guest_options import add_guest_options, guest_config
-from dstack_emu.deployment.guest import power_on
+from dstack_emu.deployment.guest_config import power_on
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.platform import PlatformState
 from dstack_emu.simulator.seed import Seed

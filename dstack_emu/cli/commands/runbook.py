@@ -15,7 +15,6 @@ from dstack_emu.cli.commands.common import WARNING, Interrupted, UsageError, int
 from dstack_emu.cli.runbook_report import to_stderr, to_stdout
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import StackConfig
-from dstack_emu.deployment.stack import Stack
 from dstack_emu.runbook.cases import carry_out
 from dstack_emu.runbook.evidence import Destination, archive, normalised, normalised_log
 from dstack_emu.runbook.kms_client import KmsClient, PrpcKmsClient
@@ -23,6 +22,7 @@ from dstack_emu.runbook.runner import RunbookError, RunbookRun
 from dstack_emu.runbook.target import Target, TargetError
 from dstack_emu.runbook.transcript import Transcript
 from dstack_emu.simulator.seed import DEFAULT_SEED, Entropy, Seed
+from dstack_emu.stack import Stack
 from dstack_emu.transport.events import LOGGERS
 
 DESCRIPTION = (

@@ -9,8 +9,8 @@ from aiohttp import web
 
 from dstack_emu.cli.commands.common import WARNING, listen_address, say, stop_on_signals
 from dstack_emu.deployment import policy_files
-from dstack_emu.deployment.authorization import RemoteApp, RemoteKms, secure, set_up
-from dstack_emu.deployment.config import StackError
+from dstack_emu.deployment.authorization import Authorization, RemoteApp, remote_kms, tls_url
+from dstack_emu.deployment.errors import StackError
 from dstack_emu.transport.listen import bind_tcp, serve
 
 DESCRIPTION = (
@@ -48,8 +48,6 @@ async def _run(arguments: argparse.Namespace) -> int:
         policy_files.place(policies)
     except OSError as error:
         raise StackError(f"--policies: {arguments.policies} cannot be written: {error.strerror}") from error
-    source = RemoteKms("kms-src", arguments.kms_src, _host(arguments.kms_src))
-    target = RemoteKms("kms-dst", arguments.kms_dst, _host(arguments.kms_dst))
     done = asyncio.Event()
     stop = stop_on_signals()
     server = None
@@ -58,9 +56,7 @@ async def _run(arguments: argparse.Namespace) -> int:
         server = await serve(_health_app(done), bind_tcp(host, port, setting="--serve HOST:PORT"))
     try:
         if not arguments.fresh:
-            source_url = secure(arguments.source_url or arguments.kms_src)
-            app = None if arguments.app is None else RemoteApp(arguments.app)
-            await set_up(source, target, app, policies, source_url, say)
+            await _authorize(arguments, policies)
         done.set()
         if arguments.json:
             print(json.dumps({"fresh": arguments.fresh, "policies": [str(path) for path in policies]}), flush=True)
@@ -72,6 +68,22 @@ async def _run(arguments: argparse.Namespace) -> int:
         if server is not None:
             await server.close()
     return 0
+
+
+async def _authorize(arguments: argparse.Namespace, policies: list[Path]) -> None:
+    app = None if arguments.app is None else RemoteApp(arguments.app)
+    flow = Authorization(
+        source=remote_kms("kms-src", arguments.kms_src, _host(arguments.kms_src)),
+        target=remote_kms("kms-dst", arguments.kms_dst, _host(arguments.kms_dst)),
+        app=app,
+        policies=policies,
+        source_url=tls_url(arguments.source_url or arguments.kms_src),
+        progress=say,
+    )
+    await flow.carry_out()
+    if app is not None:
+        say("waiting for the app's keys")
+        await app.has_keys()
 
 
 def _host(url: str) -> str:

@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from dstack_emu.deployment.config import GRPC_PORTS, PORTS, StackConfig
+from dstack_emu.deployment.config import StackConfig
 from dstack_emu.simulator.seed import DEFAULT_SEED
+from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 
 _PORTS = {**PORTS, **GRPC_PORTS}
 

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _run_stack(config: StackConfig, *, as_json: bool) -> None:
-    from dstack_emu.deployment.stack import Stack  # who asks for help need not wait for all that a stack is made of
+    from dstack_emu.stack import Stack  # only here: --help need not wait for all that a stack is made of
 
     began = time.monotonic()
     async with Stack(config, progress=lambda text: say(f"… {text}")) as stack:

@@ -15,11 +15,11 @@ from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.cli.commands.common import WARNING, UsageError, listen_address, say, stop_on_signals
 from dstack_emu.cli.commands.root_options import NamedAnchor, add_root, chosen_root, default_root
 from dstack_emu.deployment.clock import wall_clock
-from dstack_emu.deployment.config import PORTS
 from dstack_emu.transport.files import replace_file
 from dstack_emu.transport.image_store import ImageStore
 from dstack_emu.transport.listen import bind_tcp, serve
 from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
+from dstack_emu.transport.ports import PORTS
 from dstack_emu.transport.trust_root import trust_anchor
 from dstack_emu.verifier.config import VARIABLES, VerifierConfig
 from dstack_emu.verifier.server import verifier_app

@@ -20,9 +20,9 @@ from dstack_emu.cli.commands.common import UsageError, hex_bytes
 from dstack_emu.cli.commands.inspect import WIDTH, add_input, headline, read_input, show
 from dstack_emu.cli.commands.root_options import add_root, chosen_root, default_root
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
-from dstack_emu.deployment.config import PORTS
 from dstack_emu.inspection.checks import Check, Collect, Expectations, all_hold, verify_evidence
 from dstack_emu.transport.pccs_client import PccsClient
+from dstack_emu.transport.ports import PORTS
 
 DESCRIPTION = (
     "Run every check on a quote, a versioned attestation, an RA-TLS certificate, a signing request, or a GetQuote or "

@@ -12,8 +12,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, TypeVar
 
 from dstack_emu.control.api import Control
-from dstack_emu.deployment.config import PartEndedError, StackConfig, StackError
-from dstack_emu.deployment.stack import Stack
+from dstack_emu.deployment.config import StackConfig
+from dstack_emu.deployment.errors import PartEndedError, StackError
+from dstack_emu.stack import Stack
 
 T = TypeVar("T")
 

@@ -1,31 +1,27 @@
-"""A running stack in a test's hands: its parts by name, found where they are and made where they are not."""
+"""A running stack of a test: each part by its name, found if it exists and made if it does not."""
 
 import json
-import ssl
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
-
-import aiohttp
+from typing import Any, Self, TypeVar
 
 from dstack_emu.deployment.config import StackConfig
-from dstack_emu.deployment.stack import Stack
 from dstack_emu.simulator.image import OsImage
+from dstack_emu.stack import Stack
+from dstack_emu.testing.access import StackAccess
+from dstack_emu.testing.clock import LiveClock
+from dstack_emu.testing.faults import LiveFault
+from dstack_emu.testing.journal import LiveJournal
 from dstack_emu.testing.kms import LiveKms, LivePolicy
-from dstack_emu.testing.observation import LiveClock, LiveFault, LiveJournal
-from dstack_emu.testing.refusals import Refused
-from dstack_emu.testing.thread import StackThread, SyncControl
-from dstack_emu.testing.trust_domain import LiveImage, LivePlatform, LiveTrustDomain, LiveVendor
-from dstack_emu.transport.tls import client_context
+from dstack_emu.testing.platforms import LiveImage, LivePlatform, LiveVendor
+from dstack_emu.testing.stack_thread import StackThread, SyncControl
+from dstack_emu.testing.trust_domains import LiveTrustDomain
 from dstack_emu.webhook_check.check import Report, check_webhook
 from dstack_emu.webhook_check.questions import Questions
 
 T = TypeVar("T")
-
-TIMEOUT: Final = 90.0
-"""Seconds that an answer may take: longer than services wait for one another."""
 
 
 class LiveStack:
@@ -35,13 +31,16 @@ class LiveStack:
     are the same in a test's words. It may be used from any thread.
     """
 
+    journal: LiveJournal
+    clock: LiveClock
+    vendor: LiveVendor
+
     def __init__(self, **settings: Any) -> None:
         self._thread = StackThread(StackConfig.on_free_ports(**settings))
-        self.journal, self.clock, self.vendor = LiveJournal(self), LiveClock(self), LiveVendor(self)
 
     def __enter__(self) -> Self:
-        self._stack = self._thread.start()
-        self.control = SyncControl(self._thread, self._stack.control)
+        self._access = access = StackAccess(self._thread, self._thread.start())
+        self.journal, self.clock, self.vendor = LiveJournal(access), LiveClock(access), LiveVendor(access)
         self.journal.start()
         return self
 
@@ -51,6 +50,11 @@ class LiveStack:
         self._thread.stop()
 
     # ---- what there is
+
+    @property
+    def control(self) -> SyncControl:
+        """Every call of docs/control.md, without `await`."""
+        return self._access.control
 
     @property
     def description(self) -> dict[str, Any]:
@@ -91,20 +95,20 @@ class LiveStack:
         """
         if spec or name not in self.in_thread(lambda stack: dict(stack.guests)):
             self.control.add_guest(name, **_plain(spec))
-        return LiveTrustDomain(self, name)
+        return LiveTrustDomain(self._access, name)
 
     def kms(self, name: str = "src", **spec: Any) -> LiveKms:
         """The KMS of that name, or a new one without keys (fields of docs/control.md)."""
-        if spec or name not in self.in_thread(lambda stack: dict(stack.kms_parts)):
+        if spec or name not in self.in_thread(lambda stack: dict(stack.kms)):
             self.control.add_kms(name, **_plain(spec))
-        return LiveKms(self, name)
+        return LiveKms(self._access, name)
 
     def platform(self, name: str | None = None, **state: Any) -> LivePlatform:
-        """The machine of that name, made where there is none, with a state where one is given.
+        """The platform of that name, made if there is none, with a state if one is given.
 
         Without a name it is a new one: `machine-1`, `machine-2`, …
         """
-        platform = LivePlatform(self, self._free_name("machine", 1) if name is None else name)
+        platform = LivePlatform(self._access, self._free_name("machine", 1) if name is None else name)
         self.control.add_platform(platform.name)
         return platform.set(**state) if state else platform
 
@@ -112,7 +116,8 @@ class LiveStack:
         """An OS image; without a name the one that everything boots that names none."""
 
         def made(stack: Stack) -> LiveImage:
-            image = stack.image if name is None else OsImage.from_seed(stack.seed.derive, name, version)
+            context = stack.context
+            image = context.image if name is None else OsImage.from_seed(context.seed.derive, name, version)
             return LiveImage(name, version, image.os_image_hash.hex())
 
         return self.in_thread(made)
@@ -129,28 +134,28 @@ class LiveStack:
 
     def fault(self, **fields: Any) -> LiveFault:
         """Put a fault in force (fields of docs/control.md): for a `with` block, or until the test ends."""
-        return LiveFault(self, self.in_thread(lambda stack: stack.control.add_fault(**fields)))
+        return LiveFault(self._access, self.in_thread(lambda stack: stack.control.add_fault(**fields)))
 
     def check_webhook(self, url: str) -> Report:
-        """Ask somebody's webhook everything that this stack's KMS would (`dstack-emu check-webhook`)."""
+        """Send a webhook every request that this stack's KMS would (`dstack-emu check-webhook`)."""
         questions = Questions.of_seed(self.in_thread(lambda stack: stack.config.seed))
         return self._thread.wait(check_webhook(url, questions))
 
     def snapshot(self, name: str = "snapshot") -> None:
-        """Keep what the stack is now."""
+        """Take a snapshot of the stack."""
         self.control.snapshot(name)
 
     def revert(self, name: str = "snapshot") -> None:
-        """Make it what it was at that snapshot."""
+        """Make the stack what it was at that snapshot."""
         self.control.revert(name)
 
     def reset(self) -> None:
-        """Make it what it was when it became ready."""
+        """Make the stack what it was when it became ready."""
         self.control.reset()
 
     @contextmanager
     def put_back(self) -> Iterator[Self]:
-        """Make it what it is now again, at the end of the block; the journal looks at the block alone."""
+        """At the end of the block, make the stack what it is now; the journal is about the block alone."""
         name = "before-the-test"
         self.snapshot(name)
         self.journal.start()
@@ -160,16 +165,18 @@ class LiveStack:
             self.revert(name)
             self.control.forget_snapshot(name)
 
-    # ---- for its parts
+    # ---- the stack itself
 
     def in_thread(self, work: Callable[[Stack], T]) -> T:
-        """Call something with the `Stack` itself, in its own thread."""
-        return self._thread.call(lambda: work(self._stack))
+        """Call a function with the `Stack` itself, in its own thread."""
+        return self._access.in_thread(work)
 
     def post(self, url: str, fields: Mapping[str, Any], root: Path | None = None) -> dict[str, Any]:
-        """POST JSON, and read the answer; raise `Refused` for a status that is none of success."""
-        trust = True if root is None else client_context(root_ca=root.read_text())
-        return self._thread.wait(_post(url, fields, trust))
+        """POST JSON, and return the answer; raise `Refused` for a status from 400 on.
+
+        `root` is the file of the root certificate (PEM) under which the server is verified.
+        """
+        return self._access.post(url, fields, root)
 
     def _free_name(self, stem: str, number: int = 2) -> str:
         taken = self.in_thread(lambda stack: {*stack.guests, *stack.services, *stack.intel.platforms})
@@ -178,24 +185,8 @@ class LiveStack:
         return f"{stem}-{number}"
 
 
-async def _post(url: str, fields: Mapping[str, Any], trust: ssl.SSLContext | bool) -> dict[str, Any]:
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT)
-    async with (
-        aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(ssl=trust)) as session,
-        session.post(url, json=dict(fields)) as response,
-    ):
-        text = await response.text()
-        try:
-            answer = json.loads(text) if text else {}
-        except ValueError:
-            answer = {"error": text}
-        if response.status >= 400:
-            raise Refused(str(answer.get("error", text) if isinstance(answer, dict) else text), response.status)
-        return answer if isinstance(answer, dict) else {"": answer}
-
-
 def _plain(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields as the control takes them."""
+    """Return fields as the control takes them."""
     plain = dict(spec)
     if isinstance(compose := plain.get("compose"), Mapping):
         plain["compose"] = json.dumps(compose)

@@ -14,13 +14,13 @@ import pytest_asyncio
 from dstack_emu.control.api import Control
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.health import check_health
-from dstack_emu.deployment.stack import Stack
 from dstack_emu.observability.fault_rules import KINDS
 from dstack_emu.observability.record_text import lines
+from dstack_emu.stack import Stack
 from tests import foreign
 from tests.foreign import Guest
+from tests.own_stack import own_stack
 from tests.reflected import Outcome, Reflected, reflected
-from tests.world import own_stack
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

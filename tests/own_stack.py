@@ -1,11 +1,10 @@
-"""A stack in the test's own process, and what tests of its control do with it again and again."""
+"""A stack in the test's own process."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from dstack_emu.deployment.config import StackConfig
-from dstack_emu.deployment.stack import Stack
+from dstack_emu import Stack, StackConfig
 
 PATIENCE = 1.0
 """Seconds that the services of such a stack wait for one another."""

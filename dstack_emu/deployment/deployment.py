@@ -1,0 +1,442 @@
+"""The whole deployment in one process: PCCS, verifier, two webhooks, two KMS in their trust domains, and an app's.
+
+Everything talks over real sockets, by the public interfaces that a real deployment has: the KMS are measured by a
+request to them, allowed by their policy files, and the app gets its keys by GetAppKey. What else belongs to a stack,
+such as the control API, is plugged in as an `Extension`.
+"""
+
+import json
+import logging
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Protocol, Self
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from dstack_emu.deployment import policy_files
+from dstack_emu.deployment.authorization import Authorization, tls_url
+from dstack_emu.deployment.config import DESCRIPTION_FILE, LOCAL_SERVICES, StackConfig
+from dstack_emu.deployment.context import ServicePorts, StackContext
+from dstack_emu.deployment.errors import StackError
+from dstack_emu.deployment.guests import RunningGuest, start_guest
+from dstack_emu.deployment.instrumentation import Instrumentation
+from dstack_emu.deployment.kms import PERMANENT, RunningKms, start_kms, stop_kms
+from dstack_emu.deployment.policy_files import PolicyFiles
+from dstack_emu.deployment.service_logs import ServiceLogs
+from dstack_emu.deployment.specs import GuestSpec, KmsSpec
+from dstack_emu.deployment.supervision import Supervisor
+from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
+from dstack_emu.observability.journal import JournalError
+from dstack_emu.observability.recorders import verdict_recorder
+from dstack_emu.simulator.errors import GuestError
+from dstack_emu.simulator.image import OsImage
+from dstack_emu.simulator.image_files import ImageFileError, load_image
+from dstack_emu.simulator.intel import Intel
+from dstack_emu.simulator.pccs import pccs_app
+from dstack_emu.simulator.seed import Seed
+from dstack_emu.simulator.trust_domain import TrustDomain
+from dstack_emu.transport.image_store import ImageStore
+from dstack_emu.transport.listen import Server
+from dstack_emu.transport.ports import GRPC_PORTS, IMAGE_URL, PORTS
+from dstack_emu.verifier.server import verifier_app
+from dstack_emu.verifier.service import Verifier
+
+LOOPBACK: Final = "127.0.0.1"
+IMAGE_TIMEOUT: Final = 30.0
+"""Seconds that the download of an OS image may take."""
+
+SERVICES: Final = frozenset(
+    {"pccs", "verifier", "auth-src", "auth-dst", "agent-src", "agent-dst", "kms-src", "kms-dst", "app"}
+)
+"""The services of a deployment without extensions."""
+
+Progress = Callable[[str], None]
+
+log = logging.getLogger("dstack_emu.stack")
+
+
+class Extension(Protocol):
+    """A service that is plugged into a deployment. Its port, `name` in `transport.ports.PORTS`, is bound for it."""
+
+    name: str
+
+    async def start(self, sock: socket.socket) -> Server:
+        """Serve it on a bound socket, before the authorization flow begins; the deployment closes the server."""
+        ...
+
+    def became_ready(self) -> None:
+        """Take notice that the deployment is ready."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _OwnApp:
+    """The deployment's own app, as the policies are to allow it."""
+
+    domain: TrustDomain
+
+    async def rule(self) -> dict[policy_files.AppRule, str]:
+        """Return its rule, and the hash of its OS image (hex)."""
+        rule = policy_files.AppRule(self.domain.app_id.hex(), self.domain.compose_hash.hex())
+        return {rule: self.domain.image.os_image_hash.hex()}
+
+
+class Deployment:
+    """One deployment. Enter it to start it; leaving it stops every part.
+
+    When a part fails meanwhile, the block is cancelled and ends with a `PartEndedError`. Once it is entered, `services`
+    has URLs and `grpc` targets by name, `intel` and `root_ca` the trust root, `kms` and `guests` the running parts,
+    `kms_info` what both KMS measure, `app.domain` the app, and `logs` what the parts log.
+    """
+
+    def __init__(self, config: StackConfig | None = None, progress: Progress = log.info) -> None:
+        self.config = config or StackConfig()
+        self.logs = ServiceLogs()
+        self.guests: dict[str, RunningGuest] = {}
+        self.kms: dict[str, RunningKms] = {}
+        self._progress = progress
+        self._extensions: list[Extension] = []
+        self._exit = AsyncExitStack()
+        self._supervisor: Supervisor | None = None
+
+    def extend(self, extension: Extension) -> None:
+        """Plug a service in, before the deployment is entered."""
+        self._extensions.append(extension)
+
+    async def __aenter__(self) -> Self:
+        self.logs.attach()
+        self._exit.callback(self.logs.detach)
+        try:
+            await self._start()
+        except BaseException:
+            await self._exit.aclose()
+            raise
+        self._supervisor = Supervisor({kms.spec.service: kms.server.wait for kms in self.kms.values()})
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._supervisor is None:
+            raise RuntimeError("the stack was not entered")
+        self._supervisor.stop()
+        await self._exit.aclose()
+        self._supervisor.raise_failure(kind)
+
+    # ---- starting
+
+    async def _start(self) -> None:
+        state = self._state_folder()
+        remembered = self._remembered(state)
+        self.context = self._make_context(state)
+        self.root_ca.write_text(self.intel.root_pem)
+        await self._serve_pccs()
+        self._app_verifier = self.context.verifier("app")
+        self._exit.push_async_callback(self._app_verifier.pccs.close)
+        await self._serve_verifier()
+        self._place_policies()
+        for name in PERMANENT:
+            self._close_at_end(await self.context.serve_webhook(name))
+        self._exit.push_async_callback(self._close_parts)
+        await self._start_parts(remembered.get("kms") or {})
+        await self._start_extensions()
+        # Before anything closes: a server waits for its calls, and they would wait for the fault to be lifted.
+        self._exit.callback(self.context.instrumentation.faults.clear)
+        if self.config.fresh:
+            await self._measure_fresh_kms()
+        else:
+            await self._authorize()
+        (state / DESCRIPTION_FILE).write_text(json.dumps(self.description()) + "\n")
+        for extension in self._extensions:
+            extension.became_ready()
+
+    def _state_folder(self) -> Path:
+        if self.config.state is None:
+            folder = Path(tempfile.mkdtemp(prefix="dstack-emu-"))
+            self._exit.callback(shutil.rmtree, folder, ignore_errors=True)
+            return folder
+        folder = self.config.state.absolute()
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise StackError(f"the state folder {folder} cannot be made: {error.strerror}") from error
+        return folder
+
+    def _remembered(self, state: Path) -> dict[str, Any]:
+        """Return the description that an earlier run left in the state folder, empty if there is none.
+
+        Raises `StackError` if it cannot be read, or is of another seed.
+        """
+        path = state / DESCRIPTION_FILE
+        try:
+            remembered = json.loads(path.read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise StackError(f"{path} cannot be read ({error}): give another --state folder") from error
+        if not isinstance(remembered, dict) or not remembered:
+            return {}
+        if remembered.get("seed") != self.config.seed:
+            raise StackError(
+                f"{state} was made with the seed {remembered.get('seed')!r}, not {self.config.seed!r}: "
+                "give that seed, or another --state folder"
+            )
+        return remembered
+
+    def _make_context(self, state: Path) -> StackContext:
+        config = self.config
+        ports = self._bind()
+        seed = Seed.of(config.seed)
+        context = StackContext(
+            config=config,
+            state=state,
+            seed=seed,
+            intel=Intel(seed),
+            image=self._load_image(seed),
+            instrumentation=self._make_instrumentation(seed),
+            logs=self.logs,
+            ports=ports,
+            policies=PolicyFiles((config.policies or state / "policies").absolute(), PERMANENT),
+        )
+        context.instrumentation.journal.scrub = self._scrub
+        return context
+
+    def _bind(self) -> ServicePorts:
+        """Bind every port first, so that one that is taken is known before anything runs."""
+        config = self.config
+        ports = ServicePorts(config.host)
+        self._exit.callback(ports.close)
+        services = SERVICES | {extension.name for extension in self._extensions}
+        defaults = {name: port for name, port in PORTS.items() if name in services}
+        for name, default in {**defaults, **(GRPC_PORTS if config.grpc else {})}.items():
+            host = LOOPBACK if name in LOCAL_SERVICES else config.host
+            setting = f"--port {name}=PORT or --free-ports"
+            if host != LOOPBACK:
+                setting = f"--listen {config.host}, {setting}"
+            ports.bind(name, config.ports.get(name, default), host=host, setting=setting)
+        return ports
+
+    def _load_image(self, seed: Seed) -> OsImage:
+        """Return the image that every trust domain boots unless it names another; raise `StackError`."""
+        folder = self.config.image_dir
+        if folder is None:
+            return OsImage.from_seed(seed.derive)
+        try:
+            return load_image(folder)
+        except ImageFileError as error:
+            raise StackError(str(error)) from error
+
+    def _make_instrumentation(self, seed: Seed) -> Instrumentation:
+        config = self.config
+        try:
+            made = Instrumentation(
+                seed, patience=config.patience, kept=config.journal_size, journal_file=config.journal
+            )
+        except JournalError as error:
+            raise StackError(f"--journal: {error}") from error
+        self._exit.callback(made.journal.close)
+        return made
+
+    def _scrub(self, text: str) -> str:
+        """Put names in place of what differs from run to run: ports, and the state folder."""
+        for name, url in self.services.items():
+            text = text.replace(url.partition("://")[2], name)
+        return text.replace(str(self.state), "STATE")
+
+    # ---- its parts
+
+    def _close_at_end(self, server: Server) -> None:
+        self._exit.push_async_callback(server.close)
+
+    async def _serve_pccs(self) -> None:
+        self._close_at_end(await self.context.serve("pccs", pccs_app(self.intel), stale=self._answer_expired))
+
+    async def _answer_expired(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Answer for the PCCS with documents that have expired: its handlers read the state, and never wait."""
+        before = self.intel.state
+        self.intel.state = replace(
+            before,
+            tcb_info_dating="expired",
+            qe_identity_dating="expired",
+            pck_crl_dating="expired",
+            root_ca_crl_dating="expired",
+        )
+        try:
+            return await handler(request)
+        finally:
+            self.intel.state = before
+
+    async def _serve_verifier(self) -> None:
+        """Serve the verifier, with the KMS's own cache of images."""
+        images = ImageStore(self.state / "images", IMAGE_URL, IMAGE_TIMEOUT)
+        self._exit.push_async_callback(images.close)
+        verifier = self.context.verifier("verifier")
+        self._exit.push_async_callback(verifier.pccs.close)
+        observer = verdict_recorder(self.context.instrumentation.journal)
+        app = verifier_app(Verifier(verifier, images), observer=observer)
+        self._close_at_end(await self.context.serve("verifier", app))
+
+    def _place_policies(self) -> None:
+        folder = (self.config.policies or self.state / "policies").absolute()
+        try:
+            policy_files.place(self.policies.values())
+        except OSError as error:
+            raise StackError(f"the policies folder {folder} cannot be written: {error.strerror}") from error
+
+    async def _start_parts(self, measured: Mapping[str, Any]) -> None:
+        for name in PERMANENT:
+            self._progress(f"starting kms-{name}")
+            kms = await self.start_kms(KmsSpec(name=name))
+            # Only a fresh KMS tells what it measures; what an earlier run of this state measured is remembered.
+            kms.measured = measured.get(name)
+        self._progress("starting the app's trust domain")
+        self.app = await self.start_guest(GuestSpec(name="app"))
+
+    async def _start_extensions(self) -> None:
+        for extension in self._extensions:
+            with self.logs.of(extension.name):
+                server = await extension.start(self.context.ports.take(extension.name))
+            self._close_at_end(server)
+            self.services[extension.name] = server.url
+
+    async def _close_parts(self) -> None:
+        for kms in reversed(self.kms.values()):
+            await kms.close()
+        for guest in reversed(self.guests.values()):
+            await guest.close()
+
+    async def start_guest(self, spec: GuestSpec) -> RunningGuest:
+        """Start a trust domain without keys, whose agent answers; raise `GuestError` if it cannot boot."""
+        if spec.name in self.guests:
+            raise GuestError(f"there is a trust domain {spec.name} already")
+        guest = self.guests[spec.name] = await start_guest(self.context, spec, spec.name)
+        return guest
+
+    async def stop_guest(self, guest: RunningGuest) -> None:
+        """Stop a trust domain and forget it."""
+        await guest.close()
+        self.context.withdraw(guest.service)
+        self.guests.pop(guest.name, None)
+
+    async def start_kms(self, spec: KmsSpec) -> RunningKms:
+        """Start a KMS without keys in a trust domain of its own; raise `StackError` if it does not start."""
+        if spec.name in self.kms:
+            raise StackError(f"there is a KMS {spec.name} already")
+        if spec.service in self.guests:
+            raise StackError(f"there is a trust domain {spec.service} already")
+        kms = self.kms[spec.name] = await start_kms(self.context, spec)
+        self.guests[spec.service] = kms.guest
+        return kms
+
+    async def stop_kms(self, kms: RunningKms) -> None:
+        """Stop a KMS with its trust domain, and forget both."""
+        await stop_kms(self.context, kms)
+        self.guests.pop(kms.guest.name, None)
+        self.kms.pop(kms.name, None)
+
+    # ---- the authorization flow
+
+    async def _measure_fresh_kms(self) -> None:
+        for kms in self.kms.values():
+            if await kms.current() == "onboard":
+                kms.measured = await kms.onboarding.measure()
+
+    async def _authorize(self) -> None:
+        """Carry the flow out to its end: measure, allow, bootstrap, onboard, finish, boot the app."""
+        source, target = (self.kms[name].onboarding for name in PERMANENT)
+        flow = Authorization(
+            source, target, _OwnApp(self.app.domain), list(self.policies.values()), tls_url(source.url), self._progress
+        )
+        known = {self.kms[name].spec.service: info for name, info in self.kms_info.items()}
+        measured = await flow.carry_out(known)
+        for kms in self.kms.values():
+            kms.measured = measured.get(kms.spec.service, kms.measured)
+        self._progress("booting the app through kms-src")
+        try:
+            await self.boot(self.app, "src")
+        except GuestError as error:
+            if measured:
+                raise StackError(f"app: {error}") from error
+            # A resumed stack keeps the policy that it was left with, and runs, so that the policy can be changed.
+            self._progress(f"app: {error}")
+            self._progress("the app has no keys; the policy says so. All else is up")
+
+    async def boot(self, guest: RunningGuest, kms: str) -> None:
+        """Let a trust domain fetch its keys from the KMS of that name; raise `GuestError` with the refusal."""
+        await guest.boot(kms, self._app_verifier)
+
+    # ---- what there is
+
+    @property
+    def state(self) -> Path:
+        """The state folder."""
+        return self.context.state
+
+    @property
+    def intel(self) -> Intel:
+        """The emulated Intel, with its platforms."""
+        return self.context.intel
+
+    @property
+    def root_ca(self) -> Path:
+        """The file with the emulated Intel's root certificate (PEM)."""
+        return self.context.root_ca
+
+    @property
+    def kms_ca(self) -> Path:
+        """The file with the KMS's root certificate (PEM), once there are keys."""
+        return self.state / "kms-src" / "certs" / ROOT_CA_CERT
+
+    @property
+    def services(self) -> dict[str, str]:
+        """The URL of each service."""
+        return self.context.urls
+
+    @property
+    def grpc(self) -> dict[str, str]:
+        """The `host:port` of each gRPC listener."""
+        return self.context.grpc
+
+    @property
+    def policies(self) -> dict[str, Path]:
+        """The policy file of each KMS that has one of its own."""
+        return self.context.policies.paths
+
+    @property
+    def kms_info(self) -> dict[str, dict[str, Any]]:
+        """What each KMS measures, as it answers GetAttestationInfo."""
+        return {name: kms.measured for name, kms in self.kms.items() if kms.measured is not None}
+
+    def description(self) -> dict[str, Any]:
+        """Return everything a client needs to know, as `--json` prints it."""
+        app = self.app
+        return {
+            "services": dict(self.services),
+            "grpc": dict(self.grpc),
+            "policies": {name: str(path) for name, path in self.policies.items()},
+            "root_ca": str(self.root_ca),
+            "kms_ca": str(self.kms_ca),
+            "kms": self.kms_info,
+            "app": {
+                "app_id": app.domain.app_id.hex(),
+                "instance_id": app.domain.instance_id.hex(),
+                "compose_hash": app.domain.compose_hash.hex(),
+                "dstack_sock": str(app.dstack_sock),
+                "tappd_sock": str(app.tappd_sock),
+                **({"grpc_sock": str(app.folder / "grpc.sock")} if self.config.grpc else {}),
+            },
+            "env": {
+                "DSTACK_SIMULATOR_ENDPOINT": str(app.dstack_sock),
+                "TAPPD_SIMULATOR_ENDPOINT": str(app.tappd_sock),
+            },
+            "state": str(self.state),
+            "seed": self.config.seed,
+            "fresh": self.config.fresh,
+        }

@@ -1,0 +1,92 @@
+"""The description of a stack's trust domains and KMS, as the control API takes them and a saved state holds them."""
+
+from typing import Annotated, Any, Final, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from dstack_emu.attest.certificate import EvidenceForm
+from dstack_emu.attest.hexadecimal import decode_hex
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+Hex = Annotated[str, StringConstraints(pattern=r"^(0x)?([0-9a-fA-F]{2})*$", max_length=20_000)]
+GIB: Final = 1024**3
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EventSpec(_Spec):
+    """One runtime event; `payload` is hex. With `measured` false the log claims it and no register holds it."""
+
+    event: Annotated[str, Field(min_length=1, max_length=200)]
+    payload: Hex = ""
+    measured: bool = True
+
+
+class GuestSpec(_Spec):
+    """The identity of a trust domain: everything that is measured, and the platform it runs on.
+
+    `app_id` is the first 20 bytes of the compose hash unless given; `compose` the text of its app-compose.json, made up
+    unless given. Without `image` it boots the stack's own. `events` follow the boot's own, before keys are fetched.
+    `instance` tells instances of an app apart.
+    """
+
+    name: Name
+    app_id: Hex | None = None
+    compose: str | None = None
+    instance: str | None = None
+    image: str | None = None
+    image_version: str = "0.5.11"
+    platform: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    cpu_count: Annotated[int, Field(ge=1, le=1024)] = 2
+    memory_size: Annotated[int, Field(ge=1)] = 2 * GIB
+    debug: bool = False
+    mr_config_id: Hex = "00" * 48
+    quote_version: Annotated[int, Field(ge=4, le=5)] = 4
+    events: Annotated[tuple[EventSpec, ...], Field(max_length=1000)] = ()
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        if self.app_id is not None and len(decode_hex(self.app_id)) != 20:
+            raise ValueError(f"app_id: 20 bytes expected, got {len(decode_hex(self.app_id))}")
+        return self
+
+    @property
+    def platform_name(self) -> str:
+        """The name of its platform: `host of NAME` unless given."""
+        return self.platform or f"host of {self.name}"
+
+
+class KmsSpec(_Spec):
+    """A KMS: its name (`third` is the service `kms-third` in the trust domain `kms-third`), and its webhook.
+
+    `webhook` is `own` (a new auth-simple with a policy of its own, that denies everyone), the name of another KMS whose
+    webhook it shares, or the URL of any webhook. Fields of the trust domain are those of `GuestSpec`; `settings` are
+    keys of kms.toml's [core], `rpc_cert_evidence` is the key of its [emulator]: with `legacy` it is a source of 0.5.x.
+    """
+
+    name: Annotated[Name, Field(max_length=20)]
+    webhook: Annotated[str, Field(min_length=1, max_length=2000)] = "own"
+    platform: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    image: str | None = None
+    image_version: str = "0.5.11"
+    compose: str | None = None
+    rpc_cert_evidence: EvidenceForm = "versioned"
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def service(self) -> str:
+        """The name of its service, and of its trust domain."""
+        return f"kms-{self.name}"
+
+    @property
+    def guest(self) -> GuestSpec:
+        """The trust domain it runs in."""
+        return GuestSpec(
+            name=self.service,
+            platform=self.platform,
+            image=self.image,
+            image_version=self.image_version,
+            compose=self.compose,
+        )

@@ -1,0 +1,20 @@
+"""The stack as users know it: the deployment, and the API by which it is controlled while it runs.
+
+async with Stack(StackConfig(seed="mine")) as stack:
+    print(stack.services["kms-src"])
+    stack.control.deny("src", "app")
+"""
+
+from dstack_emu.control.api import Control
+from dstack_emu.control.server import ControlService
+from dstack_emu.deployment.config import StackConfig
+from dstack_emu.deployment.deployment import Deployment, Progress, log
+
+
+class Stack(Deployment):
+    """A deployment with the control API: in Python as `control`, over HTTP as the service `control`."""
+
+    def __init__(self, config: StackConfig | None = None, progress: Progress = log.info) -> None:
+        super().__init__(config, progress)
+        self.control = Control(self)
+        self.extend(ControlService(self.control))

@@ -1,0 +1,82 @@
+"""Access to a running stack from a test: what every handle of `testing` is made with.
+
+A handle, such as `LiveKms`, holds a name and this; it finds its part anew at each call.
+"""
+
+import json
+import ssl
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+
+import aiohttp
+
+from dstack_emu.control.schemas import ControlError
+from dstack_emu.stack import Stack
+from dstack_emu.testing.refusals import Refused
+from dstack_emu.testing.stack_thread import StackThread, SyncControl
+from dstack_emu.transport.tls import client_context
+
+T = TypeVar("T")
+
+TIMEOUT: Final = 90.0
+"""Seconds that an answer may take: longer than services wait for one another."""
+
+
+class Named(Protocol):
+    """A handle of a part that has a name."""
+
+    name: str
+
+
+def name_of(part: Named | str) -> str:
+    """Return the name of a part, which may be given as its name."""
+    return part if isinstance(part, str) else part.name
+
+
+class StackAccess:
+    """One running stack: its control without `await`, its thread, and requests to its services."""
+
+    def __init__(self, thread: StackThread, stack: Stack) -> None:
+        self.thread = thread
+        self.control = SyncControl(thread, stack.control)
+        self._stack = stack
+
+    def in_thread(self, work: Callable[[Stack], T]) -> T:
+        """Call a function with the `Stack` itself, in its own thread."""
+        return self.thread.call(lambda: work(self._stack))
+
+    def post(self, url: str, fields: Mapping[str, Any], root: Path | None = None) -> dict[str, Any]:
+        """POST JSON, and return the answer; raise `Refused` for a status from 400 on.
+
+        `root` is the file of the root certificate (PEM) under which the server is verified.
+        """
+        trust = True if root is None else client_context(root_ca=root.read_text())
+        return self.thread.wait(_post(url, fields, trust))
+
+
+def raise_refusals(call: Callable[[], T]) -> T:
+    """Make a call of the control; a refusal by a KMS becomes `Refused`."""
+    __tracebackhide__ = True
+    try:
+        return call()
+    except ControlError as error:
+        if error.status != 403:
+            raise
+        raise Refused(str(error)) from None  # a test's report is about the refusal, not about who passed it on
+
+
+async def _post(url: str, fields: Mapping[str, Any], trust: ssl.SSLContext | bool) -> dict[str, Any]:
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT)
+    async with (
+        aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(ssl=trust)) as session,
+        session.post(url, json=dict(fields)) as response,
+    ):
+        text = await response.text()
+        try:
+            answer = json.loads(text) if text else {}
+        except ValueError:
+            answer = {"error": text}
+        if response.status >= 400:
+            raise Refused(str(answer.get("error", text) if isinstance(answer, dict) else text), response.status)
+        return answer if isinstance(answer, dict) else {"": answer}

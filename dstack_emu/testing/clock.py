@@ -1,0 +1,50 @@
+"""The clock of a test's stack."""
+
+import datetime
+from typing import Any
+
+from dstack_emu.testing.access import StackAccess
+
+Moment = str | float | datetime.datetime
+
+
+class LiveClock:
+    """The clock of the whole stack. Moments are datetimes, Unix seconds, or ISO 8601, in UTC if they name no offset."""
+
+    def __init__(self, access: StackAccess) -> None:
+        self._access = access
+
+    @property
+    def now(self) -> datetime.datetime:
+        """What it shows."""
+        seconds = self._access.in_thread(lambda stack: stack.control.time.now())
+        return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+
+    def set(self, moment: Moment) -> None:
+        """Put it to a moment; it runs on from there, unless it is frozen."""
+        self._change(set=_as_moment(moment))
+
+    def advance(self, by: str | float | datetime.timedelta) -> None:
+        """Put it forward: seconds, or text such as `90s`, `12h`, `30d`; back by a negative one."""
+        self._change(advance=by.total_seconds() if isinstance(by, datetime.timedelta) else by)
+
+    def freeze(self, moment: Moment | None = None) -> None:
+        """Stop it, at a moment or where it is."""
+        self._change(freeze=True if moment is None else _as_moment(moment))
+
+    def resume(self) -> None:
+        """Let it run on from where it stands."""
+        self._change(resume=True)
+
+    def follow_the_wall(self) -> None:
+        """Make it follow the wall clock again, as at the stack's start."""
+        self._change(follow_the_wall=True)
+
+    def _change(self, **change: Any) -> None:
+        self._access.control.set_clock(**change)
+
+
+def _as_moment(moment: Moment) -> str | float:
+    if not isinstance(moment, datetime.datetime):
+        return moment
+    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()

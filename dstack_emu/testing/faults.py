@@ -1,0 +1,31 @@
+"""Faults of a test's stack."""
+
+from types import TracebackType
+from typing import Self
+
+from dstack_emu.observability.fault_rules import InstalledRule
+from dstack_emu.testing.access import StackAccess
+
+
+class LiveFault:
+    """A fault in force: until `lift`, the end of a `with` block over it, or the end of the test."""
+
+    def __init__(self, access: StackAccess, rule: InstalledRule) -> None:
+        self._access, self._rule = access, rule
+
+    @property
+    def met(self) -> int:
+        """How many calls it has met."""
+        return self._access.in_thread(lambda _stack: self._rule.met)
+
+    def lift(self) -> None:
+        """Lift it, if it is in force."""
+        self._access.in_thread(lambda stack: stack.context.instrumentation.faults.lift(self._rule.id))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.lift()

@@ -1,0 +1,37 @@
+"""The journal of a test's stack."""
+
+from dstack_emu.observability.journal import Record
+from dstack_emu.observability.record_text import lines
+from dstack_emu.testing.access import StackAccess
+
+
+class LiveJournal:
+    """The calls in the stack since the test began."""
+
+    def __init__(self, access: StackAccess) -> None:
+        self._access = access
+        self.since = 0
+
+    def start(self) -> None:
+        """Leave out what came before."""
+        self.since = self._access.in_thread(lambda stack: stack.control.journal.position)
+
+    def calls(self, call: str = "*", *, service: str = "*", caller: str = "*", outcome: str = "*") -> int:
+        """Count the calls that match, inner ones too; each pattern may have wildcards."""
+        return len(self.find(call, service=service, caller=caller, outcome=outcome))
+
+    def find(self, call: str = "*", *, service: str = "*", caller: str = "*", outcome: str = "*") -> list[Record]:
+        """Return the calls that match, inner ones too; outcomes are `ok`, `denied`, `refused` and `unanswered`."""
+        since = self.since
+        return self._access.in_thread(
+            lambda stack: stack.control.journal.find(call, service=service, caller=caller, outcome=outcome, since=since)
+        )
+
+    def records(self) -> list[Record]:
+        """Return one record for each call from outside, with its inner calls."""
+        since = self.since
+        return self._access.in_thread(lambda stack: stack.control.journal.records(since=since))
+
+    def text(self) -> str:
+        """Return the same as text, as `dstack-emu ctl tail` prints it."""
+        return "\n".join(line for record in self.records() for line in lines(record))
