@@ -33,4 +33,4 @@ def content_security_policy() -> str:
 
 @functools.cache
 def _template() -> str:
-    return resources.files("kms_emu").joinpath("static/setup.html").read_text()
+    return resources.files(__package__).joinpath("static/setup.html").read_text()
