@@ -1,5 +1,5 @@
-"""The webhooks a KMS asks before it releases keys: auth-simple (a config file decides) and auth-mock.
+"""The webhooks a KMS asks before it releases keys: auth-simple and dstack-auth (a file decides), and auth-mock.
 
-Three layers: `boot_info` and `policy` are pure, `simple` and `mock` are the services, `server` is their one
-HTTP front.
+Three layers. Pure: `boot_info`, `policy` (auth-simple's rules) and `allowlist` (dstack-auth's). Services: `simple`,
+`file` and `mock`, which read what decides. HTTP: `server` and `file_server`.
 """

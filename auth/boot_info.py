@@ -19,7 +19,7 @@ from dstack_emu.auth.errors import BootInfoError, Issue, MalformedJsonError
 
 @dataclass(frozen=True, slots=True)
 class ReceivedBootInfo:
-    """What a KMS says of the machine that asks: hex as sent; optional fields that were absent are empty."""
+    """What a KMS says about the machine that wants to boot: hex as sent; absent optional fields are empty."""
 
     mr_aggregated: str
     os_image_hash: str
@@ -36,8 +36,9 @@ class ReceivedBootInfo:
 class PolicyDecision:
     """A webhook's answer, and why.
 
-    `rule` names the rule that decided and `differs_from` the other contracts of `policy.evaluate` that would
-    have decided otherwise; both are for logs and tests and never go over the wire.
+    `rule` names the rule that decided, `differs_from` the other contracts of `policy.evaluate` that would have
+    decided otherwise, and `config_error` what is wrong with a file because of which everything is denied. All
+    three are for logs and tests and never go over the wire.
     """
 
     is_allowed: bool
@@ -45,6 +46,7 @@ class PolicyDecision:
     gateway_app_id: str
     rule: str
     differs_from: tuple[str, ...] = ()
+    config_error: str = ""
 
 
 def parse_json(body: bytes) -> object:

@@ -1,6 +1,6 @@
 """The errors of the webhooks: one family, `AuthError`.
 
-A denial is no error: it is a `Decision`. Errors are what keeps a webhook from deciding: its own
+A denial is not an error: it is a `PolicyDecision`. An error is what keeps a webhook from deciding: its own
 configuration, or a request that is not one.
 """
 
@@ -38,3 +38,7 @@ class BootInfoError(AuthError):
     def __init__(self, issues: Sequence[Issue]) -> None:
         super().__init__("; ".join(f"{issue['path']}: {issue['message']}" for issue in issues))
         self.issues = tuple(issues)
+
+
+class MistypedBootInfoError(AuthError):
+    """A JSON body that dstack-auth cannot read as a boot info: which member, and why."""

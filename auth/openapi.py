@@ -1,7 +1,7 @@
-"""What `GET /openapi.json` answers: the webhook's interface, for people and client generators.
+"""The answer of `GET /openapi.json`: the webhook's interface, for people and client generators.
 
-Upstream ships such a file beside auth-mock and serves it nowhere. It describes; `boot_info` is what
-validates.
+Upstream ships such a file beside auth-mock and does not serve it. This describes; `boot_info` and `allowlist`
+validate.
 """
 
 from typing import Any, Final
@@ -11,7 +11,7 @@ _TEXT: Final = {"type": "string"}
 _SCHEMAS: Final[dict[str, Any]] = {
     "BootInfo": {
         "type": "object",
-        "description": "What the KMS found out about the machine; hex with or without 0x, in any case.",
+        "description": "What the KMS verified about the machine; hex with or without 0x, in any case.",
         "required": ["mrAggregated", "osImageHash", "appId", "composeHash", "instanceId", "deviceId"],
         "properties": {
             "mrAggregated": _TEXT,
@@ -58,18 +58,43 @@ _SCHEMAS: Final[dict[str, Any]] = {
 }
 
 
+_ALLOWLIST_BOOT_INFO: Final[dict[str, Any]] = {
+    "type": "object",
+    "description": "What the KMS verified about the machine; hex with or without 0x, in any case.",
+    "properties": dict.fromkeys(("mrAggregated", "osImageHash", "appId", "composeHash", "deviceId"), _TEXT),
+}
+
+
 def document(title: str) -> dict[str, object]:
-    """Build the OpenAPI 3.0.3 document of a webhook of this title."""
+    """Build the OpenAPI 3.0.3 document of auth-simple or auth-mock, under this title."""
+    malformed = {**_json("Refusal"), "text/plain": {"schema": _TEXT}}
+    refusals = {
+        "400": {"description": "No boot info (JSON) or not JSON (text)", "content": malformed},
+        "413": {"description": "The body is too large", "content": {"text/plain": {"schema": _TEXT}}},
+    }
+    return _document(title, _SCHEMAS, refusals)
+
+
+def allowlist_document(title: str) -> dict[str, object]:
+    """Build the OpenAPI 3.0.3 document of dstack-auth, under this title."""
+    schemas = {name: schema for name, schema in _SCHEMAS.items() if name != "Refusal"}
+    reasons = {"400": "Not JSON", "413": "The body is too large", "422": "JSON that is not a boot info"}
+    page = {"text/html": {"schema": _TEXT}}
+    refusals = {status: {"description": reason, "content": page} for status, reason in reasons.items()}
+    return _document(title, schemas | {"BootInfo": _ALLOWLIST_BOOT_INFO}, refusals)
+
+
+def _document(title: str, schemas: dict[str, Any], refusals: dict[str, Any]) -> dict[str, object]:
     return {
         "openapi": "3.0.3",
         "info": {"title": title, "version": "1.0.0"},
         "paths": {
             "/": {"get": _get("What the webhook stands for", "Info")},
-            "/bootAuth/app": {"post": _boot_auth("May this app boot?")},
-            "/bootAuth/kms": {"post": _boot_auth("May this KMS boot?")},
+            "/bootAuth/app": {"post": _boot_auth("May this app boot?", refusals)},
+            "/bootAuth/kms": {"post": _boot_auth("May this KMS boot?", refusals)},
             "/health": {"get": _get("Is the webhook up?", "Health")},
         },
-        "components": {"schemas": _SCHEMAS},
+        "components": {"schemas": schemas},
     }
 
 
@@ -77,16 +102,12 @@ def _get(summary: str, schema: str) -> dict[str, object]:
     return {"summary": summary, "responses": {"200": {"description": schema, "content": _json(schema)}}}
 
 
-def _boot_auth(summary: str) -> dict[str, object]:
-    refusal = {**_json("Refusal"), "text/plain": {"schema": _TEXT}}
+def _boot_auth(summary: str, refusals: dict[str, Any]) -> dict[str, object]:
+    decision = {"description": "The decision; a denial is a 200 too", "content": _json("Decision")}
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": _json("BootInfo")},
-        "responses": {
-            "200": {"description": "The decision; a denial is a 200 too", "content": _json("Decision")},
-            "400": {"description": "No boot info (JSON) or no JSON (text)", "content": refusal},
-            "413": {"description": "The body is too large", "content": {"text/plain": {"schema": _TEXT}}},
-        },
+        "responses": {"200": decision, **refusals},
     }
 
 

@@ -1,16 +1,14 @@
 """auth-simple: a webhook whose config file decides. The service; no HTTP.
 
 The file's bytes are read again on every request, so a change takes effect with the next one. A file that is
-missing, unreadable, no JSON or of the wrong shape denies every boot, with a reason that says what is wrong
-with which file; upstream falls back to an empty config there, whose reason `OS image is not allowed`
-misleads. A file caught while it is being rewritten denies too: no beginning of a JSON object, short of the
-whole, is itself JSON.
+missing, unreadable, not JSON or of the wrong shape denies every boot, with a reason that says what is wrong
+with which file; upstream uses an empty config then, whose reason `OS image is not allowed` misleads. A file
+that is read while it is being rewritten denies too: no beginning of a JSON object, short of the whole, is
+itself JSON.
 
 Source: `kms/auth-simple/index.ts` of dstack, next 312dc605 (ConfigBackend), and the README of auth-simple.
 """
 
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +17,17 @@ from typing import Final
 from pydantic import ValidationError
 
 from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, parse_json
+from dstack_emu.auth.config_file import read_config
 from dstack_emu.auth.errors import AuthConfigError, MalformedJsonError
 from dstack_emu.auth.policy import Compat, Policy, evaluate, parse_compat
 from dstack_emu.transport.validation import problems
 
 DEFAULT_CONFIG_PATH: Final = "./auth-config.json"
-READS: Final = 3
-"""How often a file is read that changes under the reading."""
 
 
 @dataclass(frozen=True, slots=True)
 class SimpleSettings:
-    """What auth-simple takes from its environment; the port is whoever binds it to know."""
+    """What auth-simple takes from its environment, except the port: the caller binds the socket."""
 
     config_path: str = DEFAULT_CONFIG_PATH
     compat: Compat = "readme"
@@ -59,14 +56,14 @@ class SimpleAuth:
 
     def policy(self) -> Policy:
         """Read the file now, or raise `AuthConfigError`; bytes equal to the last good ones are not parsed."""
-        content = _read(self._config_path)
+        content = read_config(self._config_path)
         if content != self._content:
             self._policy = _parse(content, self._config_path)
             self._content = content
         return self._policy
 
     def decide(self, boot_info: ReceivedBootInfo, is_kms: bool) -> PolicyDecision:
-        """Decide by the file as it is now; a file that cannot be used denies by the rule `config`."""
+        """Decide by the file as it is now; the rule of a file that cannot be used is `config`, and denies."""
         try:
             policy = self.policy()
         except AuthConfigError as error:
@@ -76,8 +73,8 @@ class SimpleAuth:
     def info(self) -> dict[str, object]:
         """Build the answer of `GET /`.
 
-        A file that cannot be used leaves the status `ok`, as upstream does: the webhook is up, and the file
-        may come later. The values are then zero, and an additional `configError` says why.
+        The status is `ok` even if the file cannot be used, as upstream does: the webhook is up, and the file may
+        come later. The values are then zero, and an additional `configError` says why.
         """
         problem: dict[str, object] = {}
         try:
@@ -95,40 +92,6 @@ class SimpleAuth:
             "configPath": self._config_path,
             **problem,
         }
-
-
-def _read(path: str) -> bytes:
-    """Read the whole file, in the event loop's thread: it is small, and a hop to another costs more.
-
-    A file that was written to meanwhile, in place, is read again, and refused where that goes on: half of the one and
-    half of the other could be a policy that nobody wrote.
-    """
-    try:
-        with open(path, "rb", buffering=0, opener=_open_nonblocking) as file:
-            before = os.fstat(file.fileno())
-            if not stat.S_ISREG(before.st_mode):
-                raise AuthConfigError(f"failed to load config: {path}: Not a regular file")
-            for _ in range(READS):
-                content = file.read()
-                after = os.fstat(file.fileno())
-                if _version(after) == _version(before) and len(content) == after.st_size:
-                    return content
-                before = after
-                file.seek(0)
-        raise AuthConfigError(f"config is being rewritten: {path}")
-    except FileNotFoundError as error:
-        raise AuthConfigError(f"config file not found: {path}") from error
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        detail = getattr(error, "strerror", None) or error
-        raise AuthConfigError(f"failed to load config: {path}: {detail}") from error
-
-
-def _version(state: os.stat_result) -> tuple[int, int, int]:
-    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
-
-
-def _open_nonblocking(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a FIFO would otherwise hold up every request
 
 
 def _parse(content: bytes, path: str) -> Policy:

@@ -153,6 +153,43 @@ def test_simple_never_decides_by_half_a_file(policy: Path, tmp_path: Path) -> No
             assert decision(said["url"]) in whole  # it is at rest now
 
 
+# ---- auth file
+
+
+def test_file_decides_by_its_allowlist_and_says_so(policy: Path, tmp_path: Path) -> None:
+    log, allowed = tmp_path / "log", {**ALLOWED, "reason": "ok"}
+    with serving("auth", "file", *FREE, "--config", str(policy), log=log) as said:
+        assert said == {"url": said["url"], "config_path": str(policy)}
+        assert decision(said["url"]) == decision(said["url"], "kms", osImageHash="00" * 32) == allowed
+        policy.write_text(json.dumps({**POLICY, "apps": {}}))
+        assert decision(said["url"]) == denied("app not registered")
+        assert ask(said["url"], "/")[1]["gatewayAppId"] == ""
+        assert ask(said["url"], "/health") == (200, {"status": "ok"})
+    app = f"bootAuth/app app={'a0' * 20} compose={'c0' * 32}"
+    assert log_lines(log) == [
+        f"auth.file: {app} -> allowed=true (ok)",
+        f"auth.file: bootAuth/kms mr={'ab' * 32} -> allowed=true (ok)",
+        f"auth.file: {app} -> allowed=false (app not registered)",
+    ]
+
+
+def test_file_without_its_allowlist_runs_and_denies_until_it_is_there(policy: Path, tmp_path: Path) -> None:
+    path, log = tmp_path / "missing.json", tmp_path / "log"
+    missing = f"config file not found: {path}"
+    with serving("auth", "file", *FREE, "--config", str(path), log=log) as said:
+        assert log.read_text() == f"{missing}; everything is denied until this file can be used\n"
+        assert decision(said["url"], "kms") == denied("kms mrAggregated not allowed", "")
+        policy.rename(path)
+        assert decision(said["url"], "kms")["isAllowed"]
+    assert f"auth.file: {missing}; denying all" in log_lines(log)
+
+
+def test_file_takes_no_variables(policy: Path) -> None:
+    environment = {"PORT": "no number", "AUTH_CONFIG_PATH": "/nowhere", "AUTH_SIMPLE_COMPAT": "x"}
+    with serving("auth", "file", *FREE, "-c", str(policy), environment=environment) as said:
+        assert decision(said["url"])["isAllowed"]
+
+
 # ---- auth mock
 
 
@@ -194,7 +231,11 @@ def test_mock_takes_the_variables_of_the_original(
     [
         (("mock",), {"NODE_ENV": "production"}, "auth-mock must not run with NODE_ENV=production"),
         (("mock",), {"MOCK_POLICY": "allow"}, 'unknown MOCK_POLICY "allow"'),
-        (("mock", "--config", "x"), {}, "--config is for `auth simple`: `auth mock` decides by MOCK_POLICY"),
+        (
+            ("mock", "--config", "x"),
+            {},
+            "--config is for `auth simple` and `auth file`: `auth mock` decides by MOCK_POLICY",
+        ),
         (("simple",), {"PORT": "65536"}, 'PORT is "65536", expected a number of 0 (a free one) to 65535'),
     ],
 )
@@ -202,6 +243,13 @@ def test_wrong_use_is_one_line(
     arguments: tuple[str, ...], environment: dict[str, str], said: str, policy: Path
 ) -> None:
     assert usage_error("auth", *arguments, environment={"AUTH_CONFIG_PATH": str(policy), **environment}) == said
+
+
+def test_port_of_file_that_is_taken_is_named_with_its_option(policy: Path) -> None:
+    with serving("auth", "file", *FREE, "-c", str(policy)) as said:
+        address = said["url"].removeprefix("http://")
+        taken = f"cannot listen on {address}: the address is in use (set by --listen HOST:PORT)"
+        assert usage_error("auth", "file", "-c", str(policy), "--listen", address) == taken
 
 
 def test_port_that_is_taken_is_named_with_its_settings(policy: Path) -> None:

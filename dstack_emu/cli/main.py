@@ -29,7 +29,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "verifier": "judge evidence over HTTP, its OS image included, as dstack-verifier does",
     "image": "build, measure, compare and serve OS images",
     "kms": "run one KMS from a kms.toml",
-    "auth": "run one webhook that decides for a KMS: auth-simple or auth-mock",
+    "auth": "run one webhook that decides for a KMS: auth-simple, dstack-auth or auth-mock",
     "check-webhook": "ask an auth webhook everything that a KMS asks, and say what would break it",
     "setup": "set two KMS up that run elsewhere, and have an app allowed",
     "proto": "write the .proto files of all services",

@@ -1,20 +1,22 @@
-"""`dstack-emu auth`: one webhook of its own, auth-simple or auth-mock.
+"""`dstack-emu auth`: one webhook of its own, auth-simple, dstack-auth or auth-mock.
 
 What upstream's programs take from the environment, these take as well: PORT here, the rest in `auth.simple` and
-`auth.mock`. An option goes before its variable.
+`auth.mock`; dstack-auth takes nothing from it. An option goes before its variable.
 """
 
 import argparse
 import asyncio
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
 from aiohttp import web
 
 from dstack_emu.auth.errors import AuthConfigError
+from dstack_emu.auth.file import DEFAULT_ALLOWLIST_PATH, FileAuth
+from dstack_emu.auth.file_server import file_app
 from dstack_emu.auth.mock import MockSettings
 from dstack_emu.auth.server import mock_app, simple_app
 from dstack_emu.auth.simple import SimpleAuth, SimpleSettings
@@ -22,71 +24,99 @@ from dstack_emu.cli.commands.common import WARNING, UsageError, listen_address, 
 from dstack_emu.transport.listen import bind_tcp, serve
 
 DESCRIPTION = (
-    "Run one auth webhook. `simple` decides by a JSON file that it reads anew for every question; without that file it "
-    "runs and denies everything. `mock` decides by a fixed policy, whatever was measured: for tests only. A question "
-    "and what came of it is a line on stderr. Point a KMS at it with core.auth_api.webhook.url. Variables of the "
-    "originals count where no option is given: PORT; for `simple` AUTH_CONFIG_PATH and AUTH_SIMPLE_COMPAT; for `mock` "
-    "MOCK_POLICY (allow-all, deny-all, deny-kms, deny-app, allowlist-device, allowlist-mr), MOCK_ALLOWED_DEVICE_IDS, "
-    "MOCK_ALLOWED_MR_AGGREGATED and the values that it answers. " + WARNING
+    "Run one auth webhook. `simple` (auth-simple) and `file` (dstack-auth) decide by a JSON file that they read anew "
+    "on every request; without that file they run and deny everything. `mock` decides by a fixed policy, whatever was "
+    "measured: for tests only. Each request and its decision is logged to stderr. Point a KMS at it with "
+    "core.auth_api.webhook.url. Variables of the originals count if no option is given: for `simple` and `mock` PORT; "
+    "for `simple` AUTH_CONFIG_PATH and AUTH_SIMPLE_COMPAT; for `mock` MOCK_POLICY (allow-all, deny-all, deny-kms, "
+    "deny-app, allowlist-device, allowlist-mr), MOCK_ALLOWED_DEVICE_IDS, MOCK_ALLOWED_MR_AGGREGATED and the values "
+    "that it answers. " + WARNING
 )
 
 TALKATIVE: Final = ("auth",)
 """Loggers whose information is shown without being asked for: the lines that upstream's programs always write."""
 
 DEFAULT_PORT: Final = 3000
-"""Upstream's, where PORT is not set."""
+"""Upstream's port of `simple` and `mock`, if PORT is not set."""
+DEFAULT_FILE_PORT: Final = 8001
+"""Upstream's port of `file`."""
+LISTEN: Final = "--listen HOST:PORT"
+LISTEN_OR_PORT: Final = f"{LISTEN} or PORT"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("kind", choices=("simple", "mock"), help="which one")
+    parser.add_argument("kind", choices=tuple(_WEBHOOKS), help="which one")
     parser.add_argument(
         "--listen",
         type=listen_address,
         metavar="HOST:PORT",
-        help=f"address; port 0 takes a free one (127.0.0.1, and PORT or {DEFAULT_PORT})",
+        help=f"address; port 0 takes a free one (127.0.0.1, and PORT or {DEFAULT_PORT}; `file`: {DEFAULT_FILE_PORT})",
     )
     parser.add_argument(
-        "-c", "--config", metavar="FILE", help="the policy of `simple` (AUTH_CONFIG_PATH, else ./auth-config.json)"
+        "-c",
+        "--config",
+        metavar="FILE",
+        help="the policy of `simple` (AUTH_CONFIG_PATH, else ./auth-config.json), or the allowlist of `file` "
+        f"({DEFAULT_ALLOWLIST_PATH})",
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
     parser.add_argument(
-        "--seed", metavar="TEXT", help="taken as by every command that serves; a webhook has nothing to make up of it"
+        "--seed", metavar="TEXT", help="accepted, as by every command that serves, and without effect on a webhook"
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Webhook:
-    """An application, and what to say of it."""
+    """An application, what to say about it, and where it listens without --listen."""
 
     app: web.Application
     title: str
     facts: Mapping[str, str]
+    default_port: Callable[[], int]
+    address_setting: str
+    """What the user sets the address by."""
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal."""
-    webhook = _simple(arguments.config) if arguments.kind == "simple" else _mock(arguments.config)
-    return asyncio.run(_serve(webhook, arguments.listen or ("127.0.0.1", _port()), as_json=arguments.json))
+    webhook = _WEBHOOKS[arguments.kind](arguments.config)
+    address = arguments.listen or ("127.0.0.1", webhook.default_port())
+    return asyncio.run(_serve(webhook, address, as_json=arguments.json))
 
 
 def _simple(config: str | None) -> _Webhook:
     settings = SimpleSettings.from_env(os.environ)
     if config is not None:
         settings = replace(settings, config_path=config)
-    try:
-        SimpleAuth(settings.config_path).policy()
-    except AuthConfigError as error:
-        say(f"{error}; everything is denied until this file can be used")
+    _report_unusable(SimpleAuth(settings.config_path).policy)
     facts = {"config_path": os.path.abspath(settings.config_path), "compat": settings.compat}
-    return _Webhook(simple_app(settings.config_path, compat=settings.compat), "auth-simple", facts)
+    app = simple_app(settings.config_path, compat=settings.compat)
+    return _Webhook(app, "auth-simple", facts, _port, LISTEN_OR_PORT)
+
+
+def _file(config: str | None) -> _Webhook:
+    path = DEFAULT_ALLOWLIST_PATH if config is None else config
+    _report_unusable(FileAuth(path).allowlist)
+    facts = {"config_path": os.path.abspath(path)}
+    return _Webhook(file_app(path), "dstack-auth", facts, lambda: DEFAULT_FILE_PORT, LISTEN)
 
 
 def _mock(config: str | None) -> _Webhook:
     if config is not None:
-        raise UsageError("--config is for `auth simple`: `auth mock` decides by MOCK_POLICY")
+        raise UsageError("--config is for `auth simple` and `auth file`: `auth mock` decides by MOCK_POLICY")
     settings = MockSettings.from_env(os.environ)
-    return _Webhook(mock_app(settings), "auth-mock", {"policy": settings.policy})
+    return _Webhook(mock_app(settings), "auth-mock", {"policy": settings.policy}, _port, LISTEN_OR_PORT)
+
+
+def _report_unusable(read: Callable[[], object]) -> None:
+    try:
+        read()
+    except AuthConfigError as error:
+        say(f"{error}; everything is denied until this file can be used")
+
+
+_WEBHOOKS: Final[Mapping[str, Callable[[str | None], _Webhook]]] = {"simple": _simple, "file": _file, "mock": _mock}
 
 
 def _port() -> int:
@@ -99,7 +129,7 @@ def _port() -> int:
 async def _serve(webhook: _Webhook, address: tuple[str, int], *, as_json: bool) -> int:
     stop = stop_on_signals()
     host, port = address
-    server = await serve(webhook.app, bind_tcp(host, port, setting="--listen HOST:PORT or PORT"))
+    server = await serve(webhook.app, bind_tcp(host, port, setting=webhook.address_setting))
     try:
         if as_json:
             print(json.dumps({"url": server.url, **webhook.facts}), flush=True)

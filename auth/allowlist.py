@@ -1,0 +1,161 @@
+"""dstack-auth's rules: an allowlist and a boot info in, a decision out. Pure.
+
+They are wider than auth-simple's: TCB status and advisories are not checked, an empty `osImages` admits every OS image
+for apps and is not checked for a KMS, and an empty `devices` admits every device. The rules do not establish that the
+boot info is true: the KMS verifies that.
+
+JSON is what serde takes: a known member must have its type, `null` is not a value, and unknown members are ignored. Two
+forms that serde takes are refused: a repeated unknown member, and an array in place of an object.
+
+Source: dstack next 312dc605, `crates/dstack-auth/src/main.rs`. Members that later releases add to the file, such as
+`rootEpochs` and those for the platform's state, are unknown here.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, StrictBool, ValidationError
+from pydantic.alias_generators import to_camel
+
+from dstack_emu.attest.strict_json import DuplicateMemberError, StrictJson
+from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo
+from dstack_emu.auth.errors import AuthConfigError, MalformedJsonError, MistypedBootInfoError
+from dstack_emu.transport.validation import describe
+
+M = TypeVar("M", bound=BaseModel)
+
+AllowlistRule = Literal[
+    "os_image", "kms_mr_aggregated", "kms_device", "app_registered", "app_compose_hash", "app_device", "allowed"
+]
+
+_REASONS: Final[Mapping[AllowlistRule, str]] = {
+    "os_image": "os image not allowed",
+    "kms_mr_aggregated": "kms mrAggregated not allowed",
+    "kms_device": "device not allowed",
+    "app_registered": "app not registered",
+    "app_compose_hash": "compose hash not allowed",
+    "app_device": "device not allowed",
+    "allowed": "ok",
+}
+
+
+def normalize_id(text: str) -> str:
+    """Return `text` as dstack-auth compares it: trimmed, without one leading `0x`, in lowercase."""
+    return text.strip().lower().removeprefix("0x")
+
+
+def _normalize_all(values: frozenset[str]) -> frozenset[str]:
+    return frozenset(map(normalize_id, values))
+
+
+IdSet = Annotated[frozenset[str], AfterValidator(_normalize_all)]
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(alias_generator=to_camel, extra="ignore", frozen=True)
+
+
+class KmsEntry(_Document):
+    """The member `kms`: an empty or absent `mrAggregated` admits no KMS."""
+
+    mr_aggregated: IdSet = frozenset()
+    devices: IdSet = frozenset()
+    allow_any_device: StrictBool = False
+
+
+class AppEntry(_Document):
+    """One app of `apps`: an empty or absent `composeHashes` admits no compose file."""
+
+    compose_hashes: IdSet = frozenset()
+    devices: IdSet = frozenset()
+    allow_any_device: StrictBool = False
+
+
+def _normalize_apps(apps: Mapping[str, AppEntry]) -> Mapping[str, AppEntry]:
+    """Return the apps by their normalized ids; upstream takes any of two spellings of one id, here it is an error."""
+    normalized: dict[str, AppEntry] = {}
+    for app_id, app in apps.items():
+        if normalized.setdefault(normalize_id(app_id), app) is not app:
+            raise ValueError(f"{app_id} is listed twice")
+    return normalized
+
+
+class Allowlist(_Document):
+    """An allowlist file's content, ids normalized; without content it denies everything."""
+
+    os_images: IdSet = frozenset()
+    gateway_app_id: str = ""
+    kms: KmsEntry = KmsEntry()
+    apps: Annotated[Mapping[str, AppEntry], AfterValidator(_normalize_apps)] = {}
+
+
+class _AskedBoot(_Document):
+    """The members of a boot info that dstack-auth reads; an absent one is empty, and matches no listed id."""
+
+    mr_aggregated: str = ""
+    os_image_hash: str = ""
+    app_id: str = ""
+    compose_hash: str = ""
+    device_id: str = ""
+
+
+def parse_allowlist(content: bytes) -> Allowlist:
+    """Parse an allowlist file's bytes; raise `AuthConfigError`, which says what is wrong, without the file's name."""
+    try:
+        return _parse(Allowlist, content)
+    except ValidationError as error:
+        raise AuthConfigError(describe(error)) from error
+    except ValueError as error:
+        raise AuthConfigError(f"Invalid JSON: {error}") from error
+
+
+def parse_allowlist_boot_info(body: bytes) -> ReceivedBootInfo:
+    """Parse a request's body; members that dstack-auth does not read are empty, whatever the body says.
+
+    Raises `MalformedJsonError` if it is not JSON, and `MistypedBootInfoError` if it is JSON of another shape.
+    """
+    try:
+        asked = _parse(_AskedBoot, body)
+    except ValidationError as error:
+        is_json = error.errors()[0]["type"] != "json_invalid"
+        raise (MistypedBootInfoError if is_json else MalformedJsonError)(describe(error)) from error
+    except DuplicateMemberError as error:
+        raise MistypedBootInfoError(str(error)) from error
+    except ValueError as error:
+        raise MalformedJsonError(f"Invalid JSON: {error}") from error
+    return ReceivedBootInfo(**asked.model_dump(), instance_id="")
+
+
+def _parse(model: type[M], data: bytes) -> M:
+    _JSON.parse(data.decode())  # pydantic's own parser takes NaN, and the last of two members of one name
+    return model.model_validate_json(data)
+
+
+def evaluate_allowlist(allowlist: Allowlist, boot_info: ReceivedBootInfo, is_kms: bool) -> PolicyDecision:
+    """Decide; the rules run in upstream's order, and the first that refuses gives the reason."""
+    rule = _kms_rule(allowlist.kms, boot_info) if is_kms else _app_rule(allowlist, boot_info)
+    return PolicyDecision(rule == "allowed", _REASONS[rule], allowlist.gateway_app_id, rule)
+
+
+def _kms_rule(kms: KmsEntry, boot_info: ReceivedBootInfo) -> AllowlistRule:
+    if normalize_id(boot_info.mr_aggregated) not in kms.mr_aggregated:
+        return "kms_mr_aggregated"
+    return "allowed" if _is_device_admitted(kms, boot_info) else "kms_device"
+
+
+def _app_rule(allowlist: Allowlist, boot_info: ReceivedBootInfo) -> AllowlistRule:
+    if allowlist.os_images and normalize_id(boot_info.os_image_hash) not in allowlist.os_images:
+        return "os_image"
+    app = allowlist.apps.get(normalize_id(boot_info.app_id))
+    if app is None:
+        return "app_registered"
+    if normalize_id(boot_info.compose_hash) not in app.compose_hashes:
+        return "app_compose_hash"
+    return "allowed" if _is_device_admitted(app, boot_info) else "app_device"
+
+
+def _is_device_admitted(entry: KmsEntry | AppEntry, boot_info: ReceivedBootInfo) -> bool:
+    return entry.allow_any_device or not entry.devices or normalize_id(boot_info.device_id) in entry.devices
+
+
+_JSON: Final = StrictJson()

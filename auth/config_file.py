@@ -1,0 +1,48 @@
+"""The one way a webhook reads its config file: whole, anew on every request, and regular files alone.
+
+It does not parse: what the bytes mean is for each webhook to say.
+"""
+
+import os
+import stat
+from typing import Final
+
+from dstack_emu.auth.errors import AuthConfigError
+
+READS: Final = 3
+"""How often a file is read that changes while it is read."""
+
+
+def read_config(path: str) -> bytes:
+    """Return the whole file's bytes; raise `AuthConfigError`, which names the file.
+
+    It is read in the event loop's thread: it is small, and a hop to another thread costs more. A file that is written
+    to in place meanwhile is read again, `READS` times at most: half of the old and half of the new text could be a
+    policy that nobody wrote.
+    """
+    try:
+        with open(path, "rb", buffering=0, opener=_open_nonblocking) as file:
+            before = os.fstat(file.fileno())
+            if not stat.S_ISREG(before.st_mode):
+                raise AuthConfigError(f"failed to load config: {path}: Not a regular file")
+            for _ in range(READS):
+                content = file.read()
+                after = os.fstat(file.fileno())
+                if _version(after) == _version(before) and len(content) == after.st_size:
+                    return content
+                before = after
+                file.seek(0)
+        raise AuthConfigError(f"config is being rewritten: {path}")
+    except FileNotFoundError as error:
+        raise AuthConfigError(f"config file not found: {path}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        detail = getattr(error, "strerror", None) or error
+        raise AuthConfigError(f"failed to load config: {path}: {detail}") from error
+
+
+def _version(state: os.stat_result) -> tuple[int, int, int]:
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+def _open_nonblocking(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a FIFO would otherwise hold up every request
