@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, Self
 
 from dstack_emu.attest.canonical_json import canonical_json
 from dstack_emu.attest.errors import FormatError, VerificationError
+from dstack_emu.attest.eventlog import check_version
 from dstack_emu.attest.json_struct import (
     Reader,
     list_of,
@@ -299,10 +300,10 @@ def _read_init_script(value: Any) -> tuple[str, ...]:
 
 
 def _read_event_log_version(value: Any) -> int:
-    version: int = unsigned(32)(value)
-    if version not in (1, 2):
-        raise ValueError(f"unknown event log version: {version}")
-    return version
+    try:
+        return check_version(unsigned(32)(value))
+    except FormatError as error:
+        raise ValueError(str(error)) from error
 
 
 _UNITS: Final[Mapping[str, int]] = MappingProxyType({"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40})

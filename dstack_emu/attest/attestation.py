@@ -14,7 +14,7 @@ import msgpack
 
 from dstack_emu.attest import scale
 from dstack_emu.attest.errors import FormatError
-from dstack_emu.attest.eventlog import RuntimeEvent, TdxEvent, log_from_json, strip
+from dstack_emu.attest.eventlog import RuntimeEvent, TdxEvent, check_version, log_from_json, strip
 from dstack_emu.attest.quote import Quote
 from dstack_emu.attest.remember import remember_by_identity
 from dstack_emu.attest.scale import Decoder
@@ -46,9 +46,12 @@ class Attestation:
         """Encode in its wire form; raise `FormatError` for what V0 cannot say (pod payloads, version 2 events)."""
         return self._encode_v1() if self.wire == 1 else self._encode_v0()
 
-    def stripped(self) -> Self:
-        """The form that goes into certificates: the event log cut down, all else unchanged."""
-        return replace(self, event_log=strip(self.event_log))
+    def stripped(self, *, keep_digests: bool = False) -> Self:
+        """The form that goes into certificates: the event log cut down, all else unchanged.
+
+        `keep_digests` is for the log's runtime events, whose digests follow from their content.
+        """
+        return replace(self, event_log=strip(self.event_log, keep_digests=keep_digests))
 
     def as_v1(self) -> Self:
         """The same evidence, to be sent in the msgpack form."""
@@ -318,9 +321,7 @@ def _integer(value: Any) -> int:
 
 
 def _event_version(value: Any) -> int:
-    if value not in (1, 2) or isinstance(value, bool):
-        raise TypeError
-    return int(value)
+    return check_version(_integer(value))
 
 
 def _text(value: Any) -> str:

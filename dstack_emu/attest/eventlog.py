@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
+from dstack_emu.attest.canonical_json import canonical_json
 from dstack_emu.attest.errors import FormatError, VerificationError
 
 RUNTIME_EVENT_TYPE: Final = 0x08000001
@@ -36,8 +37,7 @@ class RuntimeEvent:
         """The bytes whose SHA-384 is the event's digest."""
         if self.version == 1:
             return b":".join((RUNTIME_EVENT_TYPE.to_bytes(4, "little"), self.event.encode(), self.payload))
-        document = {"name": self.event, "payload": self.payload.hex(), "type": RUNTIME_EVENT_TYPE}
-        return json.dumps(document, separators=(",", ":"), ensure_ascii=False, sort_keys=True).encode()
+        return canonical_json({"name": self.event, "payload": self.payload.hex(), "type": RUNTIME_EVENT_TYPE})
 
     def digest(self) -> bytes:
         """SHA-384 of the preimage, 48 bytes."""
@@ -61,8 +61,11 @@ class TdxEvent:
 
     @classmethod
     def of(cls, event: RuntimeEvent) -> Self:
-        """Make the log line of a runtime event."""
-        return cls(3, RUNTIME_EVENT_TYPE, event.digest(), event.event, event.payload, event.version)
+        """Make the log line of a runtime event; one of version 2 tells its preimage, without which it is refused."""
+        preimage = event.preimage()
+        digest = hashlib.sha384(preimage).digest()
+        told = None if event.version == 1 else preimage.hex()
+        return cls(3, RUNTIME_EVENT_TYPE, digest, event.event, event.payload, event.version, told)
 
     @property
     def is_runtime(self) -> bool:
@@ -113,6 +116,13 @@ class TdxEvent:
         )
 
 
+def check_version(version: int) -> int:
+    """Return the version of an event or of an app's log if it is known; raise `FormatError` with upstream's words."""
+    if version not in (1, 2):
+        raise FormatError(f"unknown event log version: {version}")
+    return version
+
+
 def replay(digests: Iterable[bytes]) -> bytes:
     """Fold digests into a register: SHA-384(register, digest) from 48 zero bytes."""
     register = bytes(RTMR_SIZE)
@@ -149,18 +159,19 @@ def find_payload(events: Iterable[RuntimeEvent], name: str) -> bytes:
     return b""
 
 
-def strip(log: Sequence[TdxEvent]) -> tuple[TdxEvent, ...]:
-    """Cut a log to what a certificate carries.
+def strip(log: Sequence[TdxEvent], *, keep_digests: bool = False) -> tuple[TdxEvent, ...]:
+    """Cut a log to what a certificate carries: the ACPI events whole, and every event of RTMR3.
 
-    The ACPI events whole, every IMR 3 event, the digest of runtime events emptied.
+    Boot events lose their payload, runtime events their digest unless it is kept, as 0.6 does. A runtime event of
+    version 2 without digest is refused by every verifier.
     """
-    out = []
-    for event in log:
-        if event.is_acpi_data:
-            out.append(event)
-        elif event.imr == 3:
-            out.append(replace(event, digest=b"") if event.is_runtime else replace(event, event_payload=b""))
-    return tuple(out)
+    return tuple(_stripped(event, keep_digests) for event in log if event.is_acpi_data or event.imr == 3)
+
+
+def _stripped(event: TdxEvent, keep_digest: bool) -> TdxEvent:
+    if event.is_acpi_data or (event.is_runtime and keep_digest):
+        return event
+    return replace(event, digest=b"") if event.is_runtime else replace(event, event_payload=b"")
 
 
 def for_get_quote(log: Sequence[TdxEvent]) -> tuple[TdxEvent, ...]:
@@ -212,10 +223,7 @@ def _integer(value: dict[str, Any], key: str, default: int | None = None) -> int
 
 
 def _version(value: dict[str, Any]) -> int:
-    version = _integer(value, "version", 1)
-    if version not in (1, 2):
-        raise FormatError(f"event: version: 1 or 2 expected, got {version}")
-    return version
+    return check_version(_integer(value, "version", 1))
 
 
 def _text(value: dict[str, Any], key: str) -> str:
