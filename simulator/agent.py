@@ -1,6 +1,6 @@
-"""The guest agent's RPCs: what a trust domain answers to the application inside it.
+"""The guest agent's RPCs: what a trust domain offers to its application.
 
-One method for each RPC, over plain values and messages. Evidence is quoted afresh for every call. Source: dstack
+One method for each RPC, over plain values and messages. Every call gets new evidence. Source: dstack
 `guest-agent/src/rpc_service.rs` at 312dc605; EmitEvent as in 0.5.x at 40eaf35e.
 """
 
@@ -36,7 +36,7 @@ PREHASHED: Final = "secp256k1_prehashed"
 
 @dataclass(frozen=True, slots=True)
 class ProvidedKeys:
-    """The keys that an agent was given, the issuer of its certificates, and the certificate (PEM) that Info shows."""
+    """The keys of an agent, the issuer of its certificates, and the certificate (PEM) that Info returns."""
 
     keys: AppKeys
     issuer: CertificateIssuer
@@ -44,9 +44,9 @@ class ProvidedKeys:
 
 
 class GuestAgent:
-    """Answers for one trust domain.
+    """The agent of one trust domain.
 
-    Before `provide` it is a domain that still waits for its keys: it gives evidence, and refuses what needs a key.
+    Before `provide` the domain waits for its keys: the agent returns evidence, and refuses RPCs that need a key.
     """
 
     def __init__(self, domain: TrustDomain, entropy: Entropy, *, allow_emit_event: bool = True) -> None:
@@ -56,12 +56,12 @@ class GuestAgent:
 
     @property
     def has_keys(self) -> bool:
-        """Whether it was given keys."""
+        """Return whether it has keys."""
         return self._provided is not None
 
     @property
     def keys(self) -> AppKeys:
-        """The keys it was given; raise `GuestError` while there are none."""
+        """Return its keys; raise `GuestError` if it has none."""
         return self._require_provided().keys
 
     @property
@@ -69,18 +69,18 @@ class GuestAgent:
         return "" if self._provided is None else self._provided.demo_certificate
 
     async def provide(self, keys: AppKeys, issuer: CertificateIssuer) -> None:
-        """Take keys, and get the certificate that Info shows, as the agent does at its start."""
+        """Accept keys, and request the certificate that Info returns, as upstream's agent does at its start."""
         self._provided = ProvidedKeys(keys, issuer, self._demo_certificate)
         key = derive_p256(self._entropy(32), [])
         config = CertificateConfig(subject="demo-cert", client_auth=True, with_attestation=True)
         self._provided = ProvidedKeys(keys, issuer, "\n".join(await self._issue(key, config)))
 
     def capture(self) -> ProvidedKeys | None:
-        """Return the keys it was given and what was made of them, None while it has none."""
+        """Return its keys with issuer and certificate, None if it has none."""
         return self._provided
 
     def restore(self, state: ProvidedKeys | None) -> None:
-        """Put captured keys back."""
+        """Restore captured keys."""
         self._provided = state
 
     # ---- evidence
@@ -90,18 +90,18 @@ class GuestAgent:
         return self._quote(pad_report_data(request.report_data))
 
     async def attest(self, request: pb.RawQuoteArgs) -> pb.AttestResponse:
-        """Give evidence over up to 64 bytes of report_data, in the form that hardware sends."""
+        """Return evidence over up to 64 bytes of report_data, in the form of hardware (V0)."""
         return pb.AttestResponse(attestation=self.domain.attest(pad_report_data(request.report_data)).encode())
 
     async def emit_event(self, request: pb.EmitEventArgs) -> Empty:
-        """Extend RTMR3 with an event of the application; upstream's simulator refuses it, hardware does it."""
+        """Extend RTMR3 with an event of the application, as hardware does; upstream's simulator refuses it."""
         if not self._allow_emit_event:
             raise GuestError(f"runtime event emission is unavailable in simulator mode: {request.event}")
         self.domain.measure(request.event, request.payload)
         return Empty()
 
     async def tdx_quote(self, request: pb.TdxQuoteArgs) -> pb.TdxQuoteResponse:
-        """Quote a hash of any content under a prefix."""
+        """Quote a hash of the given content under a prefix."""
         algorithm = request.hash_algorithm or DEFAULT_HASH
         tag = request.prefix or APP_DATA
         answer = self._quote(report_data(tag, request.report_data, algorithm))
@@ -117,7 +117,7 @@ class GuestAgent:
         return await self.tdx_quote(pb.TdxQuoteArgs(report_data=request.report_data, hash_algorithm="raw"))
 
     async def get_attestation_for_app_key(self, request: pb.GetAttestationForAppKeyRequest) -> pb.GetQuoteResponse:
-        """Quote the public key that `sign` signs with, as a `dip1::` text."""
+        """Quote the public key of `sign`, as a `dip1::` text."""
         _, public_key = self._signing_key(_known(request.algorithm, ("secp256k1", "ed25519")))
         kind = "ed25519-pk" if len(public_key) == 32 else "secp256k1c-pk"
         text = f"dip1::{kind}:{base64.urlsafe_b64encode(public_key).decode().rstrip('=')}"
@@ -136,7 +136,7 @@ class GuestAgent:
     # ---- keys and certificates
 
     async def get_key(self, request: pb.GetKeyArgs) -> pb.GetKeyResponse:
-        """Derive the application's key at a path, with the chain that proves where it comes from."""
+        """Derive the application's key at a path, with the signature chain that proves its origin."""
         algorithm = _known(request.algorithm or "secp256k1", ("secp256k1", "ed25519"))
         key, public_key = self._derive(request.path, algorithm)
         message = f"{request.purpose}:{public_key.hex()}".encode()
@@ -144,12 +144,12 @@ class GuestAgent:
         return pb.GetKeyResponse(key=key, signature_chain=[signature, self.keys.k256_signature])
 
     async def derive_k256_key(self, request: pb.GetKeyArgs) -> pb.DeriveK256KeyResponse:
-        """`get_key` under Tappd's name."""
+        """Do the same as `get_key`, under Tappd's name."""
         answer = await self.get_key(request)
         return pb.DeriveK256KeyResponse(k256_key=answer.key, k256_signature_chain=answer.signature_chain)
 
     async def get_tls_key(self, request: pb.GetTlsKeyArgs) -> pb.GetTlsKeyResponse:
-        """Make a fresh P-256 key and get a certificate for it."""
+        """Make a new P-256 key, and request a certificate for it."""
         not_before = request.not_before if request.HasField("not_before") else None
         not_after = request.not_after if request.HasField("not_after") else None
         if not_before is not None and not_after is not None and not_before >= not_after:
@@ -167,7 +167,7 @@ class GuestAgent:
         return await self._key_and_chain(derive_p256(self._entropy(32), []), config)
 
     async def derive_tls_key(self, request: pb.DeriveKeyArgs) -> pb.GetTlsKeyResponse:
-        """Tappd's DeriveKey: a P-256 key of a path (or a random one), with a certificate."""
+        """Derive a P-256 key from a path, or make a random one, with a certificate: DeriveKey of Tappd."""
         material = self._entropy(32) if request.random_seed else self.keys.k256_key
         config = CertificateConfig(
             subject=request.subject,
@@ -195,9 +195,9 @@ class GuestAgent:
         return self._provided
 
     def _derive(self, path: str, algorithm: str) -> tuple[bytes, bytes]:
-        """The key at a path and its public key.
+        """Return the key at a path and its public key.
 
-        The key is 32 bytes whatever the algorithm; the public key 33 (compressed), or 32 of ed25519.
+        The key has 32 bytes for each algorithm; the public key has 33 bytes (compressed), or 32 for ed25519.
         """
         key = derive_key(self.keys.k256_key, [path.encode()])
         if algorithm == "ed25519":
@@ -207,7 +207,7 @@ class GuestAgent:
     # ---- signatures
 
     async def sign(self, request: pb.SignRequest) -> pb.SignResponse:
-        """Sign with the key at path `vms`; the chain leads to the KMS root key."""
+        """Sign with the key at the path `vms`; the chain leads to the KMS root key."""
         algorithm = _known(request.algorithm, ("secp256k1", "ed25519", PREHASHED))
         if algorithm == PREHASHED and len(request.data) != 32:
             raise FormatError(f"Pre-hashed signing requires a 32-byte digest, but received {len(request.data)} bytes")
@@ -223,7 +223,7 @@ class GuestAgent:
         )
 
     async def verify(self, request: pb.VerifyRequest) -> pb.VerifyResponse:
-        """Check a signature; a bad one is an answer, bytes that are no key or no signature are an error."""
+        """Verify a signature; an invalid one is a result, bytes that are not a key or a signature are an error."""
         algorithm = _known(request.algorithm, ("secp256k1", "ed25519", PREHASHED))
         if algorithm == "ed25519":
             return pb.VerifyResponse(valid=_verify_ed25519(request))
@@ -236,26 +236,26 @@ class GuestAgent:
     # ---- identity
 
     async def info(self) -> pb.AppInfo:
-        """Say who this domain is and what it measures.
+        """Return the identity and the measurements of the domain.
 
-        `device_id` is the true one: upstream's agent does not know its own.
+        `device_id` is the true one, which upstream's agent does not know.
         """
         return self._info(hide_tcb_info=False)
 
     async def public_info(self) -> pb.AppInfo:
-        """What outsiders see: without tcb_info and vm_config unless the app-compose makes them public."""
+        """Return the public part: without tcb_info and vm_config, unless the app-compose makes them public."""
         return self._info(hide_tcb_info=not self.domain.compose.public_tcbinfo)
 
     async def gpu_info(self) -> pb.GpuInfoResponse:
-        """Say what was attested of GPUs at boot: an emulated domain has none."""
+        """Return the GPU evidence of the boot: empty, since an emulated domain has no GPU."""
         return pb.GpuInfoResponse()
 
     async def version(self) -> pb.WorkerVersion:
-        """The release this is taken for, and the emulator behind it."""
+        """Return the release of dstack that is emulated, and the emulator's revision."""
         return pb.WorkerVersion(version=UPSTREAM, rev=REVISION)
 
     def app_info(self) -> AppInfo:
-        """Identity and measurements of the domain as it is now, with the true device id."""
+        """Return the present identity and measurements of the domain, with the true device id."""
         return decode_app_info(self.domain.attest(bytes(64)), device_id=self.domain.platform.device_id)
 
     def _info(self, *, hide_tcb_info: bool) -> pb.AppInfo:
@@ -288,12 +288,12 @@ class GuestAgent:
 
 @remember_by_identity
 def _shown_log(log: tuple[TdxEvent, ...]) -> str:
-    """A log as GetQuote answers it: the same text until something more is measured."""
+    """Return a log in the form of GetQuote: the text is the same until another event is measured."""
     return log_to_json(for_get_quote(log))
 
 
 def _known(algorithm: str, known: tuple[str, ...]) -> str:
-    """Resolve the alias `k256` and refuse an algorithm that is not among the known ones."""
+    """Resolve the alias `k256`; raise FormatError for an unknown algorithm."""
     algorithm = "secp256k1" if algorithm == "k256" else algorithm
     if algorithm not in known:
         raise FormatError("Unsupported algorithm")
@@ -312,11 +312,11 @@ def _verify_ed25519(request: pb.VerifyRequest) -> bool:
     return True
 
 
-# ---- the tables that servers serve
+# ---- service tables
 
 
 def dstack_table(agent: GuestAgent) -> ServiceTable[None]:
-    """Service DstackGuest, as on dstack.sock."""
+    """Return the service DstackGuest, as on dstack.sock."""
     return _table(
         "DstackGuest.",
         Rpc("GetTlsKey", pb.GetTlsKeyArgs, pb.GetTlsKeyResponse, without_context(agent.get_tls_key)),
@@ -333,7 +333,7 @@ def dstack_table(agent: GuestAgent) -> ServiceTable[None]:
 
 
 def tappd_table(agent: GuestAgent) -> ServiceTable[None]:
-    """Service Tappd, as on tappd.sock."""
+    """Return the service Tappd, as on tappd.sock."""
     return _table(
         "Tappd.",
         Rpc("DeriveKey", pb.DeriveKeyArgs, pb.GetTlsKeyResponse, without_context(agent.derive_tls_key)),
@@ -346,7 +346,7 @@ def tappd_table(agent: GuestAgent) -> ServiceTable[None]:
 
 
 def worker_table(agent: GuestAgent) -> ServiceTable[None]:
-    """Service Worker, as on a listener of its own."""
+    """Return the service Worker."""
     attestation = without_context(agent.get_attestation_for_app_key)
     return _table(
         "Worker.",
@@ -357,7 +357,7 @@ def worker_table(agent: GuestAgent) -> ServiceTable[None]:
 
 
 def combined_table(agent: GuestAgent) -> ServiceTable[None]:
-    """Tappd and Worker on one mount: a name without prefix is Tappd's where both have it."""
+    """Return Tappd and Worker for one mount; a name without prefix that both have is Tappd's."""
     worker, tappd = worker_table(agent).rpcs, tappd_table(agent).rpcs
     prefixed = {f"Worker.{name}": rpc for name, rpc in worker.items()}
     return ServiceTable("Tappd.", {**worker, **tappd, **prefixed})

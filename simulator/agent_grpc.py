@@ -1,6 +1,6 @@
 """A guest agent over gRPC: DstackGuest, Tappd and Worker, each under its own name, on one listener.
 
-Imported only where gRPC is switched on: grpcio costs time and memory. Upstream has no gRPC: this is ours.
+Import it only if gRPC is enabled: grpcio costs time and memory. Upstream has no gRPC; this is an addition.
 """
 
 import socket
@@ -18,7 +18,7 @@ STATUSES: Final[Statuses] = {
     KmsUnreachableError: grpc.StatusCode.UNAVAILABLE,
     GuestError: grpc.StatusCode.FAILED_PRECONDITION,
 }
-"""What kind of refusal is which status; docs/grpc.md has the same table for readers."""
+"""The gRPC status of each error class; docs/grpc.md has the same table."""
 
 
 async def serve_agent(

@@ -1,8 +1,8 @@
-"""Where a guest agent listens: dstack.sock, tappd.sock, and one TCP port with everything.
+"""The HTTP applications of a guest agent: for dstack.sock, for tappd.sock, and for one TCP port with all services.
 
-Inside a CVM each service has a listener of its own. The TCP port serves all of them for SDK clients that are pointed
-at one URL: DstackGuest at `/`, Tappd and Worker at `/prpc`, and a small page for people at `/`. Source of the mounts:
-dstack `guest-agent/src/{server,http_routes}.rs` at 312dc605.
+Inside a CVM each service has its own listener. The TCP port serves all of them, for SDK clients that take one URL:
+DstackGuest at `/`, Tappd and Worker at `/prpc`, and a small page at `/`. Source of the mounts: dstack
+`guest-agent/src/{server,http_routes}.rs` at 312dc605.
 """
 
 from html import escape
@@ -18,21 +18,21 @@ ERRORS = (GuestError, AttestError)
 
 
 def dstack_app(agent: GuestAgent) -> web.Application:
-    """dstack.sock: DstackGuest at `/`; a service prefix is not trimmed there."""
+    """Make the application of dstack.sock: DstackGuest at `/`; a service prefix is not removed there."""
     app = web.Application()
     add_prpc(app, "", dstack_table(agent), _anyone, errors=ERRORS, trim=False)
     return app
 
 
 def tappd_app(agent: GuestAgent) -> web.Application:
-    """tappd.sock: Tappd at `/prpc`."""
+    """Make the application of tappd.sock: Tappd at `/prpc`."""
     app = web.Application()
     add_prpc(app, "/prpc", tappd_table(agent), _anyone, errors=ERRORS)
     return app
 
 
 def tcp_app(agent: GuestAgent) -> web.Application:
-    """The TCP port: every service, and the page."""
+    """Make the application of the TCP port: every service, and the page."""
     app = web.Application()
 
     async def index(request: web.Request) -> web.Response:
@@ -49,7 +49,7 @@ def tcp_app(agent: GuestAgent) -> web.Application:
 
 
 async def _anyone(_asked: Asked) -> None:
-    """Whoever reaches the listener may ask: inside a CVM that is the application."""
+    """Accept every caller: inside a CVM only the application reaches the listener."""
 
 
 async def _page(agent: GuestAgent) -> str:

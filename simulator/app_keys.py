@@ -1,7 +1,7 @@
-"""The keys a guest runs with, and who signs certificates for it.
+"""The keys of a guest, and the issuer of its certificates.
 
-Without a KMS the guest makes them itself, as dstack-util does (`gen_app_keys_from_seed` in `dstack-util/src/main.rs` at
-312dc605); with one they are what GetAppKey answered.
+Without a KMS the guest derives them itself, as dstack-util does (`gen_app_keys_from_seed` in `dstack-util/src/main.rs`
+at 312dc605); with a KMS they come from GetAppKey.
 """
 
 import hashlib
@@ -24,18 +24,18 @@ from dstack_emu.simulator.trust_domain import KeyProvider, TrustDomain
 
 
 class CertificateIssuer(Protocol):
-    """Whoever turns a guest's signing request into a certificate chain (PEM, leaf first)."""
+    """Issues a certificate chain (PEM, leaf first) for a guest's signing request."""
 
     async def sign(self, request: SigningRequest, signature: bytes) -> list[str]:
-        """Issue, or raise with the refusal."""
+        """Issue a certificate chain; raise an error with the text of the refusal."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class AppKeys:
-    """Keys of one app instance; a field is empty where nobody gave it.
+    """Keys of one app instance; a missing value is empty.
 
-    Sizes: disk, env and k256 keys 32 bytes, k256_signature 65.
+    Sizes: disk, env and k256 keys 32 bytes, k256_signature 65 bytes.
     """
 
     disk_crypt_key: bytes
@@ -49,13 +49,13 @@ class AppKeys:
 
 @dataclass(frozen=True, slots=True)
 class LocalIssuer:
-    """The app's own CA, for a guest without a KMS; `clock` dates what it issues."""
+    """The app's own CA, for a guest without a KMS; `clock` gives the dates of its certificates."""
 
     authority: CertificateAuthority
     clock: Callable[[], int]
 
     async def sign(self, request: SigningRequest, signature: bytes) -> list[str]:
-        """Issue under the app's CA: leaf and CA."""
+        """Issue a certificate under the app's CA; return leaf and CA."""
         request.verify_signature(signature)
         leaf = self.authority.issue(request.certificate_request(usage=USAGE_APP_LEAF), self.clock())
         return [pem(leaf), self.authority.pem]
@@ -63,14 +63,14 @@ class LocalIssuer:
 
 @dataclass(frozen=True, slots=True)
 class OwnKeys:
-    """The keys that a guest without a KMS makes of a sealing secret, with the CA that signs for it."""
+    """The keys that a guest without a KMS derives from a sealing secret, with its CA."""
 
     keys: AppKeys
     issuer: LocalIssuer
 
     @classmethod
     def from_seed(cls, domain: TrustDomain, seed: bytes, provider: KeyProvider, clock: Callable[[], int]) -> Self:
-        """Derive them; the CA certificate carries the domain's evidence as of now."""
+        """Derive the keys; the CA certificate contains the domain's present evidence."""
         key = derive_p256(seed, [b"app-key"])
         disk_key = derive_p256(seed, [b"app-disk-key"])
         request = CertificateRequest(

@@ -1,13 +1,13 @@
-"""What the emulated guest refuses beside malformed input (which is `attest.errors.FormatError`)."""
+"""The errors of the emulated guest. Malformed input is `attest.errors.FormatError` instead."""
 
 
 class GuestError(Exception):
-    """A guest that cannot do what it was asked: as it is now, unless a subclass says who refused."""
+    """The guest cannot serve a request in its present state, or (in the subclasses) because of its KMS."""
 
 
 class KmsRefusedError(GuestError):
-    """A KMS refused, in its own words."""
+    """The KMS refused; the text is the KMS's."""
 
 
 class KmsUnreachableError(GuestError):
-    """A KMS that nothing came from: it is not up yet, or not there. Any answer, a refusal too, is another error."""
+    """The KMS sent no answer: it does not run, or not yet. Any answer, including a refusal, is another error."""

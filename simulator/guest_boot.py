@@ -1,9 +1,9 @@
 """A guest that boots with keys from a KMS, as dstack-util does it.
 
-GetTempCaCert without CA checks, an RA-TLS certificate under the temporary CA, then mTLS with the KMS's root pinned,
-whose certificate must have the usage `kms:rpc`; then GetAppKey, and the events that record where the keys came from.
-Source: dstack `dstack-util/src/system_setup.rs:2016-2200` and `cert-client/src/lib.rs` at 312dc605; what 0.5.x does
-beside that, `system_setup.rs:824-898` at 40eaf35e.
+It calls GetTempCaCert without checking the CA, makes an RA-TLS certificate under the temporary CA, and connects by
+mTLS, trusting only the KMS's root; the KMS's certificate must have the usage `kms:rpc`. Then it calls GetAppKey, and
+measures the events that record the source of the keys. Source: dstack `dstack-util/src/system_setup.rs:2016-2200` and
+`cert-client/src/lib.rs` at 312dc605; for the additional step of 0.5.x, `system_setup.rs:824-898` at 40eaf35e.
 """
 
 import functools
@@ -50,19 +50,22 @@ CSR_VERSION: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class KmsIssuer:
-    """Certificates from the KMS that gave the keys; `identity` is what the client shows it. Close it."""
+    """Issues certificates through the KMS that released the keys, with the client certificate `identity`. Close it."""
 
     client: RaTlsClient
     vm_config: str
     identity: Identity
 
     async def sign(self, request: SigningRequest, signature: bytes) -> list[str]:
-        """Ask the KMS's SignCert; the chain is leaf, app CA, root CA."""
-        question = pb.SignCertRequest(
+        """Call the KMS's SignCert; return leaf, app CA and root CA.
+
+        Raises `KmsRefusedError`, `KmsUnreachableError` or `GuestError`.
+        """
+        signing = pb.SignCertRequest(
             api_version=CSR_VERSION, csr=request.encoded, signature=signature, vm_config=self.vm_config
         )
         try:
-            answer = await self.client.call("SignCert", question, pb.SignCertResponse)
+            answer = await self.client.call("SignCert", signing, pb.SignCertResponse)
         except RefusedError as error:
             raise KmsRefusedError(str(error)) from error
         except RaTlsUnreachableError as error:
@@ -85,10 +88,10 @@ async def kms_issuer(
     *,
     connect: Callable[..., RaTlsClient] = RaTlsClient,
 ) -> KmsIssuer:
-    """Make a booted domain's access to SignCert: a new certificate under the temporary CA, the KMS's root (PEM) pinned.
+    """Make a booted domain's access to SignCert: a new certificate under the temporary CA, and the KMS's root (PEM).
 
-    Nobody is asked for anything yet. As upstream's agent, it does not judge the KMS's own evidence again. `connect`
-    makes the client, where it is not to be the plain one.
+    Makes no request. Like upstream's agent, the issuer does not verify the KMS's evidence again. `connect` makes the
+    client.
     """
     identity = await _identity(domain, access.temp_ca, entropy, now)
     return KmsIssuer(connect(access.url, identity=identity, root_ca=root_ca), domain.vm_config_json, identity)
@@ -105,23 +108,23 @@ async def fetch_keys(
     patience: float = TIMEOUT,
     headers: MoreHeaders | None = None,
 ) -> tuple[AppKeys, KmsIssuer]:
-    """Boot a domain through a KMS (`https://host:port`): fetch its keys, measure where they came from, and finish.
+    """Boot a domain through a KMS (`https://host:port`): fetch its keys, measure their source, and complete the boot.
 
-    With `measures_kms` it measures the KMS as well, as 0.5.x does, where the KMS's certificate carries evidence.
-    `patience` is how many seconds each call to the KMS may take, then and later; `headers` are added to each. Raises
-    `GuestError` with the refusal in the KMS's own words, `KmsUnreachableError` where nothing came from it; the domain
-    stays as it was after its first events then.
+    With `measures_kms` it also measures the KMS, as 0.5.x does, if the KMS's certificate contains evidence. `patience`
+    is the timeout of each call to the KMS in seconds, now and later; `headers` are added to each call. Raises
+    `GuestError` with the text of the KMS's refusal, or `KmsUnreachableError` if the KMS sent no answer; the domain then
+    remains as it was before the call.
     """
     url = f"{kms_url.rstrip('/')}/prpc"
     connect = functools.partial(RaTlsClient, timeout=patience, headers=headers)
-    judge = _KmsJudge()
+    check = _KmsCertificateCheck()
     with _refused_as():
         temp = await _temp_ca(connect, url)
         temp_key = load_p256_pem(temp.temp_ca_key, "temporary CA key")
         access = KmsAccess(url, load_authority(temp.temp_ca_cert, temp_key, "temporary CA certificate"))
         root = load_pem(temp.ca_cert, "KMS root CA certificate")
         identity = await _identity(domain, access.temp_ca, entropy, now)
-        client = connect(url, identity=identity, root_ca=temp.ca_cert, verifier=verifier, judge=judge)
+        client = connect(url, identity=identity, root_ca=temp.ca_cert, verifier=verifier, judge=check)
         request = pb.GetAppKeyRequest(api_version=API_VERSION, vm_config=domain.vm_config_json)
         try:
             with _refused_as("Failed to get app key: "):
@@ -129,7 +132,7 @@ async def fetch_keys(
         finally:
             await client.close()
     provider = KeyProvider("kms", certificate_spki(root).hex())
-    domain.complete(provider, os_image_hash=answer.os_image_hash, mr_kms=judge.mr_aggregated if measures_kms else None)
+    domain.complete(provider, os_image_hash=answer.os_image_hash, mr_kms=check.mr_aggregated if measures_kms else None)
     keys = AppKeys(
         disk_crypt_key=answer.disk_crypt_key,
         env_crypt_key=answer.env_crypt_key,
@@ -158,8 +161,8 @@ async def _identity(domain: TrustDomain, temp_ca: CertificateAuthority, entropy:
     return await make_identity(temp_ca, p256_from_uniform(entropy(48)), attest, now)
 
 
-class _KmsJudge:
-    """Takes a server for a KMS by its certificate's usage, and notes what it measures."""
+class _KmsCertificateCheck:
+    """Accepts a server as a KMS by the usage in its certificate, and keeps its mr_aggregated."""
 
     def __init__(self) -> None:
         self.mr_aggregated: bytes | None = None

@@ -1,4 +1,4 @@
-"""The files of a real guest, loaded as they are: its keys, its system configuration.
+"""The files of a real guest, in their own formats: its keys, its system configuration.
 
 Formats: dstack `dstack-types/src/lib.rs` (`AppKeys`, `KeyProvider`, `SysConfig`) at 312dc605; upstream's simulator
 reads the same (`sdk/simulator/appkeys.json`, `sys-config.json`).
@@ -18,7 +18,7 @@ from dstack_emu.simulator.trust_domain import KeyProvider
 
 @dataclass(frozen=True, slots=True)
 class KmsAccess:
-    """How a guest with keys from a KMS gets certificates there: its URL, and the CA for client certificates."""
+    """The KMS that issues certificates for a guest: its URL, and the CA for client certificates."""
 
     url: str
     temp_ca: CertificateAuthority
@@ -26,14 +26,14 @@ class KmsAccess:
 
 @dataclass(frozen=True, slots=True)
 class KeyFile:
-    """An agent's key file: the keys, and who issues certificates, either the app's own CA or a KMS."""
+    """An agent's key file: the keys, and the issuer of certificates, either the app's own CA or a KMS."""
 
     keys: AppKeys
     issuer: CertificateAuthority | KmsAccess
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read the file; raise `FormatError` naming file and key."""
+        """Load the file; raise `FormatError` that names file and key."""
         source = _Object(_read_json(path), str(path))
         kind, provider = _single(source.object("key_provider"))
         ca_cert = source.text("ca_cert")
@@ -66,12 +66,12 @@ class KeyFile:
 
 
 def load_vm_config(path: Path) -> str:
-    """Read the `vm_config` text of a system configuration file; raise `FormatError` naming file and key."""
+    """Load the `vm_config` text of a system configuration file; raise `FormatError` that names file and key."""
     return _Object(_read_json(path), str(path)).text("vm_config")
 
 
 def read_text(path: Path, what: str) -> str:
-    """Read a text file; raise `FormatError` naming it and what it should be."""
+    """Read a text file; raise `FormatError` that names the file and what it should be."""
     try:
         return path.read_text()
     except OSError as error:
@@ -88,7 +88,7 @@ def _read_json(path: Path) -> Any:
 
 
 class _Object:
-    """Typed reads from a JSON object, each refusal naming file and key."""
+    """Typed access to a JSON object; each error names file and key."""
 
     def __init__(self, value: Any, where: str) -> None:
         if not isinstance(value, dict):
@@ -114,7 +114,7 @@ class _Object:
 
 
 def _single(source: _Object) -> tuple[str, _Object]:
-    """A tagged value as serde writes it: an object with one key."""
+    """Return tag and content of a tagged value as serde writes it: an object with one key."""
     if len(source.value) != 1:
         raise FormatError(f"{source.where}: an object with one key expected, got {len(source.value)}")
     kind = next(iter(source.value))

@@ -1,12 +1,12 @@
-"""A made-up OS image, derived from a seed, and the machine that boots it.
+"""A synthetic OS image, derived from a seed, and the VM that boots it.
 
-Its firmware, kernel and initrd are random bytes, unless they are given: nothing runs them. Command line, initrd,
-TD HOB and every event around them are measured as real ones are, so a verifier that is given the image's own
-measurement document accepts its boots.
+Firmware, kernel and initrd are random bytes unless they are given, since nothing runs them. Command line, initrd, TD
+HOB and all other events are measured as real ones, so a verifier accepts a boot by the image's own measurement
+document.
 
-What this module does not do: build a TDVF, a kernel PE or a root filesystem. MRTDs and kernel digest are
-therefore not what upstream's tools would compute from these files, and the image is good for the lite variant
-only; ACPI digests stand for no tables, but differ wherever the tables of two machines would.
+Not here: a TDVF, a kernel PE or a root filesystem. Therefore MRTDs and kernel digest differ from those that upstream's
+tools would compute from these files, and the image supports the lite variant only. ACPI digests belong to no tables,
+but differ if the tables of two VMs would differ.
 
 Source of truth: upstream's image directory and dstack-vmm (312dc605), QEMU's device order in its dstack-mr.
 """
@@ -43,7 +43,7 @@ GIB = 1 << 30
 # Where the firmware of real images has its TD_HOB and TEMP_MEM sections.
 TD_HOB_WITNESS = TdHobWitness(hob_page=0x809, ranges=((0x800, 6), (0x809, 2), (0x80B, 2), (0x810, 16)))
 
-# Everything that decides about QEMU's ACPI tables.
+# The fields that determine QEMU's ACPI tables.
 _ACPI_FIELDS = {
     "cpu_count",
     "memory_size",
@@ -62,23 +62,23 @@ _ACPI_FIELDS = {
 
 
 def made_up_digest(label: str, content: bytes) -> bytes:
-    """Stand in for the 48-byte measurement of bytes that have not the format to be measured properly."""
+    """Return a synthetic measurement (48 bytes) of bytes whose format cannot be measured."""
     return hashlib.sha384(f"dstack-emu {label}\0".encode() + content).digest()
 
 
 def is_bootable(kernel: bytes) -> bool:
-    """Whether these bytes claim to be a kernel that a firmware boots (a PE), and not bytes that stand for one."""
+    """Return whether the bytes begin like a kernel that a firmware boots (a PE)."""
     return kernel.startswith(b"MZ")
 
 
 def kernel_digest(kernel: bytes, initrd_size: int) -> bytes:
-    """Measure a kernel, or make its digest up where it is none; raise FormatError for a PE that cannot be measured."""
+    """Return a kernel's digest, synthetic unless it is a PE; raise FormatError for a PE that cannot be measured."""
     return kernel_authenticode(kernel, initrd_size) if is_bootable(kernel) else made_up_digest("kernel", kernel)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageParts:
-    """Parts of an image that somebody has; the others are made up. cmdline is metadata.json's."""
+    """Given parts of an image; the others are synthetic. `cmdline` is that of metadata.json."""
 
     firmware: bytes | None = None
     kernel: bytes | None = None
@@ -88,9 +88,9 @@ class ImageParts:
 
 @dataclass(frozen=True, slots=True)
 class OsImage:
-    """An image directory held in memory, without the rootfs: only a hash in the command line stands for it.
+    """An image directory in memory, without the rootfs, of which only a hash is in the command line.
 
-    files are ovmf.fd, bzImage, initramfs.cpio.gz, metadata.json, measurement.tdx.cbor, sha256sum.txt and
+    `files` are ovmf.fd, bzImage, initramfs.cpio.gz, metadata.json, measurement.tdx.cbor, sha256sum.txt and
     digest.txt.
     """
 
@@ -108,10 +108,10 @@ class OsImage:
         version: str = "0.5.11",
         given: ImageParts | None = None,
     ) -> Self:
-        """Make up an image; `derive(label, n)` gives n bytes, always the same ones for the same label.
+        """Make an image; `derive(label, n)` returns n bytes, always the same ones for the same label.
 
-        Another name or version gives another image, as a release would. Parts that are given are not made up; a kernel
-        among them that is a bootable PE is measured as one.
+        Another name or version gives another image, like another release. Given parts are used unchanged; a given
+        kernel that is a bootable PE is measured as one.
         """
         given = given or ImageParts()
 
@@ -145,10 +145,10 @@ class OsImage:
         cmdline: str,
         git_revision: str,
     ) -> Self:
-        """Assemble an image directory around its parts and measure it.
+        """Assemble an image directory from its parts and measure it.
 
-        kernel_authenticode is 48 bytes: `attest.image.kernel_authenticode` of a real kernel, `made_up_digest`
-        of anything else. MRTDs are made up in any case.
+        `kernel_authenticode` is 48 bytes: `attest.image.kernel_authenticode` of a real kernel, `made_up_digest` of
+        anything else. MRTDs are always synthetic.
         """
         measurement = ImageMeasurement(
             cmdline_sha384=cmdline_sha384(cmdline),
@@ -184,9 +184,9 @@ class OsImage:
 
     @classmethod
     def of_config(cls, vm_config: VmConfig, name: str = "given", version: str = "") -> Self:
-        """The image that a VM config's own measurement document describes: of its files only those are known.
+        """Return the image that a VM config's measurement document describes; its other files are unknown.
 
-        Raises FormatError where the config carries no document or one that cannot be read.
+        Raises FormatError if the config has no document, or an invalid one.
         """
         document = vm_config.tdx_measurement
         if document is None:
@@ -208,9 +208,9 @@ class OsImage:
         hotplug_off: bool = False,
         qemu_version: str = "8.2.2",
     ) -> VmConfig:
-        """Describe a machine that boots this image, for lite attestation.
+        """Describe a VM that boots this image, for lite attestation.
 
-        Such a machine has exactly 2 GiB, or 2.75 GiB and more; `boot` refuses other sizes.
+        Such a VM has exactly 2 GiB, or at least 2.75 GiB; `boot` refuses other sizes.
         """
         return VmConfig(
             os_image_hash=self.os_image_hash,
@@ -234,15 +234,15 @@ class OsImage:
 
     @staticmethod
     def acpi_digests(vm_config: VmConfig) -> AcpiDigests:
-        """Make up the digests of QEMU's ACPI blobs: a function of the machine's devices, not of the image."""
+        """Return synthetic digests of QEMU's ACPI blobs, a function of the VM's devices and not of the image."""
         devices = json.dumps({name: getattr(vm_config, name) for name in _ACPI_FIELDS}, sort_keys=True).encode()
         loader, rsdp, tables = (made_up_digest(name, devices) for name in ACPI_EVENT_NAMES)
         return loader, rsdp, tables
 
     def boot(self, vm_config: VmConfig) -> tuple[Registers, tuple[TdxEvent, ...]]:
-        """Boot this image, whatever image vm_config claims, on the machine that vm_config describes.
+        """Boot this image on the VM that `vm_config` describes, whichever image `vm_config` names.
 
-        Raises FormatError for a machine whose registers the measurement document cannot give.
+        Raises FormatError for a VM whose registers the measurement document does not determine.
         """
         acpi_digests = self.acpi_digests(vm_config)
         registers = measure(self.measurement, vm_config, acpi_digests)

@@ -1,10 +1,10 @@
 """An OS image as a directory, and as the archive that verifiers download.
 
-A directory is written beside its place and renamed into it, so nobody finds half of one. One that is read must be
-whole: every file that its sha256sum.txt lists, with that checksum.
+A directory is written under a temporary name and then renamed, so it is never incomplete. A directory that is read must
+be complete: every file that its sha256sum.txt lists, with that checksum.
 
-What this module does not do: root filesystems (a hash in the command line stands for them; files that no checksum
-covers are neither read nor served), or unpack archives (`transport.image_archive` does, for who cannot trust them).
+Not here: root filesystems, of which only a hash is in the command line (files without a checksum are neither read nor
+served), and unpacking untrusted archives (`transport.image_archive`).
 
 Source of truth: upstream's image directory and `mr_<os_image_hash>.tar.gz` (312dc605).
 """
@@ -30,13 +30,13 @@ DIGEST_FILE = "digest.txt"
 
 
 class ImageFileError(FormatError):
-    """A directory that is no image, or a place where none can be put; the text names it."""
+    """A directory is not an image, or none can be written there; the text names it."""
 
 
 def load_image(folder: Path) -> OsImage:
-    """Read an image directory; raise `ImageFileError` naming the file that is wrong.
+    """Load an image directory; raise `ImageFileError` that names the wrong file.
 
-    Its name is the directory's, without the version that metadata.json says.
+    The image's name is that of the directory, without the version in metadata.json.
     """
     checksum_file = _read(folder, CHECKSUM_FILE)
     try:
@@ -66,9 +66,10 @@ def load_image(folder: Path) -> OsImage:
 
 
 def disagreements(image: OsImage) -> list[str]:
-    """Say where an image's measurement document is not of its own files: such an image verifies, as what it is not.
+    """Return the differences between an image's measurement document and its files.
 
-    MRTD and TD HOB are not looked at: they come from a firmware that nobody here reads.
+    An image with differences is verified as another image. MRTD and TD HOB are not compared: they come from the
+    firmware, which is not parsed here.
     """
     metadata = json.loads(image.files[METADATA_FILE])
     kernel, initrd = (image.files.get(metadata[part]) for part in ("kernel", "initrd"))
@@ -89,9 +90,9 @@ def disagreements(image: OsImage) -> list[str]:
 
 
 def save_image(image: OsImage, folder: Path, *, replace: bool = False) -> None:
-    """Write an image directory, all of it or nothing; raise `ImageFileError`.
+    """Write an image directory, completely or not at all; raise `ImageFileError`.
 
-    What is there already is left alone, or replaced if that is wanted, and if it is an image or empty.
+    An existing image is only replaced with `replace`; another non-empty directory is never replaced.
     """
     try:
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -115,7 +116,7 @@ def save_image(image: OsImage, folder: Path, *, replace: bool = False) -> None:
 
 
 def archive(files: Mapping[str, bytes]) -> bytes:
-    """Pack an image as it is downloaded: flat, always the same bytes for the same files."""
+    """Pack an image for download: without folders, with the same bytes for the same files."""
     packed = io.BytesIO()
     with (
         gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as compressed,
@@ -129,7 +130,7 @@ def archive(files: Mapping[str, bytes]) -> bytes:
 
 
 def fill_cache(image: OsImage, cache_dir: Path, entry: str, content: bytes) -> Path:
-    """Put an image, and the registers of one machine, into a verifier's cache; return the path of the registers."""
+    """Write an image and the registers of one VM to a verifier's cache; return the path of the registers."""
     folder, path = cache_dir / "images" / image.os_image_hash.hex(), cache_dir / "measurements" / f"{entry}.json"
     if not (folder / METADATA_FILE).exists():
         shutil.rmtree(folder, ignore_errors=True)

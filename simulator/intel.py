@@ -1,9 +1,10 @@
-"""The emulated Intel: root CA, PCK CA, TCB signer, CRLs, QE identity, and what it says of each platform.
+"""The emulated Intel: root CA, PCK CA, TCB signer, CRLs, QE identity, and the TCB info of each platform.
 
-What a verifier checks is real (chains, signatures, CRLs, TCB matching); only the root of trust is made up, and every
-name says so. All of it grows from the seed, with fixed dates, so it is byte-identical in every process. What the vendor
-says can be changed while it runs: `state` for all its platforms, `Platform.state` for one. Source of the formats: Intel
-PCK Certificate and CRL Profile 1.5; Intel PCS API v4; `dcap-qvl` src/verify.rs at 0.7.0 for what is verified.
+Everything that a verifier checks is real (chains, signatures, CRLs, TCB matching). Only the root of trust is synthetic,
+and every name says so. All keys and documents are derived from the seed, with fixed dates, so they are identical in
+every process. What the vendor publishes can be changed at any time: `state` for all platforms, `Platform.state` for
+one. Sources: Intel PCK Certificate and CRL Profile 1.5 and Intel PCS API v4 for the formats; `dcap-qvl` src/verify.rs
+at 0.7.0 for what is verified.
 """
 
 import datetime
@@ -49,12 +50,12 @@ VALID_UNTIL: Final = datetime.datetime(2099, 12, 31, tzinfo=datetime.UTC)
 TCB_EVALUATION: Final = 17
 
 Dating = Literal["current", "expired", "not-yet-valid"]
-"""Whether a collateral document is valid now, was, or will be."""
+"""Whether a collateral document is valid, has expired, or is not valid yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Validity:
-    """The dates of a collateral document, in Unix seconds: what it says as issueDate and nextUpdate."""
+    """The dates of a collateral document, issueDate and nextUpdate, in Unix seconds."""
 
     issued: int
     next_update: int
@@ -73,12 +74,12 @@ DATES: Final[dict[Dating, tuple[datetime.datetime, datetime.datetime]]] = {
     "expired": (VALID_FROM, datetime.datetime(2024, 2, 1, tzinfo=datetime.UTC)),
     "not-yet-valid": (datetime.datetime(2099, 1, 1, tzinfo=datetime.UTC), VALID_UNTIL),
 }
-"""issueDate and nextUpdate of each."""
+"""issueDate and nextUpdate of each dating."""
 
 
 @dataclass(frozen=True, slots=True)
 class VendorState:
-    """What the vendor says for all platforms: about its quoting enclave and PCK CA, and the dates of its documents."""
+    """What the vendor publishes for all platforms: on quoting enclave and PCK CA, and the dates of its documents."""
 
     qe_status: PartStatus = "UpToDate"
     qe_advisory_ids: tuple[str, ...] = ()
@@ -97,14 +98,14 @@ class VendorState:
 
 @dataclass(frozen=True, slots=True)
 class IntelState:
-    """What the vendor says: for all platforms, and for each platform that there is, by name."""
+    """What the vendor publishes for all platforms, and for each existing platform by name."""
 
     vendor: VendorState
     platforms: Mapping[str, PlatformState]
 
 
 class Intel:
-    """The made-up vendor: one root, one PCK CA, one TCB signer, and the platforms they certify."""
+    """The emulated vendor: one root, one PCK CA, one TCB signer, and the platforms that they certify."""
 
     def __init__(self, seed: Seed) -> None:
         self.seed = seed.child("intel")
@@ -112,7 +113,7 @@ class Intel:
         self._pck_ca_key = self.seed.p256("pck ca key")
         self._tcb_key = self.seed.p256("tcb signing key")
         self.root = self._certify("SGX Root CA", "SGX Root CA", self._root_key.public_key(), self._root_key, ca=1)
-        # A verifier reads "Platform" in this name and asks for `ca=platform`.
+        # A verifier that finds "Platform" in this name requests `ca=platform`.
         self.pck_ca = self._certify(
             "SGX PCK Platform CA", "SGX Root CA", self._pck_ca_key.public_key(), self._root_key, ca=0
         )
@@ -130,18 +131,18 @@ class Intel:
 
     @property
     def root_pem(self) -> str:
-        """The root certificate in PEM."""
+        """Return the root certificate (PEM)."""
         return self.root.public_bytes(Encoding.PEM).decode()
 
     @functools.cached_property
     def untrusted(self) -> "Intel":
-        """Another vendor whose root nobody trusts, for platforms whose quotes lead to another root."""
+        """Return a vendor whose root no verifier trusts, for platforms whose quotes lead to another root."""
         return Intel(self.seed.child("another vendor"))
 
     # ---- platforms
 
     def platform(self, name: str) -> Platform:
-        """Return the platform of that name: always the same one, with a PPID and an FMSPC of its own."""
+        """Return the platform of that name: always the same one, with its own PPID and FMSPC."""
         if name not in self._platforms:
             self._platforms[name] = Platform(self, name, self.seed.child(f"platform {name}"), self.fmspc(name))
         return self._platforms[name]
@@ -152,53 +153,53 @@ class Intel:
         return dict(self._platforms)
 
     def capture(self) -> IntelState:
-        """Return what it says now."""
+        """Return what it publishes now."""
         return IntelState(self.state, {name: platform.state for name, platform in self._platforms.items()})
 
     def restore(self, state: IntelState) -> None:
-        """Say what was captured again. Platforms that are not in it are forgotten; those that are missing are made."""
+        """Publish what was captured; remove platforms that it does not contain, and create those that are missing."""
         self.state = state.vendor
         self._platforms = {name: self.platform(name) for name in state.platforms}
         for name, platform in self._platforms.items():
             platform.state = state.platforms[name]
 
     def fmspc(self, name: str) -> bytes:
-        """The FMSPC (6 bytes) of a platform: half of it proves to a PCCS of the same seed that the platform is ours."""
+        """Return a platform's FMSPC (6 bytes); its second half proves to a PCCS that the platform has the same seed."""
         nonce = self.seed.derive(f"fmspc {name}", 3)
         return nonce + self._fmspc_proof(nonce)
 
     def knows_fmspc(self, fmspc: bytes) -> bool:
-        """Whether a platform of this seed, made in this process or another, may have that FMSPC."""
+        """Return whether a platform of this seed, created in this process or another one, may have that FMSPC."""
         return len(fmspc) == 6 and hmac.compare_digest(fmspc[3:], self._fmspc_proof(fmspc[:3]))
 
     def state_of(self, fmspc: bytes) -> PlatformState:
-        """The state of the platform with that FMSPC; the default where it was not made in this process."""
+        """Return the state of the platform with that FMSPC; the default state if this process did not create it."""
         return next((p.state for p in self._platforms.values() if p.fmspc == fmspc), PlatformState())
 
     def _fmspc_proof(self, nonce: bytes) -> bytes:
         return hmac.digest(self.seed.material, b"fmspc" + nonce, hashlib.sha256)[:3]
 
-    # ---- collateral, from the present state
+    # ---- collateral of the present state
 
     def tcb_info(self, fmspc: bytes) -> Document:
-        """TCB info of a platform, signed."""
+        """Return the signed TCB info of a platform."""
         return self._tcb_info(fmspc, self.state_of(fmspc), self.state.tcb_info_dating)
 
     @property
     def qe_identity(self) -> Document:
-        """The identity of the quoting enclave, signed."""
+        """Return the signed identity of the quoting enclave."""
         state = self.state
         return self._qe_identity(state.qe_status, state.qe_advisory_ids, state.qe_identity_dating)
 
     @property
     def pck_crl(self) -> Document:
-        """The PCK CA's CRL (DER) with its issuer chain: it names the platforms whose state says so."""
+        """Return the PCK CA's CRL (DER) with its issuer chain; it contains the platforms with `pck_revoked`."""
         revoked = tuple(p.pck_certificate.serial_number for p in self._platforms.values() if p.state.pck_revoked)
         return Document(self._pck_crl(revoked, self.state.pck_crl_dating), self.chain(self.pck_ca))
 
     @property
     def root_ca_crl(self) -> bytes:
-        """The root's CRL (DER): it names the PCK CA when the state says so."""
+        """Return the root's CRL (DER); it contains the PCK CA if the state has `pck_ca_revoked`."""
         return self._root_ca_crl(self.state.pck_ca_revoked, self.state.root_ca_crl_dating)
 
     # Made once for each state: a vendor lives as long as its process, and states are few.
@@ -254,7 +255,7 @@ class Intel:
     # ---- certificates
 
     def chain(self, *certificates: x509.Certificate) -> str:
-        """PEM of certificates in order, closed by the root."""
+        """Return the certificates in order, followed by the root (PEM)."""
         return "".join(c.public_bytes(Encoding.PEM).decode() for c in (*certificates, self.root))
 
     def pck_chain(self, certificate: x509.Certificate) -> str:
@@ -305,7 +306,7 @@ class Intel:
         return builder.sign(issuer_key, hashes.SHA256(), ecdsa_deterministic=True)
 
     def _signed(self, key: str, body: dict[str, Any]) -> Document:
-        # The verifier re-serialises the inner object before it checks the signature: exactly this form.
+        # The verifier serialises the inner object again before it checks the signature, in exactly this form.
         inner = json.dumps(body, separators=(",", ":"), ensure_ascii=False)
         signature = raw_signature(self._tcb_key, inner.encode())
         return Document(f'{{"{key}":{inner},"signature":"{signature.hex()}"}}'.encode(), self.chain(self.tcb_signer))

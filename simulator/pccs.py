@@ -1,9 +1,9 @@
 """The PCCS of the emulated platform: collateral over HTTP, in the shape of Intel's PCS v4.
 
-It answers from the platforms' present state, with an ETag over the content, so a verifier can ask each time at little
-cost; and at less where it heeds a header of our own (`REVALIDATION_HEADER`), which names one URL that answers for all
-four documents of a platform. A middleware that changes a document has to answer there, too. Older clients' `/sgx/`
-spellings and both spellings of the TCB chain header are served. Source: Intel PCS API v4.
+It answers from the platforms' present state, with an ETag over the content, so that a verifier can revalidate documents
+at little cost. The header `REVALIDATION_HEADER`, an addition of this emulator, names one URL that revalidates all four
+documents of a platform; a middleware that changes a document must handle that URL, too. The `/sgx/` paths of older
+clients and both names of the TCB chain header are supported. Source: Intel PCS API v4.
 """
 
 import functools
@@ -38,7 +38,7 @@ _CERTIFICATE = "application/pkix-cert"
 
 
 def pccs_app(intel: Intel) -> web.Application:
-    """Make the HTTP application over one emulated vendor."""
+    """Make the HTTP application of one emulated vendor."""
 
     async def pck_crl(request: web.Request) -> web.Response:
         ca = request.query.get("ca", "")
@@ -64,7 +64,7 @@ def pccs_app(intel: Intel) -> web.Application:
     async def tcb_info(request: web.Request) -> web.Response:
         number = fmspc_of(request)
         response = _answer(request, intel.tcb_info(number), _JSON, *TCB_INFO_ISSUER_HEADERS)
-        if _is_asked_directly(request):
+        if _is_direct(request):
             url = f"{request.scheme}://{request.host}{REVALIDATION_PATH}?ca=platform&fmspc={number.hex()}"
             response.headers[REVALIDATION_HEADER] = url
         return response
@@ -125,12 +125,12 @@ def _etag(document: Document) -> str:
     return f'"{hashlib.sha256(document.issuer_chain.encode() + document.body).hexdigest()[:32]}"'
 
 
-def _is_asked_directly(request: web.Request) -> bool:
-    """Whether the client means the very port that is served here; one behind a proxy has to ask that for everything."""
+def _is_direct(request: web.Request) -> bool:
+    """Return whether the client addressed this port; a client behind a proxy must use the proxy for every URL."""
     name = None if request.transport is None else request.transport.get_extra_info("sockname")
     try:
         return isinstance(name, tuple) and request.url.port == name[1]
-    except ValueError:  # a Host that is none
+    except ValueError:  # an invalid Host
         return False
 
 

@@ -1,7 +1,7 @@
 """One emulated platform: its identity, its security versions, and the quoting enclave that signs for it.
 
-A vendor certifies it (`simulator.intel`); trust domains run on it (`simulator.trust_domain`). Source of the formats:
-Intel TDX DCAP Quote Generation Library 4.0, appendix A.3; `dcap-qvl` src/verify.rs at 0.7.0 for what is verified.
+A vendor certifies it (`simulator.intel`); trust domains run on it (`simulator.trust_domain`). Sources: Intel TDX DCAP
+Quote Generation Library 4.0, appendix A.3, for the formats; `dcap-qvl` src/verify.rs at 0.7.0 for what is verified.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ TcbStatus = Literal[
 TCB_STATUSES: Final[tuple[TcbStatus, ...]] = get_args(TcbStatus)
 
 PartStatus = Literal["UpToDate", "OutOfDate", "Revoked"]
-"""What Intel says of a TDX module or a quoting enclave alone; a verifier knows no other status there."""
+"""The statuses that Intel publishes for a TDX module or a quoting enclave; a verifier accepts no other one there."""
 PART_STATUSES: Final[tuple[PartStatus, ...]] = get_args(PartStatus)
 
 TDX_MODULE_VERSION, TDX_MODULE_SVN = 1, 11
@@ -54,8 +54,8 @@ def require_status(status: str, known: Sequence[str], of: str) -> None:
 class PlatformState:
     """One platform's TCB status and its TDX module's, each with advisories, and two ways in which it is not trusted.
 
-    With `pck_revoked` its certificate is on the PCK CA's CRL; with `other_root` its quotes lead to a root that nobody
-    trusts.
+    With `pck_revoked` its certificate is on the PCK CA's CRL; with `other_root` its quotes lead to a root that no
+    verifier trusts.
     """
 
     tcb_status: TcbStatus = "UpToDate"
@@ -71,7 +71,7 @@ class PlatformState:
 
 
 class PlatformVendor(Protocol):
-    """The vendor as a platform needs it: it certifies the platform's key, and makes its quoting enclave.
+    """The vendor as a platform uses it: it certifies the platform's key, and made its quoting enclave.
 
     `mr_seam` is 48 bytes, `qe_mr_enclave` and `qe_mr_signer` 32.
     """
@@ -90,14 +90,14 @@ class PlatformVendor(Protocol):
 
     @property
     def untrusted(self) -> "PlatformVendor":
-        """A vendor of the same kind whose root nobody trusts."""
+        """Return a vendor whose root no verifier trusts."""
         ...
 
 
 class Platform:
-    """One emulated platform, with an FMSPC of 6 bytes; everything else about it grows from `seed`.
+    """One emulated platform, with an FMSPC of 6 bytes; everything else about it is derived from `seed`.
 
-    `state` may be changed while it runs: collateral and quotes follow at once.
+    `state` may be changed at any time: collateral and quotes follow at once.
     """
 
     def __init__(self, vendor: PlatformVendor, name: str, seed: Seed, fmspc: bytes) -> None:
@@ -115,11 +115,11 @@ class Platform:
 
     @property
     def device_id(self) -> bytes:
-        """SHA-256 of the PPID, 32 bytes."""
+        """Return the SHA-256 of the PPID, 32 bytes."""
         return device_id(self.ppid)
 
     def quote(self, report: TdReport, version: int = 4) -> bytes:
-        """Sign a TD report of this platform: a quote of version 4 or 5."""
+        """Sign a TD report as a quote of version 4 or 5."""
         signed = QuoteHeader(version=version, qe_svn=QE_SVN, pce_svn=PCE_SVN).encode() + encode_body(report, version)
         data = self._untrusted_data() if self.state.other_root else self._signature_data
         return b"".join((signed, data[:4], raw_signature(self._attestation_key, signed), data[68:]))
@@ -132,7 +132,7 @@ class Platform:
         return self._untrusted_signature_data
 
     def _signature_data_under(self, vendor: PlatformVendor, certificate: x509.Certificate) -> bytes:
-        """Return the whole signature data with 64 zero bytes as the signature: the rest is the same in every quote."""
+        """Return the signature data with 64 zero bytes as the signature; the rest is the same in every quote."""
         public = self._attestation_key.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)[1:]
         qe_report = _qe_report(vendor, public)
         return QuoteSignature(

@@ -1,6 +1,6 @@
 """The seed: one text from which every secret and every random byte of the emulated platforms is derived.
 
-Each use has a label of its own, so a new use changes no old bytes. Deliberately weak: the seed is a name, not a secret.
+Each use has its own label, so a new use does not change existing bytes. Deliberately weak: the seed is not a secret.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ DEFAULT_SEED = "dstack-emu"
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """32 bytes of keying material made of a text."""
+    """32 bytes of keying material, derived from a text."""
 
     material: bytes
 
     @classmethod
     def of(cls, text: str) -> Self:
-        """Make a seed of any text."""
+        """Make a seed from any text."""
         return cls(hashlib.sha256(b"dstack-emu seed:" + text.encode()).digest())
 
     def derive(self, label: str, size: int) -> bytes:
@@ -40,16 +40,16 @@ class Seed:
         return p256_from_uniform(self.derive(label, 48))
 
     def child(self, label: str) -> "Seed":
-        """Derive a seed for a part that has many uses of its own."""
+        """Derive a seed for a part that has several uses."""
         return Seed(self.derive(label, 32))
 
     def stream(self, label: str) -> "Stream":
-        """Make a source of bytes that gives the same sequence in every process."""
+        """Make a source of bytes with the same sequence in every process."""
         return Stream(self.derive(label, 32))
 
 
 class Stream:
-    """An `Entropy` that gives each byte of its sequence once; its state is how many bytes it has given."""
+    """An `Entropy` that returns each byte of its sequence once; its state is the number of bytes returned."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
@@ -65,7 +65,7 @@ class Stream:
         return data[skip : skip + size]
 
     def capture(self) -> int:
-        """Return how many bytes it has given."""
+        """Return the number of bytes that were returned."""
         return self._position
 
     def restore(self, position: int) -> None:

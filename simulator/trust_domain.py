@@ -1,8 +1,8 @@
 """A trust domain (CVM): its boot, its registers, its evidence.
 
-The boot sequence is dstack-util's: what it measures, in which order, before and after keys are fetched. Source: dstack
-`dstack-util/src/system_setup.rs` at 312dc605 (0.5.x measures `mr-kms` before `os-image-hash`). A domain has no sockets
-and no keys of its own: `simulator.agent` answers for it.
+The boot sequence is that of dstack-util: the measured events and their order, before and after keys are fetched. It has
+no sockets and no keys: `simulator.agent` answers for it. Source: dstack `dstack-util/src/system_setup.rs` at 312dc605
+(0.5.x measures `mr-kms` before `os-image-hash`).
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.platform import TEE_TCB_SVN, Platform
 
 TD_ATTRIBUTES: Final = bytes.fromhex("0000001000000000")
-"""SEPT_VE_DISABLE set, debug off, as a production domain has it."""
+"""SEPT_VE_DISABLE set, debug off, as in production."""
 TD_ATTRIBUTES_DEBUG: Final = bytes.fromhex("0100001000000000")
 XFAM: Final = bytes.fromhex("e702060000000000")
 _ZERO: Final = bytes(48)
@@ -27,7 +27,7 @@ _ZERO: Final = bytes(48)
 
 @dataclass(frozen=True, slots=True)
 class AppCompose:
-    """An app-compose.json: the exact text (its SHA-256 is the compose hash) and the few keys the guest acts on."""
+    """An app-compose.json: the exact text (its SHA-256 is the compose hash) and the keys that affect the guest."""
 
     text: str
     name: str
@@ -36,7 +36,7 @@ class AppCompose:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read the file's text; raise `FormatError` when it is no app-compose."""
+        """Parse the file's text; raise `FormatError` if it is not an app-compose."""
         try:
             document = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -52,7 +52,7 @@ class AppCompose:
 
     @classmethod
     def named(cls, name: str) -> Self:
-        """Make up the app-compose of an app that has nothing but a name."""
+        """Make a synthetic app-compose for an app of that name."""
         document = {
             "manifest_version": 2,
             "name": name,
@@ -71,13 +71,13 @@ class AppCompose:
 
     @property
     def compose_hash(self) -> bytes:
-        """SHA-256 of the text, 32 bytes."""
+        """Return the SHA-256 of the text, 32 bytes."""
         return hashlib.sha256(self.text.encode()).digest()
 
 
 @dataclass(frozen=True, slots=True)
 class KeyProvider:
-    """Who gave the guest its keys.
+    """The source of the guest's keys.
 
     `none` with an empty id, `local-sgx` with its MR, `kms` with the SPKI of its root CA (all hex).
     """
@@ -86,15 +86,15 @@ class KeyProvider:
     id: str = ""
 
     def to_json(self) -> bytes:
-        """The payload of the `key-provider` event."""
+        """Return the payload of the `key-provider` event."""
         return json.dumps({"name": self.name, "id": self.id}, separators=(",", ":")).encode()
 
 
 @dataclass(frozen=True, slots=True)
 class DomainSettings:
-    """How a domain is set up beside what it boots: debug (nobody accepts it), its owner's field, the quotes it gets.
+    """Settings of a trust domain apart from what it boots: its debug bit (no verifier accepts it) and its quotes.
 
-    `mr_config_id` is 48 bytes; `quote_version` 4 or 5, `td15` (version 5 only) the longer report of TDX 1.5.
+    `mr_config_id` is 48 bytes, `quote_version` is 4 or 5; `td15` (version 5 only) selects the longer report of TDX 1.5.
     """
 
     debug: bool = False
@@ -111,17 +111,17 @@ class DomainSettings:
 
 @dataclass(frozen=True, slots=True)
 class TrustDomainState:
-    """What has changed in a trust domain since power-on: RTMR3 (48 bytes) and the runtime events in its log."""
+    """The state of a trust domain that changes after power-on: RTMR3 (48 bytes) and the runtime events in its log."""
 
     rtmr3: bytes
     events: tuple[RuntimeEvent, ...]
 
 
 class TrustDomain:
-    """One VM from power-on: `boot` measures its identity, `complete` what follows once it has keys.
+    """One VM from power-on: `boot` measures its identity, `complete` the events after it got its keys.
 
     It boots `image` as the VM that `vm_config` describes. `claimed_config` is the text of the configuration that it
-    reports; unless given, the true one.
+    reports, by default that of `vm_config`.
     """
 
     def __init__(
@@ -150,16 +150,16 @@ class TrustDomain:
 
     @property
     def event_log(self) -> tuple[TdxEvent, ...]:
-        """The whole log: the firmware's events, then the runtime ones."""
+        """Return the whole log: the firmware's events, then the runtime events."""
         return self._log
 
     @property
     def compose_hash(self) -> bytes:
-        """SHA-256 of the app-compose text."""
+        """Return the SHA-256 of the app-compose text, 32 bytes."""
         return self.compose.compose_hash
 
     def boot(self) -> None:
-        """Measure who this is. A domain that fetches keys from a KMS does so right after."""
+        """Measure the domain's identity. Keys are fetched from a KMS after it."""
         self.measure("system-preparing", b"")
         self.measure("app-id", self.app_id)
         self.measure("compose-hash", self.compose_hash)
@@ -169,9 +169,9 @@ class TrustDomain:
     def complete(
         self, key_provider: KeyProvider, *, os_image_hash: bytes | None = None, mr_kms: bytes | None = None
     ) -> None:
-        """Measure what the keys came from, and finish.
+        """Measure the source of the keys, and complete the boot.
 
-        `os_image_hash` is from the KMS's answer; only 0.5.x measures `mr_kms`.
+        `os_image_hash` comes from the KMS's answer; only 0.5.x measures `mr_kms`.
         """
         if mr_kms is not None:
             self.measure("mr-kms", mr_kms)
@@ -190,22 +190,22 @@ class TrustDomain:
         self._log += (line,)
 
     def claim(self, event: str, payload: bytes) -> None:
-        """Write a runtime event into the log without measuring it: this domain's evidence does not verify any more."""
+        """Add a runtime event to the log without measuring it: the domain's evidence is invalid afterwards."""
         self.restore(TrustDomainState(self._rtmrs[3], (*self.runtime_events, RuntimeEvent(event, payload))))
 
     def capture(self) -> TrustDomainState:
-        """Return what has changed since power-on."""
+        """Return what changed since power-on."""
         return TrustDomainState(self._rtmrs[3], self.runtime_events)
 
     def restore(self, state: TrustDomainState) -> None:
-        """Put RTMR3 and the runtime events back."""
+        """Restore RTMR3 and the runtime events."""
         if state == self.capture():
-            return  # the log stays the same object: caches find it by its identity
+            return  # keep the same log object: caches find it by its identity
         self._rtmrs[3], self.runtime_events = state.rtmr3, state.events
         self._log = (*self._firmware_log, *(TdxEvent.of(event) for event in self.runtime_events))
 
     def report(self, report_data: bytes) -> TdReport:
-        """The TD report as the TDX module gives it, over 64 bytes of report_data."""
+        """Return the TD report, as the TDX module makes it, over 64 bytes of report_data."""
         fields = (
             TEE_TCB_SVN,
             self.platform.mr_seam,
@@ -224,7 +224,7 @@ class TrustDomain:
         return TdReport15.of(report, TEE_TCB_SVN) if self.settings.td15 else report
 
     def attest(self, report_data: bytes) -> Attestation:
-        """Quote 64 bytes of report_data and put the evidence together, in the form real hardware sends (V0)."""
+        """Quote 64 bytes of report_data; return the evidence in the form of real hardware (V0)."""
         quote = self.platform.quote(self.report(report_data), self.settings.quote_version)
         return Attestation(quote, self._log, self.runtime_events, report_data, self.vm_config_json)
 
