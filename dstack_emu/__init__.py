@@ -6,14 +6,16 @@ The public names are listed in docs/api.md; everything else may change with any 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dstack_emu.control.schemas import ControlError as ControlError
     from dstack_emu.deployment.config import StackConfig as StackConfig
     from dstack_emu.deployment.errors import PartEndedError as PartEndedError
     from dstack_emu.deployment.errors import StackError as StackError
     from dstack_emu.stack import Stack as Stack
 
-__all__ = ["PartEndedError", "Stack", "StackConfig", "StackError"]
+__all__ = ["ControlError", "PartEndedError", "Stack", "StackConfig", "StackError"]
 
 _MODULES = {
+    "ControlError": "dstack_emu.control.schemas",
     "PartEndedError": "dstack_emu.deployment.errors",
     "Stack": "dstack_emu.stack",
     "StackConfig": "dstack_emu.deployment.config",

@@ -1,7 +1,7 @@
 """The pytest plugin: fixtures `dstack_…`, the option `--dstack-seed`, and the journal in the report of a failed test.
 
-It is loaded into every pytest run of whoever has the package installed, so nothing of the emulator is imported before
-a fixture is used. What the fixtures give is in `testing`; docs/pytest.md is their reference.
+It is loaded into every pytest run in an environment that has the package, so nothing of the emulator is imported before
+a fixture is used. The classes that the fixtures give are in `testing`; docs/pytest.md is their reference.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -38,14 +38,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add to the report of a failed test what was asked in its stack, by whom, and why it was refused."""
+    """Add the calls in its stack to the report of a failed test: by whom, to which service, and why refused."""
     report = yield
     used = getattr(item, "funcargs", {})
     if report.when == "call" and report.failed:
         stacks = (used.get(name) for name in ("dstack_fresh_stack", "dstack_stack", "dstack_current"))
         for live in {id(live): live for live in stacks if live is not None}.values():
-            if said := _calls_of(live):
-                report.sections.append(("Calls in the dstack stack", said))
+            if calls := _calls_of(live):
+                report.sections.append(("Calls in the dstack stack", calls))
     return report
 
 
@@ -63,7 +63,7 @@ def _calls_of(live: "LiveStack") -> str:
 
 @pytest.fixture(scope="session")
 def dstack_settings() -> dict[str, Any]:
-    """Settings of the stacks (fields of `StackConfig`): override it in a conftest.py."""
+    """The settings of the stacks (fields of `StackConfig`): override it in a conftest.py."""
     return {}
 
 
@@ -85,7 +85,7 @@ def dstack_stack(dstack_session_stack: "LiveStack") -> "Iterator[LiveStack]":
 
 @pytest.fixture
 def dstack_fresh_stack(pytestconfig: pytest.Config, dstack_settings: dict[str, Any]) -> "Iterator[LiveStack]":
-    """A stack for this test alone, where an operator begins: two KMS without keys, policies that allow nobody."""
+    """A stack for this test alone, at the runbook's start: two KMS without keys, policies that allow nobody."""
     from dstack_emu.testing import LiveStack
 
     with LiveStack(**_settings(pytestconfig, dstack_settings), fresh=True) as live:
@@ -100,7 +100,7 @@ def _settings(config: pytest.Config, settings: dict[str, Any]) -> dict[str, Any]
 
 @pytest.fixture
 def dstack_current(request: pytest.FixtureRequest) -> "LiveStack":
-    """The stack that the fixtures below are about: `dstack_fresh_stack` where the test has one, else `dstack_stack`."""
+    """The stack that the fixtures below are about: `dstack_fresh_stack` if the test uses it, else `dstack_stack`."""
     fresh = "dstack_fresh_stack" in request.fixturenames
     live: LiveStack = request.getfixturevalue("dstack_fresh_stack" if fresh else "dstack_stack")
     return live
@@ -129,13 +129,13 @@ def dstack_kms(dstack_current: "LiveStack") -> "Callable[..., LiveKms]":
 
 @pytest.fixture
 def dstack_policy(dstack_current: "LiveStack") -> "Callable[..., LivePolicy]":
-    """`dstack_policy("src").deny(app)`: whom a KMS's webhook allows."""
+    """`dstack_policy("src").deny(app)`: the policy of a KMS's webhook."""
     return dstack_current.policy
 
 
 @pytest.fixture
 def dstack_platform(dstack_current: "LiveStack") -> "Callable[..., LivePlatform]":
-    """`dstack_platform("another host", tcb_status="OutOfDate")`: a machine."""
+    """`dstack_platform("another host", tcb_status="OutOfDate")`: a platform."""
     return dstack_current.platform
 
 
@@ -147,7 +147,7 @@ def dstack_image(dstack_current: "LiveStack") -> "Callable[..., LiveImage]":
 
 @pytest.fixture
 def dstack_vendor(dstack_current: "LiveStack") -> "LiveVendor":
-    """What the emulated Intel says for all machines."""
+    """What the emulated Intel says for all platforms."""
     return dstack_current.vendor
 
 
@@ -170,7 +170,7 @@ def dstack_refused() -> "Callable[..., AbstractContextManager[Refusal]]":
 
 @pytest.fixture
 def dstack_fault(dstack_current: "LiveStack") -> "Callable[..., LiveFault]":
-    """`with dstack_fault(service="auth-src", kind="status", status=503):` something goes wrong on purpose."""
+    """`with dstack_fault(service="auth-src", kind="status", status=503):` a fault in a service."""
     return dstack_current.fault
 
 
@@ -182,13 +182,13 @@ def dstack_clock(dstack_current: "LiveStack") -> "LiveClock":
 
 @pytest.fixture
 def dstack_journal(dstack_current: "LiveStack") -> "LiveJournal":
-    """What was asked since the test began: `dstack_journal.calls("/bootAuth/kms") == 2`."""
+    """The calls since the test began: `dstack_journal.calls("/bootAuth/kms") == 2`."""
     return dstack_current.journal
 
 
 @pytest.fixture
 def dstack_check_webhook(dstack_current: "LiveStack") -> "Callable[[str], Report]":
-    """`dstack_check_webhook(url).broken == ()`: does a KMS understand a webhook of one's own?"""
+    """`dstack_check_webhook(url).broken == ()`: whether a KMS understands a webhook of your own."""
     return dstack_current.check_webhook
 
 

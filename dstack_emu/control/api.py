@@ -18,7 +18,7 @@ from dstack_emu.control.snapshots import StackState, apply_state, capture_state
 from dstack_emu.deployment.clock import ClockError, StackClock
 from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.deployment.errors import StackError
-from dstack_emu.deployment.health import ask_grpc, ask_services
+from dstack_emu.deployment.health import check_grpc, check_services
 from dstack_emu.deployment.instrumentation import Instrumentation
 from dstack_emu.deployment.kms import PERMANENT, RunningKms
 from dstack_emu.deployment.specs import EventSpec, GuestSpec, KmsSpec
@@ -58,8 +58,8 @@ class Control(PolicyControl):
 
     async def health(self) -> dict[str, str]:
         """Return the health of each service: `ok`, or what is wrong with it."""
-        found = await ask_services({k: v for k, v in self._deployment.services.items() if k != "control"})
-        found |= await ask_grpc(self._deployment.grpc)
+        found = await check_services({k: v for k, v in self._deployment.services.items() if k != "control"})
+        found |= await check_grpc(self._deployment.grpc)
         return {name: problem or "ok" for name, problem in found.items()}
 
     @property

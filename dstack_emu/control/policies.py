@@ -47,7 +47,7 @@ class PolicyControl:
     def _changed(self, kms: str, change: Any, name: str, this_device_only: bool) -> dict[str, Any]:
         guest = self._known_guest(name)
         info = guest.agent.app_info()
-        who = policy_files.Measured(
+        measured = policy_files.Measured(
             is_kms=name.startswith("kms-"),
             app_id=info.app_id.hex(),
             compose_hash=info.compose_hash.hex(),
@@ -59,7 +59,7 @@ class PolicyControl:
         if not isinstance(policy, dict):
             raise ControlError(f"the policy of {kms} is no object: set it first", 409)
         try:
-            changed: dict[str, Any] = change(policy, who)
+            changed: dict[str, Any] = change(policy, measured)
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise ControlError(f"the policy of {kms} is none of auth-simple's: set it first", 409) from error
         self.set_policy(kms, changed)

@@ -1,4 +1,4 @@
 """Composition: the whole emulated deployment in one process.
 
-The only room that knows both who makes evidence (`simulator`) and who verifies it (`kms_emu`).
+The lowest room that knows both what makes evidence (`simulator`) and what verifies it (`kms_emu`).
 """

@@ -85,19 +85,19 @@ class StackClock:
         return self._state.touched
 
     def set(self, moment: float) -> None:
-        """Put it to a moment (Unix seconds); it runs on from there, unless it is frozen."""
+        """Set it to a moment (Unix seconds); it runs on from there, unless it is frozen."""
         self._put(moment, frozen=self.is_frozen)
 
     def advance(self, seconds: float) -> None:
-        """Put it forward, or back by a negative number."""
+        """Set it forward, or back by a negative number."""
         self._put(self.now() + seconds, frozen=self.is_frozen)
 
     def freeze(self, moment: float | None = None) -> None:
-        """Stop it, at a moment or where it is."""
+        """Stop it, at a moment or at its present time."""
         self._put(self.now() if moment is None else moment, frozen=True)
 
     def resume(self) -> None:
-        """Let it run on from where it stands."""
+        """Let it run on from the time that it shows."""
         self._put(self.now(), frozen=False)
 
     def follow_the_wall(self) -> None:

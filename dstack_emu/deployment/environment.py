@@ -1,4 +1,4 @@
-"""The environment variables by which a program finds a running stack; docs/configuration.md lists them."""
+"""The environment variables by which a program finds a running stack. docs/configuration.md lists them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ URLS: Final[Mapping[str, str]] = {
 
 
 def environment(description: Mapping[str, Any]) -> dict[str, str]:
-    """The variables by which a command finds the stack of this description."""
+    """Return the variables by which a command finds the stack of this description."""
     return {
         **description["env"],
         **{variable: description["services"][name] for variable, name in URLS.items()},

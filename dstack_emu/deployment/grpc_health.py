@@ -1,4 +1,4 @@
-"""Asking a gRPC listener of a stack for its health: the part of `deployment.health` that needs grpcio."""
+"""Health of a stack's gRPC listeners: the part of `deployment.health` that needs grpcio."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -12,14 +12,14 @@ METHOD: Final = "grpc.health.v1.Health/Check"
 MTLS: Final = "-mtls"
 
 
-async def ask_listener(name: str, targets: Mapping[str, str], seconds: float) -> str | None:
-    """Say what is wrong with the listener of that name, in no words where it serves; None where it is not to, yet."""
+async def check_listener(name: str, targets: Mapping[str, str], seconds: float) -> str | None:
+    """Return the problem of the listener of that name: empty if it serves, None if it does not have to yet."""
     target = targets[name]
     try:
         if name.endswith(MTLS):
             if not await _speaks_tls(targets[name.removesuffix(MTLS)], seconds):
                 return None
-            # We have no certificate to show: that it wants one is all that can be known from here.
+            # There is no client certificate here: that it demands one is all that can be checked.
             demanded = await is_demanded(target, seconds=seconds)
             return "" if demanded else f"{name} at {target} demands no client certificate"
         return await _check(name, target, await _speaks_tls(target, seconds), seconds)

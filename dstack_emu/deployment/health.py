@@ -1,4 +1,4 @@
-"""Asking a running stack whether it is ready, by the description in its state folder."""
+"""Health of a running stack: a request to each of its services, by the description in its state folder."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ TIMEOUT: Final = 5.0
 
 
 async def check_health(state: Path) -> list[str]:
-    """Ask each service of the stack; return what is wrong, one line a problem, nothing when all answer."""
+    """Check every service of a stack by its state folder; return one line for each problem, none if all answer."""
     path = state / DESCRIPTION_FILE
     try:
         description = json.loads(path.read_text())
@@ -24,42 +24,42 @@ async def check_health(state: Path) -> list[str]:
         targets: dict[str, str] = description.get("grpc", {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"no stack is ready in {state}: {path} cannot be read ({error})"]
-    found = await ask_services(services) | await ask_grpc(targets)
+    found = await check_services(services) | await check_grpc(targets)
     return [problem for problem in found.values() if problem]
 
 
-async def ask_services(services: Mapping[str, str]) -> dict[str, str]:
-    """Ask services by name and URL; say of each what is wrong, in no words where it answers."""
-    context = client_context()  # nothing is verified: the question is only whether it answers
+async def check_services(services: Mapping[str, str]) -> dict[str, str]:
+    """Check services by name and URL; return the problem of each, empty if it answers."""
+    context = client_context()  # nothing is verified: only whether it answers is of interest
     timeout = aiohttp.ClientTimeout(total=TIMEOUT)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(ssl=context)) as session:
-        answers = await asyncio.gather(*(_ask(session, name, url) for name, url in services.items()))
+        answers = await asyncio.gather(*(_check(session, name, url) for name, url in services.items()))
     return dict(zip(services, answers, strict=True))
 
 
-async def ask_grpc(targets: Mapping[str, str]) -> dict[str, str]:
-    """Ask gRPC listeners by name and target for their health (grpc.health.v1), and say the same of them.
+async def check_grpc(targets: Mapping[str, str]) -> dict[str, str]:
+    """Check gRPC listeners by name and target (grpc.health.v1); return the problem of each, empty if it serves.
 
-    The second port of a KMS is in the answer once there is TLS; before, nothing is served there.
+    The second port of a KMS is in the answer once there is TLS; before that, nothing is served there.
     """
     if not targets:
         return {}
-    from dstack_emu.deployment.grpc_health import ask_listener  # grpcio costs time and memory
+    from dstack_emu.deployment.grpc_health import check_listener  # grpcio costs time and memory
 
-    answers = await asyncio.gather(*(ask_listener(name, targets, TIMEOUT) for name in targets))
+    answers = await asyncio.gather(*(check_listener(name, targets, TIMEOUT) for name in targets))
     return {name: answer for name, answer in zip(targets, answers, strict=True) if answer is not None}
 
 
-async def _ask(session: aiohttp.ClientSession, name: str, url: str) -> str:
-    problem = await _ask_at(session, name, url)
+async def _check(session: aiohttp.ClientSession, name: str, url: str) -> str:
+    problem = await _check_at(session, name, url)
     if problem and name.startswith("kms-"):  # whose phase, and with it the scheme, may be another one by now
         scheme, _, rest = url.partition("://")
         other = "https" if scheme == "http" else "http"
-        return await _ask_at(session, name, f"{other}://{rest}") and problem
+        return await _check_at(session, name, f"{other}://{rest}") and problem
     return problem
 
 
-async def _ask_at(session: aiohttp.ClientSession, name: str, url: str) -> str:
+async def _check_at(session: aiohttp.ClientSession, name: str, url: str) -> str:
     try:
         async with session.get(url + ("/" if name.startswith("auth-") else "/health")) as response:
             return "" if response.status == 200 else f"{name} at {url} answered {response.status}"

@@ -1,11 +1,11 @@
 #!/opt/venv/bin/python -IS
-"""Whether a service answers its health check: a program of one file, for containers, that starts in no time.
+"""The health check of one service: a program of one file, for containers, that starts in no time.
 
     healthcheck http://127.0.0.1:8081/health      that URL has to answer with status 200
     healthcheck kms:127.0.0.1:9301                a KMS, which speaks TLS only once it has keys
 
-Nothing of the project is imported, and no HTTP library either: a container asks every few seconds. A certificate is not
-checked, since the question is only whether the service answers.
+It imports nothing of the project, and no HTTP library either: a container runs it every few seconds. Certificates are
+not verified: only whether the service answers is of interest.
 """
 
 import socket
@@ -16,11 +16,14 @@ TIMEOUT: Final = 5.0
 MAX_HEAD: Final = 4096
 
 
-def ask(target: str) -> str:
-    """Ask a URL or `kms:host:port`; return what is wrong, nothing when it answers with 200. Raises `ValueError`."""
+def check(target: str) -> str:
+    """Request a URL or `kms:host:port`; return the problem, empty if the answer is 200.
+
+    Raises `ValueError` if the target is neither.
+    """
     if target.startswith("kms:"):
         address = target.removeprefix("kms:")
-        return ask(f"http://{address}/health") and ask(f"https://{address}/health")
+        return check(f"http://{address}/health") and check(f"https://{address}/health")
     scheme, separator, rest = target.partition("://")
     host, path = rest.partition("/")[::2]
     name, colon, port = host.rpartition(":")
@@ -34,7 +37,7 @@ def ask(target: str) -> str:
 
 
 def _get(address: tuple[str, int], path: str, *, secure: bool) -> str:
-    """The status of a GET, as it stands in the first line; empty where that is no HTTP."""
+    """GET a page; return the status in the first line of the answer, empty if that is no HTTP."""
     with socket.create_connection(address, TIMEOUT) as plain:
         stream: socket.socket = plain
         if secure:
@@ -55,6 +58,6 @@ def _get(address: tuple[str, int], path: str, *, secure: bool) -> str:
 
 
 if __name__ == "__main__":
-    found = [problem for target in sys.argv[1:] if (problem := ask(target))]
+    found = [problem for target in sys.argv[1:] if (problem := check(target))]
     print("\n".join(found) or "ready")
     sys.exit(bool(found))

@@ -17,19 +17,19 @@ DENY_ALL: Final[dict[str, Any]] = {
     "kms": {"mrAggregated": [], "devices": [], "allowAnyDevice": True},
     "apps": {},
 }
-"""The runbook's placeholder: an empty list of measurements denies every KMS."""
+"""The runbook's placeholder: its empty list of measurements denies every KMS."""
 
 
 @dataclass(frozen=True, slots=True)
 class AppRule:
-    """An app that a policy admits: id and compose hash as hex without 0x."""
+    """An app that a policy allows: id and compose hash as hex without 0x."""
 
     app_id: str
     compose_hash: str
 
 
 def allow(os_images: list[str], mr_aggregated: list[str], apps: list[AppRule]) -> dict[str, Any]:
-    """Make a policy that admits these measurements (hex without 0x) on any device."""
+    """Build a policy that allows these measurements (hex without 0x) on any device."""
     return {
         **DENY_ALL,
         "osImages": sorted({f"0x{image}" for image in os_images}),
@@ -42,7 +42,7 @@ def allow(os_images: list[str], mr_aggregated: list[str], apps: list[AppRule]) -
 
 
 def is_placeholder(path: Path) -> bool:
-    """Whether a policy is still the placeholder that a stack wrote: nobody's own."""
+    """Return whether a policy is still the placeholder that a stack wrote."""
     try:
         policy: object = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -56,7 +56,7 @@ def admit(
     apps: Mapping[AppRule, str],
     progress: Callable[[str], None],
 ) -> None:
-    """Write policies that admit KMS and apps, each where the placeholder still stands.
+    """Write policies that allow KMS and apps into the files that are still the placeholder.
 
     `measured` is what the KMS answered to GetAttestationInfo; `apps` has the OS image's hash (hex) of each app.
     """
@@ -74,7 +74,7 @@ def admit(
 
 
 def place(paths: Iterable[Path]) -> None:
-    """Put the placeholder where there is no policy yet, and make its folder."""
+    """Write the placeholder into the files that do not exist yet, and make their folders."""
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -82,12 +82,12 @@ def place(paths: Iterable[Path]) -> None:
 
 
 def write(path: Path, policy: dict[str, Any]) -> None:
-    """Put a policy in place at once."""
+    """Replace a policy."""
     replace(path, (json.dumps(policy, indent=2) + "\n").encode())
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Put a file's content in place at once."""
+    """Replace the content of a policy file as a whole."""
     # As root, in a container: whoever owns the folder has to be able to edit the policies in it.
     replace_file(path, content, like_folder=True)
 
@@ -140,7 +140,7 @@ def _content(path: Path) -> bytes | None:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A trust domain as a policy knows it: hex without 0x; `device_id` None where any device will do."""
+    """A trust domain as a policy names it, in hex without 0x; with `device_id` None on any device."""
 
     is_kms: bool
     app_id: str
@@ -150,27 +150,27 @@ class Measured:
     device_id: str | None = None
 
 
-def allowing(policy: dict[str, Any], who: Measured) -> dict[str, Any]:
-    """The policy that allows one more trust domain, and all that this one allows."""
-    images = _with(policy.get("osImages", []), who.os_image_hash)
-    if who.is_kms:
+def allowing(policy: dict[str, Any], measured: Measured) -> dict[str, Any]:
+    """Return a policy that allows one more trust domain, and all that this one allows."""
+    images = _with(policy.get("osImages", []), measured.os_image_hash)
+    if measured.is_kms:
         kms = dict(policy.get("kms", {}))
-        kms["mrAggregated"] = _with(kms.get("mrAggregated", []), who.mr_aggregated)
-        return {**policy, "osImages": images, "kms": _on_device(kms, who.device_id)}
+        kms["mrAggregated"] = _with(kms.get("mrAggregated", []), measured.mr_aggregated)
+        return {**policy, "osImages": images, "kms": _on_device(kms, measured.device_id)}
     apps = dict(policy.get("apps", {}))
-    app_id = next((key for key in apps if _same(key, who.app_id)), f"0x{who.app_id}")
+    app_id = next((key for key in apps if _same(key, measured.app_id)), f"0x{measured.app_id}")
     app = dict(apps.get(app_id, {}))
-    app["composeHashes"] = _with(app.get("composeHashes", []), who.compose_hash)
-    return {**policy, "osImages": images, "apps": {**apps, app_id: _on_device(app, who.device_id)}}
+    app["composeHashes"] = _with(app.get("composeHashes", []), measured.compose_hash)
+    return {**policy, "osImages": images, "apps": {**apps, app_id: _on_device(app, measured.device_id)}}
 
 
-def denying(policy: dict[str, Any], who: Measured) -> dict[str, Any]:
-    """The policy that allows one trust domain less: of a KMS its measurement goes, of an app its whole entry."""
-    if who.is_kms:
+def denying(policy: dict[str, Any], measured: Measured) -> dict[str, Any]:
+    """Return a policy that allows one trust domain less: without a KMS's measurement, or an app's whole entry."""
+    if measured.is_kms:
         kms = dict(policy.get("kms", {}))
-        kms["mrAggregated"] = [mr for mr in kms.get("mrAggregated", []) if not _same(mr, who.mr_aggregated)]
+        kms["mrAggregated"] = [mr for mr in kms.get("mrAggregated", []) if not _same(mr, measured.mr_aggregated)]
         return {**policy, "kms": kms}
-    apps = {key: app for key, app in dict(policy.get("apps", {})).items() if not _same(key, who.app_id)}
+    apps = {key: app for key, app in dict(policy.get("apps", {})).items() if not _same(key, measured.app_id)}
     return {**policy, "apps": apps}
 
 

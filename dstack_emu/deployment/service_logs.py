@@ -1,8 +1,8 @@
-"""What the parts of a stack log, by part, kept in memory while it runs.
+"""The logs of a stack by service, kept in memory while it runs.
 
-Parts of one process share their loggers. The context in which a record is logged says which part it is of: a server
-that is started inside `ServiceLogs.of` handles every request in a copy of that context. Levels are not touched: what
-the loggers let through is kept, and goes on to whoever else listens.
+The services of one process share their loggers. The context in which a record is logged tells its service: a server
+that is started inside `ServiceLogs.of` handles every request in a copy of that context. Levels are not changed: what
+the loggers let through is kept here, and reaches all other handlers, too.
 """
 
 import logging
@@ -15,46 +15,46 @@ from typing import Final
 from dstack_emu.transport.events import logger_name
 
 KEPT: Final = 10_000
-"""Records that are kept of each part; older ones are dropped."""
+"""Records that are kept of each service; older ones are dropped."""
 
-_where: "ContextVar[tuple[ServiceLogs, str] | None]" = ContextVar("part of a stack", default=None)
+_current: "ContextVar[tuple[ServiceLogs, str] | None]" = ContextVar("service of a stack", default=None)
 
 
 class ServiceLogs(logging.Handler):
-    """Keeps the records of one stack. Attach it, and detach it at the end."""
+    """The log records of one stack. Attach it, and detach it at the end."""
 
     def __init__(self) -> None:
         super().__init__()
         self._records: dict[str, deque[logging.LogRecord]] = {}
 
     def attach(self) -> None:
-        """Listen to every logger."""
+        """Receive the records of every logger."""
         logging.getLogger().addHandler(self)
 
     def detach(self) -> None:
-        """Stop listening. What was kept stays."""
+        """Receive no more records. Those that were kept stay."""
         logging.getLogger().removeHandler(self)
 
     @contextmanager
-    def of(self, part: str) -> Iterator[None]:
-        """Let what is logged from here on, in this context and in those that are made in it, be of that part."""
-        token = _where.set((self, part))
+    def of(self, service: str) -> Iterator[None]:
+        """Assign what is logged in the block, in this context and in copies of it, to a service."""
+        token = _current.set((self, service))
         try:
             yield
         finally:
-            _where.reset(token)
+            _current.reset(token)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a record, if it is of a part of this stack."""
-        where = _where.get()
-        if where is not None and where[0] is self:
-            self._records.setdefault(where[1], deque(maxlen=KEPT)).append(record)
+        """Keep a record, if it is of a service of this stack."""
+        current = _current.get()
+        if current is not None and current[0] is self:
+            self._records.setdefault(current[1], deque(maxlen=KEPT)).append(record)
 
-    def records(self, part: str) -> list[logging.LogRecord]:
-        """What a part has logged so far, oldest first."""
-        return list(self._records.get(part, ()))
+    def records(self, service: str) -> list[logging.LogRecord]:
+        """Return what a service has logged so far, oldest first."""
+        return list(self._records.get(service, ()))
 
-    def lines(self, part: str, level: int = logging.NOTSET) -> list[str]:
-        """The same as text, from a level on: level, logger and message; no times."""
-        found = (record for record in self.records(part) if record.levelno >= level)
+    def lines(self, service: str, level: int = logging.NOTSET) -> list[str]:
+        """Return the same as text, from a level on: level, logger and message, without times."""
+        found = (record for record in self.records(service) if record.levelno >= level)
         return [f"{record.levelname} {logger_name(record)}: {record.getMessage()}" for record in found]

@@ -1,4 +1,4 @@
-"""A stack for tests: `LiveStack` and its parts, plain synchronous calls, and `refused`. docs/pytest.md describes them.
+"""A stack for tests: `LiveStack` and its parts, with synchronous calls, and `refused`. docs/pytest.md describes them.
 
 The fixtures of `pytest_plugin` are made of this; it needs no pytest itself.
 """

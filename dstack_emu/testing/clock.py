@@ -21,19 +21,19 @@ class LiveClock:
         return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
 
     def set(self, moment: Moment) -> None:
-        """Put it to a moment; it runs on from there, unless it is frozen."""
+        """Set it to a moment; it runs on from there, unless it is frozen."""
         self._change(set=_as_moment(moment))
 
     def advance(self, by: str | float | datetime.timedelta) -> None:
-        """Put it forward: seconds, or text such as `90s`, `12h`, `30d`; back by a negative one."""
+        """Set it forward: seconds, or text such as `90s`, `12h`, `30d`; back by a negative one."""
         self._change(advance=by.total_seconds() if isinstance(by, datetime.timedelta) else by)
 
     def freeze(self, moment: Moment | None = None) -> None:
-        """Stop it, at a moment or where it is."""
+        """Stop it, at a moment or at its present time."""
         self._change(freeze=True if moment is None else _as_moment(moment))
 
     def resume(self) -> None:
-        """Let it run on from where it stands."""
+        """Let it run on from the time that it shows."""
         self._change(resume=True)
 
     def follow_the_wall(self) -> None:

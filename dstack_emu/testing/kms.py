@@ -49,14 +49,14 @@ def _trust_domain_name(part: "LiveTrustDomain | LiveKms | str") -> str:
 
 
 class LiveKms:
-    """A KMS."""
+    """A KMS of the stack."""
 
     def __init__(self, access: StackAccess, name: str) -> None:
         self._access, self.name = access, name
 
     @property
     def info(self) -> dict[str, Any]:
-        """Its phase, where it answers, what it measures."""
+        """Its phase, its URL, and what it measures."""
         info: dict[str, Any] = self._access.control.kms(self.name)
         return info
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 
 class Refused(Exception):
-    """A KMS, or an agent, said no; the text is its own, `status` HTTP's."""
+    """A refusal by a KMS or an agent; the text is its own, `status` HTTP's."""
 
     def __init__(self, text: str, status: int = 403) -> None:
         super().__init__(text)
@@ -13,7 +13,7 @@ class Refused(Exception):
 
 
 class Refusal:
-    """What a block that expected a refusal met; `text` is the refusal's, once the block has ended."""
+    """The refusal that a block expects; `text` is the refusal's, once the block has ended."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -21,10 +21,10 @@ class Refusal:
 
 @contextmanager
 def refused(text: str = "") -> Iterator[Refusal]:
-    """Expect the block to be refused in words that have `text` among them.
+    """Expect a refusal in the block whose text contains `text`.
 
-    Raises `AssertionError` where nothing is refused, or something is in other words. What is no refusal, such as a
-    name that there is not, goes through.
+    Raises `AssertionError` if nothing is refused, or the text is another one. Other errors, such as that of an unknown
+    name, are not caught.
     """
     met = Refusal()
     try:

@@ -1,7 +1,7 @@
 """A stack in a thread with an event loop of its own, for callers that have no loop, or another one.
 
-Every call is made in that thread and waited for in the caller's; what it raises is raised here. A caller in a
-coroutine blocks its own loop meanwhile.
+Every call is made in that thread while the caller's thread waits; what it raises is raised in the caller's. A caller in
+a coroutine blocks its own loop meanwhile.
 """
 
 import asyncio
@@ -32,19 +32,19 @@ class StackThread:
         self._thread = threading.Thread(target=self._run, name="dstack-emu", daemon=True)
 
     def start(self) -> Stack:
-        """Bring the stack up; raise what keeps it from coming up."""
+        """Start the stack; raise the error that keeps it from starting."""
         self._thread.start()
         return self._ready.result()
 
     def stop(self) -> None:
-        """Stop it, and raise what it ended with where a part of it failed meanwhile."""
+        """Stop it; raise the error of a part that failed meanwhile, if one did."""
         if self._loop is not None and self._stopping is not None and not self._ended.done():
             self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join()
         self._ended.result()
 
     def call(self, function: Callable[[], T]) -> T:
-        """Call a function there."""
+        """Call a function in the stack's thread."""
 
         async def called() -> T:
             return function()
@@ -52,7 +52,7 @@ class StackThread:
         return self.wait(called())
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """Let a coroutine run there, and wait for what it returns."""
+        """Run a coroutine in the stack's thread, and return its result."""
         if self._loop is None or self._ended.done() or threading.current_thread() is self._thread:
             work.close()
             raise self._gone()

@@ -9,7 +9,7 @@ from dstack_emu.attest.errors import FormatError
 from dstack_emu.cli.commands.common import WARNING, UsageError, listen_address, say, stop_on_signals
 from dstack_emu.cli.commands.guest_options import (
     add_guest_options,
-    add_world_options,
+    add_vendor_options,
     guest_config,
     load_key_file,
     platform_state,
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="who gave it its new keys, as it says; the KMS of `up` have local-sgx (%(default)s)",
     )
     add_guest_options(parser)
-    add_world_options(parser)
+    add_vendor_options(parser)
 
 
 def add_listener_options(parser: argparse.ArgumentParser) -> None:

@@ -38,7 +38,7 @@ def cpu_count(text: str) -> int:
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
-    """Add --seed, the same for every command that makes a world."""
+    """Add --seed, the same for every command that derives something of a seed."""
     parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="the same text gives the same bytes")
 
 
@@ -80,21 +80,21 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     guest.add_argument("--other-root", action="store_true", help="a platform whose quotes lead to another root")
 
 
-def add_world_options(parser: argparse.ArgumentParser) -> None:
+def add_vendor_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what the vendor says."""
-    world = parser.add_argument_group("what the emulated vendor says")
+    vendor = parser.add_argument_group("what the emulated vendor says")
     statuses, parts = ", ".join(TCB_STATUSES), ", ".join(PART_STATUSES)
-    world.add_argument("--tcb-status", default="UpToDate", metavar="STATUS", help=f"of the platform: {statuses}")
-    world.add_argument("--advisory", action="append", default=[], metavar="ID", help="an advisory that goes with it")
-    world.add_argument("--module-status", default="UpToDate", metavar="STATUS", help=f"of its TDX module: {parts}")
-    world.add_argument("--module-advisory", action="append", default=[], metavar="ID", help="an advisory, likewise")
-    world.add_argument("--qe-status", default="UpToDate", metavar="STATUS", help="of the quoting enclave, likewise")
-    world.add_argument("--qe-advisory", action="append", default=[], metavar="ID", help="an advisory, likewise")
-    world.add_argument(
+    vendor.add_argument("--tcb-status", default="UpToDate", metavar="STATUS", help=f"of the platform: {statuses}")
+    vendor.add_argument("--advisory", action="append", default=[], metavar="ID", help="an advisory that goes with it")
+    vendor.add_argument("--module-status", default="UpToDate", metavar="STATUS", help=f"of its TDX module: {parts}")
+    vendor.add_argument("--module-advisory", action="append", default=[], metavar="ID", help="an advisory, likewise")
+    vendor.add_argument("--qe-status", default="UpToDate", metavar="STATUS", help="of the quoting enclave, likewise")
+    vendor.add_argument("--qe-advisory", action="append", default=[], metavar="ID", help="an advisory, likewise")
+    vendor.add_argument(
         "--revoke", action="append", default=[], choices=("pck", "pck-ca"), help="the platform's certificate, or its CA"
     )
     for document in ("tcb-info", "qe-identity", "pck-crl", "root-ca-crl"):
-        world.add_argument(f"--{document}", choices=get_args(Dating), default="current", help="how it is dated")
+        vendor.add_argument(f"--{document}", choices=get_args(Dating), default="current", help="how it is dated")
 
 
 def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:

@@ -5,7 +5,7 @@ import asyncio
 from pathlib import Path
 
 from dstack_emu.cli.commands.common import UsageError, say
-from dstack_emu.deployment.healthcheck import ask
+from dstack_emu.deployment.healthcheck import check
 
 DESCRIPTION = (
     "Ask every service of the stack in a state folder, or those that are named; exit 0 when all answer, 1 with the "
@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("nothing to ask: give --state DIR, --url URL or --kms HOST:PORT")
     targets = [*arguments.url, *(f"kms:{address}" for address in arguments.kms)]
     try:
-        problems = [problem for target in targets if (problem := ask(target))]
+        problems = [problem for target in targets if (problem := check(target))]
     except ValueError as error:
         raise UsageError(str(error)) from error
     if arguments.state is not None:

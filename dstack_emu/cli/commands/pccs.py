@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.cli.commands.common import WARNING, UsageError, listen_address, stop_on_signals
-from dstack_emu.cli.commands.guest_options import add_seed, add_world_options, platform_state, vendor_state
+from dstack_emu.cli.commands.guest_options import add_seed, add_vendor_options, platform_state, vendor_state
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.pccs import pccs_app
 from dstack_emu.simulator.seed import Seed
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--platform", action="append", default=[], metavar="NAME", help="a platform to say it of")
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
     add_seed(parser)
-    add_world_options(parser)
+    add_vendor_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
