@@ -28,6 +28,7 @@ ANYTHING = "…"
 TUTORIAL = "docs/tutorial.md"
 PAGES = (
     "README.md",
+    "docs/api.md",
     "docs/control.md",
     "docs/howto/app.md",
     "docs/howto/ci.md",
