@@ -1,6 +1,6 @@
-"""Measurements of the emulator: `make bench`, or `python -m bench`.
+"""Benchmarks of the emulator: `make bench`, or `python -m bench`.
 
-One module for each subject, with a function that makes figures of an `Effort`. What has a reference is measured side by
-side with it in the same run, in alternating rounds, and the median counts: on a machine that does other things too, a
-quotient says more than an absolute number. Nothing here is a test: a missed bar is printed, not raised.
+Each module has one subject, and a function that returns figures for an `Effort`. A subject that has a reference is
+measured beside it in the same run, in alternating rounds, and the median is used: on a machine with other load, a ratio
+is more reliable than an absolute number. A missed bar is printed, not raised: these are not tests.
 """

@@ -31,7 +31,7 @@ BENCHMARKS: Final = (
 
 
 def main() -> None:
-    """Run what is asked for; a benchmark that cannot run ends it with its error, a missed bar does not."""
+    """Run the named benchmarks; an error in a benchmark ends the run, a missed bar does not."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     known = ", ".join(BENCHMARKS)
     parser.add_argument("--only", action="append", choices=BENCHMARKS, metavar="NAME", help=f"one of {known}")
@@ -55,7 +55,7 @@ def run(names: Sequence[str], effort: Effort) -> Iterator[Figure]:
 
 
 def write(figures: Sequence[Figure], path: Path) -> None:
-    """Put the figures of a run in place of the last one's."""
+    """Replace the figures of the last run."""
     path.write_text(json.dumps({figure.name: figure.to_json() for figure in figures}, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""How long an agent of its own (`dstack-emu agent`) takes to be ready, and what it holds in memory then."""
+"""Start of a single agent (`dstack-emu agent`): the time until it is ready, and its memory then."""
 
 import time
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ READY_BAR, MEMORY_BAR = 0.6, 90.0
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
-    """Seconds from exec to the line that says ready; resident memory then."""
+    """Measure the seconds from exec to the ready line, and the resident memory then."""
     ready, memory = [], []
     for turn in range(effort.starts + 1):
         began = time.perf_counter()
         with running(AGENT) as (process, _):
             took = time.perf_counter() - began
-            if turn:  # the first one finds cold caches
+            if turn:  # the first one has cold caches
                 ready.append(took)
                 memory.append(resident_memory(process.pid) / 2**20)
     yield Figure("agent_ready", median(ready), "s", Bar(READY_BAR, at_most=True))

@@ -1,7 +1,7 @@
-"""The servers that ours are held against: as little as aiohttp lets one write. Each is run in a process of its own.
+"""The reference servers: the least code that aiohttp allows, each in a process of its own.
 
-`constant FILE` answers the bytes of a file over a unix socket. `kms FILE` reads a JSON description (`Inner`) and serves
-mTLS like a KMS: every POST waits for the calls that a KMS has to make inside, and derives and checks nothing.
+`constant FILE` answers with the bytes of a file over a unix socket. `kms FILE` reads a JSON description (`Inner`) and
+serves mTLS like a KMS: every POST makes the requests that a KMS has to make, but derives and verifies nothing.
 """
 
 import asyncio
@@ -22,9 +22,9 @@ Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 @dataclass(frozen=True, slots=True)
 class Inner:
-    """What a bare KMS asks for every call: these webhook questions (URL, body), and these documents anew, all at once.
+    """The requests of a bare KMS in every call: to webhooks (URL, body), and for documents, all at once.
 
-    `certs` is the folder with a real KMS's certificates, `answer` what it says.
+    `certs` is the folder with the certificates of an emulated KMS, `answer` the body of every answer.
     """
 
     certs: str
@@ -33,7 +33,7 @@ class Inner:
     answer: str
 
     def to_json(self) -> str:
-        """Write it for the other process."""
+        """Write the description for the other process."""
         return json.dumps(asdict(self))
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark gives: figures with their bars; and how rates are compared fairly."""
+"""The results of benchmarks: figures with their bars, and the comparison of rates."""
 
 import statistics
 import time
@@ -11,9 +11,9 @@ Measure = Callable[["Effort"], Iterable["Figure"]]
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long to look: each side gets `rounds` rounds of `seconds`; a process is started `starts` times.
+    """The duration of a benchmark: `rounds` rounds of `seconds` for each side; a process is started `starts` times.
 
-    What grows with calls is asked for `calls` of them.
+    A value that grows with the number of calls is measured after `calls` calls.
     """
 
     rounds: int = 5
@@ -27,13 +27,13 @@ FULL, QUICK = Effort(), Effort(rounds=3, seconds=0.25, starts=3, calls=1000)
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """What a value has to reach, or not to pass."""
+    """A limit for a value: a minimum or a maximum."""
 
     value: float
     at_most: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether a value clears it."""
+        """Return whether a value is within the limit."""
         return value <= self.value if self.at_most else value >= self.value
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One number of a run. A figure without a bar is there to read the others by."""
+    """One number of a run. A figure without a bar serves to interpret the others."""
 
     name: str
     value: float
@@ -51,11 +51,11 @@ class Figure:
 
     @property
     def ok(self) -> bool:
-        """Whether it clears its bar, if it has one."""
+        """Return whether the figure meets its bar, or has none."""
         return self.bar is None or self.bar.holds(self.value)
 
     def to_json(self) -> dict[str, Any]:
-        """The entry in latest.json."""
+        """Return the entry for latest.json."""
         bar = None if self.bar is None else str(self.bar)
         return {"value": float(show(self.value)), "unit": self.unit, "bar": bar, "ok": self.ok}
 
@@ -65,17 +65,17 @@ class Figure:
 
 
 def show(value: float) -> str:
-    """Write a number with the digits that mean something."""
+    """Format a number with its significant digits."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def rate_of(work: Callable[[], object]) -> Callable[[float], float]:
-    """Make a measurement of a function: call it for so many seconds, return calls a second."""
+    """Make a measurement that calls a function for some seconds and returns the calls per second."""
 
     def measure(seconds: float) -> float:
         calls, began = 0, time.perf_counter()
         while (elapsed := time.perf_counter() - began) < seconds:
-            for _ in range(8):  # the clock costs too
+            for _ in range(8):  # reading the clock costs time, too
                 work()
             calls += 8
         return calls / elapsed
@@ -84,7 +84,7 @@ def rate_of(work: Callable[[], object]) -> Callable[[float], float]:
 
 
 def alternate(effort: Effort, *sides: Callable[[float], float]) -> list[list[float]]:
-    """Measure the sides in turn, A B A B …, after a warm-up; return the rates of each side, round by round."""
+    """Measure the sides alternately, A B A B …, after a warm-up; return the rates of each side, round by round."""
     for side in sides:
         side(effort.seconds / 2)
     rounds = [[side(effort.seconds) for side in sides] for _ in range(effort.rounds)]
@@ -92,10 +92,10 @@ def alternate(effort: Effort, *sides: Callable[[float], float]) -> list[list[flo
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle one."""
+    """Return the median."""
     return statistics.median(values)
 
 
 def ratio(rates: Sequence[float], reference: Sequence[float]) -> float:
-    """Median of the quotients of neighbouring rounds: what disturbs both sides of a round cancels out."""
+    """Return the median of the ratios within rounds: a disturbance of both sides of a round cancels out."""
     return statistics.median(a / b for a, b in zip(rates, reference, strict=True))

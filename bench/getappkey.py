@@ -1,7 +1,7 @@
 """GetAppKey over kept-alive mTLS connections, against a bare aiohttp server that makes the same inner calls.
 
-Every call waits for the PCCS (is the collateral still what it was?) and for two decisions of the webhook. The reference
-makes the same three requests by aiohttp's session, and does nothing else; ours derives and signs keys, too.
+Every call revalidates the collateral at the PCCS, and requests two decisions of the webhook. The reference makes the
+same three requests by an aiohttp session, and does nothing else; the KMS also derives and signs keys.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ BAR, SHARE_BAR = 1000, 0.5
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
-    """Calls a second, as a share of the bare server's, and for each second that the KMS itself computed."""
+    """Measure calls per second, their ratio to the bare server's, and calls per second of the KMS's processor time."""
     with ExitStack() as stack:
         kms = stack.enter_context(measured_kms())
         body, contexts = kms.app_key_request(), [client_context(identity) for identity in kms.identities(CONNECTIONS)]

@@ -1,9 +1,9 @@
-"""GetAppKey over a new connection for each call, each with a certificate, a key and evidence of its own.
+"""GetAppKey over a new connection for each call, each with its own certificate, key and evidence.
 
-Nothing can be known of such a caller: TLS handshake, parsing and the whole verification are due. The bar's reference is
-`dcap-qvl`'s verification of one quote alone; beside it a bare aiohttp server that takes the same connections, and asks
-and verifies nothing. Where client and webhook on the other core hold the KMS up, its rate for each second of its
-own time says what it could do.
+No cache can help such a caller: TLS handshake, parsing and the complete verification are necessary. The reference of
+the bar is `dcap-qvl`'s verification of one quote. Another reference is a bare aiohttp server that accepts the same
+connections, and requests and verifies nothing. If client and webhook on the other core are the bottleneck, calls per
+second of the KMS's processor time show its capacity.
 """
 
 import asyncio
@@ -23,14 +23,14 @@ from bench.reference import ask_evidence, bare_kms
 from dstack_emu.transport.tls import client_context
 
 CALLERS = 250
-"""New callers for each second of a round."""
+"""Number of new callers for each second of a round."""
 THREADS = 32
-"""So many that the KMS never waits for them: they share one core with webhook and PCCS."""
+"""Enough that the KMS never waits for them: they share one core with webhook and PCCS."""
 BAR = 0.25
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
-    """Calls a second, and as a share of bare verifications."""
+    """Measure calls per second, and their ratio to bare verifications."""
     with ExitStack() as stack:
         kms = stack.enter_context(measured_kms())
         pool = stack.enter_context(ThreadPoolExecutor(THREADS))
@@ -39,12 +39,12 @@ def measure(effort: Effort) -> Iterator[Figure]:
         verify = rate_of(lambda: dcap_qvl.verify_with_root_ca(app.quote, app.collateral, root, now))
 
         def verify_on_its_core(seconds: float) -> float:
-            with on_core(SERVER_CORE):  # the servers are idle meanwhile
+            with on_core(SERVER_CORE):  # the servers are idle during this
                 return verify(seconds)
 
         port = stack.enter_context(bare_kms(kms, documents=0, questions=0, answer=b"{}"))
         per_cpu_second: list[float] = []
-        # Many turns: the machine is now fast and now slow, and a turn that was disturbed should not decide.
+        # Many rounds, because the speed of the machine varies: a disturbed round must not decide.
         turns = replace(effort, rounds=effort.rounds * 3, seconds=effort.seconds * 0.6)
         rates, verified, bare = alternate(
             turns,

@@ -1,4 +1,4 @@
-"""GetQuote over the agent's socket, against a bare aiohttp handler that gives the very same bytes from memory."""
+"""GetQuote over the agent's socket, against a bare aiohttp handler that returns the same bytes from memory."""
 
 import json
 import os
@@ -17,7 +17,7 @@ BAR = 2000
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
-    """Quotes a second over a unix socket; the server has a core of its own."""
+    """Measure quotes per second over a unix socket; the server has its own core."""
     with ExitStack() as stack:
         process, ready = stack.enter_context(running(AGENT, SERVER_CORE))
         socket_path = json.loads(ready)["dstack_sock"]

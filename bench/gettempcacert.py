@@ -1,6 +1,6 @@
-"""GetTempCaCert over kept-alive TLS, against a bare aiohttp server that asks the webhook as well.
+"""GetTempCaCert over kept-alive TLS, against a bare aiohttp server that also calls the webhook.
 
-A caller without a certificate, hence no evidence: the one inner call is the KMS's self check.
+The caller has no certificate, so there is no evidence: the only inner call is the KMS's self check.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ SHARE_BAR = 0.5
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
-    """Calls a second, and as a share of the bare server's."""
+    """Measure calls per second, and their ratio to the bare server's."""
     with ExitStack() as stack:
         kms = stack.enter_context(measured_kms())
         ours = [kms.connect(client_context(), "GetTempCaCert") for _ in range(CONNECTIONS)]

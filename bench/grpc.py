@@ -1,7 +1,7 @@
-"""GetQuote over the agent's socket and GetAppKey over mTLS, by gRPC and by pRPC from the same process in turn.
+"""GetQuote over the agent's socket and GetAppKey over mTLS, alternately by gRPC and by pRPC from the same process.
 
-The gRPC client is grpcio's own, which costs more than the bare sockets that measure pRPC; it has the other core. So the
-calls in a second of the server's own time say more about the server than the rates do.
+The gRPC client is that of grpcio, which costs more than the bare sockets that measure pRPC; it has the other core. So
+the calls per second of the server's processor time are more meaningful than the rates.
 """
 
 import json
@@ -27,7 +27,7 @@ _OPTIONS = (("grpc.use_local_subchannel_pool", 1),)
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
-    """Calls a second by gRPC, beside pRPC's in the same rounds, and for each second that the server itself computed."""
+    """Measure calls per second by gRPC and pRPC in the same rounds, and per second of the server's processor time."""
     yield from _getquote(effort)
     yield from _getappkey(effort)
 
@@ -52,7 +52,7 @@ def _getappkey(effort: Effort) -> Iterator[Figure]:
         kms = stack.enter_context(measured_kms())
         body, identities = kms.app_key_request(), kms.identities(CONNECTIONS)
         request = kms_pb2.GetAppKeyRequest(**json.loads(body)).SerializeToString()
-        # The certificate is made for the name localhost.
+        # The certificate has the name localhost.
         options = (*_OPTIONS, ("grpc.ssl_target_name_override", "localhost"))
         root = kms.temp_ca.ca_cert.encode()
         channels = [
@@ -107,7 +107,7 @@ def _credentials(root_ca: bytes, identity: Identity) -> Any:
 
 @contextmanager
 def _grpc_switched_on() -> Iterator[int]:
-    """Let the KMS that is started in the block serve gRPC, and give the port that demands a certificate."""
+    """Let the KMS that is started in the block serve gRPC; yield the port that demands a certificate."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     settings = {"ENABLED": "true", "PORT": "0", "MTLS_PORT": str(port)}

@@ -1,8 +1,8 @@
-"""What `core.image.verify` costs a KMS: GetAppKey with and without it, and the check by itself, known and unknown.
+"""The cost of `core.image.verify`: GetAppKey with and without it, and the check alone, with and without its cache.
 
-Two KMS that differ in that one key are asked in turn; what counts is how many calls each answers in a second of its
-own processor time, for their places on the machine differ, too. The check alone is timed for a VM config that nobody
-has seen (each of another memory size and document) and for one that was just judged.
+Two KMS that differ in that key are called alternately. The figure is the number of calls per second of processor time,
+because the cores that they run on differ, too. The check alone is timed for new VM configs (each with another memory
+size and document), and for one that was just checked.
 """
 
 import time
@@ -30,7 +30,7 @@ FIRST_TIMES = 40
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
-    """The share of GetAppKey's rate that is left with it, and milliseconds of the check."""
+    """Measure the ratio of GetAppKey's rates with and without it, and the milliseconds of the check."""
     with ExitStack() as stack:
         meters = []
         for verifies in (False, True):
@@ -50,7 +50,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
 
 
 def _check_milliseconds() -> tuple[float, float]:
-    """Time the check on boots of images that were not seen before, and on the same again."""
+    """Time the check for new boots, and for the same boots again."""
     boots = []
     for number in range(FIRST_TIMES):
         image = OsImage.from_seed(Seed.of(f"bench {number}").derive)

@@ -1,7 +1,7 @@
-"""What being watched costs: GetAppKey of a stack with its journal on and off, and how long going back takes.
+"""The cost of the journal: GetAppKey of a stack with it and without it; and the duration of snapshot and revert.
 
-Both sides are the same stack, switched by its control API between rounds. Everything is in one process here (KMS, PCCS,
-webhook), so a call costs more than in `getappkey`, and the journal notes each of its inner calls.
+Both sides are the same stack, switched by its control API between rounds. KMS, PCCS and webhook are one process here,
+so a call costs more than in `getappkey`, and the journal records each of its inner calls.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ BAR, REVERT_BAR = 0.95, 50.0
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
-    """Throughput with the journal as a share of that without; milliseconds of a snapshot and of a revert."""
+    """Measure the ratio of the rates with and without the journal, and the milliseconds of a snapshot and a revert."""
     with ExitStack() as stack:
         pid, description = stack.enter_context(running_stack(SERVER_CORE))
         stack.enter_context(on_core(OTHER_CORE))
@@ -48,11 +48,11 @@ def measure(effort: Effort) -> Iterator[Figure]:
         for connection in connections:
             stack.callback(connection.close)
         on, off = (CpuMeter(pid, closed_loop(connections)) for _ in range(2))
-        # A small difference, on a machine that is now slow and now fast: short turns, and more of them.
+        # The difference is small, and the speed of the machine varies: more and shorter rounds.
         turns = replace(effort, rounds=effort.rounds * 20, seconds=effort.seconds / 8)
         rates, _ = alternate(turns, *(_switched(services["control"], *side) for side in (("on", on), ("off", off))))
     yield Figure("getappkey_with_journal", median(rates), "calls/s")
-    # By the stack's own processor time, which other programs on the machine disturb less.
+    # Per second of the stack's processor time, which other programs disturb less.
     share = ratio(on.calls_per_cpu_second, off.calls_per_cpu_second)
     yield Figure("journal_to_no_journal", share, "x calls/CPU s without", Bar(BAR))
     snapshots, reverts = asyncio.run(_going_back(effort.rounds * 4))
@@ -86,7 +86,7 @@ async def _identity(kms: str, agent: str) -> Identity:
 
 
 async def _going_back(times: int) -> tuple[list[float], list[float]]:
-    """Change what a test changes, and take it back: milliseconds of each snapshot and each revert."""
+    """Change what a test changes, and revert it; return the milliseconds of each snapshot and each revert."""
     snapshots, reverts = [], []
     async with Stack(StackConfig.on_free_ports()) as stack:
         control = stack.control

@@ -1,6 +1,7 @@
-"""A KMS that is measured: a process on a core of its own; stack (agent, PCCS, webhook) and client share the other.
+"""The measured KMS: a process on its own core; the stack (agent, PCCS, webhook) and the client share the other core.
 
-It is set up as a person would: a kms.toml beside a stack, whose policy allows it: it measures what kms-src measures.
+It is set up as by a user, with a kms.toml beside a stack. The stack's policy allows it, because its measurements are
+those of kms-src.
 """
 
 import asyncio
@@ -62,7 +63,7 @@ port = 0
 
 @dataclass(frozen=True, slots=True)
 class MeasuredKms:
-    """A KMS in its runtime phase: process, address, certificates, and the stack it stands in."""
+    """A KMS in its runtime phase: process, address, certificates, and its stack."""
 
     pid: int
     address: tuple[str, int]
@@ -72,7 +73,7 @@ class MeasuredKms:
 
     @property
     def root_der(self) -> bytes:
-        """The root that this KMS believes."""
+        """Return the root that this KMS trusts."""
         return ssl.PEM_cert_to_DER_cert(Path(self.stack["root_ca"]).read_text())
 
     def connect(self, context: ssl.SSLContext, method: str, body: bytes = b"", port: int | None = None) -> Connection:
@@ -81,12 +82,12 @@ class MeasuredKms:
         return Connection(connect_tls((host, port or own_port), context), post(f"/prpc/KMS.{method}?json", body))
 
     def app_key_request(self) -> bytes:
-        """The body of GetAppKey, as the stack's app asks it."""
+        """Return the body of GetAppKey, as the stack's app sends it."""
         vm_config: str = json.loads(call(self.stack["app"]["dstack_sock"], "Info"))["vm_config"]
         return json.dumps({"api_version": 1, "vm_config": vm_config}).encode()
 
     def identities(self, count: int) -> list[Identity]:
-        """Make certificates for the stack's app: each of a key of its own, with evidence quoted for it."""
+        """Make certificates for the stack's app, each with its own key and evidence for that key."""
         temp_ca = load_authority(
             self.temp_ca.temp_ca_cert, load_p256_pem(self.temp_ca.temp_ca_key, "key"), "temporary CA"
         )
@@ -111,7 +112,7 @@ SERVICES = (sys.executable, "-m", "bench.services")
 def measured_kms(*, verify_images: bool = False) -> Iterator[MeasuredKms]:
     """Run a stack and a KMS, bootstrap it, and end its onboard phase; the block runs on the client's core.
 
-    Webhook and PCCS are a process of their own, with the stack's seed and policy.
+    Webhook and PCCS are another process, with the stack's seed and policy.
     """
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as folder,
@@ -146,7 +147,7 @@ async def _set_up(address: str) -> kms_pb2.GetTempCaCertResponse:
 
 
 def call(socket_path: str, method: str, body: bytes = b"{}") -> bytes:
-    """Ask a guest agent once."""
+    """Call a guest agent once."""
     connection = Connection(connect_unix(socket_path), post(f"/{method}", body))
     try:
         return connection.call()

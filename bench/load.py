@@ -1,6 +1,6 @@
-"""A load generator that costs little: blocking sockets in turn, one request under way on each.
+"""A cheap load generator: blocking sockets in turn, with one request in progress on each.
 
-It reads of an answer what it needs (status, Content-Length) and nothing else, so that the server is what is measured.
+Of an answer it parses only status and Content-Length, so that the server's speed is measured and not its own.
 """
 
 import socket
@@ -12,7 +12,7 @@ _TIMEOUT = 30.0
 
 
 class LoadError(Exception):
-    """An answer that is not a 200 with a length: what is measured does not work."""
+    """An answer is not a 200 with a length, so the measured server does not work."""
 
 
 class Connection:
@@ -43,12 +43,12 @@ class Connection:
         return bytes(data[end + 4 :])
 
     def call(self) -> bytes:
-        """Send, and read the answer."""
+        """Send the request, and return the body of the answer."""
         self.send()
         return self.receive()
 
     def close(self) -> None:
-        """Close it."""
+        """Close the connection."""
         self._sock.close()
 
     def _more(self, data: bytearray) -> None:
@@ -59,7 +59,7 @@ class Connection:
 
 
 def post(path: str, body: bytes, host: str = "localhost") -> bytes:
-    """Write a POST of JSON as it goes over the wire."""
+    """Return the bytes of a POST of JSON."""
     headers = f"Host: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     return f"POST {path} HTTP/1.1\r\n{headers}\r\n\r\n".encode() + body
 
@@ -72,14 +72,14 @@ def connect_unix(path: str) -> socket.socket:
 
 
 def connect_tls(address: tuple[str, int], context: ssl.SSLContext) -> socket.socket:
-    """Connect to a TLS server, handshake included."""
+    """Connect to a TLS server, and perform the handshake."""
     sock = socket.create_connection(address, timeout=_TIMEOUT)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return context.wrap_socket(sock, server_hostname=address[0])
 
 
 def closed_loop(connections: Sequence[Connection]) -> Callable[[float], float]:
-    """Make a measurement: keep one request under way on every connection for so many seconds, return calls a second."""
+    """Make a measurement that keeps a request in progress on every connection, and returns calls per second."""
 
     def measure(seconds: float) -> float:
         calls, began = 0, time.perf_counter()
@@ -98,7 +98,7 @@ def closed_loop(connections: Sequence[Connection]) -> Callable[[float], float]:
 
 
 def ask(connections: Sequence[Connection], calls: int) -> None:
-    """Make so many calls, one after another on each connection and at the same time on all."""
+    """Make that many calls: one after another on each connection, at the same time on all connections."""
     while calls > 0:
         batch = connections[:calls]
         for connection in batch:

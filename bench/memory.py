@@ -1,7 +1,7 @@
-"""What a KMS holds in memory after so many GetAppKey, and what the second half of them added.
+"""The memory of a KMS after many GetAppKey, and its growth during the second half of them.
 
-Most calls come over kept-alive connections. One in twenty is a new caller's, with a key, a certificate and evidence of
-its own: what is remembered of callers is what could grow.
+Most calls use kept-alive connections. One in twenty comes from a new caller, with its own key, certificate and
+evidence: the caches of callers are what could grow.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ BAR, GROWTH_BAR = 110.0, 3.0
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
-    """Resident memory after all calls (a MiB is 2^20 bytes), and what it grew by since half of them."""
+    """Measure the resident memory after all calls (a MiB is 2^20 bytes), and its growth since half of them."""
     with ExitStack() as stack:
         kms = stack.enter_context(measured_kms())
         body, half = kms.app_key_request(), effort.calls // 2

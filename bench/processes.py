@@ -1,6 +1,6 @@
-"""Processes that are measured, and the cores they run on.
+"""The measured processes, and the cores that they run on.
 
-What is measured has a core for itself (`SERVER_CORE`); the load generator and whatever else takes part share the other.
+The measured process has its own core (`SERVER_CORE`); the load generator and all other processes share the other one.
 """
 
 import json
@@ -26,7 +26,7 @@ _CPUCLOCK_SCHED: Final = 2
 
 
 class ProcessError(Exception):
-    """A process that ended before it was ready; the text has what it said."""
+    """A process ended before it was ready; the text contains its output."""
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def running(
 ) -> Iterator[tuple["subprocess.Popen[str]", str]]:
     """Run a command of this project (on one core, if given) until the block ends.
 
-    Gives the process and the first line that has `ready` in it, once it has printed that.
+    Yields the process and its first line that contains `ready`, when it has printed that line.
     """
     with on_core(core) if core is not None else nullcontext():
         process = subprocess.Popen(
@@ -64,7 +64,7 @@ def running(
         )
     stream = process.stdout or process.stderr
     assert stream is not None
-    rest = threading.Thread(target=stream.read, daemon=True)  # or the pipe would fill one day
+    rest = threading.Thread(target=stream.read, daemon=True)  # otherwise the pipe would fill
     try:
         said = []
         for line in stream:
@@ -89,13 +89,13 @@ def running(
 
 @contextmanager
 def running_stack(core: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Run a whole stack on one core; give its process id and its description."""
+    """Run a whole stack on one core; yield its process id and its description."""
     with running(UP, core) as (process, line):
         yield process.pid, json.loads(line)
 
 
 def resident_memory(pid: int) -> int:
-    """Bytes that a process has in memory; a stack is one process."""
+    """Return the resident memory of a process in bytes; a stack is one process."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
@@ -103,9 +103,9 @@ def resident_memory(pid: int) -> int:
 
 
 class CpuMeter:
-    """A measurement of calls a second that also notes how many calls a process gets done in a second of its own time.
+    """A measurement of calls per second that also counts the calls per second of a process's processor time.
 
-    The first number suffers from whatever else wants the core, the second one less.
+    Other load on the core disturbs the first number more than the second.
     """
 
     def __init__(self, pid: int, measure: Callable[[float], float]) -> None:
@@ -121,8 +121,9 @@ class CpuMeter:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time that a process has used, threads included, to the nanosecond (/proc/PID/stat counts hundredths).
+    """Return the processor time of a process with its threads, in seconds, to the nanosecond.
 
-    Python has no `clock_getcpuclockid`; the number is what it gives on Linux (include/linux/posix-timers_types.h).
+    /proc/PID/stat only counts hundredths. Python has no `clock_getcpuclockid`; the clock's number is computed as on
+    Linux (include/linux/posix-timers_types.h).
     """
     return time.clock_gettime((~pid << 3) | _CPUCLOCK_SCHED)

@@ -1,6 +1,6 @@
-"""How fast the library makes evidence: a TD report signed into a quote, put together with log and configuration.
+"""The speed at which the library creates evidence: a TD report signed as a quote, with log and configuration.
 
-The reference is what it cannot do without: ECDSA P-256 signatures; two of them, so that there is room for all else.
+The reference is two ECDSA P-256 signatures: one is necessary, the time of the other is allowed for everything else.
 """
 
 import itertools
@@ -20,10 +20,10 @@ BAR = 0.5
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
-    """Quotes a second on one core, and as a share of the rate of two bare signatures."""
+    """Measure quotes per second on one core, and their ratio to pairs of bare signatures."""
     domain, counter = booted_domain()[1], itertools.count()
     key, algorithm = ec.generate_private_key(ec.SECP256R1()), ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
-    signed = bytes(632)  # as long as what a quote signs
+    signed = bytes(632)  # the length of the signed part of a quote
 
     def quote() -> None:
         domain.attest(next(counter).to_bytes(64, "big"))
@@ -40,7 +40,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
 
 
 def booted_domain() -> tuple[Intel, TrustDomain]:
-    """A trust domain as it is once an app runs in it, and who vouches for its platform."""
+    """Return a trust domain as it is while an app runs in it, and the vendor of its platform."""
     seed = Seed.of("bench")
     intel = Intel(seed)
     domain = TrustDomain(

@@ -1,4 +1,4 @@
-"""The bare server beside a measured KMS: it asks what the KMS has to ask, in the same words, and does nothing else."""
+"""The bare server beside a measured KMS: it makes the KMS's requests, with the same bytes, and does nothing else."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The evidence of a guest, and what a KMS asks about it: four documents of the PCCS, a decision of the webhook."""
+    """The evidence of a guest, and a KMS's requests for it: four documents of the PCCS, a decision of the webhook."""
 
     quote: bytes
     collateral: QuoteCollateralV3
@@ -34,7 +34,7 @@ class Evidence:
 
 
 async def ask_evidence(kms: MeasuredKms, agent: str) -> Evidence:
-    """Ask a guest agent of the stack for evidence, and verify it once."""
+    """Request evidence from a guest agent of the stack, and verify it once."""
     root, pccs = TrustAnchor(kms.root_der), PccsClient(kms.stack["services"]["pccs"])
     try:
         async with PrpcClient(agent, timeout=TIMEOUT) as client:
@@ -53,7 +53,7 @@ async def ask_evidence(kms: MeasuredKms, agent: str) -> Evidence:
 
 @contextmanager
 def bare_kms(kms: MeasuredKms, *, documents: int, questions: int, answer: bytes) -> Iterator[int]:
-    """Run a bare server that makes so many inner calls for each of its own, on the KMS's core; give its port."""
+    """Run a bare server that makes that many inner calls in each call, on the KMS's core; yield its port."""
     app = asyncio.run(ask_evidence(kms, kms.stack["app"]["dstack_sock"]))
     own = asyncio.run(ask_evidence(kms, kms.stack["services"]["agent-src"]))
     webhook = kms.stack["services"]["auth-src"]

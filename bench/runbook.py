@@ -1,4 +1,4 @@
-"""How long the KMS authorization runbook takes, from exec to exit, on a stack of its own."""
+"""The duration of the KMS authorization runbook on its own stack, from exec to exit."""
 
 import subprocess
 import sys
@@ -12,11 +12,11 @@ RUNBOOK_BAR = 3.0
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
-    """Seconds for `dstack-emu runbook`, its stack's start and stop included."""
+    """Measure the seconds of `dstack-emu runbook`, with the start and stop of its stack."""
     seconds = []
     for turn in range(effort.starts + 1):
         began = time.perf_counter()
         subprocess.run((sys.executable, "-m", "dstack_emu", "runbook"), cwd=ROOT, capture_output=True, check=True)
-        if turn:  # the first one finds cold caches
+        if turn:  # the first one has cold caches
             seconds.append(time.perf_counter() - began)
     yield Figure("runbook", median(seconds), "s", Bar(RUNBOOK_BAR, at_most=True))

@@ -1,7 +1,7 @@
-"""A webhook and a PCCS in one process, as they are without a stack around them: what a measured KMS asks.
+"""A webhook and a PCCS in one process, without a stack, for the measured KMS.
 
 `python -m bench.services SEED POLICY` serves auth-simple over the policy file and the PCCS of that seed, and prints
-their URLs as JSON. In a stack both are watched by its journal, which here would be measured as the KMS's slowness.
+their URLs as JSON. In a stack the journal records both, and would slow the KMS down.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""How long a stack takes to be ready and to be gone, and what it holds in memory meanwhile."""
+"""Start and stop of a stack: the time of each, and its memory when it is ready."""
 
 import time
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ READY_BAR, STOP_BAR, MEMORY_BAR = 1.5, 0.5, 160.0
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
-    """Seconds from exec to the line that says ready, from SIGTERM to the end; resident memory when ready."""
+    """Measure the seconds from exec to the ready line and from SIGTERM to the end, and the memory when ready."""
     ready, stopped, memory = [], [], []
     for turn in range(effort.starts + 1):
         began = time.perf_counter()
@@ -18,7 +18,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
             is_ready = time.perf_counter()
             held = resident_memory(process.pid)
             asked = time.perf_counter()
-        if turn:  # the first one finds cold caches
+        if turn:  # the first one has cold caches
             ready.append(is_ready - began)
             memory.append(held / 2**20)
             stopped.append(time.perf_counter() - asked)

@@ -1,4 +1,4 @@
-"""How fast evidence is verified by the library, beside `dcap-qvl` alone, which does the cryptography."""
+"""The speed at which the library verifies evidence, beside `dcap-qvl` alone, which does the cryptography."""
 
 import time
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ BAR = 0.75
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
-    """Verifications a second on one core, and as a share of `dcap-qvl`'s."""
+    """Measure verifications per second on one core, and their ratio to `dcap-qvl`'s."""
     intel, domain = booted_domain()
     root_ca_crl = Document(intel.root_ca_crl.hex().encode())
     collateral = assemble(intel.pck_crl, intel.tcb_info(domain.platform.fmspc), intel.qe_identity, root_ca_crl)
