@@ -199,7 +199,7 @@ def test_admin_asks_for_its_token(stack: RunningStack, tmp_path: Path) -> None:
         kms_process(tmp_path, stack, webhook=stack.services["auth-src"], change=with_admin) as (_, targets),
         reflected(targets["admin_port"]) as client,
     ):
-        assert client.methods("kms.Admin") == {"ClearImageCache"}
+        assert client.methods("kms.Admin") == {"ClearImageCache", "GetKmsKey"}
 
         def clear(*metadata: tuple[str, str], image_hash: str = "ab") -> Outcome:
             return client.call("kms.Admin/ClearImageCache", metadata=metadata, image_hash=image_hash)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.proto import dstack_guest_pb2 as guest
+from dstack_emu.attest.proto import dstack_guest_v1_pb2 as guest_v1
 from dstack_emu.attest.proto import kms_pb2 as kms
 from dstack_emu.attest.proto.prpc_pb2 import PrpcError
 from dstack_emu.attest.prpc import (
@@ -546,3 +547,38 @@ def test_every_message_survives_both_encodings(message: Message) -> None:
 @given(st.text(string.printable))
 def test_error_body_in_json_parses_back(text: str) -> None:
     assert json.loads(error_body(text, True)) == {"error": text}
+
+
+# ---- Fields that not every release has
+
+
+@pytest.mark.parametrize(
+    ("message", "has_it"),
+    [
+        (kms.GetMetaResponse(), False),
+        (kms.GetMetaResponse(os_image_verification=False), True),
+        (kms.GetMetaResponse(os_image_verification=True), True),
+    ],
+)
+def test_get_meta_has_os_image_verification_once_it_is_set(message: kms.GetMetaResponse, has_it: bool) -> None:
+    document = json.loads(encode_json(message))
+    assert ("os_image_verification" in document) is has_it
+    assert document.get("os_image_verification", False) == message.os_image_verification
+
+
+def test_guest_api_v1_speaks_all_encodings() -> None:
+    bundle = guest_v1.GpuEvidenceBundle(vendor="nvidia", format="json-v1", evidence=b"\x01\xff")
+    answer = guest_v1.AttestResponse(attestation=b"\x83", boottime_gpu_evidence=[bundle])
+    assert encode_json(answer) == (
+        b'{"attestation":"83","boottime_gpu_evidence":[{"vendor":"nvidia","format":"json-v1","evidence":"01ff"}]}'
+    )
+    assert encode_json(guest_v1.InfoResponse()) == (
+        b'{"app_id":"","app_name":"","compose_hash":"","app_compose":"","instance_id":"","device_id":"",'
+        b'"os_image_hash":"","mr_aggregated":"","vm_config":"","key_provider_info":"","cloud_vendor":"",'
+        b'"cloud_product":""}'
+    )
+    asked = guest_v1.GetKeyRequest(domain="a/b", algorithm="ed25519")
+    assert decode_json(guest_v1.GetKeyRequest, b'{"domain":"a/b","algorithm":"ed25519","more":1}') == asked
+    assert decode_query(guest_v1.GetKeyRequest, "domain=a%2Fb&algorithm=ed25519") == asked
+    assert decode_binary(guest_v1.GetKeyRequest, b"\x0a\x03a/b\x12\x07ed25519") == asked
+    assert decode_json(guest_v1.InfoRequest, b"{}") == guest_v1.InfoRequest()

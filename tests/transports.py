@@ -46,5 +46,7 @@ class Both:
     def value(self, method: str, identity: Identity | None = None, **arguments: Any) -> dict[str, Any]:
         """The answer that both give."""
         answer, outcome = self.call(method, identity, **arguments)
-        assert outcome.value == {name: value for name, value in answer.value.items() if name in outcome.value}
+        both = outcome.value.keys() & answer.value.keys()
+        assert {name: outcome.value[name] for name in both} == {name: answer.value[name] for name in both}
+        assert not [name for name in outcome.value.keys() - both if outcome.value[name]]  # JSON omits what is empty
         return outcome.value

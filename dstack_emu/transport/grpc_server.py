@@ -283,10 +283,15 @@ def absent(name: str, context: Callable[[GrpcPeer], Awaitable[C]], error: Callab
 
 
 def _promised(service: GrpcService[Any]) -> list[Rpc[Any, Any, Any]]:
-    """The RPCs that the .proto file names, which is what reflection tells clients; a table may have older ones, too."""
+    """Return the RPCs of a table that the .proto file names, which is what reflection tells clients.
+
+    A table may have older ones, too. It may lack some that its release does not have: they are UNIMPLEMENTED.
+    """
     rpcs = []
     for method in default_pool().FindServiceByName(service.name).methods:
-        rpc = service.table.rpcs[method.name]
+        rpc = service.table.rpcs.get(method.name)
+        if rpc is None:
+            continue
         types = rpc.request_type.DESCRIPTOR, rpc.response_type.DESCRIPTOR
         if types != (method.input_type, method.output_type):
             raise TypeError(f"{method.full_name}: the table has other types than the .proto file")

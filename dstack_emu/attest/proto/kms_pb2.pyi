@@ -24,12 +24,14 @@ class BootstrapResponse(_message.Message):
     def __init__(self, ca_pubkey: _Optional[bytes] = ..., k256_pubkey: _Optional[bytes] = ..., attestation: _Optional[bytes] = ...) -> None: ...
 
 class OnboardRequest(_message.Message):
-    __slots__ = ("source_url", "domain")
+    __slots__ = ("source_url", "domain", "source_token")
     SOURCE_URL_FIELD_NUMBER: _ClassVar[int]
     DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     source_url: str
     domain: str
-    def __init__(self, source_url: _Optional[str] = ..., domain: _Optional[str] = ...) -> None: ...
+    source_token: str
+    def __init__(self, source_url: _Optional[str] = ..., domain: _Optional[str] = ..., source_token: _Optional[str] = ...) -> None: ...
 
 class OnboardResponse(_message.Message):
     __slots__ = ("k256_pubkey",)
@@ -104,7 +106,7 @@ class AppKeyResponse(_message.Message):
     def __init__(self, ca_cert: _Optional[str] = ..., disk_crypt_key: _Optional[bytes] = ..., env_crypt_key: _Optional[bytes] = ..., k256_key: _Optional[bytes] = ..., k256_signature: _Optional[bytes] = ..., tproxy_app_id: _Optional[str] = ..., gateway_app_id: _Optional[str] = ..., os_image_hash: _Optional[bytes] = ...) -> None: ...
 
 class GetMetaResponse(_message.Message):
-    __slots__ = ("ca_cert", "allow_any_upgrade", "k256_pubkey", "bootstrap_info", "is_dev", "gateway_app_id", "kms_contract_address", "chain_id", "app_auth_implementation")
+    __slots__ = ("ca_cert", "allow_any_upgrade", "k256_pubkey", "bootstrap_info", "is_dev", "gateway_app_id", "kms_contract_address", "chain_id", "app_auth_implementation", "os_image_verification")
     CA_CERT_FIELD_NUMBER: _ClassVar[int]
     ALLOW_ANY_UPGRADE_FIELD_NUMBER: _ClassVar[int]
     K256_PUBKEY_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +116,7 @@ class GetMetaResponse(_message.Message):
     KMS_CONTRACT_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     CHAIN_ID_FIELD_NUMBER: _ClassVar[int]
     APP_AUTH_IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
+    OS_IMAGE_VERIFICATION_FIELD_NUMBER: _ClassVar[int]
     ca_cert: str
     allow_any_upgrade: bool
     k256_pubkey: bytes
@@ -123,7 +126,8 @@ class GetMetaResponse(_message.Message):
     kms_contract_address: str
     chain_id: int
     app_auth_implementation: str
-    def __init__(self, ca_cert: _Optional[str] = ..., allow_any_upgrade: _Optional[bool] = ..., k256_pubkey: _Optional[bytes] = ..., bootstrap_info: _Optional[_Union[BootstrapResponse, _Mapping]] = ..., is_dev: _Optional[bool] = ..., gateway_app_id: _Optional[str] = ..., kms_contract_address: _Optional[str] = ..., chain_id: _Optional[int] = ..., app_auth_implementation: _Optional[str] = ...) -> None: ...
+    os_image_verification: bool
+    def __init__(self, ca_cert: _Optional[str] = ..., allow_any_upgrade: _Optional[bool] = ..., k256_pubkey: _Optional[bytes] = ..., bootstrap_info: _Optional[_Union[BootstrapResponse, _Mapping]] = ..., is_dev: _Optional[bool] = ..., gateway_app_id: _Optional[str] = ..., kms_contract_address: _Optional[str] = ..., chain_id: _Optional[int] = ..., app_auth_implementation: _Optional[str] = ..., os_image_verification: _Optional[bool] = ...) -> None: ...
 
 class GetKmsKeyRequest(_message.Message):
     __slots__ = ("vm_config",)

@@ -30,9 +30,10 @@ def _write_message(table: MessageTable, message: Message) -> str:
     parts = []
     for field in table.fields:
         value: Any = getattr(message, field.name)
-        if field.omitted_when_empty and not value:
+        is_absent = field.presence and not message.HasField(field.name)
+        if field.omitted_when_empty and (is_absent if field.presence else not value):
             continue
-        text = "null" if field.presence and not message.HasField(field.name) else _write_field(field, value)
+        text = "null" if is_absent else _write_field(field, value)
         for key in field.keys:
             parts.append(key + text)
     return "{" + ",".join(parts) + "}"

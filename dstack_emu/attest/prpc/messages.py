@@ -9,14 +9,19 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from dstack_emu.attest.proto import dstack_guest_pb2, kms_pb2, kms_v05_pb2
+from dstack_emu.attest.proto import dstack_guest_pb2, dstack_guest_v1_pb2, kms_pb2, kms_v05_pb2
 from dstack_emu.attest.prpc.scalars import SCALARS, Scalar
 
 OLD_SPELLINGS: Final[Mapping[str, str]] = {"kms.AttestationInfoResponse.tee_variant": "attestation_mode"}
 """Fields that were renamed, and the name they had. JSON carries both; of both, the new one is read."""
 
-OMITTED_WHEN_EMPTY: Final = frozenset({"dstack_guest.GetQuoteResponse.attestation"})
-"""Fields that JSON leaves out if they are empty: the only exception to "every field is always present"."""
+OMITTED_WHEN_EMPTY: Final = frozenset(
+    {"dstack_guest.GetQuoteResponse.attestation", "kms.GetMetaResponse.os_image_verification"}
+)
+"""Fields that JSON leaves out if they are empty or absent: not every release has them.
+
+They are the only exceptions to "every field is always present".
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,12 @@ def _describe_field(field: FieldDescriptor) -> Field:
     )
 
 
-_FILES: Final = (dstack_guest_pb2.DESCRIPTOR, kms_pb2.DESCRIPTOR, kms_v05_pb2.DESCRIPTOR)
+_FILES: Final = (
+    dstack_guest_pb2.DESCRIPTOR,
+    dstack_guest_v1_pb2.DESCRIPTOR,
+    kms_pb2.DESCRIPTOR,
+    kms_v05_pb2.DESCRIPTOR,
+)
 _TABLES: Final[Mapping[object, MessageTable]] = {
     descriptor: _describe(descriptor)
     for descriptor in chain.from_iterable(file.message_types_by_name.values() for file in _FILES)

@@ -7,8 +7,8 @@ from pathlib import Path
 from dstack_emu.cli.commands.common import UsageError
 
 DESCRIPTION = (
-    "Write the .proto files of the guest agent (package dstack_guest) and the KMS (package kms) into a folder, to "
-    "generate clients from. A file of that name that says something else is left alone, and an error."
+    "Write the .proto files of the guest agent (packages dstack_guest and dstack.guest.v1) and the KMS (package kms) "
+    "into a folder, to generate clients from. A file of that name that says something else is left alone, and an error."
 )
 
 

@@ -121,7 +121,7 @@ class DstackGuestServicer:
         raise NotImplementedError('Method not implemented!')
 
     def EmitEvent(self, request, context):
-        """Extends RTMR3 by an event. 0.5.x only: gone in next.
+        """Extends RTMR3 by an event. Since 0.6 always refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,7 +135,7 @@ class DstackGuestServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GpuInfo(self, request, context):
-        """What the boot collected about GPUs. Since next.
+        """What the boot collected about GPUs. Of branch next alone: not in 0.5.x, not in 0.6.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -559,6 +559,11 @@ class AdminStub:
                 request_serializer=dstack__emu_dot_attest_dot_proto_dot_kms__pb2.ClearImageCacheRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
                 _registered_method=True)
+        self.GetKmsKey = channel.unary_unary(
+                '/kms.Admin/GetKmsKey',
+                request_serializer=dstack__emu_dot_attest_dot_proto_dot_kms__pb2.GetKmsKeyRequest.SerializeToString,
+                response_deserializer=dstack__emu_dot_attest_dot_proto_dot_kms__pb2.KmsKeyResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -574,6 +579,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetKmsKey(self, request, context):
+        """As KMS.GetKmsKey. Since 0.6; whether its messages are the same is not known.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -581,6 +593,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ClearImageCache,
                     request_deserializer=dstack__emu_dot_attest_dot_proto_dot_kms__pb2.ClearImageCacheRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'GetKmsKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetKmsKey,
+                    request_deserializer=dstack__emu_dot_attest_dot_proto_dot_kms__pb2.GetKmsKeyRequest.FromString,
+                    response_serializer=dstack__emu_dot_attest_dot_proto_dot_kms__pb2.KmsKeyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -613,6 +630,33 @@ class Admin:
             '/kms.Admin/ClearImageCache',
             dstack__emu_dot_attest_dot_proto_dot_kms__pb2.ClearImageCacheRequest.SerializeToString,
             google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetKmsKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kms.Admin/GetKmsKey',
+            dstack__emu_dot_attest_dot_proto_dot_kms__pb2.GetKmsKeyRequest.SerializeToString,
+            dstack__emu_dot_attest_dot_proto_dot_kms__pb2.KmsKeyResponse.FromString,
             options,
             channel_credentials,
             insecure,

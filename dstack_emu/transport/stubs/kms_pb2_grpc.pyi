@@ -59,8 +59,10 @@ class AdminStub:
     @overload
     def __new__(cls, channel: grpc.aio.Channel) -> AdminAsyncStub: ...  # type: ignore[misc]
     ClearImageCache: UnaryUnary[pb.ClearImageCacheRequest, Empty]
+    GetKmsKey: UnaryUnary[pb.GetKmsKeyRequest, pb.KmsKeyResponse]
 
 class AdminAsyncStub:
     """A type alone: there is no such class when the program runs."""
 
     ClearImageCache: AsyncUnaryUnary[pb.ClearImageCacheRequest, Empty]
+    GetKmsKey: AsyncUnaryUnary[pb.GetKmsKeyRequest, pb.KmsKeyResponse]
