@@ -25,7 +25,7 @@ from tests.documents import DOCUMENTS, PACKAGES, code, document, rows, section
 from tests.repository import ROOT
 from tests.running import RunningStack
 
-# ---- What the documents list
+# ---- tables
 
 
 def test_ports_of_the_readme_are_the_stacks() -> None:
@@ -45,13 +45,13 @@ def test_documented_commands_are_the_programs() -> None:
 
 
 def options(command: str) -> set[str]:
-    """The option strings that a command takes."""
+    """Return the option strings of a command."""
     (commands,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
     return options_of(commands.choices[command])
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
-    """The option strings of a parser, and of those below it."""
+    """Return the option strings of a parser and of its subparsers."""
     found = {option for action in parser._actions for option in action.option_strings}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -60,7 +60,7 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def documented_options(text: str) -> set[str]:
-    """The option strings that tables list, without their arguments."""
+    """Return the option strings that the tables of a text list, without their arguments."""
     if "\n| option |" not in f"\n{text}":
         return set()  # a command without options of its own
     return {span.split()[0] for row in rows(text, "option") for span in code(row[0])}
@@ -82,7 +82,7 @@ def test_port_names_are_documented_with_their_defaults() -> None:
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """The dotted names of a configuration's keys."""
+    """Yield the dotted names of a configuration's keys."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from keys_of(field.annotation, f"{prefix}{name}.")
@@ -91,7 +91,7 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def kms_keys() -> list[list[str]]:
-    """Key, default and effect of each row of the table of kms.toml."""
+    """Return key, default and effect of each row of the table of kms.toml."""
     return rows(section(document("docs/configuration.md"), "## kms.toml"), "key")
 
 
@@ -118,11 +118,11 @@ def test_keys_and_defaults_of_dstack_verifier_toml_are_documented() -> None:
 
 
 NO_VARIABLES = {"TD_QE", "LEVEL_VARIABLE"}
-"""Text of that form which is something else: the id in a QE identity, an attribute of a command."""
+"""Texts of that form that are not variables: the id in a QE identity, an attribute of a command."""
 
 
 def documented_variables(heading: str) -> set[str]:
-    """The variables in the tables of one section of the configuration page."""
+    """Return the variables in the tables of one section of the configuration page."""
     return {code(name)[0] for name, *_ in rows(section(document("docs/configuration.md"), heading), "variable")}
 
 
@@ -154,7 +154,7 @@ def test_settings_of_the_container_are_documented() -> None:
     assert used == documented_variables("## The containers")
 
 
-# ---- That what they name exists
+# ---- links and file names
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -177,7 +177,7 @@ def test_changelog_has_the_present_version() -> None:
     assert EMULATOR in document("CHANGELOG.md")
 
 
-# ---- Messages
+# ---- messages
 
 FOREIGN = {
     "InvalidCrlSignatureForPublicKey": "dcap-qvl",
@@ -190,7 +190,7 @@ FOREIGN = {
     "No Python 3.11, 3.12 or 3.13 runs here": "the Makefile",
     "cannot make virtual environments": "the Makefile",
 }
-"""What a message has from elsewhere."""
+"""Parts of messages that come from other programs, and their origin."""
 
 FILLED_IN = {
     "cannot listen on unix:": "cannot listen on {address}",
@@ -205,11 +205,11 @@ FILLED_IN = {
     "core.attestation.root_ca.tdx": "{section}attestation.root_ca.tdx",
     "is set, which needs core.attestation.insecure_allow_external_trust_anchors = true": "which needs {section}…",
 }
-"""What a message has in place of what the code writes in braces."""
+"""Parts of messages that replace an expression in the code's f-string, and that expression."""
 
 
 def literals() -> str:
-    """All text that the program can say: its string literals, those of f-strings piece by piece."""
+    """Return all string literals of the program, one per line; an f-string is several."""
     texts = [
         node.value
         for package in PACKAGES
@@ -235,7 +235,7 @@ def test_messages_of_the_troubleshooting_page_are_the_programs() -> None:
 
 
 def ends(*arguments: str) -> tuple[int, str]:
-    """Run the program where it is going to fail; return its status and the last line on stderr."""
+    """Run a command that fails; return its status and the last line on stderr."""
     command = [sys.executable, "-m", "dstack_emu", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
     return done.returncode, done.stderr.strip().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Every recipe of docs/recipes.md runs as it stands, on the fixtures of the plugin."""
+"""Every recipe of docs/recipes.md runs unchanged, with the fixtures of the plugin."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ HEADINGS = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
 
 
 @pytest.mark.timeout(120)
-def test_recipes_run_as_they_stand(tmp_path: Path) -> None:
+def test_recipes_run_unchanged(tmp_path: Path) -> None:
     assert len(HEADINGS) == 9
     files = {}
     for number, heading in enumerate(HEADINGS):
