@@ -85,6 +85,12 @@ class StackContext:
         path = str(self.policies.paths[kms])
         return await self.serve(f"auth-{kms}", simple_app(path, observer=decision_recorder(path)))
 
+    def scrub(self, text: str) -> str:
+        """Put names in place of what differs from run to run: ports, and the state folder."""
+        for name, url in self.urls.items():
+            text = text.replace(url.partition("://")[2], name)
+        return text.replace(str(self.state), "STATE")
+
     def verifier(self, caller: str) -> RecordingVerifier:
         """Make the verifier of one part."""
         return self.instrumentation.verifier(caller, self.urls["pccs"], TrustAnchor(self.intel.root_der))

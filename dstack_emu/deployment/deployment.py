@@ -7,9 +7,7 @@ such as the control API, is plugged in as an `Extension`.
 
 import json
 import logging
-import shutil
 import socket
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -22,33 +20,26 @@ from aiohttp.typedefs import Handler
 
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.authorization import Authorization, tls_url
-from dstack_emu.deployment.config import DESCRIPTION_FILE, LOCAL_SERVICES, StackConfig
-from dstack_emu.deployment.context import ServicePorts, StackContext
+from dstack_emu.deployment.config import DESCRIPTION_FILE, StackConfig
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.guests import RunningGuest, start_guest
-from dstack_emu.deployment.instrumentation import Instrumentation
 from dstack_emu.deployment.kms import PERMANENT, RunningKms, start_kms, stop_kms
-from dstack_emu.deployment.policy_files import PolicyFiles
+from dstack_emu.deployment.preparation import prepare
 from dstack_emu.deployment.service_logs import ServiceLogs
 from dstack_emu.deployment.specs import GuestSpec, KmsSpec
 from dstack_emu.deployment.supervision import Supervisor
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
-from dstack_emu.observability.journal import JournalError
 from dstack_emu.observability.recorders import verdict_recorder
 from dstack_emu.simulator.errors import GuestError
-from dstack_emu.simulator.image import OsImage
-from dstack_emu.simulator.image_files import ImageFileError, load_image
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.pccs import pccs_app
-from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.trust_domain import TrustDomain
 from dstack_emu.transport.image_store import ImageStore
 from dstack_emu.transport.listen import Server
-from dstack_emu.transport.ports import GRPC_PORTS, IMAGE_URL, PORTS
+from dstack_emu.transport.ports import IMAGE_URL
 from dstack_emu.verifier.server import verifier_app
 from dstack_emu.verifier.service import Verifier
 
-LOOPBACK: Final = "127.0.0.1"
 IMAGE_TIMEOUT: Final = 30.0
 """Seconds that the download of an OS image may take."""
 
@@ -133,9 +124,8 @@ class Deployment:
     # ---- starting
 
     async def _start(self) -> None:
-        state = self._state_folder()
-        remembered = self._remembered(state)
-        self.context = self._make_context(state)
+        extensions = [extension.name for extension in self._extensions]
+        self.context, remembered = prepare(self.config, self.logs, SERVICES.union(extensions), self._exit)
         self.root_ca.write_text(self.intel.root_pem)
         await self._serve_pccs()
         self._app_verifier = self.context.verifier("app")
@@ -153,102 +143,9 @@ class Deployment:
             await self._measure_fresh_kms()
         else:
             await self._authorize()
-        (state / DESCRIPTION_FILE).write_text(json.dumps(self.description()) + "\n")
+        (self.state / DESCRIPTION_FILE).write_text(json.dumps(self.description()) + "\n")
         for extension in self._extensions:
             extension.became_ready()
-
-    def _state_folder(self) -> Path:
-        if self.config.state is None:
-            folder = Path(tempfile.mkdtemp(prefix="dstack-emu-"))
-            self._exit.callback(shutil.rmtree, folder, ignore_errors=True)
-            return folder
-        folder = self.config.state.absolute()
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise StackError(f"the state folder {folder} cannot be made: {error.strerror}") from error
-        return folder
-
-    def _remembered(self, state: Path) -> dict[str, Any]:
-        """Return the description that an earlier run left in the state folder, empty if there is none.
-
-        Raises `StackError` if it cannot be read, or is of another seed.
-        """
-        path = state / DESCRIPTION_FILE
-        try:
-            remembered = json.loads(path.read_text())
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise StackError(f"{path} cannot be read ({error}): give another --state folder") from error
-        if not isinstance(remembered, dict) or not remembered:
-            return {}
-        if remembered.get("seed") != self.config.seed:
-            raise StackError(
-                f"{state} was made with the seed {remembered.get('seed')!r}, not {self.config.seed!r}: "
-                "give that seed, or another --state folder"
-            )
-        return remembered
-
-    def _make_context(self, state: Path) -> StackContext:
-        config = self.config
-        ports = self._bind()
-        seed = Seed.of(config.seed)
-        context = StackContext(
-            config=config,
-            state=state,
-            seed=seed,
-            intel=Intel(seed),
-            image=self._load_image(seed),
-            instrumentation=self._make_instrumentation(seed),
-            logs=self.logs,
-            ports=ports,
-            policies=PolicyFiles((config.policies or state / "policies").absolute(), PERMANENT),
-        )
-        context.instrumentation.journal.scrub = self._scrub
-        return context
-
-    def _bind(self) -> ServicePorts:
-        """Bind every port first, so that one that is taken is known before anything runs."""
-        config = self.config
-        ports = ServicePorts(config.host)
-        self._exit.callback(ports.close)
-        services = SERVICES | {extension.name for extension in self._extensions}
-        defaults = {name: port for name, port in PORTS.items() if name in services}
-        for name, default in {**defaults, **(GRPC_PORTS if config.grpc else {})}.items():
-            host = LOOPBACK if name in LOCAL_SERVICES else config.host
-            setting = f"--port {name}=PORT or --free-ports"
-            if host != LOOPBACK:
-                setting = f"--listen {config.host}, {setting}"
-            ports.bind(name, config.ports.get(name, default), host=host, setting=setting)
-        return ports
-
-    def _load_image(self, seed: Seed) -> OsImage:
-        """Return the image that every trust domain boots unless it names another; raise `StackError`."""
-        folder = self.config.image_dir
-        if folder is None:
-            return OsImage.from_seed(seed.derive)
-        try:
-            return load_image(folder)
-        except ImageFileError as error:
-            raise StackError(str(error)) from error
-
-    def _make_instrumentation(self, seed: Seed) -> Instrumentation:
-        config = self.config
-        try:
-            made = Instrumentation(
-                seed, patience=config.patience, kept=config.journal_size, journal_file=config.journal
-            )
-        except JournalError as error:
-            raise StackError(f"--journal: {error}") from error
-        self._exit.callback(made.journal.close)
-        return made
-
-    def _scrub(self, text: str) -> str:
-        """Put names in place of what differs from run to run: ports, and the state folder."""
-        for name, url in self.services.items():
-            text = text.replace(url.partition("://")[2], name)
-        return text.replace(str(self.state), "STATE")
 
     # ---- its parts
 
@@ -284,11 +181,11 @@ class Deployment:
         self._close_at_end(await self.context.serve("verifier", app))
 
     def _place_policies(self) -> None:
-        folder = (self.config.policies or self.state / "policies").absolute()
+        policies = self.context.policies
         try:
-            policy_files.place(self.policies.values())
+            policy_files.place(policies.paths.values())
         except OSError as error:
-            raise StackError(f"the policies folder {folder} cannot be written: {error.strerror}") from error
+            raise StackError(f"the policies folder {policies.folder} cannot be written: {error.strerror}") from error
 
     async def _start_parts(self, measured: Mapping[str, Any]) -> None:
         for name in PERMANENT:

@@ -100,11 +100,11 @@ class PolicyFiles:
     """The policy files of one stack, in one folder, by the name of the KMS whose webhook reads each."""
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
-        self._folder = folder
+        self.folder = folder
         self.paths = {name: self._path(name) for name in names}
 
     def _path(self, name: str) -> Path:
-        return self._folder / f"auth-{name}.json"
+        return self.folder / f"auth-{name}.json"
 
     def add(self, name: str) -> Path:
         """Write a policy that denies everyone for a KMS that is new."""

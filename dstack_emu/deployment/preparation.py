@@ -1,0 +1,116 @@
+"""What a stack needs before any part of it starts: its folder, its ports, its image, its instruments."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Set
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Final
+
+from dstack_emu.deployment.config import DESCRIPTION_FILE, LOCAL_SERVICES, StackConfig
+from dstack_emu.deployment.context import ServicePorts, StackContext
+from dstack_emu.deployment.errors import StackError
+from dstack_emu.deployment.instrumentation import Instrumentation
+from dstack_emu.deployment.kms import PERMANENT
+from dstack_emu.deployment.policy_files import PolicyFiles
+from dstack_emu.deployment.service_logs import ServiceLogs
+from dstack_emu.observability.journal import JournalError
+from dstack_emu.simulator.image import OsImage
+from dstack_emu.simulator.image_files import ImageFileError, load_image
+from dstack_emu.simulator.intel import Intel
+from dstack_emu.simulator.seed import Seed
+from dstack_emu.transport.ports import GRPC_PORTS, PORTS
+
+LOOPBACK: Final = "127.0.0.1"
+
+
+def prepare(
+    config: StackConfig, logs: ServiceLogs, services: Set[str], closing: AsyncExitStack
+) -> tuple[StackContext, dict[str, Any]]:
+    """Make the context of a stack with these services, and read what an earlier run of its state folder left.
+
+    What has to be closed is put on `closing`. The second value is the earlier run's description, empty if there is
+    none. Raises `StackError`, or `ListenError` if a port is taken.
+    """
+    state = _state_folder(config.state, closing)
+    remembered = _remembered(state, config.seed)
+    ports = _bind(config, services, closing)
+    seed = Seed.of(config.seed)
+    context = StackContext(
+        config=config,
+        state=state,
+        seed=seed,
+        intel=Intel(seed),
+        image=_load_image(config.image_dir, seed),
+        instrumentation=_instrumentation(config, seed, closing),
+        logs=logs,
+        ports=ports,
+        policies=PolicyFiles((config.policies or state / "policies").absolute(), PERMANENT),
+    )
+    context.instrumentation.journal.scrub = context.scrub
+    return context, remembered
+
+
+def _state_folder(given: Path | None, closing: AsyncExitStack) -> Path:
+    if given is None:
+        folder = Path(tempfile.mkdtemp(prefix="dstack-emu-"))
+        closing.callback(shutil.rmtree, folder, ignore_errors=True)
+        return folder
+    folder = given.absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StackError(f"the state folder {folder} cannot be made: {error.strerror}") from error
+    return folder
+
+
+def _remembered(state: Path, seed: str) -> dict[str, Any]:
+    path = state / DESCRIPTION_FILE
+    try:
+        remembered = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise StackError(f"{path} cannot be read ({error}): give another --state folder") from error
+    if not isinstance(remembered, dict) or not remembered:
+        return {}
+    if remembered.get("seed") != seed:
+        raise StackError(
+            f"{state} was made with the seed {remembered.get('seed')!r}, not {seed!r}: "
+            "give that seed, or another --state folder"
+        )
+    return remembered
+
+
+def _bind(config: StackConfig, services: Set[str], closing: AsyncExitStack) -> ServicePorts:
+    """Bind every port, so that one that is taken is known before anything runs."""
+    ports = ServicePorts(config.host)
+    closing.callback(ports.close)
+    defaults = {name: port for name, port in PORTS.items() if name in services}
+    for name, default in {**defaults, **(GRPC_PORTS if config.grpc else {})}.items():
+        host = LOOPBACK if name in LOCAL_SERVICES else config.host
+        setting = f"--port {name}=PORT or --free-ports"
+        if host != LOOPBACK:
+            setting = f"--listen {config.host}, {setting}"
+        ports.bind(name, config.ports.get(name, default), host=host, setting=setting)
+    return ports
+
+
+def _load_image(folder: Path | None, seed: Seed) -> OsImage:
+    """Return the image that every trust domain boots unless it names another."""
+    if folder is None:
+        return OsImage.from_seed(seed.derive)
+    try:
+        return load_image(folder)
+    except ImageFileError as error:
+        raise StackError(str(error)) from error
+
+
+def _instrumentation(config: StackConfig, seed: Seed, closing: AsyncExitStack) -> Instrumentation:
+    try:
+        made = Instrumentation(seed, patience=config.patience, kept=config.journal_size, journal_file=config.journal)
+    except JournalError as error:
+        raise StackError(f"--journal: {error}") from error
+    closing.callback(made.journal.close)
+    return made
