@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from dstack_emu import StackConfig
 from dstack_emu.transport.ports import PORTS
 from tests.documents import DOCUMENTS, Block, blocks, code, document, prose
 from tests.repository import ROOT
-from tests.running import RunningStack, running_stack
+from tests.running import READY_TIMEOUT, RunningStack, running_stack
 from tests.scratch import run_pytest
 
 STATE = "/tmp/emu"
@@ -122,6 +123,8 @@ class Terminal:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        deadline = threading.Timer(READY_TIMEOUT, process.kill)
+        deadline.start()
         try:
             assert process.stdout
             said = []
@@ -129,13 +132,16 @@ class Terminal:
                 said.append(line)
                 if READY.search(line):
                     break
-            assert READY.search("".join(said)), f"{block.text}\nends with:\n{''.join(said)}"
+            deadline.cancel()
+            assert READY.search("".join(said)), f"{block.text}\nis not ready in {READY_TIMEOUT} s:\n{''.join(said)}"
+            threading.Thread(target=process.stdout.read, daemon=True).start()  # otherwise the pipe would fill
             if url := re.search(r"KMS \(onboard phase\) at http://(\S+)\.", said[-1]):
                 self.names["127.0.0.1:9400"] = url[1]
             yield
         finally:
+            deadline.cancel()
             process.terminate()
-            process.communicate(timeout=10)
+            process.wait(timeout=10)
 
     def run_python(self, block: Block, number: int) -> None:
         """Run a block in Python: with pytest if it defines tests, otherwise as a program."""
