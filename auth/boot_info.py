@@ -62,7 +62,7 @@ def parse_json(body: bytes) -> object:
 
 
 def parse_boot_info(document: object, *, checks_tee_variant: bool = False) -> ReceivedBootInfo:
-    """Read a parsed body as boot info, or raise `BootInfoError` with every issue.
+    """Read a parsed body as boot info; raise `BootInfoError` with every issue.
 
     `checks_tee_variant`: `teeVariant` must be a string if it is present, as in auth-simple since next.
     """
@@ -89,7 +89,7 @@ def parse_boot_info(document: object, *, checks_tee_variant: bool = False) -> Re
 
 
 class _Fields:
-    """Reads fields of one object and collects an issue for each that is not what it should be."""
+    """Reads fields of one object and collects an issue for each that has the wrong type."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         self._document = document
@@ -116,7 +116,7 @@ class _Fields:
 
 
 class _Absent:
-    """The type of a key that is not there, which JSON cannot say."""
+    """The type that stands for an absent key, for which JSON has none."""
 
 
 _ABSENT = _Absent()

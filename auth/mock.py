@@ -88,7 +88,7 @@ class MockAuth:
                 return self._by_list(allowed, "mrAggregated", boot_info.mr_aggregated)
 
     def info(self) -> dict[str, object]:
-        """Build the answer of `GET /`; the note is upstream's and stands whatever the policy is."""
+        """Build the answer of `GET /`; the member `note` is upstream's, whatever the policy is."""
         return {
             "status": "ok",
             "kmsContractAddr": self._settings.kms_contract_addr,

@@ -1,6 +1,6 @@
 """auth-simple's rules: a config file's content and a boot info in, a decision out. Pure.
 
-Four contracts share one config file and differ in few rules (`Compat`, `_RULES`):
+Four contracts share one config file and differ in few rules (`Contract`, `_RULES`):
 
 | contract | TCB status | advisory ids | an empty `devices` without `allowAnyDevice` |
 | --- | --- | --- | --- |
@@ -24,12 +24,15 @@ from typing import Annotated, Final, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
 from pydantic.alias_generators import to_camel
 
+from dstack_emu.attest.release import DEFAULT
 from dstack_emu.auth.boot_info import PolicyDecision as PolicyDecision
 from dstack_emu.auth.boot_info import ReceivedBootInfo
 from dstack_emu.auth.errors import AuthConfigError
 
-Compat = Literal["readme", "upstream", "next", "0.6"]
-COMPATS: Final[tuple[Compat, ...]] = get_args(Compat)
+Contract = Literal["readme", "upstream", "next", "0.6"]
+CONTRACTS: Final[tuple[Contract, ...]] = get_args(Contract)
+DEFAULT_CONTRACT: Final[Contract] = DEFAULT.auth_contract
+"""The contract of the default release."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,7 @@ class _Rules:
     """`teeVariant` is a member of the boot info, optional, and must be a string."""
 
 
-_RULES: Final[Mapping[Compat, _Rules]] = {
+_RULES: Final[Mapping[Contract, _Rules]] = {
     "readme": _Rules(configures_tcb=False, empty_devices_admit=False, knows_tee_variant=False),
     "upstream": _Rules(configures_tcb=False, empty_devices_admit=True, knows_tee_variant=False),
     "next": _Rules(configures_tcb=True, empty_devices_admit=True, knows_tee_variant=True),
@@ -66,17 +69,26 @@ Rule = Literal[
 ZERO_ADDRESS: Final = "0x" + "00" * 20
 
 
-def parse_compat(text: str) -> Compat:
+def parse_contract(text: str) -> Contract:
     """Return the contract of exactly this name, or raise `AuthConfigError`."""
-    for compat in COMPATS:
-        if compat == text:
-            return compat
-    raise AuthConfigError(f'AUTH_SIMPLE_COMPAT is "{text}", expected one of {", ".join(COMPATS)}')
+    for contract in CONTRACTS:
+        if contract == text:
+            return contract
+    raise AuthConfigError(f'AUTH_SIMPLE_COMPAT is "{text}", expected one of {", ".join(CONTRACTS)}')
 
 
-def knows_tee_variant(compat: Compat) -> bool:
+def knows_tee_variant(contract: Contract) -> bool:
     """Return whether `teeVariant` is a member of the boot info under this contract: optional, and a string."""
-    return _RULES[compat].knows_tee_variant
+    return _RULES[contract].knows_tee_variant
+
+
+def accepted_tcb_statuses(policy: "Policy", contract: Contract) -> frozenset[str]:
+    """Return the TCB statuses that this contract accepts: those of the config file, or `UpToDate` alone."""
+    return _accepted_tcb_statuses(policy, _RULES[contract])
+
+
+def _accepted_tcb_statuses(policy: "Policy", rules: _Rules) -> frozenset[str]:
+    return policy.allowed_tcb_statuses if rules.configures_tcb else frozenset({"UpToDate"})
 
 
 def normalize_hex(text: str) -> str:
@@ -141,16 +153,18 @@ class Policy(_ConfigModel):
     apps: Annotated[Mapping[str, AppPolicy], AfterValidator(_normalize_ids)] = {}
 
 
-def evaluate(policy: Policy, boot_info: ReceivedBootInfo, is_kms: bool, *, compat: Compat = "readme") -> PolicyDecision:
+def evaluate(
+    policy: Policy, boot_info: ReceivedBootInfo, is_kms: bool, *, contract: Contract = DEFAULT_CONTRACT
+) -> PolicyDecision:
     """Decide under one contract, and name the contracts that would decide otherwise.
 
     The rules run in upstream's order and the first that refuses gives the reason; the reason of an allowed boot
     is "". Contracts that refuse for different reasons do not differ.
     """
-    decisions = {each: _deciding_rule(policy, boot_info, is_kms, _RULES[each]) for each in COMPATS}
-    rule, reason = decisions[compat]
+    decisions = {each: _deciding_rule(policy, boot_info, is_kms, _RULES[each]) for each in CONTRACTS}
+    rule, reason = decisions[contract]
     is_allowed = rule == "allowed"
-    differs_from = tuple(each for each in COMPATS if (decisions[each][0] == "allowed") != is_allowed)
+    differs_from = tuple(each for each in CONTRACTS if (decisions[each][0] == "allowed") != is_allowed)
     return PolicyDecision(is_allowed, reason, policy.gateway_app_id, rule, differs_from)
 
 
@@ -164,12 +178,9 @@ def _deciding_rule(policy: Policy, boot_info: ReceivedBootInfo, is_kms: bool, ru
 
 
 def _tcb_refusal(policy: Policy, boot_info: ReceivedBootInfo, rules: _Rules) -> tuple[Rule, str] | None:
-    if not rules.configures_tcb:
-        is_up_to_date = boot_info.tcb_status == "UpToDate"
-        return None if is_up_to_date else ("tcb_status", "TCB status is not up to date")
-    if boot_info.tcb_status not in policy.allowed_tcb_statuses:
-        return "tcb_status", "TCB status is not allowed"
-    if not policy.allowed_advisory_ids.issuperset(boot_info.advisory_ids):
+    if boot_info.tcb_status not in _accepted_tcb_statuses(policy, rules):
+        return "tcb_status", f"TCB status is not {'allowed' if rules.configures_tcb else 'up to date'}"
+    if rules.configures_tcb and not policy.allowed_advisory_ids.issuperset(boot_info.advisory_ids):
         return "advisory_ids", "advisory ID is not allowed"
     return None
 

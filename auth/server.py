@@ -1,9 +1,9 @@
-"""The webhooks' HTTP front: one application for each service, with the answers and refusals of the originals.
+"""The HTTP front of auth-simple and auth-mock: one application for each, with the originals' answers and refusals.
 
-Binds no socket, reads no environment and knows no command line: whoever composes the stack does. Two routes
-are ours, `GET /health` and `GET /openapi.json`; anything else that is not one of the three of the protocol is
-a 404, a known path asked by another method included. There is no catch-all for exceptions: a fault of ours is
-aiohttp's 500, which a KMS takes for an error and never for an allow.
+Binds no socket, reads no environment and knows no command line. Two routes are ours, `GET /health` and
+`GET /openapi.json`; anything else that is not one of the three of the protocol is a 404, also a known path with
+another method. There is no catch-all for exceptions: a defect of ours is aiohttp's 500, which a KMS treats as an
+error and never as an allow.
 
 Source: `kms/auth-simple/index.ts` and `kms/auth-mock/index.ts` of dstack, next 312dc605; hono 4.12.34
 `validator.ts` (content type, malformed JSON) and `hono-base.ts` (404).
@@ -22,7 +22,7 @@ from dstack_emu.auth import openapi
 from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, parse_boot_info, parse_json
 from dstack_emu.auth.errors import BootInfoError, MalformedJsonError
 from dstack_emu.auth.mock import MockAuth, MockSettings
-from dstack_emu.auth.policy import Compat, knows_tee_variant
+from dstack_emu.auth.policy import DEFAULT_CONTRACT, Contract, knows_tee_variant
 from dstack_emu.auth.simple import SimpleAuth
 from dstack_emu.transport.plain import PlainAnswer, PlainRequest, plain_calls
 
@@ -37,18 +37,18 @@ _LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 Observer = Callable[[ReceivedBootInfo, bool, PolicyDecision], None]
-"""Is told of each decision: question, whether it was about a KMS, answer."""
+"""Called after each decision with the boot info, whether it was about a KMS, and the decision."""
 
 
 def simple_app(
-    config_path: Path | str, *, compat: Compat = "readme", observer: Observer | None = None
+    config_path: Path | str, *, contract: Contract = DEFAULT_CONTRACT, observer: Observer | None = None
 ) -> web.Application:
-    """Build auth-simple over one config file; raises `ConfigError` for a `compat` that is none.
+    """Build auth-simple over one config file; raises `AuthConfigError` for an unknown `contract`.
 
-    `observer` is told of each decision. Logs upstream's lines to `auth.simple`, an error for a file that cannot be
-    used, and a warning for each decision that another contract would have made otherwise.
+    `observer` is called after each decision. Logs upstream's lines to `auth.simple`, an error for a file that cannot
+    be used, and a warning for each decision that another contract would have made otherwise.
     """
-    service = SimpleAuth(config_path, compat=compat)
+    service = SimpleAuth(config_path, contract=contract)
     log = logging.getLogger("dstack_emu.auth.simple")
 
     def info() -> dict[str, object]:
@@ -74,7 +74,7 @@ def simple_app(
                 caller,
                 "allowed" if decision.is_allowed else "denied",
                 decision.rule,
-                service.compat,
+                service.contract,
                 ", ".join(decision.differs_from),
             )
         log.info("%s boot auth result: %s", caller, _Json(_boot_response(decision)))
@@ -83,11 +83,11 @@ def simple_app(
         return decision
 
     title = "auth-simple: boot authorization by a config file"
-    return _webhook(title, info, decide, checks_tee_variant=knows_tee_variant(compat))
+    return _webhook(title, info, decide, checks_tee_variant=knows_tee_variant(contract))
 
 
 def mock_app(settings: MockSettings) -> web.Application:
-    """Build auth-mock; logs upstream's request lines to `auth.mock`, less their note that all succeeds."""
+    """Build auth-mock; logs upstream's request lines to `auth.mock`, without their note that all succeeds."""
     service = MockAuth(settings)
     log = logging.getLogger("dstack_emu.auth.mock")
     for entry in sorted(settings.allowed_device_ids | settings.allowed_mr_aggregated):
@@ -159,7 +159,7 @@ def _webhook(
 
 
 async def _read_json(content_type: str | None, read: Callable[[], Awaitable[bytes]]) -> object:
-    """Parse the body, or take an empty object, unread, where the content type is not a JSON one."""
+    """Parse the body; if the content type is not a JSON one, return an empty object, and leave the body unread."""
     if not _JSON_CONTENT_TYPE.fullmatch(content_type or ""):
         return {}
     try:
@@ -178,7 +178,7 @@ def _boot_response(decision: PolicyDecision) -> dict[str, object]:
 
 
 class _Json:
-    """A value that is written as JSON when a log line with it is."""
+    """A value in a log line, which is encoded as JSON only if the line is written."""
 
     __slots__ = ("_value",)
 
@@ -190,7 +190,7 @@ class _Json:
 
 
 def _dump(value: object) -> str:
-    """Write as `JSON.stringify` does: compact, escaping only what must be, lone surrogates included."""
+    """Encode as `JSON.stringify` does: compact, escaping only what must be, including lone surrogates."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return _LONE_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 

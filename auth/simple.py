@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, parse_json
 from dstack_emu.auth.config_file import read_config
 from dstack_emu.auth.errors import AuthConfigError, MalformedJsonError
-from dstack_emu.auth.policy import Compat, Policy, evaluate, parse_compat
+from dstack_emu.auth.policy import DEFAULT_CONTRACT, Contract, Policy, evaluate, parse_contract
 from dstack_emu.transport.validation import problems
 
 DEFAULT_CONFIG_PATH: Final = "./auth-config.json"
@@ -30,27 +30,27 @@ class SimpleSettings:
     """What auth-simple takes from its environment, except the port: the caller binds the socket."""
 
     config_path: str = DEFAULT_CONFIG_PATH
-    compat: Compat = "readme"
+    contract: Contract = DEFAULT_CONTRACT
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str], *, default_contract: Compat = "readme") -> "SimpleSettings":
+    def from_env(cls, env: Mapping[str, str], *, default_contract: Contract = DEFAULT_CONTRACT) -> "SimpleSettings":
         """Read AUTH_CONFIG_PATH and AUTH_SIMPLE_COMPAT; an empty value is an absent one.
 
         `default_contract` is the release's. Raises `AuthConfigError`.
         """
         return cls(
             config_path=env.get("AUTH_CONFIG_PATH") or DEFAULT_CONFIG_PATH,
-            compat=parse_compat(env.get("AUTH_SIMPLE_COMPAT") or default_contract),
+            contract=parse_contract(env.get("AUTH_SIMPLE_COMPAT") or default_contract),
         )
 
 
 class SimpleAuth:
     """Decides by the config file at `config_path`, under one of the contracts of `policy`."""
 
-    def __init__(self, config_path: Path | str, *, compat: Compat = "readme") -> None:
+    def __init__(self, config_path: Path | str, *, contract: Contract = DEFAULT_CONTRACT) -> None:
         """A `str` keeps its spelling in answers (`./x`, which a `Path` loses). Raises `AuthConfigError`."""
         self._config_path = str(config_path)
-        self.compat: Final = parse_compat(compat)
+        self.contract: Final = parse_contract(contract)
         self._content: bytes | None = None
         self._policy = Policy()
 
@@ -68,7 +68,7 @@ class SimpleAuth:
             policy = self.policy()
         except AuthConfigError as error:
             return PolicyDecision(is_allowed=False, reason=str(error), gateway_app_id="", rule="config")
-        return evaluate(policy, boot_info, is_kms, compat=self.compat)
+        return evaluate(policy, boot_info, is_kms, contract=self.contract)
 
     def info(self) -> dict[str, object]:
         """Build the answer of `GET /`.

@@ -12,19 +12,23 @@ from typing import Any, Final, Protocol
 import aiohttp
 
 from dstack_emu.attest.app_info import BootInfo
+from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.attest.strict_json import ConstantError, StrictJson
-from dstack_emu.attest.version import UPSTREAM
 from dstack_emu.kms_emu.errors import UnavailableError
 from dstack_emu.transport.client import MoreHeaders, describe_failure
 from dstack_emu.transport.keepalive import AnswerTooLongError, KeepAliveClient, header_lines
 from dstack_emu.transport.status import status_line
 
-USER_AGENT: Final = f"dstack-kms/{UPSTREAM}"
 TIMEOUT: Final = 10.0
 MAX_ANSWER: Final = 1024 * 1024
 REMEMBERED_ANSWER: Final = 4096
 """Bytes of an answer whose reading is remembered; it is asked for each time all the same."""
 SHOWN: Final = 512
+
+
+def kms_user_agent(release: Release) -> str:
+    """Return the User-Agent of a KMS of this release."""
+    return f"dstack-kms/{release.version}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +89,26 @@ class DevAuth:
 class WebhookAuth:
     """auth_api `webhook`, asked over kept-alive connections; `headers` are added to each question. Close it."""
 
-    def __init__(self, url: str, *, timeout: float = TIMEOUT, headers: MoreHeaders | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = TIMEOUT,
+        headers: MoreHeaders | None = None,
+        release: Release = DEFAULT,
+    ) -> None:
         self.url = url
         self._timeout = timeout
         self._more_headers = headers
-        self._client = KeepAliveClient(timeout=timeout, max_answer=MAX_ANSWER, headers={"User-Agent": USER_AGENT})
+        self._variant_members = release.boot_info_variant_members
+        user_agent = {"User-Agent": kms_user_agent(release)}
+        self._client = KeepAliveClient(timeout=timeout, max_answer=MAX_ANSWER, headers=user_agent)
         base = url.rstrip("/")
         self._boot_auth = {True: f"{base}/bootAuth/kms", False: f"{base}/bootAuth/app"}
 
     async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
         """POST the question to bootAuth/kms or bootAuth/app."""
-        answer = await self._ask("POST", self._boot_auth[is_kms], _question(boot_info))
+        answer = await self._ask("POST", self._boot_auth[is_kms], _question(boot_info, self._variant_members))
         return (_decision if len(answer.data) <= REMEMBERED_ANSWER else _decision.__wrapped__)(answer)
 
     async def info(self) -> AuthInfo:
@@ -134,9 +147,9 @@ class WebhookAuth:
 
 
 @functools.lru_cache(maxsize=256)
-def _question(boot_info: BootInfo) -> bytes:
-    """Write the question; whoever asks it again has the same one, and is answered anew."""
-    return boot_info.to_json()
+def _question(boot_info: BootInfo, variant_members: tuple[str, ...]) -> bytes:
+    """Encode the request; equal requests are encoded once, and each of them is sent."""
+    return boot_info.to_json(variant_members=variant_members)
 
 
 @dataclass(frozen=True, slots=True)

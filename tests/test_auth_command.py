@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dstack_emu.attest.release import DEFAULT
 from tests.commands import ask, serving, usage_error
 
 BOOT_INFO: dict[str, Any] = {
@@ -60,7 +61,7 @@ def log_lines(path: Path) -> list[str]:
 def test_simple_decides_by_its_file_and_says_so(policy: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with serving("auth", "simple", *FREE, "--config", str(policy), log=log) as said:
-        assert said == {"url": said["url"], "config_path": str(policy), "compat": "readme"}
+        assert said == {"url": said["url"], "config_path": str(policy), "compat": DEFAULT.auth_contract}
         assert said["url"].startswith("http://127.0.0.1:")
         assert decision(said["url"]) == decision(said["url"], "kms") == ALLOWED
         policy.write_text(json.dumps({**POLICY, "apps": {}}))
@@ -97,15 +98,30 @@ def test_simple_without_its_file_runs_and_denies_until_it_is_there(policy: Path,
         assert decision(said["url"], "kms") == ALLOWED
 
 
-@pytest.mark.parametrize(("compat", "allowed"), [("", False), ("upstream", True)])
-def test_simple_takes_the_variables_of_the_original(policy: Path, compat: str, allowed: bool) -> None:
+@pytest.mark.parametrize(("contract", "allowed"), [("", False), ("upstream", True)])
+def test_simple_takes_the_variables_of_the_original(policy: Path, contract: str, allowed: bool) -> None:
     policy.write_text(json.dumps({**POLICY, "kms": {"mrAggregated": POLICY["kms"]["mrAggregated"], "devices": []}}))
-    environment = {"PORT": "0", "AUTH_CONFIG_PATH": str(policy), "AUTH_SIMPLE_COMPAT": compat}
+    environment = {"PORT": "0", "AUTH_CONFIG_PATH": str(policy), "AUTH_SIMPLE_COMPAT": contract}
     with serving("auth", "simple", environment=environment) as said:
-        assert (said["config_path"], said["compat"]) == (str(policy), compat or "readme")
+        assert (said["config_path"], said["compat"]) == (str(policy), contract or DEFAULT.auth_contract)
         assert said["url"].startswith("http://127.0.0.1:")
         answer = decision(said["url"], "kms")
         assert answer == (ALLOWED if allowed else denied("KMS is not allowed to boot on this device"))
+
+
+@pytest.mark.parametrize(
+    ("release", "variable", "contract"),
+    [("0.5", "", "readme"), ("0.6", "", "0.6"), ("0.6", "upstream", "upstream"), ("0.5", "0.6", "0.6")],
+)
+def test_simple_has_the_contract_of_the_release_unless_the_variable_names_one(
+    policy: Path, release: str, variable: str, contract: str
+) -> None:
+    options = (*FREE, "-c", str(policy), "--release", release)
+    with serving("auth", "simple", *options, environment={"AUTH_SIMPLE_COMPAT": variable}) as said:
+        assert said["compat"] == contract
+        answer = decision(said["url"], advisoryIds=["INTEL-SA-1"])
+        assert answer == (denied("advisory ID is not allowed") if contract == "0.6" else ALLOWED)
+        assert decision(said["url"]) == ALLOWED
 
 
 def test_simple_options_go_before_variables(policy: Path, tmp_path: Path) -> None:
@@ -235,6 +251,11 @@ def test_mock_takes_the_variables_of_the_original(
             ("mock", "--config", "x"),
             {},
             "--config is for `auth simple` and `auth file`: `auth mock` decides by MOCK_POLICY",
+        ),
+        (
+            ("simple", "--release", "0.7"),
+            {},
+            "argument --release: dstack release: 0.5 or 0.6 expected, got '0.7' (see dstack-emu auth --help)",
         ),
         (("simple",), {"PORT": "65536"}, 'PORT is "65536", expected a number of 0 (a free one) to 65535'),
     ],

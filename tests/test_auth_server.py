@@ -15,7 +15,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from yarl import URL
 
 from dstack_emu.auth.mock import MockSettings
-from dstack_emu.auth.policy import COMPATS, Compat
+from dstack_emu.auth.policy import CONTRACTS, Contract
 from dstack_emu.auth.server import MAX_BODY_SIZE, mock_app, simple_app
 
 Client = TestClient[web.Request, web.Application]
@@ -289,16 +289,16 @@ async def test_launch_ticket_hash_of_a_later_kms_is_accepted(mock: Client, tmp_p
     section = {"composeHashes": ["0xdd"], "devices": ["0xff"]}
     config = tmp_path / "c.json"
     config.write_text(json.dumps({"osImages": ["0xbb"], "apps": {"0xcc": section}}))
-    for compat in COMPATS:
-        async with TestClient(TestServer(simple_app(config, compat=compat))) as client:
+    for contract in CONTRACTS:
+        async with TestClient(TestServer(simple_app(config, contract=contract))) as client:
             assert await ask_json(client, asked) == (200, '{"isAllowed":true,"reason":"","gatewayAppId":""}')
 
 
-@pytest.mark.parametrize(("compat", "is_field"), [("readme", 0), ("upstream", 0), ("next", 1), ("0.6", 1)])
-async def test_tee_variant_is_an_optional_field_since_next(tmp_path: Path, compat: Compat, is_field: int) -> None:
+@pytest.mark.parametrize(("contract", "is_field"), [("readme", 0), ("upstream", 0), ("next", 1), ("0.6", 1)])
+async def test_tee_variant_is_an_optional_field_since_next(tmp_path: Path, contract: Contract, is_field: int) -> None:
     document = {**BOOT_INFO, "teeVariant": 1, "appId": 1}
     app_id, tee_variant = issue("string", "number", ["appId"]), issue("string", "number", ["teeVariant"])
-    async with TestClient(TestServer(simple_app(tmp_path / "c.json", compat=compat))) as client:
+    async with TestClient(TestServer(simple_app(tmp_path / "c.json", contract=contract))) as client:
         issues = [tee_variant, app_id] if is_field else [app_id]
         assert await ask_json(client, document) == (400, refusal(*issues))
         assert (await ask_json(client, {**BOOT_INFO, "teeVariant": "dstack-tdx"}))[0] == 200

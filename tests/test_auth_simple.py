@@ -15,9 +15,10 @@ from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dstack_emu.attest.release import DEFAULT
 from dstack_emu.auth.boot_info import ReceivedBootInfo, parse_boot_info
 from dstack_emu.auth.errors import AuthConfigError
-from dstack_emu.auth.policy import COMPATS, Compat, Policy, evaluate
+from dstack_emu.auth.policy import CONTRACTS, Contract, Policy, evaluate
 from dstack_emu.auth.server import simple_app
 from dstack_emu.auth.simple import SimpleAuth, SimpleSettings
 from tests.recorded import golden
@@ -95,8 +96,8 @@ async def ask(client: Client, caller: str, **changed: Any) -> Any:
         return await response.json()
 
 
-async def decide(path: Path, caller: str, compat: Compat = "readme", **changed: Any) -> Any:
-    async with TestClient(TestServer(simple_app(path, compat=compat))) as client:
+async def decide(path: Path, caller: str, contract: Contract = "readme", **changed: Any) -> Any:
+    async with TestClient(TestServer(simple_app(path, contract=contract))) as client:
         return await ask(client, caller, **changed)
 
 
@@ -109,10 +110,10 @@ async def info(path: Path | str) -> Any:
 # --- every rule
 
 
-@pytest.mark.parametrize("compat", COMPATS)
+@pytest.mark.parametrize("contract", CONTRACTS)
 @pytest.mark.parametrize("caller", ["app", "kms"])
-async def test_listed_boot_is_allowed(config: Path, caller: str, compat: Compat) -> None:
-    assert await decide(config, caller, compat) == ALLOWED
+async def test_listed_boot_is_allowed(config: Path, caller: str, contract: Contract) -> None:
+    assert await decide(config, caller, contract) == ALLOWED
 
 
 async def test_answers_are_the_documented_bytes(config: Path) -> None:
@@ -149,13 +150,16 @@ async def test_one_value_changed_is_denied_with_its_reason(
     assert await decide(config, caller, **changed) == denied(reason)
 
 
-async def test_absent_tcb_status_is_not_up_to_date(config: Path) -> None:
+@pytest.mark.parametrize(
+    ("contract", "reason"), [("readme", "TCB status is not up to date"), ("0.6", "TCB status is not allowed")]
+)
+async def test_absent_tcb_status_is_not_up_to_date(config: Path, contract: Contract, reason: str) -> None:
     required = {key: BOOT_INFO[key] for key in list(BOOT_INFO)[:6]}
     async with (
-        TestClient(TestServer(simple_app(config))) as client,
+        TestClient(TestServer(simple_app(config, contract=contract))) as client,
         client.post("/bootAuth/app", json=required) as response,
     ):
-        assert await response.json() == denied("TCB status is not up to date")
+        assert await response.json() == denied(reason)
 
 
 async def test_an_app_is_not_asked_for_kms_values_nor_a_kms_for_app_values(config: Path) -> None:
@@ -202,8 +206,8 @@ async def test_what_the_config_leaves_out_is_denied_under_every_contract(
     config: Path, document: dict[str, Any], caller: str, reason: str
 ) -> None:
     write(config, document)
-    for compat in COMPATS:
-        assert await decide(config, caller, compat) == denied(reason, document.get("gatewayAppId", ""))
+    for contract in CONTRACTS:
+        assert await decide(config, caller, contract) == denied(reason, document.get("gatewayAppId", ""))
 
 
 async def test_any_device_is_admitted_where_the_config_says_so(config: Path) -> None:
@@ -252,7 +256,7 @@ async def test_of_two_spellings_of_an_app_the_first_counts(config: Path) -> None
 
 
 # Contract: what an empty `devices` admits without `allowAnyDevice`, and whether the file names statuses and advisories.
-CONTRACTS: dict[Compat, tuple[bool, bool]] = {
+DIFFERENCES: dict[Contract, tuple[bool, bool]] = {
     "readme": (False, False),
     "upstream": (True, False),
     "next": (True, True),
@@ -265,79 +269,81 @@ NO_DEVICE = {
 
 
 def test_every_contract_is_in_the_table() -> None:
-    assert tuple(CONTRACTS) == COMPATS
+    assert tuple(DIFFERENCES) == CONTRACTS
 
 
 @pytest.mark.parametrize("changed", [{"devices": []}, {"devices": [], "allowAnyDevice": False}])
 @pytest.mark.parametrize("caller", ["app", "kms"])
-@pytest.mark.parametrize(("compat", "empty_admits"), [(name, row[0]) for name, row in CONTRACTS.items()])
+@pytest.mark.parametrize(("contract", "empty_admits"), [(name, row[0]) for name, row in DIFFERENCES.items()])
 async def test_empty_devices_admit_what_the_contract_says(
-    config: Path, compat: Compat, empty_admits: bool, caller: str, changed: dict[str, Any]
+    config: Path, contract: Contract, empty_admits: bool, caller: str, changed: dict[str, Any]
 ) -> None:
     section = kms_with if caller == "kms" else app_with
     write(config, section(**changed))
-    assert await decide(config, caller, compat) == (ALLOWED if empty_admits else NO_DEVICE[caller])
+    assert await decide(config, caller, contract) == (ALLOWED if empty_admits else NO_DEVICE[caller])
     write(config, section(**{**changed, "allowAnyDevice": True}))
-    assert await decide(config, caller, compat) == ALLOWED
+    assert await decide(config, caller, contract) == ALLOWED
     write(config, section(devices=["0xd1"]))
-    assert await decide(config, caller, compat) == NO_DEVICE[caller]
-    assert await decide(config, caller, compat, deviceId="0xd1") == ALLOWED
+    assert await decide(config, caller, contract) == NO_DEVICE[caller]
+    assert await decide(config, caller, contract, deviceId="0xd1") == ALLOWED
 
 
 @pytest.mark.parametrize("caller", ["app", "kms"])
-@pytest.mark.parametrize(("compat", "empty_admits"), [(name, row[0]) for name, row in CONTRACTS.items()])
-async def test_absent_devices_are_empty_devices(config: Path, compat: Compat, empty_admits: bool, caller: str) -> None:
+@pytest.mark.parametrize(("contract", "empty_admits"), [(name, row[0]) for name, row in DIFFERENCES.items()])
+async def test_absent_devices_are_empty_devices(
+    config: Path, contract: Contract, empty_admits: bool, caller: str
+) -> None:
     kms = {"mrAggregated": ["0xabc123"]}
     write(config, config_with(kms=kms, apps={"0xa0": {"composeHashes": ["0xc0"]}}))
-    assert await decide(config, caller, compat) == (ALLOWED if empty_admits else NO_DEVICE[caller])
+    assert await decide(config, caller, contract) == (ALLOWED if empty_admits else NO_DEVICE[caller])
 
 
-FROM_THE_FILE: list[Compat] = [name for name, row in CONTRACTS.items() if row[1]]
-FIXED: list[Compat] = [name for name, row in CONTRACTS.items() if not row[1]]
+FROM_THE_FILE: list[Contract] = [name for name, row in DIFFERENCES.items() if row[1]]
+FIXED: list[Contract] = [name for name, row in DIFFERENCES.items() if not row[1]]
 
 
-@pytest.mark.parametrize("compat", FROM_THE_FILE)
-async def test_tcb_statuses_come_from_the_config(config: Path, compat: Compat) -> None:
-    assert await decide(config, "kms", compat, tcbStatus="OutOfDate") == denied("TCB status is not allowed")
+@pytest.mark.parametrize("contract", FROM_THE_FILE)
+async def test_tcb_statuses_come_from_the_config(config: Path, contract: Contract) -> None:
+    assert await decide(config, "kms", contract, tcbStatus="OutOfDate") == denied("TCB status is not allowed")
     write(config, config_with(allowedTcbStatuses=["OutOfDate"]))
-    assert await decide(config, "kms", compat, tcbStatus="OutOfDate") == ALLOWED
-    assert await decide(config, "kms", compat) == denied("TCB status is not allowed")
+    assert await decide(config, "kms", contract, tcbStatus="OutOfDate") == ALLOWED
+    assert await decide(config, "kms", contract) == denied("TCB status is not allowed")
     write(config, config_with(allowedTcbStatuses=[]))
-    assert await decide(config, "kms", compat) == denied("TCB status is not allowed")
+    assert await decide(config, "kms", contract) == denied("TCB status is not allowed")
 
 
-@pytest.mark.parametrize("compat", FIXED)
-async def test_tcb_status_is_fixed_whatever_the_config_says(config: Path, compat: Compat) -> None:
+@pytest.mark.parametrize("contract", FIXED)
+async def test_tcb_status_is_fixed_whatever_the_config_says(config: Path, contract: Contract) -> None:
     write(config, config_with(allowedTcbStatuses=["OutOfDate"]))
     expected = denied("TCB status is not up to date")
-    assert await decide(config, "kms", compat, tcbStatus="OutOfDate") == expected
-    assert await decide(config, "kms", compat) == ALLOWED
+    assert await decide(config, "kms", contract, tcbStatus="OutOfDate") == expected
+    assert await decide(config, "kms", contract) == ALLOWED
 
 
-@pytest.mark.parametrize("compat", FROM_THE_FILE)
-async def test_advisories_must_be_in_the_config(config: Path, compat: Compat) -> None:
+@pytest.mark.parametrize("contract", FROM_THE_FILE)
+async def test_advisories_must_be_in_the_config(config: Path, contract: Contract) -> None:
     advisories = ["INTEL-SA-00001", "INTEL-SA-00002"]
-    assert await decide(config, "app", compat, advisoryIds=advisories) == denied("advisory ID is not allowed")
+    assert await decide(config, "app", contract, advisoryIds=advisories) == denied("advisory ID is not allowed")
     write(config, config_with(allowedAdvisoryIds=advisories[:1]))
-    assert await decide(config, "app", compat, advisoryIds=advisories[:1]) == ALLOWED
-    assert await decide(config, "app", compat, advisoryIds=advisories) == denied("advisory ID is not allowed")
+    assert await decide(config, "app", contract, advisoryIds=advisories[:1]) == ALLOWED
+    assert await decide(config, "app", contract, advisoryIds=advisories) == denied("advisory ID is not allowed")
     lower = [advisories[0].lower()]
-    assert await decide(config, "app", compat, advisoryIds=lower) == denied("advisory ID is not allowed")
+    assert await decide(config, "app", contract, advisoryIds=lower) == denied("advisory ID is not allowed")
 
 
-@pytest.mark.parametrize("compat", FIXED)
-async def test_advisories_are_not_checked(config: Path, compat: Compat) -> None:
-    assert await decide(config, "app", compat, advisoryIds=["INTEL-SA-00001", "INTEL-SA-00002"]) == ALLOWED
+@pytest.mark.parametrize("contract", FIXED)
+async def test_advisories_are_not_checked(config: Path, contract: Contract) -> None:
+    assert await decide(config, "app", contract, advisoryIds=["INTEL-SA-00001", "INTEL-SA-00002"]) == ALLOWED
 
 
-@pytest.mark.parametrize("compat", FROM_THE_FILE)
-async def test_advisories_are_checked_between_tcb_and_os_image(config: Path, compat: Compat) -> None:
+@pytest.mark.parametrize("contract", FROM_THE_FILE)
+async def test_advisories_are_checked_between_tcb_and_os_image(config: Path, contract: Contract) -> None:
     wrong: dict[str, Any] = {"tcbStatus": "Revoked", "advisoryIds": ["x"], "osImageHash": "0x00"}
-    assert await decide(config, "app", compat, **wrong) == denied("TCB status is not allowed")
+    assert await decide(config, "app", contract, **wrong) == denied("TCB status is not allowed")
     del wrong["tcbStatus"]
-    assert await decide(config, "app", compat, **wrong) == denied("advisory ID is not allowed")
+    assert await decide(config, "app", contract, **wrong) == denied("advisory ID is not allowed")
     del wrong["advisoryIds"]
-    assert await decide(config, "app", compat, **wrong) == denied("OS image is not allowed")
+    assert await decide(config, "app", contract, **wrong) == denied("OS image is not allowed")
 
 
 async def test_decision_that_another_contract_makes_otherwise_is_warned_of(
@@ -372,7 +378,7 @@ def test_decision_names_the_rule_that_decided() -> None:
     policy = Policy.model_validate_json(json.dumps(CONFIG))
 
     def rule(is_kms: bool, **changed: Any) -> str:
-        return evaluate(policy, parse_boot_info({**BOOT_INFO, **changed}), is_kms, compat="next").rule
+        return evaluate(policy, parse_boot_info({**BOOT_INFO, **changed}), is_kms, contract="next").rule
 
     assert rule(True) == rule(False) == "allowed"
     assert rule(True, tcbStatus="x") == "tcb_status"
@@ -413,10 +419,12 @@ _boot_infos = st.builds(
 @given(config=_configs, boot_info=_boot_infos, is_kms=st.booleans())
 def test_contracts_relate_as_documented(config: dict[str, Any], boot_info: ReceivedBootInfo, is_kms: bool) -> None:
     policy = Policy.model_validate_json(json.dumps(config))
-    decisions = {compat: evaluate(policy, boot_info, is_kms, compat=compat) for compat in COMPATS}
-    allowing = {compat for compat, decision in decisions.items() if decision.is_allowed}
-    for compat, decision in decisions.items():
-        assert set(decision.differs_from) == {other for other in COMPATS if (other in allowing) != (compat in allowing)}
+    decisions = {contract: evaluate(policy, boot_info, is_kms, contract=contract) for contract in CONTRACTS}
+    allowing = {contract for contract, decision in decisions.items() if decision.is_allowed}
+    for contract, decision in decisions.items():
+        assert set(decision.differs_from) == {
+            other for other in CONTRACTS if (other in allowing) != (contract in allowing)
+        }
         assert decision.is_allowed == (decision.reason == "") == (decision.rule == "allowed")
     if "readme" in allowing:
         assert "upstream" in allowing
@@ -723,17 +731,17 @@ async def test_requests_and_results_are_logged_as_upstream_does(config: Path, ca
 
 
 def test_settings_come_from_the_environment() -> None:
-    assert SimpleSettings.from_env({}) == SimpleSettings("./auth-config.json", "readme")
+    assert SimpleSettings.from_env({}) == SimpleSettings("./auth-config.json", DEFAULT.auth_contract)
     assert SimpleSettings.from_env({"AUTH_CONFIG_PATH": "", "AUTH_SIMPLE_COMPAT": ""}) == SimpleSettings()
     env = {"AUTH_CONFIG_PATH": "/x/y.json", "AUTH_SIMPLE_COMPAT": "next"}
     assert SimpleSettings.from_env(env) == SimpleSettings("/x/y.json", "next")
-    assert SimpleSettings.from_env({"AUTH_SIMPLE_COMPAT": "0.6"}).compat == "0.6"
+    assert SimpleSettings.from_env({"AUTH_SIMPLE_COMPAT": "0.6"}).contract == "0.6"
 
 
 def test_contract_of_the_release_is_the_default_of_the_variable() -> None:
-    assert SimpleSettings.from_env({}, default_contract="0.6").compat == "0.6"
-    assert SimpleSettings.from_env({"AUTH_SIMPLE_COMPAT": ""}, default_contract="0.6").compat == "0.6"
-    assert SimpleSettings.from_env({"AUTH_SIMPLE_COMPAT": "upstream"}, default_contract="0.6").compat == "upstream"
+    assert SimpleSettings.from_env({}, default_contract="0.6").contract == "0.6"
+    assert SimpleSettings.from_env({"AUTH_SIMPLE_COMPAT": ""}, default_contract="0.6").contract == "0.6"
+    assert SimpleSettings.from_env({"AUTH_SIMPLE_COMPAT": "upstream"}, default_contract="0.6").contract == "upstream"
 
 
 @pytest.mark.parametrize("text", ["README", "v0.5.11", "readme ", "0.5", "0.6.0"])
@@ -743,7 +751,7 @@ def test_unknown_contract_refuses_to_start(text: str) -> None:
         SimpleSettings.from_env({"AUTH_SIMPLE_COMPAT": text})
     assert str(caught.value) == expected
     with pytest.raises(AuthConfigError) as caught:
-        simple_app("x.json", compat=text)  # type: ignore[arg-type]
+        simple_app("x.json", contract=text)  # type: ignore[arg-type]
     assert str(caught.value) == expected
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from dstack_emu.attest.release import DEFAULT
 from dstack_emu.testing import LiveStack
 from dstack_emu.transport.listen import bind_tcp, serve
 from dstack_emu.webhook_check.check import AT_ONCE, AnswerCheck, Report, check_webhook
@@ -82,7 +83,8 @@ def test_auth_simple_of_a_stack_allows_the_questions_about_its_kms_and_app(dstac
     assert [finding for finding in timeless(report) if finding.level != "ok"] == []
     said = {finding.name: finding.said for finding in report.findings}
     assert said[KMS] == said[APP] == "allowed, gatewayAppId 'any'"
-    assert said["kms, TCB out of date, with advisories"] == "denied: TCB status is not up to date"
+    refusal = {"readme": "TCB status is not up to date", "0.6": "TCB status is not allowed"}[DEFAULT.auth_contract]
+    assert said["kms, TCB out of date, with advisories"] == f"denied: {refusal}"
     assert said["KMS that nobody knows"] == "denied: OS image is not allowed"
     assert said["app that nobody knows"] == "denied: app not registered"
 

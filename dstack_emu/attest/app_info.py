@@ -17,6 +17,7 @@ from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.eventlog import BOOT_MR_DONE, SYSTEM_READY, find_payload, replay_runtime
 from dstack_emu.attest.quote import Quote, TdReport
+from dstack_emu.attest.release import DEFAULT
 from dstack_emu.attest.vmconfig import VmConfig
 
 UNKNOWN_DEVICE_ID: Final = hashlib.sha256(b"").digest()
@@ -98,11 +99,12 @@ class BootInfo:
             advisory_ids=advisory_ids,
         )
 
-    def to_json(self) -> bytes:
-        """The webhook's body: camelCase, bytes as lowercase hex; the variant under next's name and 0.5.x's."""
-        document: dict[str, Any] = {
-            "teeVariant": self.tee_variant,
-            "attestationMode": self.tee_variant,
+    def to_json(self, *, variant_members: tuple[str, ...] = DEFAULT.boot_info_variant_members) -> bytes:
+        """Encode the webhook's request: camelCase, bytes as lowercase hex, in the order of dstack's PolicyBootInfo.
+
+        `variant_members` name the TEE variant and come first; a release has its own.
+        """
+        document: dict[str, Any] = dict.fromkeys(variant_members, self.tee_variant) | {
             "mrAggregated": self.mr_aggregated.hex(),
             "osImageHash": self.os_image_hash.hex(),
             "mrSystem": self.mr_system.hex(),

@@ -105,8 +105,6 @@ class Release:
     """The members of the webhook's question that name the TEE variant."""
     auth_contract: AuthContract
     """The contract of auth-simple by default."""
-    auth_mock_refuses_production: bool
-    """auth-mock does not start under NODE_ENV=production."""
 
     @property
     def revision(self) -> str:
@@ -158,7 +156,6 @@ _0_5: Final = Release(
     vm_config_must_match=False,
     boot_info_variant_members=("teeVariant", "attestationMode"),
     auth_contract="readme",
-    auth_mock_refuses_production=False,
 )
 
 _0_6: Final = Release(
@@ -197,7 +194,6 @@ _0_6: Final = Release(
     vm_config_must_match=True,
     boot_info_variant_members=("teeVariant",),
     auth_contract="0.6",
-    auth_mock_refuses_production=True,
 )
 
 RELEASES: Final[Mapping[str, Release]] = MappingProxyType({each.name: each for each in (_0_5, _0_6)})

@@ -14,6 +14,7 @@ from multidict import istr
 
 from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo
 from dstack_emu.auth.errors import AuthError
+from dstack_emu.auth.policy import accepted_tcb_statuses
 from dstack_emu.auth.server import Observer
 from dstack_emu.auth.simple import SimpleAuth
 from dstack_emu.observability.fault_effects import DroppedError, Stale, apply_fault
@@ -181,7 +182,7 @@ def _mismatch(auth: SimpleAuth, boot_info: ReceivedBootInfo, rule: str) -> dict[
         return None
     app = policy.apps.get(f"0x{boot_info.app_id.lower().removeprefix('0x')}")
     table: dict[str, tuple[str, Any, Any]] = {
-        "tcb_status": ("tcb_status", boot_info.tcb_status, ["UpToDate"]),
+        "tcb_status": ("tcb_status", boot_info.tcb_status, accepted_tcb_statuses(policy, auth.contract)),
         "advisory_ids": ("advisory_ids", list(boot_info.advisory_ids), policy.allowed_advisory_ids),
         "os_image": ("os_image_hash", boot_info.os_image_hash, policy.os_images),
         "kms_mr_aggregated": ("mr_aggregated", boot_info.mr_aggregated, policy.kms.mr_aggregated),

@@ -176,8 +176,7 @@ class Verifier:
         details.event_log_verified = True
         details.key_provider = _key_provider(info.key_provider_info)
         details.app_info = _app_info(info, verified.quote.report)
-        details.boot_info = json.loads(boot_info.to_json())
-        del details.boot_info["attestationMode"]  # 0.5.x's name, which only webhooks are told
+        details.boot_info = json.loads(boot_info.to_json(variant_members=("teeVariant",)))
         return VerificationResponse(True, details)
 
     async def verify_certificate(self, data: bytes, clock: Clock) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from dstack_emu.attest.app_info import BootInfo
-from dstack_emu.kms_emu.auth_api import MAX_ANSWER, TIMEOUT, USER_AGENT, Decision, WebhookAuth
+from dstack_emu.attest.release import DEFAULT
+from dstack_emu.kms_emu.auth_api import MAX_ANSWER, TIMEOUT, Decision, WebhookAuth, kms_user_agent
 from dstack_emu.kms_emu.errors import UnavailableError
 from dstack_emu.transport.keepalive import AnswerTooLongError, KeepAliveClient
 from dstack_emu.webhook_check.hints import hint_for
@@ -136,13 +137,13 @@ class _Checker:
             yield _Asked(
                 f"{who}, as 0.5.x asks: attestationMode",
                 is_kms,
-                Variation.of(question, without=("teeVariant",)),
+                Variation.of(question, variant_members=("attestationMode",)),
                 f"with a KMS of 0.5.x: {breaks}",
             )
             yield _Asked(
                 f"{who}, as next asks: teeVariant",
                 is_kms,
-                Variation.of(question, without=("attestationMode",)),
+                Variation.of(question, variant_members=("teeVariant",)),
                 f"with a KMS of next: {breaks}",
             )
             yield _Asked(
@@ -246,7 +247,9 @@ class _Checker:
     async def _plain_answer(self) -> AnswerCheck:
         """Look at what a KMS does not look at: an answer's headers."""
         name, url = "headers of an answer", f"{self.url.rstrip('/')}/bootAuth/app"
-        client = KeepAliveClient(timeout=self._patience, max_answer=MAX_ANSWER, headers={"User-Agent": USER_AGENT})
+        client = KeepAliveClient(
+            timeout=self._patience, max_answer=MAX_ANSWER, headers={"User-Agent": kms_user_agent(DEFAULT)}
+        )
         try:
             headers = "Content-Type: application/json\r\n"
             answer = await client.ask("POST", url, self.questions.app.to_json(), headers)

@@ -30,10 +30,13 @@ class QuestionError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Variation(BootInfo):
-    """A question in other words: `more` fields (JSON), some left out (`without`), or other text (`instead`)."""
+    """A request in another form: `more` members (JSON), other `variant_members`, or other text (`instead`).
+
+    By default it has the TEE variant under the names of all releases, so that a webhook for any of them understands it.
+    """
 
     more: str = "{}"
-    without: tuple[str, ...] = ()
+    variant_members: tuple[str, ...] = ("teeVariant", "attestationMode")
     instead: bytes | None = None
 
     @classmethod
@@ -41,11 +44,11 @@ class Variation(BootInfo):
         """Vary a question."""
         return cls(**{field.name: getattr(question, field.name) for field in fields(BootInfo)}, **changes)
 
-    def to_json(self) -> bytes:
-        """The webhook's body."""
+    def to_json(self, *, variant_members: tuple[str, ...] = ()) -> bytes:
+        """Encode the webhook's request; the variation's own `variant_members` stand for those of the KMS's release."""
         if self.instead is not None:
             return self.instead
-        document = {k: v for k, v in json.loads(BootInfo.to_json(self)).items() if k not in self.without}
+        document = json.loads(BootInfo.to_json(self, variant_members=self.variant_members))
         return json.dumps(document | json.loads(self.more), separators=(",", ":")).encode()
 
 
@@ -67,7 +70,7 @@ class _Values(BaseModel):
     tee_variant: str | None = None
     attestation_mode: str | None = Field(default=None, exclude=True)
 
-    def put_into(self, question: BootInfo) -> BootInfo:
+    def put_into(self, question: Variation) -> Variation:
         """The question with these values."""
         given: dict[str, Any] = self.model_dump(exclude_none=True)
         if self.attestation_mode is not None:
@@ -89,8 +92,8 @@ class _ForEach(BaseModel):
 class Questions:
     """What is asked at bootAuth/kms and at bootAuth/app."""
 
-    kms: BootInfo
-    app: BootInfo
+    kms: Variation
+    app: Variation
 
     @classmethod
     def of_seed(cls, seed: str) -> Self:
@@ -114,10 +117,10 @@ class Questions:
         return Questions(both.put_into(self.kms), both.put_into(self.app))
 
 
-def _question(seed: str, name: str, *, has_keys: bool) -> BootInfo:
+def _question(seed: str, name: str, *, has_keys: bool) -> Variation:
     config = GuestConfig(seed=seed, platform=f"host of {name}", compose=AppCompose.named(name))
     domain = power_on(Intel(Seed.of(seed)), config)
     if has_keys:
         domain.complete(local_key_provider(Seed.of(seed), name))
     info = decode_app_info(domain.attest(bytes(64)), device_id=domain.platform.device_id)
-    return BootInfo.about(info, "UpToDate", ())
+    return Variation.of(BootInfo.about(info, "UpToDate", ()))

@@ -20,7 +20,7 @@ from dstack_emu.auth.file_server import file_app
 from dstack_emu.auth.mock import MockSettings
 from dstack_emu.auth.server import mock_app, simple_app
 from dstack_emu.auth.simple import SimpleAuth, SimpleSettings
-from dstack_emu.cli.commands.common import WARNING, UsageError, listen_address, say, stop_on_signals
+from dstack_emu.cli.commands.common import WARNING, UsageError, add_release, listen_address, say, stop_on_signals
 from dstack_emu.transport.listen import bind_tcp, serve
 
 DESCRIPTION = (
@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the policy of `simple` (AUTH_CONFIG_PATH, else ./auth-config.json), or the allowlist of `file` "
         f"({DEFAULT_ALLOWLIST_PATH})",
     )
+    add_release(parser, "the contract of `simple` if AUTH_SIMPLE_COMPAT is not set: that of this dstack release")
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
     parser.add_argument(
         "--seed", metavar="TEXT", help="accepted, as by every command that serves, and without effect on a webhook"
@@ -80,30 +81,30 @@ class _Webhook:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal."""
-    webhook = _WEBHOOKS[arguments.kind](arguments.config)
+    webhook = _WEBHOOKS[arguments.kind](arguments)
     address = arguments.listen or ("127.0.0.1", webhook.default_port())
     return asyncio.run(_serve(webhook, address, as_json=arguments.json))
 
 
-def _simple(config: str | None) -> _Webhook:
-    settings = SimpleSettings.from_env(os.environ)
-    if config is not None:
-        settings = replace(settings, config_path=config)
+def _simple(arguments: argparse.Namespace) -> _Webhook:
+    settings = SimpleSettings.from_env(os.environ, default_contract=arguments.release.auth_contract)
+    if arguments.config is not None:
+        settings = replace(settings, config_path=arguments.config)
     _report_unusable(SimpleAuth(settings.config_path).policy)
-    facts = {"config_path": os.path.abspath(settings.config_path), "compat": settings.compat}
-    app = simple_app(settings.config_path, compat=settings.compat)
+    facts = {"config_path": os.path.abspath(settings.config_path), "compat": settings.contract}
+    app = simple_app(settings.config_path, contract=settings.contract)
     return _Webhook(app, "auth-simple", facts, _port, LISTEN_OR_PORT)
 
 
-def _file(config: str | None) -> _Webhook:
-    path = DEFAULT_ALLOWLIST_PATH if config is None else config
+def _file(arguments: argparse.Namespace) -> _Webhook:
+    path = DEFAULT_ALLOWLIST_PATH if arguments.config is None else arguments.config
     _report_unusable(FileAuth(path).allowlist)
     facts = {"config_path": os.path.abspath(path)}
     return _Webhook(file_app(path), "dstack-auth", facts, lambda: DEFAULT_FILE_PORT, LISTEN)
 
 
-def _mock(config: str | None) -> _Webhook:
-    if config is not None:
+def _mock(arguments: argparse.Namespace) -> _Webhook:
+    if arguments.config is not None:
         raise UsageError("--config is for `auth simple` and `auth file`: `auth mock` decides by MOCK_POLICY")
     settings = MockSettings.from_env(os.environ)
     return _Webhook(mock_app(settings), "auth-mock", {"policy": settings.policy}, _port, LISTEN_OR_PORT)
@@ -116,7 +117,11 @@ def _report_unusable(read: Callable[[], object]) -> None:
         say(f"{error}; everything is denied until this file can be used")
 
 
-_WEBHOOKS: Final[Mapping[str, Callable[[str | None], _Webhook]]] = {"simple": _simple, "file": _file, "mock": _mock}
+_WEBHOOKS: Final[Mapping[str, Callable[[argparse.Namespace], _Webhook]]] = {
+    "simple": _simple,
+    "file": _file,
+    "mock": _mock,
+}
 
 
 def _port() -> int:

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
+from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.hexadecimal import decode_hex
+from dstack_emu.attest.release import DEFAULT, RELEASES, Release, release
 
 T = TypeVar("T")
 
@@ -83,3 +85,19 @@ def hex_bytes(text: str) -> bytes:
         return decode_hex("".join(text.split()))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"hex expected, got {text!r:.80}") from error
+
+
+def named_release(text: str) -> Release:
+    """Read the name of a dstack release for argparse."""
+    try:
+        return release(text)
+    except FormatError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_release(parser: argparse.ArgumentParser, difference: str) -> None:
+    """Add --release; `difference` says what it selects in this command."""
+    names = "|".join(RELEASES)
+    parser.add_argument(
+        "--release", type=named_release, default=DEFAULT, metavar=names, help=f"{difference} ({DEFAULT.name})"
+    )
