@@ -9,19 +9,24 @@ Source: dstack next 312dc605, `crates/dstack-auth/src/main.rs`; Rocket's `serde:
 
 import json
 import logging
-from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Final
-
-from aiohttp import web
 
 from dstack_emu.auth import openapi
 from dstack_emu.auth.allowlist import normalize_id, parse_allowlist_boot_info
 from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo
 from dstack_emu.auth.errors import MalformedJsonError, MistypedBootInfoError
 from dstack_emu.auth.file import FileAuth
-from dstack_emu.transport.prpc_server import status_page
+from dstack_emu.transport.http import (
+    Application,
+    BodyBrokenError,
+    BodyTooLargeError,
+    Handler,
+    Request,
+    Response,
+    status_page,
+)
 
 MAX_ALLOWLIST_BODY_SIZE: Final = 1024 * 1024
 """Bytes of a request body: so many are read, one more is refused."""
@@ -31,46 +36,37 @@ _TITLE: Final = "dstack-auth: boot authorization by an allowlist file"
 _log = logging.getLogger("dstack_emu.auth.file")
 
 
-def file_app(config_path: Path | str) -> web.Application:
+def file_app(config_path: Path | str) -> Application:
     """Build dstack-auth over one allowlist file.
 
     Logs upstream's line for each decision to `auth.file`, and a warning for a file that cannot be used.
     """
     service = FileAuth(config_path)
-    app = web.Application(client_max_size=MAX_ALLOWLIST_BODY_SIZE)
-    app.add_routes(
-        [
-            _get("/", service.info()),
-            _get("/health", {"status": "ok"}),
-            _get("/openapi.json", openapi.allowlist_document(_TITLE)),
-            web.post("/bootAuth/app", _boot_auth(service, is_kms=False)),
-            web.post("/bootAuth/kms", _boot_auth(service, is_kms=True)),
-            web.route("*", r"/{path:[\s\S]*}", _not_found),
-        ]
-    )
+    app = Application(max_body=MAX_ALLOWLIST_BODY_SIZE)
+    app.add("GET", "/", _always(service.info()))
+    app.add("GET", "/health", _always({"status": "ok"}))
+    app.add("GET", "/openapi.json", _always(openapi.allowlist_document(_TITLE)))
+    app.add("POST", "/bootAuth/app", _boot_auth(service, is_kms=False))
+    app.add("POST", "/bootAuth/kms", _boot_auth(service, is_kms=True))
     return app
 
 
-def _get(path: str, answer: dict[str, object]) -> web.RouteDef:
-    async def handle(_request: web.Request) -> web.Response:
+def _always(answer: dict[str, object]) -> Handler:
+    async def handle(_request: Request) -> Response:
         return _json_response(answer)
 
-    return web.get(path, handle)
+    return handle
 
 
-async def _not_found(request: web.Request) -> web.Response:
-    return status_page(HTTPStatus.NOT_FOUND, request)
-
-
-def _boot_auth(service: FileAuth, *, is_kms: bool) -> Callable[[web.Request], Awaitable[web.Response]]:
-    async def handle(request: web.Request) -> web.Response:
+def _boot_auth(service: FileAuth, *, is_kms: bool) -> Handler:
+    async def handle(request: Request) -> Response:
         try:
             boot_info = parse_allowlist_boot_info(await request.read())
-        except (MalformedJsonError, web.RequestPayloadError):
+        except (MalformedJsonError, BodyBrokenError):
             return status_page(HTTPStatus.BAD_REQUEST, request)
         except MistypedBootInfoError:
             return status_page(HTTPStatus.UNPROCESSABLE_ENTITY, request)
-        except web.HTTPRequestEntityTooLarge:
+        except BodyTooLargeError:
             return status_page(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, request)
         decision = service.decide(boot_info, is_kms)
         _log_decision(boot_info, is_kms, decision)
@@ -97,7 +93,7 @@ def _subject(boot_info: ReceivedBootInfo, is_kms: bool) -> str:
     return f"app={normalize_id(boot_info.app_id)} compose={normalize_id(boot_info.compose_hash)}"
 
 
-def _boot_response(decision: PolicyDecision) -> web.Response:
+def _boot_response(decision: PolicyDecision) -> Response:
     return _json_response(
         {
             "isAllowed": decision.is_allowed,
@@ -107,6 +103,6 @@ def _boot_response(decision: PolicyDecision) -> web.Response:
     )
 
 
-def _json_response(answer: dict[str, object]) -> web.Response:
+def _json_response(answer: dict[str, object]) -> Response:
     text = json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
-    return web.Response(body=text.encode(), headers={"Content-Type": "application/json"})
+    return Response.of(text.encode(), "application/json")

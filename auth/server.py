@@ -12,7 +12,7 @@ Source: `kms/auth-simple/index.ts` and `kms/auth-mock/index.ts` of dstack, next 
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +24,6 @@ from dstack_emu.auth.errors import BootInfoError, MalformedJsonError
 from dstack_emu.auth.mock import MockAuth, MockSettings
 from dstack_emu.auth.policy import DEFAULT_CONTRACT, Contract, knows_tee_variant
 from dstack_emu.auth.simple import SimpleAuth
-from dstack_emu.transport.plain import PlainAnswer, PlainRequest, plain_calls
 
 MAX_BODY_SIZE: Final = 1024 * 1024  # a KMS sends well under 2 KiB
 
@@ -110,17 +109,17 @@ def _webhook(
     checks_tee_variant: bool = False,
 ) -> web.Application:
     async def get_info(_request: web.Request) -> web.Response:
-        return _json_answer(info()).response()
+        return _json_answer(info())
 
     async def get_health(_request: web.Request) -> web.Response:
-        return _json_answer({"status": "ok"}).response()
+        return _json_answer({"status": "ok"})
 
     async def get_openapi(_request: web.Request) -> web.Response:
-        return _json_answer(openapi.document(title)).response()
+        return _json_answer(openapi.document(title))
 
-    async def boot_auth(content_type: str | None, read: Callable[[], Awaitable[bytes]], is_kms: bool) -> PlainAnswer:
+    async def boot_auth(request: web.Request, is_kms: bool) -> web.Response:
         try:
-            boot_info = parse_boot_info(await _read_json(content_type, read), checks_tee_variant=checks_tee_variant)
+            boot_info = parse_boot_info(await _read_json(request), checks_tee_variant=checks_tee_variant)
         except BootInfoError as error:
             refusal = {"success": False, "error": {"issues": error.issues, "name": "ZodError"}}
             return _json_answer(refusal, status=400)
@@ -130,25 +129,20 @@ def _webhook(
             return _text_answer(f"Request body is larger than {MAX_BODY_SIZE} bytes", status=413)
         return _json_answer(_boot_response(decide(boot_info, is_kms)))
 
-    def add_boot_auth(app: web.Application, path: str, is_kms: bool) -> None:
-        async def handle(request: web.Request) -> web.Response:
-            answer = await boot_auth(request.headers.get("Content-Type"), request.read, is_kms)
-            return answer.response()
+    async def boot_auth_app(request: web.Request) -> web.Response:
+        return await boot_auth(request, is_kms=False)
 
-        async def handle_plain(request: PlainRequest) -> PlainAnswer:
-            return await boot_auth(request.content_type, request.read, is_kms)
-
-        app.router.add_post(path, handle)
-        plain_calls(app).handlers[path] = handle_plain
+    async def boot_auth_kms(request: web.Request) -> web.Response:
+        return await boot_auth(request, is_kms=True)
 
     async def not_found(_request: web.Request) -> web.Response:
-        return _text_answer("404 Not Found", status=404).response()
+        return _text_answer("404 Not Found", status=404)
 
     app = web.Application(client_max_size=MAX_BODY_SIZE)
-    add_boot_auth(app, "/bootAuth/app", is_kms=False)
-    add_boot_auth(app, "/bootAuth/kms", is_kms=True)
     app.add_routes(
         [
+            web.post("/bootAuth/app", boot_auth_app),
+            web.post("/bootAuth/kms", boot_auth_kms),
             web.get("/", get_info),
             web.get("/health", get_health),
             web.get("/openapi.json", get_openapi),
@@ -158,12 +152,12 @@ def _webhook(
     return app
 
 
-async def _read_json(content_type: str | None, read: Callable[[], Awaitable[bytes]]) -> object:
+async def _read_json(request: web.Request) -> object:
     """Parse the body; if the content type is not a JSON one, return an empty object, and leave the body unread."""
-    if not _JSON_CONTENT_TYPE.fullmatch(content_type or ""):
+    if not _JSON_CONTENT_TYPE.fullmatch(request.headers.get("Content-Type", "")):
         return {}
     try:
-        body = await read()
+        body = await request.read()
     except web.RequestPayloadError as error:
         raise MalformedJsonError(f"body cannot be read: {error}") from error
     return parse_json(body)
@@ -195,9 +189,9 @@ def _dump(value: object) -> str:
     return _LONE_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def _json_answer(value: object, *, status: int = 200) -> PlainAnswer:
-    return PlainAnswer(status, "application/json", _dump(value).encode())
+def _json_answer(value: object, *, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=_dump(value).encode(), content_type="application/json")
 
 
-def _text_answer(text: str, *, status: int) -> PlainAnswer:
-    return PlainAnswer(status, "text/plain; charset=UTF-8", text.encode())
+def _text_answer(text: str, *, status: int) -> web.Response:
+    return web.Response(status=status, body=text.encode(), headers={"Content-Type": "text/plain; charset=UTF-8"})

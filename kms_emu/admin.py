@@ -11,15 +11,13 @@ import hmac
 from collections.abc import Mapping
 from typing import Final
 
-from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
-
 from dstack_emu.kms_emu.call_log import journaled
 from dstack_emu.kms_emu.config import AdminSection
 from dstack_emu.kms_emu.errors import KmsConfigError, KmsError
 from dstack_emu.kms_emu.image_cache import ImageCache, admin_table
 from dstack_emu.transport.events import EventLog
-from dstack_emu.transport.prpc_server import Asked, add_prpc
+from dstack_emu.transport.http import Application, Handler, Middleware, Request, Response
+from dstack_emu.transport.prpc_server import add_prpc
 
 REALM: Final = "dstack-kms admin"
 TOKEN_HEADER: Final = "X-Admin-Token"  # noqa: S105 - a header's name
@@ -46,24 +44,23 @@ def admin_token(admin: AdminSection, environment: Mapping[str, str]) -> str | No
     return token
 
 
-def admin_app(cache: ImageCache, token: str | None, log: EventLog) -> web.Application:
+def admin_app(cache: ImageCache, token: str | None, log: EventLog) -> Application:
     """Make the listener's application over one image cache."""
-
-    async def anyone(_asked: Asked) -> None:
-        return None
-
-    app = web.Application(middlewares=[_require_token(token, log)])
-    add_prpc(app, "/prpc", journaled(admin_table(cache), log), anyone, errors=(KmsError,))
+    app = Application(middlewares=[_require_token(token, log)])
+    add_prpc(app, "/prpc", journaled(admin_table(cache), log), _admitted, errors=(KmsError,))
     return app
 
 
+async def _admitted(_request: Request) -> None:
+    """Make no difference between callers: whoever gets here has shown the token."""
+
+
 def _require_token(token: str | None, log: EventLog) -> Middleware:
-    @web.middleware
-    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def check(request: Request, handler: Handler) -> Response:
         if is_admitted(request.headers, token):
             return await handler(request)
         log.info("refused", listener="admin", reason="no valid credential", path=request.path)
-        return web.Response(status=401, headers={"WWW-Authenticate": f'Basic realm="{REALM}"'})
+        return Response(401, headers=(("WWW-Authenticate", f'Basic realm="{REALM}"'),))
 
     return check
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from aiohttp.typedefs import Middleware
-
 from dstack_emu.attest.certificate import EvidenceForm
 from dstack_emu.kms_emu.agent_client import TIMEOUT as AGENT_TIMEOUT
 from dstack_emu.kms_emu.agent_client import GuestAgentClient
@@ -20,6 +18,7 @@ from dstack_emu.kms_emu.keys import Entropy
 from dstack_emu.kms_emu.onboarding import Receiver
 from dstack_emu.transport.client import MoreHeaders
 from dstack_emu.transport.events import EventLog
+from dstack_emu.transport.http import Middleware
 from dstack_emu.transport.image_store import ImageStore
 from dstack_emu.transport.pccs_client import AttestationVerifier, Clock, PccsClient
 from dstack_emu.transport.ratls import TIMEOUT as SOURCE_TIMEOUT

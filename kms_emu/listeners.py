@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aiohttp.typedefs import Middleware
-
 from dstack_emu.kms_emu.admin import admin_app
 from dstack_emu.kms_emu.config import KmsConfig
 from dstack_emu.kms_emu.dependencies import KmsDependencies
@@ -20,6 +18,7 @@ from dstack_emu.kms_emu.metrics import AttestationMetrics
 from dstack_emu.kms_emu.onboard_phase import onboard_app
 from dstack_emu.kms_emu.runtime_phase import runtime_app, tls_context
 from dstack_emu.kms_emu.service import KmsService, OnboardService
+from dstack_emu.transport.http import Middleware
 from dstack_emu.transport.listen import Server, bind_tcp, serve
 
 if TYPE_CHECKING:

@@ -5,9 +5,8 @@ Source: dstack `kms/src/main.rs` (`record_attestation_metrics`) at 312dc605.
 
 from typing import Final
 
-from aiohttp import web
-
 from dstack_emu.attest.prpc import trim_prefix
+from dstack_emu.transport.http import Request, Response
 
 COUNTED: Final = frozenset(("GetAppKey", "GetKmsKey", "SignCert"))
 
@@ -24,12 +23,13 @@ class AttestationMetrics:
             self.requests += 1
             self.failures += refused
 
-    async def render(self, request: web.Request) -> web.Response:
+    async def render(self, _request: Request) -> Response:
         """Answer in Prometheus' text format."""
         name = "dstack_kms_attestation"
-        return web.Response(
-            text=f"# HELP {name}_requests_total Calls of RPCs that judge evidence.\n"
+        return Response.of(
+            f"# HELP {name}_requests_total Calls of RPCs that judge evidence.\n"
             f"# TYPE {name}_requests_total counter\n{name}_requests_total {self.requests}\n"
             f"# HELP {name}_failures_total Those of them that were refused.\n"
-            f"# TYPE {name}_failures_total counter\n{name}_failures_total {self.failures}\n"
+            f"# TYPE {name}_failures_total counter\n{name}_failures_total {self.failures}\n",
+            "text/plain",
         )

@@ -6,9 +6,6 @@ Source: dstack `kms/src/main.rs` at 312dc605.
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 
-from aiohttp import web
-from aiohttp.typedefs import Middleware
-
 from dstack_emu.attest.errors import AttestError
 from dstack_emu.attest.version import REVISION, UPSTREAM
 from dstack_emu.kms_emu.call_log import log_refusal
@@ -20,36 +17,34 @@ from dstack_emu.kms_emu.metrics import AttestationMetrics
 from dstack_emu.kms_emu.onboard_phase import health
 from dstack_emu.kms_emu.service import Caller, KmsService, kms_table
 from dstack_emu.transport.events import EventLog
+from dstack_emu.transport.http import Application, Middleware, Request
 from dstack_emu.transport.listen import ServerTlsContext
 from dstack_emu.transport.pccs_client import AttestationVerifier
-from dstack_emu.transport.plain import add_headers
-from dstack_emu.transport.prpc_server import Asked, add_prpc
+from dstack_emu.transport.prpc_server import add_prpc
 
 
 def runtime_app(
     service: KmsService, deps: KmsDependencies, metrics: AttestationMetrics, middlewares: Sequence[Middleware] = ()
-) -> web.Application:
+) -> Application:
     """Make the application of the runtime phase; `metrics` counts its calls."""
-    app = web.Application(middlewares=middlewares)
-    add_headers(app, {"X-App-Version": f"v{UPSTREAM} ({REVISION})"})
-    app.router.add_get("/health", health)
+    version = ("X-App-Version", f"v{UPSTREAM} ({REVISION})")
+    app = Application(headers=(version,), middlewares=middlewares)
+    app.add("GET", "/health", health)
     if deps.core.metrics.enabled:
-        app.router.add_get("/metrics", metrics.render)
+        app.add("GET", "/metrics", metrics.render)
     who = caller(deps.verifier, deps.log)
     add_prpc(app, "/prpc", kms_table(service), who, errors=(KmsError,), answered=metrics.record)
     return app
 
 
-def caller(verifier: AttestationVerifier, log: EventLog) -> Callable[[Asked], Awaitable[Caller]]:
+def caller(verifier: AttestationVerifier, log: EventLog) -> Callable[[Request], Awaitable[Caller]]:
     """Return the function that identifies a caller by the client certificate of its connection."""
 
-    async def identify(asked: Asked) -> Caller:
-        channel = None if asked.transport is None else asked.transport.get_extra_info("ssl_object")
-        certificate = None if channel is None else channel.getpeercert(binary_form=True)
+    async def identify(request: Request) -> Caller:
         try:
-            return await caller_of(certificate, verifier)
+            return await caller_of(request.client_certificate, verifier)
         except (KmsError, AttestError) as error:
-            log_refusal(log, error, path=asked.path)
+            log_refusal(log, error, path=request.path)
             raise
 
     return identify

@@ -7,48 +7,48 @@ DstackGuest at `/`, Tappd and Worker at `/prpc`, and a small page at `/`. Source
 
 from html import escape
 
-from aiohttp import web
-
 from dstack_emu.attest.errors import AttestError
 from dstack_emu.simulator.agent import GuestAgent, combined_table, dstack_table, tappd_table
 from dstack_emu.simulator.errors import GuestError
-from dstack_emu.transport.prpc_server import Asked, add_prpc
+from dstack_emu.transport.http import Application, Request, Response
+from dstack_emu.transport.prpc_server import add_prpc
 
 ERRORS = (GuestError, AttestError)
 
 
-def dstack_app(agent: GuestAgent) -> web.Application:
+def dstack_app(agent: GuestAgent) -> Application:
     """Make the application of dstack.sock: DstackGuest at `/`; a service prefix is not removed there."""
-    app = web.Application()
+    app = Application()
     add_prpc(app, "", dstack_table(agent), _anyone, errors=ERRORS, trim=False)
     return app
 
 
-def tappd_app(agent: GuestAgent) -> web.Application:
+def tappd_app(agent: GuestAgent) -> Application:
     """Make the application of tappd.sock: Tappd at `/prpc`."""
-    app = web.Application()
+    app = Application()
     add_prpc(app, "/prpc", tappd_table(agent), _anyone, errors=ERRORS)
     return app
 
 
-def tcp_app(agent: GuestAgent) -> web.Application:
+def tcp_app(agent: GuestAgent) -> Application:
     """Make the application of the TCP port: every service, and the page."""
-    app = web.Application()
+    app = Application()
 
-    async def index(request: web.Request) -> web.Response:
-        return web.Response(text=await _page(agent), content_type="text/html")
+    async def index(_request: Request) -> Response:
+        return Response.of(await _page(agent), "text/html")
 
-    async def health(request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok", "service": "dstack-emu-agent"})
-
-    app.router.add_get("/", index)
-    app.router.add_get("/health", health)
+    app.add("GET", "/", index)
+    app.add("GET", "/health", _health)
     add_prpc(app, "/prpc", combined_table(agent), _anyone, errors=ERRORS)
     add_prpc(app, "", dstack_table(agent), _anyone, errors=ERRORS, trim=False)
     return app
 
 
-async def _anyone(_asked: Asked) -> None:
+async def _health(_request: Request) -> Response:
+    return Response.of('{"status": "ok", "service": "dstack-emu-agent"}', "application/json")
+
+
+async def _anyone(_request: Request) -> None:
     """Accept every caller: inside a CVM only the application reaches the listener."""
 
 

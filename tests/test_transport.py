@@ -1,8 +1,6 @@
 """The pRPC HTTP transport: recorded calls to a toy service, raw sockets, curl, the published SDK, TLS."""
 
 import asyncio
-import datetime
-import ipaddress
 import json
 import logging
 import os
@@ -12,16 +10,11 @@ import socket
 import ssl
 import subprocess
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from dstack_sdk import DstackClient
 from google.protobuf.empty_pb2 import Empty
 
@@ -30,9 +23,10 @@ from dstack_emu.attest.proto import dstack_guest_pb2 as guest
 from dstack_emu.attest.proto import kms_pb2 as kms
 from dstack_emu.attest.proto.prpc_pb2 import PrpcError
 from dstack_emu.transport.client import PrpcClient, RpcError, TransportError
+from dstack_emu.transport.http import Application, Request, Response
+from dstack_emu.transport.http.application import MAX_BODY
 from dstack_emu.transport.listen import GRACE, ListenError, bind_tcp, bind_unix, serve
-from dstack_emu.transport.prpc_server import MAX_BODY, Asked
-from tests import tls
+from tests.identities import Identity, self_signed, server_tls
 from tests.recorded import golden
 from tests.toy import Toy, ToyError, application, connect, exchange, post, raw, read_answer, served
 
@@ -117,36 +111,6 @@ async def test_recorded_codec_calls_are_answered_as_by_the_real_program(service:
                 assert (answer.body == b"null") == (wanted["body"] == "null"), name
 
 
-# Not among them: requests of HTTP/1.1 without Host or with both ways of framing, which aiohttp refuses.
-EDGE_ROWS = {
-    "http-edge kms-tls": [
-        *("chunked", "bad_version", "pct_encoded_method", "trailing_slash"),
-        *("expect_gzip_request", "pipelined"),
-    ],
-    "http-edge agent-unix": [
-        *("http10", "chunked", "bad_version", "two_cl", "absolute_form", "double_slash"),
-        *("accept_encoding", "pipelined"),
-    ],
-}
-
-
-@pytest.mark.parametrize(("component", "service"), [("http-edge kms-tls", "kms"), ("http-edge agent-unix", "guest")])
-async def test_recorded_raw_http_is_answered_as_by_the_real_program(component: str, service: str) -> None:
-    rows = [r for r in golden("wire.json") if r["component"] == component and r["name"] in EDGE_ROWS[component]]
-    assert len(rows) == len(EDGE_ROWS[component])
-    async with served(application(Toy(), service)) as server:
-        for row in rows:
-            reader, writer = await connect(server)
-            writer.write(row["raw_request"].encode())
-            answers = [await read_answer(reader) for _ in range(2 if row["name"] == "pipelined" else 1)]
-            writer.close()
-            for answer in answers:
-                assert answer.status == row["response"]["status"], row["name"]
-                if answer.status == 200:
-                    assert answer.headers["content-type"] == "application/json", row["name"]
-                    assert "content-encoding" not in answer.headers, row["name"]
-
-
 async def test_a_body_of_exactly_the_limit_is_read_and_one_byte_more_is_not() -> None:
     toy = Toy()
     async with served(application(toy, "onboard")) as server:
@@ -173,7 +137,7 @@ async def test_an_oversized_body_is_refused_in_json_by_the_query_alone() -> None
 # ---- The order of a call, and its errors -----------------------------------------------------------------
 
 
-async def refusing(asked: Asked) -> Asked:
+async def refusing(asked: Request) -> Request:
     raise ToyError("invalid quote: report data mismatch")
 
 
@@ -270,11 +234,11 @@ async def test_what_nobody_serves_is_a_page_or_json_by_accept(method: str, path:
 
 
 async def test_a_page_of_the_owner_at_the_mount_goes_before_the_422() -> None:
-    async def page(request: web.Request) -> web.Response:
-        return web.Response(text="dashboard")
+    async def page(_request: Request) -> Response:
+        return Response.of("dashboard", "text/plain")
 
     app = application(Toy(), "guest", "kms")
-    app.router.add_get("/", page)
+    app.add("GET", "/", page)
     async with served(app) as server:
         assert (await exchange(server, raw("GET", "/"))).body == b"dashboard"
         assert (await exchange(server, raw("POST", "/"))).status == 422
@@ -400,7 +364,7 @@ async def test_a_body_with_a_broken_trailer_is_an_error_and_the_end_of_its_conne
 ) -> None:
     asked_for = asyncio.Event()
 
-    async def note(asked: Asked) -> Asked:
+    async def note(asked: Request) -> Request:
         asked_for.set()
         return asked
 
@@ -583,42 +547,9 @@ async def test_client_names_a_url_without_a_host() -> None:
 # ---- TLS -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Identity:
-    certificate: x509.Certificate
-    cert_file: str
-    key_file: str
-
-    @property
-    def der(self) -> bytes:
-        return self.certificate.public_bytes(Encoding.DER)
-
-
-def self_signed(folder: Path, name: str) -> Identity:
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    cert_file, key_file = folder / f"{name}.crt", folder / f"{name}.key"
-    cert_file.write_bytes(certificate.public_bytes(Encoding.PEM))
-    key_file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    return Identity(certificate, str(cert_file), str(key_file))
-
-
 @pytest.fixture
 def identity(tmp_path: Path) -> Identity:
     return self_signed(tmp_path, "server")
-
-
-def server_tls(identity: Identity, *, client_ca: Identity | None = None) -> ssl.SSLContext:
-    ca = None if client_ca is None else Path(client_ca.cert_file).read_text()
-    return tls.server(Path(identity.cert_file).read_text(), Path(identity.key_file).read_text(), client_ca=ca)
 
 
 async def test_client_shows_the_servers_certificate_on_every_call_before_the_status(
@@ -688,9 +619,8 @@ async def test_the_context_sees_the_clients_certificate(identity: Identity, tmp_
     mine = self_signed(tmp_path, "client")
     seen = []
 
-    async def note(asked: Asked) -> Asked:
-        assert asked.transport is not None
-        seen.append(asked.transport.get_extra_info("ssl_object").getpeercert(binary_form=True))
+    async def note(asked: Request) -> Request:
+        seen.append(asked.client_certificate)
         return asked
 
     context = ssl.create_default_context(cafile=identity.cert_file)
@@ -776,15 +706,14 @@ async def test_a_bound_socket_takes_connections_before_it_is_served() -> None:
 async def test_an_accepted_socket_has_its_options() -> None:
     found: list[int] = []
 
-    async def look(request: web.Request) -> web.Response:
-        assert request.transport is not None
+    async def look(request: Request) -> Response:
         accepted = request.transport.get_extra_info("socket")
         options = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), (socket.IPPROTO_TCP, socket.TCP_NODELAY))
         found.extend(accepted.getsockopt(*option) for option in options)
-        return web.Response()
+        return Response()
 
-    app = web.Application()
-    app.router.add_get("/", look)
+    app = Application()
+    app.add("GET", "/", look)
     server = await serve(app, bind_tcp("127.0.0.1", 0))
     try:
         done = await asyncio.create_subprocess_exec("curl", "-sf", server.url)
@@ -859,7 +788,7 @@ async def test_serve_closes_the_socket_where_the_application_does_not_start() ->
     async def fail(app: web.Application) -> None:
         raise ToyError("no")
 
-    app = application(Toy(), "guest")
+    app = web.Application()
     app.on_startup.append(fail)
     sock = bind_tcp("127.0.0.1", 0)
     with pytest.raises(ToyError):

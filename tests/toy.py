@@ -16,8 +16,9 @@ from dstack_emu.attest.errors import VerificationError
 from dstack_emu.attest.proto import dstack_guest_pb2 as guest
 from dstack_emu.attest.proto import kms_pb2 as kms
 from dstack_emu.attest.proto.prpc_pb2 import PrpcError
+from dstack_emu.transport.http import Application, Request
 from dstack_emu.transport.listen import Server, bind_tcp, serve
-from dstack_emu.transport.prpc_server import Asked, add_prpc
+from dstack_emu.transport.prpc_server import add_prpc
 from dstack_emu.transport.service import Rpc, ServiceTable
 
 # ---- A service that answers as much as the recorded codec rows need --------------------------------------
@@ -35,7 +36,7 @@ class Toy:
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
     seen: list[str] = field(default_factory=list)
 
-    async def bootstrap(self, _: Asked, request: kms.BootstrapRequest) -> kms.BootstrapResponse:
+    async def bootstrap(self, _: Request, request: kms.BootstrapRequest) -> kms.BootstrapResponse:
         self.seen.append("bootstrap")
         name = request.domain
         if not name or len(name) > 253 or not name.isascii():
@@ -44,42 +45,42 @@ class Toy:
             raise ToyError("domain contains an invalid DNS label")
         return kms.BootstrapResponse(ca_pubkey=name.encode())
 
-    async def finish(self, _: Asked, request: Empty) -> Empty:
+    async def finish(self, _: Request, request: Empty) -> Empty:
         return Empty()
 
-    async def public_key(self, _: Asked, request: kms.AppId) -> kms.PublicKeyResponse:
+    async def public_key(self, _: Request, request: kms.AppId) -> kms.PublicKeyResponse:
         if len(request.app_id) != 20:
             raise ToyError("app_id must be 20 bytes")
         return kms.PublicKeyResponse(public_key=request.app_id, timestamp=1)
 
-    async def app_key(self, _: Asked, request: kms.GetAppKeyRequest) -> kms.AppKeyResponse:
+    async def app_key(self, _: Request, request: kms.GetAppKeyRequest) -> kms.AppKeyResponse:
         return kms.AppKeyResponse(os_image_hash=bytes(request.api_version))
 
-    async def meta(self, _: Asked, request: Empty) -> kms.GetMetaResponse:
+    async def meta(self, _: Request, request: Empty) -> kms.GetMetaResponse:
         return kms.GetMetaResponse(ca_cert="é")
 
-    async def get_key(self, _: Asked, request: guest.GetKeyArgs) -> guest.GetKeyResponse:
+    async def get_key(self, _: Request, request: guest.GetKeyArgs) -> guest.GetKeyResponse:
         return guest.GetKeyResponse(key=request.path.encode().ljust(32, b"\x00"), signature_chain=[b"\x01", b"\x02"])
 
-    async def tls_key(self, _: Asked, request: guest.GetTlsKeyArgs) -> guest.GetTlsKeyResponse:
+    async def tls_key(self, _: Request, request: guest.GetTlsKeyArgs) -> guest.GetTlsKeyResponse:
         return guest.GetTlsKeyResponse(key=request.subject, certificate_chain=request.alt_names)
 
-    async def version(self, _: Asked, request: Empty) -> guest.WorkerVersion:
+    async def version(self, _: Request, request: Empty) -> guest.WorkerVersion:
         return guest.WorkerVersion(version="1")
 
-    async def quote(self, _: Asked, request: guest.RawQuoteArgs) -> guest.GetQuoteResponse:
+    async def quote(self, _: Request, request: guest.RawQuoteArgs) -> guest.GetQuoteResponse:
         """Waits until the test lets it answer."""
         self.started.set()
         await self.may_answer.wait()
         return guest.GetQuoteResponse(report_data=request.report_data)
 
-    async def broken(self, _: Asked, request: Empty) -> Empty:
+    async def broken(self, _: Request, request: Empty) -> Empty:
         raise ValueError("5f-secret-5f")
 
-    async def unproven(self, _: Asked, request: Empty) -> Empty:
+    async def unproven(self, _: Request, request: Empty) -> Empty:
         raise VerificationError("quote is é")
 
-    def onboard(self) -> ServiceTable[Asked]:
+    def onboard(self) -> ServiceTable[Request]:
         return ServiceTable(
             "Onboard.",
             {
@@ -88,7 +89,7 @@ class Toy:
             },
         )
 
-    def kms(self) -> ServiceTable[Asked]:
+    def kms(self) -> ServiceTable[Request]:
         return ServiceTable(
             "KMS.",
             {
@@ -100,7 +101,7 @@ class Toy:
             },
         )
 
-    def guest(self) -> ServiceTable[Asked]:
+    def guest(self) -> ServiceTable[Request]:
         return ServiceTable(
             "DstackGuest.",
             {
@@ -114,13 +115,13 @@ class Toy:
         )
 
 
-async def caller(request: Asked) -> Asked:
+async def caller(request: Request) -> Request:
     return request
 
 
-def application(toy: Toy, *mounts: str, context: Callable[[Asked], Awaitable[Asked]] = caller) -> web.Application:
+def application(toy: Toy, *mounts: str, context: Callable[[Request], Awaitable[Request]] = caller) -> Application:
     """The toy's services where upstream has them: `onboard` and `kms` at /prpc, `guest` at the root."""
-    app = web.Application()
+    app = Application()
     for mount in mounts:
         table = {"onboard": toy.onboard, "kms": toy.kms, "guest": toy.guest}[mount]()
         at_root = mount == "guest"
@@ -130,7 +131,7 @@ def application(toy: Toy, *mounts: str, context: Callable[[Asked], Awaitable[Ask
 
 @contextlib.asynccontextmanager
 async def served(
-    app: web.Application, sock: socket.socket | None = None, tls: ssl.SSLContext | None = None
+    app: Application | web.Application, sock: socket.socket | None = None, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[Server]:
     server = await serve(app, sock or bind_tcp("127.0.0.1", 0), tls)
     try:
@@ -161,22 +162,33 @@ class Answer:
         return PrpcError.FromString(self.body).message
 
 
-async def connect(server: Server) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    if server.url.startswith("unix:"):
-        return await asyncio.open_unix_connection(server.url.removeprefix("unix:"))
-    host, _, port = server.url.removeprefix("http://").rpartition(":")
-    return await asyncio.open_connection(host.strip("[]"), int(port))
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def connect(server: Server, trust: ssl.SSLContext | None = None) -> Streams:
+    return await connect_to(server.url, trust)
+
+
+async def connect_to(
+    url: str, trust: ssl.SSLContext | None = None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    if url.startswith("unix:"):
+        return await asyncio.open_unix_connection(url.removeprefix("unix:"))
+    host, _, port = url.partition("://")[2].rpartition(":")
+    return await asyncio.open_connection(host.strip("[]"), int(port), ssl=trust)
 
 
 async def read_answer(reader: asyncio.StreamReader) -> Answer:
-    """Read one answer by its Content-Length, which every answer has to have."""
+    """Read one answer by its Content-Length, which every answer but 100 has to have."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     headers = {}
     for line in filter(None, head[1:]):
         name, _, value = line.partition(":")
         headers[name.lower()] = value.strip()
     assert "transfer-encoding" not in headers
-    return Answer(int(head[0].split()[1]), headers, await reader.readexactly(int(headers["content-length"])))
+    status = int(head[0].split()[1])
+    length = 0 if status == 100 else int(headers["content-length"])
+    return Answer(status, headers, await reader.readexactly(length))
 
 
 def raw(

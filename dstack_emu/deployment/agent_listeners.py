@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aiohttp import web
-
 from dstack_emu.simulator.agent import GuestAgent
 from dstack_emu.simulator.agent_server import dstack_app, tappd_app, tcp_app
+from dstack_emu.transport.http import Application
 from dstack_emu.transport.listen import bind_unix, reachable, reserve_unix, serve
 
 
@@ -37,7 +36,7 @@ class AgentAddresses:
 class Instruments:
     """What is put around an agent's listeners: around each HTTP application, and grpc.aio's interceptors."""
 
-    instrument: Callable[[web.Application], web.Application] = lambda app: app
+    instrument: Callable[[Application], Application] = lambda app: app
     interceptors: Sequence[Any] = ()
 
 
@@ -75,7 +74,7 @@ class AgentListeners:
         if addresses.grpc is not None or addresses.grpc_sock is not None:
             await self._serve_grpc(agent, addresses, instruments.interceptors)
 
-    async def _serve(self, app: web.Application, sock: socket.socket) -> str:
+    async def _serve(self, app: Application, sock: socket.socket) -> str:
         server = await serve(app, sock)
         self._exit.push_async_callback(server.close)
         return server.url

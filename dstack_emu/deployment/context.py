@@ -4,16 +4,14 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from aiohttp import web
-
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.auth.server import simple_app
 from dstack_emu.deployment.config import StackConfig
-from dstack_emu.deployment.instrumentation import Instrumentation
+from dstack_emu.deployment.instrumentation import App, Instrumentation
 from dstack_emu.deployment.policy_files import PolicyFiles
 from dstack_emu.deployment.service_logs import ServiceLogs
+from dstack_emu.observability.decisions import decision_recorder
 from dstack_emu.observability.fault_effects import Stale
-from dstack_emu.observability.middleware import decision_recorder
 from dstack_emu.observability.recorders import RecordingVerifier
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.intel import Intel
@@ -66,7 +64,7 @@ class StackContext:
         """The file with the emulated Intel's root certificate (PEM)."""
         return self.state / "root-ca.pem"
 
-    async def serve(self, service: str, app: web.Application, *, stale: Stale | None = None) -> Server:
+    async def serve(self, service: str, app: App, *, stale: Stale | None = None) -> Server:
         """Serve an instrumented application on the service's port; the caller closes the server."""
         app = self.instrumentation.instrument(service, app, stale=stale)
         with self.logs.of(service):

@@ -15,9 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
-from aiohttp import web
-from aiohttp.typedefs import Handler
-
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.authorization import Authorization, tls_url
 from dstack_emu.deployment.config import DESCRIPTION_FILE, StackConfig
@@ -29,11 +26,13 @@ from dstack_emu.deployment.service_logs import ServiceLogs
 from dstack_emu.deployment.specs import GuestSpec, KmsSpec
 from dstack_emu.deployment.supervision import Supervisor
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
+from dstack_emu.observability.http_call import HttpCall
 from dstack_emu.observability.recorders import verdict_recorder
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.pccs import pccs_app
 from dstack_emu.simulator.trust_domain import TrustDomain
+from dstack_emu.transport.http import Response
 from dstack_emu.transport.image_store import ImageStore
 from dstack_emu.transport.listen import Server
 from dstack_emu.transport.ports import IMAGE_URL
@@ -155,7 +154,7 @@ class Deployment:
     async def _serve_pccs(self) -> None:
         self._close_at_end(await self.context.serve("pccs", pccs_app(self.intel), stale=self._answer_expired))
 
-    async def _answer_expired(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _answer_expired(self, call: HttpCall) -> Response:
         """Answer for the PCCS with documents that have expired: its handlers read the state, and never wait."""
         before = self.intel.state
         self.intel.state = replace(
@@ -166,7 +165,7 @@ class Deployment:
             root_ca_crl_dating="expired",
         )
         try:
-            return await handler(request)
+            return await call.proceed()
         finally:
             self.intel.state = before
 

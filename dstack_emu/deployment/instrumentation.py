@@ -1,7 +1,7 @@
 """One stack's clock, journal and faults, and how its services are instrumented with them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from aiohttp import web
 
@@ -11,17 +11,21 @@ from dstack_emu.deployment.config import JOURNAL_SIZE
 from dstack_emu.kms_emu.auth_api import TIMEOUT as WEBHOOK_TIMEOUT
 from dstack_emu.kms_emu.auth_api import AuthApi, WebhookAuth
 from dstack_emu.kms_emu.server import KmsInstruments
+from dstack_emu.observability.aiohttp_middleware import aiohttp_middleware
 from dstack_emu.observability.fault_effects import Stale
 from dstack_emu.observability.fault_rules import FaultRules
 from dstack_emu.observability.journal import Journal
-from dstack_emu.observability.middleware import journal_middleware
+from dstack_emu.observability.middleware import HttpInstruments
 from dstack_emu.observability.recorders import RecordingAuth, RecordingVerifier
 from dstack_emu.observability.spans import headers_of
 from dstack_emu.simulator.seed import Seed
+from dstack_emu.transport.http import Application
 from dstack_emu.transport.pccs_client import DEFAULT_TIMEOUT, PccsClient
 
 if TYPE_CHECKING:
     from dstack_emu.observability.interceptor import CallInterceptor
+
+App = TypeVar("App", Application, web.Application)
 
 
 class Instrumentation:
@@ -36,9 +40,13 @@ class Instrumentation:
         self.patience = patience
         self._verifiers: dict[str, RecordingVerifier] = {}
 
-    def instrument(self, service: str, app: web.Application, *, stale: Stale | None = None) -> web.Application:
+    def instrument(self, service: str, app: App, *, stale: Stale | None = None) -> App:
         """Put journal and faults around the application of a service, which is not served yet."""
-        app.middlewares.insert(0, journal_middleware(service, self.journal, self.faults, stale=stale))
+        instruments = HttpInstruments(service, self.journal, self.faults, stale=stale)
+        if isinstance(app, Application):
+            app.middlewares.insert(0, instruments.middleware)
+        else:
+            app.middlewares.insert(0, aiohttp_middleware(instruments))
         return app
 
     def interceptors(self, service: str) -> "list[CallInterceptor]":
@@ -49,7 +57,7 @@ class Instrumentation:
 
     def kms_instruments(self, service: str, verifier: RecordingVerifier) -> KmsInstruments:
         """Make the instruments of a KMS."""
-        middleware = journal_middleware(service, self.journal, self.faults)
+        middleware = HttpInstruments(service, self.journal, self.faults).middleware
         return KmsInstruments((middleware,), verifier, headers_of(service), self.patience)
 
     def webhook_client(self, caller: str, url: str, *, own: bool) -> AuthApi:

@@ -1,15 +1,15 @@
-"""What a fault does to one call of an aiohttp application: an answer that is late, wrong, cut off or none at all."""
+"""What a fault does to one call by HTTP: an answer that is late, wrong, cut off or none at all."""
 
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Final
 
-from aiohttp import web
-from aiohttp.typedefs import Handler
-
 from dstack_emu.observability.fault_rules import FaultRule, InstalledRule
+from dstack_emu.observability.http_call import HttpCall
+from dstack_emu.transport.http import Response
 from dstack_emu.transport.listen import reset
 
 PIECES: Final = 20
@@ -17,7 +17,7 @@ PIECES: Final = 20
 
 NOT_JSON: Final = b'{"\xff\x00 malformed by a fault'
 
-Stale = Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]
+Stale = Callable[[HttpCall], Awaitable[Response]]
 """Answers a request for collateral with a document that has expired."""
 
 
@@ -25,53 +25,47 @@ class DroppedError(ConnectionError):
     """The connection was dropped on purpose: there is nothing to answer on."""
 
 
-async def apply_fault(
-    rule: InstalledRule, fault: FaultRule, request: web.Request, handler: Handler, stale: Stale | None
-) -> web.StreamResponse:
-    """Answer a call as a fault wants it; raise `DroppedError` where it gets no answer."""
+async def apply_fault(rule: InstalledRule, fault: FaultRule, call: HttpCall, stale: Stale | None) -> Response:
+    """Answer a call as a fault wants it; raise `DroppedError` if it gets no answer."""
     match fault.kind:
         case "delay":
             await until_lifted(rule, fault.seconds)
-            return await handler(request)
+            return await call.proceed()
         case "status":
             text = f"made by fault {rule.id}" if fault.body is None else fault.body
-            return web.Response(status=fault.status, text=text)
+            return Response.of(text, "text/plain", fault.status)
         case "reset":
-            _reset(request)
-            raise DroppedError
+            raise _dropped(call)
         case "hang":
             await rule.lifted.wait()
-            _reset(request)
-            raise DroppedError
+            raise _dropped(call)
         case "decision" if fault.allow is not None:
             return _decision(fault.allow, fault.reason)
         case "stale" if stale is not None:
-            return await stale(request, handler)
-    answer = await handler(request)
-    body = answer.body if isinstance(answer, web.Response) else None
-    if not isinstance(body, bytes | bytearray):
-        return answer  # nothing whose bytes could be wrong
-    body = bytes(body)
+            return await stale(call)
+    answer = await call.proceed()
+    return _damaged(rule, fault, call, answer, answer.body) if isinstance(answer.body, bytes) else answer
+
+
+def _damaged(rule: InstalledRule, fault: FaultRule, call: HttpCall, answer: Response, body: bytes) -> Response:
     match fault.kind:
         case "decision":
             return _decision(b'"isAllowed":true' not in body.replace(b" ", b""), fault.reason)
         case "drop":
-            await _begin(request, answer, body)
-            _reset(request)
-            raise DroppedError
+            return replace(answer, body=_cut_off(call, body), length=len(body))
         case "slow":
-            return await _slowly(rule, fault, request, answer, body)
+            return replace(answer, body=_slowly(rule, fault, body), length=len(body))
         case "truncate":
-            return _with_body(answer, body[: len(body) // 2])
+            return replace(answer, body=body[: len(body) // 2])
         case "malformed":
-            return _with_body(answer, NOT_JSON)
+            return replace(answer, body=NOT_JSON)
         case "wrong-type":
-            return _with_body(answer, wrong_types(body))
+            return replace(answer, body=wrong_types(body))
     return answer
 
 
 def wrong_types(body: bytes) -> bytes:
-    """A JSON object with each value of another type; anything else becomes a JSON number."""
+    """Give each value of a JSON object another type; anything else becomes a JSON number."""
     try:
         document = json.loads(body)
     except ValueError:
@@ -89,10 +83,9 @@ def _other_type(value: Any) -> Any:
     return "" if isinstance(value, list) else [value]
 
 
-def _decision(allow: bool, reason: str) -> web.Response:
-    return web.json_response(
-        {"isAllowed": allow, "reason": "" if allow else reason, "gatewayAppId": "any" if allow else ""}
-    )
+def _decision(allow: bool, reason: str) -> Response:
+    decision = {"isAllowed": allow, "reason": "" if allow else reason, "gatewayAppId": "any" if allow else ""}
+    return Response.of(json.dumps(decision).encode(), "application/json")
 
 
 async def until_lifted(rule: InstalledRule, seconds: float) -> None:
@@ -101,37 +94,21 @@ async def until_lifted(rule: InstalledRule, seconds: float) -> None:
         await asyncio.wait_for(rule.lifted.wait(), seconds)
 
 
-def _with_body(answer: web.StreamResponse, body: bytes) -> web.Response:
-    kept = {name: value for name, value in answer.headers.items() if name.lower() != "content-length"}
-    return web.Response(status=answer.status, body=body, headers=kept)
+async def _cut_off(call: HttpCall, body: bytes) -> AsyncIterator[bytes]:
+    """Give half of a body that was promised whole, then drop the connection."""
+    yield body[: len(body) // 2]
+    raise _dropped(call)
 
 
-async def _begin(request: web.Request, answer: web.StreamResponse, body: bytes) -> None:
-    """Send the head, which promises the whole body, and the first half of that."""
-    begun = _stream(answer, body)
-    await begun.prepare(request)
-    await begun.write(body[: len(body) // 2])
-
-
-async def _slowly(
-    rule: InstalledRule, fault: FaultRule, request: web.Request, answer: web.StreamResponse, body: bytes
-) -> web.StreamResponse:
-    begun = _stream(answer, body)
-    await begun.prepare(request)
+async def _slowly(rule: InstalledRule, fault: FaultRule, body: bytes) -> AsyncIterator[bytes]:
     size = max(1, -(-len(body) // PIECES))
     for start in range(0, len(body), size):
         await until_lifted(rule, fault.seconds)
-        await begun.write(body[start : start + size])
-    await begun.write_eof()
-    return begun
+        yield body[start : start + size]
 
 
-def _stream(answer: web.StreamResponse, body: bytes) -> web.StreamResponse:
-    begun = web.StreamResponse(status=answer.status, headers=answer.headers)
-    begun.content_length = len(body)
-    return begun
-
-
-def _reset(request: web.Request) -> None:
-    if request.transport is not None:
-        reset(request.transport)
+def _dropped(call: HttpCall) -> DroppedError:
+    """Reset a call's connection, and return the error that ends the call."""
+    if call.transport is not None:
+        reset(call.transport)
+    return DroppedError("a fault dropped the connection")

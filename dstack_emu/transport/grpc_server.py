@@ -34,8 +34,8 @@ from grpc_reflection.v1alpha import reflection
 
 from dstack_emu.attest.errors import AttestError, FormatError, UnjudgedError, VerificationError
 from dstack_emu.attest.prpc import decode_binary, encode_binary
+from dstack_emu.transport.http.application import MAX_BODY
 from dstack_emu.transport.listen import GRACE, ListenError
-from dstack_emu.transport.prpc_server import MAX_BODY
 from dstack_emu.transport.relay import Relay, start_relay
 from dstack_emu.transport.service import Rpc, ServiceTable
 

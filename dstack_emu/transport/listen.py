@@ -3,10 +3,11 @@
 Binding stands apart from serving: a bound socket already listens, so its address is known and clients may
 connect before the application is up, and a port that is taken is known before anything else is started.
 
-Closing does not wait for clients that keep their connections open. What else is not as aiohttp has it is a matter of
-single connections (dstack_emu/transport/connection.py).
+An application is one of our own (`transport.http`) or aiohttp's. Closing does not wait for clients that keep their
+connections open.
 
-Not here: TLS settings (an ssl.SSLContext is the caller's), file permissions (the caller's umask).
+Not here: connections (`transport.http.protocol`, `transport.aiohttp_server`), TLS settings (an ssl.SSLContext is the
+caller's), file permissions (the caller's umask).
 """
 
 import asyncio
@@ -18,12 +19,17 @@ import ssl
 import stat
 import struct
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
-from aiohttp import web
-
-from dstack_emu.transport.connection import ConnectionRunner
 from dstack_emu.transport.errors import ListenError as ListenError
+from dstack_emu.transport.http.application import Application
+from dstack_emu.transport.http.protocol import HttpServer
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+AnyApplication: TypeAlias = "Application | web.Application"
+"""An application of our own kind, or aiohttp's."""
 
 GRACE: Final = 2.0
 """Seconds that closing a server takes at most; calls in progress get half of them to finish."""
@@ -137,12 +143,21 @@ def _why(error: OSError) -> str:
     return reasons.get(error.errno) or os.strerror(error.errno)
 
 
+class _Connections(Protocol):
+    """An application's connections: called for the protocol of a new one, and closed at the end."""
+
+    def __call__(self) -> asyncio.BaseProtocol: ...
+
+    async def close(self) -> None:
+        """Close them all, after the answers in progress."""
+        ...
+
+
 class Server:
     """An application being served. Made by `serve`."""
 
-    def __init__(self, runner: web.AppRunner, sock: socket.socket, secure: bool) -> None:
-        self._runner = runner
-        self._site: _Site | None = None
+    def __init__(self, sock: socket.socket, secure: bool, listener: asyncio.Server, connections: _Connections) -> None:
+        self._listener, self._connections = listener, connections
         self._file: tuple[Path, int] | None = None
         if sock.family == socket.AF_UNIX:
             path = Path(sock.getsockname())
@@ -158,12 +173,12 @@ class Server:
 
     def stop_listening(self) -> None:
         """Accept nobody from here on, at once; `close` does the rest."""
-        if self._site is not None:
-            self._site.stop_listening()
+        self._listener.close()
 
     async def close(self) -> None:
         """Stop listening, let calls in progress finish (see GRACE), close connections, remove the file."""
-        await self._runner.cleanup()
+        self._listener.close()
+        await self._connections.close()
         if self._file is not None:
             path, inode = self._file
             with contextlib.suppress(FileNotFoundError):
@@ -171,25 +186,34 @@ class Server:
                     path.unlink()
 
 
-class _Site(web.SockSite):
-    def stop_listening(self) -> None:
-        if self._server is not None:  # aiohttp's own stop() waits
-            self._server.close()
-
-
-async def serve(app: web.Application, sock: socket.socket, ssl_context: ssl.SSLContext | None = None) -> Server:
-    """Start an application on a bound socket, which it owns from here on."""
+async def serve(app: AnyApplication, sock: socket.socket, ssl_context: ssl.SSLContext | None = None) -> Server:
+    """Start an application, of our own kind or of aiohttp's, on a bound socket, which it owns from here on."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted ones inherit it
-    # aiohttp waits this long twice: for a handler to finish, and for it to end once it is cancelled.
-    runner = ConnectionRunner(app, shutdown_timeout=GRACE / 2)
+    connections: _Connections | None = None
     try:
-        server = Server(runner, sock, ssl_context is not None)
-        await runner.setup()
-        site = server._site = _Site(runner, sock, ssl_context=ssl_context, backlog=_BACKLOG)
-        await site.start()
+        connections = await _connections(app)
+        listener = await asyncio.get_running_loop().create_server(
+            connections, sock=sock, ssl=ssl_context, backlog=_BACKLOG
+        )
+        return Server(sock, ssl_context is not None, listener, connections)
     except BaseException:
-        await runner.cleanup()
+        if connections is not None:
+            await connections.close()
         sock.close()
+        raise
+
+
+async def _connections(app: AnyApplication) -> _Connections:
+    if isinstance(app, Application):
+        return HttpServer(app, grace=GRACE)
+    # Imported only here: a server of our own kind of application has no use for aiohttp's.
+    from dstack_emu.transport.aiohttp_server import AiohttpServer
+
+    server = AiohttpServer(app, GRACE)
+    try:
+        await server.set_up()
+    except BaseException:
+        await server.close()
         raise
     return server
 
@@ -200,19 +224,10 @@ async def serve(app: web.Application, sock: socket.socket, ssl_context: ssl.SSLC
 
 
 class _AlertingSslObject(ssl.SSLObject):
-    """Lets the alert of a failed handshake out before the failure is reported; reads the client's certificate once."""
+    """Lets the alert of a failed handshake out before the failure is reported."""
 
     outgoing: ssl.MemoryBIO
     _failure: ssl.SSLError | None = None
-    _peer: bytes | None = None
-
-    def getpeercert(self, binary_form: bool = False) -> Any:
-        """The client's certificate in DER, or None; an event loop asks for it as a dict, which nobody here reads."""
-        if not binary_form:
-            return None
-        if self._peer is None:
-            self._peer = super().getpeercert(True)
-        return self._peer
 
     def do_handshake(self) -> None:
         if self._failure is not None:
@@ -232,7 +247,7 @@ class _AlertingSslObject(ssl.SSLObject):
 class ServerTlsContext(ssl.SSLContext):
     """A context for `serve`, whose failed handshakes end with OpenSSL's alert."""
 
-    sslobject_class = _AlertingSslObject
+    sslobject_class = _AlertingSslObject  # a documented attribute, meant for this
 
     def wrap_bio(
         self,

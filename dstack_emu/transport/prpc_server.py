@@ -1,27 +1,23 @@
-"""pRPC over HTTP: puts the RPCs of a service table under a path of an aiohttp application.
+"""pRPC over HTTP: puts the RPCs of a service table under a path of an application.
 
 One order for every call, as upstream: context (who asks; for a KMS that verifies the client certificate's
 attestation), body, name, decode, handler, encode. What the caller may know is an HTTP 400 with the text of
 the error, whatever went wrong; the rest is logged here and answered without details.
 
-A call comes as aiohttp's request, or as a plain one that never was one (dstack_emu/transport/plain.py); they differ in
-cost alone.
-
-Not here: sockets (dstack_emu/transport/listen.py), encodings (dstack_emu/attest/prpc.py), and any service.
+Not here: HTTP (dstack_emu/transport/http), encodings (dstack_emu/attest/prpc.py), and any service.
 
 Source of truth: Dstack-TEE/dstack, branch next at 312dc605, dstack/ra-rpc/src/rocket_helper.rs, and recorded
 answers of the real programs.
 """
 
-import asyncio
-import json
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Generic, TypeVar
+from urllib.parse import unquote
 
-from aiohttp import web
-from aiohttp.typedefs import Handler
+from google.protobuf.message import Message
 
 from dstack_emu.attest.errors import AttestError
 from dstack_emu.attest.prpc import (
@@ -36,33 +32,21 @@ from dstack_emu.attest.prpc import (
     trim_prefix,
     wants_json,
 )
-from dstack_emu.transport.plain import PlainAnswer, PlainRequest, plain_calls
-from dstack_emu.transport.service import ServiceTable
-from dstack_emu.transport.status import reason_phrase, status_line
+from dstack_emu.transport.http import Application, BodyError, BodyTooLargeError, Handler, Request, Response, status_page
+from dstack_emu.transport.service import Rpc, ServiceTable
 
 C = TypeVar("C")
 
-MAX_BODY: Final = 10 * 1024 * 1024
-"""Bytes of a request body: so many are accepted, one more is not."""
-
 _log = logging.getLogger(__name__)
 
+Context = Callable[[Request], Awaitable[C]]
+"""Says who calls, before the body is read."""
+
 Answered = Callable[[str, bool], None]
-"""Hears of every call that was answered: what its path had behind the mount, and whether it was refused."""
+"""Is told of every call that was answered: its name in the path, and whether it was refused."""
 
-
-class Asked(Protocol):
-    """What is known of a call before it is read: where it went, and the connection that it came on."""
-
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def transport(self) -> asyncio.Transport | None: ...
-
-
-_MOUNTS: Final = web.AppKey("prpc_mounts", dict[str, Answered | None])
-"""Where an application serves pRPC, and who hears of the calls there."""
+_VERBS: Final = ("GET", "HEAD", "POST")
+_HEADERS: Final = {True: (("Content-Type", JSON_TYPE),), False: (("Content-Type", BINARY_TYPE),)}
 
 
 class _CallError(Exception):
@@ -70,10 +54,10 @@ class _CallError(Exception):
 
 
 def add_prpc(
-    app: web.Application,
+    app: Application,
     mount: str,
     table: ServiceTable[C],
-    context: Callable[[Asked], Awaitable[C]],
+    context: Context[C],
     *,
     errors: tuple[type[Exception], ...],
     trim: bool = True,
@@ -85,119 +69,91 @@ def add_prpc(
     or from a handler becomes an HTTP 400 with its text; any other is logged with its traceback and answered by
     its type's name alone. Without `trim`, names that carry the table's prefix are unknown.
 
-    The application's answer to what nobody serves becomes upstream's page: 404 also for a wrong verb, and 422
-    for a mount without a method. A page of the owner's own at `<mount>/` goes before it.
+    Names that are unknown, percent-encoded or behind several slashes are found by the mount, too, and a mount without
+    a method is a 422. A page of the owner's own at `<mount>/` goes before it.
     """
     prefix = table.prefix if trim else ""
     refusals: tuple[type[Exception], ...] = (_CallError, AttestError, *errors)
-
-    async def answer(
-        asked: Asked, verb: str, name: str, query: str, content_type: str | None, read: Callable[[], Awaitable[bytes]]
-    ) -> PlainAnswer:
-        as_json = wants_json(verb, query)
-        try:
-            ctx = await context(asked)
-            body = b"" if verb == "GET" else await read()
-            as_json = wants_json(verb, query, content_type)
-            rpc = table.rpcs.get(name)
-            if rpc is None:
-                raise _CallError(f"Service not found: {name}")
-            if verb == "GET":
-                message = decode_query(rpc.request_type, query)
-            elif as_json:
-                message = decode_json(rpc.request_type, body)
-            else:
-                message = decode_binary(rpc.request_type, body)
-            reply = await rpc.handler(ctx, message)
-            given = _answer(200, encode_json(reply) if as_json else encode_binary(reply), as_json)
-        except refusals as error:
-            given = _answer(400, error_body(str(error), as_json), as_json)
-        except Exception as error:
-            _log.exception("%r failed", table.prefix + name)  # the name may be anything
-            given = _answer(400, error_body(f"internal error: {type(error).__name__}", as_json), as_json)
-        if answered is not None:
-            answered(asked.path[len(mount) + 1 :], given.status != 200)
-        return given
-
-    async def call(request: web.Request) -> web.Response:
-        verb = "GET" if request.method == "HEAD" else request.method
-        name = trim_prefix(request.match_info["method"], prefix)
-        query, content_type = request.rel_url.raw_query_string, request.headers.get("Content-Type")
-        given = await answer(request, verb, name, query, content_type, lambda: _read_body(request))
-        return given.response()
-
-    plain = plain_calls(app)
-
-    async def plain_call(request: PlainRequest) -> PlainAnswer:
-        name = trim_prefix(request.path[len(mount) + 1 :], prefix)
-        return await answer(request, "POST", name, request.query, request.content_type, request.read)
-
-    if _MOUNTS not in app:
-        app[_MOUNTS] = {}
-        app.middlewares.append(_answer_unserved)
-        plain.passable.add(_answer_unserved)  # a plain call has a method that is served
-    app[_MOUNTS][mount] = answered
-    # Slashes before the method count once, however many there are.
-    path = mount + "/{_:/*}{method:[^/]+}"
-    app.router.add_post(path, call)
-    app.router.add_get(path, call)
+    served = PrpcMount(mount, prefix, table, context, refusals, answered)
     for name in table.rpcs:
         for spelling in (name, prefix + name):
-            plain.handlers[f"{mount}/{spelling}"] = plain_call
+            app.add("POST", f"{mount}/{spelling}", served.answer)
+            app.add("GET", f"{mount}/{spelling}", served.answer)
+    app.add_finder(served.find)
 
 
-def _answer(status: int, body: bytes, as_json: bool) -> PlainAnswer:
-    return PlainAnswer(status, JSON_TYPE if as_json else BINARY_TYPE, body)
+@dataclass(frozen=True, slots=True)
+class PrpcMount(Generic[C]):
+    """A service table at one path: `prefix` is trimmed from names, `refusals` are the errors whose text is answered."""
 
+    mount: str
+    prefix: str
+    table: ServiceTable[C]
+    context: Context[C]
+    refusals: tuple[type[Exception], ...]
+    answered: Answered | None
 
-async def _read_body(request: web.Request) -> bytes:
-    chunks = []
-    size = 0
-    try:
-        async for chunk in request.content.iter_any():
-            size += len(chunk)
-            if size > MAX_BODY:
-                raise _CallError("failed to read data: payload too large")
-            chunks.append(chunk)
-    except (web.RequestPayloadError, ConnectionError) as error:
-        raise _CallError("failed to read data: the body broke off") from error
-    return b"".join(chunks)
-
-
-@web.middleware
-async def _answer_unserved(request: web.Request, handler: Handler) -> web.StreamResponse:
-    if request.match_info.http_exception is None:
-        return await handler(request)
-    mounts = request.app[_MOUNTS]
-    for mount, answered in mounts.items():
-        if answered is not None and request.path.startswith(f"{mount}/"):
-            answered(request.path[len(mount) + 1 :], True)
-    at_mount = request.path[-1:] == "/" and request.path[:-1] in mounts and request.method in ("GET", "HEAD", "POST")
-    return status_page(HTTPStatus.UNPROCESSABLE_ENTITY if at_mount else HTTPStatus.NOT_FOUND, request)
-
-
-def status_page(status: HTTPStatus, request: web.Request) -> web.Response:
-    """Answer by a status alone, as upstream's web server does: a page, or JSON where Accept prefers it."""
-    reason = reason_phrase(status)
-    if _prefers_json(request.headers.get("Accept", "")):
-        error = {"code": status.value, "reason": reason, "description": status.description}
-        body = json.dumps({"error": error}, indent=2).encode()
-        return web.Response(status=status, reason=reason, body=body, content_type=JSON_TYPE)
-    title = status_line(status)
-    page = f"<!DOCTYPE html>\n<html><head><title>{title}</title></head><body><h1>{title}</h1></body></html>\n"
-    return web.Response(status=status, reason=reason, text=page, content_type="text/html")
-
-
-def _prefers_json(accept: str) -> bool:
-    """Whether JSON is the first choice of an Accept header: highest q, then no wildcard, then first named."""
-    best, best_rank = "", (0.0, 0)
-    for choice in accept.split(","):
-        kind, *parameters = (part.strip().lower() for part in choice.split(";"))
-        quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+    async def answer(self, request: Request) -> Response:
+        """Answer one call, whatever becomes of it."""
+        name = self._rest_of(request.path).lstrip("/")
+        is_query, query = request.method != "POST", request.query
+        verb = "GET" if is_query else "POST"
+        as_json = wants_json(verb, query)
+        status = HTTPStatus.OK
         try:
-            rank = (float(quality), -kind.count("*"))
-        except ValueError:
-            continue
-        if rank > best_rank:
-            best, best_rank = kind, rank
-    return best == JSON_TYPE
+            context = await self.context(request)
+            body = b"" if is_query else await _read(request)
+            as_json = wants_json(verb, query, request.headers.get("Content-Type"))
+            rpc = self._rpc(name)
+            message = decode_query(rpc.request_type, query) if is_query else _decode(rpc.request_type, body, as_json)
+            reply = await rpc.handler(context, message)
+            given = encode_json(reply) if as_json else encode_binary(reply)
+        except self.refusals as error:
+            status, given = HTTPStatus.BAD_REQUEST, error_body(str(error), as_json)
+        except Exception as error:  # the server's edge
+            _log.exception("%r failed", self.table.prefix + trim_prefix(name, self.prefix))  # the name may be anything
+            status, given = HTTPStatus.BAD_REQUEST, error_body(f"internal error: {type(error).__name__}", as_json)
+        if self.answered is not None:
+            self.answered(self._rest_of(request.path), status != HTTPStatus.OK)
+        return Response(status, given, _HEADERS[as_json])
+
+    def find(self, request: Request) -> Handler | None:
+        """Find who answers a request below the mount that is no RPC by its exact path."""
+        if not request.path.startswith(f"{self.mount}/"):
+            return None
+        rest = request.path[len(self.mount) + 1 :]
+        name = rest.lstrip("/")  # slashes before the name count once, however many there are
+        if request.method in _VERBS and name and "/" not in name:
+            return self.answer
+        if self.answered is not None:
+            self.answered(self._rest_of(request.path), True)
+        return _no_method if request.method in _VERBS and not rest else None
+
+    def _rest_of(self, path: str) -> str:
+        """Return what follows the mount's slash, percent-decoded."""
+        rest = path[len(self.mount) + 1 :]
+        return unquote(rest) if "%" in rest else rest
+
+    def _rpc(self, name: str) -> Rpc[C, Any, Any]:
+        trimmed = trim_prefix(name, self.prefix)
+        rpc = self.table.rpcs.get(trimmed)
+        if rpc is None:
+            raise _CallError(f"Service not found: {trimmed}")
+        return rpc
+
+
+async def _no_method(request: Request) -> Response:
+    return status_page(HTTPStatus.UNPROCESSABLE_ENTITY, request)
+
+
+def _decode(request_type: type[Message], body: bytes, as_json: bool) -> Message:
+    return decode_json(request_type, body) if as_json else decode_binary(request_type, body)
+
+
+async def _read(request: Request) -> bytes:
+    try:
+        return await request.read()
+    except BodyTooLargeError as error:
+        raise _CallError("failed to read data: payload too large") from error
+    except BodyError as error:
+        raise _CallError("failed to read data: the body broke off") from error

@@ -10,10 +10,15 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Final
 
-from aiohttp import web
-from aiohttp.typedefs import Handler
-
-from dstack_emu.transport.prpc_server import status_page
+from dstack_emu.transport.http import (
+    Application,
+    BodyBrokenError,
+    BodyError,
+    BodyTooLargeError,
+    Request,
+    Response,
+    status_page,
+)
 from dstack_emu.verifier.service import (
     InputError,
     RequestSyntaxError,
@@ -33,21 +38,15 @@ Observer = Callable[[VerificationResponse], None]
 """Told of each verdict."""
 
 
-def verifier_app(verifier: Verifier, *, observer: Observer | None = None) -> web.Application:
+def verifier_app(verifier: Verifier, *, observer: Observer | None = None) -> Application:
     """Make the service's application; `observer` is told of each verdict before it is answered."""
 
-    async def verify(request: web.Request) -> web.Response:
-        body = await _read(request)
-        if body is None:
-            return status_page(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, request)
+    async def verify(request: Request) -> Response:
         try:
-            question = VerificationRequest.parse(body)
-        except RequestSyntaxError as error:
-            log.info("no JSON: %s", error)
-            return status_page(HTTPStatus.BAD_REQUEST, request)
-        except RequestTypeError as error:
-            log.info("no request: %s", error)
-            return status_page(HTTPStatus.UNPROCESSABLE_ENTITY, request)
+            question = VerificationRequest.parse(await request.read())
+        except (BodyError, RequestSyntaxError, RequestTypeError) as error:
+            log.info("%s: %s", type(error).__name__, error)
+            return status_page(_STATUSES[type(error)], request)
         try:
             response = await verifier.verify(question)
         except InputError as error:
@@ -57,31 +56,24 @@ def verifier_app(verifier: Verifier, *, observer: Observer | None = None) -> web
             observer(response)
         return _json(response.to_document())
 
-    async def health(request: web.Request) -> web.Response:
-        return _json({"status": "ok", "service": "dstack-verifier"})
-
-    app = web.Application(middlewares=[_answer_unserved])
-    app.router.add_post("/verify", verify)
-    app.router.add_get("/health", health)
+    app = Application(max_body=MAX_BODY)
+    app.add("POST", "/verify", verify)
+    app.add("GET", "/health", _health)
     return app
 
 
-@web.middleware
-async def _answer_unserved(request: web.Request, handler: Handler) -> web.StreamResponse:
-    if request.match_info.http_exception is None:
-        return await handler(request)
-    return status_page(HTTPStatus.NOT_FOUND, request)
+_STATUSES: Final[dict[type[Exception], HTTPStatus]] = {
+    BodyTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    BodyBrokenError: HTTPStatus.BAD_REQUEST,
+    RequestSyntaxError: HTTPStatus.BAD_REQUEST,
+    RequestTypeError: HTTPStatus.UNPROCESSABLE_ENTITY,
+}
+"""What is answered to a request that is none."""
 
 
-async def _read(request: web.Request) -> bytes | None:
-    """Read the body, or nothing where it is too long."""
-    body = bytearray()
-    async for chunk in request.content.iter_any():
-        body += chunk
-        if len(body) > MAX_BODY:
-            return None
-    return bytes(body)
+async def _health(_request: Request) -> Response:
+    return _json({"status": "ok", "service": "dstack-verifier"})
 
 
-def _json(document: object) -> web.Response:
-    return web.Response(body=json.dumps(document, separators=(",", ":")).encode(), content_type="application/json")
+def _json(document: object) -> Response:
+    return Response.of(json.dumps(document, separators=(",", ":")).encode(), "application/json")

@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from aiohttp import web
-
 from dstack_emu.auth.errors import AuthConfigError
 from dstack_emu.auth.file import DEFAULT_ALLOWLIST_PATH, FileAuth
 from dstack_emu.auth.file_server import file_app
@@ -21,7 +19,7 @@ from dstack_emu.auth.mock import MockSettings
 from dstack_emu.auth.server import mock_app, simple_app
 from dstack_emu.auth.simple import SimpleAuth, SimpleSettings
 from dstack_emu.cli.commands.common import WARNING, UsageError, add_release, listen_address, say, stop_on_signals
-from dstack_emu.transport.listen import bind_tcp, serve
+from dstack_emu.transport.listen import AnyApplication, bind_tcp, serve
 
 DESCRIPTION = (
     "Run one auth webhook. `simple` (auth-simple) and `file` (dstack-auth) decide by a JSON file that they read anew "
@@ -71,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class _Webhook:
     """An application, what to say about it, and where it listens without --listen."""
 
-    app: web.Application
+    app: AnyApplication
     title: str
     facts: Mapping[str, str]
     default_port: Callable[[], int]

@@ -1,0 +1,79 @@
+"""Journal and faults around an aiohttp application: its calls and answers, as `observability.middleware` sees them."""
+
+import asyncio
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+from multidict import CIMultiDict, istr
+
+from dstack_emu.observability.http_call import RefusedByHandlerError
+from dstack_emu.observability.middleware import HttpInstruments
+from dstack_emu.observability.spans import HEADER
+from dstack_emu.transport.http import Response
+
+_HEADER = istr(HEADER)
+"""Looked up by every call; a plain text would be folded to lower case each time."""
+
+
+def aiohttp_middleware(instruments: HttpInstruments) -> Middleware:
+    """Make the middleware of an aiohttp application."""
+
+    @web.middleware
+    async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if not instruments.concern(request.rel_url.raw_path):
+            return await handler(request)
+        call = AiohttpCall(request, handler)
+        try:
+            answer = await instruments.answer(call)
+        except RefusedByHandlerError as refusal:
+            raise refusal.__cause__ or refusal from None
+        return await call.give(answer)
+
+    return around
+
+
+class AiohttpCall:
+    """A call to an aiohttp application. An answer that nobody changed is given as its handler made it."""
+
+    __slots__ = ("_handler", "_made", "_request", "_seen", "path", "transport")
+
+    def __init__(self, request: web.Request, handler: Handler) -> None:
+        self._request, self._handler = request, handler
+        self.path = request.rel_url.raw_path
+        self.transport: asyncio.Transport | None = request.transport
+        self._made: web.StreamResponse | None = None
+        self._seen: Response | None = None
+
+    def header(self, name: str) -> str | None:
+        """Return a header's value."""
+        return self._request.headers.get(_HEADER if name == HEADER else name)
+
+    async def proceed(self) -> Response:
+        """Let the handler answer."""
+        try:
+            made = await self._handler(self._request)
+        except web.HTTPException as refusal:
+            raise RefusedByHandlerError(refusal.status, refusal.reason) from refusal
+        body = made.body if isinstance(made, web.Response) else b""
+        headers = tuple((name, value) for name, value in made.headers.items() if name != "Content-Length")
+        self._made = made
+        self._seen = Response(made.status, bytes(body) if isinstance(body, bytes | bytearray) else b"", headers)
+        return self._seen
+
+    async def give(self, answer: Response) -> web.StreamResponse:
+        """Make an answer aiohttp's, and send it if it is made while it is sent."""
+        if answer is self._seen and self._made is not None:
+            return self._made
+        headers = CIMultiDict(answer.headers)
+        if isinstance(answer.body, bytes):
+            return web.Response(status=answer.status, body=answer.body, headers=headers)
+        begun = web.StreamResponse(status=answer.status, headers=headers)
+        begun.content_length = answer.length
+        await begun.prepare(self._request)
+        try:
+            async for piece in answer.body:
+                await begun.write(piece)
+        except ConnectionError:
+            return begun  # on a connection that is gone
+        await begun.write_eof()
+        return begun

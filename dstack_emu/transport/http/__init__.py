@@ -1,0 +1,23 @@
+"""HTTP/1.1 for what speaks dstack's protocols: a connection core without I/O, an asyncio protocol, an application.
+
+docs/decisions/http.md says why it is here, and what it accepts that aiohttp's server does not.
+"""
+
+from dstack_emu.transport.http.application import Application, Handler, Middleware
+from dstack_emu.transport.http.body import BodyBrokenError, BodyError, BodyTooLargeError
+from dstack_emu.transport.http.headers import Headers
+from dstack_emu.transport.http.message import Request, Response
+from dstack_emu.transport.http.pages import status_page
+
+__all__ = [
+    "Application",
+    "BodyBrokenError",
+    "BodyError",
+    "BodyTooLargeError",
+    "Handler",
+    "Headers",
+    "Middleware",
+    "Request",
+    "Response",
+    "status_page",
+]

@@ -1,0 +1,36 @@
+"""Answers by a status alone, as upstream's web server (Rocket) gives them."""
+
+import json
+from http import HTTPStatus
+from typing import Final
+
+from dstack_emu.transport.http.message import Request, Response
+from dstack_emu.transport.status import reason_phrase, status_line
+
+_JSON: Final = "application/json"
+
+
+def status_page(status: HTTPStatus, request: Request) -> Response:
+    """Answer by a status alone: a page, or JSON if Accept prefers it."""
+    reason = reason_phrase(status)
+    if _prefers_json(request.headers.get("Accept", "")):
+        error = {"code": status.value, "reason": reason, "description": status.description}
+        return Response.of(json.dumps({"error": error}, indent=2).encode(), _JSON, status)
+    title = status_line(status)
+    page = f"<!DOCTYPE html>\n<html><head><title>{title}</title></head><body><h1>{title}</h1></body></html>\n"
+    return Response.of(page, "text/html", status)
+
+
+def _prefers_json(accept: str) -> bool:
+    """Tell whether JSON is the first choice of an Accept header: highest q, then no wildcard, then first named."""
+    best, best_rank = "", (0.0, 0)
+    for choice in accept.split(","):
+        kind, *parameters = (part.strip().lower() for part in choice.split(";"))
+        quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+        try:
+            rank = (float(quality), -kind.count("*"))
+        except ValueError:
+            continue
+        if rank > best_rank:
+            best, best_rank = kind, rank
+    return best == _JSON

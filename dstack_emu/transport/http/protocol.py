@@ -1,0 +1,282 @@
+"""Serving an application: an asyncio protocol on the connection core, one for each client.
+
+A connection has one request in progress. Those that the client sends meanwhile wait, and while some wait nothing more
+is read. A client that shuts down its sending side still gets the answers to what it asked in full; over TLS it does
+not, because asyncio knows no half-closed TLS connections. Every wait for a client has a deadline.
+
+Not here: sockets to listen on (`transport.listen`), and what is answered.
+"""
+
+import asyncio
+import logging
+from http import HTTPStatus
+from typing import Final, cast
+
+from dstack_emu.transport.http.application import Application
+from dstack_emu.transport.http.connection import IncomingRequest, Refusal, ServerConnection
+from dstack_emu.transport.http.deadline import Awaited, Deadline, Deadlines
+from dstack_emu.transport.http.message import Framing, Request, Response, response_head
+from dstack_emu.transport.http.writer import ResponseWriter
+from dstack_emu.transport.status import status_line
+
+MAX_DROPPED: Final = 64 * 1024 * 1024
+"""Bytes that a client may send after its last answer before the connection is closed all the same."""
+
+log = logging.getLogger(__name__)
+
+
+class HttpServer:
+    """Serves one application on any number of connections. asyncio calls it for the protocol of each new one.
+
+    `grace` is how many seconds requests in progress have at the end: half to finish, half to end after they are
+    cancelled.
+    """
+
+    def __init__(self, app: Application, *, grace: float = 0.0, deadlines: Deadlines | None = None) -> None:
+        self._grace = grace
+        self.handler = app.handler()
+        self.max_body = app.max_body
+        self.deadlines = deadlines or Deadlines()
+        self.connections: set[HttpProtocol] = set()
+        """Those that are open, and those whose handler is still at work."""
+        self._framings = {
+            (is_http_10, is_kept_alive): Framing(is_http_10, is_kept_alive, app.headers)
+            for is_http_10 in (False, True)
+            for is_kept_alive in (False, True)
+        }
+
+    def __call__(self) -> "HttpProtocol":
+        return HttpProtocol(self)
+
+    def framing(self, is_http_10: bool, is_kept_alive: bool) -> Framing:
+        """Return how answers of one kind are framed."""
+        return self._framings[is_http_10, is_kept_alive]
+
+    async def close(self) -> None:
+        """Close every connection: idle ones at once, others once their request in progress is answered."""
+        for connection in list(self.connections):
+            connection.finish()
+        await self._handlers_end(self._grace / 2)
+        for connection in list(self.connections):
+            connection.abandon()
+        await self._handlers_end(self._grace / 2)
+
+    async def _handlers_end(self, seconds: float) -> None:
+        tasks = [connection.task for connection in self.connections if connection.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
+
+
+class HttpProtocol(asyncio.Protocol):
+    """One client's connection."""
+
+    _transport: asyncio.Transport
+    _writer: ResponseWriter
+
+    def __init__(self, server: HttpServer) -> None:
+        self._server, self._loop = server, asyncio.get_running_loop()
+        self._core = ServerConnection(server.max_body)
+        self._deadline = Deadline(server.deadlines, self._expired)
+        self._request: IncomingRequest | None = None
+        """What is being answered, by `task`."""
+        self.task: asyncio.Task[None] | None = None
+        self._certificate: bytes | None = None
+        self._is_open = self._is_reading = True
+        self._is_finishing = False
+        """Whether the answer in progress is the last one."""
+        self._is_lingering = False
+        """Whether the last answer is out, and what the client still sends is dropped."""
+        self._dropped = 0
+
+    # ---- asyncio's callbacks
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin to wait for a request."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._writer = ResponseWriter(self._transport)
+        self._server.connections.add(self)
+        self._deadline.begin("request")
+
+    def data_received(self, data: bytes) -> None:
+        """Read what the client sends, and answer what has come."""
+        if self._is_lingering:
+            self._drop(data)
+            return
+        self._core.receive(data)
+        if self.task is None:
+            self._go_on()
+        elif self._deadline.awaited == "body":
+            self._wait()
+        self._choose_reading()
+
+    def eof_received(self) -> bool:
+        """Keep the connection (True) while something that was asked in full waits for its answer."""
+        is_cut_off = self._is_within_body()
+        self._core.receive_eof()
+        if self._is_lingering or is_cut_off or self._is_secure():
+            return False
+        return self.task is not None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of the connection; a handler at work may finish, since its answer may not be all that it does."""
+        self._is_open = False
+        self._core.receive_eof()
+        self._deadline.close()
+        self._writer.resume(ConnectionResetError("the client went away"))
+        if self.task is None:
+            self._server.connections.discard(self)
+
+    def pause_writing(self) -> None:
+        """Wait until the client has read some of what it is answered."""
+        self._writer.pause()
+        self._wait()
+
+    def resume_writing(self) -> None:
+        """Write on."""
+        self._writer.resume()
+        self._wait()
+
+    # ---- the server's end
+
+    def finish(self) -> None:
+        """Close, after the request in progress is answered if there is one."""
+        self._is_finishing = True
+        if self.task is None:
+            self._transport.close()
+
+    def abandon(self) -> None:
+        """Close without another answer."""
+        if self.task is not None:
+            self.task.cancel()
+        self._transport.close()
+
+    # ---- requests
+
+    def _go_on(self) -> None:
+        """Take up what comes next, with no request in progress."""
+        following = None if self._is_finishing else self._core.next_request()
+        if isinstance(following, IncomingRequest):
+            self._request = following
+            self.task = self._loop.create_task(self._answer(following))
+        elif isinstance(following, Refusal):
+            self._refuse(following)
+        elif self._is_finishing or self._core.is_over:
+            self._transport.close()
+            return
+        self._wait()
+
+    async def _answer(self, incoming: IncomingRequest) -> None:
+        try:
+            response = await self._handle(incoming)
+            if self._is_open:
+                await self._send(incoming, response)
+        except ConnectionError as error:
+            log.debug("%s %s: %s", incoming.method, incoming.path, error)
+            self._transport.abort()
+        except Exception:  # the server's edge: an answer that has begun can only be broken off
+            log.exception("Error within the answer to %s", incoming.path)
+            self._transport.abort()
+        finally:
+            self.task = self._request = None
+            if not self._is_open:
+                self._server.connections.discard(self)
+        if self._is_open and not self._is_lingering:
+            self._go_on()
+            self._choose_reading()
+
+    async def _handle(self, incoming: IncomingRequest) -> Response:
+        try:
+            return await self._server.handler(Request(incoming, self._transport, self._client_certificate))
+        except Exception:  # the server's edge
+            log.exception("Error handling request for %s", incoming.path)
+            incoming.is_kept_alive = False
+            text = f"{status_line(HTTPStatus.INTERNAL_SERVER_ERROR)}\n\nServer got itself in trouble"
+            return Response.of(text, "text/plain", HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    async def _send(self, incoming: IncomingRequest, response: Response) -> None:
+        is_read = incoming.body.has_ended
+        ends_body = response.content_length is not None or not incoming.is_http_10
+        is_last = self._is_finishing or not (incoming.is_kept_alive and is_read and ends_body)
+        framing = self._server.framing(incoming.is_http_10, not is_last)
+        await self._writer.send(response, framing, head_only=incoming.method == "HEAD")
+        self._is_finishing = is_last
+        if is_last and not is_read:
+            self._linger()
+
+    def _refuse(self, refusal: Refusal) -> None:
+        log.debug("refused with %d: %s", refusal.status, refusal.reason)
+        self._transport.write(response_head(Response(refusal.status), self._server.framing(False, False)))
+        self._linger()
+
+    def _client_certificate(self) -> bytes | None:
+        if self._certificate is None and (tls := self._transport.get_extra_info("ssl_object")) is not None:
+            self._certificate = tls.getpeercert(binary_form=True)
+        return self._certificate
+
+    # ---- the end of a connection
+
+    def _linger(self) -> None:
+        """Close once the client stops sending: closing before could take the answer along."""
+        self._is_finishing = self._is_lingering = True
+        if self._transport.can_write_eof():  # TLS cannot
+            self._transport.write_eof()
+        self._wait()
+        self._choose_reading()
+
+    def _drop(self, data: bytes) -> None:
+        """Read on after the last answer, to the end of a body if there is one."""
+        self._dropped += len(data)
+        was_over = self._core.is_over
+        self._core.receive(data)
+        if self._dropped > MAX_DROPPED or not (was_over or self._core.is_within_request):
+            self._transport.close()
+        else:
+            self._wait()
+
+    def _is_secure(self) -> bool:
+        return self._transport.get_extra_info("ssl_object") is not None
+
+    # ---- what is waited for, and what is read
+
+    def _is_within_body(self) -> bool:
+        return self._request is not None and not self._request.body.is_settled
+
+    def _choose_reading(self) -> None:
+        """Read nothing while something waits to be answered, so that it cannot fill the memory."""
+        wanted = self._is_lingering or not (self._core.is_waiting or self._core.is_over)
+        if wanted == self._is_reading or self._transport.is_closing():
+            return
+        self._is_reading = wanted
+        if wanted:
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+
+    def _wait(self) -> None:
+        """Set the deadline of what the connection waits for now."""
+        awaited = self._awaited()
+        if awaited != "head" or self._deadline.awaited != "head":
+            self._deadline.begin(awaited)
+
+    def _awaited(self) -> Awaited:
+        if self._writer.is_blocked:
+            return "reading"
+        if self._is_lingering:
+            return "end"
+        if self.task is not None:
+            return "body" if self._is_within_body() else "nothing"
+        return "head" if self._core.is_within_request else "request"
+
+    def _expired(self, awaited: Awaited) -> None:
+        """Give up what was waited for."""
+        log.debug("waited %g s for: %s", self._server.deadlines.of(awaited), awaited)
+        match awaited:
+            case "head":
+                self._core.receive_eof()
+                self._refuse(Refusal(HTTPStatus.REQUEST_TIMEOUT, "the head did not come in time"))
+            case "body":
+                self._core.receive_eof()
+            case "reading":
+                self._transport.abort()
+            case _:
+                self._transport.close()
