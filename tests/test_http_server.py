@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from dstack_emu.transport.http import Application, BodyTooLargeError, Handler, R
 from dstack_emu.transport.http.deadline import Deadlines
 from dstack_emu.transport.http.protocol import HttpServer
 from dstack_emu.transport.listen import GRACE, Server, bind_tcp, bind_unix, serve
+from tests.identities import self_signed, server_tls
 from tests.toy import Toy, application, connect, exchange, post, raw, read_answer, served
 
 LIMIT = 10.0
@@ -454,6 +456,23 @@ async def test_closing_ends_a_call_that_never_ends() -> None:
     assert ended.is_set()
     assert await reader.read() == b""
     writer.close()
+
+
+async def test_closing_ends_idle_tls_connections_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    identity = self_signed(tmp_path, "server")
+    trust = ssl.create_default_context(cafile=identity.cert_file)
+    async with served(application(Toy(), "guest"), tls=server_tls(identity)) as server:
+        reader, writer = await connect(server, trust)
+        writer.write(raw("POST", "/Version?json"))
+        assert (await read_answer(reader)).status == 200
+    async with asyncio.timeout(LIMIT):
+        assert await reader.read() == b""
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+    assert not caplog.records
 
 
 async def test_closing_answers_the_call_in_progress_and_none_after_it() -> None:

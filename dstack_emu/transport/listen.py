@@ -91,7 +91,7 @@ def reachable(sock: socket.socket) -> str:
 
 def reset(transport: asyncio.WriteTransport) -> None:
     """End a connection at once: over TCP with a reset, not an orderly close."""
-    sock = transport.get_extra_info("socket")
+    sock = None if transport.is_closing() else transport.get_extra_info("socket")
     if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()

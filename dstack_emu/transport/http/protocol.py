@@ -9,6 +9,7 @@ Not here: sockets to listen on (`transport.listen`), and what is answered.
 
 import asyncio
 import logging
+import ssl
 from http import HTTPStatus
 from typing import Final, cast
 
@@ -72,6 +73,7 @@ class HttpProtocol(asyncio.Protocol):
 
     _transport: asyncio.Transport
     _writer: ResponseWriter
+    _tls: ssl.SSLObject | None
 
     def __init__(self, server: HttpServer) -> None:
         self._server, self._loop = server, asyncio.get_running_loop()
@@ -93,6 +95,7 @@ class HttpProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for a request."""
         self._transport = cast(asyncio.Transport, transport)
+        self._tls = transport.get_extra_info("ssl_object")
         self._writer = ResponseWriter(self._transport)
         self._server.connections.add(self)
         self._deadline.begin("request")
@@ -113,7 +116,7 @@ class HttpProtocol(asyncio.Protocol):
         """Keep the connection (True) while something that was asked in full waits for its answer."""
         is_cut_off = self._is_within_body()
         self._core.receive_eof()
-        if self._is_lingering or is_cut_off or self._is_secure():
+        if self._is_lingering or is_cut_off or self._tls is not None:
             return False
         return self.task is not None
 
@@ -209,8 +212,8 @@ class HttpProtocol(asyncio.Protocol):
         self._linger()
 
     def _client_certificate(self) -> bytes | None:
-        if self._certificate is None and (tls := self._transport.get_extra_info("ssl_object")) is not None:
-            self._certificate = tls.getpeercert(binary_form=True)
+        if self._certificate is None and self._tls is not None:
+            self._certificate = self._tls.getpeercert(binary_form=True)
         return self._certificate
 
     # ---- the end of a connection
@@ -232,9 +235,6 @@ class HttpProtocol(asyncio.Protocol):
             self._transport.close()
         else:
             self._wait()
-
-    def _is_secure(self) -> bool:
-        return self._transport.get_extra_info("ssl_object") is not None
 
     # ---- what is waited for, and what is read
 
