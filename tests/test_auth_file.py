@@ -6,12 +6,12 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
@@ -20,9 +20,11 @@ from dstack_emu.auth.allowlist import Allowlist, evaluate_allowlist, parse_allow
 from dstack_emu.auth.boot_info import ReceivedBootInfo
 from dstack_emu.auth.file import FileAuth
 from dstack_emu.auth.file_server import MAX_ALLOWLIST_BODY_SIZE, file_app
+from dstack_emu.transport.http import Application
 from tests.recorded import golden
+from tests.toy import served
 
-Client = TestClient[web.Request, web.Application]
+Client = aiohttp.ClientSession
 
 BOOT_INFO: dict[str, Any] = {
     "mrAggregated": "0xabc123",
@@ -66,9 +68,16 @@ def config(tmp_path: Path) -> Path:
     return write(tmp_path / "auth-allowlist.json", ALLOWLIST)
 
 
+@asynccontextmanager
+async def asking(app: Application) -> AsyncIterator[Client]:
+    """Serve an application, and give a client of it."""
+    async with served(app) as server, aiohttp.ClientSession(server.url) as client:
+        yield client
+
+
 @pytest.fixture
 async def webhook(config: Path) -> AsyncIterator[Client]:
-    async with TestClient(TestServer(file_app(config))) as client:
+    async with asking(file_app(config)) as client:
         yield client
 
 
@@ -88,7 +97,7 @@ async def ask(client: Client, caller: str, **changed: Any) -> Any:
 
 
 async def decide(path: Path, caller: str, **changed: Any) -> Any:
-    async with TestClient(TestServer(file_app(path))) as client:
+    async with asking(file_app(path)) as client:
         return await ask(client, caller, **changed)
 
 
@@ -282,7 +291,7 @@ async def test_file_replaced_or_rewritten_between_two_requests_takes_effect(webh
 @pytest.mark.parametrize("caller", ["app", "kms"])
 async def test_file_that_appears_vanishes_and_returns_takes_effect(tmp_path: Path, caller: str) -> None:
     path = tmp_path / "later.json"
-    async with TestClient(TestServer(file_app(path))) as client:
+    async with asking(file_app(path)) as client:
         assert await ask(client, caller) == DENIED_BY_NOTHING[caller]
         write(path, ALLOWLIST)
         assert await ask(client, caller) == ALLOWED
@@ -422,7 +431,7 @@ async def test_answers_are_upstream_s_bytes(webhook: Client) -> None:
 
 async def test_info_is_the_same_without_a_usable_file(tmp_path: Path, webhook: Client) -> None:
     async with (
-        TestClient(TestServer(file_app(tmp_path / "none.json"))) as client,
+        asking(file_app(tmp_path / "none.json")) as client,
         client.get("/") as response,
         webhook.get("/") as other,
     ):
@@ -525,10 +534,10 @@ async def test_body_at_the_limit_passes_and_one_byte_more_is_413(webhook: Client
     assert (await post(webhook, text))[0] == 200
 
 
-async def test_compressed_body_counts_against_the_limit_at_its_full_size(webhook: Client) -> None:
-    data = gzip.compress(json.dumps(BOOT_INFO).ljust(MAX_ALLOWLIST_BODY_SIZE + 1).encode())
-    assert (await post(webhook, data, **{"Content-Encoding": "gzip"}))[0] == 413
-    assert (await post(webhook, b"not gzip", **{"Content-Encoding": "gzip"}))[0] == 400
+async def test_compressed_body_is_not_uncompressed(webhook: Client) -> None:
+    data = gzip.compress(json.dumps(BOOT_INFO).encode())
+    assert (await post(webhook, data, **{"Content-Encoding": "gzip"}))[0] == 400
+    assert (await post(webhook, json.dumps(BOOT_INFO), **{"Content-Encoding": "gzip"}))[0] == 200
 
 
 @pytest.mark.parametrize(
