@@ -16,7 +16,7 @@ from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.attest.strict_json import ConstantError, StrictJson
 from dstack_emu.kms_emu.errors import UnavailableError
 from dstack_emu.transport.client import MoreHeaders, describe_failure
-from dstack_emu.transport.keepalive import AnswerTooLongError, KeepAliveClient, header_lines
+from dstack_emu.transport.http_client import AnswerTooLongError, HttpClient
 from dstack_emu.transport.status import status_line
 
 TIMEOUT: Final = 10.0
@@ -24,6 +24,7 @@ MAX_ANSWER: Final = 1024 * 1024
 REMEMBERED_ANSWER: Final = 4096
 """Bytes of an answer whose reading is remembered; it is asked for each time all the same."""
 SHOWN: Final = 512
+_JSON_TYPE: Final = {"Content-Type": "application/json"}
 
 
 def kms_user_agent(release: Release) -> str:
@@ -102,7 +103,7 @@ class WebhookAuth:
         self._more_headers = headers
         self._variant_members = release.boot_info_variant_members
         user_agent = {"User-Agent": kms_user_agent(release)}
-        self._client = KeepAliveClient(timeout=timeout, max_answer=MAX_ANSWER, headers=user_agent)
+        self._client = HttpClient(timeout=timeout, max_answer=MAX_ANSWER, headers=user_agent)
         base = url.rstrip("/")
         self._boot_auth = {True: f"{base}/bootAuth/kms", False: f"{base}/bootAuth/app"}
 
@@ -129,11 +130,11 @@ class WebhookAuth:
         await self._client.close()
 
     async def _ask(self, method: str, url: str, body: bytes | None = None) -> "_Answer":
-        headers = "" if body is None else "Content-Type: application/json\r\n"
+        headers = {} if body is None else dict(_JSON_TYPE)
         if self._more_headers is not None:
-            headers += header_lines(self._more_headers())
+            headers |= self._more_headers()
         try:
-            answer = await self._client.ask(method, url, body, headers)
+            answer = await self._client.send(method, url, body, headers)
         except AnswerTooLongError as error:
             raise UnavailableError(f"auth api {url} answered more than {MAX_ANSWER} bytes") from error
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:

@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Any, Final, TypeVar
 
 import aiohttp
-from aiohttp.connector import Connection
 from google.protobuf.message import Message
 
 from dstack_emu.attest.prpc import decode_json, encode_json
@@ -144,9 +143,12 @@ class PrpcClient:
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Notes the certificate behind a connection, which a finished response no longer knows."""
+    """Remembers the certificate behind a connection, which a finished response no longer knows.
 
-    async def connect(self, *arguments: Any, **options: Any) -> Connection:
+    `connect` is the documented place where a request gets its connection; it runs in the context of the request.
+    """
+
+    async def connect(self, *arguments: Any, **options: Any) -> Any:
         connection = await super().connect(*arguments, **options)
         channel = connection.transport.get_extra_info("ssl_object") if connection.transport is not None else None
         _server_certificate.set(channel.getpeercert(binary_form=True) if channel is not None else None)
@@ -179,7 +181,7 @@ def describe_failure(error: Exception, timeout: float) -> str:
         return "connection closed within the answer"
     if isinstance(error, aiohttp.ClientResponseError):
         return "the answer is not HTTP"
-    if isinstance(error, aiohttp.InvalidURL):
+    if isinstance(error, aiohttp.InvalidURL | aiohttp.NonHttpUrlClientError):
         return "not a URL"
     if isinstance(origin, OSError) and origin.errno:
         return os.strerror(origin.errno)

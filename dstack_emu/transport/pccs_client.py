@@ -30,7 +30,7 @@ from dstack_emu.attest.pcs import (
 )
 from dstack_emu.attest.verify import TrustAnchor, VerifiedAttestation, require_bound_to_key, verify_attestation
 from dstack_emu.transport.client import MoreHeaders, TransportError, describe_failure
-from dstack_emu.transport.keepalive import AnswerTooLongError, KeepAliveClient, header_lines
+from dstack_emu.transport.http_client import AnswerTooLongError, HttpAnswer, HttpClient
 
 Clock = Callable[[], int]
 """Unix seconds, now."""
@@ -61,8 +61,8 @@ class _Assembled:
     documents: tuple[Document, ...]
     collateral: QuoteCollateralV3
     revalidation: str
-    question: str
-    """The lines of the headers that ask: the four ETags as one."""
+    etag: str
+    """The four ETags as one."""
 
 
 class PccsClient:
@@ -78,8 +78,7 @@ class PccsClient:
         self.base_url = base_url.rstrip("/")
         self._seconds, self._ttl = timeout, ttl
         self._more_headers = headers
-        self._session: aiohttp.ClientSession | None = None
-        self._revalidator = KeepAliveClient(timeout=timeout, max_answer=SHOWN)
+        self._client = HttpClient(timeout=timeout, max_answer=MAX_DOCUMENT)
         self._documents: dict[str, _Held] = {}
         self._assembled: dict[CollateralKey, _Assembled] = {}
         self._coming: dict[CollateralKey, asyncio.Task[QuoteCollateralV3]] = {}
@@ -118,8 +117,7 @@ class PccsClient:
         url, etag = self._revalidation(held)
         if key not in self._assembled and len(self._assembled) >= REMEMBERED:
             self._assembled.clear()  # whoever calls names a platform: that must not fill memory
-        question = header_lines({"If-None-Match": etag})
-        self._assembled[key] = _Assembled(documents, collateral, url, question)
+        self._assembled[key] = _Assembled(documents, collateral, url, etag)
         return collateral
 
     def forget(self) -> None:
@@ -139,7 +137,7 @@ class PccsClient:
 
     async def _is_current(self, known: _Assembled) -> bool:
         try:
-            answer = await self._revalidator.ask("GET", known.revalidation, headers=known.question)
+            answer = await self._client.send("GET", known.revalidation, headers={"If-None-Match": known.etag})
         except TimeoutError as error:  # of a server that hangs enough was waited for
             raise TransportError(known.revalidation, describe_failure(error, self._seconds)) from error
         except (aiohttp.ClientError, OSError, AnswerTooLongError):
@@ -153,16 +151,9 @@ class PccsClient:
             question.cancel()
         await asyncio.gather(*questions, return_exceptions=True)
         self._coming.clear()
-        await self._revalidator.close()
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._client.close()
 
     async def _fetch(self, path: str) -> _Held:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=self._seconds), cookie_jar=aiohttp.DummyCookieJar()
-            )
         url, now = self.base_url + path, asyncio.get_running_loop().time()
         held = self._documents.get(path)
         if held and not held.etag and now < held.at + self._ttl:
@@ -171,22 +162,15 @@ class PccsClient:
         if self._more_headers is not None:
             headers |= self._more_headers()
         try:
-            async with self._session.get(url, headers=headers) as response:
-                etag, revalidation = response.headers.get("ETag", ""), response.headers.get(REVALIDATION_HEADER, "")
-                if response.status == 304 and held and held.etag:
-                    return self._hold(path, _Held(held.document, held.etag, revalidation, now))
-                body = b""
-                async for chunk in response.content.iter_any():
-                    body += chunk
-                    if len(body) > MAX_DOCUMENT:
-                        raise TransportError(url, f"the answer is longer than {MAX_DOCUMENT} bytes")
-                if response.status != 200:
-                    said = body[:SHOWN].decode(errors="replace")
-                    raise TransportError(url, f"PCCS status {response.status}, 200 expected: {said}")
-                chain = next((response.headers[h] for h in _ISSUER_HEADERS if h in response.headers), "")
-                return self._hold(path, _Held(Document(body, chain), etag, revalidation, now))
+            answer = await self._client.send("GET", url, headers=headers, follow_redirects=True)
+        except AnswerTooLongError as error:
+            raise TransportError(url, str(error)) from error
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise TransportError(url, describe_failure(error, self._seconds)) from error
+        etag, revalidation = answer.headers.get("ETag", ""), answer.headers.get(REVALIDATION_HEADER, "")
+        if answer.status == 304 and held and held.etag:
+            return self._hold(path, _Held(held.document, held.etag, revalidation, now))
+        return self._hold(path, _Held(_document(url, answer), etag, revalidation, now))
 
     def _hold(self, path: str, held: _Held) -> _Held:
         if held.etag or self._ttl > 0:
@@ -194,6 +178,14 @@ class PccsClient:
                 self._documents.clear()  # as above
             self._documents[path] = held
         return held
+
+
+def _document(url: str, answer: HttpAnswer) -> Document:
+    if answer.status != 200:
+        said = answer.body[:SHOWN].decode(errors="replace")
+        raise TransportError(url, f"PCCS status {answer.status}, 200 expected: {said}")
+    chain = next((answer.headers[name] for name in _ISSUER_HEADERS if name in answer.headers), "")
+    return Document(answer.body, chain)
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ from dstack_emu.attest.app_info import BootInfo
 from dstack_emu.attest.release import DEFAULT
 from dstack_emu.kms_emu.auth_api import MAX_ANSWER, TIMEOUT, Decision, WebhookAuth, kms_user_agent
 from dstack_emu.kms_emu.errors import UnavailableError
-from dstack_emu.transport.keepalive import AnswerTooLongError, KeepAliveClient
+from dstack_emu.transport.http_client import AnswerTooLongError, HttpClient
 from dstack_emu.webhook_check.hints import hint_for
 from dstack_emu.webhook_check.questions import Questions, Variation
 
@@ -247,12 +247,12 @@ class _Checker:
     async def _plain_answer(self) -> AnswerCheck:
         """Look at what a KMS does not look at: an answer's headers."""
         name, url = "headers of an answer", f"{self.url.rstrip('/')}/bootAuth/app"
-        client = KeepAliveClient(
+        client = HttpClient(
             timeout=self._patience, max_answer=MAX_ANSWER, headers={"User-Agent": kms_user_agent(DEFAULT)}
         )
         try:
-            headers = "Content-Type: application/json\r\n"
-            answer = await client.ask("POST", url, self.questions.app.to_json(), headers)
+            headers = {"Content-Type": "application/json"}
+            answer = await client.send("POST", url, self.questions.app.to_json(), headers)
         except (OSError, ValueError, TimeoutError, AnswerTooLongError) as error:
             return AnswerCheck(name, "warning", f"asked once more, it did not answer: {error}")
         finally:

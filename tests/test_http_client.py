@@ -1,4 +1,4 @@
-"""The frugal client against a server that writes bytes: answers of every form are read as by aiohttp's session."""
+"""The HTTP client against a server that writes bytes: which answers are read, and which connections are kept."""
 
 import asyncio
 import gzip
@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from dstack_emu.transport.client import describe_failure
-from dstack_emu.transport.keepalive import Answer, AnswerTooLongError, KeepAliveClient
+from dstack_emu.transport.http_client import AnswerTooLongError, HttpAnswer, HttpClient
 
 MAX = 1000
 BODY = b'{"isAllowed": true}'
@@ -60,8 +60,8 @@ async def server() -> AsyncIterator[Server]:
 
 
 @pytest.fixture
-async def client() -> AsyncIterator[KeepAliveClient]:
-    made = KeepAliveClient(timeout=5, max_answer=MAX, headers={"User-Agent": "test/1"})
+async def client() -> AsyncIterator[HttpClient]:
+    made = HttpClient(timeout=5, max_answer=MAX, headers={"User-Agent": "test/1"})
     yield made
     await made.close()
 
@@ -123,20 +123,20 @@ READABLE: dict[str, tuple[list[bytes | None], int, bytes, bool]] = {
 
 @pytest.mark.parametrize("name", READABLE)
 async def test_any_answer_is_read_and_the_connection_kept_where_it_may_be(
-    server: Server, client: KeepAliveClient, name: str
+    server: Server, client: HttpClient, name: str
 ) -> None:
     pieces, status, body, kept = READABLE[name]
     server.answers = [pieces, [PLAIN], pieces]
     for expected_status, expected in ((status, body), (200, BODY), (status, body)):
-        answer = await client.ask("POST", server.url, b"{}")
+        answer = await client.send("POST", server.url, b"{}")
         assert (answer.status, answer.body) == (expected_status, expected)
     assert server.connections == (1 if kept else 2)
 
 
-async def test_headers_are_found_by_their_names_in_lower_case(server: Server, client: KeepAliveClient) -> None:
+async def test_headers_are_found_by_their_names_in_lower_case(server: Server, client: HttpClient) -> None:
     server.answers = [[PLAIN], [PLAIN[:40], PLAIN[40:]]]
     for _ in range(2):
-        assert (await client.ask("GET", server.url)).headers["etag"] == '"one"'
+        assert (await client.send("GET", server.url)).headers["etag"] == '"one"'
 
 
 UNREADABLE: dict[str, tuple[list[bytes | None], str]] = {
@@ -159,15 +159,15 @@ UNREADABLE: dict[str, tuple[list[bytes | None], str]] = {
 
 @pytest.mark.parametrize("name", UNREADABLE)
 async def test_what_cannot_be_read_is_an_error_and_the_next_question_has_another_connection(
-    server: Server, client: KeepAliveClient, name: str
+    server: Server, client: HttpClient, name: str
 ) -> None:
     pieces, said = UNREADABLE[name]
     server.answers = [[PLAIN], pieces, [PLAIN]]
-    await client.ask("POST", server.url, b"{}")
+    await client.send("POST", server.url, b"{}")
     with pytest.raises(aiohttp.ClientError) as refused:
-        await client.ask("POST", server.url, b"{}")
+        await client.send("POST", server.url, b"{}")
     assert describe_failure(refused.value, 5) == said
-    assert (await client.ask("POST", server.url, b"{}")).body == BODY
+    assert (await client.send("POST", server.url, b"{}")).body == BODY
     assert server.connections == 2
 
 
@@ -182,70 +182,67 @@ async def test_what_cannot_be_read_is_an_error_and_the_next_question_has_another
     ids=["plain", "in chunks", "packed", "until it closes"],
 )
 async def test_an_answer_of_the_greatest_length_is_read_and_one_byte_more_is_not(
-    server: Server, client: KeepAliveClient, write: Callable[[bytes], list[bytes | None]]
+    server: Server, client: HttpClient, write: Callable[[bytes], list[bytes | None]]
 ) -> None:
     server.answers = [write(b"x" * MAX), write(b"x" * (MAX + 1))]
-    assert len((await client.ask("POST", server.url)).body) == MAX
+    assert len((await client.send("POST", server.url)).body) == MAX
     with pytest.raises(AnswerTooLongError):
-        await client.ask("POST", server.url)
+        await client.send("POST", server.url)
 
 
-async def test_an_answer_that_nobody_asked_for_is_no_answer(server: Server, client: KeepAliveClient) -> None:
+async def test_an_answer_that_nobody_asked_for_is_no_answer(server: Server, client: HttpClient) -> None:
     forged = http("200 OK", b"forged")
     server.answers = [[PLAIN, forged], [PLAIN], [PLAIN + forged], [PLAIN]]
-    bodies = [(await client.ask("POST", server.url)).body]
+    bodies = [(await client.send("POST", server.url)).body]
     await server.left.wait()  # the client hangs up as soon as it hears of it
-    bodies += [(await client.ask("POST", server.url)).body for _ in range(3)]
+    bodies += [(await client.send("POST", server.url)).body for _ in range(3)]
     assert bodies == [BODY] * 4
     assert server.connections == 3
 
 
 @pytest.mark.parametrize("says", [[], [PLAIN[:40]], [chunked(BODY)[:60]]], ids=["nothing", "a head", "a chunk"])
 async def test_a_server_that_hangs_is_given_up(server: Server, says: list[bytes | None]) -> None:
-    client = KeepAliveClient(timeout=0.05, max_answer=MAX)
+    client = HttpClient(timeout=0.05, max_answer=MAX)
     server.answers = [says, [PLAIN]]
     with pytest.raises(TimeoutError):
-        await client.ask("POST", server.url)
-    client._timeout = 5
-    assert (await client.ask("POST", server.url)).body == BODY
+        await client.send("POST", server.url)
+    assert (await client.send("POST", server.url)).body == BODY
     assert server.connections == 2
     await client.close()
 
 
-async def test_a_caller_that_gives_up_takes_its_connection_along(server: Server, client: KeepAliveClient) -> None:
+async def test_a_caller_that_gives_up_takes_its_connection_along(server: Server, client: HttpClient) -> None:
     server.answers = [[], [PLAIN]]
-    gone = asyncio.create_task(client.ask("POST", server.url))
+    gone = asyncio.create_task(client.send("POST", server.url))
     await server.asked.wait()
     gone.cancel()
-    assert (await client.ask("POST", server.url)).body == BODY
+    assert (await client.send("POST", server.url)).body == BODY
     assert server.connections == 2
     assert gone.cancelled()
 
 
 async def test_a_get_that_is_lost_with_its_connection_is_sent_again_and_a_post_is_not(
-    server: Server, client: KeepAliveClient
+    server: Server, client: HttpClient
 ) -> None:
     server.answers = [[None], [PLAIN], [None], [PLAIN]]
-    assert (await client.ask("GET", server.url)).status == 200
+    assert (await client.send("GET", server.url)).status == 200
     with pytest.raises(aiohttp.ServerDisconnectedError):
-        await client.ask("POST", server.url)
+        await client.send("POST", server.url)
     assert len(server.requests) == 3
 
 
-async def test_questions_at_the_same_time_have_connections_of_their_own(
-    server: Server, client: KeepAliveClient
-) -> None:
+async def test_questions_at_the_same_time_have_connections_of_their_own(server: Server, client: HttpClient) -> None:
     server.answers = [[PLAIN]] * 20
-    answers = await asyncio.gather(*(client.ask("POST", server.url, b"x") for _ in range(10)))
-    answers += await asyncio.gather(*(client.ask("POST", server.url, b"x") for _ in range(10)))
-    assert answers == [Answer(200, answers[0].headers, BODY)] * 20
+    answers = await asyncio.gather(*(client.send("POST", server.url, b"x") for _ in range(10)))
+    answers += await asyncio.gather(*(client.send("POST", server.url, b"x") for _ in range(10)))
+    assert answers == [HttpAnswer(200, answers[0].headers, BODY)] * 20
     assert server.connections == 10
 
 
-async def test_what_is_sent_is_what_a_session_of_aiohttp_sends(server: Server, client: KeepAliveClient) -> None:
+async def test_what_is_sent_is_what_a_session_of_aiohttp_sends(server: Server, client: HttpClient) -> None:
     url = server.url.replace("http://", "http://user:secret@") + "/a b/ü?c=d#e"
     server.answers = [[PLAIN], [PLAIN]]
-    await client.ask("POST", url, b'{"a":1}', "Content-Type: application/json\r\n")
+    await client.send("POST", url, b'{"a":1}', {"Content-Type": "application/json"})
     async with aiohttp.ClientSession(
         headers={"User-Agent": "test/1"}, skip_auto_headers=("Accept-Encoding",)
     ) as session:
@@ -260,41 +257,41 @@ async def test_what_is_sent_is_what_a_session_of_aiohttp_sends(server: Server, c
 
 
 @pytest.mark.parametrize("url", ["", "nothing", "ftp://127.0.0.1/", "http://", "http://:80/", "/path"])
-async def test_a_url_that_is_none_is_refused(client: KeepAliveClient, url: str) -> None:
-    with pytest.raises(aiohttp.InvalidURL) as refused:
-        await client.ask("GET", url)
+async def test_a_url_that_is_none_is_refused(client: HttpClient, url: str) -> None:
+    with pytest.raises((aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError)) as refused:
+        await client.send("GET", url)
     assert describe_failure(refused.value, 5) == "not a URL"
 
 
-async def test_a_server_that_is_not_there_is_an_error(server: Server, client: KeepAliveClient) -> None:
+async def test_a_server_that_is_not_there_is_an_error(server: Server, client: HttpClient) -> None:
     listener = await asyncio.start_server(server.converse, "127.0.0.1", 0)
     port = listener.sockets[0].getsockname()[1]
     listener.close()
     await listener.wait_closed()
     with pytest.raises(aiohttp.ClientConnectorError) as refused:
-        await client.ask("POST", f"http://127.0.0.1:{port}")
+        await client.send("POST", f"http://127.0.0.1:{port}")
     assert describe_failure(refused.value, 5) == "Connection refused"
 
 
 async def test_idle_connection_is_closed_in_time_and_not_used_again(server: Server) -> None:
-    client = KeepAliveClient(timeout=5, max_answer=MAX, kept_idle=0.05)
+    client = HttpClient(timeout=5, max_answer=MAX, kept_idle=0.05)
     try:
         server.answers = [[PLAIN], [PLAIN], [PLAIN]]
         for _ in range(2):
-            assert (await client.ask("GET", server.url)).body == BODY
+            assert (await client.send("GET", server.url)).body == BODY
         assert server.connections == 1
         await asyncio.wait_for(server.left.wait(), 5)  # the client hangs up, with nobody asking
-        assert (await client.ask("GET", server.url)).body == BODY
+        assert (await client.send("GET", server.url)).body == BODY
         assert server.connections == 2
     finally:
         await client.close()
 
 
 async def test_questions_at_once_have_a_connection_each_and_the_last_ones_are_used_again(
-    server: Server, client: KeepAliveClient
+    server: Server, client: HttpClient
 ) -> None:
     server.answers = [[PLAIN] for _ in range(6)]
     for _ in range(2):
-        answers = await asyncio.gather(*(client.ask("POST", server.url, b"{}") for _ in range(3)))
+        answers = await asyncio.gather(*(client.send("POST", server.url, b"{}") for _ in range(3)))
         assert [answer.body for answer in answers] == [BODY] * 3
     assert server.connections == 3
