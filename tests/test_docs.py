@@ -195,6 +195,8 @@ FOREIGN = {
 FILLED_IN = {
     "cannot listen on unix:": "cannot listen on {address}",
     "error sending request for url (https://": "the URL",
+    "TCB status is not up to date": "TCB status is not {…}",
+    "TCB status is not allowed": "TCB status is not {…}",
     "kms-src": "kms-{side}",
     "kms-src ended": "kms-{side} ended",
     "core.verifi": "the key",
