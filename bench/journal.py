@@ -30,7 +30,7 @@ from dstack_emu.transport.ratls import make_identity
 from dstack_emu.transport.tls import Identity, client_context
 
 CONNECTIONS = 8
-BAR, REVERT_BAR = 0.95, 50.0
+BAR, REVERT_BAR = 0.95, 5.0
 
 
 def measure(effort: Effort) -> Iterator[Figure]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from bench.figure import Bar, Effort, Figure, median
 from bench.processes import UP, resident_memory, running
 
-READY_BAR, STOP_BAR, MEMORY_BAR = 1.5, 0.5, 160.0
+READY_BAR, STOP_BAR, MEMORY_BAR = 0.8, 0.5, 160.0
 
 
 def measure(effort: Effort) -> Iterator[Figure]:
