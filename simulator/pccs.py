@@ -9,9 +9,11 @@ clients and both names of the TCB chain header are supported. Source: Intel PCS 
 import functools
 import hashlib
 import json
-from urllib.parse import quote
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+from urllib.parse import parse_qsl, quote, urlsplit
 
-from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -28,6 +30,7 @@ from dstack_emu.attest.pcs import (
     combined_etag,
 )
 from dstack_emu.simulator.intel import Intel
+from dstack_emu.transport.http import Application, Handler, HeaderPairs, Request, Response
 
 SGX_TCB_INFO_PATH = TCB_INFO_PATH.replace("/tdx/", "/sgx/")
 SGX_QE_IDENTITY_PATH = QE_IDENTITY_PATH.replace("/tdx/", "/sgx/")
@@ -35,89 +38,99 @@ REVALIDATION_PATH = "/collateral/revalidation"
 
 _JSON, _DER, _TEXT, _PEM = "application/json", "application/pkix-crl", "text/plain", "application/x-pem-file"
 _CERTIFICATE = "application/pkix-cert"
+_NO_CACHE: Final = ("Cache-Control", "no-cache")
 
 
-def pccs_app(intel: Intel) -> web.Application:
+def pccs_app(intel: Intel) -> Application:
     """Make the HTTP application of one emulated vendor."""
 
-    async def pck_crl(request: web.Request) -> web.Response:
-        ca = request.query.get("ca", "")
+    async def pck_crl(request: Request) -> Response:
+        query = _query(request)
+        ca = query.get("ca", "")
         if ca != "platform":
             return _refuse(400, f"ca: `platform` expected, got {ca!r}")
         crl = intel.pck_crl
-        if request.query.get("encoding", "pem") == "der":
+        if query.get("encoding", "pem") == "der":
             return _answer(request, crl, _DER, PCK_CRL_ISSUER_HEADER)
         pem = x509.load_der_x509_crl(crl.body).public_bytes(Encoding.PEM)
         return _answer(request, Document(pem, crl.issuer_chain), _PEM, PCK_CRL_ISSUER_HEADER)
 
-    def fmspc_of(request: web.Request) -> bytes:
-        fmspc = request.query.get("fmspc", "")
-        try:
-            number = bytes.fromhex(fmspc)
-        except ValueError:
-            number = b""
-        if not intel.knows_fmspc(number):
-            text = f"no platform of this seed has the FMSPC {fmspc!r}: 12 hex digits of one expected"
-            raise web.HTTPNotFound(text=json.dumps({"error": text}), content_type=_JSON)
-        return number
+    def for_platform(answer: Callable[[Request, bytes], Response]) -> Handler:
+        """Make a handler that knows the platform's FMSPC, or answers 404."""
 
-    async def tcb_info(request: web.Request) -> web.Response:
-        number = fmspc_of(request)
+        async def handle(request: Request) -> Response:
+            fmspc = _query(request).get("fmspc", "")
+            try:
+                number = bytes.fromhex(fmspc)
+            except ValueError:
+                number = b""
+            if intel.knows_fmspc(number):
+                return answer(request, number)
+            return _refuse(404, f"no platform of this seed has the FMSPC {fmspc!r}: 12 hex digits of one expected")
+
+        return handle
+
+    def tcb_info(request: Request, number: bytes) -> Response:
         response = _answer(request, intel.tcb_info(number), _JSON, *TCB_INFO_ISSUER_HEADERS)
-        if _is_direct(request):
-            url = f"{request.scheme}://{request.host}{REVALIDATION_PATH}?ca=platform&fmspc={number.hex()}"
-            response.headers[REVALIDATION_HEADER] = url
-        return response
+        if not _is_direct(request):
+            return response
+        url = f"http://{request.headers['Host']}{REVALIDATION_PATH}?ca=platform&fmspc={number.hex()}"
+        return replace(response, headers=(*response.headers, (REVALIDATION_HEADER, url)))
 
-    async def revalidation(request: web.Request) -> web.Response:
-        documents = (intel.pck_crl, intel.tcb_info(fmspc_of(request)), intel.qe_identity, root_ca_crl_document())
+    def revalidation(request: Request, number: bytes) -> Response:
+        documents = (intel.pck_crl, intel.tcb_info(number), intel.qe_identity, root_ca_crl_document())
         etag = combined_etag([_etag(document) for document in documents])
         status = 304 if request.headers.get("If-None-Match") == etag else 204
-        return web.Response(status=status, headers={"ETag": etag, "Cache-Control": "no-cache"})
+        return Response(status, headers=(("ETag", etag), _NO_CACHE))
 
     def root_ca_crl_document() -> Document:
         return Document(intel.root_ca_crl.hex().encode())
 
-    async def qe_identity(request: web.Request) -> web.Response:
+    async def qe_identity(request: Request) -> Response:
         return _answer(request, intel.qe_identity, _JSON, QE_IDENTITY_ISSUER_HEADER)
 
-    async def root_ca_crl(request: web.Request) -> web.Response:
+    async def root_ca_crl(request: Request) -> Response:
         return _answer(request, root_ca_crl_document(), _TEXT)
 
-    async def root_ca_pem(request: web.Request) -> web.Response:
+    async def root_ca_pem(request: Request) -> Response:
         return _answer(request, Document(intel.root_pem.encode()), _PEM)
 
-    async def root_ca_der(request: web.Request) -> web.Response:
+    async def root_ca_der(request: Request) -> Response:
         return _answer(request, Document(intel.root_der), _CERTIFICATE)
 
-    async def health(request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok", "service": "dstack-emu-pccs"})
+    async def health(request: Request) -> Response:
+        return Response.of('{"status": "ok", "service": "dstack-emu-pccs"}', _JSON)
 
-    app = web.Application()
+    app = Application()
     for path, handler in (
         (PCK_CRL_PATH, pck_crl),
-        (TCB_INFO_PATH, tcb_info),
-        (SGX_TCB_INFO_PATH, tcb_info),
+        (TCB_INFO_PATH, for_platform(tcb_info)),
+        (SGX_TCB_INFO_PATH, for_platform(tcb_info)),
         (QE_IDENTITY_PATH, qe_identity),
         (SGX_QE_IDENTITY_PATH, qe_identity),
         (ROOT_CA_CRL_PATH, root_ca_crl),
-        (REVALIDATION_PATH, revalidation),
+        (REVALIDATION_PATH, for_platform(revalidation)),
         ("/root-ca.pem", root_ca_pem),
         ("/root-ca.der", root_ca_der),
         ("/health", health),
     ):
-        app.router.add_get(path, handler)
+        app.add("GET", path, handler)
     return app
 
 
-def _answer(request: web.Request, document: Document, content_type: str, *chain_headers: str) -> web.Response:
+def _query(request: Request) -> dict[str, str]:
+    """Return the query's parameters; the first value counts if one is repeated."""
+    return dict(reversed(parse_qsl(request.query, keep_blank_values=True)))
+
+
+def _answer(request: Request, document: Document, content_type: str, *chain_headers: str) -> Response:
     etag = _etag(document)
-    headers = {"ETag": etag, "Cache-Control": "no-cache"}
+    headers: HeaderPairs = (("ETag", etag), _NO_CACHE)
     if request.headers.get("If-None-Match") == etag:
-        return web.Response(status=304, headers=headers)
-    for header in chain_headers:
-        headers[header] = quote(document.issuer_chain, safe="")
-    return web.Response(body=document.body, content_type=content_type, headers=headers)
+        return Response(304, headers=headers)
+    chain = quote(document.issuer_chain, safe="") if chain_headers else ""
+    headers += tuple((name, chain) for name in chain_headers)
+    return Response(200, document.body, (("Content-Type", content_type), *headers))
 
 
 @functools.lru_cache(maxsize=64)
@@ -125,14 +138,15 @@ def _etag(document: Document) -> str:
     return f'"{hashlib.sha256(document.issuer_chain.encode() + document.body).hexdigest()[:32]}"'
 
 
-def _is_direct(request: web.Request) -> bool:
+def _is_direct(request: Request) -> bool:
     """Return whether the client addressed this port; a client behind a proxy must use the proxy for every URL."""
-    name = None if request.transport is None else request.transport.get_extra_info("sockname")
+    name = request.transport.get_extra_info("sockname")
     try:
-        return isinstance(name, tuple) and request.url.port == name[1]
+        port = urlsplit(f"http://{request.headers.get('Host', '')}").port or 80
     except ValueError:  # an invalid Host
         return False
+    return isinstance(name, tuple) and port == name[1]
 
 
-def _refuse(status: int, text: str) -> web.Response:
-    return web.json_response({"error": text}, status=status)
+def _refuse(status: int, text: str) -> Response:
+    return Response.of(json.dumps({"error": text}), _JSON, status)

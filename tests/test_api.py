@@ -68,3 +68,9 @@ def test_guest_on_its_own_imports_no_part_of_a_stack() -> None:
     needed = graph.find_upstream_modules("dstack_emu.deployment.standalone_guest")
     packages = {name for name in STACK_ALONE if any(f"{m}.".startswith(f"{name}.") for m in needed)}
     assert packages == set()
+
+
+def test_agent_command_starts_without_the_libraries_that_it_does_not_need() -> None:
+    program = "import sys; from dstack_emu.cli.commands import agent; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"aiohttp", "dcap_qvl", "grpc", "pydantic"} & set(done.stdout.split())

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -20,10 +20,10 @@ from dstack_emu.simulator.intel import Intel, VendorState
 from dstack_emu.simulator.pccs import REVALIDATION_PATH, pccs_app
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
+from dstack_emu.transport.http import Handler, Request, Response
 from dstack_emu.transport.listen import bind_tcp, serve
 from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 TIMEOUT = 10
 
 
@@ -67,18 +67,16 @@ class Pccs:
         """Fresh evidence of the domain on the platform."""
         return self.domain.attest(bytes(64))
 
-    @web.middleware
-    async def _observe(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _observe(self, request: Request, handler: Handler) -> Response:
         self.asked.append(request.path)
         if self.instead and request.path == REVALIDATION_PATH:
-            if self.instead == "closes" and request.transport is not None:
+            if self.instead == "closes":
                 request.transport.abort()
-            return web.Response(status=int(self.instead) if self.instead.isdigit() else 304)
+            return Response(int(self.instead) if self.instead.isdigit() else 304)
         answer = await handler(request)  # by the state as it is now, even if it leaves later
-        if self.kind != "ours":
-            answer.headers.pop(REVALIDATION_HEADER, None)
-        if self.kind == "without ETags":
-            answer.headers.pop("ETag", None)
+        hidden = {"ours": (), "with ETags": (REVALIDATION_HEADER,), "without ETags": (REVALIDATION_HEADER, "ETag")}
+        kept = tuple(header for header in answer.headers if header[0] not in hidden[self.kind])
+        answer = replace(answer, headers=kept)
         if len(self.asked) <= self.held:
             if len(self.asked) == self.held:
                 self.reached.set()

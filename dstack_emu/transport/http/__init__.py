@@ -6,7 +6,7 @@ docs/decisions/http.md says why it is here, and what it accepts that aiohttp's s
 from dstack_emu.transport.http.application import Application, Handler, Middleware
 from dstack_emu.transport.http.body import BodyBrokenError, BodyError, BodyTooLargeError
 from dstack_emu.transport.http.headers import Headers
-from dstack_emu.transport.http.message import Request, Response
+from dstack_emu.transport.http.message import HeaderPairs, Request, Response
 from dstack_emu.transport.http.pages import status_page
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "BodyError",
     "BodyTooLargeError",
     "Handler",
+    "HeaderPairs",
     "Headers",
     "Middleware",
     "Request",
