@@ -1,0 +1,337 @@
+"""RA-TLS from the server's side: a client certificate of any issuer, which has to carry evidence.
+
+A client may show no certificate. One that is shown must parse, be inside its validity and carry an attestation that
+decodes; otherwise the handshake ends with the alert handshake_failure. That the client has the certificate's key is
+proven by the handshake itself. That the evidence holds, and is bound to that key, is not: verify both on each request.
+
+The standard library can only check issuers, so this is pyOpenSSL between memory buffers, in the shape of the standard
+library's `ssl.SSLObject`: asyncio and uvloop drive it as they drive that one. docs/decisions/client-certificates.md
+has the alternatives and the measurements. Import this module only where such a server is wanted: it loads a second
+OpenSSL binding.
+
+Not here: resumed sessions (each connection shows its certificate anew), renegotiation and early data.
+Source: dstack `ra-rpc/src/ratls_client_verifier.rs` at 3d5f600e.
+"""
+
+import os
+import ssl
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from OpenSSL import SSL, crypto
+
+from dstack_emu.attest.certificate import attestation_of, load_der
+from dstack_emu.attest.errors import FormatError, VerificationError
+from dstack_emu.transport.tls_alert import plain_record, protected_record
+
+_TLS12_CIPHERS: Final = b"ECDHE+AESGCM:ECDHE+CHACHA20"
+"""rustls's suites; those of TLS 1.3 are the same in both libraries."""
+_SECRET_LABEL: Final = b"SERVER_TRAFFIC_SECRET_0"
+_RECORD_SIZE: Final = 16 * 1024
+"""Bytes of plaintext in a TLS record, and so in one read, at most."""
+_TLS12_OVERHEAD: Final = 21
+"""Bytes that a record has beside its plaintext at least: header and tag (ChaCha20-Poly1305's; AES-GCM's has more)."""
+_TLS13_OVERHEAD: Final = 22
+"""The same in TLS 1.3, where the content type is inside."""
+_CHUNK: Final = 64 * 1024
+_ASN1_ERRORS: Final = "asn1 encoding routines"
+
+
+def attested_clients_context(
+    certificate: str | os.PathLike[str],
+    key: str | os.PathLike[str],
+    *,
+    now: Callable[[], float],
+    refused: Callable[[str], None],
+    required: bool = False,
+) -> ssl.SSLContext:
+    """Make a server's context from its certificate chain and key (PEM files).
+
+    `now` gives the time that validity is checked at, in Unix seconds; `refused` is called with the reason for each
+    client certificate that is turned away. `required` also turns away clients without one. Of the standard library's
+    settings, `set_alpn_protocols` takes effect and the others do not.
+
+    Raises `OSError` (`ssl.SSLError` is one) if the files cannot be loaded or do not fit together.
+    """
+    context = _Context(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)  # its errors say what is wrong, pyOpenSSL's hardly do
+    context.openssl = _openssl_context(certificate, key, required)
+    context.now, context.refused = now, refused
+    return context
+
+
+def verify_client_certificate(certificate_der: bytes, now: float) -> None:
+    """Verify what the handshake demands of a client certificate, at a time in Unix seconds.
+
+    Raises `VerificationError` with upstream's words. Success proves neither an issuer nor the evidence.
+    """
+    try:
+        certificate = load_der(certificate_der)
+    except FormatError as error:
+        raise VerificationError(f"failed to parse client certificate: {error}") from error
+    if int(now) < certificate.not_valid_before_utc.timestamp():
+        raise VerificationError("client certificate is not yet valid")
+    if int(now) > certificate.not_valid_after_utc.timestamp():
+        raise VerificationError("client certificate has expired")
+    try:
+        attestation = attestation_of(certificate)
+    except FormatError as error:
+        raise VerificationError(f"failed to decode client attestation: {error}") from error
+    if attestation is None:
+        raise VerificationError("client certificate carries no attestation")
+
+
+def _openssl_context(certificate: str | os.PathLike[str], key: str | os.PathLike[str], required: bool) -> SSL.Context:
+    context = SSL.Context(SSL.TLS_SERVER_METHOD)
+    context.set_min_proto_version(SSL.TLS1_2_VERSION)
+    context.set_cipher_list(_TLS12_CIPHERS)
+    context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_mode(SSL.MODE_RELEASE_BUFFERS)
+    context.set_verify(SSL.VERIFY_PEER | (SSL.VERIFY_FAIL_IF_NO_PEER_CERT if required else 0), _take_any_issuer)
+    context.set_keylog_callback(_keep_secret)
+    try:
+        context.use_certificate_chain_file(os.fspath(certificate))
+        context.use_privatekey_file(os.fspath(key))
+    except SSL.Error as error:
+        raise ssl.SSLError(ssl.SSL_ERROR_SSL, _reason(error)) from error
+    return context
+
+
+def _take_any_issuer(_connection: object, _certificate: object, _error: int, _depth: int, _ok: int) -> bool:
+    """Overrule OpenSSL's own checks; `verify_client_certificate` has ours once the handshake's proofs are in."""
+    return True
+
+
+def _keep_secret(connection: SSL.Connection, line: bytes) -> None:
+    """Keep what an alert must be encrypted with, from a line of the NSS key log format."""
+    label, _, secret = line.split(b" ")
+    if label == _SECRET_LABEL:
+        connection.get_app_data()[label] = bytes.fromhex(secret.decode())
+
+
+class _Context(ssl.SSLContext):
+    openssl: SSL.Context
+    now: Callable[[], float]
+    refused: Callable[[str], None]
+
+    def set_alpn_protocols(self, alpn_protocols: Iterable[str]) -> None:
+        """Offer these protocols, the preferred one first; a client that knows none of them is served without."""
+        ours = [name.encode() for name in alpn_protocols]
+
+        def choose(_connection: SSL.Connection, offered: list[bytes]) -> Any:
+            return next((name for name in ours if name in offered), SSL.NO_OVERLAPPING_PROTOCOLS)
+
+        self.openssl.set_alpn_select_callback(choose)
+
+    def wrap_bio(
+        self,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+        server_side: bool = False,
+        server_hostname: str | bytes | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> ssl.SSLObject:
+        """Make the TLS side of one accepted connection."""
+        if not server_side:
+            raise ValueError("this context is a server's")
+        return _ServerSide(self, incoming, outgoing)
+
+
+class _ServerSide(ssl.SSLObject):
+    """One connection's TLS, with those methods of `ssl.SSLObject` that event loops and servers use.
+
+    Bytes come from `incoming` and go to `outgoing`, which are the event loop's.
+    """
+
+    def __init__(self, context: _Context, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> None:
+        self._owner, self._incoming, self._outgoing = context, incoming, outgoing
+        self._secrets: dict[bytes, bytes] = {}
+        self._connection = SSL.Connection(context.openssl, None)
+        self._connection.set_accept_state()
+        self._connection.set_app_data(self._secrets)
+        self._unread = 0
+        """Bytes that OpenSSL was given and may not have decrypted yet: at least as many as it has not."""
+        self._overhead = _TLS12_OVERHEAD
+        self._peer: bytes | None = None
+        self._failure: ssl.SSLError | None = None
+
+    # ---- the handshake
+
+    def do_handshake(self) -> None:
+        """Go on with the handshake; raise `SSLWantReadError` while it lasts, `SSLError` if it fails."""
+        if self._failure is not None:
+            raise self._failure
+        self._feed()
+        try:
+            self._connection.do_handshake()
+            self._peer = self._verified_certificate()
+        except SSL.WantReadError:
+            self._wait_for_more()
+        except SSL.Error as error:
+            self._fail(error)
+        except VerificationError as error:
+            self._refuse(str(error))
+        self._secrets.clear()
+        if self._is_tls13:
+            self._overhead = _TLS13_OVERHEAD
+        self._flush()
+
+    @property
+    def _is_tls13(self) -> bool:
+        return self._connection.get_protocol_version() == SSL.TLS1_3_VERSION
+
+    def _verified_certificate(self) -> bytes | None:
+        certificate = self._connection.get_peer_certificate()
+        if certificate is None:
+            return None
+        der = crypto.dump_certificate(crypto.FILETYPE_ASN1, certificate)
+        verify_client_certificate(der, self._owner.now())
+        return der
+
+    def _fail(self, error: SSL.Error) -> None:
+        """End a handshake that OpenSSL ended, with the alert that it wrote."""
+        reason = _reason(error)
+        if _ASN1_ERRORS in str(error) and self._connection.get_peer_certificate() is None:
+            self._refuse(f"failed to parse client certificate: {reason}")
+        self._flush()
+        self._end(reason)
+
+    def _refuse(self, reason: str) -> None:
+        """End a handshake whose client certificate is turned away."""
+        self._owner.refused(reason)
+        self._take_outgoing()  # OpenSSL's alert, or its last words of a handshake that it deems complete
+        self._outgoing.write(self._alert())
+        self._end(reason)
+
+    def _alert(self) -> bytes:
+        if not self._is_tls13:
+            return plain_record()
+        return protected_record(self._connection.get_cipher_name() or "", self._secrets[_SECRET_LABEL])
+
+    def _end(self, reason: str) -> None:
+        self._secrets.clear()
+        self._failure = ssl.SSLError(ssl.SSL_ERROR_SSL, reason)
+        if not self._outgoing.pending:
+            raise self._failure
+        # Asked to read on, the event loop first sends what is written. The client has the alert then, and closes.
+        raise ssl.SSLWantReadError
+
+    # ---- what event loops and servers ask
+
+    def getpeercert(self, binary_form: bool = False) -> Any:
+        """Return the client's certificate in DER, or None.
+
+        In the form of a dict it is empty, as the standard library has it for one whose issuer was not verified.
+        """
+        if self._peer is None or binary_form:
+            return self._peer
+        return {}
+
+    def selected_alpn_protocol(self) -> str | None:
+        """Return the application protocol that was agreed on."""
+        return self._connection.get_alpn_proto_negotiated().decode() or None
+
+    def version(self) -> str | None:
+        """Return the protocol version, such as `TLSv1.3`."""
+        return self._connection.get_protocol_version_name()
+
+    def cipher(self) -> tuple[str, str, int] | None:
+        """Return the suite's name, its protocol version and the bits of its key."""
+        name = self._connection.get_cipher_name()
+        if name is None:
+            return None
+        return name, self._connection.get_cipher_version() or "", self._connection.get_cipher_bits() or 0
+
+    def compression(self) -> str | None:
+        """Return None: nothing is compressed."""
+        return None
+
+    # ---- data
+
+    def pending(self) -> int:
+        """Return how many bytes may be waiting to be read.
+
+        uvloop does not read without them. Not only decrypted ones count: a request that came along with the end of
+        the handshake is still encrypted and already out of `incoming`.
+        """
+        return max(self._unread, self._connection.pending())
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:
+        """Read at most so many bytes, into a buffer if there is one: then return how many. None are the end."""
+        self._feed()
+        try:
+            data = self._connection.recv(min(len, _RECORD_SIZE))
+        except SSL.WantReadError:
+            self._unread = 0
+            raise ssl.SSLWantReadError from None
+        except SSL.ZeroReturnError:
+            data = b""
+        except SSL.Error as error:
+            raise ssl.SSLError(ssl.SSL_ERROR_SSL, _reason(error)) from error
+        self._count_as_read(data)
+        if buffer is None:
+            return data
+        size = memoryview(data).nbytes
+        buffer[:size] = data
+        return size
+
+    def _count_as_read(self, data: bytes) -> None:
+        """Spare an event loop the read that only says that nothing is left: raising that costs more than reading."""
+        record_is_over = not self._connection.pending()
+        self._unread -= memoryview(data).nbytes + (self._overhead if record_is_over else 0)
+
+    def write(self, data: Any) -> int:
+        """Write all of the data, and return how many bytes that is."""
+        view = memoryview(data)
+        try:
+            self._connection.sendall(view)
+        except SSL.Error as error:
+            raise ssl.SSLError(ssl.SSL_ERROR_SSL, _reason(error)) from error
+        self._flush()
+        return view.nbytes
+
+    def unwrap(self) -> None:
+        """Say close_notify, and wait for the client's by `SSLWantReadError`."""
+        self._feed()
+        try:
+            over = self._connection.shutdown() or self._connection.shutdown()
+        except SSL.WantReadError:
+            over = False
+        except SSL.Error as error:
+            raise ssl.SSLError(ssl.SSL_ERROR_SSL, _reason(error)) from error
+        if not over:
+            self._wait_for_more()
+        self._flush()
+
+    # ---- between the event loop's buffers and OpenSSL's
+
+    def _feed(self) -> None:
+        if self._incoming.pending:
+            data = self._incoming.read()
+            self._connection.bio_write(data)
+            self._unread += len(data)
+
+    def _wait_for_more(self) -> None:
+        self._unread = 0
+        self._flush()
+        raise ssl.SSLWantReadError
+
+    def _flush(self) -> None:
+        for chunk in self._take_outgoing():
+            self._outgoing.write(chunk)
+
+    def _take_outgoing(self) -> list[bytes]:
+        chunks: list[bytes] = []
+        while not chunks or len(chunks[-1]) == _CHUNK:
+            try:
+                chunks.append(self._connection.bio_read(_CHUNK))
+            except SSL.WantReadError:
+                break
+        return chunks
+
+
+def _reason(error: SSL.Error) -> str:
+    """Write an error of OpenSSL: its stack has the reason last in each entry."""
+    entries = error.args[0] if error.args and isinstance(error.args[0], list) else []
+    return "; ".join(entry[-1] for entry in entries) or str(error) or type(error).__name__

@@ -1,0 +1,806 @@
+"""The RA-TLS server's handshake, asked by clients that share none of its code: openssl, curl and the standard library.
+
+Each test runs under asyncio and under uvloop, which drive TLS in their own ways.
+"""
+
+import asyncio
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import socket
+import ssl
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from dstack_emu.attest import der
+from dstack_emu.attest.attestation import Attestation
+from dstack_emu.attest.certificate import (
+    OID_ATTESTATION,
+    OID_TDX_QUOTE,
+    CertificateRequest,
+    load_pem,
+    pem,
+    self_signed,
+)
+from dstack_emu.attest.errors import VerificationError
+from dstack_emu.attest.eventlog import TdxEvent
+from dstack_emu.attest.kdf import pkcs8_pem
+from dstack_emu.transport.http.application import Application
+from dstack_emu.transport.http.message import Request, Response
+from dstack_emu.transport.listen import bind_tcp, bind_unix, serve
+from dstack_emu.transport.ratls_server import attested_clients_context, verify_client_certificate
+from dstack_emu.transport.relay import start_relay
+from dstack_emu.transport.tls_alert import ALERT, plain_record, protected_record
+
+NOW = int(time.time())
+DAY = 86400
+LOG = tuple(TdxEvent(3, 0x08000001, bytes([i]) * 48, f"event-{i}", bytes([i]) * 32) for i in range(24))
+EVIDENCE = Attestation(bytes(range(250)) * 20, LOG, (), bytes(64), "{}")
+"""As long as a real one; only its form counts here."""
+VERSIONS = ["-tls1_2", "-tls1_3"]
+
+HANDSHAKE_FAILURE = "SSL alert number 40"
+DECRYPT_ERROR = "SSL alert number 51"
+CERTIFICATE_REQUIRED = "SSL alert number 116"
+
+
+# ---- Identities ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A certificate (or chain) and a key, as files."""
+
+    certificate: Path
+    key: Path
+
+    @property
+    def der(self) -> bytes:
+        """The leaf in DER."""
+        return load_pem(self.certificate.read_text(), "leaf").public_bytes(Encoding.DER)
+
+    @property
+    def options(self) -> list[str]:
+        """The pair as options of `openssl s_client`."""
+        chain = ["-cert_chain", str(self.certificate)] if self.certificate.read_text().count("BEGIN") > 1 else []
+        return ["-cert", str(self.certificate), "-key", str(self.key), *chain]
+
+
+class Identities:
+    """Makes pairs in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+
+    def self_signed(self, attestation: Attestation | None = EVIDENCE, **options: Any) -> Pair:
+        key = ec.generate_private_key(ec.SECP256R1())
+        request = CertificateRequest(
+            public_key=key.public_key(), subject="client", attestation=attestation, client_auth=True, **options
+        )
+        return self.write(pkcs8_pem(key), self_signed(request, key, NOW).pem)
+
+    def chain(self, attestation: Attestation | None = EVIDENCE) -> Pair:
+        """A leaf under a CA that the server never saw, and that CA."""
+        ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+        request = CertificateRequest(public_key=ca_key.public_key(), subject="a CA", ca_path_length=0)
+        ca = self_signed(request, ca_key, NOW)
+        leaf = ca.issue(CertificateRequest(public_key=key.public_key(), subject="leaf", attestation=attestation), NOW)
+        return self.write(pkcs8_pem(key), pem(leaf) + ca.pem)
+
+    def with_extension(self, oid: x509.ObjectIdentifier, value: bytes) -> Pair:
+        """A self-signed certificate with one extension of these bytes."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "client")])
+        certificate = (
+            x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+            .not_valid_before(datetime.datetime.fromtimestamp(NOW, datetime.UTC))
+            .not_valid_after(datetime.datetime.fromtimestamp(NOW + DAY, datetime.UTC))
+            .add_extension(x509.UnrecognizedExtension(oid, value), critical=False)
+            .sign(key, hashes.SHA256())
+        )
+        return self.write(pkcs8_pem(key), pem(certificate))
+
+    def stolen(self) -> Pair:
+        """Somebody's certificate, and a key file that says it is the certificate's and holds another secret."""
+        theirs = self.self_signed()
+        public = load_pem(theirs.certificate.read_text(), "theirs").public_key()
+        point = public.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+        secret = ec.generate_private_key(ec.SECP256R1()).private_numbers().private_value.to_bytes(32, "big")
+        curve = bytes.fromhex("06082a8648ce3d030107")  # OID prime256v1
+        body = b"\x02\x01\x01\x04\x20" + secret + b"\xa0\x0a" + curve + b"\xa1\x44\x03\x42\x00" + point  # RFC 5915
+        key = theirs.key.with_suffix(".stolen")
+        key.write_bytes(pem_of(b"\x30" + bytes([len(body)]) + body))
+        return Pair(theirs.certificate, key)
+
+    def write(self, key: str, certificate: str) -> Pair:
+        self._count += 1
+        pair = Pair(self._folder / f"{self._count}.crt", self._folder / f"{self._count}.key")
+        pair.certificate.write_text(certificate)
+        pair.key.write_text(key)
+        return pair
+
+
+def pem_of(ec_key: bytes) -> bytes:
+    """Wrap a key in RFC 5915's form."""
+    return ssl.DER_cert_to_PEM_cert(ec_key).replace("CERTIFICATE", "EC PRIVATE KEY").encode()
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> Identities:
+    return Identities(tmp_path_factory.mktemp("identities"))
+
+
+@pytest.fixture(scope="module")
+def server_pair(identities: Identities) -> Pair:
+    return identities.self_signed(None, alt_names=("127.0.0.1", "localhost"))
+
+
+@pytest.fixture(scope="module")
+def good(identities: Identities) -> Pair:
+    return identities.self_signed()
+
+
+# ---- The server, on an event loop of its own -------------------------------------------------------------
+
+
+@dataclass
+class Served:
+    """A server in another thread."""
+
+    loop: asyncio.AbstractEventLoop
+    port: int
+    refused: list[str] = field(default_factory=list)
+    clock: list[float] = field(default_factory=lambda: [float(NOW)])
+
+    def tasks(self) -> int:
+        """Tasks of its loop, after a turn of it."""
+
+        async def count() -> int:
+            await asyncio.sleep(0)
+            return len(asyncio.all_tasks()) - 1
+
+        return asyncio.run_coroutine_threadsafe(count(), self.loop).result(10)
+
+    @contextlib.contextmanager
+    def nothing_left(self) -> Iterator[None]:
+        """Check that after the block no socket and no task is left; the test's timeout bounds the wait."""
+        tasks, sockets = self.tasks(), open_sockets()
+        yield
+        while (self.tasks(), open_sockets()) != (tasks, sockets):
+            pass
+
+
+def open_sockets() -> int:
+    """Sockets that this process has open."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            count += os.readlink(f"/proc/self/fd/{name}").startswith("socket:")
+    return count
+
+
+async def who(request: Request) -> Response:
+    """Tell which certificate the connection has, and what was sent."""
+    channel, certificate = request.transport.get_extra_info("ssl_object"), request.client_certificate
+    answer = {
+        "shown": "nobody" if certificate is None else hashlib.sha256(certificate).hexdigest(),
+        "alpn": channel.selected_alpn_protocol(),
+        "version": channel.version(),
+        "cipher": request.transport.get_extra_info("cipher"),
+        "body": hashlib.sha256(await request.read()).hexdigest(),
+    }
+    return Response.of(json.dumps(answer), "application/json")
+
+
+async def large(request: Request) -> Response:
+    return Response.of(LARGE, "application/octet-stream")
+
+
+LARGE = bytes(range(256)) * 32768
+"""8 MiB."""
+
+
+@contextlib.contextmanager
+def run_server(pair: Pair, factory: Any, *, required: bool = False) -> Iterator[Served]:
+    ready: list[Served] = []
+    up, stop = threading.Event(), asyncio.Event()
+
+    async def main() -> None:
+        served = Served(asyncio.get_running_loop(), 0)
+        context = attested_clients_context(
+            pair.certificate, pair.key, now=lambda: served.clock[0], refused=served.refused.append, required=required
+        )
+        context.set_alpn_protocols(["http/1.1"])
+        app = Application(max_body=len(LARGE))
+        for method, path, handler in (("GET", "/who", who), ("POST", "/who", who), ("GET", "/large", large)):
+            app.add(method, path, handler)
+        sock = bind_tcp("127.0.0.1", 0)
+        served.port = sock.getsockname()[1]
+        server = await serve(app, sock, context)
+        ready.append(served)
+        up.set()
+        await stop.wait()
+        await server.close()
+
+    def run() -> None:
+        try:
+            with asyncio.Runner(loop_factory=factory) as runner:
+                runner.run(main())
+        finally:
+            up.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert up.wait(20)
+    try:
+        yield ready[0]
+    finally:
+        ready[0].loop.call_soon_threadsafe(stop.set)
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+LOOPS = pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+
+
+@pytest.fixture(scope="module", params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def _server(request: pytest.FixtureRequest, server_pair: Pair) -> Iterator[Served]:
+    with run_server(server_pair, request.param) as served:
+        yield served
+
+
+@pytest.fixture
+def server(_server: Served) -> Served:
+    """The running server, its records empty and its clock right."""
+    _server.refused.clear()
+    _server.clock[0] = NOW
+    return _server
+
+
+# ---- Clients ---------------------------------------------------------------------------------------------
+
+
+def s_client(port: int, *options: str) -> subprocess.CompletedProcess[str]:
+    """Ask /who with `openssl s_client`, which stays until the server ends the connection."""
+    request = "GET /who HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-ign_eof", *options]
+    return subprocess.run(command, input=request, capture_output=True, text=True, timeout=20, check=False)
+
+
+def curl(port: int, path: str, *options: str) -> subprocess.CompletedProcess[bytes]:
+    command = ["curl", "-sSk", "--max-time", "20", *options, f"https://127.0.0.1:{port}{path}"]
+    return subprocess.run(command, capture_output=True, timeout=30, check=False)
+
+
+def fingerprint(pair: Pair) -> str:
+    return hashlib.sha256(pair.der).hexdigest()
+
+
+def client_context(pair: Pair | None) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if pair is not None:
+        context.load_cert_chain(pair.certificate, pair.key)
+    return context
+
+
+class SlowClient:
+    """TLS from the standard library whose bytes are sent by hand, in the pieces that a test wants."""
+
+    def __init__(self, port: int, context: ssl.SSLContext) -> None:
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing)
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.was_told_of_the_end = True
+        """Whether the end of an answer was a close_notify, not the end of the TCP connection."""
+
+    def flight(self) -> bytes:
+        """Go on with the handshake until there is something to send; return that."""
+        while True:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                self._tls.do_handshake()
+                return self._outgoing.read()
+            if data := self._outgoing.read():
+                return data
+            self._incoming.write(self.sock.recv(65536))
+
+    def encrypt(self, data: bytes) -> bytes:
+        self._tls.write(data)
+        return self._outgoing.read()
+
+    def send_one_by_one(self, data: bytes) -> None:
+        for at in range(len(data)):
+            self.sock.sendall(data[at : at + 1])
+
+    def goodbye(self) -> bytes:
+        """A close_notify."""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self._tls.unwrap()
+        return self._outgoing.read()
+
+    def answer(self) -> bytes:
+        """All that the server sends until it ends the connection."""
+        parts: list[bytes] = []
+        while True:
+            try:
+                data = self._tls.read(65536)
+            except ssl.SSLWantReadError:
+                raw = self.sock.recv(65536)
+                self._incoming.write(raw) if raw else self._incoming.write_eof()
+                continue
+            except ssl.SSLEOFError:
+                self.was_told_of_the_end = False
+                data = b""
+            if not data:
+                return b"".join(parts)
+            parts.append(data)
+
+    def end(self, how: str) -> None:
+        """End the TCP connection: in order, or by a reset."""
+        if how == "reset":
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+
+REQUEST = b"GET /who HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+
+
+# ---- Who is served ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_client_without_a_certificate_is_served(server: Served, version: str) -> None:
+    done = s_client(server.port, version)
+    assert '"shown": "nobody"' in done.stdout
+    assert server.refused == []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_self_signed_certificate_with_evidence_is_served_and_known(server: Served, version: str, good: Pair) -> None:
+    done = s_client(server.port, version, *good.options)
+    assert f'"shown": "{fingerprint(good)}"' in done.stdout
+    assert f'"version": "TLSv1.{version[-1]}"' in done.stdout
+    assert server.refused == []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_chain_of_two_under_an_unknown_ca_is_served_by_its_leaf(
+    server: Served, version: str, identities: Identities
+) -> None:
+    chain = identities.chain()
+    assert f'"shown": "{fingerprint(chain)}"' in s_client(server.port, version, *chain.options).stdout
+
+
+def test_a_chain_is_refused_if_only_its_ca_carries_evidence(server: Served, identities: Identities) -> None:
+    with_evidence = identities.self_signed(ca_path_length=0)
+    chain = identities.chain(None)
+    leaf = chain.certificate.read_text().partition("-----END CERTIFICATE-----\n")
+    pair = identities.write(chain.key.read_text(), leaf[0] + leaf[1] + with_evidence.certificate.read_text())
+    assert HANDSHAKE_FAILURE in s_client(server.port, *pair.options).stderr
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [EVIDENCE.as_v1(), Attestation(bytes([1, 2, 3]), (), (), bytes(64), "")],
+    ids=["msgpack", "a quote that is none, as in upstream's own test"],
+)
+def test_whatever_decodes_as_evidence_is_served(server: Served, identities: Identities, evidence: Attestation) -> None:
+    pair = identities.self_signed(evidence)
+    assert fingerprint(pair) in s_client(server.port, *pair.options).stdout
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_no_ca_names_are_sent(server: Served, version: str) -> None:
+    said = s_client(server.port, version).stdout
+    assert "No client certificate CA names sent" in said
+    assert "Requested Signature Algorithms" in said  # a certificate is asked for all the same
+
+
+def test_curl_agrees_on_http_1_1_and_is_served(server: Served, good: Pair) -> None:
+    done = curl(server.port, "/who", "--cert", str(good.certificate), "--key", str(good.key))
+    assert done.returncode == 0, done.stderr
+    assert f'"shown": "{fingerprint(good)}", "alpn": "http/1.1", "version": "TLSv1.3"'.encode() in done.stdout
+
+
+def test_a_client_that_knows_no_protocol_of_the_servers_is_served_without(server: Served) -> None:
+    done = s_client(server.port, "-alpn", "h2")
+    assert '"alpn": null' in done.stdout
+
+
+def test_the_transport_tells_the_cipher(server: Served) -> None:
+    done = s_client(server.port, "-tls1_3", "-ciphersuites", "TLS_AES_128_GCM_SHA256")
+    assert '"cipher": ["TLS_AES_128_GCM_SHA256", "TLSv1.3", 128]' in done.stdout
+
+
+# ---- Who is refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-tls1_2"],
+        ["-tls1_3", "-ciphersuites", "TLS_AES_128_GCM_SHA256"],
+        ["-tls1_3", "-ciphersuites", "TLS_AES_256_GCM_SHA384"],
+        ["-tls1_3", "-ciphersuites", "TLS_CHACHA20_POLY1305_SHA256"],
+    ],
+    ids=lambda options: options[-1],
+)
+def test_a_certificate_without_evidence_gets_handshake_failure_in_every_suite(
+    server: Served, options: list[str], identities: Identities
+) -> None:
+    done = s_client(server.port, *options, *identities.self_signed(None).options)
+    assert HANDSHAKE_FAILURE in done.stderr
+    assert "HTTP/1.1" not in done.stdout
+    assert server.refused == ["client certificate carries no attestation"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_expired_certificate_gets_handshake_failure(server: Served, version: str, identities: Identities) -> None:
+    done = s_client(server.port, version, *identities.self_signed(not_after=NOW - 1).options)
+    assert HANDSHAKE_FAILURE in done.stderr
+    assert server.refused == ["client certificate has expired"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_certificate_of_the_future_gets_handshake_failure(
+    server: Served, version: str, identities: Identities
+) -> None:
+    done = s_client(server.port, version, *identities.self_signed(not_before=NOW + DAY).options)
+    assert HANDSHAKE_FAILURE in done.stderr
+    assert server.refused == ["client certificate is not yet valid"]
+
+
+def test_validity_is_that_of_the_clock_that_was_given(server: Served, identities: Identities) -> None:
+    pair = identities.self_signed(not_before=NOW + DAY, not_after=NOW + 2 * DAY)
+    for moment, served in (
+        (NOW + DAY - 1, False),
+        (NOW + DAY, True),
+        (NOW + 2 * DAY, True),
+        (NOW + 2 * DAY + 1, False),
+    ):
+        server.clock[0] = moment
+        assert (fingerprint(pair) in s_client(server.port, *pair.options).stdout) is served
+    assert server.refused == ["client certificate is not yet valid", "client certificate has expired"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("oid", "value", "reason"),
+    [
+        (OID_ATTESTATION, der.octet_string(b"\x7fgarbage"), "Unknown attestation wire format"),
+        (OID_ATTESTATION, der.octet_string(EVIDENCE.encode()[:-1]), "Failed to decode legacy VersionedAttestation"),
+        (OID_ATTESTATION, b"no octet string", "failed to decode client attestation"),
+        (OID_TDX_QUOTE, der.octet_string(b"quote"), "TDX event log missing"),
+    ],
+    ids=["garbage", "cut short", "no octet string", "quote alone"],
+)
+def test_evidence_that_does_not_decode_gets_handshake_failure(
+    server: Served, version: str, identities: Identities, oid: x509.ObjectIdentifier, value: bytes, reason: str
+) -> None:
+    done = s_client(server.port, version, *identities.with_extension(oid, value).options)
+    assert HANDSHAKE_FAILURE in done.stderr
+    (said,) = server.refused
+    assert said.startswith("failed to decode client attestation: ")
+    assert reason in said
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_client_without_the_certificates_key_does_not_complete(
+    server: Served, version: str, identities: Identities
+) -> None:
+    done = s_client(server.port, version, *identities.stolen().options)
+    assert DECRYPT_ERROR in done.stderr
+    assert "HTTP/1.1" not in done.stdout
+
+
+def test_a_certificate_that_is_no_der_gets_handshake_failure(server: Served, good: Pair) -> None:
+    with tampering(server.port, good.der[:16], b"\x31" + good.der[1:16]) as port:
+        done = s_client(port, "-tls1_2", *good.options)
+    assert HANDSHAKE_FAILURE in done.stderr
+    (said,) = server.refused
+    assert said.startswith("failed to parse client certificate: ")
+
+
+def test_a_certificate_that_openssl_reads_and_a_stricter_parser_does_not_gets_handshake_failure(
+    server: Served, good: Pair, identities: Identities
+) -> None:
+    version_3, version_9 = bytes.fromhex("a003020102"), bytes.fromhex("a003020108")
+    certificate = ssl.DER_cert_to_PEM_cert(good.der.replace(version_3, version_9, 1))
+    done = s_client(server.port, *identities.write(good.key.read_text(), certificate).options)
+    assert HANDSHAKE_FAILURE in done.stderr
+    (said,) = server.refused
+    assert said.startswith("failed to parse client certificate: ")
+
+
+def test_a_certificate_that_is_exchanged_on_the_way_does_not_complete(
+    server: Served, good: Pair, identities: Identities
+) -> None:
+    other = identities.self_signed()
+    at = len(good.der) // 2
+    with tampering(server.port, good.der[at : at + 16], other.der[:16]) as port:
+        done = s_client(port, "-tls1_2", *good.options)
+    assert "SSL alert number" in done.stderr
+    assert "HTTP/1.1" not in done.stdout
+
+
+def test_curl_is_told_of_the_refusal(server: Served, identities: Identities) -> None:
+    bad = identities.self_signed(None)
+    done = curl(server.port, "/who", "--cert", str(bad.certificate), "--key", str(bad.key))
+    assert done.returncode != 0
+    assert b"alert handshake failure" in done.stderr
+    assert done.stdout == b""
+
+
+@LOOPS
+@pytest.mark.parametrize(("version", "alert"), [("-tls1_2", HANDSHAKE_FAILURE), ("-tls1_3", CERTIFICATE_REQUIRED)])
+def test_a_server_that_requires_a_certificate_refuses_clients_without(
+    server_pair: Pair, good: Pair, factory: Any, version: str, alert: str
+) -> None:
+    with run_server(server_pair, factory, required=True) as served:
+        assert alert in s_client(served.port, version).stderr
+        assert fingerprint(good) in s_client(served.port, version, *good.options).stdout
+
+
+def test_no_session_is_resumed_so_that_each_connection_shows_its_certificate(
+    server: Served, good: Pair, tmp_path: Path
+) -> None:
+    reconnecting = s_client(server.port, "-tls1_2", *good.options, "-reconnect").stdout
+    assert reconnecting.count("New, TLSv1.2") == 6
+    assert "Reused" not in reconnecting
+    session = str(tmp_path / "session")
+    assert fingerprint(good) in s_client(server.port, "-tls1_3", *good.options, "-sess_out", session).stdout
+    again = s_client(server.port, "-tls1_3", "-sess_in", session).stdout
+    assert "New, TLSv1.3" in again
+    assert '"shown": "nobody"' in again
+
+
+@contextlib.contextmanager
+def tampering(port: int, old: bytes, new: bytes) -> Iterator[int]:
+    """Stand between one client and the server, and replace some bytes of what the client sends."""
+
+    def carry(source: socket.socket, target: socket.socket, change: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data.replace(old, new) if change else data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(3) as pool:
+
+        def accept() -> None:
+            client, _ = listening.accept()
+            with client, socket.create_connection(("127.0.0.1", port)) as server:
+                back = pool.submit(carry, server, client, False)
+                carry(client, server, True)
+                back.result(20)
+
+        done = pool.submit(accept)
+        yield listening.getsockname()[1]
+        done.result(20)
+
+
+# ---- Data ------------------------------------------------------------------------------------------------
+
+
+def test_large_answers_and_large_requests_arrive_whole(server: Served, good: Pair, tmp_path: Path) -> None:
+    upload = tmp_path / "upload"
+    upload.write_bytes(LARGE)
+    identity = ("--cert", str(good.certificate), "--key", str(good.key))
+    assert curl(server.port, "/large", *identity).stdout == LARGE
+    done = curl(server.port, "/who", *identity, "-H", "Expect:", "--data-binary", f"@{upload}")
+    assert hashlib.sha256(LARGE).hexdigest().encode() in done.stdout
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_request_in_one_segment_with_the_end_of_the_handshake_is_answered(
+    server: Served, good: Pair, version: ssl.TLSVersion
+) -> None:
+    context = client_context(good)
+    context.minimum_version = context.maximum_version = version
+    client = SlowClient(server.port, context)
+    client.sock.sendall(client.flight())
+    last = client.flight()
+    if version is ssl.TLSVersion.TLSv1_2:  # the client may not ask before the server has finished
+        client.sock.sendall(last)
+        last = client.flight()
+    client.sock.sendall(last + client.encrypt(REQUEST))
+    assert fingerprint(good).encode() in client.answer()
+    client.end("in order")
+
+
+def test_bytes_that_come_one_by_one_are_answered(server: Served, good: Pair) -> None:
+    client = SlowClient(server.port, client_context(good))
+    client.send_one_by_one(client.flight())
+    client.send_one_by_one(client.flight() + client.encrypt(REQUEST))
+    assert fingerprint(good).encode() in client.answer()
+    client.end("in order")
+
+
+def test_an_answer_is_ended_by_a_close_notify(server: Served) -> None:
+    client = SlowClient(server.port, client_context(None))
+    client.sock.sendall(client.flight())
+    client.sock.sendall(client.flight() + client.encrypt(REQUEST))
+    client.answer()
+    assert client.was_told_of_the_end
+    client.end("in order")
+
+
+# ---- Many, and those that go away ------------------------------------------------------------------------
+
+
+def test_200_connections_at_a_time_are_each_known_by_their_own_certificate(
+    server: Served, identities: Identities
+) -> None:
+    pairs = [identities.self_signed() for _ in range(10)]
+
+    async def ask(context: ssl.SSLContext, barrier: asyncio.Barrier) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, ssl=context)
+        await barrier.wait()  # all are connected before the first asks
+        writer.write(REQUEST)
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    async def main() -> list[bytes]:
+        barrier = asyncio.Barrier(200)
+        contexts = [client_context(pair) for pair in pairs]
+        return await asyncio.gather(*(ask(contexts[i % 10], barrier) for i in range(200)))
+
+    with server.nothing_left():
+        answers = asyncio.run(main())
+    for i, answer in enumerate(answers):
+        assert fingerprint(pairs[i % 10]).encode() in answer
+
+
+STEPS: Sequence[str] = [
+    "connected",
+    "half a hello",
+    "a hello",
+    "half a certificate",
+    "handshake",
+    "half a request",
+    "a request",
+    "a request and a close_notify",
+    "an answer",
+]
+
+
+@pytest.mark.parametrize("how", ["in order", "reset"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_client_that_goes_away_leaves_nothing(server: Served, good: Pair, step: str, how: str) -> None:
+    with server.nothing_left():
+        client = SlowClient(server.port, client_context(good))
+        go_until(client, step)
+        client.end(how)
+
+
+@pytest.mark.parametrize("how", ["in order", "reset"])
+def test_a_client_that_is_refused_leaves_nothing(server: Served, identities: Identities, how: str) -> None:
+    with server.nothing_left():
+        client = SlowClient(server.port, client_context(identities.self_signed(None)))
+        go_until(client, "a request")
+        if how == "in order":
+            with pytest.raises(ssl.SSLError, match="HANDSHAKE_FAILURE"):
+                client.answer()
+        client.end(how)
+
+
+def go_until(client: SlowClient, step: str) -> None:
+    """Do what comes before a client goes away at a step."""
+    at = STEPS.index(step)
+    if at == 0:
+        return
+    hello = client.flight()
+    client.sock.sendall(hello[: len(hello) // 2] if at == 1 else hello)
+    if at <= 2:
+        return
+    certificate = client.flight()
+    client.sock.sendall(certificate[: len(certificate) // 2] if at == 3 else certificate)
+    if at <= 4:
+        return
+    request = client.encrypt(REQUEST)
+    client.sock.sendall(request[: len(request) // 2] if at == 5 else request)
+    if step == "a request and a close_notify":
+        client.sock.sendall(client.goodbye())
+    if step == "an answer":
+        assert client.answer()
+
+
+# ---- The relay in front of gRPC --------------------------------------------------------------------------
+
+
+async def test_the_relay_knows_each_connections_certificate(server_pair: Pair, good: Pair, tmp_path: Path) -> None:
+    context = attested_clients_context(server_pair.certificate, server_pair.key, now=time.time, refused=print)
+    context.set_alpn_protocols(["h2"])
+
+    certificates: dict[str, bytes | None] = {}
+    seen: list[bytes | None] = []
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.extend(certificates.values())
+        writer.write(await reader.readline())
+        writer.close()
+
+    behind = await asyncio.start_unix_server(echo, sock=bind_unix(tmp_path / "behind"))
+    sock = bind_tcp("127.0.0.1", 0)
+    port = sock.getsockname()[1]
+    relay = await start_relay(sock, str(tmp_path / "behind"), certificates, context)
+    for pair in (good, None):
+        client = client_context(pair)
+        client.set_alpn_protocols(["h2"])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=client)
+        assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == "h2"
+        writer.write(b"hello\n")
+        assert await reader.read() == b"hello\n"
+        writer.close()
+    await relay.close(10)
+    behind.close()
+    assert seen == [good.der, None]
+    assert certificates == {}
+
+
+# ---- Without a connection --------------------------------------------------------------------------------
+
+
+def test_verification_takes_whole_seconds_and_both_ends_of_the_validity(identities: Identities) -> None:
+    certificate = identities.self_signed(not_before=NOW, not_after=NOW + 10).der
+    verify_client_certificate(certificate, NOW)
+    verify_client_certificate(certificate, NOW + 10.9)
+    with pytest.raises(VerificationError, match="^client certificate is not yet valid$"):
+        verify_client_certificate(certificate, NOW - 0.5)
+    with pytest.raises(VerificationError, match="^client certificate has expired$"):
+        verify_client_certificate(certificate, NOW + 11)
+
+
+def test_verification_of_bytes_that_are_no_certificate() -> None:
+    with pytest.raises(VerificationError, match="^failed to parse client certificate: "):
+        verify_client_certificate(b"garbage", NOW)
+
+
+def test_a_context_of_files_that_do_not_fit_together_is_refused(server_pair: Pair, good: Pair, tmp_path: Path) -> None:
+    for certificate, key in ((server_pair.certificate, good.key), (tmp_path / "absent", good.key)):
+        with pytest.raises(OSError, match=r"KEY_VALUES_MISMATCH|No such file"):
+            attested_clients_context(certificate, key, now=time.time, refused=print)
+
+
+def test_the_alert_without_keys_is_a_plain_record() -> None:
+    assert plain_record() == bytes.fromhex("15030300020228")
+
+
+@pytest.mark.parametrize(
+    ("suite", "algorithm", "aead", "size"),
+    [
+        ("TLS_AES_128_GCM_SHA256", hashes.SHA256(), AESGCM, 16),
+        ("TLS_AES_256_GCM_SHA384", hashes.SHA384(), AESGCM, 32),
+        ("TLS_CHACHA20_POLY1305_SHA256", hashes.SHA256(), ChaCha20Poly1305, 32),
+    ],
+)
+def test_the_alert_under_keys_opens_with_them(
+    suite: str, algorithm: hashes.HashAlgorithm, aead: type[AESGCM | ChaCha20Poly1305], size: int
+) -> None:
+    secret = bytes(range(algorithm.digest_size))
+    record = protected_record(suite, secret)
+    key = HKDFExpand(algorithm, size, size.to_bytes(2, "big") + b"\x09tls13 key\0").derive(secret)
+    iv = HKDFExpand(algorithm, 12, b"\x00\x0c\x08tls13 iv\0").derive(secret)
+    assert record[:5] == bytes.fromhex("1703030013")
+    assert aead(key).decrypt(iv, record[5:], record[:5]) == ALERT + b"\x15"
