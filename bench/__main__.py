@@ -27,6 +27,7 @@ BENCHMARKS: Final = (
     "memory",
     "grpc",
     "journal",
+    "caches",
 )
 
 

@@ -5,7 +5,6 @@ something that is no decision. Texts as in dstack `kms/src/main_service/upgrade_
 parsers' words are our own. Decisions are never cached.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -21,8 +20,6 @@ from dstack_emu.transport.status import status_line
 
 TIMEOUT: Final = 10.0
 MAX_ANSWER: Final = 1024 * 1024
-REMEMBERED_ANSWER: Final = 4096
-"""Bytes of an answer whose reading is remembered; it is asked for each time all the same."""
 SHOWN: Final = 512
 _JSON_TYPE: Final = {"Content-Type": "application/json"}
 
@@ -109,8 +106,8 @@ class WebhookAuth:
 
     async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
         """POST the question to bootAuth/kms or bootAuth/app."""
-        answer = await self._ask("POST", self._boot_auth[is_kms], _question(boot_info, self._variant_members))
-        return (_decision if len(answer.data) <= REMEMBERED_ANSWER else _decision.__wrapped__)(answer)
+        body = boot_info.to_json(variant_members=self._variant_members)
+        return _decision(await self._ask("POST", self._boot_auth[is_kms], body))
 
     async def info(self) -> AuthInfo:
         """GET the webhook's root."""
@@ -147,12 +144,6 @@ class WebhookAuth:
         return _Answer(f"failed to decode response from {url}, status={status_line(status)}, body={shown}", data)
 
 
-@functools.lru_cache(maxsize=256)
-def _question(boot_info: BootInfo, variant_members: tuple[str, ...]) -> bytes:
-    """Encode the request; equal requests are encoded once, and each of them is sent."""
-    return boot_info.to_json(variant_members=variant_members)
-
-
 @dataclass(frozen=True, slots=True)
 class _Answer:
     """A body that should be JSON, and what to say when it is not."""
@@ -161,9 +152,8 @@ class _Answer:
     data: bytes
 
 
-@functools.lru_cache(maxsize=64)
 def _decision(answer: _Answer) -> Decision:
-    """Read an answer; one that says the same, to the byte, was read before."""
+    """Read an answer; raise `UnavailableError` if it is no decision."""
     fields = _Fields(answer, "BootResponse")
     return Decision(fields.boolean("isAllowed"), fields.text("reason"), fields.text("gatewayAppId"))
 

@@ -5,10 +5,6 @@ verified at every call, as upstream: a platform that was revoked meanwhile is re
 rocket_helper.rs` at 312dc605.
 """
 
-import functools
-
-from dstack_emu.attest.attestation import Attestation
-from dstack_emu.attest.certificate import attestation_of, load_der, spki_of_der
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.kms_emu.errors import NotAttestedError, context
 from dstack_emu.kms_emu.service import Caller
@@ -16,21 +12,14 @@ from dstack_emu.transport.pccs_client import AttestationVerifier
 
 
 async def caller_of(certificate_der: bytes | None, verifier: AttestationVerifier) -> Caller:
-    """Judge the certificate that a client showed (DER), or None; raise the refusal that each call of it gets."""
+    """Verify the certificate that a client showed (DER), or None; raise the refusal that each call of it gets."""
     if certificate_der is None:
         return Caller()
     try:
-        spki, attestation = _read_certificate(certificate_der)
+        spki, attestation = verifier.read_certificate(certificate_der)
     except FormatError as error:
         raise NotAttestedError(str(error)) from error
     if attestation is None:
         return Caller()
     with context("invalid quote", NotAttestedError):
         return Caller(await verifier.verify_bound(attestation, spki))
-
-
-@functools.lru_cache(maxsize=256)
-def _read_certificate(certificate_der: bytes) -> tuple[bytes, Attestation | None]:
-    """Parse a client certificate: what it says, not whether it holds. A pure function of its bytes, hence the cache."""
-    certificate = load_der(certificate_der)
-    return spki_of_der(certificate_der), attestation_of(certificate)

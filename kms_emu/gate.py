@@ -8,11 +8,11 @@ is, for the process. Source: dstack `kms/src/main_service.rs` (`ensure_*`) and `
 312dc605.
 """
 
-import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from dstack_emu.attest.app_info import APP_ID_SIZE, MAX_REMEMBERED, BootInfo
+from dstack_emu.attest.app_info import APP_ID_SIZE, BootInfo
+from dstack_emu.attest.cache import Memo
 from dstack_emu.attest.errors import AttestError
 from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.kms_emu.auth_api import AuthApi
@@ -54,8 +54,7 @@ def require_app_id(app_id: bytes, otherwise: type[KmsError] = InvalidRequestErro
 def boot_info_of(evidence: VerifiedAttestation, *, vm_config: str = "", boot_time: bool = False) -> BootInfo:
     """Admit evidence: what it says of identity, measurements and platform, as a question for the webhook."""
     try:
-        read = _boot_info if len(vm_config) <= MAX_REMEMBERED else _boot_info.__wrapped__
-        info = read(evidence, vm_config, boot_time)
+        info = evidence.boot_info(vm_config=vm_config, boot_time=boot_time)
     except AttestError as error:
         # The evidence was verified; a config that a request brought goes before its own.
         kind = InvalidRequestError if vm_config else NotAttestedError
@@ -64,10 +63,17 @@ def boot_info_of(evidence: VerifiedAttestation, *, vm_config: str = "", boot_tim
     return info
 
 
-@functools.lru_cache(maxsize=32)
-def _boot_info(evidence: VerifiedAttestation, vm_config: str, boot_time: bool) -> BootInfo:
-    """Remember what follows from one verification, and what it says, while it stands for several calls."""
-    return evidence.boot_info(vm_config=vm_config, boot_time=boot_time)
+_Question = tuple[VerifiedAttestation, str, bool]
+"""Evidence, the VM config of a request, and whether it is measured as of boot time."""
+
+
+def _boot_info_of(question: _Question) -> BootInfo:
+    evidence, vm_config, boot_time = question
+    return boot_info_of(evidence, vm_config=vm_config, boot_time=boot_time)
+
+
+def _size(question: _Question, _info: BootInfo) -> int:
+    return question[0].size + len(question[1])
 
 
 class Gate:
@@ -88,6 +94,7 @@ class Gate:
     ) -> None:
         self._auth, self._own_evidence, self._enforce_self = auth, own_evidence, enforce_self
         self._images = images
+        self._boot_info = Memo(_boot_info_of, _size, max_entries=256, max_bytes=8 << 20)
         self.own_boot_info: BootInfo | None = None
 
     async def self_check(self) -> SelfGrant:
@@ -109,7 +116,7 @@ class Gate:
     ) -> AppGrant:
         """Ask whether the caller may have its app's keys, or a certificate (`boot_time`)."""
         evidence = _require(caller)
-        boot_info = boot_info_of(evidence, vm_config=vm_config, boot_time=boot_time)
+        boot_info = self._boot_info((evidence, vm_config, boot_time))
         decision = await self._auth.decide(boot_info, is_kms=False)
         if decision.is_allowed is not True:
             raise BootDeniedError(f"Boot denied: {decision.reason}")
@@ -119,7 +126,7 @@ class Gate:
     async def admit_kms(self, of_kms: SelfGrant, caller: VerifiedAttestation | None, *, vm_config: str) -> KmsGrant:
         """Ask whether the caller may become a KMS with the same root keys."""
         evidence = _require(caller)
-        boot_info = boot_info_of(evidence, vm_config=vm_config)
+        boot_info = self._boot_info((evidence, vm_config, False))
         decision = await self._auth.decide(boot_info, is_kms=True)
         if decision.is_allowed is not True:
             raise BootDeniedError(f"Boot denied: {decision.reason}")

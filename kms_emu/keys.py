@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from dstack_emu.attest import certificate as cert
 from dstack_emu.attest.attestation import Attestation
+from dstack_emu.attest.cache import BoundedCache
 from dstack_emu.attest.csr import SigningRequest
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.kdf import (
@@ -33,8 +34,8 @@ from dstack_emu.kms_emu.gate import AppGrant, KmsGrant, SelfGrant
 Entropy = Callable[[int], bytes]
 """A source of random bytes."""
 
-REMEMBERED: Final = 1024
-"""Instances of apps whose keys are kept."""
+SECRETS_SIZE: Final = 512
+"""Bytes of memory that an app instance's keys take, roughly."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,9 @@ class RootKeys:
     root_ca: cert.CertificateAuthority
     temp_ca: cert.CertificateAuthority
     k256: PrivateKey
-    _secrets: "dict[tuple[bytes, bytes], AppSecrets]" = field(default_factory=dict, init=False, repr=False)
+    _secrets: "BoundedCache[tuple[bytes, bytes], AppSecrets]" = field(
+        default_factory=lambda: BoundedCache(1024, 1 << 20), init=False, repr=False
+    )
 
     @classmethod
     def of(
@@ -172,9 +175,7 @@ def app_secrets(roots: RootKeys, grant: AppGrant) -> AppSecrets:
     secrets = roots._secrets.get((app_id, instance_id))
     if secrets is None:
         secrets = _derive_app_secrets(roots, app_id, instance_id)
-        if len(roots._secrets) >= REMEMBERED:
-            roots._secrets.clear()
-        roots._secrets[app_id, instance_id] = secrets
+        roots._secrets.put((app_id, instance_id), secrets, SECRETS_SIZE)
     return secrets
 
 

@@ -5,7 +5,6 @@ would, and shows a refusal in the KMS's words. Without JavaScript it shows the c
 """
 
 import base64
-import functools
 import hashlib
 import re
 from html import escape
@@ -20,7 +19,6 @@ def setup_page(site_name: str) -> str:
     return _template().replace(_SITE, f" at {escape(site_name)}" if site_name else "")
 
 
-@functools.cache
 def content_security_policy() -> str:
     """The header that lets the page run its own script, talk to its own KMS, and nothing else."""
     (script,) = re.findall("<script>(.*)</script>", _template(), re.DOTALL)
@@ -31,6 +29,5 @@ def content_security_policy() -> str:
     )
 
 
-@functools.cache
 def _template() -> str:
     return resources.files(__package__).joinpath("static/setup.html").read_text()

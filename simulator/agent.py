@@ -14,13 +14,14 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from google.protobuf.empty_pb2 import Empty
 
 from dstack_emu.attest.app_info import AppInfo, decode_app_info
+from dstack_emu.attest.attestation import V1Encoder
+from dstack_emu.attest.cache import Latest
 from dstack_emu.attest.certificate import spki_der
 from dstack_emu.attest.csr import CertificateConfig, SigningRequest
 from dstack_emu.attest.errors import AttestError, FormatError
 from dstack_emu.attest.eventlog import TdxEvent, for_get_quote, log_to_json
 from dstack_emu.attest.kdf import derive_key, derive_p256, pkcs8_pem
 from dstack_emu.attest.proto import dstack_guest_pb2 as pb
-from dstack_emu.attest.remember import remember_by_identity
 from dstack_emu.attest.report_data import APP_DATA, DEFAULT_HASH, pad_report_data, ratls_report_data, report_data
 from dstack_emu.attest.signature import k256_key, k256_sign, k256_verify, sign_recoverable
 from dstack_emu.attest.version import REVISION, UPSTREAM
@@ -53,6 +54,7 @@ class GuestAgent:
         self.domain, self._entropy = domain, entropy
         self._allow_emit_event = allow_emit_event
         self._provided: ProvidedKeys | None = None
+        self._encoder, self._shown_log = V1Encoder(), Latest(_shown_log)
 
     @property
     def has_keys(self) -> bool:
@@ -127,10 +129,10 @@ class GuestAgent:
         evidence = self.domain.attest(data)
         return pb.GetQuoteResponse(
             quote=evidence.quote,
-            event_log=_shown_log(evidence.event_log),
+            event_log=self._shown_log(evidence.event_log),
             report_data=data,
             vm_config=evidence.config,
-            attestation=evidence.as_v1().encode(),
+            attestation=self._encoder.encode(evidence),
         )
 
     # ---- keys and certificates
@@ -286,7 +288,6 @@ class GuestAgent:
         )
 
 
-@remember_by_identity
 def _shown_log(log: tuple[TdxEvent, ...]) -> str:
     """Return a log in the form of GetQuote: the text is the same until another event is measured."""
     return log_to_json(for_get_quote(log))

@@ -12,15 +12,16 @@ import functools
 import hashlib
 import hmac
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, TypeVar, get_args
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from dstack_emu.attest.cache import Memo
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.pck import OID_SGX_EXTENSION, PckExtension
 from dstack_emu.attest.pcs import Document
@@ -123,6 +124,11 @@ class Intel:
         self.mr_seam = self.seed.derive("mr_seam", 48)
         self.state = VendorState()
         self._platforms: dict[str, Platform] = {}
+        # A document is made once for each state of what it is about, of which there are few.
+        self._tcb_info = _made_once(self._make_tcb_info)
+        self._qe_identity = _made_once(self._make_qe_identity)
+        self._pck_crl = _made_once(self._make_pck_crl)
+        self._root_ca_crl = _made_once(self._make_root_ca_crl)
 
     @property
     def root_der(self) -> bytes:
@@ -183,29 +189,27 @@ class Intel:
 
     def tcb_info(self, fmspc: bytes) -> Document:
         """Return the signed TCB info of a platform."""
-        return self._tcb_info(fmspc, self.state_of(fmspc), self.state.tcb_info_dating)
+        return self._tcb_info((fmspc, self.state_of(fmspc), self.state.tcb_info_dating))
 
     @property
     def qe_identity(self) -> Document:
         """Return the signed identity of the quoting enclave."""
         state = self.state
-        return self._qe_identity(state.qe_status, state.qe_advisory_ids, state.qe_identity_dating)
+        return self._qe_identity((state.qe_status, state.qe_advisory_ids, state.qe_identity_dating))
 
     @property
     def pck_crl(self) -> Document:
         """Return the PCK CA's CRL (DER) with its issuer chain; it contains the platforms with `pck_revoked`."""
         revoked = tuple(p.pck_certificate.serial_number for p in self._platforms.values() if p.state.pck_revoked)
-        return Document(self._pck_crl(revoked, self.state.pck_crl_dating), self.chain(self.pck_ca))
+        return self._pck_crl((revoked, self.state.pck_crl_dating))
 
     @property
     def root_ca_crl(self) -> bytes:
         """Return the root's CRL (DER); it contains the PCK CA if the state has `pck_ca_revoked`."""
-        return self._root_ca_crl(self.state.pck_ca_revoked, self.state.root_ca_crl_dating)
+        return self._root_ca_crl((self.state.pck_ca_revoked, self.state.root_ca_crl_dating)).body
 
-    # Made once for each state: a vendor lives as long as its process, and states are few.
-
-    @functools.lru_cache(maxsize=256)  # noqa: B019 - as just said
-    def _tcb_info(self, fmspc: bytes, state: PlatformState, dating: Dating | Validity) -> Document:
+    def _make_tcb_info(self, about: tuple[bytes, PlatformState, Dating | Validity]) -> Document:
+        fmspc, state, dating = about
         module = _level({"isvsvn": TDX_MODULE_SVN}, state.module_status, state.module_advisory_ids)
         tcb = {
             "sgxtcbcomponents": [{"svn": svn} for svn in CPU_SVN],
@@ -226,8 +230,8 @@ class Intel:
         }
         return self._signed("tcbInfo", body)
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - as above
-    def _qe_identity(self, status: PartStatus, advisory_ids: tuple[str, ...], dating: Dating | Validity) -> Document:
+    def _make_qe_identity(self, about: tuple[PartStatus, tuple[str, ...], Dating | Validity]) -> Document:
+        status, advisory_ids, dating = about
         body = {
             "id": "TD_QE",
             "version": 2,
@@ -243,14 +247,14 @@ class Intel:
         }
         return self._signed("enclaveIdentity", body)
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - as above
-    def _pck_crl(self, revoked: tuple[int, ...], dating: Dating | Validity) -> bytes:
-        return _crl(self.pck_ca, self._pck_ca_key, revoked, dating)
+    def _make_pck_crl(self, about: tuple[tuple[int, ...], Dating | Validity]) -> Document:
+        revoked, dating = about
+        return Document(_crl(self.pck_ca, self._pck_ca_key, revoked, dating), self.chain(self.pck_ca))
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 - as above
-    def _root_ca_crl(self, pck_ca_revoked: bool, dating: Dating | Validity) -> bytes:
+    def _make_root_ca_crl(self, about: tuple[bool, Dating | Validity]) -> Document:
+        pck_ca_revoked, dating = about
         revoked = (self.pck_ca.serial_number,) if pck_ca_revoked else ()
-        return _crl(self.root, self._root_key, revoked, dating)
+        return Document(_crl(self.root, self._root_key, revoked, dating))
 
     # ---- certificates
 
@@ -310,6 +314,18 @@ class Intel:
         inner = json.dumps(body, separators=(",", ":"), ensure_ascii=False)
         signature = raw_signature(self._tcb_key, inner.encode())
         return Document(f'{{"{key}":{inner},"signature":"{signature.hex()}"}}'.encode(), self.chain(self.tcb_signer))
+
+
+K = TypeVar("K", bound=Hashable)
+
+
+def _made_once(make: Callable[[K], Document]) -> Memo[K, Document]:
+    """Keep the documents that a function made; each takes 1 to 4 KiB."""
+
+    def size(_about: K, document: Document) -> int:
+        return len(document.body) + len(document.issuer_chain)
+
+    return Memo(make, size, max_entries=256, max_bytes=1 << 20)
 
 
 def _crl(

@@ -6,7 +6,6 @@ documents of a platform; a middleware that changes a document must handle that U
 clients and both names of the TCB chain header are supported. Source: Intel PCS API v4.
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -133,7 +132,6 @@ def _answer(request: Request, document: Document, content_type: str, *chain_head
     return Response(200, document.body, (("Content-Type", content_type), *headers))
 
 
-@functools.lru_cache(maxsize=64)
 def _etag(document: Document) -> str:
     return f'"{hashlib.sha256(document.issuer_chain.encode() + document.body).hexdigest()[:32]}"'
 

@@ -43,11 +43,26 @@ FIGURES = {
         for name in ("getquote", "getappkey")
         for figure in ("grpc", "grpc_to_prpc", "grpc_per_cpu_second", "prpc_per_cpu_second")
     ],
+    "caches": [
+        f"cache_{name}_saves"
+        for name in (
+            "verdict",
+            "collateral_key",
+            "client_certificate",
+            "boot_info",
+            "image_verdict",
+            "app_keys",
+            "packed_evidence",
+            "shown_log",
+            "vendor_documents",
+            "policy",
+        )
+    ],
     "journal": ["getappkey_with_journal", "journal_to_no_journal", "snapshot", "revert"],
 }
 
 
-IN_PROCESS = ("quotes", "verification")
+IN_PROCESS = ("quotes", "verification", "caches")
 RUN = BENCHMARKS if os.environ.get("DSTACK_EMU_BENCH") == "all" else IN_PROCESS
 
 

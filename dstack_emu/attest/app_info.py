@@ -5,7 +5,6 @@ Neither is proof: build them from evidence that `attest.verify` accepted. Source
 `dstack-attest/src/attestation.rs` (`decode_app_info_ex`) and `kms/src/main_service/upgrade_authority.rs` at 312dc605.
 """
 
-import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -25,10 +24,6 @@ UNKNOWN_DEVICE_ID: Final = hashlib.sha256(b"").digest()
 
 TEE_VARIANT_TDX: Final = "dstack-tdx"
 APP_ID_SIZE: Final = 20
-MAX_REMEMBERED: Final = 16 * 1024
-"""Characters of a config whose reading is remembered: a request may bring a far longer one."""
-REMEMBERED_CONFIG: Final = 64 * 1024
-"""Characters of a config whose reading is remembered."""
 _ZERO_48: Final = bytes(48)
 
 
@@ -182,11 +177,6 @@ def vm_config_of(config: str) -> VmConfig:
 
     Raises `FormatError`. Who judges an image reads its config by this, as who asks the webhook about it does.
     """
-    # Whoever calls sends this text: a long one must not stay in memory.
-    return _parse_remembered(config) if len(config) <= REMEMBERED_CONFIG else _parse(config)
-
-
-def _parse(config: str) -> VmConfig:
     if not config:
         return VmConfig()
     try:
@@ -196,9 +186,6 @@ def _parse(config: str) -> VmConfig:
     if isinstance(document, dict) and isinstance(document.get("vm_config"), str):
         config = document["vm_config"]
     return VmConfig.parse(config)
-
-
-_parse_remembered = functools.lru_cache(maxsize=256)(_parse)
 
 
 def _init_script_hashes(attestation: Attestation) -> tuple[bytes, ...]:

@@ -5,7 +5,6 @@ with version 2 events or a pod payload). Source: dstack `dstack-attest/src/{atte
 another platform's evidence is a `FormatError` here. Decoding proves nothing; `attest.verify` does.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, Self
@@ -13,16 +12,16 @@ from typing import Any, Final, Literal, Self
 import msgpack
 
 from dstack_emu.attest import scale
+from dstack_emu.attest.cache import Latest, Memo
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.eventlog import RuntimeEvent, TdxEvent, check_version, log_from_json, strip
 from dstack_emu.attest.quote import Quote
-from dstack_emu.attest.remember import remember_by_identity
 from dstack_emu.attest.scale import Decoder
 
 MAX_SIZE: Final = 10 * 1024 * 1024
 REPORT_DATA_SIZE: Final = 64
-PIECE: Final = 256
-"""Octets of a quote that are packed, and remembered, at a time."""
+EVENT_SIZE: Final = 512
+"""Bytes of memory that an event of a log takes, roughly."""
 _PACKED_OCTETS: Final[tuple[bytes, ...]] = tuple(msgpack.packb(octet) for octet in range(256))
 
 
@@ -42,9 +41,14 @@ class Attestation:
     report_data_payload: str | None = None
     wire: Literal[0, 1] = 0
 
+    @property
+    def size(self) -> int:
+        """Return roughly how many bytes of memory it takes, for a cache's bound."""
+        return len(self.quote) + len(self.config) + EVENT_SIZE * len(self.event_log)
+
     def encode(self) -> bytes:
         """Encode in its wire form; raise `FormatError` for what V0 cannot say (pod payloads, version 2 events)."""
-        return self._encode_v1() if self.wire == 1 else self._encode_v0()
+        return V1Encoder().encode(self) if self.wire == 1 else self._encode_v0()
 
     def stripped(self, *, keep_digests: bool = False) -> Self:
         """The form that goes into certificates: the event log cut down, all else unchanged.
@@ -76,24 +80,6 @@ class Attestation:
             parts += scale.text(runtime.event), scale.vec(runtime.payload)
         parts += self.report_data, scale.text(self.config)
         return b"".join(parts)
-
-    def _encode_v1(self) -> bytes:
-        stack = {
-            "report_data": _pack_octets(self.report_data),
-            "runtime_events": _pack_runtime_events(self.runtime_events),
-            "config": _pack(self.config),
-        }
-        if self.report_data_payload is not None:
-            stack["report_data_payload"] = _pack(self.report_data_payload)
-        kind = "dstack" if self.report_data_payload is None else "dstack-pod"
-        tdx = {"quote": _pack_octets(self.quote), "event_log": _pack_event_log(self.event_log)}
-        return _pack_map(
-            {
-                "version": _pack(1),
-                "platform": _pack_map({"kind": _pack("tdx"), "data": _pack_map(tdx)}),
-                "stack": _pack_map({"kind": _pack(kind), "data": _pack_map(stack)}),
-            }
-        )
 
 
 def decode(data: bytes) -> Attestation:
@@ -132,7 +118,10 @@ def _decode_v0(data: bytes) -> Attestation:
         if kind != 0:
             raise FormatError(f"platform: 0 (TDX) expected, got {kind}")
         quote = decoder.vec("quote")
-        event_log, runtime_events = _read_logs(decoder)
+        event_log = decoder.many(lambda: _read_event(decoder), "event_log")
+        runtime_events = decoder.many(
+            lambda: RuntimeEvent(decoder.text("event"), decoder.vec("payload")), "runtime_events"
+        )
         report_data = decoder.take(REPORT_DATA_SIZE, "report_data")
         attestation = Attestation(quote, event_log, runtime_events, report_data, config=decoder.text("config"))
     except FormatError as error:
@@ -142,29 +131,8 @@ def _decode_v0(data: bytes) -> Attestation:
     return attestation
 
 
-_Logs = tuple[tuple[TdxEvent, ...], tuple[RuntimeEvent, ...]]
-_LOGS_REMEMBERED: Final = 8
-_LOG_REMEMBERED_SIZE: Final = 64 * 1024
-"""Bytes: whoever calls sends a log, and a long one must not stay in memory."""
-_recent_logs: dict[bytes, _Logs] = {}
-
-
-def _read_logs(decoder: Decoder) -> _Logs:
-    """Read event log and runtime events; those of a domain that was met lately are recognised by their bytes."""
-    start = decoder.offset
-    for encoded, logs in tuple(_recent_logs.items()):
-        if decoder.data.startswith(encoded, start):
-            decoder.offset += len(encoded)
-            return logs
-    logs = (
-        decoder.many(lambda: _read_event(decoder), "event_log"),
-        decoder.many(lambda: RuntimeEvent(decoder.text("event"), decoder.vec("payload")), "runtime_events"),
-    )
-    if decoder.offset - start <= _LOG_REMEMBERED_SIZE:
-        if len(_recent_logs) >= _LOGS_REMEMBERED:
-            _recent_logs.clear()
-        _recent_logs[decoder.data[start : decoder.offset]] = logs
-    return logs
+def _read_runtime_event(decoder: Decoder) -> RuntimeEvent:
+    return RuntimeEvent(decoder.text("event"), decoder.vec("payload"))
 
 
 def _read_event(decoder: Decoder) -> TdxEvent:
@@ -226,39 +194,67 @@ def _from_document(document: Any) -> Attestation:
     )
 
 
-# Packing the msgpack form. What a domain says hardly changes from one quote to the next, so its parts are remembered.
+class V1Encoder:
+    """Writes evidence in the msgpack form.
+
+    A guest agent keeps one: most of a quote and all of a trust domain's log are the same as in the quote before, and
+    are packed once.
+    """
+
+    _PIECE: Final = 256
+    """Octets that are packed at a time."""
+
+    def __init__(self) -> None:
+        self._pack_piece = Memo(_pack_piece, lambda *both: sum(map(len, both)), max_entries=64, max_bytes=1 << 16)
+        self._pack_event_log, self._pack_runtime_events = Latest(_pack_event_log), Latest(_pack_runtime_events)
+
+    def encode(self, attestation: Attestation) -> bytes:
+        """Encode evidence, whichever form it came in."""
+        stack = {
+            "report_data": self._pack_octets(attestation.report_data),
+            "runtime_events": self._pack_runtime_events(attestation.runtime_events),
+            "config": _pack(attestation.config),
+        }
+        if attestation.report_data_payload is not None:
+            stack["report_data_payload"] = _pack(attestation.report_data_payload)
+        kind = "dstack" if attestation.report_data_payload is None else "dstack-pod"
+        event_log = self._pack_event_log(attestation.event_log)
+        tdx = {"quote": self._pack_octets(attestation.quote), "event_log": event_log}
+        return _pack_map(
+            {
+                "version": _pack(1),
+                "platform": _pack_map({"kind": _pack("tdx"), "data": _pack_map(tdx)}),
+                "stack": _pack_map({"kind": _pack(kind), "data": _pack_map(stack)}),
+            }
+        )
+
+    def _pack_octets(self, data: bytes) -> bytes:
+        """Pack an array of integers, as upstream writes a Vec<u8>."""
+        header: bytes = msgpack.Packer().pack_array_header(len(data))
+        pieces = (data[at : at + self._PIECE] for at in range(0, len(data), self._PIECE))
+        return header + b"".join([self._pack_piece(piece) for piece in pieces])
 
 
-@functools.lru_cache(maxsize=256)
 def _pack(value: str | int) -> bytes:
     packed: bytes = msgpack.packb(value)
     return packed
 
 
 def _pack_map(items: dict[str, bytes]) -> bytes:
-    """A map of values that are packed already."""
+    """Pack a map of values that are packed already."""
     header: bytes = msgpack.Packer().pack_map_header(len(items))
     return header + b"".join([_pack(key) + value for key, value in items.items()])
 
 
-def _pack_octets(data: bytes) -> bytes:
-    """An array of integers, as upstream writes a Vec<u8>."""
-    header: bytes = msgpack.Packer().pack_array_header(len(data))
-    return header + b"".join([_pack_piece(data[at : at + PIECE]) for at in range(0, len(data), PIECE)])
-
-
-@functools.lru_cache(maxsize=256)
 def _pack_piece(piece: bytes) -> bytes:
     return b"".join([_PACKED_OCTETS[octet] for octet in piece])
 
 
-@remember_by_identity
 def _pack_event_log(log: tuple[TdxEvent, ...]) -> bytes:
     packed: bytes = msgpack.packb([_event_to_msgpack(event) for event in log])
     return packed
 
 
-@remember_by_identity
 def _pack_runtime_events(events: tuple[RuntimeEvent, ...]) -> bytes:
     packed: bytes = msgpack.packb([_versioned({"event": e.event, "payload": e.payload}, e.version) for e in events])
     return packed

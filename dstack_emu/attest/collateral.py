@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from cryptography import x509
 from dcap_qvl import QuoteCollateralV3, parse_quote
 
+from dstack_emu.attest.cache import BoundedCache
 from dstack_emu.attest.certificate import UNREADABLE
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.pcs import (
@@ -34,25 +35,7 @@ class CollateralKey:
 
     @classmethod
     def of_quote(cls, quote: bytes) -> "CollateralKey":
-        """Read CA and FMSPC from a quote's PCK certificate; raise `FormatError` when it is no quote or has none.
-
-        A platform's quotes all have one certificate chain, which is read once.
-        """
-        try:
-            chain = Quote.parse(quote).signature.pck_chain
-        except FormatError:
-            chain = b""  # the library says what is wrong, if anything is
-        known = _platforms.get(chain)
-        if known is None:
-            known = cls._read(quote)
-            if len(_platforms) >= _PLATFORMS_REMEMBERED:
-                _platforms.clear()
-            if chain:
-                _platforms[chain] = known
-        return known
-
-    @classmethod
-    def _read(cls, quote: bytes) -> "CollateralKey":
+        """Read CA and FMSPC from a quote's PCK certificate; raise `FormatError` when it is no quote or has none."""
         try:
             parsed = parse_quote(quote)
             return cls(parsed.ca(), parsed.fmspc())
@@ -69,8 +52,23 @@ class CollateralKey:
         )
 
 
-_PLATFORMS_REMEMBERED = 64
-_platforms: dict[bytes, CollateralKey] = {}
+class CollateralKeys:
+    """Says what quotes need. A platform's quotes all have one certificate chain, which is read once."""
+
+    def __init__(self) -> None:
+        self._by_chain: BoundedCache[bytes, CollateralKey] = BoundedCache(64, 1 << 20)
+
+    def of_quote(self, quote: bytes) -> CollateralKey:
+        """Do as `CollateralKey.of_quote` does."""
+        try:
+            chain = Quote.parse(quote).signature.pck_chain
+        except FormatError:
+            return CollateralKey.of_quote(quote)  # the library says what is wrong, if anything is
+        known = self._by_chain.get(chain)
+        if known is None:
+            known = CollateralKey.of_quote(quote)
+            self._by_chain.put(chain, known, len(chain))
+        return known
 
 
 def assemble(pck_crl: Document, tcb_info: Document, qe_identity: Document, root_ca_crl: Document) -> QuoteCollateralV3:

@@ -11,7 +11,6 @@ Source of truth: dstack `verifier/src/verification.rs`, `dstack-types/src/lib.rs
 order and texts were seen on a real dstack-verifier. `sha256sum -c` is that of GNU coreutils.
 """
 
-import functools
 import hashlib
 import json
 import re
@@ -19,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Final, Self
 
-from dstack_emu.attest.app_info import REMEMBERED_CONFIG, vm_config_of
+from dstack_emu.attest.app_info import vm_config_of
 from dstack_emu.attest.errors import FormatError, VerificationError
 from dstack_emu.attest.eventlog import RTMR_SIZE, TdxEvent
 from dstack_emu.attest.image import (
@@ -73,14 +72,10 @@ def verify_lite(vm_config: VmConfig, event_log: Sequence[TdxEvent], report: TdRe
     document = vm_config.tdx_measurement
     if document is None:
         raise VerificationError("tdx lite attestation requires vm_config.tdx_measurement")
-    small = len(document.checksum_file) + len(document.measurement) <= REMEMBERED_CONFIG
-    measurement = (_read_document if small else _read_document.__wrapped__)(vm_config.os_image_hash, document)
-    digests = acpi_digests(event_log)
-    expected = (_registers if small else _registers.__wrapped__)(measurement, vm_config, digests)
-    require_registers(expected, report)
+    measurement = _read_document(vm_config.os_image_hash, document)
+    require_registers(_registers(measurement, vm_config, acpi_digests(event_log)), report)
 
 
-@functools.lru_cache(maxsize=64)
 def _read_document(claimed_hash: bytes, document: TdxMeasurement) -> ImageMeasurement:
     """Read the document of a named image. The one OVMF variant there is was held against the config's by parsing."""
     try:
@@ -106,7 +101,6 @@ def require_document(claimed_hash: bytes, document: TdxMeasurement) -> None:
         raise FormatError(f"{MEASUREMENT_FILE} hash mismatch: sha256sum.txt={listed.hex()}, actual={found.hex()}")
 
 
-@functools.lru_cache(maxsize=256)
 def _registers(measurement: ImageMeasurement, vm_config: VmConfig, digests: AcpiDigests) -> Registers:
     try:
         return measure(measurement, vm_config, digests)

@@ -5,7 +5,6 @@ real hardware. Encoding and parsing only: whether a quote proves anything is `at
 through `dcap-qvl`, never through our own reading of our own quotes.
 """
 
-import functools
 import hashlib
 import struct
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ QE_REPORT_SIZE: Final = 384
 
 _HEADER = struct.Struct("<HHIHH16s20s")
 _MR: Final = 48
-_REMEMBERED_SIZE: Final = 16 * 1024
-"""Bytes of a quote that is remembered: whoever calls sends one, and a long one must not stay in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,16 +246,9 @@ class Quote:
         body = encode_body(self.report, self.header.version)
         return b"".join((self.header.encode(), body, self.signature.encode(), self.trailing))
 
-    @staticmethod
-    def parse(data: bytes) -> "Quote":
-        """Parse a TDX quote of version 4 or 5; raise `FormatError` for anything else or anything cut short.
-
-        A quote is read for its platform first and for its report later: the last ones are remembered.
-        """
-        return _parse(data) if len(data) <= _REMEMBERED_SIZE else _parse.__wrapped__(data)
-
     @classmethod
-    def _parse(cls, data: bytes) -> Self:
+    def parse(cls, data: bytes) -> Self:
+        """Parse a TDX quote of version 4 or 5; raise `FormatError` for anything else or anything cut short."""
         reader = _Reader(data, "quote")
         header = QuoteHeader.parse(reader.take(HEADER_SIZE))
         if header.version not in (4, 5) or header.tee_type != TEE_TYPE_TDX:
@@ -269,9 +259,6 @@ class Quote:
         report = _read_report(reader) if header.version == 5 else TdReport.parse(reader.take(TD10_SIZE))
         size = struct.unpack("<I", reader.take(4))[0]
         return cls(header, report, QuoteSignature.parse(reader.take(size)), reader.rest())
-
-
-_parse = functools.lru_cache(maxsize=32)(Quote._parse)
 
 
 def _read_report(reader: "_Reader") -> TdReport:

@@ -19,14 +19,9 @@ from dstack_emu.attest.errors import FormatError, VerificationError
 from dstack_emu.attest.eventlog import replay_runtime, validate_preimages
 from dstack_emu.attest.pck import device_id
 from dstack_emu.attest.quote import Quote, TdReport, TdReport15
-from dstack_emu.attest.remember import remember_by_identity
 from dstack_emu.attest.report_data import APP_DATA, ratls_report_data, report_data
 
 DEBUG_BIT: Final = 0x01
-
-# A domain's log is one object for as long as it is met again and again (`attest.attestation`).
-_replay = remember_by_identity(replay_runtime)
-_validate_preimages = remember_by_identity(validate_preimages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +57,11 @@ class VerifiedAttestation:
 
     attestation: Attestation
     quote: VerifiedQuote
+
+    @property
+    def size(self) -> int:
+        """Return roughly how many bytes of memory it takes, for a cache's bound."""
+        return self.attestation.size
 
     def app_info(self, *, vm_config: str = "", boot_time: bool = False) -> AppInfo:
         """Identity and measurements, with the true device id (SHA-256 of the PPID)."""
@@ -121,13 +121,13 @@ def verify_attestation(
         raise VerificationError("Debug mode is not allowed")
     if any(report.mr_signer_seam):
         raise VerificationError("Invalid mr signer seam")
-    replayed = _replay(attestation.runtime_events)
+    replayed = replay_runtime(attestation.runtime_events)
     if replayed != report.rt_mr3:
         raise VerificationError(f"RTMR3 mismatch, quoted: {report.rt_mr3.hex()}, replayed: {replayed.hex()}")
     if report.report_data != attestation.report_data:
         raise VerificationError("tdx report_data mismatch")
     try:
-        _validate_preimages(attestation.event_log)
+        validate_preimages(attestation.event_log)
     except VerificationError as error:
         raise VerificationError(f"Failed to validate TDX V2 event digest preimages: {error}") from error
     return VerifiedAttestation(attestation, verified)

@@ -5,7 +5,6 @@ One object for each service, whichever kind of application serves it: an applica
 are no faults, a call is handed on and nothing is done.
 """
 
-import functools
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -115,7 +114,6 @@ def _decided(response: Response) -> dict[str, Any]:
     return {"allowed": document.get("isAllowed"), "reason": document.get("reason"), "rule": "fault"}
 
 
-@functools.lru_cache(maxsize=1024)
 def call_name(path: str) -> str:
     """Name a call: an RPC by its own name, without service and mount; anything else by its path."""
     head, _, last = path.rpartition("/")

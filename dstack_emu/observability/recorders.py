@@ -7,7 +7,6 @@ from typing import Any
 from dstack_emu.attest.app_info import BootInfo
 from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.errors import AttestError
-from dstack_emu.attest.remember import remember_by_identity
 from dstack_emu.attest.verify import TrustAnchor, VerifiedAttestation
 from dstack_emu.kms_emu.auth_api import AuthApi, AuthInfo, Decision
 from dstack_emu.kms_emu.errors import UnavailableError
@@ -44,7 +43,6 @@ class RecordingVerifier(AttestationVerifier):
             self._journal.end_judging(span, verdict)
 
 
-@remember_by_identity
 def _notes_of(verified: VerifiedAttestation) -> dict[str, Any]:
     quote = verified.quote
     return {

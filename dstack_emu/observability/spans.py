@@ -7,7 +7,6 @@ webhook that somebody else runs. A place is taken when a question is asked, not 
 have the same order in every run.
 """
 
-import functools
 import itertools
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -172,6 +171,5 @@ def answered(text: str | None) -> None:
 _FROM_OUTSIDE: Final[Origin] = (None, 0, OUTSIDE)
 
 
-@functools.lru_cache(maxsize=64)
 def _is_name(caller: str) -> bool:
     return caller.replace("-", "").replace("_", "").isalnum()

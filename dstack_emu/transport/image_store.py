@@ -22,6 +22,7 @@ from typing import Final, TypeVar
 
 import aiohttp
 
+from dstack_emu.attest.cache import BoundedCache
 from dstack_emu.attest.errors import FormatError, UnjudgedError, VerificationError
 from dstack_emu.attest.image import Registers, os_image_hash
 from dstack_emu.attest.os_image import (
@@ -72,6 +73,8 @@ class ImageStore:
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._coming: dict[str, asyncio.Lock] = {}
         self._session: aiohttp.ClientSession | None = None
+        # Of the lite variant a verdict follows from the evidence and the config alone.
+        self._lite_verdicts: BoundedCache[tuple[VerifiedAttestation, str], ImageVerdict] = BoundedCache(256, 8 << 20)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -91,10 +94,15 @@ class ImageStore:
         `note` is told what the image says of itself, once it is at hand, however the verdict. Raises
         `VerificationError` with upstream's words.
         """
+        known = self._lite_verdicts.get((evidence, vm_config))
+        if known is not None:
+            return known
         config = decode_vm_config(vm_config or evidence.attestation.config)
         if config.tdx_attestation_variant == "lite":
             verify_lite(config, evidence.attestation.event_log, evidence.quote.report)
-            return ImageVerdict(config, acpi_tables_verified=False)
+            verdict = ImageVerdict(config, acpi_tables_verified=False)
+            self._lite_verdicts.put((evidence, vm_config), verdict, len(vm_config) + evidence.size)
+            return verdict
         info, checksum_hash = await self._image(config.os_image_hash)
         if checksum_hash != config.os_image_hash:
             raise VerificationError(f"legacy TDX attestation requires os_image_hash = sha256({CHECKSUM_FILE})")

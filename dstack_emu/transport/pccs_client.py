@@ -10,7 +10,6 @@ neither the evidence nor a document changed. Source: `dcap-qvl` src/collateral.r
 """
 
 import asyncio
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +17,9 @@ import aiohttp
 from dcap_qvl import QuoteCollateralV3
 
 from dstack_emu.attest.attestation import Attestation
-from dstack_emu.attest.collateral import CollateralKey, assemble
+from dstack_emu.attest.cache import BoundedCache, Memo
+from dstack_emu.attest.certificate import attestation_of, load_der, spki_of_der
+from dstack_emu.attest.collateral import CollateralKey, CollateralKeys, assemble
 from dstack_emu.attest.errors import AttestError, UnjudgedError, VerificationError
 from dstack_emu.attest.pcs import (
     PCK_CRL_ISSUER_HEADER,
@@ -38,7 +39,6 @@ Clock = Callable[[], int]
 DEFAULT_TIMEOUT = 10.0
 MAX_DOCUMENT = 1024 * 1024
 SHOWN = 200
-REMEMBERED = 1024
 PATIENCE = 0.1
 """Seconds that callers wait for requests under way before they ask on their own."""
 _ISSUER_HEADERS = (PCK_CRL_ISSUER_HEADER, *TCB_INFO_ISSUER_HEADERS, QE_IDENTITY_ISSUER_HEADER)
@@ -79,8 +79,10 @@ class PccsClient:
         self._seconds, self._ttl = timeout, ttl
         self._more_headers = headers
         self._client = HttpClient(timeout=timeout, max_answer=MAX_DOCUMENT)
-        self._documents: dict[str, _Held] = {}
-        self._assembled: dict[CollateralKey, _Assembled] = {}
+        self.keys = CollateralKeys()
+        # Whoever calls names a platform: that must not fill memory.
+        self._documents: BoundedCache[str, _Held] = BoundedCache(1024, 16 << 20)
+        self._assembled: BoundedCache[CollateralKey, _Assembled] = BoundedCache(256, 16 << 20)
         self._coming: dict[CollateralKey, asyncio.Task[QuoteCollateralV3]] = {}
         self._under_way: dict[CollateralKey, asyncio.Task[QuoteCollateralV3]] = {}
 
@@ -89,7 +91,10 @@ class PccsClient:
 
         Raises `TransportError` naming the URL, or `FormatError` for an answer that is none.
         """
-        key = _key_of_quote(quote)
+        return await self.collateral_of(self.keys.of_quote(quote))
+
+    async def collateral_of(self, key: CollateralKey) -> QuoteCollateralV3:
+        """Ask for what the quotes of a platform need; raise as `collateral` does."""
         question = self._coming.get(key)
         if question is None:
             question = self._coming[key] = asyncio.create_task(self._ask_in_turn(key, self._under_way.get(key)))
@@ -115,9 +120,8 @@ class PccsClient:
         documents = tuple(h.document for h in held)
         collateral = known.collateral if known is not None and known.documents == documents else assemble(*documents)
         url, etag = self._revalidation(held)
-        if key not in self._assembled and len(self._assembled) >= REMEMBERED:
-            self._assembled.clear()  # whoever calls names a platform: that must not fill memory
-        self._assembled[key] = _Assembled(documents, collateral, url, etag)
+        size = sum(len(document.body) for document in documents)
+        self._assembled.put(key, _Assembled(documents, collateral, url, etag), size)
         return collateral
 
     def forget(self) -> None:
@@ -174,9 +178,7 @@ class PccsClient:
 
     def _hold(self, path: str, held: _Held) -> _Held:
         if held.etag or self._ttl > 0:
-            if path not in self._documents and len(self._documents) >= REMEMBERED:
-                self._documents.clear()  # as above
-            self._documents[path] = held
+            self._documents.put(path, held, len(held.document.body))
         return held
 
 
@@ -188,15 +190,23 @@ def _document(url: str, answer: HttpAnswer) -> Document:
     return Document(answer.body, chain)
 
 
-@functools.lru_cache(maxsize=256)
-def _key_of_quote(quote: bytes) -> CollateralKey:
-    return CollateralKey.of_quote(quote)
-
-
 @dataclass(frozen=True, slots=True)
-class _Judged:
+class _Verdict:
     collateral: QuoteCollateralV3
     verified: VerifiedAttestation
+
+
+CertificateEvidence = tuple[bytes, Attestation | None]
+"""The public key of a certificate (SPKI DER), and the evidence that it carries, if any."""
+
+
+def read_certificate(der: bytes) -> CertificateEvidence:
+    """Read a certificate: what it says, not whether it holds. Raises `FormatError`."""
+    return spki_of_der(der), attestation_of(load_der(der))
+
+
+def _size_of_certificate(der: bytes, evidence: CertificateEvidence) -> int:
+    return len(der) + len(evidence[0]) + (0 if evidence[1] is None else evidence[1].size)
 
 
 class AttestationVerifier:
@@ -205,12 +215,17 @@ class AttestationVerifier:
     def __init__(self, pccs: PccsClient, anchor: TrustAnchor, clock: Clock) -> None:
         self.pccs, self.anchor, self.clock = pccs, anchor, clock
         self._second = 0
-        self._judged: dict[bytes, _Judged] = {}
+        self._certificates = Memo(read_certificate, _size_of_certificate, max_entries=256, max_bytes=8 << 20)
+        self._verdicts: BoundedCache[bytes, _Verdict] = BoundedCache(256, 8 << 20)
 
     def forget(self) -> None:
         """Forget every document and every verdict."""
         self.pccs.forget()
-        self._second, self._judged = 0, {}
+        self._verdicts.clear()
+
+    def read_certificate(self, der: bytes) -> "CertificateEvidence":
+        """Read the certificate of a client or server, which it shows in each handshake; raise `FormatError`."""
+        return self._certificates(der)
 
     async def verify(self, attestation: Attestation) -> VerifiedAttestation:
         """Verify evidence.
@@ -219,12 +234,12 @@ class AttestationVerifier:
         `UnjudgedError`.
         """
         try:
-            _key_of_quote(attestation.quote)
+            key = self.pccs.keys.of_quote(attestation.quote)
         except AttestError as error:
             raise VerificationError(f"failed to verify TDX quote: {error}") from error
         try:
-            collateral = await self.pccs.collateral(attestation.quote)
-            return self._judge(attestation, collateral)
+            collateral = await self.pccs.collateral_of(key)
+            return self._verify_once(attestation, collateral)
         except VerificationError:
             # A document that was damaged on the way would be kept under the ETag of the good one.
             self.pccs.forget()
@@ -233,16 +248,17 @@ class AttestationVerifier:
             self.pccs.forget()
             raise UnjudgedError(f"failed to verify TDX quote: {error}") from error
 
-    def _judge(self, attestation: Attestation, collateral: QuoteCollateralV3) -> VerifiedAttestation:
+    def _verify_once(self, attestation: Attestation, collateral: QuoteCollateralV3) -> VerifiedAttestation:
         """Verify, unless the very same evidence was, under the very same collateral, within this second."""
         now = self.clock()
         if now != self._second:
-            self._second, self._judged = now, {}
-        known = self._judged.get(attestation.quote)
+            self._second = now
+            self._verdicts.clear()
+        known = self._verdicts.get(attestation.quote)
         if known is not None and known.verified.attestation is attestation and known.collateral is collateral:
             return known.verified
         verified = verify_attestation(attestation, collateral, self.anchor, now)
-        self._judged[attestation.quote] = _Judged(collateral, verified)
+        self._verdicts.put(attestation.quote, _Verdict(collateral, verified), verified.size)
         return verified
 
     async def verify_bound(self, attestation: Attestation, spki: bytes) -> VerifiedAttestation:
