@@ -56,7 +56,7 @@ class ControlError(Exception):
 class Request(BaseModel):
     """A body; a field that is not declared is refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class PlatformChange(Request):

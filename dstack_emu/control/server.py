@@ -61,10 +61,9 @@ _STREAMS: Final = web.AppKey("streams", _Streams)
 def control_app(control: Control) -> web.Application:
     """Make the application."""
     app = web.Application(middlewares=[_guard], client_max_size=MAX_BODY)
-    document = openapi()
 
     async def describe_api(_request: web.Request) -> web.Response:
-        return web.json_response(document)
+        return web.json_response(openapi())
 
     async def alive(_request: web.Request) -> web.Response:
         return web.json_response({"status": "ok", "service": "dstack-emu-control"})

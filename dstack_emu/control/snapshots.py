@@ -64,7 +64,7 @@ def capture_state(deployment: Deployment) -> StackState:
     """Return the state of a stack as it is now; raise `StackError` if a KMS of it runs no more."""
     context, instrumentation = deployment.context, deployment.context.instrumentation
     intel, faults = context.intel.capture(), instrumentation.faults.capture()
-    state = StackState(
+    state = StackState.model_construct(
         seed=context.config.seed,
         clock=instrumentation.clock.capture(),
         vendor=intel.vendor,

@@ -174,14 +174,16 @@ class RunningGuest:
         domain = self.domain.capture()
         streams = {name: stream.capture() for name, stream in self.streams.items()}
         keys = self._captured_keys()
-        return GuestState(spec=self.spec, rtmr3=domain.rtmr3, events=domain.events, streams=streams, keys=keys)
+        return GuestState.model_construct(
+            spec=self.spec, rtmr3=domain.rtmr3, events=domain.events, streams=streams, keys=keys
+        )
 
     def _captured_keys(self) -> KeysState | None:
         """Return the keys that a KMS gave it; those that it made itself grow from the seed."""
         provided = self.agent.capture()
         if provided is None or self._issuer is None:
             return None
-        return KeysState(
+        return KeysState.model_construct(
             keys=provided.keys,
             identity=self._issuer.identity,
             kms=self._kms,

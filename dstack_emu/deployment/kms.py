@@ -183,7 +183,7 @@ class RunningKms:
             server = self.server.capture()
         except KmsError as error:
             raise StackError(f"{self.spec.service} is {error}") from error
-        return KmsState(
+        return KmsState.model_construct(
             spec=self.spec,
             phase=server.phase,
             files=dict(server.files),

@@ -44,9 +44,15 @@ class RestorableService(Protocol[S]):
 
 
 class StateModel(BaseModel):
-    """A part of a saved state."""
+    """A part of a saved state. What is captured here is not validated again; only a document from outside is."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_bytes="base64", val_json_bytes="base64")
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        ser_json_bytes="base64",
+        val_json_bytes="base64",
+        defer_build=True,  # most stacks neither save nor load a state, and start sooner
+    )
 
 
 class KeysState(StateModel):

@@ -75,7 +75,7 @@ class FaultRule(BaseModel):
     that gRPC's clients take `status` for.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     service: Pattern = "*"
     call: Pattern = "*"
@@ -128,7 +128,7 @@ def _step(text: str) -> "FaultRule | None":
 class FaultState(BaseModel):
     """A fault in force and where it stands: the calls that matched, those that it met, and the chances taken."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     number: Count
     fault: FaultRule
