@@ -107,6 +107,8 @@ class Platform:
         self._vendor = vendor
         self._pck_key = seed.p256("pck key")
         self._attestation_key = seed.p256("attestation key")
+        # The quoting enclave's own id of the platform, 16 bytes; it is not the PPID, nor made of it.
+        self._header_user_data = seed.derive("quoting enclave platform id", 16).ljust(20, b"\0")
         instance_id = seed.derive("platform instance id", 16)
         self._extension = PckExtension(self.ppid, CPU_SVN, PCE_SVN, PCE_ID, self.fmspc, instance_id)
         self.pck_certificate = vendor.certify_pck(self._pck_key.public_key(), self._extension)
@@ -120,7 +122,8 @@ class Platform:
 
     def quote(self, report: TdReport, version: int = 4) -> bytes:
         """Sign a TD report as a quote of version 4 or 5."""
-        signed = QuoteHeader(version=version, qe_svn=QE_SVN, pce_svn=PCE_SVN).encode() + encode_body(report, version)
+        header = QuoteHeader(version=version, qe_svn=QE_SVN, pce_svn=PCE_SVN, user_data=self._header_user_data)
+        signed = header.encode() + encode_body(report, version)
         data = self._untrusted_data() if self.state.other_root else self._signature_data
         return b"".join((signed, data[:4], raw_signature(self._attestation_key, signed), data[68:]))
 

@@ -1,20 +1,41 @@
 """A trust domain (CVM): its boot, its registers, its evidence.
 
-The boot sequence is that of dstack-util: the measured events and their order, before and after keys are fetched. It has
-no sockets and no keys: `simulator.agent` answers for it. Source: dstack `dstack-util/src/system_setup.rs` at 312dc605
-(0.5.x measures `mr-kms` before `os-image-hash`).
+The boot sequence is that of dstack-util in one release: the measured events and their order are in `attest.boot`. A
+domain has no sockets and no keys: `simulator.agent` answers for it.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, Self
 
+from dstack_emu.attest.app_compose import (
+    AppManifest,
+    Machine,
+    verify_gpu_policy,
+    verify_key_provider_id,
+    verify_policy,
+)
 from dstack_emu.attest.attestation import Attestation
-from dstack_emu.attest.errors import FormatError
-from dstack_emu.attest.eventlog import BOOT_MR_DONE, SYSTEM_READY, RuntimeEvent, TdxEvent
+from dstack_emu.attest.boot import (
+    AppIdentity,
+    LaunchConfig,
+    compose_hash_launch,
+    events_before_keys,
+    events_from_kms,
+    events_with_keys,
+    guest_instance_id,
+    launch_config,
+)
+from dstack_emu.attest.errors import FormatError, VerificationError
+from dstack_emu.attest.eventlog import RuntimeEvent, TdxEvent
+from dstack_emu.attest.mr_config import KeyProviderKind, verify_mr_config_id
 from dstack_emu.attest.quote import TdReport, TdReport15
+from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.attest.vmconfig import VmConfig
+from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.platform import TEE_TCB_SVN, Platform
 
@@ -85,6 +106,11 @@ class KeyProvider:
     name: Literal["none", "local-sgx", "kms"]
     id: str = ""
 
+    @property
+    def kind(self) -> KeyProviderKind:
+        """Return the name that an app-compose has for the provider."""
+        return "local" if self.name == "local-sgx" else self.name
+
     def to_json(self) -> bytes:
         """Return the payload of the `key-provider` event."""
         return json.dumps({"name": self.name, "id": self.id}, separators=(",", ":")).encode()
@@ -94,16 +120,17 @@ class KeyProvider:
 class DomainSettings:
     """Settings of a trust domain apart from what it boots: its debug bit (no verifier accepts it) and its quotes.
 
-    `mr_config_id` is 48 bytes, `quote_version` is 4 or 5; `td15` (version 5 only) selects the longer report of TDX 1.5.
+    `mr_config_id` is 48 bytes, or None for what a host of the domain's release chooses. `quote_version` is 4 or 5;
+    `td15` (version 5 only) selects the longer report of TDX 1.5.
     """
 
     debug: bool = False
-    mr_config_id: bytes = _ZERO
+    mr_config_id: bytes | None = None
     quote_version: int = 4
     td15: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.mr_config_id) != len(_ZERO):
+        if self.mr_config_id is not None and len(self.mr_config_id) != len(_ZERO):
             raise FormatError(f"mr_config_id: {len(_ZERO)} bytes expected, got {len(self.mr_config_id)}")
         if self.quote_version not in (4, 5) or (self.td15 and self.quote_version != 5):
             raise FormatError(f"quote version: 4, or 5 (alone with TD15), expected, got {self.quote_version}")
@@ -120,8 +147,8 @@ class TrustDomainState:
 class TrustDomain:
     """One VM from power-on: `boot` measures its identity, `complete` the events after it got its keys.
 
-    It boots `image` as the VM that `vm_config` describes. `claimed_config` is the text of the configuration that it
-    reports, by default that of `vm_config`.
+    It boots `image` as the VM that `vm_config` describes, with the guest of a dstack release. `claimed_config` is the
+    text of the configuration that it reports, by default that of `vm_config`; `user_config` is the app's own file.
     """
 
     def __init__(
@@ -135,13 +162,19 @@ class TrustDomain:
         claimed_config: str | None = None,
         app_id: bytes | None = None,
         settings: DomainSettings | None = None,
+        user_config: str | None = None,
+        release: Release = DEFAULT,
     ) -> None:
-        self.platform, self.image, self.compose = platform, image, compose
+        self.platform, self.image, self.compose, self.release = platform, image, compose, release
+        # Callers give a domain of 0.5 less than a whole app-compose; it measures nothing of it but the hash.
+        self.manifest = AppManifest.parse(compose.text, release) if release.manifest_3_members else None
+        self.user_config = user_config
         self.settings = settings or DomainSettings()
         self.vm_config = vm_config or image.vm_config()
         self.vm_config_json = self.vm_config.to_json() if claimed_config is None else claimed_config
         self.app_id = app_id if app_id is not None else compose.compose_hash[:20]
-        self.instance_id = b"" if compose.no_instance_id else hashlib.sha256(instance_seed + self.app_id).digest()[:20]
+        self.instance_id = b"" if compose.no_instance_id else guest_instance_id(instance_seed, self.app_id)
+        self.launch_config = self._launch_config()
         registers, log = image.boot(self.vm_config)
         self._mr_td = registers.mrtd
         self._rtmrs = [registers.rtmr0, registers.rtmr1, registers.rtmr2, _ZERO]
@@ -158,32 +191,68 @@ class TrustDomain:
         """Return the SHA-256 of the app-compose text, 32 bytes."""
         return self.compose.compose_hash
 
+    @property
+    def identity(self) -> AppIdentity:
+        """Return what is measured of the app before there are keys."""
+        identity = AppIdentity(self.app_id, self.compose_hash, self.instance_id)
+        if self.manifest is None:
+            return identity
+        scripts, policy = self.manifest.init_script_hashes, self.manifest.gpu_policy_hash
+        return replace(identity, init_script_hashes=scripts, gpu_policy_hash=policy)
+
     def boot(self) -> None:
-        """Measure the domain's identity. Keys are fetched from a KMS after it."""
-        self.measure("system-preparing", b"")
-        self.measure("app-id", self.app_id)
-        self.measure("compose-hash", self.compose_hash)
-        self.measure("instance-id", self.instance_id)
-        self.measure(BOOT_MR_DONE, b"")
+        """Check the app-compose, and measure the domain's identity. Keys are fetched from a KMS after it.
+
+        Raises `GuestError` if the guest refuses the app-compose; nothing is measured then.
+        """
+        if self.manifest is not None:
+            machine = Machine(self.image.version, self.vm_config_json, user_config=self.user_config)
+            with _refusing():
+                verify_policy(self.manifest, machine, self.release)
+            with _refusing("Failed to measure app info: "):
+                verify_gpu_policy(self.manifest)
+        self._measure_all(events_before_keys(self.identity, self.release))
 
     def complete(
         self, key_provider: KeyProvider, *, os_image_hash: bytes | None = None, mr_kms: bytes | None = None
     ) -> None:
         """Measure the source of the keys, and complete the boot.
 
-        `os_image_hash` comes from the KMS's answer; only 0.5.x measures `mr_kms`.
+        `os_image_hash` comes from the KMS's answer; only 0.5.x measures `mr_kms`. Raises `GuestError` if the guest
+        refuses the key provider, or what its host bound it to.
         """
-        if mr_kms is not None:
-            self.measure("mr-kms", mr_kms)
         if os_image_hash is not None:
-            self.measure("os-image-hash", os_image_hash)
-        self.measure("key-provider", key_provider.to_json())
-        self.measure("storage-fs", b"zfs")
-        self.measure(SYSTEM_READY, b"")
+            self._measure_all(events_from_kms(os_image_hash, mr_kms, self.release))
+        with _refusing("Failed to verify app: "):
+            self._verify_launch(key_provider.kind, bytes.fromhex(key_provider.id))
+        with _refusing():
+            storage_fs = "zfs" if self.manifest is None else self.manifest.file_system()
+        self._measure_all(events_with_keys(key_provider.to_json(), self.release, storage_fs=storage_fs))
+
+    def _launch_config(self) -> LaunchConfig:
+        if self.settings.mr_config_id is not None:
+            return LaunchConfig(self.settings.mr_config_id)
+        if self.manifest is None:
+            return compose_hash_launch(self.compose_hash, self.release)
+        return launch_config(self.identity, self.manifest, self.release)
+
+    def _verify_launch(self, key_provider: KeyProviderKind, provider_id: bytes) -> None:
+        launch, observed = self.launch_config, self.identity.observed(key_provider, provider_id)
+        verify_mr_config_id(launch.mr_config_id, observed, self.release, document=launch.document)
+        if self.manifest is not None:
+            verify_key_provider_id(self.manifest, provider_id)
+
+    def _measure_all(self, events: Iterable[tuple[str, bytes]]) -> None:
+        for event, payload in events:
+            self.measure(event, payload)
+
+    @property
+    def _event_version(self) -> int:
+        return 1 if self.manifest is None else self.manifest.event_log_version
 
     def measure(self, event: str, payload: bytes) -> None:
-        """Extend RTMR3 with a runtime event."""
-        runtime = RuntimeEvent(event, payload)
+        """Extend RTMR3 with a runtime event, in the version of the event log that the app asks for."""
+        runtime = RuntimeEvent(event, payload, self._event_version)
         line = TdxEvent.of(runtime)
         self._rtmrs[3] = hashlib.sha384(self._rtmrs[3] + line.digest).digest()
         self.runtime_events += (runtime,)
@@ -191,7 +260,9 @@ class TrustDomain:
 
     def claim(self, event: str, payload: bytes) -> None:
         """Add a runtime event to the log without measuring it: the domain's evidence is invalid afterwards."""
-        self.restore(TrustDomainState(self._rtmrs[3], (*self.runtime_events, RuntimeEvent(event, payload))))
+        self.restore(
+            TrustDomainState(self._rtmrs[3], (*self.runtime_events, RuntimeEvent(event, payload, self._event_version)))
+        )
 
     def capture(self) -> TrustDomainState:
         """Return what changed since power-on."""
@@ -214,7 +285,7 @@ class TrustDomain:
             TD_ATTRIBUTES_DEBUG if self.settings.debug else TD_ATTRIBUTES,
             XFAM,
             self._mr_td,
-            self.settings.mr_config_id,
+            self.launch_config.mr_config_id,
             _ZERO,  # mr_owner
             _ZERO,  # mr_owner_config
             *self._rtmrs,
@@ -224,9 +295,21 @@ class TrustDomain:
         return TdReport15.of(report, TEE_TCB_SVN) if self.settings.td15 else report
 
     def attest(self, report_data: bytes) -> Attestation:
-        """Quote 64 bytes of report_data; return the evidence in the form of real hardware (V0)."""
+        """Quote 64 bytes of report_data; return the evidence in the form of real hardware.
+
+        That is V0, or V1 with a log of version 2.
+        """
         quote = self.platform.quote(self.report(report_data), self.settings.quote_version)
-        return Attestation(quote, self._log, self.runtime_events, report_data, self.vm_config_json)
+        wire: Literal[0, 1] = 0 if self._event_version == 1 else 1
+        return Attestation(quote, self._log, self.runtime_events, report_data, self.vm_config_json, wire=wire)
+
+
+@contextmanager
+def _refusing(step: str = "") -> Iterator[None]:
+    try:
+        yield
+    except VerificationError as error:
+        raise GuestError(f"{step}{error}") from error
 
 
 def _key(document: dict[str, Any], key: str, kind: type, default: Any) -> Any:

@@ -30,7 +30,7 @@ _MR: Final = 48
 @dataclass(frozen=True, slots=True)
 class QuoteHeader:
     """48 bytes, little-endian: 0 version u16, 2 att_key_type u16, 4 tee_type u32, 8 qe_svn u16, 10 pce_svn u16,
-    12 qe_vendor_id[16], 28 user_data[20].
+    12 qe_vendor_id[16], 28 user_data[20]: in Intel's quotes the platform's id[16], then zeros.
     """
 
     version: int = 4

@@ -217,7 +217,10 @@ async def start_kms(context: StackContext, spec: KmsSpec) -> RunningKms:
     kms = RunningKms(context, spec, guest)
     try:
         provider = local_key_provider(context.seed, spec.service)
-        guest.domain.complete(provider)
+        try:
+            guest.domain.complete(provider)
+        except GuestError as error:
+            raise StackError(str(error)) from error
         sealing_key = seed.derive("sealing key", 32)
         own = OwnKeys.from_seed(guest.domain, sealing_key, provider, context.instrumentation.clock.issue)
         await guest.agent.provide(own.keys, own.issuer)
