@@ -16,6 +16,7 @@ from dstack_emu.attest.app_compose import (
     launch_token_hash,
     verify_gpu_policy,
     verify_key_provider_id,
+    verify_key_provider_inputs,
     verify_policy,
 )
 from dstack_emu.attest.errors import FormatError, VerificationError
@@ -510,3 +511,15 @@ def test_key_provider_id_pins_the_provider() -> None:
     verify_key_provider_id(manifest(key_provider_id="0102"), b"\x01\x02")
     with pytest.raises(VerificationError, match="^Unexpected key provider id: 0103, expected: 0102$"):
         verify_key_provider_id(manifest(key_provider_id="0102"), b"\x01\x03")
+
+
+def test_key_provider_that_cannot_be_asked_is_refused() -> None:
+    verify_key_provider_inputs(manifest(), [], V0_6)
+    verify_key_provider_inputs(manifest(kms_enabled=True), ["https://127.0.0.1"], V0_6)
+    verify_key_provider_inputs(manifest(key_provider="tpm"), [], V0_6)
+    for refused, release, words in (
+        (manifest(kms_enabled=True), V0_6, "No KMS URLs are set"),
+        (manifest(V0_5, key_provider="tpm"), V0_5, "Tpm key provider is not supported"),
+    ):
+        with pytest.raises(VerificationError, match=f"^Failed to request app keys: {words}$"):
+            verify_key_provider_inputs(refused, [], release)

@@ -13,7 +13,7 @@ checks from a public state of that file shortly before release 0.6.0.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, Literal, Self
@@ -37,7 +37,6 @@ from dstack_emu.attest.json_struct import (
 )
 from dstack_emu.attest.mr_config import KEY_PROVIDER_CODES, MAX_INIT_SCRIPTS, KeyProviderKind
 from dstack_emu.attest.release import Release
-from dstack_emu.attest.semver import Version, VersionRequirement
 from dstack_emu.attest.strict_json import StrictJson
 from dstack_emu.attest.vmconfig import VmConfig
 
@@ -234,6 +233,15 @@ def verify_gpu_policy(manifest: AppManifest) -> None:
             "failed to verify GPU TEE attestation: failed to apply GPU Rego policy: "
             "policies in Rego are not evaluated by this emulator"
         )
+
+
+def verify_key_provider_inputs(manifest: AppManifest, kms_urls: Sequence[str], release: Release) -> None:
+    """Refuse, before a guest asks for keys, a key provider that it cannot ask; raise `VerificationError`."""
+    kind = manifest.key_provider_kind
+    if kind == "kms" and not kms_urls:
+        raise VerificationError("Failed to request app keys: No KMS URLs are set")
+    if kind == "tpm" and not release.tpm_key_provider:
+        raise VerificationError("Failed to request app keys: Tpm key provider is not supported")
 
 
 def verify_key_provider_id(manifest: AppManifest, provider_id: bytes) -> None:
@@ -482,6 +490,9 @@ def _verify_health_check(manifest: AppManifest) -> None:
 def _verify_os_version(requirements: Requirements, machine: Machine) -> None:
     if requirements.os_version is None:
         return
+    # Imported here: few apps ask for it, and every guest starts with this module.
+    from dstack_emu.attest.semver import Version, VersionRequirement
+
     try:
         requirement = VersionRequirement.parse(requirements.os_version)
     except FormatError as error:
