@@ -2,26 +2,35 @@
 
 import http.client
 import json
-import os
+import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.repository import ROOT
+from tests.processes import start
+
+COMMAND_TIMEOUT = 60
 
 
 def run_command(
     *arguments: str, stdin: bytes = b"", environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a command to its end."""
-    command = [sys.executable, "-m", "dstack_emu", *arguments]
-    env = {**os.environ, **(environment or {})}
-    return subprocess.run(command, cwd=ROOT, env=env, input=stdin, capture_output=True, timeout=60, check=False)
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        given.write(stdin)
+        given.seek(0)
+        command = start(*arguments, stdin=given, stdout=out, stderr=err, environment=environment)
+        try:
+            status = command.wait(COMMAND_TIMEOUT)
+        finally:
+            command.end(signal.SIGKILL)
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(arguments, status, out.read(), err.read())
 
 
 def usage_error(*arguments: str, environment: dict[str, str] | None = None) -> str:
@@ -38,23 +47,19 @@ def serving(*arguments: str, environment: dict[str, str] | None = None, log: Pat
 
     Its stderr goes to `log`, for commands that say more there than a pipe holds.
     """
-    command = [sys.executable, "-m", "dstack_emu", *arguments, "--json"]
-    env = {**os.environ, **(environment or {})}
     with tempfile.TemporaryFile("w+") if log is None else log.open("w+") as errors:
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert process.stdout is not None
+        command = start(*arguments, "--json", stderr=errors, environment=environment)
         try:
-            line = process.stdout.readline()
+            line = command.stdout.readline()
             if not line:
-                process.wait(20)
+                command.wait()
                 errors.seek(0)
-                raise AssertionError(f"{arguments} ended with {process.returncode}: {errors.read()}")
+                raise AssertionError(f"{arguments} ended with {command.returncode}: {errors.read()}")
             yield json.loads(line)
         finally:
-            process.terminate()
-            rest, _ = process.communicate(timeout=20)
+            rest = command.end()
         errors.seek(0)
-        assert (process.returncode, rest) == (0, ""), errors.read()
+        assert (command.returncode, rest) == (0, ""), errors.read()
 
 
 class _UnixConnection(http.client.HTTPConnection):

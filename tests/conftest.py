@@ -20,11 +20,25 @@ for _number, _handler in (
         signal.signal(_number, _handler)
 
 
-@pytest.fixture(scope="module")
-def ready_stack() -> Iterator[RunningStack]:
-    """One ready stack for the tests of a file; a test that changes a policy puts it back."""
+@pytest.fixture(scope="session")
+def shared_stack() -> Iterator[RunningStack]:
+    """The ready stack of this worker; `ready_stack` has it as it began."""
     with running_stack() as stack:
         yield stack
+
+
+@pytest.fixture(scope="session")
+def shared_fresh_stack() -> Iterator[RunningStack]:
+    """The stack without keys of this worker; `fresh_stack` has it as it began."""
+    with running_stack("--fresh") as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def ready_stack(shared_stack: RunningStack) -> RunningStack:
+    """A ready stack for the tests of a file; a test that changes a policy restores it."""
+    shared_stack.reset()
+    return shared_stack
 
 
 @pytest.fixture
@@ -35,10 +49,10 @@ def short_folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def fresh_stack() -> Iterator[RunningStack]:
-    """A stack at the runbook's starting point, for one test."""
-    with running_stack("--fresh") as stack:
-        yield stack
+def fresh_stack(shared_fresh_stack: RunningStack) -> RunningStack:
+    """A stack at the runbook's starting point, for one test that does not end it."""
+    shared_fresh_stack.reset()
+    return shared_fresh_stack
 
 
 @pytest.fixture(scope="session")

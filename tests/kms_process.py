@@ -4,17 +4,15 @@ The webhook is upstream's `dev`, which allows everyone, unless a test sets anoth
 """
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.repository import ROOT
+from tests.processes import Command, start
 
 TIMEOUT = 60
 
@@ -42,7 +40,7 @@ class World:
 class Kms:
     """One KMS, ready; its log is a file in its folder."""
 
-    def __init__(self, process: subprocess.Popen[str], description: dict[str, Any], log: Path) -> None:
+    def __init__(self, process: Command, description: dict[str, Any], log: Path) -> None:
         self.process, self.description, self._log = process, description, log
         self.url: str = description["url"]
         self.certs = Path(description["cert_dir"])
@@ -78,10 +76,8 @@ class Kms:
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str, list[str]]:
         """Send a signal, if it still runs; return exit status, the rest of stdout, and the log."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        rest, _ = self.process.communicate(timeout=TIMEOUT)
-        return self.process.returncode, rest, self.log()
+        rest = self.process.end(number, TIMEOUT)
+        return self.process.wait(), rest, self.log()
 
 
 def write_kms_toml(folder: Path, world: World) -> Path:
@@ -111,14 +107,13 @@ def variables(keys: dict[str, str]) -> dict[str, str]:
     return {f"DSTACK_EMU_KMS_{key.upper().replace('.', '__')}": value for key, value in keys.items()}
 
 
-def _start(folder: Path, world: World, arguments: tuple[str, ...], environment: dict[str, str]) -> Any:
+def _start(folder: Path, world: World, arguments: tuple[str, ...], environment: dict[str, str]) -> tuple[Command, Path]:
     config, log = folder / "kms.toml", folder / "kms.log"
     if not config.exists():
         write_kms_toml(folder, world)
-    command = [sys.executable, "-m", "dstack_emu", "kms", "-c", str(config), "--json", *arguments]
-    env = {**os.environ, "DSTACK_AGENT_ADDRESS": world.agent, **environment}
+    environment = {"DSTACK_AGENT_ADDRESS": world.agent, **environment}
     with log.open("w") as errors:
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True), log
+        return start("kms", "-c", str(config), "--json", *arguments, stderr=errors, environment=environment), log
 
 
 @contextmanager
@@ -133,13 +128,11 @@ def running(
         assert line, f"the KMS ended with {process.wait(TIMEOUT)}: {log.read_text()}"
         yield Kms(process, json.loads(line), log)
     finally:
-        process.terminate()
-        process.communicate(timeout=TIMEOUT)
+        process.end(timeout=TIMEOUT)
 
 
 def ends(folder: Path, world: World, *arguments: str, **environment: str) -> tuple[int, str]:
     """Run a KMS that ends by itself; return its status and the last line on stderr. It must say nothing on stdout."""
     process, log = _start(folder, world, ("--listen", "127.0.0.1:0", *arguments), environment)
-    said, _ = process.communicate(timeout=TIMEOUT)
-    assert said == ""
-    return process.returncode, log.read_text().splitlines()[-1]
+    assert process.rest(TIMEOUT) == ""
+    return process.wait(), log.read_text().splitlines()[-1]

@@ -1,16 +1,14 @@
 """A stack as a user runs it: the command in a process of its own, on free ports, asked over its sockets."""
 
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from tests.repository import ROOT
+from tests.processes import Command, start
 
 READY_TIMEOUT = 30
 
@@ -18,8 +16,8 @@ READY_TIMEOUT = 30
 class RunningStack:
     """What a ready `dstack-emu up --json` printed, and curl to ask it with."""
 
-    def __init__(self, description: dict[str, Any], process: subprocess.Popen[str], errors: IO[str]) -> None:
-        self.description, self._process, self._errors = description, process, errors
+    def __init__(self, description: dict[str, Any], process: Command, errors: IO[str]) -> None:
+        self.description, self.process, self._errors = description, process, errors
         self.services: dict[str, str] = description["services"]
         self.policies = {side: Path(path) for side, path in description["policies"].items()}
 
@@ -42,11 +40,16 @@ class RunningStack:
         status, text = self.curl(f"{scheme}://{rest}/prpc/{method}?json", "-X", "POST", *content)
         return status, json.loads(text)
 
+    def reset(self) -> None:
+        """Restore the state in which it became ready."""
+        answer = self.curl(f"{self.services['control']}/reset", "-H", "Content-Type: application/json", "-d", "{}")
+        assert answer[0] == 200, answer
+
     def ended(self) -> tuple[int, str]:
         """Wait until the command has ended by itself; return its exit status and what it wrote to stderr."""
-        self._process.communicate(timeout=READY_TIMEOUT)
+        status = self.process.wait(READY_TIMEOUT)
         self._errors.seek(0)
-        return self._process.returncode, self._errors.read()
+        return status, self._errors.read()
 
     @contextmanager
     def policy_changed(self, side: str, change: Callable[[dict[str, Any]], object]) -> Iterator[None]:
@@ -68,11 +71,9 @@ def running_kms(config: Path, agent: str, said: dict[str, Any] | None = None) ->
 
     The line that it prints when it is ready goes into `said`.
     """
-    command = [sys.executable, "-m", "dstack_emu", "kms", "--config", str(config), "--json"]
-    env = {**os.environ, "DSTACK_AGENT_ADDRESS": agent}
     with tempfile.TemporaryFile("w+") as errors:  # more is logged than a pipe holds
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert process.stdout is not None
+        environment = {"DSTACK_AGENT_ADDRESS": agent}
+        process = start("kms", "--config", str(config), "--json", stderr=errors, environment=environment)
         try:
             line = process.stdout.readline()
             if not line:
@@ -84,18 +85,14 @@ def running_kms(config: Path, agent: str, said: dict[str, Any] | None = None) ->
                 said.update(description)
             yield description["url"]
         finally:
-            process.terminate()
-            process.communicate(timeout=READY_TIMEOUT)
+            process.end()
 
 
 @contextmanager
 def running_stack(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[RunningStack]:
     """Run `dstack-emu up --json --free-ports …` until the block ends."""
-    command = [sys.executable, "-m", "dstack_emu", "up", "--json", "--free-ports", *arguments]
-    env = {**os.environ, **(environment or {})}
     with tempfile.TemporaryFile("w+") as errors:  # more is logged than a pipe holds
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert process.stdout is not None
+        process = start("up", "--json", "--free-ports", *arguments, stderr=errors, environment=environment)
         try:
             line = process.stdout.readline()
             if not line:
@@ -104,9 +101,4 @@ def running_stack(*arguments: str, environment: dict[str, str] | None = None) ->
                 raise AssertionError(f"the stack ended with {process.returncode}: {errors.read()}")
             yield RunningStack(json.loads(line), process, errors)
         finally:
-            process.terminate()
-            try:
-                process.communicate(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
+            process.end()

@@ -1,13 +1,13 @@
 """An app that boots through a KMS, as a command of its own: its keys, certificates and events, and the ways to fail."""
 
 import json
+import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from cryptography import x509
@@ -18,7 +18,7 @@ from tests import foreign
 from tests.commands import ask, run_command, serving, usage_error
 from tests.foreign import Guest
 from tests.kms_files import copy_keys, write_kms_toml
-from tests.repository import ROOT
+from tests.processes import Command, start
 from tests.running import RunningStack, running_kms
 from tests.test_foreign_client import RootKeys, hkdf
 
@@ -299,31 +299,28 @@ def test_kms_url_that_is_none_is_wrong_use(wrong: str, capsys: pytest.CaptureFix
 
 
 @contextmanager
-def waiting(url: str) -> Iterator[subprocess.Popen[str]]:
-    """Boot through a KMS that is not there yet; yield once the command has said that it waits."""
-    command = [sys.executable, "-m", "dstack_emu", "boot", "--kms", url, "--wait", "40", "--json"]
-    both: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=ROOT, text=True, **both)
-    assert process.stderr
-    try:
-        assert process.stderr.readline().startswith(f"waiting up to 40 s for {url}: {FAILED}")
-        yield process
-    finally:
-        process.terminate()
-        process.communicate(timeout=20)
+def waiting(url: str) -> Iterator[tuple[Command, IO[str]]]:
+    """Boot through a KMS that is not there yet; yield it and its stderr once it has said that it waits."""
+    reading, writing = os.pipe()
+    with open(reading) as said:
+        with open(writing, "w") as errors:
+            process = start("boot", "--kms", url, "--wait", "40", "--json", stderr=errors)
+        try:
+            assert said.readline().startswith(f"waiting up to 40 s for {url}: {FAILED}")
+            yield process, said
+        finally:
+            process.end()
 
 
 def test_boot_waits_for_a_kms_that_is_not_there_yet(ready_stack: RunningStack, tmp_path: Path) -> None:
     port = free_port()
     copy_keys(tmp_path, ready_stack)
     config = write_kms_toml(tmp_path, ready_stack, webhook=ready_stack.services["auth-src"], port=port)
-    with waiting(f"https://127.0.0.1:{port}") as process, running_kms(config, ready_stack.services["agent-src"]):
-        assert process.stdout
+    with waiting(f"https://127.0.0.1:{port}") as (process, _), running_kms(config, ready_stack.services["agent-src"]):
         assert json.loads(process.stdout.readline())["kms_url"] == f"https://127.0.0.1:{port}"
 
 
 def test_boot_that_waits_can_be_stopped() -> None:
-    with waiting(f"https://127.0.0.1:{free_port()}") as process:
-        process.terminate()
-        assert process.communicate(timeout=20) == ("", "")
+    with waiting(f"https://127.0.0.1:{free_port()}") as (process, said):
+        assert (process.end(), said.read()) == ("", "")
     assert process.returncode == 0

@@ -1,24 +1,19 @@
 """`dstack-emu ctl`: the control API from a shell."""
 
 import json
-import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.repository import ROOT
+from tests.commands import run_command
 from tests.running import RunningStack
 
 
 def _ctl(stack: RunningStack, *words: str, environment: dict[str, str] | None = None) -> tuple[int, str, str]:
     where = [] if environment else ["--url", stack.services["control"]]
-    command = [sys.executable, "-m", "dstack_emu", "ctl", *where, *words]
-    env = {**os.environ, **(environment or {})}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30, check=False)
-    return done.returncode, done.stdout, done.stderr
+    done = run_command("ctl", *where, *words, environment=environment)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
 @pytest.mark.timeout(120)
@@ -62,7 +57,6 @@ def test_shell_finds_the_stack_by_its_folder_and_by_the_environment(ready_stack:
 
 
 def test_journal_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dstack_emu", "up", "--free-ports", "--journal", str(tmp_path / "no" / "journal")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert f"--journal: the journal {tmp_path / 'no' / 'journal'} cannot be written" in done.stderr
+    done = run_command("up", "--free-ports", "--journal", str(tmp_path / "no" / "journal"))
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert f"--journal: the journal {tmp_path / 'no' / 'journal'} cannot be written" in done.stderr.decode()

@@ -6,8 +6,6 @@
 import argparse
 import ast
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from dstack_emu.kms_emu.admin import TOKEN_VARIABLES
 from dstack_emu.kms_emu.config import VARIABLES, KmsConfig
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 from dstack_emu.verifier.config import VerifierConfig
+from tests.commands import run_command
 from tests.documents import DOCUMENTS, PACKAGES, code, document, rows, section
 from tests.repository import ROOT
 from tests.running import RunningStack
@@ -238,9 +237,8 @@ def test_messages_of_the_troubleshooting_page_are_the_programs() -> None:
 
 def ends(*arguments: str) -> tuple[int, str]:
     """Run a command that fails; return its status and the last line on stderr."""
-    command = [sys.executable, "-m", "dstack_emu", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
-    return done.returncode, done.stderr.strip().splitlines()[-1]
+    done = run_command(*arguments)
+    return done.returncode, done.stderr.decode().strip().splitlines()[-1]
 
 
 def unknown_key(folder: Path) -> list[str]:

@@ -223,7 +223,7 @@ def test_kms_goes_on_serving_in_a_flood_and_gives_its_memory_back(
     stack: RunningStack, flood: Callable[[str, str], None]
 ) -> None:
     target, root_ca = stack.description["grpc"]["kms-src-grpc"], Path(stack.description["kms_ca"]).read_text()
-    process = Process(stack._process.pid)
+    process = Process(stack.process.pid)
 
     def settled(files: int = 0) -> tuple[int, int]:
         """Ask until what was closed before is gone: at least 30 times, and up to 1,000 while more files are open."""

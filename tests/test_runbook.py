@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from tests import foreign
 from tests.foreign import Guest
 from tests.recorded import golden
-from tests.running import RunningStack
+from tests.running import RunningStack, running_stack
 
 WRONG_MR = "00" * 32
 SRC_DOMAIN, DST_DOMAIN = "kms-src.example.test", "kms-dst.example.test"
@@ -153,9 +153,10 @@ def ca_pubkey(certificate: str) -> str:
     return subprocess.run(command, input=pem.encode(), capture_output=True, timeout=20, check=True).stdout.hex()
 
 
-def test_finish_without_keys_ends_with_a_failure(fresh_stack: RunningStack) -> None:
-    assert fresh_stack.curl(f"{fresh_stack.services['kms-src']}/finish") == (200, "OK")
-    status, stderr = fresh_stack.ended()
+def test_finish_without_keys_ends_with_a_failure() -> None:
+    with running_stack("--fresh") as stack:
+        assert stack.curl(f"{stack.services['kms-src']}/finish") == (200, "OK")
+        status, stderr = stack.ended()
     assert status == 1
     assert stderr.endswith("Error: kms-src ended: Failed to onboard\n")
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
@@ -20,6 +19,7 @@ from dstack_emu.stack import Stack
 from dstack_emu.transport.listen import ListenError, bind_tcp
 from dstack_emu.transport.ports import PORTS
 from tests import tls
+from tests.processes import start
 from tests.repository import ROOT
 from tests.running import READY_TIMEOUT, running_stack
 
@@ -184,15 +184,10 @@ TURNS = int(os.environ.get("DSTACK_EMU_TURNS") or 3)
 @pytest.mark.timeout(60 + 20 * TURNS)
 def test_stack_is_stopped_and_resumed_many_times(short_folder: Path) -> None:
     seen = []
-    ends: list[Callable[[subprocess.Popen[str]], None]] = [
-        lambda process: process.send_signal(signal.SIGTERM),
-        lambda process: process.send_signal(signal.SIGINT),
-        lambda process: process.kill(),
-    ]
-    command = [sys.executable, "-m", "dstack_emu", "up", "--json", "--free-ports", "--state", str(short_folder)]
+    ends = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
     for turn in range(TURNS):
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
+        with tempfile.TemporaryFile() as errors:
+            process = start("up", "--json", "--free-ports", "--state", str(short_folder), stderr=errors)
             description = json.loads(process.stdout.readline())
             certs = short_folder / "kms-src" / "certs"
             seen.append(
@@ -204,8 +199,7 @@ def test_stack_is_stopped_and_resumed_many_times(short_folder: Path) -> None:
                     (short_folder / "policies" / "auth-src.json").read_text(),
                 )
             )
-            ends[turn % len(ends)](process)
-            process.communicate(timeout=READY_TIMEOUT)
+            process.end(ends[turn % len(ends)])
     assert len(seen) == TURNS
     assert all(turn == seen[0] for turn in seen)
 

@@ -1,22 +1,20 @@
 """A stack that is stopped and started again: what its state folder keeps, and what it refuses."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.repository import ROOT
+from tests.commands import run_command
 from tests.running import running_stack
 
 
 def _up_fails(*arguments: str) -> str:
-    command = [sys.executable, "-m", "dstack_emu", "up", "--json", "--free-ports", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert sum("Error: " in line for line in done.stderr.splitlines()) == 1
-    return done.stderr.splitlines()[-1].removeprefix("Error: ")
+    done = run_command("up", "--json", "--free-ports", *arguments)
+    assert (done.returncode, done.stdout) == (2, b"")
+    lines = done.stderr.decode().splitlines()
+    assert sum("Error: " in line for line in lines) == 1
+    return lines[-1].removeprefix("Error: ")
 
 
 def test_resumed_stack_has_the_same_keys_measurements_and_app(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""Fork commands of `dstack-emu` out of one process that has imported them all.
+
+A command takes half a second to import what it needs, and the tests start hundreds. Each message on the socket, whose
+descriptor is argument 1, is JSON with `arguments`, `environment` and `folder`. It brings four descriptors: the three
+streams of the command, and where its process id and then its exit status are written, each on a line. This process runs
+no command itself and has no thread, so what it forks is as good as new. It ends with the socket.
+"""
+
+import gc
+import importlib
+import io
+import json
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+from dstack_emu.cli.main import COMMANDS, main
+
+EAGER = ("dstack_emu.runbook.grpc_kms_client", "dstack_emu.stack", "grpc.aio")
+"""What commands import when they run."""
+MAX_MESSAGE = 1 << 20
+
+
+def serve(requests: socket.socket) -> list[str] | None:
+    """Fork a process for each message; return in it with the command's arguments, and here with none at the end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # what it forks first is nobody's to wait for
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(requests, MAX_MESSAGE, 4)
+        if not message:
+            return None
+        if os.fork() == 0:
+            requests.close()
+            return _begin(json.loads(message), *descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _begin(message: dict[str, Any], stdin: int, stdout: int, stderr: int, status: int) -> list[str]:
+    """Fork the command, which returns with its arguments; wait for it, tell its exit status, and end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    command = os.fork()
+    if command != 0:
+        os.write(status, b"%d\n" % command)
+        os.closerange(0, status)
+        _, ended = os.waitpid(command, 0)
+        os.write(status, b"%d\n" % os.waitstatus_to_exitcode(ended))
+        os._exit(0)
+    os.close(status)
+    for number, descriptor in enumerate((stdin, stdout, stderr)):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), "utf-8")
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8")
+    sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(io.FileIO(2, "w", closefd=False)), "utf-8", errors="backslashreplace", line_buffering=True
+    )
+    os.chdir(message["folder"])
+    os.environ.clear()
+    os.environ.update(message["environment"])
+    arguments: list[str] = message["arguments"]
+    return arguments
+
+
+if __name__ == "__main__":
+    for module in (*(f"dstack_emu.cli.commands.{name.replace('-', '_')}" for name in COMMANDS), *EAGER):
+        importlib.import_module(module)
+    gc.freeze()  # so that a collection in a command touches none of the pages that they share
+    command_line = serve(socket.socket(fileno=int(sys.argv[1])))
+    if command_line is not None:
+        main(command_line)

@@ -1,0 +1,109 @@
+"""`dstack-emu` commands in processes of their own, forked by `command_server`.
+
+Use `subprocess` where the start of the interpreter is the point.
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from tests.repository import ROOT
+
+END_TIMEOUT = 20
+
+
+class Command:
+    """A command that was started, with its stdout as a pipe of text: what tests need of `subprocess.Popen`."""
+
+    def __init__(self, pid: int, status: IO[bytes], stdout: IO[str]) -> None:
+        self.pid, self.stdout = pid, stdout
+        self.returncode: int | None = None
+        self._status = status
+
+    def poll(self, within: float = 0) -> int | None:
+        """Return the exit status (negative: the signal that ended it), or None if it still runs after some seconds."""
+        if self.returncode is None and select.select([self._status], [], [], within)[0]:
+            self.returncode = int(self._status.readline())
+            self._status.close()
+        return self.returncode
+
+    def wait(self, timeout: float = END_TIMEOUT) -> int:
+        """Return the exit status; raise `subprocess.TimeoutExpired` if it still runs after `timeout` seconds."""
+        status = self.poll(timeout)
+        if status is None:
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def rest(self, timeout: float = END_TIMEOUT) -> str:
+        """Wait for the end; return what was not yet read of stdout, which must fit into a pipe."""
+        self.wait(timeout)
+        if self.stdout.closed:
+            return ""
+        with self.stdout:
+            return self.stdout.read()
+
+    def end(self, number: int = signal.SIGTERM, timeout: float = END_TIMEOUT) -> str:
+        """Send a signal, wait for the end and return the rest of stdout; kill what does not end, and raise."""
+        self.send_signal(number)
+        try:
+            return self.rest(timeout)
+        except subprocess.TimeoutExpired:
+            self.send_signal(signal.SIGKILL)
+            self.rest()
+            raise
+
+
+def start(
+    *arguments: str,
+    stderr: IO[bytes] | IO[str],
+    stdin: IO[bytes] | None = None,
+    stdout: IO[bytes] | None = None,
+    environment: Mapping[str, str] | None = None,
+    folder: Path = ROOT,
+) -> Command:
+    """Start a command; `environment` is added to the one of the tests. Without `stdin` it reads nothing."""
+    message = {"arguments": arguments, "environment": {**os.environ, **(environment or {})}, "folder": str(folder)}
+    with contextlib.ExitStack() as passed:
+        status, theirs = _pipe(passed)
+        out, printed = _pipe(passed)
+        source = (stdin or passed.enter_context(open(os.devnull, "rb"))).fileno()
+        streams = (source, stdout.fileno() if stdout else printed, stderr.fileno(), theirs)
+        socket.send_fds(_server(), [json.dumps(message).encode()], streams)
+    told = os.fdopen(status, "rb", buffering=0)
+    pid = told.readline()
+    assert pid, "the process that forks commands has ended"
+    return Command(int(pid), told, os.fdopen(out, encoding="utf-8"))
+
+
+def _pipe(passed: contextlib.ExitStack) -> tuple[int, int]:
+    """Make a pipe whose writing end is closed with `passed`."""
+    reading, writing = os.pipe()
+    passed.callback(os.close, writing)
+    return reading, writing
+
+
+@functools.cache
+def _server() -> socket.socket:
+    """Start the process that forks, one for each process of pytest."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        command = [sys.executable, "-m", "tests.command_server", str(theirs.fileno())]
+        server = subprocess.Popen(command, cwd=ROOT, pass_fds=(theirs.fileno(),))
+    atexit.register(server.wait, END_TIMEOUT)
+    atexit.register(ours.close)  # the last that is registered is called first
+    return ours
