@@ -179,7 +179,8 @@ def _deciding_rule(policy: Policy, boot_info: ReceivedBootInfo, is_kms: bool, ru
 
 def _tcb_refusal(policy: Policy, boot_info: ReceivedBootInfo, rules: _Rules) -> tuple[Rule, str] | None:
     if boot_info.tcb_status not in _accepted_tcb_statuses(policy, rules):
-        return "tcb_status", f"TCB status is not {'allowed' if rules.configures_tcb else 'up to date'}"
+        reason = "TCB status is not allowed" if rules.configures_tcb else "TCB status is not up to date"
+        return "tcb_status", reason
     if rules.configures_tcb and not policy.allowed_advisory_ids.issuperset(boot_info.advisory_ids):
         return "advisory_ids", "advisory ID is not allowed"
     return None
