@@ -70,7 +70,7 @@ def _of_verification() -> Iterator[tuple[str, Work, Work]]:
     yield "collateral_key", lambda: CollateralKey.of_quote(evidence.quote), lambda: keys.of_quote(evidence.quote)
     yield "client_certificate", lambda: read_certificate(der), _kept(der)
     yield "boot_info", boot_info, _kept(verified)
-    yield "image_verdict", image, _kept(verified)
+    yield "image_registers", image, _kept(verified)
 
 
 def _of_kms() -> Iterator[tuple[str, Work, Work]]:

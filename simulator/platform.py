@@ -148,9 +148,12 @@ class Platform:
         ).encode()
 
 
+_ECDSA: Final = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
+
+
 def raw_signature(key: ec.EllipticCurvePrivateKey, data: bytes) -> bytes:
     """Sign with SHA-256 and RFC 6979; return r and s, 32 bytes each, big-endian, as Intel's structures hold them."""
-    r, s = decode_dss_signature(key.sign(data, ec.ECDSA(hashes.SHA256(), deterministic_signing=True)))
+    r, s = decode_dss_signature(key.sign(data, _ECDSA))
     return r.to_bytes(32, "big") + s.to_bytes(32, "big")
 
 

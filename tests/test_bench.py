@@ -50,7 +50,7 @@ FIGURES = {
             "collateral_key",
             "client_certificate",
             "boot_info",
-            "image_verdict",
+            "image_registers",
             "app_keys",
             "packed_evidence",
             "shown_log",

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, Self
 import msgpack
 
 from dstack_emu.attest import scale
-from dstack_emu.attest.cache import Latest, Memo
+from dstack_emu.attest.cache import Latest
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.eventlog import RuntimeEvent, TdxEvent, check_version, log_from_json, strip
 from dstack_emu.attest.quote import Quote
@@ -197,42 +197,34 @@ def _from_document(document: Any) -> Attestation:
 class V1Encoder:
     """Writes evidence in the msgpack form.
 
-    A guest agent keeps one: most of a quote and all of a trust domain's log are the same as in the quote before, and
+    A guest agent keeps one: much of a quote and all of a trust domain's log are the same as in the quote before, and
     are packed once.
     """
 
-    _PIECE: Final = 256
-    """Octets that are packed at a time."""
-
     def __init__(self) -> None:
-        self._pack_piece = Memo(_pack_piece, lambda *both: sum(map(len, both)), max_entries=64, max_bytes=1 << 16)
+        self._pack_quote_start, self._pack_quote_end = Latest(_pack_octets), Latest(_pack_octets)
         self._pack_event_log, self._pack_runtime_events = Latest(_pack_event_log), Latest(_pack_runtime_events)
+        self._pack_config = Latest(_pack)
 
     def encode(self, attestation: Attestation) -> bytes:
         """Encode evidence, whichever form it came in."""
-        stack = {
-            "report_data": self._pack_octets(attestation.report_data),
-            "runtime_events": self._pack_runtime_events(attestation.runtime_events),
-            "config": _pack(attestation.config),
-        }
-        if attestation.report_data_payload is not None:
-            stack["report_data_payload"] = _pack(attestation.report_data_payload)
-        kind = "dstack" if attestation.report_data_payload is None else "dstack-pod"
-        event_log = self._pack_event_log(attestation.event_log)
-        tdx = {"quote": self._pack_octets(attestation.quote), "event_log": event_log}
-        return _pack_map(
-            {
-                "version": _pack(1),
-                "platform": _pack_map({"kind": _pack("tdx"), "data": _pack_map(tdx)}),
-                "stack": _pack_map({"kind": _pack(kind), "data": _pack_map(stack)}),
-            }
-        )
+        payload = attestation.report_data_payload
+        parts = [
+            *(_V1_START, _array_header(len(attestation.quote)), self._pack_quote(attestation.quote)),
+            *(_V1_EVENT_LOG, self._pack_event_log(attestation.event_log)),
+            _V1_STACK if payload is None else _V1_POD_STACK,
+            *(_array_header(len(attestation.report_data)), _pack_octets(attestation.report_data)),
+            *(_V1_RUNTIME_EVENTS, self._pack_runtime_events(attestation.runtime_events)),
+            *(_V1_CONFIG, self._pack_config(attestation.config)),
+        ]
+        if payload is not None:
+            parts += _V1_PAYLOAD, _pack(payload)
+        return b"".join(parts)
 
-    def _pack_octets(self, data: bytes) -> bytes:
-        """Pack an array of integers, as upstream writes a Vec<u8>."""
-        header: bytes = msgpack.Packer().pack_array_header(len(data))
-        pieces = (data[at : at + self._PIECE] for at in range(0, len(data), self._PIECE))
-        return header + b"".join([self._pack_piece(piece) for piece in pieces])
+    def _pack_quote(self, quote: bytes) -> bytes:
+        """Pack a quote's octets: what differs from one quote to the next is about its middle."""
+        start, middle, end = quote[:_FIRST_FIELDS], quote[_FIRST_FIELDS:_SIGNED], quote[_SIGNED:]
+        return self._pack_quote_start(start) + _pack_octets(middle) + self._pack_quote_end(end)
 
 
 def _pack(value: str | int) -> bytes:
@@ -240,14 +232,45 @@ def _pack(value: str | int) -> bytes:
     return packed
 
 
-def _pack_map(items: dict[str, bytes]) -> bytes:
-    """Pack a map of values that are packed already."""
-    header: bytes = msgpack.Packer().pack_map_header(len(items))
-    return header + b"".join([_pack(key) + value for key, value in items.items()])
+def _map_header(size: int) -> bytes:
+    header: bytes = msgpack.Packer().pack_map_header(size)
+    return header
 
 
-def _pack_piece(piece: bytes) -> bytes:
-    return b"".join([_PACKED_OCTETS[octet] for octet in piece])
+def _array_header(size: int) -> bytes:
+    header: bytes = msgpack.Packer().pack_array_header(size)
+    return header
+
+
+def _pack_octets(data: bytes) -> bytes:
+    """Pack the elements of an array of integers, as upstream writes a Vec<u8>."""
+    return b"".join([_PACKED_OCTETS[octet] for octet in data])
+
+
+# Between the parts that differ stand the same bytes each time: headers of maps, and their keys.
+_V1_START: Final = (
+    _map_header(3)
+    + (_pack("version") + _pack(1) + _pack("platform") + _map_header(2))
+    + (_pack("kind") + _pack("tdx") + _pack("data") + _map_header(2) + _pack("quote"))
+)
+_V1_EVENT_LOG: Final = _pack("event_log")
+
+
+def _stack_start(kind: str, members: int) -> bytes:
+    outer = _pack("stack") + _map_header(2) + _pack("kind") + _pack(kind) + _pack("data")
+    return outer + _map_header(members) + _pack("report_data")
+
+
+_V1_STACK: Final = _stack_start("dstack", 3)
+_V1_POD_STACK: Final = _stack_start("dstack-pod", 4)
+_V1_RUNTIME_EVENTS: Final = _pack("runtime_events")
+_V1_CONFIG: Final = _pack("config")
+_V1_PAYLOAD: Final = _pack("report_data_payload")
+
+_FIRST_FIELDS: Final = 568
+"""Bytes of a quote before report_data: its header and most of its report."""
+_SIGNED: Final = 768
+"""Bytes after which no quote of one platform differs: the signature of the report lies before."""
 
 
 def _pack_event_log(log: tuple[TdxEvent, ...]) -> bytes:

@@ -88,10 +88,9 @@ R = TypeVar("R")
 
 
 class Latest(Generic[A, R]):
-    """A pure function whose last result is kept for as long as its argument is the very same object.
+    """A pure function whose last result is kept for as long as its argument is the same.
 
-    For immutable arguments whose hash costs as much as the function, such as a trust domain's log: it is one tuple
-    until something more is measured.
+    For what hardly ever changes, such as a trust domain's log: it is one tuple until something more is measured.
     """
 
     def __init__(self, function: Callable[[A], R]) -> None:
@@ -99,7 +98,8 @@ class Latest(Generic[A, R]):
         self._last: tuple[A, R] | None = None
 
     def __call__(self, argument: A) -> R:
-        """Return the function's result; an equal argument that is another object is worked out anew."""
-        if self._last is None or self._last[0] is not argument:
-            self._last = argument, self._function(argument)
-        return self._last[1]
+        """Return the function's result."""
+        last = self._last
+        if last is None or (last[0] is not argument and last[0] != argument):
+            last = self._last = argument, self._function(argument)
+        return last[1]

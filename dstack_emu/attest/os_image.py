@@ -64,22 +64,25 @@ def require_registers(expected: Registers, report: TdReport) -> None:
 
 
 def verify_lite(vm_config: VmConfig, event_log: Sequence[TdxEvent], report: TdReport) -> None:
-    """Judge a boot by the measurement document in its VM config; raise `VerificationError` for what is wrong first.
+    """Verify a boot by the measurement document in its VM config; raise `VerificationError` for what is wrong first.
 
     The checks and their order are upstream's: there is a document, it is the named image's, it can be read, the log has
     three named ACPI digests, registers can be computed, they are the quoted ones. Nothing else in the log counts.
     """
+    measurement = lite_measurement(vm_config)
+    require_registers(lite_registers(measurement, vm_config, acpi_digests(event_log)), report)
+
+
+def lite_measurement(vm_config: VmConfig) -> ImageMeasurement:
+    """Read the measurement document in a VM config; raise `VerificationError` if there is none, or not the image's.
+
+    The one OVMF variant there is was compared with the config's by parsing.
+    """
     document = vm_config.tdx_measurement
     if document is None:
         raise VerificationError("tdx lite attestation requires vm_config.tdx_measurement")
-    measurement = _read_document(vm_config.os_image_hash, document)
-    require_registers(_registers(measurement, vm_config, acpi_digests(event_log)), report)
-
-
-def _read_document(claimed_hash: bytes, document: TdxMeasurement) -> ImageMeasurement:
-    """Read the document of a named image. The one OVMF variant there is was held against the config's by parsing."""
     try:
-        require_document(claimed_hash, document)
+        require_document(vm_config.os_image_hash, document)
     except FormatError as error:
         raise VerificationError(f"tdx lite measurement material does not match os_image_hash: {error}") from error
     try:
@@ -101,7 +104,8 @@ def require_document(claimed_hash: bytes, document: TdxMeasurement) -> None:
         raise FormatError(f"{MEASUREMENT_FILE} hash mismatch: sha256sum.txt={listed.hex()}, actual={found.hex()}")
 
 
-def _registers(measurement: ImageMeasurement, vm_config: VmConfig, digests: AcpiDigests) -> Registers:
+def lite_registers(measurement: ImageMeasurement, vm_config: VmConfig, digests: AcpiDigests) -> Registers:
+    """Compute the registers that such a boot has; raise `VerificationError` if they cannot be."""
     try:
         return measure(measurement, vm_config, digests)
     except FormatError as error:

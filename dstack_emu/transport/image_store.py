@@ -22,18 +22,20 @@ from typing import Final, TypeVar
 
 import aiohttp
 
-from dstack_emu.attest.cache import BoundedCache
+from dstack_emu.attest.cache import Memo
 from dstack_emu.attest.errors import FormatError, UnjudgedError, VerificationError
-from dstack_emu.attest.image import Registers, os_image_hash
+from dstack_emu.attest.image import AcpiDigests, ImageMeasurement, Registers, os_image_hash
 from dstack_emu.attest.os_image import (
     CHECKSUM_FILE,
     METADATA_FILE,
     ImageInfo,
+    acpi_digests,
     cache_key,
     decode_cache_entry,
     decode_vm_config,
+    lite_measurement,
+    lite_registers,
     require_registers,
-    verify_lite,
 )
 from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.attest.vmconfig import VmConfig
@@ -60,6 +62,12 @@ class ImageVerdict:
     acpi_tables_verified: bool
 
 
+def _read_config(text: str) -> tuple[VmConfig, ImageMeasurement | None]:
+    """Read a VM config, and of the lite variant the measurement document in it, which is None of the legacy one."""
+    config = decode_vm_config(text)
+    return config, lite_measurement(config) if config.tdx_attestation_variant == "lite" else None
+
+
 class ImageStore:
     """Judges by images, with a cache in one folder. Close it, for its connections.
 
@@ -73,8 +81,11 @@ class ImageStore:
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._coming: dict[str, asyncio.Lock] = {}
         self._session: aiohttp.ClientSession | None = None
-        # Of the lite variant a verdict follows from the evidence and the config alone.
-        self._lite_verdicts: BoundedCache[tuple[VerifiedAttestation, str], ImageVerdict] = BoundedCache(256, 8 << 20)
+        # Of machines that boot one image alike there are many, and each calls often.
+        self._read_config = Memo(_read_config, lambda text, _: 3 * len(text), max_entries=256, max_bytes=4 << 20)
+        self._lite_registers = Memo(
+            self._compute, lambda boot, _: len(boot[0]) + 512, max_entries=256, max_bytes=4 << 20
+        )
 
     async def close(self) -> None:
         """Close the connections."""
@@ -94,21 +105,24 @@ class ImageStore:
         `note` is told what the image says of itself, once it is at hand, however the verdict. Raises
         `VerificationError` with upstream's words.
         """
-        known = self._lite_verdicts.get((evidence, vm_config))
-        if known is not None:
-            return known
-        config = decode_vm_config(vm_config or evidence.attestation.config)
-        if config.tdx_attestation_variant == "lite":
-            verify_lite(config, evidence.attestation.event_log, evidence.quote.report)
-            verdict = ImageVerdict(config, acpi_tables_verified=False)
-            self._lite_verdicts.put((evidence, vm_config), verdict, len(vm_config) + evidence.size)
-            return verdict
+        text = vm_config or evidence.attestation.config
+        config, measurement = self._read_config(text)
+        if measurement is not None:
+            expected = self._lite_registers((text, acpi_digests(evidence.attestation.event_log)))
+            require_registers(expected, evidence.quote.report)
+            return ImageVerdict(config, acpi_tables_verified=False)
         info, checksum_hash = await self._image(config.os_image_hash)
         if checksum_hash != config.os_image_hash:
             raise VerificationError(f"legacy TDX attestation requires os_image_hash = sha256({CHECKSUM_FILE})")
         note(info)
         require_registers(self._computed_before(config), evidence.quote.report)
         return ImageVerdict(config, acpi_tables_verified=True)
+
+    def _compute(self, boot: tuple[str, AcpiDigests]) -> Registers:
+        """Compute the registers of a lite boot: the text of its VM config, and the digests of its ACPI tables."""
+        config, measurement = self._read_config(boot[0])
+        assert measurement is not None  # noqa: S101 - it is of the lite variant
+        return lite_registers(measurement, config, boot[1])
 
     def _computed_before(self, vm_config: VmConfig) -> Registers:
         path = self._measurements / f"{cache_key(vm_config)}.json"
