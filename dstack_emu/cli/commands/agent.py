@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from dstack_emu.attest.errors import FormatError
-from dstack_emu.cli.commands.common import WARNING, UsageError, listen_address, say, stop_on_signals
+from dstack_emu.cli.commands.common import WARNING, UsageError, listen_address, run_server, say, stop_on_signals
 from dstack_emu.cli.commands.guest_options import (
     add_guest_options,
     add_vendor_options,
@@ -83,7 +83,8 @@ def serve_guest(config: GuestConfig, arguments: argparse.Namespace) -> int:
     host, port = arguments.listen
     listen = ListenOptions(host, port, arguments.dstack_sock, arguments.tappd_sock, arguments.grpc, arguments.grpc_sock)
     guest = StandaloneGuest(config, listen, pccs_url=arguments.pccs, progress=say)
-    return asyncio.run(_serve(guest, as_json=arguments.json))
+    has_grpc = listen.grpc is not None or listen.grpc_sock is not None
+    return run_server(_serve(guest, as_json=arguments.json), has_grpc=has_grpc)
 
 
 async def _serve(guest: StandaloneGuest, *, as_json: bool) -> int:

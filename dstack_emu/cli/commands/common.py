@@ -29,6 +29,18 @@ def stop_on_signals() -> asyncio.Event:
     return stop
 
 
+def run_server(work: Coroutine[Any, Any, T], *, has_grpc: bool) -> T:
+    """Run one server on the event loop that suits it.
+
+    uvloop answers a tenth more requests than asyncio's own loop, but the relay in front of grpcio is not made for it.
+    """
+    if has_grpc:
+        return asyncio.run(work)
+    import uvloop  # takes 3 ms and 1 MiB, which the other commands need not pay
+
+    return uvloop.run(work)
+
+
 class Interrupted(Exception):
     """A signal ended what ran, and it has cleaned up."""
 

@@ -7,10 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import uvloop
-
 from dstack_emu.cli import logs
-from dstack_emu.cli.commands.common import WARNING, listen_address, say, stop_on_signals
+from dstack_emu.cli.commands.common import WARNING, listen_address, run_server, say, stop_on_signals
 from dstack_emu.deployment.clock import ISSUED_AT, wall_clock
 from dstack_emu.kms_emu.admin import admin_token
 from dstack_emu.kms_emu.agent_client import DEFAULT_ADDRESS
@@ -54,9 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the KMS until it ends or a signal comes."""
     config = KmsConfig.load(arguments.config, os.environ)
     agent = os.environ.get("DSTACK_AGENT_ADDRESS") or DEFAULT_ADDRESS
-    # uvloop answers a tenth more calls than asyncio's own loop, but the relay in front of grpcio is not made for it.
-    run_loop = asyncio.run if config.emulator.grpc.enabled else uvloop.run
-    return run_loop(_run_kms(config, agent, arguments))
+    return run_server(_run_kms(config, agent, arguments), has_grpc=config.emulator.grpc.enabled)
 
 
 def _kms(config: KmsConfig, agent: str, arguments: argparse.Namespace) -> KmsServer:
