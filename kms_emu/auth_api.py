@@ -8,14 +8,13 @@ parsers' words are our own. Decisions are never cached.
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-import aiohttp
-
 from dstack_emu.attest.app_info import BootInfo
 from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.attest.strict_json import ConstantError, StrictJson
 from dstack_emu.kms_emu.errors import UnavailableError
-from dstack_emu.transport.client import MoreHeaders, describe_failure
-from dstack_emu.transport.http_client import AnswerTooLongError, HttpClient
+from dstack_emu.transport.client import MoreHeaders
+from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
+from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.status import status_line
 
 TIMEOUT: Final = 10.0
@@ -96,7 +95,6 @@ class WebhookAuth:
         release: Release = DEFAULT,
     ) -> None:
         self.url = url
-        self._timeout = timeout
         self._more_headers = headers
         self._variant_members = release.boot_info_variant_members
         user_agent = {"User-Agent": kms_user_agent(release)}
@@ -134,9 +132,8 @@ class WebhookAuth:
             answer = await self._client.send(method, url, body, headers)
         except AnswerTooLongError as error:
             raise UnavailableError(f"auth api {url} answered more than {MAX_ANSWER} bytes") from error
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-            cause = describe_failure(error, self._timeout)
-            raise UnavailableError(f"error sending request for url ({url}): {cause}") from error
+        except NoAnswerError as error:
+            raise UnavailableError(f"error sending request for url ({url}): {error}") from error
         data, status = answer.body, answer.status
         shown = data[:SHOWN].decode(errors="replace")
         if not 200 <= status < 300:

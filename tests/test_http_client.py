@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import aiohttp
 import pytest
 
-from dstack_emu.transport.client import describe_failure
-from dstack_emu.transport.http_client import AnswerTooLongError, HttpAnswer, HttpClient
+from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
+from dstack_emu.transport.http_client import HttpAnswer, HttpClient
 
 MAX = 1000
 BODY = b'{"isAllowed": true}'
@@ -164,9 +164,9 @@ async def test_what_cannot_be_read_is_an_error_and_the_next_question_has_another
     pieces, said = UNREADABLE[name]
     server.answers = [[PLAIN], pieces, [PLAIN]]
     await client.send("POST", server.url, b"{}")
-    with pytest.raises(aiohttp.ClientError) as refused:
+    with pytest.raises(NoAnswerError) as refused:
         await client.send("POST", server.url, b"{}")
-    assert describe_failure(refused.value, 5) == said
+    assert str(refused.value) == said
     assert (await client.send("POST", server.url, b"{}")).body == BODY
     assert server.connections == 2
 
@@ -226,7 +226,7 @@ async def test_a_get_that_is_lost_with_its_connection_is_sent_again_and_a_post_i
 ) -> None:
     server.answers = [[None], [PLAIN], [None], [PLAIN]]
     assert (await client.send("GET", server.url)).status == 200
-    with pytest.raises(aiohttp.ServerDisconnectedError):
+    with pytest.raises(NoAnswerError, match="^connection closed before the answer$"):
         await client.send("POST", server.url)
     assert len(server.requests) == 3
 
@@ -258,9 +258,9 @@ async def test_what_is_sent_is_what_a_session_of_aiohttp_sends(server: Server, c
 
 @pytest.mark.parametrize("url", ["", "nothing", "ftp://127.0.0.1/", "http://", "http://:80/", "/path"])
 async def test_a_url_that_is_none_is_refused(client: HttpClient, url: str) -> None:
-    with pytest.raises((aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError)) as refused:
+    with pytest.raises(NoAnswerError) as refused:
         await client.send("GET", url)
-    assert describe_failure(refused.value, 5) == "not a URL"
+    assert str(refused.value) == "not a URL"
 
 
 async def test_a_server_that_is_not_there_is_an_error(server: Server, client: HttpClient) -> None:
@@ -268,9 +268,9 @@ async def test_a_server_that_is_not_there_is_an_error(server: Server, client: Ht
     port = listener.sockets[0].getsockname()[1]
     listener.close()
     await listener.wait_closed()
-    with pytest.raises(aiohttp.ClientConnectorError) as refused:
+    with pytest.raises(NoAnswerError) as refused:
         await client.send("POST", f"http://127.0.0.1:{port}")
-    assert describe_failure(refused.value, 5) == "Connection refused"
+    assert str(refused.value) == "Connection refused"
 
 
 async def test_idle_connection_is_closed_in_time_and_not_used_again(server: Server) -> None:

@@ -5,13 +5,14 @@ own KMS, for KMS in processes or containers, and for real ones. A KMS that has k
 """
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol, TypeVar
 
-import aiohttp
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
@@ -21,7 +22,9 @@ from dstack_emu.attest.proto import kms_pb2 as pb
 from dstack_emu.attest.prpc import encode_json
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.errors import StackError
-from dstack_emu.transport.client import MoreHeaders, PrpcClient, RpcError, TransportError, describe_failure
+from dstack_emu.transport.client import MAX_RESPONSE, MoreHeaders, PrpcClient, RpcError, TransportError
+from dstack_emu.transport.failures import NoAnswerError
+from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.tls import client_context
 
 TIMEOUT: Final = 30.0
@@ -153,6 +156,11 @@ class Authorization:
 # ---- services that run elsewhere
 
 
+async def _health(client: HttpClient, url: str) -> int:
+    """Return the status that a service's page `/health` has."""
+    return (await client.send("GET", f"{url}/health", follow_redirects=True)).status
+
+
 @dataclass(frozen=True, slots=True)
 class PolledPhase:
     """The phase of a KMS by whether it answers /health with TLS or without."""
@@ -162,22 +170,20 @@ class PolledPhase:
 
     async def current(self) -> Phase:
         """Return its phase; raise `StackError` if it answers neither way."""
-        context = client_context()  # nothing is verified: only whether it answers is of interest
-        timeout = aiohttp.ClientTimeout(total=TIMEOUT)
-        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(ssl=context)) as session:
-            try:
-                async with session.get(f"{plain_url(self.url)}/health") as response:
-                    if response.status == 200:
-                        return "onboard"
-            except (aiohttp.ClientError, OSError, TimeoutError):
-                pass  # a TLS port does not answer plain HTTP
-            try:
-                async with session.get(f"{tls_url(self.url)}/health") as response:
-                    if response.status == 200:
-                        return "runtime"
-                    raise StackError(f"{self.name} at {self.url} answered {response.status} to /health, 200 expected")
-            except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                raise StackError(f"{self.name} at {self.url}: {describe_failure(error, TIMEOUT)}") from error
+        # Nothing is verified: only whether it answers is of interest.
+        client = HttpClient(timeout=TIMEOUT, max_answer=MAX_RESPONSE, tls=client_context())
+        try:
+            with contextlib.suppress(NoAnswerError):  # a TLS port does not answer plain HTTP
+                if await _health(client, plain_url(self.url)) == HTTPStatus.OK:
+                    return "onboard"
+            status = await _health(client, tls_url(self.url))
+        except NoAnswerError as error:
+            raise StackError(f"{self.name} at {self.url}: {error}") from error
+        finally:
+            await client.close()
+        if status != HTTPStatus.OK:
+            raise StackError(f"{self.name} at {self.url} answered {status} to /health, 200 expected")
+        return "runtime"
 
     async def reached_runtime(self) -> None:
         """Wait until it answers over TLS; raise `StackError` after 30 s."""

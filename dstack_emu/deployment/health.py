@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-import aiohttp
-
 from dstack_emu.deployment.config import DESCRIPTION_FILE
-from dstack_emu.transport.client import describe_failure
+from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
+from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.tls import client_context
 
 TIMEOUT: Final = 5.0
+MAX_PAGE: Final = 1024 * 1024
+"""Bytes of a page that are read at most."""
 
 
 async def check_health(state: Path) -> list[str]:
@@ -30,10 +31,12 @@ async def check_health(state: Path) -> list[str]:
 
 async def check_services(services: Mapping[str, str]) -> dict[str, str]:
     """Check services by name and URL; return the problem of each, empty if it answers."""
-    context = client_context()  # nothing is verified: only whether it answers is of interest
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(ssl=context)) as session:
-        answers = await asyncio.gather(*(_check(session, name, url) for name, url in services.items()))
+    # Nothing is verified: only whether it answers is of interest.
+    client = HttpClient(timeout=TIMEOUT, max_answer=MAX_PAGE, tls=client_context())
+    try:
+        answers = await asyncio.gather(*(_check(client, name, url) for name, url in services.items()))
+    finally:
+        await client.close()
     return dict(zip(services, answers, strict=True))
 
 
@@ -50,18 +53,19 @@ async def check_grpc(targets: Mapping[str, str]) -> dict[str, str]:
     return {name: answer for name, answer in zip(targets, answers, strict=True) if answer is not None}
 
 
-async def _check(session: aiohttp.ClientSession, name: str, url: str) -> str:
-    problem = await _check_at(session, name, url)
+async def _check(client: HttpClient, name: str, url: str) -> str:
+    problem = await _check_at(client, name, url)
     if problem and name.startswith("kms-"):  # whose phase, and with it the scheme, may be another one by now
         scheme, _, rest = url.partition("://")
         other = "https" if scheme == "http" else "http"
-        return await _check_at(session, name, f"{other}://{rest}") and problem
+        return await _check_at(client, name, f"{other}://{rest}") and problem
     return problem
 
 
-async def _check_at(session: aiohttp.ClientSession, name: str, url: str) -> str:
+async def _check_at(client: HttpClient, name: str, url: str) -> str:
     try:
-        async with session.get(url + ("/" if name.startswith("auth-") else "/health")) as response:
-            return "" if response.status == 200 else f"{name} at {url} answered {response.status}"
-    except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        return f"{name} at {url}: {describe_failure(error, TIMEOUT)}"
+        page = url + ("/" if name.startswith("auth-") else "/health")
+        answer = await client.send("GET", page, follow_redirects=True)
+    except (NoAnswerError, AnswerTooLongError) as error:
+        return f"{name} at {url}: {error}"
+    return "" if answer.status == 200 else f"{name} at {url} answered {answer.status}"

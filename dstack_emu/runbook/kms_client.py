@@ -7,16 +7,16 @@ checks none: what a server proves is a step of its own.
 
 import json
 from dataclasses import dataclass
-from ssl import SSLContext
 from typing import Any, Final, Protocol
 
-import aiohttp
 from google.protobuf.empty_pb2 import Empty
 
 from dstack_emu.attest.errors import VerificationError
 from dstack_emu.attest.proto import kms_pb2 as pb
 from dstack_emu.runbook.target import TargetKms
-from dstack_emu.transport.client import MAX_RESPONSE, TransportError, describe_failure
+from dstack_emu.transport.client import KEPT_IDLE, MAX_RESPONSE
+from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
+from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.ratls import AttestedServer, RaTlsClient, RaTlsError
 from dstack_emu.transport.tls import Identity, client_context
@@ -105,9 +105,7 @@ class PrpcKmsClient:
     finishes_by_page = True
 
     def __init__(self) -> None:
-        self._anonymous = client_context()
-        self._contexts: dict[Identity, SSLContext] = {}
-        self._session: aiohttp.ClientSession | None = None
+        self._clients: dict[Identity | None, HttpClient] = {}
 
     def address(self, kms: TargetKms, method: str) -> str:
         """The URL of the phase that serves it."""
@@ -143,36 +141,24 @@ class PrpcKmsClient:
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
+        for client in self._clients.values():
+            await client.close()
 
     async def _ask(self, verb: str, url: str, body: str | None, identity: Identity | None) -> KmsAnswer:
-        if self._session is None:
-            timeout = aiohttp.ClientTimeout(total=TIMEOUT)
-            self._session = aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar())
-        if identity is not None and identity not in self._contexts:
-            self._contexts[identity] = client_context(identity)
-        tls = self._anonymous if identity is None else self._contexts[identity]
         headers = {} if body is None else {"Content-Type": "application/json"}
         try:
-            request = self._session.request(verb, url, data=body, headers=headers, ssl=tls, allow_redirects=False)
-            async with request as response:
-                text = await _read(response, url)
-                status = response.status
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            return KmsAnswer(0, f"no answer: {describe_failure(error, TIMEOUT)}")
-        except TransportError as error:
-            return KmsAnswer(0, f"no answer: {error.cause}")
+            answer = await self._client(identity).send(verb, url, None if body is None else body.encode(), headers)
+        except (NoAnswerError, AnswerTooLongError) as error:
+            return KmsAnswer(0, f"no answer: {error}")
+        text = answer.body.decode(errors="replace")
         try:
-            return KmsAnswer(status, json.loads(text))
+            return KmsAnswer(answer.status, json.loads(text))
         except (ValueError, RecursionError):
-            return KmsAnswer(status, text)
+            return KmsAnswer(answer.status, text)
 
-
-async def _read(response: aiohttp.ClientResponse, url: str) -> str:
-    data = b""
-    async for chunk in response.content.iter_any():
-        data += chunk
-        if len(data) > MAX_RESPONSE:
-            raise TransportError(url, f"longer than {MAX_RESPONSE} bytes")
-    return data.decode(errors="replace")
+    def _client(self, identity: Identity | None) -> HttpClient:
+        """Return the client that shows this identity, if any; whoever answers is not verified here."""
+        if identity not in self._clients:
+            tls = client_context(identity)
+            self._clients[identity] = HttpClient(timeout=TIMEOUT, max_answer=MAX_RESPONSE, kept_idle=KEPT_IDLE, tls=tls)
+        return self._clients[identity]

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
-import aiohttp
-
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.stack import Stack
 from dstack_emu.testing.refusals import Refused
 from dstack_emu.testing.stack_thread import StackThread, SyncControl
+from dstack_emu.transport.client import MAX_RESPONSE
+from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.tls import client_context
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class StackAccess:
 
         `root` is the file of the root certificate (PEM) under which the server is verified.
         """
-        trust = True if root is None else client_context(root_ca=root.read_text())
+        trust = None if root is None else client_context(root_ca=root.read_text())
         return self.thread.wait(_post(url, fields, trust))
 
 
@@ -66,17 +66,18 @@ def raise_refusals(call: Callable[[], T]) -> T:
         raise Refused(str(error)) from None  # a test's report is about the refusal, not about who passed it on
 
 
-async def _post(url: str, fields: Mapping[str, Any], trust: ssl.SSLContext | bool) -> dict[str, Any]:
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT)
-    async with (
-        aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(ssl=trust)) as session,
-        session.post(url, json=dict(fields)) as response,
-    ):
-        text = await response.text()
-        try:
-            answer = json.loads(text) if text else {}
-        except ValueError:
-            answer = {"error": text}
-        if response.status >= 400:
-            raise Refused(str(answer.get("error", text) if isinstance(answer, dict) else text), response.status)
-        return answer if isinstance(answer, dict) else {"": answer}
+async def _post(url: str, fields: Mapping[str, Any], tls: ssl.SSLContext | None) -> dict[str, Any]:
+    client = HttpClient(timeout=TIMEOUT, max_answer=MAX_RESPONSE, tls=tls)
+    try:
+        headers = {"Content-Type": "application/json"}
+        got = await client.send("POST", url, json.dumps(dict(fields)).encode(), headers, follow_redirects=True)
+    finally:
+        await client.close()
+    text = got.body.decode(errors="replace")
+    try:
+        answer = json.loads(text) if text else {}
+    except ValueError:
+        answer = {"error": text}
+    if got.status >= 400:
+        raise Refused(str(answer.get("error", text) if isinstance(answer, dict) else text), got.status)
+    return answer if isinstance(answer, dict) else {"": answer}

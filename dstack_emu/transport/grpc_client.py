@@ -18,8 +18,9 @@ from google.protobuf.message import Message
 
 from dstack_emu.attest.certificate import load_der
 from dstack_emu.attest.errors import FormatError
-from dstack_emu.transport.client import MAX_RESPONSE, describe_failure
+from dstack_emu.transport.client import MAX_RESPONSE
 from dstack_emu.transport.errors import TransportError
+from dstack_emu.transport.failures import describe_failure
 from dstack_emu.transport.tls import Identity, client_context
 
 A = TypeVar("A", bound=Message)

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
-import aiohttp
-
 from dstack_emu.attest.cache import Memo
 from dstack_emu.attest.errors import FormatError, UnjudgedError, VerificationError
 from dstack_emu.attest.image import AcpiDigests, ImageMeasurement, Registers, os_image_hash
@@ -39,8 +37,10 @@ from dstack_emu.attest.os_image import (
 )
 from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.attest.vmconfig import VmConfig
-from dstack_emu.transport.client import describe_failure
+from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
+from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.image_archive import Limits, Stopped, StoppedError, admit, unpack
+from dstack_emu.transport.status import status_line
 
 PLACEHOLDER: Final = "{OS_IMAGE_HASH}"
 """What a download URL must contain: the image's hash, in hex, takes its place."""
@@ -80,7 +80,8 @@ class ImageStore:
         self._limits = limits or Limits()
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._coming: dict[str, asyncio.Lock] = {}
-        self._session: aiohttp.ClientSession | None = None
+        # The deadline is the caller's; what is served as gzip is an archive, and is not to be unpacked here.
+        self._client = HttpClient(timeout=timeout, max_answer=self._limits.archive, unpacks=False)
         # Of machines that boot one image alike there are many, and each calls often.
         self._read_config = Memo(_read_config, lambda text, _: 3 * len(text), max_entries=256, max_bytes=4 << 20)
         self._lite_registers = Memo(
@@ -89,9 +90,7 @@ class ImageStore:
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._session is not None:
-            session, self._session = self._session, None
-            await session.close()
+        await self._client.close()
 
     async def verify(
         self,
@@ -199,29 +198,16 @@ class ImageStore:
         unpacked.rename(folder)
 
     async def _fetch(self, url: str, archive: Path) -> None:
-        if self._session is None:
-            # The deadline is the caller's; what is served as gzip is an archive, and is not to be unpacked here.
-            self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(), cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False
-            )
         try:
-            async with self._session.get(url) as response:
-                if not 200 <= response.status < 300:
-                    raise FormatError(
-                        f"Failed to download image: HTTP status {response.status} {response.reason}, url: {url}"
-                    )
-                size = 0
-                with archive.open("wb") as file:
-                    async for chunk in response.content.iter_any():
-                        size += len(chunk)
-                        if size > self._limits.archive:
-                            raise FormatError(
-                                f"Failed to download image: it is longer than {self._limits.archive} bytes, url: {url}"
-                            )
-                        file.write(chunk)
-        except aiohttp.ClientError as error:
-            cause = describe_failure(error, self._timeout)
-            raise FormatError(f"Failed to download image: error sending request for url ({url}): {cause}") from error
+            with archive.open("wb") as file:
+                answer = await self._client.send("GET", url, follow_redirects=True, write=file.write)
+        except NoAnswerError as error:
+            raise FormatError(f"Failed to download image: error sending request for url ({url}): {error}") from error
+        except AnswerTooLongError as error:
+            longest = self._limits.archive
+            raise FormatError(f"Failed to download image: it is longer than {longest} bytes, url: {url}") from error
+        if not 200 <= answer.status < 300:
+            raise FormatError(f"Failed to download image: HTTP status {status_line(answer.status)}, url: {url}")
 
 
 async def _in_thread(work: Callable[[Stopped], T]) -> T:

@@ -13,7 +13,6 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import aiohttp
 from dcap_qvl import QuoteCollateralV3
 
 from dstack_emu.attest.attestation import Attestation
@@ -30,8 +29,9 @@ from dstack_emu.attest.pcs import (
     combined_etag,
 )
 from dstack_emu.attest.verify import TrustAnchor, VerifiedAttestation, require_bound_to_key, verify_attestation
-from dstack_emu.transport.client import MoreHeaders, TransportError, describe_failure
-from dstack_emu.transport.http_client import AnswerTooLongError, HttpAnswer, HttpClient
+from dstack_emu.transport.client import MoreHeaders, TransportError
+from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError, NoAnswerInTimeError
+from dstack_emu.transport.http_client import HttpAnswer, HttpClient
 
 Clock = Callable[[], int]
 """Unix seconds, now."""
@@ -76,7 +76,7 @@ class PccsClient:
         self, base_url: str, *, timeout: float = DEFAULT_TIMEOUT, ttl: float = 0, headers: MoreHeaders | None = None
     ) -> None:
         self.base_url = base_url.rstrip("/")
-        self._seconds, self._ttl = timeout, ttl
+        self._ttl = ttl
         self._more_headers = headers
         self._client = HttpClient(timeout=timeout, max_answer=MAX_DOCUMENT)
         self.keys = CollateralKeys()
@@ -142,9 +142,9 @@ class PccsClient:
     async def _is_current(self, known: _Assembled) -> bool:
         try:
             answer = await self._client.send("GET", known.revalidation, headers={"If-None-Match": known.etag})
-        except TimeoutError as error:  # of a server that hangs enough was waited for
-            raise TransportError(known.revalidation, describe_failure(error, self._seconds)) from error
-        except (aiohttp.ClientError, OSError, AnswerTooLongError):
+        except NoAnswerInTimeError as error:  # of a server that hangs enough was waited for
+            raise TransportError(known.revalidation, str(error)) from error
+        except (NoAnswerError, AnswerTooLongError):
             return False  # what is wrong shows when the documents are asked for
         return answer.status == 304
 
@@ -167,10 +167,8 @@ class PccsClient:
             headers |= self._more_headers()
         try:
             answer = await self._client.send("GET", url, headers=headers, follow_redirects=True)
-        except AnswerTooLongError as error:
+        except (NoAnswerError, AnswerTooLongError) as error:
             raise TransportError(url, str(error)) from error
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise TransportError(url, describe_failure(error, self._seconds)) from error
         etag, revalidation = answer.headers.get("ETag", ""), answer.headers.get(REVALIDATION_HEADER, "")
         if answer.status == 304 and held and held.etag:
             return self._hold(path, _Held(held.document, held.etag, revalidation, now))

@@ -14,7 +14,8 @@ from dstack_emu.attest.app_info import BootInfo
 from dstack_emu.attest.release import DEFAULT
 from dstack_emu.kms_emu.auth_api import MAX_ANSWER, TIMEOUT, Decision, WebhookAuth, kms_user_agent
 from dstack_emu.kms_emu.errors import UnavailableError
-from dstack_emu.transport.http_client import AnswerTooLongError, HttpClient
+from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
+from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.webhook_check.hints import hint_for
 from dstack_emu.webhook_check.questions import Questions, Variation
 
@@ -253,7 +254,7 @@ class _Checker:
         try:
             headers = {"Content-Type": "application/json"}
             answer = await client.send("POST", url, self.questions.app.to_json(), headers)
-        except (OSError, ValueError, TimeoutError, AnswerTooLongError) as error:
+        except (NoAnswerError, AnswerTooLongError) as error:
             return AnswerCheck(name, "warning", f"asked once more, it did not answer: {error}")
         finally:
             await client.close()

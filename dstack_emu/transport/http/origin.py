@@ -1,0 +1,58 @@
+"""Where a URL leads: the server to connect to, and what a request to it begins with."""
+
+import base64
+import string
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import quote, unquote, urlsplit
+
+from dstack_emu.transport.failures import NoAnswerError
+
+_PORTS: Final = {"http": 80, "https": 443}
+_IN_PATH: Final = "/:@!$&'()*+,;=%~"
+_IN_QUERY: Final = _IN_PATH + "?"
+_PRINTABLE: Final = frozenset(string.printable) - set(string.whitespace)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A server: its name or address, its port, and whether it speaks TLS."""
+
+    host: str
+    port: int
+    is_secure: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A URL as a request names it: `path` is percent-encoded, with its query; `lines` are the headers that follow."""
+
+    origin: Origin
+    path: bytes
+    lines: bytes
+    """Host, and the credentials of a URL that has some."""
+
+    @classmethod
+    def parse(cls, url: str) -> "Target":
+        """Read an http or https URL; raise `NoAnswerError` if it is none."""
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.port
+            host = host if host.isascii() else host.encode("idna").decode()
+        except ValueError as error:
+            raise NoAnswerError("not a URL") from error
+        if parts.scheme not in _PORTS or not host or not _PRINTABLE.issuperset(host):
+            raise NoAnswerError("not a URL")
+        named = f"[{host}]" if ":" in host else host
+        authority = named if port in (None, _PORTS[parts.scheme]) else f"{named}:{port}"
+        path = quote(parts.path or "/", _IN_PATH) + (f"?{quote(parts.query, _IN_QUERY)}" if parts.query else "")
+        lines = f"Host: {authority}\r\n{_credentials(parts.username, parts.password)}"
+        origin = Origin(host, port or _PORTS[parts.scheme], parts.scheme == "https")
+        return cls(origin, path.encode(), lines.encode())
+
+
+def _credentials(user: str | None, password: str | None) -> str:
+    if user is None:
+        return ""
+    both = f"{unquote(user)}:{unquote(password or '')}".encode()
+    return f"Authorization: Basic {base64.b64encode(both).decode()}\r\n"
