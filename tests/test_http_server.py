@@ -350,6 +350,26 @@ async def test_a_handler_that_does_not_read_a_body_leaves_the_connection_usable(
         writer.close()
 
 
+async def test_a_handler_that_answers_before_the_body_has_come_leaves_the_connection_usable() -> None:
+    called = asyncio.Event()
+
+    async def answer(_request: Request) -> Response:
+        called.set()
+        return Response(400)
+
+    async with served(answering(answer)) as server:
+        reader, writer = await connect(server)
+        for _ in range(2):
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n")
+            async with asyncio.timeout(LIMIT):
+                await called.wait()
+            called.clear()
+            writer.write(b"abc")
+            answered = await read_answer(reader)
+            assert (answered.status, answered.headers.get("connection")) == (400, None)
+        writer.close()
+
+
 async def test_continue_is_not_said_for_a_body_that_nobody_reads() -> None:
     async with served(application(Toy(), "kms")) as server:
         reader, writer = await connect(server)

@@ -171,6 +171,7 @@ class HttpProtocol(asyncio.Protocol):
     async def _answer(self, incoming: IncomingRequest) -> None:
         try:
             response = await self._handle(incoming)
+            await self._receive_rest(incoming)
             if self._is_open:
                 await self._send(incoming, response)
         except ConnectionError as error:
@@ -195,6 +196,17 @@ class HttpProtocol(asyncio.Protocol):
             incoming.is_kept_alive = False
             text = f"{status_line(HTTPStatus.INTERNAL_SERVER_ERROR)}\n\nServer got itself in trouble"
             return Response.of(text, "text/plain", HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    async def _receive_rest(self, incoming: IncomingRequest) -> None:
+        """Wait for the rest of a body that the handler did not read, so that the connection stays usable.
+
+        A body over the limit is settled already, and one that the client holds back until it is told to continue is
+        not requested.
+        """
+        if incoming.is_kept_alive and not (incoming.awaits_continue or incoming.body.is_settled):
+            settled = asyncio.Event()
+            incoming.body.when_settled(settled.set)
+            await settled.wait()
 
     async def _send(self, incoming: IncomingRequest, response: Response) -> None:
         is_read = incoming.body.has_ended
