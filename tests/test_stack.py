@@ -202,26 +202,3 @@ def test_stack_is_stopped_and_resumed_many_times(short_folder: Path) -> None:
             process.end(ends[turn % len(ends)])
     assert len(seen) == TURNS
     assert all(turn == seen[0] for turn in seen)
-
-
-WORKER = """
-import asyncio, json, os, pytest, urllib.request
-from dstack_emu import Stack, StackConfig
-
-@pytest.mark.parametrize("number", range(4))
-async def test_stack_of_this_worker(number):
-    async with Stack(StackConfig.on_free_ports(seed=os.environ["PYTEST_XDIST_WORKER"])) as stack:
-        ask = lambda: json.load(urllib.request.urlopen(stack.services["app"] + "/Info"))
-        assert (await asyncio.to_thread(ask))["app_id"] == stack.app.domain.app_id.hex()
-"""
-
-
-@pytest.mark.timeout(180)
-def test_each_of_four_xdist_workers_has_a_stack(tmp_path: Path) -> None:
-    (tmp_path / "test_workers.py").write_text(WORKER)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\n")
-    run = [sys.executable, "-m", "pytest", "-q", "-n", "4", "-p", "no:cacheprovider", str(tmp_path)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170, check=False)
-    assert (done.returncode, "4 passed" in done.stdout) == (0, True), done.stdout + done.stderr

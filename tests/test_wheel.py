@@ -153,12 +153,13 @@ def test_package_is_not_ours():
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with packages whose names are also folders of this one."""
+    """A project with packages whose names are also folders of this one, and tests of each kind."""
     folder = tmp_path_factory.mktemp("project")
     own = "OURS = __name__\n"
     write(folder, {f"{name}/{module}.py": own for name in TAKEN for module in ("__init__", "server", "parts")})
     write(folder, {"tests/__init__.py": "", "tests/values.py": own})
     write(folder, {"tests/test_own.py": OWN_TESTS, "tests/test_emulated.py": EMULATED_TESTS})
+    write(folder, {"tests/test_shown.py": shown_tests(), "tests/test_more.py": ASYNC_AND_ENVIRONMENT})
     return folder
 
 
@@ -167,7 +168,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("pytest",),
         ("python", "-m", "pytest"),
-        ("pytest", "-n", "2", "--dist", "loadfile"),
         ("dstack-emu", "exec", "--fresh", "--", "pytest"),
     ],
     ids=" ".join,
@@ -175,7 +175,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_project_with_packages_of_those_names_runs_its_tests_and_the_fixtures(
     command: tuple[str, ...], installed: Environment, project: Path
 ) -> None:
-    done = installed.run(project, *command, "-p", "no:cacheprovider", "tests")
+    done = installed.run(project, *command, "-p", "no:cacheprovider", "tests/test_own.py", "tests/test_emulated.py")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 passed" in done.stdout
 
@@ -240,6 +240,7 @@ import pytest
 
 import dstack_emu
 from aiohttp import web
+from dstack_emu import Stack, StackConfig
 from dstack_emu.testing import LiveStack, refused
 
 
@@ -265,6 +266,13 @@ async def test_under_anyio(dstack_stack):
     dstack_stack.policy().deny("app")
     with refused("app not registered"):
         await asyncio.to_thread(dstack_stack.boot)
+
+
+@pytest.mark.anyio
+async def test_stack_of_ones_own_beside_the_workers(dstack_stack):
+    async with Stack(StackConfig.on_free_ports(seed="mine")) as stack:
+        ask = lambda: json.load(urllib.request.urlopen(stack.services["app"] + "/Info"))
+        assert (await asyncio.to_thread(ask))["app_id"] == stack.app.domain.app_id.hex()
 
 
 @pytest.fixture
@@ -318,20 +326,17 @@ def test_what_a_wider_fixture_did_stays(dstack_of_the_module, dstack_boot):
 """
 
 
-def shown_project() -> str:
-    """The tests at the top of the page."""
+def shown_tests() -> str:
+    """Return the tests at the top of the page."""
     return blocks(document("docs/pytest.md").partition("\n## ")[0])[0].text
 
 
-def test_project_of_the_page_and_one_with_event_loops_run_on_two_workers(
-    installed: Environment, tmp_path: Path
-) -> None:
-    shown = shown_project()
-    assert len([line for line in shown.splitlines() if line.strip()]) <= 25
-    write(tmp_path, {"test_shown.py": shown, "test_more.py": ASYNC_AND_ENVIRONMENT})
-    done = installed.run(tmp_path, "pytest", "-p", "no:cacheprovider", "-v", "-n", "2", "--dist", "loadfile")
+def test_that_project_runs_tests_of_each_kind_on_two_workers(installed: Environment, project: Path) -> None:
+    assert len([line for line in shown_tests().splitlines() if line.strip()]) <= 25
+    done = installed.run(project, "pytest", "-p", "no:cacheprovider", "-v", "-n", "2", "--dist", "loadfile", "tests")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    for file in ("own", "emulated", "shown", "more"):
+        assert f"PASSED tests/test_{file}.py::" in done.stdout
     assert "skipped" not in done.stdout
     assert {"[gw0]", "[gw1]"} <= set(re.findall(r"\[gw\d\]", done.stdout))
     quotes = {(installed.folder / f"quote {time}").read_text() for time in (1, 2)}
