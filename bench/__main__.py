@@ -19,6 +19,7 @@ BENCHMARKS: Final = (
     "getquote",
     "startup",
     "agent",
+    "kms_start",
     "runbook",
     "getappkey",
     "getappkey_new",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from bench.figure import Bar, Effort, Figure, median
 from bench.processes import AGENT, resident_memory, running
 
-READY_BAR, MEMORY_BAR = 0.6, 90.0
+READY_BAR, MEMORY_BAR = 0.35, 48.0
 
 
 def measure(effort: Effort) -> Iterator[Figure]:

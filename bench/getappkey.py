@@ -15,7 +15,7 @@ from bench.reference import bare_kms
 from dstack_emu.transport.tls import client_context
 
 CONNECTIONS = 8
-BAR, SHARE_BAR = 1000, 0.5
+BAR, SHARE_BAR = 1200, 0.9
 
 
 def measure(effort: Effort) -> Iterator[Figure]:

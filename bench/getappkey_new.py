@@ -26,7 +26,7 @@ CALLERS = 250
 """Number of new callers for each second of a round."""
 THREADS = 32
 """Enough that the KMS never waits for them: they share one core with webhook and PCCS."""
-BAR = 0.25
+BAR = 0.20
 
 
 def measure(effort: Effort) -> Iterator[Figure]:

@@ -13,7 +13,7 @@ from bench.reference import bare_kms
 from dstack_emu.transport.tls import client_context
 
 CONNECTIONS = 8
-SHARE_BAR = 0.5
+SHARE_BAR = 0.9
 
 
 def measure(effort: Effort) -> Iterator[Figure]:

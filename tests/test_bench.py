@@ -27,6 +27,7 @@ FIGURES = {
     "getquote": ["getquote_socket", "getquote_to_bare_server", "getquote_per_cpu_second"],
     "startup": ["stack_ready", "stack_stop", "stack_memory"],
     "runbook": ["runbook"],
+    "kms_start": ["kms_ready", "kms_ready_memory"],
     "agent": ["agent_ready", "agent_memory"],
     "getappkey": ["getappkey_keepalive", "getappkey_to_bare_server", "getappkey_per_cpu_second"],
     "getappkey_new": [
