@@ -295,3 +295,22 @@ async def test_a_pccs_that_is_down_is_a_refusal_for_everyone_who_waits(pccs: Pcc
     assert [type(refusal) for refusal in refusals] == [UnjudgedError] * 3
     assert all("Connection refused" in str(refusal) for refusal in refusals)
     await client.close()
+
+
+async def test_error_is_that_of_the_first_document_whichever_fails_first() -> None:
+    pccs, others = Pccs("ours"), asyncio.Semaphore(0)
+
+    async def refuse(request: Request, _handler: Handler) -> Response:
+        if request.path == PCK_CRL_PATH:
+            for _ in range(3):
+                await others.acquire()
+        else:
+            others.release()
+        return Response(404)
+
+    pccs.app.middlewares.append(refuse)
+    server = await serve(pccs.app, bind_tcp("127.0.0.1", 0))
+    async with _verifier(pccs, server.url) as verifier, asyncio.timeout(TIMEOUT):
+        with pytest.raises(UnjudgedError, match=f"{PCK_CRL_PATH}.*PCCS status 404"):
+            await verifier.verify(pccs.evidence())
+    await server.close()

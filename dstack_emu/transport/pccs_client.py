@@ -10,7 +10,7 @@ neither the evidence nor a document changed. Source: `dcap-qvl` src/collateral.r
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from dcap_qvl import QuoteCollateralV3
@@ -116,7 +116,7 @@ class PccsClient:
         known = self._assembled.get(key)
         if known is not None and known.revalidation and await self._is_current(known):
             return known.collateral
-        held = tuple(await asyncio.gather(*(self._fetch(path) for path in key.requests())))
+        held = await self._fetch_all(key.requests())
         documents = tuple(h.document for h in held)
         collateral = known.collateral if known is not None and known.documents == documents else assemble(*documents)
         url, etag = self._revalidation(held)
@@ -156,6 +156,14 @@ class PccsClient:
         await asyncio.gather(*questions, return_exceptions=True)
         self._coming.clear()
         await self._client.close()
+
+    async def _fetch_all(self, paths: Iterable[str]) -> tuple[_Held, ...]:
+        """Fetch documents at once; raise the error of the first path that has one, whichever failed first."""
+        fetched = await asyncio.gather(*map(self._fetch, paths), return_exceptions=True)
+        for document in fetched:
+            if isinstance(document, BaseException):
+                raise document
+        return tuple(document for document in fetched if isinstance(document, _Held))
 
     async def _fetch(self, path: str) -> _Held:
         url, now = self.base_url + path, asyncio.get_running_loop().time()
