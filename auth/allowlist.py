@@ -89,7 +89,7 @@ class Allowlist(_Document):
     apps: Annotated[Mapping[str, AppEntry], AfterValidator(_normalize_apps)] = {}
 
 
-class _AskedBoot(_Document):
+class _ReceivedBoot(_Document):
     """The members of a boot info that dstack-auth reads; an absent one is empty, and matches no listed id."""
 
     mr_aggregated: str = ""
@@ -115,7 +115,7 @@ def parse_allowlist_boot_info(body: bytes) -> ReceivedBootInfo:
     Raises `MalformedJsonError` if it is not JSON, and `MistypedBootInfoError` if it is JSON of another shape.
     """
     try:
-        asked = _parse(_AskedBoot, body)
+        received = _parse(_ReceivedBoot, body)
     except ValidationError as error:
         is_json = error.errors()[0]["type"] != "json_invalid"
         raise (MistypedBootInfoError if is_json else MalformedJsonError)(describe(error)) from error
@@ -123,7 +123,7 @@ def parse_allowlist_boot_info(body: bytes) -> ReceivedBootInfo:
         raise MistypedBootInfoError(str(error)) from error
     except ValueError as error:
         raise MalformedJsonError(f"Invalid JSON: {error}") from error
-    return ReceivedBootInfo(**asked.model_dump(), instance_id="")
+    return ReceivedBootInfo(**received.model_dump(), instance_id="")
 
 
 def _parse(model: type[M], data: bytes) -> M:

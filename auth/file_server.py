@@ -1,7 +1,7 @@
-"""dstack-auth's HTTP front: three routes, and the refusals of the web framework that upstream is written with.
+"""dstack-auth's HTTP server: three routes, and the refusals of the web framework that upstream is written with.
 
 The body is read as JSON whatever its content type is. A body that is not JSON is a 400, JSON of another shape a 422, a
-body over the limit a 413, another path or method a 404: each is a page, or JSON if Accept asks for it. Two routes are
+body over the limit a 413, another path or method a 404: each is a page, or JSON if Accept names it. Two routes are
 ours, `GET /health` and `GET /openapi.json`. Binds no socket, reads no environment and knows no command line.
 
 Source: dstack next 312dc605, `crates/dstack-auth/src/main.rs`; Rocket's `serde::json` (statuses and limit).

@@ -1,4 +1,4 @@
-"""The HTTP front of auth-simple and auth-mock: one application for each, with the originals' answers and refusals.
+"""The HTTP server of auth-simple and auth-mock: one application for each, with the originals' answers and refusals.
 
 Binds no socket, reads no environment and knows no command line. Two routes are ours, `GET /health` and
 `GET /openapi.json`; anything else that is not one of the three of the protocol is a 404, also a known path with

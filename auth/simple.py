@@ -48,7 +48,7 @@ class SimpleAuth:
     """Decides by the config file at `config_path`, under one of the contracts of `policy`."""
 
     def __init__(self, config_path: Path | str, *, contract: Contract = DEFAULT_CONTRACT) -> None:
-        """A `str` keeps its spelling in answers (`./x`, which a `Path` loses). Raises `AuthConfigError`."""
+        """Take the file's path; a `str` keeps its spelling in answers (`./x`). Raises `AuthConfigError`."""
         self._config_path = str(config_path)
         self.contract: Final = parse_contract(contract)
         self._content: bytes | None = None

@@ -25,9 +25,9 @@ TOKEN_VARIABLES: Final = ("DSTACK_KMS_ADMIN_TOKEN", "ADMIN_API_TOKEN")
 
 
 def admin_token(admin: AdminSection, environment: Mapping[str, str]) -> str | None:
-    """The token that admits, or None where `insecure_no_auth` lets anyone in.
+    """Return the token that admits, or None if `insecure_no_auth` lets anyone in.
 
-    Raises `KmsConfigError` where there is neither.
+    Raises `KmsConfigError` if there is neither.
     """
     if admin.insecure_no_auth:
         return None
@@ -52,7 +52,7 @@ def admin_app(cache: ImageCache, token: str | None, log: EventLog) -> Applicatio
 
 
 async def _admitted(_request: Request) -> None:
-    """Make no difference between callers: whoever gets here has shown the token."""
+    """Make no difference between callers: they have shown the token."""
 
 
 def _require_token(token: str | None, log: EventLog) -> Middleware:
@@ -66,12 +66,12 @@ def _require_token(token: str | None, log: EventLog) -> Middleware:
 
 
 def is_admitted(headers: Mapping[str, str], token: str | None) -> bool:
-    """Whether one of the tokens in a call's headers (of any case) is the one, or none is asked for."""
+    """Return whether a token in a request's headers (of any case) is the right one, or none is required."""
     return token is None or any(hmac.compare_digest(given, token.encode()) for given in _given(headers))
 
 
 def _given(headers: Mapping[str, str]) -> list[bytes]:
-    """The tokens that headers carry: the one of its own, Bearer, or the user name of Basic."""
+    """Return the tokens that headers carry: the one of its own, Bearer, or the user name of Basic."""
     given = [headers[TOKEN_HEADER]] if TOKEN_HEADER in headers else []
     scheme, _, value = headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":

@@ -39,7 +39,7 @@ class GuestAgentClient:
             raise NotAttestedError(f"Invalid attestation: {error}") from error
 
     async def vm_config(self) -> str:
-        """The VM's configuration, as Info answers it."""
+        """Return the VM's configuration, as Info answers it."""
         try:
             return (await self._client.call("Info", Empty(), pb.AppInfo)).vm_config
         except (TransportError, RpcError, AttestError) as error:

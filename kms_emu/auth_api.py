@@ -1,4 +1,4 @@
-"""Asking the auth webhook: may this domain boot?
+"""Requests to the auth webhook: whether a trust domain may boot.
 
 Everything but a clear decision is an error, never an allow: a webhook that is down, slow, answers another status or
 something that is no decision. Texts as in dstack `kms/src/main_service/upgrade_authority.rs` at 312dc605; foreign
@@ -50,14 +50,14 @@ class AuthInfo:
 
 
 class AuthApi(Protocol):
-    """Whoever decides."""
+    """What decides: a webhook, or a rule for development."""
 
     async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
-        """Ask for one decision; raise `UnavailableError` for anything that is none."""
+        """Request one decision; raise `UnavailableError` for anything that is none."""
         ...
 
     async def info(self) -> AuthInfo:
-        """Ask what stands behind it; raise `UnavailableError`."""
+        """Request what it decides by; raise `UnavailableError`."""
         ...
 
     async def close(self) -> None:
@@ -76,15 +76,15 @@ class DevAuth:
         return Decision(True, "", self.gateway_app_id)
 
     async def info(self) -> AuthInfo:
-        """Nothing stands behind it."""
+        """Return what such a KMS says of itself."""
         return AuthInfo(is_dev=True, gateway_app_id=self.gateway_app_id)
 
     async def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: there are no connections."""
 
 
 class WebhookAuth:
-    """auth_api `webhook`, asked over kept-alive connections; `headers` are added to each question. Close it."""
+    """auth_api `webhook`, over connections that are kept open; `headers` are added to each request. Close it."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class WebhookAuth:
         self._boot_auth = {True: f"{base}/bootAuth/kms", False: f"{base}/bootAuth/app"}
 
     async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
-        """POST the question to bootAuth/kms or bootAuth/app."""
+        """POST the request to bootAuth/kms or bootAuth/app."""
         body = boot_info.to_json(variant_members=self._variant_members)
         return _decision(await self._ask("POST", self._boot_auth[is_kms], body))
 

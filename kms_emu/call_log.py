@@ -1,6 +1,6 @@
 """What a KMS logs of its RPCs: each refusal with its reason, and at the next level of detail each answer.
 
-A table of RPCs goes in and comes out, so it is the same whichever front serves it. What is answered is never logged:
+A table of RPCs goes in and comes out, so it is the same for every server. Answers are never logged:
 answers are keys.
 """
 
@@ -18,12 +18,12 @@ Who = Callable[[C], Mapping[str, object]]
 
 
 def nobody(_context: object) -> Mapping[str, object]:
-    """What is known of a caller that shows nothing of itself."""
+    """Return what is known of a caller that shows nothing of itself."""
     return {}
 
 
 def journaled(table: ServiceTable[C], log: EventLog, who: Who[C] = nobody) -> ServiceTable[C]:
-    """The same table, whose refusals and answers are logged; `who` names a caller in fields."""
+    """Return the same table, whose refusals and answers are logged; `who` names a caller in fields."""
     return ServiceTable(table.prefix, {name: _journaled(rpc, log, who) for name, rpc in table.rpcs.items()})
 
 

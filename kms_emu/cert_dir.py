@@ -40,7 +40,7 @@ class CertDir:
     def prepare(self) -> None:
         """Make the folder, and finish or discard what a crash left.
 
-        Raises `KmsConfigError` where the folder cannot be used.
+        Raises `KmsConfigError` if the folder cannot be used.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -53,11 +53,11 @@ class CertDir:
             raise KmsConfigError(f"core.cert_dir {self.path} cannot be used: {error.strerror}") from error
 
     def has_keys(self) -> bool:
-        """Whether a start goes straight to the runtime phase."""
+        """Return whether a start goes straight to the runtime phase."""
         return all((self.path / name).exists() for name in REQUIRED)
 
     def exists(self, name: str) -> bool:
-        """Whether one file is there."""
+        """Return whether one file is there."""
         return (self.path / name).exists()
 
     def read(self, name: str) -> bytes:

@@ -146,7 +146,7 @@ class Core(Section):
 
     @property
     def pccs(self) -> str:
-        """The PCCS of next's key, else of 0.5.x's."""
+        """Return the PCCS of next's key, else of 0.5.x's."""
         return self.attestation.urls.pccs or self.pccs_url
 
 

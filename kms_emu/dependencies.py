@@ -1,6 +1,6 @@
 """What a KMS works with: configuration, storage, its agent, the webhook, the verifier, time and randomness.
 
-One object for both phases. It is built from the configuration once, and whoever built it closes it.
+One object for both phases. It is built from the configuration once, and closed by its builder.
 """
 
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ class KmsDependencies:
         auth: AuthApi | None,
         instruments: KmsInstruments,
     ) -> Self:
-        """Make what the configuration asks for; `auth` and the instruments' verifier replace the configured ones.
+        """Make what the configuration names; `auth` and the instruments' verifier replace the configured ones.
 
         Raises `KmsConfigError` if the trust root cannot be used.
         """

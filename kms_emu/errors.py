@@ -1,13 +1,13 @@
 """What the KMS refuses, and why: one family, whose classes say what kind of refusal it is and whose text is upstream's.
 
-A front end answers with the text; the class decides a gRPC status code. `context` adds the outer words of an error
+A server answers with the text; the class determines the gRPC status code. `context` adds the outer words of an error
 chain (`App not allowed: Boot denied: …`) as upstream's anyhow chains have them.
 """
 
 import copy
 from typing import Self
 
-from dstack_emu.attest.errors import AttestError, UnjudgedError
+from dstack_emu.attest.errors import AttestError, UnverifiableError
 from dstack_emu.transport.errors import ConfigError
 
 
@@ -15,7 +15,7 @@ class KmsError(Exception):
     """Anything the KMS refuses."""
 
     def within(self, context: str) -> Self:
-        """The same refusal with one more outer context."""
+        """Return the same refusal with one more outer context."""
         outer = copy.copy(self)
         outer.args = (f"{context}: {self}",)
         return outer
@@ -49,7 +49,7 @@ class context:
     """Put `text` before every refusal from inside. (Written by hand: contextlib's costs five times as much, each call.)
 
     A refusal of the protocol package becomes one of kind `otherwise`, and of kind `UnavailableError` where evidence
-    could not be judged.
+    could not be verified.
     """
 
     __slots__ = ("_otherwise", "_text")
@@ -64,7 +64,7 @@ class context:
             raise error.within(self._text) from error
         if isinstance(error, ConfigError):
             raise KmsConfigError(f"{self._text}: {error}") from error
-        if isinstance(error, UnjudgedError):
+        if isinstance(error, UnverifiableError):
             raise UnavailableError(f"{self._text}: {error}") from error
         if isinstance(error, AttestError):
             raise self._otherwise(f"{self._text}: {error}") from error

@@ -52,7 +52,7 @@ def require_app_id(app_id: bytes, otherwise: type[KmsError] = InvalidRequestErro
 
 
 def boot_info_of(evidence: VerifiedAttestation, *, vm_config: str = "", boot_time: bool = False) -> BootInfo:
-    """Admit evidence: what it says of identity, measurements and platform, as a question for the webhook."""
+    """Admit evidence: what it says of identity, measurements and platform, as a request to the webhook."""
     try:
         info = evidence.boot_info(vm_config=vm_config, boot_time=boot_time)
     except AttestError as error:
@@ -63,24 +63,24 @@ def boot_info_of(evidence: VerifiedAttestation, *, vm_config: str = "", boot_tim
     return info
 
 
-_Question = tuple[VerifiedAttestation, str, bool]
+_Admission = tuple[VerifiedAttestation, str, bool]
 """Evidence, the VM config of a request, and whether it is measured as of boot time."""
 
 
-def _boot_info_of(question: _Question) -> BootInfo:
-    evidence, vm_config, boot_time = question
+def _boot_info_of(admission: _Admission) -> BootInfo:
+    evidence, vm_config, boot_time = admission
     return boot_info_of(evidence, vm_config=vm_config, boot_time=boot_time)
 
 
-def _size(question: _Question, _info: BootInfo) -> int:
-    return question[0].size + len(question[1])
+def _size(admission: _Admission, _info: BootInfo) -> int:
+    return admission[0].size + len(admission[1])
 
 
 class Gate:
-    """Asks the webhook, for this KMS and for whoever wants keys of it.
+    """Requests decisions about this KMS and about callers that want keys.
 
-    `own_evidence` attests the KMS with zero report_data; it is asked once, at the first self check, and what it said is
-    `own_boot_info` from then on. `images` judges the OS image of whoever the webhook allowed; without it the
+    `own_evidence` attests the KMS with zero report_data; it is called once, at the first self check, and its result is
+    `own_boot_info` from then on. `images` verifies the OS image of a caller that the webhook allowed; without it the
     os_image_hash that the webhook saw is believed as claimed.
     """
 
@@ -98,7 +98,7 @@ class Gate:
         self.own_boot_info: BootInfo | None = None
 
     async def self_check(self) -> SelfGrant:
-        """Ask whether this KMS may still run; every trusted RPC begins here."""
+        """Request whether this KMS may still run; every trusted RPC begins here."""
         if not self._enforce_self:
             return SelfGrant(None)
         with context("KMS self authorization failed"):
@@ -114,7 +114,7 @@ class Gate:
     async def admit_app(
         self, of_kms: SelfGrant, caller: VerifiedAttestation | None, *, vm_config: str, boot_time: bool = False
     ) -> AppGrant:
-        """Ask whether the caller may have its app's keys, or a certificate (`boot_time`)."""
+        """Request whether the caller may have its app's keys, or a certificate (`boot_time`)."""
         evidence = _require(caller)
         boot_info = self._boot_info((evidence, vm_config, boot_time))
         decision = await self._auth.decide(boot_info, is_kms=False)
@@ -124,7 +124,7 @@ class Gate:
         return AppGrant(of_kms, boot_info, decision.gateway_app_id)
 
     async def admit_kms(self, of_kms: SelfGrant, caller: VerifiedAttestation | None, *, vm_config: str) -> KmsGrant:
-        """Ask whether the caller may become a KMS with the same root keys."""
+        """Request whether the caller may become a KMS with the same root keys."""
         evidence = _require(caller)
         boot_info = self._boot_info((evidence, vm_config, False))
         decision = await self._auth.decide(boot_info, is_kms=True)
@@ -134,7 +134,7 @@ class Gate:
         return KmsGrant(of_kms, boot_info)
 
     async def _require_image(self, evidence: VerifiedAttestation, vm_config: str) -> None:
-        """Refuse who did not boot the image that its config names, and that the webhook was asked about."""
+        """Refuse a caller that did not boot the image of its config, which the webhook was told of."""
         if self._images is None:
             return
         text = "Failed to verify os image hash"
@@ -143,7 +143,7 @@ class Gate:
 
 
 async def require_kms_allowed(auth: AuthApi, boot_info: BootInfo) -> None:
-    """Ask about a KMS while onboarding: this one before it bootstraps, or the source before its keys are taken."""
+    """Require a KMS to be allowed: this one before it bootstraps, or the source before its keys are taken over."""
     with context("failed to call KMS auth check"):
         decision = await auth.decide(boot_info, is_kms=True)
     if decision.is_allowed is not True:

@@ -100,7 +100,7 @@ class KmsGrpcServer:
 
     @property
     def targets(self) -> dict[str, str]:
-        """Where a client on this machine reaches each listener, by the key of its port."""
+        """Return where a client on this machine reaches each listener, by the key of its port."""
         return {key: reachable(sock) for key, sock in self._ports.items()}
 
     async def enter_onboard(self, service: OnboardService) -> None:
@@ -163,7 +163,7 @@ class KmsGrpcServer:
 
 
 def _not_found(name: str) -> WrongPhaseError:
-    """The refusal of an RPC that another phase serves, as pRPC words it."""
+    """Return the refusal of an RPC that another phase serves, as pRPC words it."""
     return WrongPhaseError(f"Service not found: {name}")
 
 

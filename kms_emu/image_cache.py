@@ -65,13 +65,13 @@ class ImageCache:
 
 
 def admin_table(cache: ImageCache) -> ServiceTable[None]:
-    """The RPCs of next's admin listener."""
+    """Return the RPCs of next's admin listener."""
     rpc = Rpc("ClearImageCache", pb.ClearImageCacheRequest, Empty, without_context(cache.clear))
     return ServiceTable("Admin.", {rpc.name: rpc})
 
 
 def main_listener_rpc(cache: ImageCache, token_hash: str) -> Rpc[object, pb_v05.ClearImageCacheRequest, Empty]:
-    """The RPC of 0.5.x's main listener; `token_hash` is the SHA-256 of the token in lowercase hex."""
+    """Return the RPC of 0.5.x's main listener; `token_hash` is the SHA-256 of the token in lowercase hex."""
 
     async def clear(request: pb_v05.ClearImageCacheRequest) -> Empty:
         given = hashlib.sha256(request.token.encode()).hexdigest()

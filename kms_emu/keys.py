@@ -42,8 +42,8 @@ SECRETS_SIZE: Final = 512
 class RootKeys:
     """What makes a KMS this KMS: root CA, temporary client CA, and the root secp256k1 key.
 
-    Of what follows from them it keeps what every call needs: its own scalar, and the keys of apps that asked lately, in
-    the same memory as the root keys that they follow from.
+    Of what follows from them it keeps what every call needs: its own scalar, and the keys of apps that called lately,
+    in the same memory as the root keys that they follow from.
     """
 
     root_ca: cert.CertificateAuthority
@@ -71,17 +71,17 @@ class RootKeys:
 
     @functools.cached_property
     def root_scalar(self) -> bytes:
-        """The root CA's key as 32 bytes, what apps' keys are derived from."""
+        """Return the root CA's key as 32 bytes, what apps' keys are derived from."""
         return p256_scalar(self.root_ca.key)
 
     @property
     def ca_pubkey(self) -> bytes:
-        """SubjectPublicKeyInfo DER of the root CA."""
+        """Return the SubjectPublicKeyInfo DER of the root CA."""
         return cert.spki_der(self.root_ca.key.public_key())
 
     @property
     def k256_pubkey(self) -> bytes:
-        """The root secp256k1 key's point, compressed: 33 bytes."""
+        """Return the root secp256k1 key's point, compressed: 33 bytes."""
         return self.k256.public_key.format()
 
     def issue_rpc_certificate(
@@ -122,8 +122,8 @@ class KmsKeys:
     def load(cls, folder: files.CertDir, domain: str = "") -> Self:
         """Read stored keys; raise `ConfigError` or `FormatError` naming the file that is missing or broken.
 
-        Whether a CA certificate is its key's is not judged: `require_own_certificates`. `domain`, where it is given,
-        goes before the stored one.
+        Whether a CA certificate belongs to its key is not verified: `require_own_certificates`. `domain`, where it is
+        given, goes before the stored one.
         """
         temp_key, root_key, rpc_key = (
             load_p256_pem(folder.read_text(name), name) for name in (files.TMP_CA_KEY, files.ROOT_CA_KEY, files.RPC_KEY)
@@ -146,7 +146,7 @@ class KmsKeys:
                 raise FormatError(f"Failed to load {what} certificate: CA certificate does not match private key")
 
     def files(self, rpc_certificate: str) -> dict[str, bytes]:
-        """What is stored, by upstream's file names."""
+        """Return what is stored, by upstream's file names."""
         return {
             files.TMP_CA_KEY: pkcs8_pem(self.roots.temp_ca.key).encode(),
             files.TMP_CA_CERT: self.roots.temp_ca.pem.encode(),
@@ -210,7 +210,7 @@ def env_public_key(roots: RootKeys, grant: SelfGrant, app_id: bytes, timestamp: 
 
 
 def temp_ca_secret(roots: RootKeys, grant: SelfGrant) -> str:
-    """The temporary CA's key (PEM), under which callers make their certificates."""
+    """Return the temporary CA's key (PEM), under which callers make their certificates."""
     del grant
     return pkcs8_pem(roots.temp_ca.key)
 

@@ -60,14 +60,14 @@ class KmsListeners:
 
     @property
     def url(self) -> str:
-        """Where the RPC listener answers now."""
+        """Return where the RPC listener answers now."""
         if self._server is None:
             raise RuntimeError("the KMS is not started")
         return self._server.url
 
     @property
     def admin_url(self) -> str | None:
-        """Where the admin listener answers in the runtime phase; None without one."""
+        """Return where the admin listener answers in the runtime phase; None without one."""
         if self._admin_sock is None:
             return None
         host, port = self._admin_sock.getsockname()[:2]
@@ -75,7 +75,7 @@ class KmsListeners:
 
     @property
     def grpc_targets(self) -> dict[str, str]:
-        """Where the gRPC listeners are, by their keys in `emulator.grpc`; empty if they are switched off."""
+        """Return where the gRPC listeners are, by their keys in `emulator.grpc`; empty if they are switched off."""
         return {} if self._grpc is None else self._grpc.targets
 
     def bind(self) -> None:
@@ -84,7 +84,7 @@ class KmsListeners:
             self._sock = bind_tcp(self._config.rpc.address, self._config.rpc.port, setting=_RPC_SETTING)
 
     def bind_optional(self) -> None:
-        """Bind the admin and gRPC ports that the configuration asks for; raise `ListenError`."""
+        """Bind the admin and gRPC ports that the configuration enables; raise `ListenError`."""
         admin = self._config.core.admin
         if admin.enabled:
             where = "core.admin.address and core.admin.port"
@@ -124,7 +124,7 @@ class KmsListeners:
             await self._grpc.enter_onboard(service)
 
     def stop_listening(self) -> None:
-        """Accept no connection from here on: whoever connects waits for the next phase."""
+        """Accept no connection from now on: clients that connect wait for the next phase."""
         if self._server is not None:
             self._server.stop_listening()
 

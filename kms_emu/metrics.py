@@ -12,7 +12,7 @@ COUNTED: Final = frozenset(("GetAppKey", "GetKmsKey", "SignCert"))
 
 
 class AttestationMetrics:
-    """Counts calls whose job is to judge evidence, by whether they were refused."""
+    """Counts the calls that verify evidence, and those of them that were refused."""
 
     def __init__(self) -> None:
         self.requests = self.failures = 0

@@ -1,6 +1,6 @@
 """Taking over the root keys of another KMS: the receiver's side of Onboard.
 
-The source is judged by its evidence and this KMS's own webhook before its keys are asked for; it judges this one in
+The source is verified by its evidence and this KMS's own webhook before its keys are requested; it verifies this one in
 turn. Source: dstack `kms/src/onboard_service.rs` (`Keys::onboard`) at 312dc605.
 """
 
@@ -11,7 +11,7 @@ from typing import Final
 from google.protobuf.empty_pb2 import Empty
 
 from dstack_emu.attest.certificate import load_authority
-from dstack_emu.attest.errors import AttestError, FormatError, UnjudgedError, VerificationError
+from dstack_emu.attest.errors import AttestError, FormatError, UnverifiableError, VerificationError
 from dstack_emu.attest.kdf import load_p256_pem, p256_from_uniform
 from dstack_emu.attest.proto import kms_pb2 as pb
 from dstack_emu.attest.signature import k256_key
@@ -48,14 +48,14 @@ class Receiver:
     headers: MoreHeaders | None = None
 
     async def take_keys(self, source_url: str, domain: str, now: int) -> KmsKeys:
-        """Ask `source_url` (with or without `/prpc`) for its root keys; raise the first refusal on the way."""
+        """Request the root keys of `source_url` (with or without `/prpc`); raise the first refusal on the way."""
         url = source_url.rstrip("/")
         url = url if url.endswith("/prpc") else f"{url}/prpc"
         try:
             return await self._take_keys(url, domain, now)
         except RefusedError as error:
             raise BootDeniedError(str(error)) from error
-        except (RaTlsError, UnjudgedError, FormatError) as error:
+        except (RaTlsError, UnverifiableError, FormatError) as error:
             raise UnavailableError(str(error)) from error
         except AttestError as error:
             raise NotAttestedError(str(error)) from error
@@ -63,13 +63,18 @@ class Receiver:
     async def _take_keys(self, url: str, domain: str, now: int) -> KmsKeys:
         source: list[VerifiedAttestation] = []
 
-        def judge(peer: AttestedServer) -> None:
+        def require_attested(peer: AttestedServer) -> None:
             if peer.attestation is None:
                 raise VerificationError("Source KMS certificate does not contain attestation")
             source.append(peer.attestation)
 
         connect = functools.partial(
-            RaTlsClient, url, verifier=self.verifier, judge=judge, timeout=self.timeout, headers=self.headers
+            RaTlsClient,
+            url,
+            verifier=self.verifier,
+            check_peer=require_attested,
+            timeout=self.timeout,
+            headers=self.headers,
         )
         client = connect()
         try:
@@ -84,7 +89,7 @@ class Receiver:
             await self._require_source_allowed(source[0])
         with context("Failed to get info"):
             vm_config = await self.agent.vm_config()
-        # The keys go to whoever holds the evidence above, so the second connection must be with the same evidence, too.
+        # The keys go to the holder of the evidence above, so the second connection must be with the same evidence, too.
         client = connect(identity=identity)
         try:
             answer = await client.call("GetKmsKey", pb.GetKmsKeyRequest(vm_config=vm_config), pb.KmsKeyResponse)
@@ -106,7 +111,7 @@ class Receiver:
         with context("failed to build KMS boot info from attestation"):
             boot_info = boot_info_of(source)
         if not boot_info.os_image_hash:
-            # A certificate with the legacy extensions carries no vm_config: upstream judges it by the receiver's own
+            # A certificate with the legacy extensions carries no vm_config: upstream decides by the receiver's own
             # image.
             with context("failed to get local KMS boot info for os_image_hash fallback"):
                 own = boot_info_of(await own_evidence(self.agent, self.verifier))

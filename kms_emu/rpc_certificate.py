@@ -42,7 +42,7 @@ async def _rpc_evidence(deps: KmsDependencies, kms_keys: KmsKeys) -> Attestation
 async def reissue_certificates(deps: KmsDependencies) -> KmsKeys:
     """Load the stored keys, issue the RPC certificate anew, and store it; renew each CA certificate that needs it.
 
-    Raises `KmsConfigError` if the stored files cannot be used, and the refusal of whoever did not answer.
+    Raises `KmsConfigError` if the stored files cannot be used, or the refusal of the agent that did not answer.
     """
     with context(_REISSUE_FAILED, KmsConfigError):
         stored = KmsKeys.load(deps.folder, deps.core.onboard.auto_bootstrap_domain)

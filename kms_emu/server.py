@@ -48,7 +48,7 @@ class KmsServer:
 
     `agent_address` is where its guest agent listens; `clock` is what evidence is verified by, `issue_clock` what
     certificates are dated by (the same unless given); `sock` a bound socket to serve on; `admin_token` what the admin
-    listener asks for; `auth` who decides, in place of the configured one. It closes both `auth` and a verifier that it
+    listener requires; `auth` decides in place of the configured webhook. It closes both `auth` and a verifier that it
     was given. For gRPC, if it is switched on: `grpc_socks` are sockets that were bound already, by their keys in
     `emulator.grpc`; `grpc_interceptors` grpc.aio's.
     """
@@ -98,22 +98,22 @@ class KmsServer:
 
     @property
     def log(self) -> EventLog:
-        """What it logs to."""
+        """Return what it logs to."""
         return self._deps.log
 
     @property
     def url(self) -> str:
-        """Where it answers now; the scheme follows the phase."""
+        """Return where it answers now; the scheme follows the phase."""
         return self._listeners.url
 
     @property
     def grpc_targets(self) -> dict[str, str]:
-        """Where its gRPC listeners are, by their keys in `emulator.grpc`; empty if they are switched off."""
+        """Return where its gRPC listeners are, by their keys in `emulator.grpc`; empty if they are switched off."""
         return self._listeners.grpc_targets
 
     @property
     def admin_url(self) -> str | None:
-        """Where its admin listener answers in the runtime phase; None without one."""
+        """Return where its admin listener answers in the runtime phase; None without one."""
         return self._listeners.admin_url
 
     async def start(self) -> None:
@@ -238,7 +238,8 @@ class KmsServer:
     def _finish(self) -> None:
         if self._leaving is None:
             self.log.info("finish", has_keys=self._deps.folder.has_keys())
-            self._listeners.stop_listening()  # before the answer is out: whoever has it, and connects, waits for TLS
+            # Before the answer is sent: a client that has it, and connects, waits for TLS.
+            self._listeners.stop_listening()
             self._leaving = asyncio.create_task(self._leave_onboard(), name="kms leaves the onboard phase")
 
     async def _leave_onboard(self) -> None:
@@ -247,7 +248,7 @@ class KmsServer:
             if not self._deps.folder.has_keys():
                 raise KmsError("Failed to onboard")
             await self._enter_runtime()
-        except Exception as error:  # the task's edge: whoever waits for the KMS gets it
+        except Exception as error:  # the task's edge: `wait` raises it
             self.log.error("ended", reason=error)
             await self._close()
             self._end(error)

@@ -69,7 +69,7 @@ class OnboardService:
         return answer
 
     async def auto_bootstrap(self, domain: str) -> None:
-        """Bootstrap without being asked, as `auto_bootstrap_domain` wants it; no bootstrap info is written then."""
+        """Bootstrap without a request, as `auto_bootstrap_domain` demands; no bootstrap info is written then."""
         validate_domain(domain)
         with context("KMS is not allowed to auto-bootstrap"):
             await self._require_self_allowed()
@@ -145,7 +145,7 @@ class Caller:
     attestation: VerifiedAttestation | None = None
 
     def fields(self) -> Mapping[str, object]:
-        """Who it is, for the log."""
+        """Return its identity, for the log."""
         if self.attestation is None:
             return {}
         return {"app_id": find_payload(self.attestation.attestation.runtime_events, "app-id").hex()}
@@ -167,7 +167,7 @@ class KmsService:
 
     @property
     def gate(self) -> Gate:
-        """What every trusted RPC passes."""
+        """Return the gate that every trusted RPC passes."""
         return self._gate
 
     async def get_meta(self) -> pb.GetMetaResponse:
@@ -258,7 +258,7 @@ class KmsService:
 
 
 def onboard_table(service: OnboardService) -> ServiceTable[None]:
-    """The RPCs of the onboard phase."""
+    """Return the RPCs of the onboard phase."""
     table: ServiceTable[None] = _table(
         "Onboard.",
         Rpc("Bootstrap", pb.BootstrapRequest, pb.BootstrapResponse, without_context(service.bootstrap)),
@@ -270,7 +270,7 @@ def onboard_table(service: OnboardService) -> ServiceTable[None]:
 
 
 def kms_table(service: KmsService) -> ServiceTable[Caller]:
-    """The RPCs of the runtime phase, with 0.5.x's ClearImageCache where the configuration has a token for it."""
+    """Return the RPCs of the runtime phase, with 0.5.x's ClearImageCache if the configuration has a token for it."""
     env_key = without_context(service.get_app_env_encrypt_pub_key)
     token_hash, cache = service.core.admin_token_hash, ImageCache(service.core.image.cache_dir)
     table: ServiceTable[Caller] = _table(

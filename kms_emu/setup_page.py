@@ -20,7 +20,7 @@ def setup_page(site_name: str) -> str:
 
 
 def content_security_policy() -> str:
-    """The header that lets the page run its own script, talk to its own KMS, and nothing else."""
+    """Return the header that lets the page run its own script, talk to its own KMS, and nothing else."""
     (script,) = re.findall("<script>(.*)</script>", _template(), re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (

@@ -124,7 +124,7 @@ async def fetch_keys(
         access = KmsAccess(url, load_authority(temp.temp_ca_cert, temp_key, "temporary CA certificate"))
         root = load_pem(temp.ca_cert, "KMS root CA certificate")
         identity = await _identity(domain, access.temp_ca, entropy, now)
-        client = connect(url, identity=identity, root_ca=temp.ca_cert, verifier=verifier, judge=check)
+        client = connect(url, identity=identity, root_ca=temp.ca_cert, verifier=verifier, check_peer=check)
         request = pb.GetAppKeyRequest(api_version=API_VERSION, vm_config=domain.vm_config_json)
         try:
             with _refused_as("Failed to get app key: "):

@@ -12,7 +12,7 @@ import grpc.aio
 import pytest
 from google.protobuf.empty_pb2 import Empty
 
-from dstack_emu.attest.errors import FormatError, UnjudgedError, VerificationError
+from dstack_emu.attest.errors import FormatError, UnverifiableError, VerificationError
 from dstack_emu.attest.proto import dstack_guest_pb2 as pb
 from dstack_emu.transport.grpc_server import (
     MAX_DETAILS,
@@ -88,7 +88,7 @@ async def answering(context: Any, request: Empty) -> pb.WorkerVersion:
         (FrozenError("brr"), "ABORTED"),
         (FormatError("brr"), "INVALID_ARGUMENT"),
         (VerificationError("brr"), "UNAUTHENTICATED"),
-        (UnjudgedError("brr"), "UNAVAILABLE"),
+        (UnverifiableError("brr"), "UNAVAILABLE"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
 )

@@ -123,7 +123,7 @@ async def test_image_is_downloaded_checked_and_kept(host: Host, store: ImageStor
     registers, _ = IMAGE.boot(LEGACY)
     fill(tmp_path, registers)
     noted: list[ImageInfo] = []
-    verdict = await store.verify(evidence(LEGACY), note=noted.append)
+    verdict = await store.verify(evidence(LEGACY), on_image=noted.append)
     assert verdict.acpi_tables_verified
     assert verdict.vm_config == LEGACY
     assert noted == [ImageInfo("0.5.11", False)]
@@ -215,7 +215,7 @@ async def test_other_registers_are_refused_and_the_image_stays(host: Host, store
     fill(tmp_path, replace(registers, rtmr1=bytes(48)))
     noted: list[ImageInfo] = []
     with pytest.raises(VerificationError) as refused:
-        await store.verify(evidence(LEGACY), note=noted.append)
+        await store.verify(evidence(LEGACY), on_image=noted.append)
     quoted = registers.rtmr1.hex()
     assert str(refused.value) == f"MRs do not match: RTMR1 mismatch: expected={'00' * 48}, actual={quoted}"
     assert noted == [ImageInfo("0.5.11", False)]

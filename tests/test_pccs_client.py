@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from dstack_emu.attest.attestation import Attestation
-from dstack_emu.attest.errors import UnjudgedError, VerificationError
+from dstack_emu.attest.errors import UnverifiableError, VerificationError
 from dstack_emu.attest.pcs import PCK_CRL_PATH, QE_IDENTITY_PATH, REVALIDATION_HEADER, ROOT_CA_CRL_PATH, TCB_INFO_PATH
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.simulator.image import OsImage
@@ -292,7 +292,7 @@ async def test_a_pccs_that_is_down_is_a_refusal_for_everyone_who_waits(pccs: Pcc
     client = PccsClient(f"http://127.0.0.1:{port}")
     verifier = AttestationVerifier(client, TrustAnchor(pccs.intel.root_der), lambda: pccs.now)
     refusals = await asyncio.gather(*(_status(verifier, pccs.evidence()) for _ in range(3)), return_exceptions=True)
-    assert [type(refusal) for refusal in refusals] == [UnjudgedError] * 3
+    assert [type(refusal) for refusal in refusals] == [UnverifiableError] * 3
     assert all("Connection refused" in str(refusal) for refusal in refusals)
     await client.close()
 

@@ -2,6 +2,6 @@
 codecs.
 
 Nothing here opens a socket, reads a clock, an environment variable or a file: time, keys and bytes come in as
-arguments. Who forges evidence (`simulator`) and who judges it (`kms_emu`) both build on this package, and vectors
-recorded from real hardware keep it honest.
+arguments. The forger of evidence (`simulator`) and its verifiers (`kms_emu`, `verifier`) build on this package, and
+vectors recorded from real hardware keep it honest.
 """

@@ -157,17 +157,17 @@ class AppManifest:
 
     @property
     def compose_hash(self) -> bytes:
-        """SHA-256 of the file, 32 bytes."""
+        """Return the SHA-256 of the file, 32 bytes."""
         return hashlib.sha256(self.text.encode()).digest()
 
     @property
     def init_script_hashes(self) -> tuple[bytes, ...]:
-        """SHA-256 of each init script, 32 bytes each, in the order in which they run."""
+        """Return the SHA-256 of each init script, 32 bytes each, in the order in which they run."""
         return tuple(hashlib.sha256(script.encode()).digest() for script in self.init_script)
 
     @property
     def key_provider_kind(self) -> KeyProviderKind:
-        """Who gives the app its keys: `key_provider`, or what the older switches say."""
+        """Return what gives the app its keys: `key_provider`, or what the older switches say."""
         if self.key_provider is not None:
             return self.key_provider
         if self.kms_enabled:
@@ -176,7 +176,7 @@ class AppManifest:
 
     @property
     def has_gateway(self) -> bool:
-        """Whether the app registers at a gateway, by the switch or one of its older forms."""
+        """Return whether the app registers at a gateway, by the switch or one of its older forms."""
         return self.gateway_enabled or self.tproxy_enabled or "tproxy-net" in self.features
 
     def file_system(self) -> FileSystem:

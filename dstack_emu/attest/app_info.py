@@ -1,6 +1,6 @@
 """What evidence says about the application: identity from its events, measurements from its registers.
 
-`AppInfo` is what a certificate carries and an agent answers; `BootInfo` is what an auth webhook is asked about.
+`AppInfo` is what a certificate carries and an agent answers; `BootInfo` is the request to an auth webhook.
 Neither is proof: build them from evidence that `attest.verify` accepted. Source: dstack
 `dstack-attest/src/attestation.rs` (`decode_app_info_ex`) and `kms/src/main_service/upgrade_authority.rs` at 312dc605.
 """
@@ -64,7 +64,7 @@ class AppInfo:
 
 @dataclass(frozen=True, slots=True)
 class BootInfo:
-    """The question an auth webhook is asked: who wants to boot, on what, in which state."""
+    """The request to an auth webhook: what boots, on which platform, in which state."""
 
     mr_aggregated: bytes
     os_image_hash: bytes
@@ -80,7 +80,7 @@ class BootInfo:
 
     @classmethod
     def about(cls, info: AppInfo, tcb_status: str, advisory_ids: tuple[str, ...]) -> Self:
-        """Ask about a trust domain on a platform of this status."""
+        """Describe a trust domain on a platform of this status."""
         return cls(
             mr_aggregated=info.mr_aggregated,
             os_image_hash=info.os_image_hash,
@@ -125,7 +125,7 @@ def decode_app_info(
     """Read identity and measurements from evidence.
 
     `vm_config` (a request's) goes before the evidence's own config. `boot_time` measures RTMR3 up to and including
-    `boot-mr-done` and leaves the key provider out, as SignCert judges. `verified` is the quote's report where the
+    `boot-mr-done` and leaves the key provider out, as SignCert does. `verified` is the quote's report where the
     evidence was verified, so that nothing is parsed or replayed twice. Raises `FormatError`.
     """
     report = verified or Quote.parse(attestation.quote).report
@@ -149,13 +149,13 @@ def decode_app_info(
 
 
 def mr_system(report: TdReport, key_provider_info: bytes) -> bytes:
-    """SHA-256 over MRTD, RTMR0 to 2 and the hash of the key provider (32 zero bytes without one)."""
+    """Return the SHA-256 over MRTD, RTMR0 to 2 and the hash of the key provider (32 zero bytes without one)."""
     mr_key_provider = hashlib.sha256(key_provider_info).digest() if key_provider_info else bytes(32)
     return hashlib.sha256(b"".join((report.mr_td, *report.rtmrs[:3], mr_key_provider))).digest()
 
 
 def mr_aggregated(report: TdReport, rtmr3: bytes) -> bytes:
-    """SHA-256 over MRTD, RTMR0 to 2 and the replayed RTMR3; then the three owner fields unless all of them are zero."""
+    """Hash MRTD, RTMR0 to 2, the replayed RTMR3, and the owner fields unless all three are zero (SHA-256)."""
     owner = (report.mr_config_id, report.mr_owner, report.mr_owner_config)
     counted = owner if any(field != _ZERO_48 for field in owner) else ()
     return hashlib.sha256(b"".join((report.mr_td, *report.rtmrs[:3], rtmr3, *counted))).digest()
@@ -175,7 +175,7 @@ def os_image_hash(config: str) -> bytes:
 def vm_config_of(config: str) -> VmConfig:
     """Read a VM config, or the `vm_config` text inside a larger config; the empty text is the default config.
 
-    Raises `FormatError`. Who judges an image reads its config by this, as who asks the webhook about it does.
+    Raises `FormatError`. The check of an image and the request to the webhook read the config by this.
     """
     if not config:
         return VmConfig()

@@ -51,14 +51,14 @@ class Attestation:
         return V1Encoder().encode(self) if self.wire == 1 else self._encode_v0()
 
     def stripped(self, *, keep_digests: bool = False) -> Self:
-        """The form that goes into certificates: the event log cut down, all else unchanged.
+        """Return the form that goes into certificates: the event log cut down, all else unchanged.
 
         `keep_digests` is for the log's runtime events, whose digests follow from their content.
         """
         return replace(self, event_log=strip(self.event_log, keep_digests=keep_digests))
 
     def as_v1(self) -> Self:
-        """The same evidence, to be sent in the msgpack form."""
+        """Return the same evidence, to be sent in the msgpack form."""
         return replace(self, wire=1)
 
     def _encode_v0(self) -> bytes:
@@ -366,7 +366,7 @@ def _sequence(value: Any) -> list[Any]:
 
 
 def _octets(value: Any) -> bytes:
-    """An array of integers, or bin: both are written by real programs."""
+    """Read an array of integers, or bin: real programs write both."""
     if not isinstance(value, list | bytes):
         raise TypeError
     return bytes(value)

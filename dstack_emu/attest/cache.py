@@ -16,7 +16,7 @@ class BoundedCache(Generic[K, V]):
     """Values by key. If there is no room, those that were used longest ago make some.
 
     `max_entries` is how many are kept, `max_bytes` how much they may take together, by what `put` is told. An entry
-    that is larger than all that is not kept: whoever sends the data must not be able to fill memory.
+    that is larger than `max_bytes` is not kept: a sender of data must not be able to fill memory.
     """
 
     def __init__(self, max_entries: int, max_bytes: int) -> None:
@@ -29,7 +29,7 @@ class BoundedCache(Generic[K, V]):
 
     @property
     def size(self) -> int:
-        """How many bytes the entries take together."""
+        """Return how many bytes the entries take together."""
         return self._bytes
 
     def get(self, key: K) -> V | None:

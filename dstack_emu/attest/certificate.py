@@ -42,7 +42,7 @@ USAGE_APP_LEAF: Final = "app:custom"
 ORGANIZATION: Final = "Dstack"
 NOT_BEFORE: Final = datetime.datetime(1975, 1, 1, tzinfo=datetime.UTC)
 LIFETIME: Final = 10 * 365 * 86400
-"""Seconds from the time of issue to not_after, where nobody asks for another."""
+"""Seconds from the time of issue to not_after, unless another time is requested."""
 
 _VERSION_TAG: Final = 0xA0
 _FIELDS_BEFORE_SPKI: Final = 5
@@ -68,7 +68,7 @@ UNREADABLE: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CertificateRequest:
-    """What is asked of a CA. Times are Unix seconds; without `not_after` the issuer's time plus ten years counts."""
+    """What a CA is to certify. Times are Unix seconds; without `not_after` the issuer's time plus ten years counts."""
 
     public_key: ec.EllipticCurvePublicKey
     subject: str
@@ -95,7 +95,7 @@ class CertificateAuthority:
 
     @property
     def pem(self) -> str:
-        """The CA certificate in PEM."""
+        """Return the CA certificate in PEM."""
         return pem(self.certificate)
 
     def issue(self, request: CertificateRequest, now: int) -> x509.Certificate:
@@ -154,12 +154,12 @@ def load_authority(certificate_pem: str, key: ec.EllipticCurvePrivateKey, what: 
 
 
 def certificate_spki(certificate: x509.Certificate) -> bytes:
-    """The SubjectPublicKeyInfo DER of a certificate's key, as its issuer wrote it."""
+    """Return the SubjectPublicKeyInfo DER of a certificate's key, as its issuer wrote it."""
     return spki_of_der(certificate.public_bytes(Encoding.DER))
 
 
 def spki_of_der(data: bytes) -> bytes:
-    """The same, from a certificate in DER (RFC 5280, section 4.1), of which nothing else is read."""
+    """Do the same for a certificate in DER (RFC 5280, section 4.1), of which nothing else is read."""
     tbs, _ = der.span(data, 0, "certificate")
     at, _ = der.span(data, tbs, "certificate")
     for _ in range(_FIELDS_BEFORE_SPKI + (data[at] == _VERSION_TAG)):
@@ -245,7 +245,7 @@ def _attribute(oid: x509.ObjectIdentifier, text: str) -> x509.NameAttribute[str]
 
 
 def _serial(key: ec.EllipticCurvePublicKey) -> int:
-    """The first 20 bytes of the SHA-256 of the uncompressed point, top bit cleared."""
+    """Return the first 20 bytes of the SHA-256 of the uncompressed point, top bit cleared."""
     point = key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
     return int.from_bytes(hashlib.sha256(point).digest()[:20], "big") & ~(1 << 159)
 
@@ -282,7 +282,7 @@ def _sign(
 
 
 def _extensions(request: CertificateRequest) -> list[tuple[x509.ExtensionType, bool]]:
-    """The extensions in upstream's order, each with its criticality; none at all where the leaf asks for nothing."""
+    """Return the extensions in upstream's order, each with its criticality; none if the leaf requests nothing."""
     is_ca = request.ca_path_length is not None
     out: list[tuple[x509.ExtensionType, bool]] = []
     if request.alt_names:
@@ -341,12 +341,12 @@ def _key_usage(is_ca: bool) -> x509.KeyUsage:
 
 
 def _key_identifier(key: ec.EllipticCurvePublicKey) -> bytes:
-    """rcgen's default: the first 20 bytes of the SHA-256 of the SubjectPublicKeyInfo."""
+    """Return rcgen's default: the first 20 bytes of the SHA-256 of the SubjectPublicKeyInfo."""
     return hashlib.sha256(spki_der(key)).digest()[:20]
 
 
 def _alt_name(name: str) -> x509.GeneralName:
-    """An IP literal becomes an IP address, anything else a DNS name, as it stands."""
+    """Encode an IP literal as an IP address, anything else unchanged as a DNS name."""
     try:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:

@@ -43,7 +43,7 @@ class CollateralKey:
             raise FormatError(error_chain(error)) from error
 
     def requests(self) -> tuple[str, str, str, str]:
-        """Paths with queries of PCK CRL, TCB info, QE identity and root CA CRL, in the order of upstream's requests."""
+        """Return the paths of PCK CRL, TCB info, QE identity and root CA CRL with queries, in upstream's order."""
         return (
             f"{PCK_CRL_PATH}?ca={self.ca}&encoding=der",
             f"{TCB_INFO_PATH}?fmspc={self.fmspc}",
@@ -90,7 +90,7 @@ def assemble(pck_crl: Document, tcb_info: Document, qe_identity: Document, root_
 
 
 def earliest_expiry(collateral: QuoteCollateralV3) -> int:
-    """Unix seconds of the first nextUpdate among the four documents: keep none of them past it."""
+    """Return the Unix seconds of the first nextUpdate among the four documents: keep none of them past it."""
     dates = []
     for text, what in ((collateral.tcb_info, "TCB info"), (collateral.qe_identity, "QE identity")):
         dates.append(_next_update(text, what))

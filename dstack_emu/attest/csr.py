@@ -1,4 +1,4 @@
-"""dstack's own certificate signing request: SCALE, with the evidence of the one who asks.
+"""dstack's own certificate signing request: SCALE, with the requester's evidence.
 
 Source: dstack `ra-tls/src/cert.rs:134-330` at 312dc605. Version 2 carries a versioned attestation, version 1 a bare
 quote and its event log. A good signature proves that the asker holds the key; whether its evidence holds and binds that
@@ -103,7 +103,7 @@ class SigningRequest:
         return cls(confirm, public_key, config, attestation, encoded)
 
     def certificate_request(self, *, usage: str, app_id: bytes | None = None) -> CertificateRequest:
-        """What a CA that grants this request issues; the app info comes from the evidence, verified before."""
+        """Return what a CA that grants this request issues; the app info comes from the evidence, verified before."""
         config = self.config
         return CertificateRequest(
             public_key=load_spki(self.public_key),

@@ -62,7 +62,7 @@ def read(data: bytes, tag: int, what: str) -> tuple[bytes, bytes]:
 
 
 def span(data: bytes, offset: int, what: str) -> tuple[int, int]:
-    """Where the content of the element at an offset begins, and where it ends; raise `FormatError` as `read` does."""
+    """Return where the content of the element at an offset begins and ends; raise `FormatError` as `read` does."""
     if len(data) < offset + 2:
         raise FormatError(f"{what}: DER element expected, got {len(data) - offset} bytes")
     size, start = data[offset + 1], offset + 2

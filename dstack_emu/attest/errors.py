@@ -17,5 +17,5 @@ class VerificationError(AttestError):
     """Well-formed evidence that proves nothing: a signature, a register, a date or a binding does not hold."""
 
 
-class UnjudgedError(VerificationError):
-    """Evidence that could not be judged, because collateral or an image was not to be had; it may be good."""
+class UnverifiableError(VerificationError):
+    """Evidence that could not be verified, because collateral or an image was not available; it may be good."""

@@ -34,13 +34,13 @@ class RuntimeEvent:
     version: int = 1
 
     def preimage(self) -> bytes:
-        """The bytes whose SHA-384 is the event's digest."""
+        """Return the bytes whose SHA-384 is the event's digest."""
         if self.version == 1:
             return b":".join((RUNTIME_EVENT_TYPE.to_bytes(4, "little"), self.event.encode(), self.payload))
         return canonical_json({"name": self.event, "payload": self.payload.hex(), "type": RUNTIME_EVENT_TYPE})
 
     def digest(self) -> bytes:
-        """SHA-384 of the preimage, 48 bytes."""
+        """Return the SHA-384 of the preimage, 48 bytes."""
         return hashlib.sha384(self.preimage()).digest()
 
 
@@ -69,24 +69,24 @@ class TdxEvent:
 
     @property
     def is_runtime(self) -> bool:
-        """Whether dstack measured it (and its digest follows from name and payload)."""
+        """Return whether dstack measured it (and its digest follows from name and payload)."""
         return self.event_type == RUNTIME_EVENT_TYPE
 
     @property
     def is_acpi_data(self) -> bool:
-        """Whether it is one of the three ACPI events a verifier needs to recompute RTMR0."""
+        """Return whether it is one of the three ACPI events a verifier needs to recompute RTMR0."""
         return self.imr == 0 and self.event_type == ACPI_EVENT_TYPE and self.event_payload == ACPI_PAYLOAD
 
     def runtime(self) -> RuntimeEvent:
-        """The runtime event this line records."""
+        """Return the runtime event this line records."""
         return RuntimeEvent(self.event, self.event_payload, self.version)
 
     def measured(self) -> bytes:
-        """The digest a replay folds: recomputed for runtime events, as recorded for the others."""
+        """Return the digest a replay folds: recomputed for runtime events, as recorded for the others."""
         return self.runtime().digest() if self.is_runtime else self.digest
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON form of GetQuote's event log: digest and payload as lowercase hex."""
+        """Return the JSON form of GetQuote's event log: digest and payload as lowercase hex."""
         out: dict[str, Any] = {
             "imr": self.imr,
             "event_type": self.event_type,
@@ -147,7 +147,7 @@ def replay_runtime(events: Iterable[RuntimeEvent], until: str | None = None) -> 
 
 
 def find_payload(events: Iterable[RuntimeEvent], name: str) -> bytes:
-    """Payload of the first event of that name before `system-ready`, or nothing.
+    """Return the payload of the first event of that name before `system-ready`, or nothing.
 
     What comes after `system-ready` is the application's and proves no identity.
     """
@@ -200,12 +200,12 @@ def validate_preimages(log: Sequence[TdxEvent]) -> None:
 
 
 def log_to_json(log: Iterable[TdxEvent]) -> str:
-    """The whole log as compact JSON text."""
+    """Return the whole log as compact JSON text."""
     return json.dumps([event.to_json() for event in log], separators=(",", ":"), ensure_ascii=False)
 
 
 def log_from_json(text: str | bytes) -> tuple[TdxEvent, ...]:
-    """Read a log from JSON text; raise `FormatError` where it is none."""
+    """Read a log from JSON text; raise `FormatError` if it is none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

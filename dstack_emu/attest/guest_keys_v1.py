@@ -43,7 +43,7 @@ class GuestKey:
 
     @property
     def claim(self) -> bytes:
-        """What the app key signs to vouch for this key."""
+        """Return what the app key signs to vouch for this key."""
         return key_claim(self.algorithm, self.domain, self.public_key)
 
 

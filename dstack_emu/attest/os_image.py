@@ -1,8 +1,8 @@
 """Whether a quote's registers are those of the OS image that its VM config claims: what needs no network and no disk.
 
-The lite variant is judged here from end to end: the config carries the image's measurement document, whose hash is the
-image's. Of the legacy variant, which measures a downloaded image, here are the parts that are about bytes alone: its
-manifest, its metadata, and what a cache of measurements holds; `transport.image_store` does the rest.
+The lite variant is verified here from end to end: the config carries the image's measurement document, whose hash is
+the image's. Of the legacy variant, which measures a downloaded image, here are the parts that are about bytes alone:
+its manifest, its metadata, and what a cache of measurements holds; `transport.image_store` does the rest.
 
 What success does not prove: that the ACPI tables are harmless (the lite variant takes their digests from the event log,
 which is the host's word), or that anybody should trust this image (a webhook decides, by its hash).
@@ -153,7 +153,7 @@ class ImageInfo:
 
     @classmethod
     def parse(cls, text: bytes) -> Self:
-        """Read metadata.json; raise `FormatError` where upstream could not use it."""
+        """Read metadata.json; raise `FormatError` if upstream could not use it."""
         try:
             document = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -250,7 +250,7 @@ def encode_cache_entry(registers: Registers) -> bytes:
 
 
 def decode_cache_entry(data: bytes) -> Registers | None:
-    """Read an entry of a measurement cache; None where it is of another version, or unreadable: then it is no entry."""
+    """Read an entry of a measurement cache; None if it is of another version, or unreadable: then it is no entry."""
     try:
         document = json.loads(data)
         measurements = document["measurements"]

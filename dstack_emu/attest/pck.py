@@ -1,7 +1,7 @@
 """The SGX extension of a PCK certificate: which platform, at which security versions.
 
 OID 1.2.840.113741.1.13.1, not critical, a SEQUENCE of {OID, value}. Reading it proves nothing about the certificate: a
-quote's chain is judged by `attest.verify`. Source: Intel PCK Certificate and CRL Profile Specification 1.5, section
+quote's chain is verified by `attest.verify`. Source: Intel PCK Certificate and CRL Profile Specification 1.5, section
 1.3.5.
 """
 
@@ -94,7 +94,7 @@ class PckExtension:
 
 
 def pck_extension_of(certificate: x509.Certificate) -> PckExtension:
-    """Read the SGX extension of a PCK certificate; raise `FormatError` where there is none or it is malformed."""
+    """Read the SGX extension of a PCK certificate; raise `FormatError` if there is none or it is malformed."""
     try:
         value = certificate.extensions.get_extension_for_oid(OID_SGX_EXTENSION).value
     except (x509.ExtensionNotFound, *UNREADABLE) as error:
@@ -105,7 +105,7 @@ def pck_extension_of(certificate: x509.Certificate) -> PckExtension:
 
 
 def device_id(ppid: bytes) -> bytes:
-    """What dstack calls a platform: SHA-256 of its 16-byte PPID."""
+    """Return what dstack calls a platform: SHA-256 of its 16-byte PPID."""
     return hashlib.sha256(ppid).digest()
 
 

@@ -1,6 +1,6 @@
 """Intel's provisioning certification service (PCS v4), as a PCCS speaks it: paths, headers, and what an answer is.
 
-Whoever serves these documents needs no more than this; `attest.collateral` puts them together for a verifier. Source:
+A server of these documents needs no more than this; `attest.collateral` puts them together for a verifier. Source:
 Intel PCS API v4; `dcap-qvl` src/collateral.rs at 0.7.0.
 """
 
@@ -19,7 +19,7 @@ TCB_INFO_ISSUER_HEADERS: Final = ("TCB-Info-Issuer-Chain", "SGX-TCB-Info-Issuer-
 QE_IDENTITY_ISSUER_HEADER: Final = "SGX-Enclave-Identity-Issuer-Chain"
 
 REVALIDATION_HEADER: Final = "Dstack-Emu-Revalidation"
-"""Where a PCCS of ours is asked whether any of a platform's four documents changed; Intel's know nothing of it."""
+"""The header in which a PCCS of ours names the page that says whether one of a platform's four documents changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Document:
 def combined_etag(etags: Sequence[str]) -> str:
     """Make the ETag of documents together from theirs, in the order of `CollateralKey.requests`.
 
-    Who asks makes it of what he holds, who answers of what there is now: where both are equal, nothing changed.
+    The client makes it of what it holds, the server of what there is now: if both are equal, nothing has changed.
     """
     lines = "\n".join(etags).encode(errors="surrogateescape")
     return f'"{hashlib.sha256(lines).hexdigest()}"'

@@ -104,7 +104,7 @@ class TdReport:
 
     @property
     def rtmrs(self) -> tuple[bytes, bytes, bytes, bytes]:
-        """The four runtime measurement registers, 48 bytes each."""
+        """Return the four runtime measurement registers, 48 bytes each."""
         return self.rt_mr0, self.rt_mr1, self.rt_mr2, self.rt_mr3
 
 
@@ -210,7 +210,7 @@ class QuoteSignature:
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """Parse exactly the bytes after the u32 length; raise `FormatError` where one is missing or left over."""
+        """Parse exactly the bytes after the u32 length; raise `FormatError` if one is missing or left over."""
         reader = _Reader(data, "quote signature data")
         signature, key = reader.take(64), reader.take(64)
         kind, size = struct.unpack("<HI", reader.take(6))
@@ -275,7 +275,7 @@ def _read_report(reader: "_Reader") -> TdReport:
 
 
 def qe_report_data(attestation_key: bytes, qe_authentication_data: bytes) -> bytes:
-    """What the QE report's report_data is: SHA-256 of attestation key and authentication data, then 32 zero bytes."""
+    """Return a QE report's report_data: SHA-256 of attestation key and authentication data, then 32 zero bytes."""
     return hashlib.sha256(attestation_key + qe_authentication_data).digest().ljust(64, b"\0")
 
 

@@ -108,7 +108,7 @@ class Release:
 
     @property
     def revision(self) -> str:
-        """What stands where dstack has its git revision."""
+        """Return what is in the place of dstack's git revision."""
         return REVISION
 
 

@@ -68,7 +68,7 @@ class Comparator:
         return f"{self.operator}{numbers}{wildcard}{self.pre and f'-{self.pre}'}"
 
     def admits(self, version: Version) -> bool:
-        """Whether a version fulfils it, pre-releases compared like all others."""
+        """Return whether a version fulfils it, pre-releases compared like all others."""
         order = self._order(version)
         if order == 0 and self.patch is None and version.pre and self.operator not in ("^", ">", "<"):
             return False  # an open comparator means versions that are no pre-releases
@@ -89,7 +89,7 @@ class Comparator:
                 return order >= 0 and self._agrees(version, self._caret_depth())
 
     def names_pre_release_of(self, version: Version) -> bool:
-        """Whether it names a pre-release of this version's three numbers."""
+        """Return whether it names a pre-release of this version's three numbers."""
         named = self.major, self.minor, self.patch
         return bool(self.pre) and named == (version.major, version.minor, version.patch)
 
@@ -111,7 +111,7 @@ class Comparator:
         return ours == (version.major, version.minor, version.patch)[: len(ours)]
 
     def _caret_depth(self) -> int:
-        """How many numbers `^` holds fast: up to the first that is not zero."""
+        """Return how many numbers `^` holds fast: up to the first that is not zero."""
         return next((at for at, number in enumerate(self._numbers(), 1) if number), 3)
 
 
@@ -136,7 +136,7 @@ class VersionRequirement:
         return ", ".join(map(str, self.comparators)) or "*"
 
     def admits(self, version: Version) -> bool:
-        """Whether a version fulfils the requirement."""
+        """Return whether a version fulfils the requirement."""
         if not all(comparator.admits(version) for comparator in self.comparators):
             return False
         return not version.pre or any(each.names_pre_release_of(version) for each in self.comparators)

@@ -79,7 +79,7 @@ def k256_verify(public_key: bytes, signature: bytes, data: bytes, *, prehashed: 
 
 
 def _as_scalar_bytes(digest: bytes) -> bytes | None:
-    """A digest of another length as RustCrypto's ecdsa reads it: below 16 bytes none, else padded left or cut to 32."""
+    """Return a digest as RustCrypto's ecdsa reads it: none below 16 bytes, else padded left or cut to 32."""
     return None if len(digest) < 16 else digest[:32].rjust(32, b"\0")
 
 
@@ -88,12 +88,12 @@ def _sha256(data: bytes) -> bytes:
 
 
 def app_key_message(app_id: bytes, public_key: bytes) -> bytes:
-    """What the root k256 key signs for an app's key: prefix, `:`, app id, compressed public key (33 bytes)."""
+    """Return what the root k256 key signs for an app's key: prefix, `:`, app id, compressed public key (33 bytes)."""
     return KMS_ISSUED + b":" + app_id + public_key
 
 
 def env_key_message(app_id: bytes, public_key: bytes, timestamp: int | None = None) -> bytes:
-    """What the root k256 key signs for an app's X25519 env key.
+    """Return what the root k256 key signs for an app's X25519 env key.
 
     `signature_v1` puts the time as a big-endian u64 after the app id.
     """

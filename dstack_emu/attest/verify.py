@@ -1,8 +1,8 @@
-"""Whether evidence proves what it says: `dcap-qvl` judges the quote, dstack's own checks follow.
+"""Verification of evidence: `dcap-qvl` verifies the quote, dstack's own checks follow.
 
 Order and words as in dstack `dstack-attest/src/attestation.rs` (`verify_with_time`, `validate_tcb`) at 312dc605. Root,
-collateral and time are arguments. A TCB status below UpToDate is returned, not refused: who calls must judge it (dstack
-leaves that to the auth webhook).
+collateral and time are arguments. A TCB status below UpToDate is returned, not refused: the caller must decide about it
+(dstack leaves that to the auth webhook).
 """
 
 from dataclasses import dataclass
@@ -32,12 +32,12 @@ class TrustAnchor:
 
     @classmethod
     def intel(cls) -> Self:
-        """Intel's production root: evidence of this emulator is refused under it."""
+        """Return Intel's production root: evidence of this emulator is refused under it."""
         return cls(None)
 
     @classmethod
     def of(cls, certificate: x509.Certificate) -> Self:
-        """Another root, such as the emulated one."""
+        """Return another root, such as the emulated one."""
         return cls(certificate.public_bytes(Encoding.DER))
 
 
@@ -64,7 +64,7 @@ class VerifiedAttestation:
         return self.attestation.size
 
     def app_info(self, *, vm_config: str = "", boot_time: bool = False) -> AppInfo:
-        """Identity and measurements, with the true device id (SHA-256 of the PPID)."""
+        """Return identity and measurements, with the true device id (SHA-256 of the PPID)."""
         return decode_app_info(
             self.attestation,
             vm_config=vm_config,
@@ -74,7 +74,7 @@ class VerifiedAttestation:
         )
 
     def boot_info(self, *, vm_config: str = "", boot_time: bool = False) -> BootInfo:
-        """The question for an auth webhook."""
+        """Return the request for an auth webhook."""
         info = self.app_info(vm_config=vm_config, boot_time=boot_time)
         return BootInfo.about(info, self.quote.tcb_status, self.quote.advisory_ids)
 
@@ -83,7 +83,7 @@ def verify_quote(quote: bytes, collateral: dcap_qvl.QuoteCollateralV3, anchor: T
     """Verify a TDX quote at Unix time `now`; raise `VerificationError` with `dcap-qvl`'s causes.
 
     Success proves that a platform under this root signed the report. It does not prove a good TCB status, a production
-    (non-debug) domain, or who asked for the quote.
+    (non-debug) domain, or who requested the quote.
     """
     try:
         if anchor.root_ca is None:
@@ -93,7 +93,7 @@ def verify_quote(quote: bytes, collateral: dcap_qvl.QuoteCollateralV3, anchor: T
     except ValueError as error:
         raise VerificationError(error_chain(error)) from error
     try:
-        report = Quote.parse(quote).report  # the very bytes whose signature was just judged
+        report = Quote.parse(quote).report  # the bytes whose signature was just verified
     except FormatError as error:
         raise VerificationError(f"no td report: {error}") from error
     return VerifiedQuote(verified.status, tuple(verified.advisory_ids), bytes(verified.ppid), report)

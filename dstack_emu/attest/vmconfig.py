@@ -4,7 +4,7 @@ Nothing in it is trusted by itself. A verifier computes the registers that such 
 compares them with the quote; an honest guest only carries the text along.
 
 What this module does not do: unwrap a text whose member `vm_config` is a string (the caller knows where it
-got the text), judge `os_image_hash`, or measure anything (`attest.image` does).
+got the text), verify `os_image_hash`, or measure anything (`attest.image` does).
 
 Source of truth: `VmConfig` of upstream's dstack-types and its VMM (312dc605), read through serde_json.
 """
@@ -45,7 +45,7 @@ class MeasurementDocument:
         return cls(**read_members(value, members, required=tuple(members)))
 
     def to_json(self) -> dict[str, str]:
-        """The JSON object."""
+        """Return the JSON object."""
         return {name: base64.b64encode(content).decode() for name, content in asdict(self).items()}
 
 
@@ -60,7 +60,7 @@ class VmConfig:
     """One machine as its host launched it; field order is the order on the wire.
 
     `cpu_count` and the `num_` fields are u32, the others that count are u64. `tdx_attestation_variant` alone says how
-    the boot is judged: a `tdx_measurement` may accompany a legacy boot too. `qemu_single_pass_add_pages` true selects
+    the boot is verified: a `tdx_measurement` may accompany a legacy boot too. `qemu_single_pass_add_pages` true selects
     the two-pass MRTD: the name is upstream's, and wrong.
     """
 

@@ -26,7 +26,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "quote": "sign one quote and write it to a file",
     "inspect": "say what a file is, and show what stands in it",
     "verify": "check evidence, and say what of it does not hold",
-    "verifier": "judge evidence over HTTP, its OS image included, as dstack-verifier does",
+    "verifier": "verify evidence over HTTP, its OS image included, as dstack-verifier does",
     "image": "build, measure, compare and serve OS images",
     "kms": "run one KMS from a kms.toml",
     "auth": "run one webhook that decides for a KMS: auth-simple, dstack-auth or auth-mock",

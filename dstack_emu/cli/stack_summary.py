@@ -12,7 +12,7 @@ _WHAT = {
     "kms-src": "KMS, source",
     "kms-dst": "KMS, destination",
     "app": "guest agent of the app",
-    "verifier": "judges evidence, its OS image included",
+    "verifier": "verifies evidence, its OS image included",
     "control": "control API, for `dstack-emu ctl`",
 }
 

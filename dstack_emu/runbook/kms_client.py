@@ -122,7 +122,7 @@ class PrpcKmsClient:
         """Judge the certificate behind an answer of GetMeta."""
         seen: list[AttestedServer] = []
         try:
-            client = RaTlsClient(f"{kms.runtime}/prpc", verifier=verifier, judge=seen.append)
+            client = RaTlsClient(f"{kms.runtime}/prpc", verifier=verifier, check_peer=seen.append)
             try:
                 await client.call("KMS.GetMeta", Empty(), pb.GetMetaResponse)
             finally:

@@ -1,7 +1,7 @@
 """A gRPC client for single calls: each has a connection of its own, so it finds a server in whichever phase it is.
 
 Over TLS the server's certificate is looked up first, and then is what grpcio trusts: like `curl -k` this believes any
-server, which grpcio itself cannot be told to. What a server proves by its certificate is the caller's to judge.
+server, which grpcio itself cannot be told to. What a server proves by its certificate is the caller's to verify.
 
 Not here: retries, connections that are kept. Upstream has no gRPC: this is ours.
 """

@@ -32,7 +32,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from dstack_emu.attest.errors import AttestError, FormatError, UnjudgedError, VerificationError
+from dstack_emu.attest.errors import AttestError, FormatError, UnverifiableError, VerificationError
 from dstack_emu.attest.prpc import decode_binary, encode_binary
 from dstack_emu.transport.http.application import MAX_BODY
 from dstack_emu.transport.listen import GRACE, ListenError
@@ -45,7 +45,7 @@ Statuses = Mapping[type[Exception], grpc.StatusCode]
 """Which code an error is answered with: the entry of its own class, else of the nearest one above."""
 
 ATTEST_STATUSES: Final[Statuses] = {
-    UnjudgedError: grpc.StatusCode.UNAVAILABLE,
+    UnverifiableError: grpc.StatusCode.UNAVAILABLE,
     VerificationError: grpc.StatusCode.UNAUTHENTICATED,
     FormatError: grpc.StatusCode.INVALID_ARGUMENT,
     AttestError: grpc.StatusCode.INTERNAL,

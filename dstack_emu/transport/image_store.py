@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from dstack_emu.attest.cache import Memo
-from dstack_emu.attest.errors import FormatError, UnjudgedError, VerificationError
+from dstack_emu.attest.errors import FormatError, UnverifiableError, VerificationError
 from dstack_emu.attest.image import AcpiDigests, ImageMeasurement, Registers, os_image_hash
 from dstack_emu.attest.os_image import (
     CHECKSUM_FILE,
@@ -69,7 +69,7 @@ def _read_config(text: str) -> tuple[VmConfig, ImageMeasurement | None]:
 
 
 class ImageStore:
-    """Judges by images, with a cache in one folder. Close it, for its connections.
+    """Verifies boots by their images, with a cache in one folder. Close it, for its connections.
 
     `download_url` contains PLACEHOLDER; `timeout` is what a download may take in all, in seconds.
     """
@@ -97,11 +97,11 @@ class ImageStore:
         evidence: VerifiedAttestation,
         vm_config: str = "",
         *,
-        note: Callable[[ImageInfo], None] = lambda info: None,
+        on_image: Callable[[ImageInfo], None] = lambda info: None,
     ) -> ImageVerdict:
         """Recompute MRTD and RTMR0 to 2; `vm_config`, a request's, goes before the evidence's own.
 
-        `note` is told what the image says of itself, once it is at hand, however the verdict. Raises
+        `on_image` is called with what the image says of itself, once it is there, whatever the result. Raises
         `VerificationError` with upstream's words.
         """
         text = vm_config or evidence.attestation.config
@@ -113,7 +113,7 @@ class ImageStore:
         info, checksum_hash = await self._image(config.os_image_hash)
         if checksum_hash != config.os_image_hash:
             raise VerificationError(f"legacy TDX attestation requires os_image_hash = sha256({CHECKSUM_FILE})")
-        note(info)
+        on_image(info)
         require_registers(self._computed_before(config), evidence.quote.report)
         return ImageVerdict(config, acpi_tables_verified=True)
 
@@ -173,10 +173,10 @@ class ImageStore:
                 log.info("downloading image %s", name)
                 await self._download(name, folder)
         except TimeoutError as error:
-            raise UnjudgedError("Download image timeout: deadline has elapsed") from error
+            raise UnverifiableError("Download image timeout: deadline has elapsed") from error
         except (FormatError, OSError) as error:
             cause = error.strerror or str(error) if isinstance(error, OSError) else error
-            raise UnjudgedError(f"Failed to download image {name}: {cause}") from error
+            raise UnverifiableError(f"Failed to download image {name}: {cause}") from error
         finally:
             if not lock.locked():
                 self._coming.pop(name, None)

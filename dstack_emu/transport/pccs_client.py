@@ -1,11 +1,11 @@
-"""Fetching collateral from a PCCS, and judging evidence with it.
+"""Fetching collateral from a PCCS, and verifying evidence with it.
 
 Four requests for each verification, as the real KMS makes them, so a platform that is revoked at the PCCS is refused at
 the very next call. An ETag makes the answer to an unchanged document short, and a PCCS of ours is asked after all four
 at once, by the ETag of those that are held; whatever it answers but "not modified" leads to the four requests. Callers
-that come while requests are under way share those that follow: nobody is judged by collateral that was asked for before
-he came. Nothing is trusted for having been cached: `attest.verify` checks signatures and dates, once a second where
-neither the evidence nor a document changed. Source: `dcap-qvl` src/collateral.rs at 0.7.0; dstack
+that come while requests are under way share those that follow: nobody is verified by collateral that was requested
+before the call. Nothing is trusted for having been cached: `attest.verify` checks signatures and dates, once a second
+where neither the evidence nor a document changed. Source: `dcap-qvl` src/collateral.rs at 0.7.0; dstack
 `dstack-attest/src/attestation.rs:181` at 312dc605.
 """
 
@@ -19,7 +19,7 @@ from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.cache import BoundedCache, Memo
 from dstack_emu.attest.certificate import attestation_of, load_der, spki_of_der
 from dstack_emu.attest.collateral import CollateralKey, CollateralKeys, assemble
-from dstack_emu.attest.errors import AttestError, UnjudgedError, VerificationError
+from dstack_emu.attest.errors import AttestError, UnverifiableError, VerificationError
 from dstack_emu.attest.pcs import (
     PCK_CRL_ISSUER_HEADER,
     QE_IDENTITY_ISSUER_HEADER,
@@ -216,7 +216,7 @@ def _size_of_certificate(der: bytes, evidence: CertificateEvidence) -> int:
 
 
 class AttestationVerifier:
-    """Judges evidence under one root, with collateral of one PCCS, at the time of one clock."""
+    """Verifies evidence under one root, with collateral of one PCCS, at the time of one clock."""
 
     def __init__(self, pccs: PccsClient, anchor: TrustAnchor, clock: Clock) -> None:
         self.pccs, self.anchor, self.clock = pccs, anchor, clock
@@ -237,7 +237,7 @@ class AttestationVerifier:
         """Verify evidence.
 
         Raises `VerificationError`, its cause in upstream's words; a PCCS that is down, or answers no collateral, is a
-        `UnjudgedError`.
+        `UnverifiableError`.
         """
         try:
             key = self.pccs.keys.of_quote(attestation.quote)
@@ -252,7 +252,7 @@ class AttestationVerifier:
             raise
         except (TransportError, AttestError) as error:
             self.pccs.forget()
-            raise UnjudgedError(f"failed to verify TDX quote: {error}") from error
+            raise UnverifiableError(f"failed to verify TDX quote: {error}") from error
 
     def _verify_once(self, attestation: Attestation, collateral: QuoteCollateralV3) -> VerifiedAttestation:
         """Verify, unless the very same evidence was, under the very same collateral, within this second."""

@@ -1,4 +1,4 @@
-"""RA-TLS from the client's side: a certificate that carries evidence, and a server whose evidence is judged.
+"""RA-TLS from the client's side: a certificate that carries evidence, and a server whose evidence is verified.
 
 What dstack-util does when a guest fetches keys, and what a KMS does when it onboards from another. Source: dstack
 `ra-rpc/src/client.rs` and `ra-tls/src/cert.rs` (`generate_ra_cert`) at 312dc605.
@@ -23,7 +23,7 @@ from dstack_emu.attest.certificate import (
     spki_der,
     usage_of,
 )
-from dstack_emu.attest.errors import AttestError, FormatError, UnjudgedError, VerificationError
+from dstack_emu.attest.errors import AttestError, FormatError, UnverifiableError, VerificationError
 from dstack_emu.attest.kdf import pkcs8_pem
 from dstack_emu.attest.report_data import ratls_report_data
 from dstack_emu.attest.verify import VerifiedAttestation
@@ -75,8 +75,9 @@ class RaTlsUnreachableError(RaTlsError):
 class RaTlsClient:
     """pRPC over TLS to one server. Close it.
 
-    `root_ca` (PEM) pins the server's issuer and checks its name; without it any certificate is taken, and only `judge`
-    decides. `judge` is asked about every answer's peer before the answer is looked at, its HTTP status included.
+    `root_ca` (PEM) pins the server's issuer and checks its name; without it any certificate is accepted, and only
+    `check_peer` decides: it is called with every answer's peer before the answer is looked at, its HTTP status
+    included.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class RaTlsClient:
         identity: Identity | None = None,
         root_ca: str | None = None,
         verifier: AttestationVerifier | None = None,
-        judge: Callable[[AttestedServer], None] | None = None,
+        check_peer: Callable[[AttestedServer], None] | None = None,
         timeout: float = TIMEOUT,
         headers: MoreHeaders | None = None,
     ) -> None:
@@ -95,10 +96,10 @@ class RaTlsClient:
         self.url = url
 
         async def check(certificate: bytes | None) -> None:
-            if judge is None:
+            if check_peer is None:
                 return
             try:
-                judge(await peer_of(certificate, verifier))
+                check_peer(await peer_of(certificate, verifier))
             except AttestError as error:
                 raise _within(f"failed to validate the server attestation of {url}", error) from error
 
@@ -108,7 +109,7 @@ class RaTlsClient:
     async def call(self, method: str, request: Message, answer: type[M]) -> M:
         """Ask one method and read its answer.
 
-        Raises `RaTlsError`, or `VerificationError` where the server's evidence does not hold or `judge` refuses.
+        Raises `RaTlsError`, or `VerificationError` if the server's evidence does not hold or `check_peer` refuses.
         """
         try:
             return await self._client.call(method, request, answer)
@@ -142,6 +143,6 @@ async def peer_of(certificate_der: bytes | None, verifier: AttestationVerifier |
 
 
 def _within(text: str, error: AttestError) -> VerificationError:
-    """An error of judging a server, with one more outer context."""
-    kind = UnjudgedError if isinstance(error, UnjudgedError) else VerificationError
+    """Return an error of verifying a server, with one more outer context."""
+    kind = UnverifiableError if isinstance(error, UnverifiableError) else VerificationError
     return kind(f"{text}: {error}")

@@ -43,12 +43,12 @@ def verifier_app(verifier: Verifier, *, observer: Observer | None = None) -> App
 
     async def verify(request: Request) -> Response:
         try:
-            question = VerificationRequest.parse(await request.read())
+            wanted = VerificationRequest.parse(await request.read())
         except (BodyError, RequestSyntaxError, RequestTypeError) as error:
             log.info("%s: %s", type(error).__name__, error)
             return status_page(_STATUSES[type(error)], request)
         try:
-            response = await verifier.verify(question)
+            response = await verifier.verify(wanted)
         except InputError as error:
             log.info("%s", error)
             response = VerificationResponse.internal_error(error.outer)

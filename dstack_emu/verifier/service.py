@@ -1,10 +1,11 @@
 """The verifier: is this evidence of a dstack guest, of which app, on which OS image?
 
 It makes the same checks as a KMS before it releases keys, by the same code: `AttestationVerifier` for the quote and the
-runtime events, `ImageStore` for the image. No webhook is asked: whoever reads the answer decides, by its `boot_info`.
+runtime events, `ImageStore` for the image. No webhook is involved: the reader of the answer decides, by its
+`boot_info`.
 
 Not here: sockets (`verifier.server`), where collateral and images come from (the caller's), ACPI tables and the
-register-by-register comparison that upstream's `debug` asks for (there is no QEMU).
+register-by-register comparison of upstream's `debug` (there is no QEMU).
 
 Source of truth: dstack `verifier/src/{main,types,verification}.rs` at 312dc605, and recorded answers of that program.
 """
@@ -51,7 +52,7 @@ class InputError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class VerificationRequest:
-    """What to judge: an attestation, or a quote with its event log (JSON text) and VM config. All of it may be absent.
+    """What to verify: an attestation, or a quote with its event log (JSON text) and VM config. All of it may be absent.
 
     Beside an attestation the others do not count: nothing that was not quoted may change its verdict.
     """
@@ -84,7 +85,7 @@ class VerificationRequest:
         )
 
     def evidence(self) -> tuple[Attestation, str]:
-        """The evidence, and the VM config that goes before its own; raise InputError."""
+        """Return the evidence, and the VM config that goes before its own; raise InputError."""
         if self.attestation is not None:
             try:
                 return decode(self.attestation), ""
@@ -118,8 +119,8 @@ class Details:
     app_info: dict[str, Any] | None = None
     boot_info: dict[str, Any] | None = None
 
-    def note_image(self, info: ImageInfo) -> None:
-        """Take over what a downloaded image says of itself."""
+    def record_image(self, info: ImageInfo) -> None:
+        """Record what a downloaded image says of itself."""
         self.os_image_is_dev, self.os_image_version = info.is_dev, info.version or None
 
 
@@ -133,11 +134,11 @@ class VerificationResponse:
 
     @classmethod
     def internal_error(cls, text: str) -> Self:
-        """The answer to what could not be judged."""
+        """Return the answer to what could not be verified."""
         return cls(False, reason=f"Internal error: {text}")
 
     def to_document(self) -> dict[str, Any]:
-        """The JSON object; boot_info is absent where nothing is known."""
+        """Return the JSON object; boot_info is absent if nothing is known."""
         details = asdict(self.details)
         if details["boot_info"] is None:
             del details["boot_info"]
@@ -145,13 +146,13 @@ class VerificationResponse:
 
 
 class Verifier:
-    """Judges requests, with one PCCS and root, and one cache of images."""
+    """Verifies requests, with one PCCS and root, and one cache of images."""
 
     def __init__(self, evidence: AttestationVerifier, images: ImageStore) -> None:
         self._evidence, self._images = evidence, images
 
     async def verify(self, request: VerificationRequest) -> VerificationResponse:
-        """Judge: first the quote and its runtime events, then the OS image, then whose they are. Raise InputError."""
+        """Verify the quote and its runtime events, then the OS image, then the identity; raise `InputError`."""
         attestation, vm_config = request.evidence()
         details = Details()
         try:
@@ -164,7 +165,7 @@ class Verifier:
         details.advisory_ids = list(verified.quote.advisory_ids)
         details.report_data = attestation.report_data.hex()
         try:
-            verdict = await self._images.verify(verified, vm_config, note=details.note_image)
+            verdict = await self._images.verify(verified, vm_config, on_image=details.record_image)
         except AttestError as error:
             return VerificationResponse(False, details, f"OS image hash verification failed: {error}")
         details.os_image_hash_verified = True
@@ -180,7 +181,7 @@ class Verifier:
         return VerificationResponse(True, details)
 
     async def verify_certificate(self, data: bytes, clock: Clock) -> dict[str, Any]:
-        """Judge a self-signed RA-TLS certificate (PEM or DER): its profile, its evidence, the binding to its key.
+        """Verify a self-signed RA-TLS certificate (PEM or DER): its profile, its evidence, the binding to its key.
 
         Raise AttestError. The image of the legacy variant is not downloaded for it, and counts as not verified.
         """
@@ -276,7 +277,7 @@ def _load_certificate(data: bytes) -> x509.Certificate:
 
 
 def _app_info(info: AppInfo, report: TdReport) -> dict[str, Any]:
-    """The identity as upstream's code writes it, with the registers that its README promises beside."""
+    """Return the identity as upstream's code writes it, with the registers that its README promises beside."""
     registers = dict(zip(("mrtd", "rtmr0", "rtmr1", "rtmr2", "rtmr3"), (report.mr_td, *report.rtmrs), strict=True))
     return {
         "app_id": info.app_id.hex(),

@@ -174,7 +174,7 @@ def _u32(text: str) -> int:
 
 
 def _variable(vendor: UUID, name: str, data: bytes = b"") -> bytes:
-    """UEFI_VARIABLE_DATA: vendor GUID, characters of the name, bytes of the data, name in UTF-16LE, data."""
+    """Return UEFI_VARIABLE_DATA: vendor GUID, characters of the name, bytes of the data, name in UTF-16LE, data."""
     return vendor.bytes_le + struct.pack("<QQ", len(name), len(data)) + name.encode("utf-16-le") + data
 
 

@@ -33,7 +33,7 @@ def _json_flag(query: str) -> bool:
 
 
 def trim_prefix(name: str, prefix: str) -> str:
-    """Remove `prefix` from the front of `name` as often as it stands there."""
+    """Remove `prefix` from the start of `name` as often as it occurs there."""
     while prefix and name.startswith(prefix):
         name = name[len(prefix) :]
     return name

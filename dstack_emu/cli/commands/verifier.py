@@ -34,7 +34,7 @@ from dstack_emu.verifier.service import (
 
 DESCRIPTION = (
     "Serve POST /verify and GET /health, as dstack-verifier does: quote, runtime events, and whether the registers are "
-    "those of the OS image that the VM config names. Or judge one file and end: exit 0 where it is valid, 1 where not. "
+    "those of the OS image that the VM config names. Or verify one file and end: exit 0 if it is valid, 1 if not. "
     f"Upstream's dstack-verifier.toml and its variables ({VARIABLES}…) are read; options go before both. " + WARNING
 )
 
@@ -54,20 +54,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify",
         type=Path,
         metavar="FILE",
-        help="judge the request in this file (JSON, as POSTed), print the answer, write it to FILE.verification.json",
+        help="verify the request in this file (JSON, as POSTed), print the answer, write it to FILE.verification.json",
     )
     once.add_argument(
         "--verify-cert",
         type=Path,
         metavar="FILE",
-        help="judge a self-signed RA-TLS certificate (PEM or DER), print what it proves, and write it to "
+        help="verify a self-signed RA-TLS certificate (PEM or DER), print what it proves, and write it to "
         "FILE.ratls-verification.json",
     )
     once.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until a signal, or judge one file."""
+    """Serve until a signal, or verify one file."""
     config = VerifierConfig.load(arguments.config, os.environ)
     anchor, root = _anchor(arguments, config)
     pccs_url: str = arguments.pccs or config.attestation.urls.pccs or PCCS
@@ -107,8 +107,8 @@ async def _verifier(config: VerifierConfig, pccs_url: str, anchor: TrustAnchor) 
 
 async def _serve(verifier: AbstractAsyncContextManager[Verifier], sock: socket.socket, root: str, as_json: bool) -> int:
     stop = stop_on_signals()
-    async with verifier as judge:
-        server = await serve(verifier_app(judge), sock)
+    async with verifier as opened:
+        server = await serve(verifier_app(opened), sock)
         try:
             if as_json:
                 print(json.dumps({"url": server.url, "root": root}), flush=True)
@@ -121,14 +121,14 @@ async def _serve(verifier: AbstractAsyncContextManager[Verifier], sock: socket.s
 
 
 def _verify_file(path: Path, verifier: AbstractAsyncContextManager[Verifier]) -> int:
-    """Judge a request; whatever happens, stdout has one JSON document, as upstream's."""
+    """Verify a request; whatever happens, stdout has one JSON document, as upstream's."""
 
-    async def judge(request: VerificationRequest) -> VerificationResponse:
-        async with verifier as judge:
-            return await judge.verify(request)
+    async def verify(request: VerificationRequest) -> VerificationResponse:
+        async with verifier as opened:
+            return await opened.verify(request)
 
     try:
-        response = asyncio.run(judge(VerificationRequest.parse(path.read_bytes())))
+        response = asyncio.run(verify(VerificationRequest.parse(path.read_bytes())))
         _write(path, ".verification.json", response.to_document(), "verification result")
     except OSError as error:
         response = VerificationResponse.internal_error(f"Failed to read file {path}: {error.strerror}")
@@ -143,12 +143,12 @@ def _verify_file(path: Path, verifier: AbstractAsyncContextManager[Verifier]) ->
 
 
 def _verify_certificate(path: Path, verifier: AbstractAsyncContextManager[Verifier]) -> int:
-    async def judge(certificate: bytes) -> dict[str, Any]:
-        async with verifier as judge:
-            return await judge.verify_certificate(certificate, wall_clock)
+    async def verify(certificate: bytes) -> dict[str, Any]:
+        async with verifier as opened:
+            return await opened.verify_certificate(certificate, wall_clock)
 
     try:
-        found = asyncio.run(judge(path.read_bytes()))
+        found = asyncio.run(verify(path.read_bytes()))
     except OSError as error:
         raise UsageError(f"failed to read certificate {path}: {error.strerror}") from error
     _write(path, ".ratls-verification.json", found, "certificate verification result")

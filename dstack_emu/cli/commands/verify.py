@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--pccs", default=PCCS, metavar="URL", help="where to fetch collateral (%(default)s)")
     source.add_argument("--collateral", type=Path, metavar="FILE", help="collateral as QuoteCollateralV3 JSON instead")
     add_root(parser)
-    parser.add_argument("--time", type=_moment, metavar="WHEN", help="judge at this time: Unix seconds or ISO 8601")
+    parser.add_argument("--time", type=_moment, metavar="WHEN", help="verify at this time: Unix seconds or ISO 8601")
     parser.add_argument("--report-data", type=hex_bytes, metavar="HEX", help="what must be quoted, padded with zeros")
     parser.add_argument("--strict", action="store_true", help="refuse every TCB status but UpToDate")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
