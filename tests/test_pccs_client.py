@@ -311,6 +311,6 @@ async def test_error_is_that_of_the_first_document_whichever_fails_first() -> No
     pccs.app.middlewares.append(refuse)
     server = await serve(pccs.app, bind_tcp("127.0.0.1", 0))
     async with _verifier(pccs, server.url) as verifier, asyncio.timeout(TIMEOUT):
-        with pytest.raises(UnjudgedError, match=f"{PCK_CRL_PATH}.*PCCS status 404"):
+        with pytest.raises(UnverifiableError, match=f"{PCK_CRL_PATH}.*PCCS status 404"):
             await verifier.verify(pccs.evidence())
     await server.close()
