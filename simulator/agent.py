@@ -24,13 +24,15 @@ from dstack_emu.attest.kdf import derive_key, derive_p256, pkcs8_pem
 from dstack_emu.attest.proto import dstack_guest_pb2 as pb
 from dstack_emu.attest.report_data import APP_DATA, DEFAULT_HASH, pad_report_data, ratls_report_data, report_data
 from dstack_emu.attest.signature import k256_key, k256_sign, k256_verify, sign_recoverable
-from dstack_emu.attest.version import REVISION, UPSTREAM
 from dstack_emu.simulator.app_keys import AppKeys, CertificateIssuer
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.seed import Entropy
 from dstack_emu.simulator.trust_domain import TrustDomain
 from dstack_emu.transport.service import Rpc, ServiceTable, without_arguments, without_context
 
+EMIT_EVENT_REMOVED: Final = (
+    "EmitEvent was removed in dstack 0.6.0; runtime RTMR3 events are system-owned and cannot be extended by apps"
+)
 SIGNING_PATH, SIGNING_PURPOSE = "vms", "signing"
 PREHASHED: Final = "secp256k1_prehashed"
 
@@ -75,7 +77,7 @@ class GuestAgent:
         self._provided = ProvidedKeys(keys, issuer, self._demo_certificate)
         key = derive_p256(self._entropy(32), [])
         config = CertificateConfig(subject="demo-cert", client_auth=True, with_attestation=True)
-        self._provided = ProvidedKeys(keys, issuer, "\n".join(await self._issue(key, config)))
+        self._provided = ProvidedKeys(keys, issuer, "\n".join(await self.issue(key, config)))
 
     def capture(self) -> ProvidedKeys | None:
         """Return its keys with issuer and certificate, None if it has none."""
@@ -97,6 +99,8 @@ class GuestAgent:
 
     async def emit_event(self, request: pb.EmitEventArgs) -> Empty:
         """Extend RTMR3 with an event of the application, as hardware does; upstream's simulator refuses it."""
+        if self.domain.release.emit_event_removed:
+            raise GuestError(EMIT_EVENT_REMOVED)
         if not self._allow_emit_event:
             raise GuestError(f"runtime event emission is unavailable in simulator mode: {request.event}")
         self.domain.measure(request.event, request.payload)
@@ -132,7 +136,7 @@ class GuestAgent:
             event_log=self._shown_log(evidence.event_log),
             report_data=data,
             vm_config=evidence.config,
-            attestation=self._encoder.encode(evidence),
+            attestation=self._encoder.encode(evidence) if self.domain.release.get_quote_has_attestation else b"",
         )
 
     # ---- keys and certificates
@@ -154,8 +158,8 @@ class GuestAgent:
         """Make a new P-256 key, and request a certificate for it."""
         not_before = request.not_before if request.HasField("not_before") else None
         not_after = request.not_after if request.HasField("not_after") else None
-        if not_before is not None and not_after is not None and not_before >= not_after:
-            raise FormatError("not_before must be earlier than not_after")
+        if self.domain.release.checks_validity_order:
+            require_validity_order(not_before, not_after)
         config = CertificateConfig(
             subject=request.subject,
             alt_names=tuple(request.alt_names),
@@ -181,11 +185,23 @@ class GuestAgent:
         return await self._key_and_chain(derive_p256(material, [request.path.encode()]), config)
 
     async def _key_and_chain(self, key: ec.EllipticCurvePrivateKey, config: CertificateConfig) -> pb.GetTlsKeyResponse:
-        return pb.GetTlsKeyResponse(key=pkcs8_pem(key), certificate_chain=await self._issue(key, config))
+        return pb.GetTlsKeyResponse(key=pkcs8_pem(key), certificate_chain=await self.issue(key, config))
 
-    async def _issue(self, key: ec.EllipticCurvePrivateKey, config: CertificateConfig) -> list[str]:
+    def random(self, size: int) -> bytes:
+        """Return random bytes of the agent's own source."""
+        return self._entropy(size)
+
+    async def issue(
+        self, key: ec.EllipticCurvePrivateKey, config: CertificateConfig, *, as_v1: bool = False
+    ) -> list[str]:
+        """Have a certificate issued for a key, and return its chain in PEM, the leaf first.
+
+        With `as_v1` the evidence that goes with the request has the form V1, whatever the hardware's is. Raises
+        `GuestError` or `AttestError` if there are no keys yet, or with the words of the issuer.
+        """
         spki = spki_der(key.public_key())
-        request = SigningRequest.make(spki, config, self.domain.attest(ratls_report_data(spki)))
+        evidence = self.domain.attest(ratls_report_data(spki))
+        request = SigningRequest.make(spki, config, evidence.as_v1() if as_v1 else evidence)
         try:
             return await self._require_provided().issuer.sign(request, request.sign(key))
         except (AttestError, GuestError) as error:
@@ -253,8 +269,8 @@ class GuestAgent:
         return pb.GpuInfoResponse()
 
     async def version(self) -> pb.WorkerVersion:
-        """Return the release of dstack that is emulated, and the emulator's revision."""
-        return pb.WorkerVersion(version=UPSTREAM, rev=REVISION)
+        """Return the release of dstack that is emulated."""
+        return pb.WorkerVersion(version=self.domain.release.version, rev=self.domain.release.revision)
 
     def app_info(self) -> AppInfo:
         """Return the present identity and measurements of the domain, with the true device id."""
@@ -313,12 +329,19 @@ def _verify_ed25519(request: pb.VerifyRequest) -> bool:
     return True
 
 
+def require_validity_order(not_before: int | None, not_after: int | None) -> None:
+    """Raise `FormatError` if a certificate is asked for that would end before it begins (Unix seconds)."""
+    if not_before is not None and not_after is not None and not_before >= not_after:
+        raise FormatError("not_before must be earlier than not_after")
+
+
 # ---- service tables
 
 
 def dstack_table(agent: GuestAgent) -> ServiceTable[None]:
     """Return the service DstackGuest, as on dstack.sock."""
     return _table(
+        agent,
         "DstackGuest.",
         Rpc("GetTlsKey", pb.GetTlsKeyArgs, pb.GetTlsKeyResponse, without_context(agent.get_tls_key)),
         Rpc("GetKey", pb.GetKeyArgs, pb.GetKeyResponse, without_context(agent.get_key)),
@@ -336,6 +359,7 @@ def dstack_table(agent: GuestAgent) -> ServiceTable[None]:
 def tappd_table(agent: GuestAgent) -> ServiceTable[None]:
     """Return the service Tappd, as on tappd.sock."""
     return _table(
+        agent,
         "Tappd.",
         Rpc("DeriveKey", pb.DeriveKeyArgs, pb.GetTlsKeyResponse, without_context(agent.derive_tls_key)),
         Rpc("DeriveK256Key", pb.GetKeyArgs, pb.DeriveK256KeyResponse, without_context(agent.derive_k256_key)),
@@ -350,6 +374,7 @@ def worker_table(agent: GuestAgent) -> ServiceTable[None]:
     """Return the service Worker."""
     attestation = without_context(agent.get_attestation_for_app_key)
     return _table(
+        agent,
         "Worker.",
         Rpc("Info", Empty, pb.AppInfo, without_arguments(agent.public_info)),
         Rpc("Version", Empty, pb.WorkerVersion, without_arguments(agent.version)),
@@ -364,5 +389,7 @@ def combined_table(agent: GuestAgent) -> ServiceTable[None]:
     return ServiceTable("Tappd.", {**worker, **tappd, **prefixed})
 
 
-def _table(prefix: str, *rpcs: Rpc[Any, Any, Any]) -> ServiceTable[None]:
-    return ServiceTable(prefix, {rpc.name: rpc for rpc in rpcs})
+def _table(agent: GuestAgent, prefix: str, *rpcs: Rpc[Any, Any, Any]) -> ServiceTable[None]:
+    """Make a table of the methods that the service has in the agent's release."""
+    methods = agent.domain.release.v0_methods[prefix.removesuffix(".")]
+    return ServiceTable(prefix, {rpc.name: rpc for rpc in rpcs if rpc.name in methods})

@@ -1,47 +1,77 @@
 """The HTTP applications of a guest agent: for dstack.sock, for tappd.sock, and for one TCP port with all services.
 
 Inside a CVM each service has its own listener. The TCP port serves all of them, for SDK clients that take one URL:
-DstackGuest at `/`, Tappd and Worker at `/prpc`, and a small page at `/`. Source of the mounts: dstack
-`guest-agent/src/{server,http_routes}.rs` at 312dc605.
+DstackGuest at `/`, Tappd and Worker at `/prpc`, and a small page at `/`. A release with the guest API v1 has it at
+`/v1` and `/prpc/v1`, and the frozen services at `/v0` and `/prpc/v0` too; the path alone selects the version. Source of
+the mounts: dstack `guest-agent/src/{server,http_routes}.rs` at 312dc605, docs/guest-api-v1.md at 147e39c8.
 """
 
+import time
+from collections.abc import Mapping
 from html import escape
+from http import HTTPStatus
+from typing import Final
 
 from dstack_emu.attest.errors import AttestError
-from dstack_emu.simulator.agent import GuestAgent, combined_table, dstack_table, tappd_table
-from dstack_emu.simulator.errors import GuestError
+from dstack_emu.simulator.agent import GuestAgent, combined_table, dstack_table, tappd_table, worker_table
+from dstack_emu.simulator.agent_v1 import GuestApiV1, guest_v1_table, worker_v1_table
+from dstack_emu.simulator.errors import GpuUnavailableError, GuestError
 from dstack_emu.transport.http import Application, Request, Response
-from dstack_emu.transport.prpc_server import add_prpc
+from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
+from dstack_emu.transport.service import ServiceTable
 
 ERRORS = (GuestError, AttestError)
+ERROR_STATUSES: Final[Mapping[type[Exception], int]] = {GpuUnavailableError: HTTPStatus.NOT_IMPLEMENTED}
 
 
 def dstack_app(agent: GuestAgent) -> Application:
     """Make the application of dstack.sock: DstackGuest at `/`; a service prefix is not removed there."""
     app = Application()
-    add_prpc(app, "", dstack_table(agent), _anyone, errors=ERRORS, trim=False)
+    _add_guest(app, agent)
     return app
 
 
 def tappd_app(agent: GuestAgent) -> Application:
     """Make the application of tappd.sock: Tappd at `/prpc`."""
     app = Application()
-    add_prpc(app, "/prpc", tappd_table(agent), _anyone, errors=ERRORS)
+    _add(app, agent, "/prpc", tappd_table(agent))
     return app
 
 
 def tcp_app(agent: GuestAgent) -> Application:
     """Make the application of the TCP port: every service, and the page."""
-    app = Application()
+    app = Application(headers=_version_header(agent))
 
     async def index(_request: Request) -> Response:
         return Response.of(await _page(agent), "text/html")
 
     app.add("GET", "/", index)
     app.add("GET", "/health", _health)
-    add_prpc(app, "/prpc", combined_table(agent), _anyone, errors=ERRORS)
-    add_prpc(app, "", dstack_table(agent), _anyone, errors=ERRORS, trim=False)
+    if agent.domain.release.guest_api_v1:
+        _add(app, agent, "/prpc/v1", worker_v1_table(GuestApiV1(agent, time.time)), trim=False)
+        _add(app, agent, "/prpc/v0", worker_table(agent))
+    _add(app, agent, "/prpc", combined_table(agent))
+    _add_guest(app, agent)
     return app
+
+
+def _add_guest(app: Application, agent: GuestAgent) -> None:
+    """Serve DstackGuest, in each version that the release has."""
+    if agent.domain.release.guest_api_v1:
+        _add(app, agent, "/v1", guest_v1_table(GuestApiV1(agent, time.time)), trim=False)
+        _add(app, agent, "/v0", dstack_table(agent), trim=False)
+    _add(app, agent, "", dstack_table(agent), trim=False)
+
+
+def _add(app: Application, agent: GuestAgent, mount: str, table: ServiceTable[None], *, trim: bool = True) -> None:
+    statuses = RpcStatuses.of(agent.domain.release, ERROR_STATUSES)
+    add_prpc(app, mount, table, _anyone, errors=ERRORS, trim=trim, statuses=statuses)
+
+
+def _version_header(agent: GuestAgent) -> tuple[tuple[str, str], ...]:
+    """Return the header by which the external listener tells its version, if the release has it here."""
+    release = agent.domain.release
+    return (("X-App-Version", f"v{release.version} ({release.revision})"),) if release.guest_api_v1 else ()
 
 
 async def _health(_request: Request) -> Response:

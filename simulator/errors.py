@@ -5,6 +5,10 @@ class GuestError(Exception):
     """The guest cannot serve a request in its present state, or (in the subclasses) because of its KMS."""
 
 
+class GpuUnavailableError(GuestError):
+    """A request for evidence of a GPU, which no emulated platform has."""
+
+
 class KmsRefusedError(GuestError):
     """The KMS refused; the text is the KMS's."""
 

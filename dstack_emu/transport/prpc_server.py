@@ -11,10 +11,11 @@ answers of the real programs.
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Final, Generic, TypeVar
+from types import MappingProxyType
+from typing import Any, Final, Generic, Self, TypeVar
 from urllib.parse import unquote
 
 from google.protobuf.message import Message
@@ -32,6 +33,7 @@ from dstack_emu.attest.prpc import (
     trim_prefix,
     wants_json,
 )
+from dstack_emu.attest.release import Release
 from dstack_emu.transport.http import Application, BodyError, BodyTooLargeError, Handler, Request, Response, status_page
 from dstack_emu.transport.service import Rpc, ServiceTable
 
@@ -49,8 +51,42 @@ _VERBS: Final = ("GET", "HEAD", "POST")
 _HEADERS: Final = {True: (("Content-Type", JSON_TYPE),), False: (("Content-Type", BINARY_TYPE),)}
 
 
+@dataclass(frozen=True, slots=True)
+class RpcStatuses:
+    """The HTTP statuses of refused calls: of those that reach no handler, and of errors that have one of their own.
+
+    Any other refusal is a 400. What differs by dstack release comes from its table.
+    """
+
+    unknown_method: int = HTTPStatus.BAD_REQUEST
+    oversize: int = HTTPStatus.BAD_REQUEST
+    errors: Mapping[type[Exception], int] = MappingProxyType({})
+
+    @classmethod
+    def of(cls, release: Release, errors: Mapping[type[Exception], int] = MappingProxyType({})) -> Self:
+        """Return the statuses of a dstack release."""
+        return cls(release.unknown_method_status, release.oversize_status, errors)
+
+    def of_error(self, error: Exception) -> int:
+        """Return the status of a refusal."""
+        if isinstance(error, _UnknownMethodError):
+            return self.unknown_method
+        if isinstance(error, _OversizeError):
+            return self.oversize
+        found = (status for kind, status in self.errors.items() if isinstance(error, kind))
+        return next(found, HTTPStatus.BAD_REQUEST)
+
+
 class _CallError(Exception):
     """A call that reaches no handler; the text is for the caller."""
+
+
+class _UnknownMethodError(_CallError):
+    """A method that the mount does not have."""
+
+
+class _OversizeError(_CallError):
+    """A body that is longer than the application reads."""
 
 
 def add_prpc(
@@ -62,19 +98,20 @@ def add_prpc(
     errors: tuple[type[Exception], ...],
     trim: bool = True,
     answered: Answered | None = None,
+    statuses: RpcStatuses | None = None,
 ) -> None:
     """Serve `table` at POST and GET `<mount>/<Method>`; `mount` is empty or starts with a slash.
 
     `context` is awaited first, before the body is read. An exception of `errors`, or an AttestError, from it
-    or from a handler becomes an HTTP 400 with its text; any other is logged with its traceback and answered by
-    its type's name alone. Without `trim`, names that carry the table's prefix are unknown.
+    or from a handler becomes an HTTP 400, or what `statuses` says, with its text; any other is logged with its
+    traceback and answered by its type's name alone. Without `trim`, names that carry the table's prefix are unknown.
 
     Names that are unknown, percent-encoded or behind several slashes are found by the mount, too, and a mount without
     a method is a 422. A page of the owner's own at `<mount>/` goes before it.
     """
     prefix = table.prefix if trim else ""
     refusals: tuple[type[Exception], ...] = (_CallError, AttestError, *errors)
-    served = PrpcMount(mount, prefix, table, context, refusals, answered)
+    served = PrpcMount(mount, prefix, table, context, refusals, answered, statuses or RpcStatuses())
     for name in table.rpcs:
         for spelling in (name, prefix + name):
             app.add("POST", f"{mount}/{spelling}", served.answer)
@@ -92,6 +129,7 @@ class PrpcMount(Generic[C]):
     context: Context[C]
     refusals: tuple[type[Exception], ...]
     answered: Answered | None
+    statuses: RpcStatuses
 
     async def answer(self, request: Request) -> Response:
         """Answer one call, whatever becomes of it."""
@@ -99,7 +137,7 @@ class PrpcMount(Generic[C]):
         is_query, query = request.method != "POST", request.query
         verb = "GET" if is_query else "POST"
         as_json = wants_json(verb, query)
-        status = HTTPStatus.OK
+        status: int = HTTPStatus.OK
         try:
             context = await self.context(request)
             body = b"" if is_query else await _read(request)
@@ -109,7 +147,7 @@ class PrpcMount(Generic[C]):
             reply = await rpc.handler(context, message)
             given = encode_json(reply) if as_json else encode_binary(reply)
         except self.refusals as error:
-            status, given = HTTPStatus.BAD_REQUEST, error_body(str(error), as_json)
+            status, given = self.statuses.of_error(error), error_body(str(error), as_json)
         except Exception as error:  # the server's edge
             _log.exception("%r failed", self.table.prefix + trim_prefix(name, self.prefix))  # the name may be anything
             status, given = HTTPStatus.BAD_REQUEST, error_body(f"internal error: {type(error).__name__}", as_json)
@@ -138,7 +176,7 @@ class PrpcMount(Generic[C]):
         trimmed = trim_prefix(name, self.prefix)
         rpc = self.table.rpcs.get(trimmed)
         if rpc is None:
-            raise _CallError(f"Service not found: {trimmed}")
+            raise _UnknownMethodError(f"Service not found: {trimmed}")
         return rpc
 
 
@@ -154,6 +192,6 @@ async def _read(request: Request) -> bytes:
     try:
         return await request.read()
     except BodyTooLargeError as error:
-        raise _CallError("failed to read data: payload too large") from error
+        raise _OversizeError("failed to read data: payload too large") from error
     except BodyError as error:
         raise _CallError("failed to read data: the body broke off") from error
