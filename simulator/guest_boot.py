@@ -104,16 +104,15 @@ async def fetch_keys(
     entropy: Entropy,
     now: int,
     *,
-    measures_kms: bool = False,
     patience: float = TIMEOUT,
     headers: MoreHeaders | None = None,
 ) -> tuple[AppKeys, KmsIssuer]:
     """Boot a domain through a KMS (`https://host:port`): fetch its keys, measure their source, and complete the boot.
 
-    With `measures_kms` it also measures the KMS, as 0.5.x does, if the KMS's certificate contains evidence. `patience`
-    is the timeout of each call to the KMS in seconds, now and later; `headers` are added to each call. Raises
-    `GuestError` with the text of the KMS's refusal, or `KmsUnreachableError` if the KMS sent no answer; the domain then
-    remains as it was before the call.
+    A guest whose release measures the KMS does so if the KMS's certificate contains evidence. `patience` is the timeout
+    of each call to the KMS in seconds, now and later; `headers` are added to each call. Raises `GuestError` with the
+    text of the KMS's refusal, or `KmsUnreachableError` if the KMS sent no answer; the domain then remains as it was
+    before the call.
     """
     url = f"{kms_url.rstrip('/')}/prpc"
     connect = functools.partial(RaTlsClient, timeout=patience, headers=headers)
@@ -132,7 +131,7 @@ async def fetch_keys(
         finally:
             await client.close()
     provider = KeyProvider("kms", certificate_spki(root).hex())
-    domain.complete(provider, os_image_hash=answer.os_image_hash, mr_kms=check.mr_aggregated if measures_kms else None)
+    domain.complete(provider, os_image_hash=answer.os_image_hash, mr_kms=check.mr_aggregated)
     keys = AppKeys(
         disk_crypt_key=answer.disk_crypt_key,
         env_crypt_key=answer.env_crypt_key,

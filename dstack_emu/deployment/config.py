@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Self
 
+from dstack_emu.attest.release import DEFAULT
 from dstack_emu.simulator.seed import DEFAULT_SEED
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 
@@ -25,15 +26,17 @@ LOCAL_SERVICES: Final = frozenset({"control"})
 class StackConfig:
     """Settings of one stack.
 
-    `state` is the folder for keys, sockets and policies (None: a temporary one, deleted at the end); `policies` another
-    folder for the two policy files. With `fresh` it stops at the runbook's starting point. `host` is the address it
-    listens on. `image_dir` is the OS image that everything boots, instead of the seed's. Records of calls are appended
-    to the file `journal`; `journal_size` of them stay in memory. `patience` is for how many seconds the services wait
-    for one another (None: as long as upstream's). With `grpc` agents and KMS serve gRPC, too. Ports that are not given
-    are those of PORTS and GRPC_PORTS.
+    `release` is the dstack release that everything is of: a name in `attest.release.RELEASES`. `state` is the folder
+    for keys, sockets and policies (None: a temporary one, deleted at the end); `policies` another folder for the two
+    policy files. With `fresh` it stops at the runbook's starting point. `host` is the address it listens on.
+    `image_dir` is the OS image that everything boots, instead of the seed's. Records of calls are appended to the file
+    `journal`; `journal_size` of them stay in memory. `patience` is for how many seconds the services wait for one
+    another (None: as long as upstream's). With `grpc` agents and KMS serve gRPC, too. Ports that are not given are
+    those of PORTS and GRPC_PORTS.
     """
 
     seed: str = DEFAULT_SEED
+    release: str = DEFAULT.name
     fresh: bool = False
     host: str = "127.0.0.1"
     ports: Mapping[str, int] = field(default_factory=lambda: PORTS)

@@ -4,6 +4,7 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dstack_emu.attest.release import Release, release
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.auth.server import simple_app
 from dstack_emu.deployment.config import StackConfig
@@ -58,6 +59,10 @@ class StackContext:
     policies: PolicyFiles
     urls: dict[str, str] = field(default_factory=dict)
     grpc: dict[str, str] = field(default_factory=dict)
+
+    def release_of(self, name: str | None) -> Release:
+        """Return the dstack release of a part: the named one, or the stack's."""
+        return release(name or self.config.release)
 
     @property
     def root_ca(self) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.attest.vmconfig import VmConfig
 from dstack_emu.simulator.guest_files import KeyFile
 from dstack_emu.simulator.image import OsImage
@@ -24,12 +25,13 @@ DEFAULT_NAME = "app"
 class VirtualMachine:
     """The VM: its OS image, CPUs, and memory in bytes.
 
-    `directory`, an image on disk, takes precedence over the image's name and version; `config`, a whole vm_config text
-    that carries a measurement document, over everything else.
+    An image has the version of the guest's release unless another is given. `directory`, an image on disk, takes
+    precedence over the image's name and version; `config`, a whole vm_config text that carries a measurement document,
+    over everything else.
     """
 
     image: str = "dstack-emu"
-    version: str = "0.5.11"
+    version: str | None = None
     cpu_count: int = 2
     memory_size: int = 2 * 1024**3
     config: str | None = None
@@ -40,12 +42,11 @@ class VirtualMachine:
 class KmsBoot:
     """The KMS that a guest gets its keys from (`https://host:port`), and for how many seconds it may be unreachable.
 
-    With `measures_kms` the guest measures the KMS, as 0.5.x does. With `keeps_asking` it listens at once, without keys,
+    With `keeps_asking` it listens at once, without keys,
     and repeats its request until it gets them, whatever the refusal.
     """
 
     url: str
-    measures_kms: bool = False
     patience: float = 0.0
     keeps_asking: bool = False
 
@@ -53,8 +54,8 @@ class KmsBoot:
 @dataclass(frozen=True, slots=True)
 class GuestConfig:
     """Settings of one emulated guest. Its keys are those of `kms`, else of `key_file`, else its own.
-
-    `key_provider` is the provider that a guest with keys of its own names.
+    `key_provider` is the provider that a guest with keys of its own names; `release` is the dstack release of the
+    guest.
     """
 
     seed: str = DEFAULT_SEED
@@ -70,6 +71,7 @@ class GuestConfig:
     kms: KmsBoot | None = None
     key_provider: Literal["none", "local-sgx"] = "none"
     allow_emit_event: bool = True
+    release: Release = DEFAULT
 
     @property
     def name(self) -> str:
@@ -93,7 +95,7 @@ def power_on(intel: Intel, config: GuestConfig) -> TrustDomain:
     platform = intel.platform(config.platform)
     platform.state, intel.state = config.platform_state, config.vendor_state
     image = (
-        OsImage.from_seed(seed.derive, machine.image, machine.version)
+        OsImage.from_seed(seed.derive, machine.image, machine.version or config.release.version)
         if machine.directory is None
         else load_image(machine.directory)
     )
@@ -111,6 +113,7 @@ def power_on(intel: Intel, config: GuestConfig) -> TrustDomain:
         claimed_config=machine.config,
         app_id=config.app_id,
         settings=config.settings,
+        release=config.release,
     )
     domain.boot()
     return domain

@@ -29,8 +29,10 @@ def power_on(context: StackContext, spec: GuestSpec) -> TrustDomain:
 
     Raises `FormatError` if its VM or its app-compose is invalid.
     """
-    derive = context.seed.derive
-    image = context.image if spec.image is None else OsImage.from_seed(derive, spec.image, spec.image_version)
+    derive, guest_release = context.seed.derive, context.release_of(spec.release)
+    version = spec.image_version or guest_release.version
+    image = context.image if spec.image is None else OsImage.from_seed(derive, spec.image, version)
+    mr_config_id = None if spec.mr_config_id is None else decode_hex(spec.mr_config_id)
     domain = TrustDomain(
         context.intel.platform(spec.platform_name),
         image,
@@ -38,7 +40,8 @@ def power_on(context: StackContext, spec: GuestSpec) -> TrustDomain:
         instance_seed=instance_seed(context.seed, spec.instance or spec.name),
         vm_config=image.vm_config(spec.cpu_count, spec.memory_size),
         app_id=None if spec.app_id is None else decode_hex(spec.app_id),
-        settings=DomainSettings(spec.debug, decode_hex(spec.mr_config_id), spec.quote_version),
+        settings=DomainSettings(spec.debug, mr_config_id, spec.quote_version),
+        release=guest_release,
     )
     domain.boot()
     for event in spec.events:

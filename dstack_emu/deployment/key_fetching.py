@@ -73,7 +73,7 @@ async def _fetch(
     deadline, reported = time.monotonic() + kms.patience, ""
     while True:
         try:
-            return await fetch_keys(domain, kms.url, verifier, entropy, ISSUED_AT, measures_kms=kms.measures_kms)
+            return await fetch_keys(domain, kms.url, verifier, entropy, ISSUED_AT)
         except KmsUnreachableError as error:
             if time.monotonic() + RETRY_PAUSE > deadline:
                 raise

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Final
 
+from dstack_emu.attest.release import release
 from dstack_emu.deployment.config import DESCRIPTION_FILE, LOCAL_SERVICES, StackConfig
 from dstack_emu.deployment.context import ServicePorts, StackContext
 from dstack_emu.deployment.errors import StackError
@@ -42,7 +43,7 @@ def prepare(
         state=state,
         seed=seed,
         intel=Intel(seed),
-        image=_load_image(config.image_dir, seed),
+        image=_load_image(config, seed),
         instrumentation=_instrumentation(config, seed, closing),
         logs=logs,
         ports=ports,
@@ -97,10 +98,11 @@ def _bind(config: StackConfig, services: Set[str], closing: AsyncExitStack) -> S
     return ports
 
 
-def _load_image(folder: Path | None, seed: Seed) -> OsImage:
+def _load_image(config: StackConfig, seed: Seed) -> OsImage:
     """Return the image that every trust domain boots unless it names another."""
+    folder = config.image_dir
     if folder is None:
-        return OsImage.from_seed(seed.derive)
+        return OsImage.from_seed(seed.derive, version=release(config.release).version)
     try:
         return load_image(folder)
     except ImageFileError as error:

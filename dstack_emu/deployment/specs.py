@@ -2,12 +2,14 @@
 
 from typing import Annotated, Any, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from dstack_emu.attest.certificate import EvidenceForm
 from dstack_emu.attest.hexadecimal import decode_hex
+from dstack_emu.attest.release import release
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+ReleaseName = Annotated[str, AfterValidator(lambda name: release(name).name)]
 Hex = Annotated[str, StringConstraints(pattern=r"^(0x)?([0-9a-fA-F]{2})*$", max_length=20_000)]
 GIB: Final = 1024**3
 
@@ -28,7 +30,9 @@ class GuestSpec(_Spec):
     """The identity of a trust domain: everything that is measured, and the platform it runs on.
 
     `app_id` is the first 20 bytes of the compose hash unless given; `compose` the text of its app-compose.json, made up
-    unless given. Without `image` it boots the stack's own. `events` follow the boot's own, before keys are fetched.
+    unless given. Without `image` it boots the stack's own; an image has the version of the release unless another is
+    given. `release` is the dstack release of its guest, the stack's unless given; the host of that release chooses the
+    `mr_config_id` that is not given. `events` follow the boot's own, before keys are fetched.
     `instance` tells instances of an app apart.
     """
 
@@ -37,12 +41,13 @@ class GuestSpec(_Spec):
     compose: str | None = None
     instance: str | None = None
     image: str | None = None
-    image_version: str = "0.5.11"
+    image_version: str | None = None
+    release: ReleaseName | None = None
     platform: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     cpu_count: Annotated[int, Field(ge=1, le=1024)] = 2
     memory_size: Annotated[int, Field(ge=1)] = 2 * GIB
     debug: bool = False
-    mr_config_id: Hex = "00" * 48
+    mr_config_id: Hex | None = None
     quote_version: Annotated[int, Field(ge=4, le=5)] = 4
     events: Annotated[tuple[EventSpec, ...], Field(max_length=1000)] = ()
 
@@ -70,7 +75,8 @@ class KmsSpec(_Spec):
     webhook: Annotated[str, Field(min_length=1, max_length=2000)] = "own"
     platform: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     image: str | None = None
-    image_version: str = "0.5.11"
+    image_version: str | None = None
+    release: ReleaseName | None = None
     compose: str | None = None
     rpc_cert_evidence: EvidenceForm = "versioned"
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -88,5 +94,6 @@ class KmsSpec(_Spec):
             platform=self.platform,
             image=self.image,
             image_version=self.image_version,
+            release=self.release,
             compose=self.compose,
         )

@@ -12,9 +12,8 @@ answers of the real programs.
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
-from types import MappingProxyType
 from typing import Any, Final, Generic, Self, TypeVar
 from urllib.parse import unquote
 
@@ -60,12 +59,12 @@ class RpcStatuses:
 
     unknown_method: int = HTTPStatus.BAD_REQUEST
     oversize: int = HTTPStatus.BAD_REQUEST
-    errors: Mapping[type[Exception], int] = MappingProxyType({})
+    errors: Mapping[type[Exception], int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, release: Release, errors: Mapping[type[Exception], int] = MappingProxyType({})) -> Self:
+    def of(cls, release: Release, errors: Mapping[type[Exception], int] | None = None) -> Self:
         """Return the statuses of a dstack release."""
-        return cls(release.unknown_method_status, release.oversize_status, errors)
+        return cls(release.unknown_method_status, release.oversize_status, errors or {})
 
     def of_error(self, error: Exception) -> int:
         """Return the status of a refusal."""

@@ -22,12 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("--kms", required=True, type=_kms_url, metavar="URL", help="the KMS: https://host:port")
     parser.add_argument(
-        "--release",
-        choices=("0.5", "next"),
-        default="next",
-        help="boot sequence: 0.5 measures the KMS, too, by an mr-kms event (%(default)s)",
-    )
-    parser.add_argument(
         "--wait",
         type=_seconds,
         default=0.0,
@@ -47,7 +41,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Boot, and run the agent until a signal."""
     kms = KmsBoot(
         arguments.kms,
-        measures_kms=arguments.release == "0.5",
         patience=arguments.wait,
         keeps_asking=arguments.keep_asking,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 from dstack_emu.attest.errors import FormatError
-from dstack_emu.cli.commands.common import UsageError, hex_bytes
+from dstack_emu.cli.commands.common import UsageError, add_release, hex_bytes
 from dstack_emu.deployment.guest_config import DEFAULT_NAME, GuestConfig, VirtualMachine
 from dstack_emu.simulator.guest_files import KeyFile, load_vm_config, read_text
 from dstack_emu.simulator.intel import Dating, VendorState
@@ -45,6 +45,7 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
 def add_guest_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that describe a guest."""
     add_seed(parser)
+    add_release(parser, "the dstack release of the guest")
     guest = parser.add_argument_group("the guest")
     guest.add_argument(
         "--name", metavar="NAME", help=f"the app's name, where its app-compose is made up ({DEFAULT_NAME})"
@@ -62,7 +63,7 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
         "--instance", default="", metavar="NAME", help="another instance of the app: each name has an id of its own"
     )
     guest.add_argument("--image", default="dstack-emu", metavar="NAME", help="name of the OS image (%(default)s)")
-    guest.add_argument("--image-version", default="0.5.11", metavar="TEXT", help="its version (%(default)s)")
+    guest.add_argument("--image-version", metavar="TEXT", help="its version (that of the release)")
     guest.add_argument("--image-dir", type=Path, metavar="DIR", help="boot this image (see `dstack-emu image build`)")
     guest.add_argument("--cpus", type=cpu_count, default=2, metavar="N", help="CPUs of the VM (%(default)s)")
     guest.add_argument(
@@ -116,10 +117,11 @@ def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
             ),
             settings=DomainSettings(
                 arguments.debug,
-                bytes(48) if arguments.mr_config_id is None else arguments.mr_config_id,
+                arguments.mr_config_id,
                 arguments.quote_version,
                 arguments.td15,
             ),
+            release=arguments.release,
             **more,
         )
     except FormatError as error:

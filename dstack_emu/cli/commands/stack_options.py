@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+from dstack_emu.cli.commands.common import add_release
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.simulator.seed import DEFAULT_SEED
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
@@ -15,6 +16,7 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
     """Add them, but for where it listens."""
     parser.add_argument("--fresh", action="store_true", help="stop at the runbook's start: no keys, policies that deny")
     parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="the same text gives the same bytes")
+    add_release(parser, "the dstack release that everything is of")
     parser.add_argument("--grpc", action="store_true", help="let agents and KMS serve gRPC, too")
     parser.add_argument(
         "--port",
@@ -36,6 +38,7 @@ def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str =
     ports: Mapping[str, int] = dict.fromkeys(_PORTS, 0) if free_ports else _PORTS
     return StackConfig(
         seed=arguments.seed,
+        release=arguments.release.name,
         fresh=arguments.fresh,
         host=host,
         ports={**ports, **dict(arguments.port)},
