@@ -1,5 +1,6 @@
 """An app that boots through a KMS, as a command of its own: its keys, certificates and events, and the ways to fail."""
 
+import hashlib
 import json
 import os
 import socket
@@ -102,17 +103,23 @@ AFTER = ["os-image-hash", "key-provider", "storage-fs", "system-ready"]
 
 def test_events_record_where_the_keys_came_from(booted: dict[str, Any]) -> None:
     measured = events(booted)
-    assert [name for name, _ in measured] == BOOT + AFTER
+    assert [name for name, _ in measured] == [*BOOT, "mr-kms", *AFTER]
     assert dict(measured)["os-image-hash"] == booted["os_image_hash"]
 
 
-def test_release_0_5_measures_the_kms_too(ready_stack: RunningStack, booted: dict[str, Any], tmp_path: Path) -> None:
-    with serving("boot", "--kms", ready_stack.services["kms-src"], "--release", "0.5") as old:
-        measured = events(old)
-        assert [name for name, _ in measured] == [*BOOT, "mr-kms", *AFTER]
-        assert dict(measured)["mr-kms"] == ready_stack.description["kms"]["src"]["mr_aggregated"]
-        assert old["mr_aggregated"] != booted["mr_aggregated"]
-        assert ask(old["dstack_sock"], "/GetTlsKey", {"subject": "old"})[0] == 200
+def test_release_0_6_measures_the_gpu_policy_and_not_the_kms(ready_stack: RunningStack, booted: dict[str, Any]) -> None:
+    allowed_image = ("--image-version", "0.5.11")  # the policy has this one
+    url = ready_stack.services["kms-src"]
+    with serving("boot", "--kms", url, "--release", "0.6", *allowed_image) as new:
+        measured = events(new)
+        assert [name for name, _ in measured] == [*BOOT[:3], "gpu-policy-hash", *BOOT[3:], *AFTER]
+        assert dict(measured)["gpu-policy-hash"] == hashlib.sha256(b"{}").hexdigest()
+        assert new["mr_aggregated"] != booted["mr_aggregated"]
+        assert ask(new["dstack_sock"], "/GetTlsKey", {"subject": "new"})[0] == 200
+
+
+def test_release_0_5_measures_the_kms(ready_stack: RunningStack, booted: dict[str, Any], tmp_path: Path) -> None:
+    assert dict(events(booted))["mr-kms"] == ready_stack.description["kms"]["src"]["mr_aggregated"]
     # Where the KMS's certificate says nothing of what it measures, there is nothing to record.
     copy_keys(tmp_path, ready_stack)
     silent = write_kms_toml(tmp_path, ready_stack, webhook=ready_stack.services["auth-src"], attests=False)
@@ -208,9 +215,10 @@ def test_key_file_with_keys_of_a_kms_gets_its_certificates_there(
     path = tmp_path / "appkeys.json"
     path.write_text(json.dumps(document))
     with serving("agent", "--keys", str(path)) as agent:
-        same = ("app_id", "instance_id", "mr_aggregated", "kms_url", "gateway_app_id")
+        same = ("app_id", "instance_id", "kms_url", "gateway_app_id")
         assert {name: agent[name] for name in same} == {name: booted[name] for name in same}
-        assert events(agent) == events(booted)
+        # The file does not say what the KMS measures.
+        assert events(agent) == [event for event in events(booted) if event[0] != "mr-kms"]
         question = {"path": "wallet"}
         assert ask(agent["dstack_sock"], "/GetKey", question) == ask(booted["dstack_sock"], "/GetKey", question)
         chain = ask(agent["dstack_sock"], "/GetTlsKey", {"subject": "app"})[1]["certificate_chain"]

@@ -139,7 +139,7 @@ async def test_quote_holds_and_replays(
     assert ZERO not in rtmrs.values()
     events = [event.event for event in quote.decode_event_log() if event.imr == 3]
     identity = ["system-preparing", "app-id", "compose-hash", "instance-id", "boot-mr-done"]
-    assert events[:9] == [*identity, "os-image-hash", "key-provider", "storage-fs", "system-ready"]
+    assert events[:10] == [*identity, "mr-kms", "os-image-hash", "key-provider", "storage-fs", "system-ready"]
     collateral = await dcap_qvl.get_collateral(ready_stack.services["pccs"], quote.decode_quote())
     verified = dcap_qvl.verify_with_root_ca(quote.decode_quote(), collateral, intel_root, int(time.time()))
     assert verified.status == "UpToDate"

@@ -43,8 +43,6 @@ class Release:
     """EmitEvent is answered with its removal, and measures nothing."""
     get_quote_has_attestation: bool
     """GetQuote's answer has the versioned attestation, too."""
-    checks_validity_order: bool
-    """A certificate's not_before has to be earlier than its not_after."""
 
     # Evidence.
     certificate_log_has_digests: bool
@@ -129,7 +127,6 @@ _0_5: Final = Release(
     ),
     emit_event_removed=False,
     get_quote_has_attestation=True,
-    checks_validity_order=False,
     certificate_log_has_digests=False,
     measures_kms=True,
     measures_init_scripts=False,
@@ -167,7 +164,6 @@ _0_6: Final = Release(
     v0_methods=MappingProxyType({"DstackGuest": _V0_METHODS, "Tappd": _TAPPD_METHODS, "Worker": _WORKER_METHODS}),
     emit_event_removed=True,
     get_quote_has_attestation=False,
-    checks_validity_order=True,
     certificate_log_has_digests=True,
     measures_kms=False,
     measures_init_scripts=True,
