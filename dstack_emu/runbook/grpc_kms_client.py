@@ -6,6 +6,7 @@ services are HTTP's here, too.
 Imported only for `--transport grpc`: grpcio costs time and memory.
 """
 
+import contextlib
 import json
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ from dstack_emu.attest.prpc import decode_json, encode_json
 from dstack_emu.runbook.kms_client import TIMEOUT, KmsAnswer, PrpcKmsClient
 from dstack_emu.runbook.target import TargetKms
 from dstack_emu.transport.errors import TransportError
-from dstack_emu.transport.grpc_client import StatusError, call, certificate_of
+from dstack_emu.transport.grpc_client import StatusError, call, certificate_of, running
 from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.ratls import AttestedServer, peer_of
 from dstack_emu.transport.tls import Identity
@@ -34,6 +35,8 @@ class GrpcKmsClient:
 
     def __init__(self) -> None:
         self._pages = PrpcKmsClient()
+        self._exit = contextlib.ExitStack()
+        self._exit.enter_context(running())
 
     def address(self, kms: TargetKms, method: str) -> str:
         """The port for clients without a certificate."""
@@ -77,5 +80,6 @@ class GrpcKmsClient:
         return await self._pages.post(url, document)
 
     async def close(self) -> None:
-        """Close the connections of HTTP; those of gRPC end with their calls."""
+        """Close the connections of HTTP, and end grpcio; connections of gRPC end with their calls."""
         await self._pages.close()
+        self._exit.close()

@@ -3,12 +3,16 @@
 Over TLS the server's certificate is looked up first, and then is what grpcio trusts: like `curl -k` this believes any
 server, which grpcio itself cannot be told to. What a server proves by its certificate is the caller's to verify.
 
+Whoever makes many calls keeps grpcio running between them by `running`: it starts its threads with the first of its
+objects and stops them with the last, which would be once a call.
+
 Not here: retries, connections that are kept. Upstream has no gRPC: this is ours.
 """
 
 import asyncio
 import contextlib
 import ssl
+from collections.abc import AsyncIterator, Iterator
 from typing import Final, TypeVar
 
 import grpc
@@ -34,8 +38,21 @@ _OPTIONS: Final[Options] = (
 )
 
 
+SLACK: Final = 1.0
+"""Seconds beyond a call's deadline in which grpcio must have ended it."""
+
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """How a client of HTTP/2 begins, with settings that change nothing (RFC 9113, section 3.4)."""
+
+
+@contextlib.contextmanager
+def running() -> Iterator[None]:
+    """Keep grpcio's threads until the block ends, however many calls are made in it, one after another or at once."""
+    grpc.aio.init_grpc_aio()
+    try:
+        yield
+    finally:
+        grpc.aio.shutdown_grpc_aio()
 
 
 class StatusError(Exception):
@@ -60,18 +77,24 @@ async def call(
 
     Raises `StatusError` where the server refuses, `TransportError` where no answer came.
     """
-    try:
-        async with asyncio.timeout(seconds):
-            if secure:
-                credentials, options = _trusting(await _certificate(target, identity), identity)
-            else:
-                credentials, options = None, ()
-                await _require_listener(target)
-    except (OSError, TimeoutError) as error:
-        raise TransportError(target, describe_failure(error, seconds)) from error
-    except FormatError as error:
-        raise TransportError(target, str(error)) from error
-    async with _channel(target, credentials, (*_OPTIONS, *options)) as channel:
+    credentials: grpc.ChannelCredentials | None = None
+    options: Options = ()
+    if secure:
+        async with _within(seconds, target, "TLS handshake"):
+            certificate = await _certificate(target, identity)
+        try:
+            credentials, options = _trusting(certificate, identity)
+        except FormatError as error:
+            raise TransportError(target, str(error)) from error
+    else:
+        async with _within(seconds, target, "connection"):
+            await _require_listener(target)
+    answer_to = f"answer to {method}"
+    # grpcio keeps the deadline of the call; the one around it is for a grpcio that does not.
+    async with (
+        _within(seconds + SLACK, target, answer_to),
+        _channel(target, credentials, (*_OPTIONS, *options)) as channel,
+    ):
         stub = channel.unary_unary(
             f"/{method}", request_serializer=type(request).SerializeToString, response_deserializer=answer.FromString
         )
@@ -80,7 +103,7 @@ async def call(
         except grpc.aio.AioRpcError as error:
             code, text = error.code(), error.details() or ""
             if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise TransportError(target, f"no answer within {seconds:g} s") from error
+                raise TransportError(target, _late(answer_to, seconds)) from error
             # A server that answered UNAVAILABLE is still there; where grpcio says it of itself, it is not.
             connected = channel.get_state() is grpc.ChannelConnectivity.READY
             if code is grpc.StatusCode.UNAVAILABLE and not connected:
@@ -92,29 +115,39 @@ async def call(
 
 
 async def certificate_of(target: str, *, seconds: float) -> bytes:
-    """The certificate (DER) that a server shows; raise `TransportError` where there is no TLS."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await _certificate(target, None)
-    except (OSError, TimeoutError) as error:
-        raise TransportError(target, describe_failure(error, seconds)) from error
+    """Return the certificate (DER) that a server shows; raise `TransportError` if there is no TLS."""
+    async with _within(seconds, target, "TLS handshake"):
+        return await _certificate(target, None)
 
 
 async def is_demanded(target: str, *, seconds: float) -> bool:
-    """Whether a server's TLS refuses a client that shows no certificate; raise `TransportError` where there is none."""
+    """Return whether a server's TLS refuses a client without a certificate; raise `TransportError` if there is none."""
+    async with _within(seconds, target, "TLS handshake and answer to the HTTP/2 preface"):
+        reader, writer = await asyncio.open_connection(*split(target), ssl=client_context())
+        try:
+            writer.write(PREFACE)  # which a server of HTTP/2 answers
+            await reader.read(1)
+        except ssl.SSLError as error:
+            return error.reason is not None and "CERTIFICATE_REQUIRED" in error.reason
+        finally:
+            writer.transport.abort()
+        return False
+
+
+@contextlib.asynccontextmanager
+async def _within(seconds: float, target: str, awaited: str) -> AsyncIterator[None]:
+    """Give the block a deadline and raise what fails in it as `TransportError`; `awaited` names what it waits for."""
     try:
         async with asyncio.timeout(seconds):
-            reader, writer = await asyncio.open_connection(*split(target), ssl=client_context())
-            try:
-                writer.write(PREFACE)  # which a server of HTTP/2 answers
-                await reader.read(1)
-            except ssl.SSLError as error:
-                return error.reason is not None and "CERTIFICATE_REQUIRED" in error.reason
-            finally:
-                writer.transport.abort()
-            return False
-    except (OSError, TimeoutError) as error:
-        raise TransportError(target, describe_failure(error, seconds)) from error
+            yield
+    except OSError as error:  # TimeoutError is one
+        late = isinstance(error, TimeoutError) and not error.errno
+        cause = _late(awaited, seconds) if late else describe_failure(error, seconds)
+        raise TransportError(target, cause) from error
+
+
+def _late(awaited: str, seconds: float) -> str:
+    return f"no {awaited} within {seconds:g} s"
 
 
 async def _certificate(target: str, identity: Identity | None) -> bytes:

@@ -20,7 +20,7 @@ import shutil
 import socket
 import ssl
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
@@ -60,6 +60,9 @@ MAX_STREAMS: Final = 100
 
 MAX_PENDING: Final = 10_000
 """Calls that may wait for their handler to start, over all connections; grpcio resets some beyond it."""
+
+STOP_TIMEOUT: Final = 5.0
+"""Seconds for which the end of grpcio's server is waited for."""
 
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_BODY),
@@ -120,18 +123,32 @@ class GrpcServer:
         return relay.target
 
     async def close(self) -> None:
-        """Stop listening, let calls in progress finish (see GRACE), end the streams."""
+        """Stop listening, let calls in progress finish (see GRACE), end the streams.
+
+        grpcio may take STOP_TIMEOUT seconds to end, and as long again once all connections are cut.
+        """
         for relay in self._relays:
             relay.stop_listening()
         await self._health.enter_graceful_shutdown()
         stopping = asyncio.create_task(self._server.stop(GRACE / 2))
         await self._calls.over(GRACE / 2)
-        await self._server.stop(None)  # who watches health, or holds a stream of reflection, would never leave
-        await stopping
+        # Who watches health, or holds a stream of reflection, would never leave.
+        ends = (stopping, asyncio.create_task(self._server.stop(None)))
+        _, late = await asyncio.wait(ends, timeout=STOP_TIMEOUT)
         for relay in self._relays:
             await relay.close(GRACE / 2)
+        if late:
+            await self._abandon(late)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _abandon(self, late: Iterable[asyncio.Task[None]]) -> None:
+        """Wait once more for grpcio to end, now that there is no connection; then leave it as it is."""
+        _, late = await asyncio.wait(late, timeout=STOP_TIMEOUT)
+        for task in late:
+            task.cancel()
+        if late:
+            _log.error("grpcio did not end its server at %s within %g s", self._path, 2 * STOP_TIMEOUT)
 
 
 async def serve_grpc(
