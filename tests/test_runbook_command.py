@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from dstack_emu.cli.runbook_report import Screen
+from dstack_emu.cli.runbook_report import RunbookReport
 from dstack_emu.runbook.target import Target, TargetError
 from dstack_emu.runbook.transcript import Step
 from tests.commands import run_command, usage_error
@@ -159,7 +159,7 @@ def test_colours_are_for_terminals_that_want_them(
     monkeypatch.setenv("NO_COLOR", no_color)
     ours, theirs = pty.openpty()
     with open(theirs, "w", encoding="utf-8") as terminal, open(ours, "rb", buffering=0) as seen:
-        Screen(terminal).step(Step("1.1", "a\033[2J", "b", "c", True, 0.0))
+        RunbookReport(terminal).step(Step("1.1", "a\033[2J", "b", "c", True, 0.0))
         line = seen.read(1000)
     assert (b"\033[32mok" in line) is coloured
     assert line.endswith(b" 1.1   a\\x1b[2J \xe2\x86\x92 b [expected: c]\r\n"), "a stack's words move no cursor"
@@ -335,14 +335,14 @@ def test_webhook_that_reads_other_policies_fails_what_depends_on_them(
     done = run_command("runbook", "--against", str(file))
     out = done.stdout.decode()
     assert done.returncode == 1
-    results = re.findall(r"^ +(\d)  .* (passed|FAILED|not judged)$", out, re.MULTILINE)
+    results = re.findall(r"^ +(\d)  .* (passed|FAILED|not checked)$", out, re.MULTILINE)
     assert results == [
         ("0", "passed"),
         ("1", "passed"),
         ("2", "FAILED"),
-        ("3", "not judged"),
-        ("4", "not judged"),
-        ("5", "not judged"),
+        ("3", "not checked"),
+        ("4", "not checked"),
+        ("5", "not checked"),
     ]
     assert "the rest of this case → kms-src has no keys" in out
     assert "2 of 6 passed." in out

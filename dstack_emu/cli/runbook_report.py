@@ -1,4 +1,4 @@
-"""How a run looks to a person: a line for each step as it is made, and a table at the end."""
+"""The report of a run on a terminal: a line for each step as it is recorded, and a table at the end."""
 
 import sys
 from typing import Final, TextIO
@@ -7,52 +7,52 @@ from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, 
 from dstack_emu.runbook.transcript import Case, Step, Transcript
 
 _STATES: Final = {True: ("ok", GREEN), False: ("FAILED", RED), None: ("skipped", YELLOW)}
-_RESULTS: Final = {True: ("passed", GREEN), False: ("FAILED", RED), None: ("not judged", YELLOW)}
+_RESULTS: Final = {True: ("passed", GREEN), False: ("FAILED", RED), None: ("not checked", YELLOW)}
 
 
-class Screen:
-    """Writes to one stream."""
+class RunbookReport:
+    """Writes the report to one stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._colour = stream, wants_colour(stream)
 
     def case(self, case: Case) -> None:
-        """Head a case."""
+        """Print the heading of a case."""
         title = f"Case {case.number}: {case.title}" if case.number else case.title.capitalize()
         self._line(f"\n{paint(title, BOLD, self._colour)}")
 
     def step(self, step: Step) -> None:
-        """Show what was asked, what came back, and what was expected."""
+        """Print a step: the call, its answer, and what was expected."""
         state, tone = _STATES[step.ok]
         text = f"{step.name:<5} {step.asked} → {step.got}"
         if step.expected:
             text += f" [expected: {step.expected}]"
         self._line(f"  {paint(f'{state:<7}', tone, self._colour)} {printable(text)}")
 
-    def summary(self, journal: Transcript) -> None:
-        """Show a table of the cases."""
-        width = max(len(case.title) for case in journal.cases)
+    def summary(self, transcript: Transcript) -> None:
+        """Print a table of the cases."""
+        width = max(len(case.title) for case in transcript.cases)
         head = f"case  {'':<{width}}  held  failed  skipped"
         self._line(f"\n{paint(head, BOLD, self._colour)}")
-        for case in journal.cases:
+        for case in transcript.cases:
             held, failed, skipped = (sum(step.ok is state for step in case.steps) for state in (True, False, None))
             result, tone = _RESULTS[case.ok]
             counts = f"{held:>4}  {failed:>6}  {skipped:>7}"
             self._line(f"{case.number:>4}  {case.title:<{width}}  {counts}  {paint(result, tone, self._colour)}")
-        passed = sum(case.ok is True for case in journal.cases)
-        verdict = f"{passed} of {len(journal.cases)} passed" if not journal.ok else "The runbook passes"
-        self._line(f"\n{paint(verdict + '.', GREEN if journal.ok else RED, self._colour)}")
+        passed = sum(case.ok is True for case in transcript.cases)
+        verdict = f"{passed} of {len(transcript.cases)} passed" if not transcript.ok else "The runbook passes"
+        self._line(f"\n{paint(verdict + '.', GREEN if transcript.ok else RED, self._colour)}")
 
     def _line(self, text: str) -> None:
         encoding = self._stream.encoding or "utf-8"
         print(text.encode(encoding, errors="replace").decode(encoding), file=self._stream, flush=True)
 
 
-def to_stdout() -> Screen:
-    """The screen of a person."""
-    return Screen(sys.stdout)
+def to_stdout() -> RunbookReport:
+    """Report on stdout."""
+    return RunbookReport(sys.stdout)
 
 
-def to_stderr() -> Screen:
-    """The screen of a person whose stdout is a program's."""
-    return Screen(sys.stderr)
+def to_stderr() -> RunbookReport:
+    """Report on stderr, because stdout is for JSON."""
+    return RunbookReport(sys.stderr)

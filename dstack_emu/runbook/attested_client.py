@@ -1,4 +1,4 @@
-"""A client with evidence, as an app that boots: a certificate under a KMS's temporary CA, with a quote inside."""
+"""A client with evidence, like an app that boots: its certificate, under a KMS's temporary CA, contains a quote."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -19,12 +19,12 @@ from dstack_emu.transport.tls import Identity
 CSR_VERSION: Final = 2
 CSR_NAME: Final = "runbook.example.test"
 IN_MRTD: Final = 200
-"""Offset of a byte that is within the measurement of the firmware in every version of a quote."""
+"""Offset of a byte within MRTD in every version of a quote."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttestedClient:
-    """Makes identities for an app: its agent quotes, the KMS's temporary CA signs."""
+    """Makes identities of an app: its agent quotes, and the KMS's temporary CA signs."""
 
     agent: GuestAgentClient
     temp_ca: CertificateAuthority
@@ -33,30 +33,30 @@ class AttestedClient:
 
     @classmethod
     def of(cls, answer: dict[str, Any], agent: GuestAgentClient, entropy: Entropy, clock: Clock) -> "AttestedClient":
-        """Take the CA from an answer of GetTempCaCert; raise `FormatError` where it is none."""
+        """Make a client with the CA in an answer of GetTempCaCert; raise `FormatError` if it cannot be read."""
         key = load_p256_pem(str(answer.get("temp_ca_key")), "temporary CA key")
         temp_ca = load_authority(str(answer.get("temp_ca_cert")), key, "temporary CA certificate")
         return cls(agent, temp_ca, entropy, clock)
 
     async def identity(self, *, forged: bool = False) -> Identity:
-        """A new key with evidence that binds it, of which one bit is changed if asked for.
+        """Make an identity of a new key with evidence that binds it; with `forged`, one bit of the quote is changed.
 
-        Raises `KmsError` where the agent gives none, as the others do.
+        Raises `KmsError` if the agent gives no evidence, as the other methods do.
         """
         key = self._key()
         evidence = await self._evidence(key)
         return self._issue(key, altered(evidence) if forged else evidence)
 
     async def identity_with_stolen_evidence(self) -> Identity:
-        """A new key with evidence that binds another one."""
+        """Make an identity of a new key with evidence that binds another one."""
         return self._issue(self._key(), await self._evidence(self._key()))
 
     def identity_without_evidence(self) -> Identity:
-        """A new key with none."""
+        """Make an identity of a new key without evidence."""
         return self._issue(self._key(), None)
 
     async def signing_request(self, *, forged: bool = False) -> dict[str, Any]:
-        """Arguments of SignCert for a new key with evidence, of which one bit is changed if asked for."""
+        """Return SignCert's arguments for a new key with evidence; with `forged`, one bit of the quote is changed."""
         key = self._key()
         evidence = await self._evidence(key)
         config = CertificateConfig(subject=CSR_NAME, alt_names=(CSR_NAME,), server_auth=True)
@@ -75,7 +75,7 @@ class AttestedClient:
 
 
 def altered(attestation: Attestation) -> Attestation:
-    """Evidence with one bit of its quote changed."""
+    """Return evidence with one bit of its quote changed."""
     quote = bytearray(attestation.quote)
     quote[IN_MRTD] ^= 1
     return replace(attestation, quote=bytes(quote))

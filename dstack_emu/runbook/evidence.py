@@ -1,7 +1,7 @@
-"""The archive of a run: what the runbook says to save, and the SHA-256 of each file.
+"""The archive of a run: the files that the runbook says to save, and the SHA-256 of each.
 
 The same run gives the same bytes: names are sorted, owners and times are fixed, and what differs from run to run (a
-free port, a temporary folder, a duration) is replaced or left out. Private keys are not in it.
+free port, a temporary folder, a duration) is replaced or omitted. It contains no private keys.
 """
 
 import gzip
@@ -25,20 +25,20 @@ _DURATION: Final = re.compile(r"\b\d+(\.\d+)? ?(ms|µs|s)\b")
 
 
 def normalised(text: str, names: Mapping[str, str]) -> str:
-    """A text with names in place of a stack's own addresses and folders."""
+    """Return a text with a stack's own addresses and folders replaced by names."""
     for address, name in sorted(names.items(), key=lambda item: -len(item[0])):
         text = text.replace(address, name)
     return text
 
 
 def normalised_log(lines: list[str], names: Mapping[str, str]) -> str:
-    """The same for a log, whose lines may name ports of clients and durations, too."""
+    """Return a log with the same replacements, and without ports of clients and durations."""
     text = normalised("".join(f"{line}\n" for line in lines), names)
     return _DURATION.sub("…", _PORT.sub(r"\1", text))
 
 
 def archive(files: Mapping[str, str], about: Mapping[str, Any]) -> bytes:
-    """Pack files, and a manifest that says what they are about, into a tar.gz."""
+    """Pack files and a manifest of them into a tar.gz."""
     contents = {name: text.encode() for name, text in files.items()}
     sums = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in contents.items()}
     manifest = {**about, "files": dict(sorted(sums.items()))}
@@ -56,10 +56,10 @@ def archive(files: Mapping[str, str], about: Mapping[str, Any]) -> bytes:
 
 
 class Destination:
-    """A file that is written whole or not at all. Made before the run, so that a path that is no good is known then."""
+    """A file that is written whole or not at all. It is made before the run, which reports an unusable path at once."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `OSError`."""
+        """Create a temporary file beside `path`; raise `OSError` if that is not possible."""
         self.path = path
         if path.is_dir():
             raise IsADirectoryError(21, "Is a directory")
@@ -68,7 +68,7 @@ class Destination:
         self._temporary: Path | None = Path(name)
 
     def write(self, data: bytes) -> None:
-        """Put the content in place. Raises `OSError`."""
+        """Write the content to the path. Raises `OSError`."""
         if self._temporary is None:
             raise ValueError("written or discarded already")
         self._temporary.write_bytes(data)
@@ -77,7 +77,7 @@ class Destination:
         self._temporary = None
 
     def discard(self) -> None:
-        """Leave nothing behind, unless it was written."""
+        """Remove the temporary file, if nothing was written."""
         if self._temporary is not None:
             self._temporary.unlink(missing_ok=True)
             self._temporary = None

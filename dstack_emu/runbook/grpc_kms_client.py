@@ -1,7 +1,7 @@
-"""Asking a KMS by gRPC, by its descriptors: the same JSON goes in and comes out as with pRPC, statuses are gRPC's own.
+"""A client of a KMS that speaks gRPC: the same JSON goes in and comes out as with pRPC, the statuses are gRPC's.
 
-Onboard is asked in plain, KMS over TLS, and with a client certificate at the port that demands one. Pages of other
-services are HTTP's here, too.
+Onboard is called without TLS, KMS over TLS, and with a client certificate at the port that demands one. Pages of other
+services are requested over HTTP.
 
 Imported only for `--transport grpc`: grpcio costs time and memory.
 """
@@ -29,7 +29,7 @@ PACKAGE: Final = kms_pb2.DESCRIPTOR.package
 
 
 class GrpcKmsClient:
-    """gRPC."""
+    """Calls by gRPC."""
 
     finishes_by_page = False
 
@@ -39,11 +39,17 @@ class GrpcKmsClient:
         self._exit.enter_context(running())
 
     def address(self, kms: TargetKms, method: str) -> str:
-        """The port for clients without a certificate."""
+        """Return the port for clients without a certificate."""
         return kms.grpc
 
     async def call(
-        self, kms: TargetKms, method: str, arguments: dict[str, Any], identity: Identity | None = None
+        self,
+        kms: TargetKms,
+        method: str,
+        arguments: dict[str, Any],
+        identity: Identity | None = None,
+        *,
+        seconds: float = TIMEOUT,
     ) -> KmsAnswer:
         """Call `kms.Service/Method` at the port that serves it."""
         descriptor: MethodDescriptor = default_pool().FindMethodByName(f"{PACKAGE}.{method}")
@@ -54,7 +60,7 @@ class GrpcKmsClient:
                 f"{PACKAGE}.{method.replace('.', '/')}",
                 request,
                 GetMessageClass(descriptor.output_type),
-                seconds=TIMEOUT,
+                seconds=seconds,
                 secure=not method.startswith("Onboard."),
                 identity=identity,
             )
@@ -64,8 +70,8 @@ class GrpcKmsClient:
             return KmsAnswer(0, f"no answer: {error.cause}", "")
         return KmsAnswer(200, json.loads(encode_json(answer)), "OK")
 
-    async def peer(self, kms: TargetKms, verifier: AttestationVerifier | None) -> AttestedServer:
-        """Judge the certificate that the gRPC port shows."""
+    async def verify_server(self, kms: TargetKms, verifier: AttestationVerifier | None) -> AttestedServer:
+        """Verify the certificate that the gRPC port shows."""
         try:
             return await peer_of(await certificate_of(kms.grpc, seconds=TIMEOUT), verifier)
         except (TransportError, FormatError) as error:

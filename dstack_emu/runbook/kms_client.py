@@ -1,10 +1,11 @@
-"""Asking a KMS as an operator asks it: a method and JSON go in, a status and JSON come out.
+"""Clients of a KMS for the runbook: a method and JSON go in, a status and JSON come out.
 
-`KmsClient` is the seam between the runbook and a transport. The one here is pRPC, in JSON over HTTP/1.1; the one for
-gRPC is in `runbook.grpc_kms_client`. No certificate of a server is checked in either, as the runbook's own `curl -sk`
-checks none: what a server proves is a step of its own.
+`KmsClient` is the interface between the runbook and a transport. The client here speaks pRPC, in JSON over HTTP/1.1;
+the one for gRPC is in `runbook.grpc_kms_client`. Neither verifies a server's certificate, as the runbook's own
+`curl -sk` does not: the evidence in it is verified in a step of its own.
 """
 
+import asyncio
 import json
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -22,14 +23,14 @@ from dstack_emu.transport.ratls import AttestedServer, RaTlsClient, RaTlsError
 from dstack_emu.transport.tls import Identity, client_context
 
 TIMEOUT: Final = 60.0
-"""Seconds for one call: a platform may take its time to quote."""
+"""Seconds for one call, unless another deadline is given: a platform may take long to quote."""
 
 
 @dataclass(frozen=True, slots=True)
 class KmsAnswer:
-    """What came back: a status, and the body, parsed where it is JSON. Status 0: nothing came, the body says why.
+    """An answer: its status, and its body, parsed if it is JSON. Status 0: no answer came, and the body says why.
 
-    Of a call by gRPC `code` is the name of its status, and `status` what pRPC has in its place: 200 or 400.
+    For a call by gRPC, `code` is the name of its status and `status` its counterpart in pRPC: 200 or 400.
     """
 
     status: int
@@ -43,12 +44,12 @@ class KmsAnswer:
 
     @property
     def shown(self) -> int | str:
-        """The status in its transport's own terms."""
+        """The status as its transport names it."""
         return self.code or self.status
 
     @property
     def success(self) -> str:
-        """What a success has as its status in that transport."""
+        """The status of a success in that transport."""
         return "200" if self.code is None else "OK"
 
     @property
@@ -60,38 +61,44 @@ class KmsAnswer:
         return text if isinstance(text, str) else str(self.body)
 
     def field(self, name: str) -> Any:
-        """A field of a success, None where there is none."""
+        """Return a field of a success, None if there is none."""
         return self.body.get(name) if self.ok and isinstance(self.body, dict) else None
 
 
 class KmsClient(Protocol):
-    """A transport. What it asks raises nothing, but for `peer`.
+    """A transport. Its methods raise nothing, except `verify_server`: a failure is an answer with the status 0.
 
-    With `finishes_by_page` the end of the onboard phase is a page, `/finish`, else the RPC Onboard.Finish.
+    With `finishes_by_page` the page `/finish` ends the onboard phase, otherwise the RPC Onboard.Finish.
     """
 
     finishes_by_page: bool
 
     def address(self, kms: TargetKms, method: str) -> str:
-        """Where a method of a KMS is asked, for a person."""
+        """Return the address of a method of a KMS, for messages."""
         ...
 
     async def call(
-        self, kms: TargetKms, method: str, arguments: dict[str, Any], identity: Identity | None = None
+        self,
+        kms: TargetKms,
+        method: str,
+        arguments: dict[str, Any],
+        identity: Identity | None = None,
+        *,
+        seconds: float = TIMEOUT,
     ) -> KmsAnswer:
-        """Call `Service.Method` of a KMS, with a client certificate if one is given."""
+        """Call `Service.Method` of a KMS, with a client certificate if one is given; wait at most `seconds`."""
         ...
 
-    async def peer(self, kms: TargetKms, verifier: AttestationVerifier | None) -> AttestedServer:
-        """What a KMS that runs proves by its certificate; raise `AttestError` where that does not hold."""
+    async def verify_server(self, kms: TargetKms, verifier: AttestationVerifier | None) -> AttestedServer:
+        """Verify the evidence in a running KMS's certificate; raise `AttestError` if it does not hold."""
         ...
 
     async def get(self, url: str) -> KmsAnswer:
-        """GET a page: not every question is an RPC."""
+        """GET a page of a service."""
         ...
 
     async def post(self, url: str, document: Any) -> KmsAnswer:
-        """POST JSON: not every service has RPCs."""
+        """POST JSON to a service that has no RPCs."""
         ...
 
     async def close(self) -> None:
@@ -108,18 +115,24 @@ class PrpcKmsClient:
         self._clients: dict[Identity | None, HttpClient] = {}
 
     def address(self, kms: TargetKms, method: str) -> str:
-        """The URL of the phase that serves it."""
+        """Return the URL of the phase that serves the method."""
         return kms.onboard if method.startswith("Onboard.") else kms.runtime
 
     async def call(
-        self, kms: TargetKms, method: str, arguments: dict[str, Any], identity: Identity | None = None
+        self,
+        kms: TargetKms,
+        method: str,
+        arguments: dict[str, Any],
+        identity: Identity | None = None,
+        *,
+        seconds: float = TIMEOUT,
     ) -> KmsAnswer:
         """POST to `/prpc/Service.Method?json`."""
         url = f"{self.address(kms, method)}/prpc/{method}?json"
-        return await self._ask("POST", url, json.dumps(arguments), identity)
+        return await self._request("POST", url, json.dumps(arguments), identity, seconds)
 
-    async def peer(self, kms: TargetKms, verifier: AttestationVerifier | None) -> AttestedServer:
-        """Judge the certificate behind an answer of GetMeta."""
+    async def verify_server(self, kms: TargetKms, verifier: AttestationVerifier | None) -> AttestedServer:
+        """Verify the certificate of the connection that answers GetMeta."""
         seen: list[AttestedServer] = []
         try:
             client = RaTlsClient(f"{kms.runtime}/prpc", verifier=verifier, check_peer=seen.append)
@@ -133,23 +146,28 @@ class PrpcKmsClient:
 
     async def get(self, url: str) -> KmsAnswer:
         """GET a page."""
-        return await self._ask("GET", url, None, None)
+        return await self._request("GET", url, None)
 
     async def post(self, url: str, document: Any) -> KmsAnswer:
         """POST JSON."""
-        return await self._ask("POST", url, json.dumps(document), None)
+        return await self._request("POST", url, json.dumps(document))
 
     async def close(self) -> None:
         """Close the connections."""
         for client in self._clients.values():
             await client.close()
 
-    async def _ask(self, verb: str, url: str, body: str | None, identity: Identity | None) -> KmsAnswer:
+    async def _request(
+        self, verb: str, url: str, body: str | None, identity: Identity | None = None, seconds: float = TIMEOUT
+    ) -> KmsAnswer:
         headers = {} if body is None else {"Content-Type": "application/json"}
         try:
-            answer = await self._client(identity).send(verb, url, None if body is None else body.encode(), headers)
+            async with asyncio.timeout(seconds):
+                answer = await self._client(identity).send(verb, url, None if body is None else body.encode(), headers)
         except (NoAnswerError, AnswerTooLongError) as error:
             return KmsAnswer(0, f"no answer: {error}")
+        except TimeoutError:
+            return KmsAnswer(0, f"no answer within {seconds:g} s")
         text = answer.body.decode(errors="replace")
         try:
             return KmsAnswer(answer.status, json.loads(text))

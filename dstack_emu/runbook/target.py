@@ -1,7 +1,7 @@
-"""What the runbook is carried out on: where two KMS, their webhooks' policy files and an app's agent are.
+"""The target of a run: the addresses of two KMS, their webhooks and an app's agent, and the policy files.
 
-The form is that of the line that `dstack-emu up --json` prints, and leaves in the state folder as stack.json. Keys that
-the runbook does not use are passed over, so that line is good as it is.
+The form is that of the line that `dstack-emu up --json` prints and writes to the state folder as stack.json. Keys that
+the runbook does not use are ignored, so that line can be used as it is.
 """
 
 import json
@@ -74,9 +74,9 @@ class _Description(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class TargetKms:
-    """One KMS: where it answers in its onboard phase and in its runtime phase, its webhook, and that one's policy.
+    """One KMS: its URLs in the onboard phase and in the runtime phase, its webhook, and the webhook's policy file.
 
-    `grpc` and `grpc_mtls` are its gRPC listeners (`host:port`), empty where they are not needed.
+    `grpc` and `grpc_mtls` are its gRPC listeners (`host:port`), empty if they are not needed.
     """
 
     onboard: str
@@ -89,11 +89,11 @@ class TargetKms:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A stack to carry the runbook out on.
+    """A stack to run the runbook on.
 
-    `source_url` is where kms-dst reaches kms-src. Without a `pccs` no evidence can be judged, without an `app` (a guest
-    agent, as URL or socket) there is no attested client, without a `verifier` nobody gives a second verdict. `names`
-    replaces what differs from run to run in evidence.
+    `source_url` is where kms-dst reaches kms-src. Without a `pccs` no evidence can be verified, without an `app` (a
+    guest agent, as URL or socket) there is no attested client, without a `verifier` there is no second verdict. `names`
+    has the names that replace, in the evidence, what differs from run to run.
     """
 
     kms: Mapping[str, TargetKms]
@@ -109,7 +109,7 @@ class Target:
     def load(cls, path: Path, source_url: str | None = None, *, by_grpc: bool = False) -> Self:
         """Read a description from a file; paths in it are relative to its folder. Raises `TargetError`.
 
-        `source_url` goes before the file's. With `by_grpc` it has to name gRPC listeners.
+        `source_url` replaces the file's. With `by_grpc` the description must name gRPC listeners.
         """
         try:
             document = json.loads(path.read_text())
@@ -125,7 +125,7 @@ class Target:
     def of(
         cls, document: Any, name: str, folder: Path, names: Mapping[str, str] = _NO_NAMES, *, by_grpc: bool = False
     ) -> Self:
-        """Take a description that is parsed already. Raises `TargetError`."""
+        """Read a description that is already parsed. Raises `TargetError`."""
         try:
             found = _Description.model_validate(document)
         except ValidationError as error:

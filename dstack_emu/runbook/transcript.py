@@ -1,4 +1,4 @@
-"""What was asked, what came back, what was expected: the steps of a run, and the files that its evidence is made of."""
+"""The transcript of a run: each step with its call, its answer and what was expected, and the files of its evidence."""
 
 import json
 import time
@@ -9,7 +9,7 @@ from typing import Any, Final
 from dstack_emu.runbook.kms_client import KmsAnswer
 
 SHOWN: Final = 80
-"""Characters of a value that a line shows in full; of a longer one it shows the beginning. Files have all of it."""
+"""Characters of a value that a line shows in full; of a longer one it shows the beginning. Files contain all of it."""
 BEGINNING: Final = 12
 NAMES: Final = 4
 """Names of an answer's fields that a line shows."""
@@ -19,20 +19,20 @@ _PRIVATE: Final = frozenset(("temp_ca_key", "ca_key", "k256_key", "disk_crypt_ke
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What an answer has to be, in words and as a question. Of a success the words go on from its status."""
+    """What an answer must be, in words and as a predicate. The words for a success follow its status."""
 
     text: str
     holds: Callable[[KmsAnswer], bool]
     is_success: bool = False
 
     def words(self, success: str) -> str:
-        """The words, with the status that a success has in this transport."""
+        """Return the words, with the status that a success has in this transport."""
         return f"{success} {self.text}".rstrip() if self.is_success else self.text
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step; `ok` is None where it could not be judged, and `got` says why."""
+    """One step; `ok` is None if it could not be checked, and `got` then says why."""
 
     name: str
     asked: str
@@ -44,7 +44,7 @@ class Step:
 
 @dataclass(slots=True)
 class Case:
-    """One test case and the steps made of it so far."""
+    """One test case and its steps so far."""
 
     number: int
     title: str
@@ -52,13 +52,13 @@ class Case:
 
     @property
     def ok(self) -> bool | None:
-        """Whether every step that could be judged holds; None where none could."""
-        judged = [step.ok for step in self.steps if step.ok is not None]
-        return all(judged) if judged else None
+        """Whether every step that could be checked holds; None if none could."""
+        checked = [step.ok for step in self.steps if step.ok is not None]
+        return all(checked) if checked else None
 
 
 class Transcript:
-    """Takes the steps down and tells `on_case` and `on_step` at once."""
+    """Records the steps, and calls `on_case` and `on_step` with each at once."""
 
     def __init__(self, on_case: Callable[[Case], None], on_step: Callable[[Step], None]) -> None:
         self.cases: list[Case] = []
@@ -74,11 +74,11 @@ class Transcript:
 
     @property
     def next_name(self) -> str:
-        """The name of the step that comes next, such as 3.2."""
+        """The name of the next step, such as 3.2."""
         return f"{self.cases[-1].number}.{len(self.cases[-1].steps) + 1}"
 
-    def note(self, asked: str, got: str, expected: str, ok: bool | None) -> bool:
-        """Take a step down; return whether it holds."""
+    def record(self, asked: str, got: str, expected: str, ok: bool | None) -> bool:
+        """Record a step; return whether it holds."""
         now = time.monotonic()
         step = Step(self.next_name, asked, got, expected, ok, now - self._since)
         self._since = now
@@ -87,17 +87,18 @@ class Transcript:
         return bool(ok)
 
     def keep(self, folder: str, name: str, document: Any) -> None:
-        """Keep a document as evidence of the step that comes next."""
-        step = f"{self.cases[-1].number}.{len(self.cases[-1].steps) + 1:02}"  # in a folder's listing in their order
+        """Keep a document as evidence of the next step."""
+        # Two digits, so that a listing of the folder has them in order.
+        step = f"{self.cases[-1].number}.{len(self.cases[-1].steps) + 1:02}"
         self.files[f"{folder}/{step}-{name}.json"] = json.dumps(document, indent=2, sort_keys=True) + "\n"
 
     @property
     def ok(self) -> bool:
-        """Whether every case was judged, and holds."""
+        """Whether every case was checked, and holds."""
         return all(case.ok for case in self.cases)
 
     def to_json(self, *, with_times: bool = True) -> list[dict[str, Any]]:
-        """The cases with all their steps."""
+        """Return the cases with all their steps."""
         cases = []
         for case in self.cases:
             steps = [asdict(step) for step in case.steps]
@@ -110,23 +111,23 @@ class Transcript:
         return cases
 
 
-# ---- words for answers
+# ---- answers as text
 
 
 def short(value: Any) -> str:
-    """A value in few characters."""
+    """Return a value in at most SHOWN characters."""
     text = value if isinstance(value, str) else json.dumps(value)
     text = " ".join(text.split())
     return text if len(text) <= SHOWN else f"{text[:BEGINNING]}… ({len(text)} characters)"
 
 
 def arguments_of(arguments: Mapping[str, Any]) -> str:
-    """The arguments of a call for a line."""
+    """Return the arguments of a call on one line."""
     return ", ".join(f"{name}={short(value)}" for name, value in arguments.items())
 
 
 def summary_of(answer: KmsAnswer) -> str:
-    """An answer for a line: its error in full, else the names of what it has."""
+    """Return an answer on one line: its error in full, or the names of its fields."""
     if answer.status == 0:
         return answer.error
     if not answer.ok:
@@ -138,7 +139,7 @@ def summary_of(answer: KmsAnswer) -> str:
 
 
 def redacted(value: Any) -> Any:
-    """A document without private keys."""
+    """Return a document without private keys."""
     if isinstance(value, dict):
         return {name: REDACTED if name in _PRIVATE and child else redacted(child) for name, child in value.items()}
     return [redacted(child) for child in value] if isinstance(value, list) else value
@@ -148,7 +149,7 @@ def redacted(value: Any) -> Any:
 
 
 def answers(*names: str, **values: Any) -> Expected:
-    """A success that has these fields, not empty, and these values."""
+    """Expect a success that has these fields, not empty, and these values."""
     wanted = [*names, *(f"{name} = {short(value)}" for name, value in values.items())]
 
     def holds(answer: KmsAnswer) -> bool:
@@ -162,12 +163,12 @@ def answers(*names: str, **values: Any) -> Expected:
 
 
 def says(text: str) -> Expected:
-    """A success whose body is this text."""
+    """Expect a success whose body is this text."""
     return Expected(text, lambda answer: answer.ok and answer.body == text, is_success=True)
 
 
 def refused(*reasons: str) -> Expected:
-    """An error that says one of these, in any case of letters."""
+    """Expect an error that contains one of these texts, in any case of letters."""
 
     def holds(answer: KmsAnswer) -> bool:
         text = answer.error.lower()

@@ -15,7 +15,7 @@ from dstack_emu.cli.commands.common import WARNING, Interrupted, UsageError, int
 from dstack_emu.cli.runbook_report import to_stderr, to_stdout
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import StackConfig
-from dstack_emu.runbook.cases import carry_out
+from dstack_emu.runbook.cases import run_cases
 from dstack_emu.runbook.evidence import Destination, archive, normalised, normalised_log
 from dstack_emu.runbook.kms_client import KmsClient, PrpcKmsClient
 from dstack_emu.runbook.runner import RunbookError, RunbookRun
@@ -35,13 +35,13 @@ PATIENCE: Final = 60.0
 LOGGED: Final = ("auth", "kms_emu", "simulator", "transport")
 
 
-def _grpc_caller() -> KmsClient:
+def _grpc_client() -> KmsClient:
     from dstack_emu.runbook.grpc_kms_client import GrpcKmsClient  # costs time and memory that nobody else should pay
 
     return GrpcKmsClient()
 
 
-TRANSPORTS: Final[Mapping[str, Callable[[], KmsClient]]] = {"prpc": PrpcKmsClient, "grpc": _grpc_caller}
+TRANSPORTS: Final[Mapping[str, Callable[[], KmsClient]]] = {"prpc": PrpcKmsClient, "grpc": _grpc_client}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,13 +93,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _run(arguments: argparse.Namespace, destination: Destination | None) -> int:
-    screen = to_stderr() if arguments.json else to_stdout()
-    journal = Transcript(screen.case, screen.step)
+    report = to_stderr() if arguments.json else to_stdout()
+    transcript = Transcript(report.case, report.step)
     about: dict[str, Any] = {"emulator": EMULATOR, "upstream": UPSTREAM, "transport": arguments.transport}
     by_grpc = arguments.transport == "grpc"
     if arguments.against:
         target = Target.load(arguments.against, source_url=arguments.source_url, by_grpc=by_grpc)
-        await _carry_out(arguments, target, journal, os.urandom)
+        await _run_cases(arguments, target, transcript, os.urandom)
         logs: dict[str, str] = {}
     else:
         about |= {"seed": arguments.seed}
@@ -107,24 +107,26 @@ async def _run(arguments: argparse.Namespace, destination: Destination | None) -
         config = StackConfig.on_free_ports(seed=arguments.seed, fresh=True, grpc=by_grpc)
         async with Stack(config, progress=lambda text: say(f"… {text}")) as stack:
             target = _target_of(stack)
-            await _carry_out(arguments, target, journal, Seed.of(arguments.seed).child("runbook").stream("client"))
+            await _run_cases(arguments, target, transcript, Seed.of(arguments.seed).child("runbook").stream("client"))
             logs = {
                 f"logs/{name}.log": normalised_log(stack.logs.lines(name, logging.INFO), target.names)
                 for name in stack.services
             }
-    screen.summary(journal)
+    report.summary(transcript)
     if destination is not None:
-        _write(destination, journal, target, about, logs)
+        _write(destination, transcript, target, about, logs)
         say(f"Evidence: {destination.path}")
     if arguments.json:
-        print(json.dumps({**about, "ok": journal.ok, "cases": journal.to_json()}), flush=True)
-    return 0 if journal.ok else 1
+        print(json.dumps({**about, "ok": transcript.ok, "cases": transcript.to_json()}), flush=True)
+    return 0 if transcript.ok else 1
 
 
-async def _carry_out(arguments: argparse.Namespace, target: Target, journal: Transcript, entropy: Entropy) -> None:
-    caller = TRANSPORTS[arguments.transport]()
-    async with RunbookRun(target, caller, journal, entropy=entropy, clock=wall_clock, patience=arguments.wait) as book:
-        await carry_out(book)
+async def _run_cases(arguments: argparse.Namespace, target: Target, transcript: Transcript, entropy: Entropy) -> None:
+    kms_client = TRANSPORTS[arguments.transport]()
+    async with RunbookRun(
+        target, kms_client, transcript, entropy=entropy, clock=wall_clock, patience=arguments.wait
+    ) as run:
+        await run_cases(run)
 
 
 def _target_of(stack: Stack) -> Target:
@@ -144,12 +146,12 @@ def _let_logs_through() -> None:
 
 
 def _write(
-    destination: Destination, journal: Transcript, target: Target, about: dict[str, Any], logs: Mapping[str, str]
+    destination: Destination, transcript: Transcript, target: Target, about: dict[str, Any], logs: Mapping[str, str]
 ) -> None:
-    report = {**about, "ok": journal.ok, "cases": journal.to_json(with_times=False)}
-    files = {**journal.files, "runbook.json": json.dumps(report, indent=2) + "\n"}
+    document = {**about, "ok": transcript.ok, "cases": transcript.to_json(with_times=False)}
+    files = {**transcript.files, "runbook.json": json.dumps(document, indent=2) + "\n"}
     named = {name: normalised(text, target.names) for name, text in files.items()}
     try:
-        destination.write(archive({**named, **logs}, {**about, "ok": journal.ok}))
+        destination.write(archive({**named, **logs}, {**about, "ok": transcript.ok}))
     except OSError as error:
         raise UsageError(f"--evidence: cannot write {destination.path}: {error.strerror}") from error
