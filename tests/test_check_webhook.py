@@ -15,16 +15,16 @@ from dstack_emu.attest.release import DEFAULT
 from dstack_emu.testing import LiveStack
 from dstack_emu.transport.listen import bind_tcp, serve
 from dstack_emu.webhook_check.check import AT_ONCE, AnswerCheck, Report, check_webhook
-from dstack_emu.webhook_check.questions import QuestionError, Questions
+from dstack_emu.webhook_check.sample_requests import SampleError, SampleRequests
 from tests.commands import run_command, serving, usage_error
 
-QUESTIONS = Questions.of_seed("dstack-emu")
+REQUESTS = SampleRequests.of_seed("dstack-emu")
 KMS, APP = "bootAuth/kms", "bootAuth/app"
 
 Answer = Callable[[web.Request, dict[str, Any]], Awaitable[web.StreamResponse]]
 
 INFO = {"status": "ok", "kmsContractAddr": "", "gatewayAppId": "any", "chainId": 1, "appImplementation": ""}
-KNOWN = {QUESTIONS.kms.mr_aggregated.hex(), QUESTIONS.app.mr_aggregated.hex()}
+KNOWN = {REQUESTS.kms.mr_aggregated.hex(), REQUESTS.app.mr_aggregated.hex()}
 
 
 async def right(request: web.Request, asked: dict[str, Any]) -> web.Response:
@@ -61,7 +61,7 @@ async def webhook(answer: Answer = right, info: Callable[[], web.StreamResponse]
 async def report_on(answer: Answer = right, info: Callable[[], web.StreamResponse] | None = None) -> Report:
     """Check a webhook that answers so, without waiting for long for one that never does."""
     async with webhook(answer, info) as url:
-        return await check_webhook(url, QUESTIONS, patience=0.5 if answer is hang else 10.0)
+        return await check_webhook(url, REQUESTS, patience=0.5 if answer is hang else 10.0)
 
 
 def timeless(report: Report) -> list[AnswerCheck]:
@@ -78,15 +78,15 @@ async def test_right_webhook_passes_without_a_warning() -> None:
     assert len(report.findings) == 24
 
 
-def test_auth_simple_of_a_stack_allows_the_questions_about_its_kms_and_app(dstack_stack: LiveStack) -> None:
+def test_auth_simple_of_a_stack_allows_the_requests_for_its_kms_and_app(dstack_stack: LiveStack) -> None:
     report = dstack_stack.check_webhook(dstack_stack.services["auth-src"])
     assert [finding for finding in timeless(report) if finding.level != "ok"] == []
     said = {finding.name: finding.said for finding in report.findings}
     assert said[KMS] == said[APP] == "allowed, gatewayAppId 'any'"
     refusal = {"readme": "TCB status is not up to date", "0.6": "TCB status is not allowed"}[DEFAULT.auth_contract]
     assert said["kms, TCB out of date, with advisories"] == f"denied: {refusal}"
-    assert said["KMS that nobody knows"] == "denied: OS image is not allowed"
-    assert said["app that nobody knows"] == "denied: app not registered"
+    assert said["unknown KMS"] == "denied: OS image is not allowed"
+    assert said["unknown app"] == "denied: app not registered"
 
 
 def test_auth_mock_passes_with_warnings_that_it_allows_everyone() -> None:
@@ -97,7 +97,7 @@ def test_auth_mock_passes_with_warnings_that_it_allows_everyone() -> None:
     assert (done.returncode, report["ok"], report["url"]) == (0, True, mock["url"])
     assert Counter(check["level"] for check in report["checks"] if check["name"] != "time") == {"ok": 19, "warning": 4}
     assert set(report["checks"][0]) == {"name", "level", "said", "breaks", "hint"}
-    assert b"it allows a KMS, and so gives away the root keys, whatever it measures" in shown.stdout
+    assert b"it allows a KMS, and so releases the root keys, whatever its measurements are" in shown.stdout
     assert b"\nNothing here breaks a KMS; " in shown.stdout
 
 
@@ -108,7 +108,7 @@ def test_denying_everyone_is_understood_and_shown() -> None:
     assert json.loads(done.stdout)["checks"][1]["said"] == "denied: mock policy: deny-all"
 
 
-async def test_questions_carry_the_kms_user_agent_and_content_type() -> None:
+async def test_requests_carry_the_kms_user_agent_and_content_type() -> None:
     seen = set()
 
     async def note(request: web.Request, asked: dict[str, Any]) -> web.Response:
@@ -216,11 +216,21 @@ BROKEN: dict[str, tuple[Answer, list[str], str, str]] = {
         answering(isAllowed="true"),
         BOTH,
         "invalid type: str `'true'`, expected a boolean for `isAllowed`",
-        "no text, no number",
+        "not a text or a number",
     ),
-    "isAllowed as a number": (answering(isAllowed=1), BOTH, "expected a boolean for `isAllowed`", "no text, no number"),
+    "isAllowed as a number": (
+        answering(isAllowed=1),
+        BOTH,
+        "expected a boolean for `isAllowed`",
+        "not a text or a number",
+    ),
     "no reason": (answering(reason=...), BOTH, "missing field `reason`", "all three fields are needed"),
-    "reason null": (answering(reason=None), BOTH, "invalid type: null, expected a string for `reason`", "no null"),
+    "reason null": (
+        answering(reason=None),
+        BOTH,
+        "invalid type: null, expected a string for `reason`",
+        "not null or a number",
+    ),
     "gatewayAppId left out": (answering(gatewayAppId=...), BOTH, "missing field `gatewayAppId`", "all three fields"),
     "snake_case": (text('{"is_allowed": true}'), BOTH, "missing field `isAllowed`", "all three fields"),
     "a field twice": (
@@ -243,7 +253,7 @@ BROKEN: dict[str, tuple[Answer, list[str], str, str]] = {
         answering(reason="x" * 1024 * 1024),
         BOTH,
         "answered more than 1048576 bytes",
-        "three fields are all that is read",
+        "only three fields are read",
     ),
     "silence": (hang, BOTH, "no answer within 0.5 s", "answer sooner, or deny"),
     "half an answer": (cut_off, BOTH, "connection closed within the answer", "a Content-Length that is right"),
@@ -255,15 +265,15 @@ BROKEN: dict[str, tuple[Answer, list[str], str, str]] = {
     ),
     "only KMS of next": (
         unless(lambda request, asked: "teeVariant" in asked, 400),
-        ["kms, as 0.5.x asks: attestationMode", "app, as 0.5.x asks: attestationMode"],
+        ["kms, as 0.5.x sends it: attestationMode", "app, as 0.5.x sends it: attestationMode"],
         "returned 400 Bad Request: no",
-        "take the question as it comes",
+        "accept the request as it is",
     ),
     "only KMS of 0.5.x": (
         unless(lambda request, asked: "attestationMode" in asked, 400),
-        ["kms, as next asks: teeVariant", "app, as next asks: teeVariant"],
+        ["kms, as next sends it: teeVariant", "app, as next sends it: teeVariant"],
         "returned 400 Bad Request: no",
-        "take the question as it comes",
+        "accept the request as it is",
     ),
     "an empty instance id": (
         unless(lambda request, asked: asked["instanceId"] != "", 400),
@@ -273,15 +283,15 @@ BROKEN: dict[str, tuple[Answer, list[str], str, str]] = {
     ),
     "an unknown app is a fault": (
         unless(lambda request, asked: asked["mrAggregated"] in KNOWN, 500),
-        ["app that nobody knows", "KMS that nobody knows"],
+        ["unknown app", "unknown KMS"],
         "returned 500 Internal Server Error: no",
-        "wrong for a plain denial",
+        "wrong for a denial",
     ),
     "an outdated TCB is a fault": (
         unless(lambda request, asked: asked["tcbStatus"] == "UpToDate", 500),
         ["kms, TCB out of date, with advisories", "app, TCB out of date, with advisories"],
         "returned 500 Internal Server Error: no",
-        "wrong for a plain denial",
+        "wrong for a denial",
     ),
     "KMS are unknown to it": (
         unless(lambda request, asked: request.match_info["who"] == "app", 404),
@@ -297,13 +307,13 @@ BROKEN: dict[str, tuple[Answer, list[str], str, str]] = {
     ),
     "a limited rate": (
         unless(at_most(20), 429),
-        [f"{KMS}, 20 times over one connection", f"{APP}, 20 times over one connection", "16 questions at once"],
+        [f"{KMS}, 20 times over one connection", f"{APP}, 20 times over one connection", "16 requests at once"],
         "returned 429 Too Many Requests: no",
         "do not limit the rate of a KMS",
     ),
     "one connection at a time": (
         unless(one_connection(), 503),
-        ["16 questions at once"],
+        ["16 requests at once"],
         f"{AT_ONCE - 1} of them: auth api",
         "right for a fault",
     ),
@@ -332,7 +342,11 @@ async def test_webhook_that_breaks_a_kms_is_named(name: str) -> None:
         ({"chainId": 2**64}, "expected u64 for `chainId`", "chainId is a whole number"),
         ({"chainId": 1.5}, "expected u64 for `chainId`", "chainId is a whole number"),
         ({"status": ...}, "missing field `status`", "GET / needs status, kmsContractAddr"),
-        ({"kmsContractAddr": None}, "invalid type: null, expected a string for `kmsContractAddr`", "no null"),
+        (
+            {"kmsContractAddr": None},
+            "invalid type: null, expected a string for `kmsContractAddr`",
+            "not null or a number",
+        ),
     ],
     ids=str,
 )
@@ -367,14 +381,14 @@ def flipping() -> Answer:
     [
         (answering(reason=""), "reasons", "bootAuth/kms and 12 more: denied without a reason"),
         (answering(reason="x" * 1001), "reasons", "a reason longer than 1000 characters"),
-        (answering(isAllowed=True), "app that nobody knows", "allowed: it allows an app that nobody can"),
-        (answering(isAllowed=True), "kms, TCB out of date, with advisories", "allowed: it allows a machine whose TCB"),
+        (answering(isAllowed=True), "unknown app", "allowed: it allows an app that nobody can"),
+        (answering(isAllowed=True), "kms, TCB out of date, with advisories", "allowed: it allows a platform whose TCB"),
         (flipping(), f"{APP}, 20 times over one connection", "now allowed, now denied"),
-        (text(DENIED), "headers of an answer", "Content-Type is text/plain; charset=utf-8: a KMS does not mind"),
+        (text(DENIED), "headers of an answer", "Content-Type is text/plain; charset=utf-8: a KMS ignores that"),
         (
             text(DENIED, content_type="application/json", headers={"Connection": "close"}),
             "headers of an answer",
-            "it ends the connection after each answer",
+            "it closes the connection after each answer",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -397,10 +411,10 @@ async def test_deciding_about_nothing_is_a_warning() -> None:
     app.add_routes([web.get("/", info), web.post("/bootAuth/{who}", allow)])
     server = await serve(app, bind_tcp("127.0.0.1", 0))
     try:
-        report = await check_webhook(server.url, QUESTIONS, patience=10.0)
+        report = await check_webhook(server.url, REQUESTS, patience=10.0)
     finally:
         await server.close()
-    nothing = {finding.name for finding in report.warnings if "without having been told" in finding.said}
+    nothing = {finding.name for finding in report.warnings if "without knowing about whom" in finding.said}
     assert nothing == {"kms, an empty object", "kms, no JSON", "app, an empty object", "app, no JSON"}
 
 
@@ -435,17 +449,17 @@ def test_own_values_are_asked_about(tmp_path: Path) -> None:
         ({"kms": {}, "apps": {}}, "kms: Extra inputs are not permitted; apps: Extra inputs are not permitted"),
     ],
 )
-def test_values_that_make_no_question_are_refused(document: Any, text: str) -> None:
-    with pytest.raises(QuestionError) as refusal:
-        QUESTIONS.with_values(document)
+def test_values_that_fit_no_request_are_refused(document: Any, text: str) -> None:
+    with pytest.raises(SampleError) as refusal:
+        REQUESTS.with_values(document)
     assert str(refusal.value).startswith(text)
 
 
 def test_values_for_both_replace_those_of_both() -> None:
-    changed = QUESTIONS.with_values({"osImageHash": "0xAB", "attestationMode": "other", "advisoryIds": ["A"]})
+    changed = REQUESTS.with_values({"osImageHash": "0xAB", "attestationMode": "other", "advisoryIds": ["A"]})
     for question in (changed.kms, changed.app):
         assert (question.os_image_hash, question.tee_variant, question.advisory_ids) == (b"\xab", "other", ("A",))
-    assert changed.app.app_id == QUESTIONS.app.app_id
+    assert changed.app.app_id == REQUESTS.app.app_id
 
 
 @pytest.mark.parametrize(

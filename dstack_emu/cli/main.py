@@ -30,7 +30,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "image": "build, measure, compare and serve OS images",
     "kms": "run one KMS from a kms.toml",
     "auth": "run one webhook that decides for a KMS: auth-simple, dstack-auth or auth-mock",
-    "check-webhook": "ask an auth webhook everything that a KMS asks, and say what would break it",
+    "check-webhook": "send an auth webhook everything that a KMS sends, and report what would break it",
     "setup": "set two KMS up that run elsewhere, and have an app allowed",
     "proto": "write the .proto files of all services",
     "health": "ask whether a stack, or one service, is ready",

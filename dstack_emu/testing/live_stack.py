@@ -19,7 +19,7 @@ from dstack_emu.testing.platforms import LiveImage, LivePlatform, LiveVendor
 from dstack_emu.testing.stack_thread import StackThread, SyncControl
 from dstack_emu.testing.trust_domains import LiveTrustDomain
 from dstack_emu.webhook_check.check import Report, check_webhook
-from dstack_emu.webhook_check.questions import Questions
+from dstack_emu.webhook_check.sample_requests import SampleRequests
 
 T = TypeVar("T")
 
@@ -138,8 +138,8 @@ class LiveStack:
 
     def check_webhook(self, url: str) -> Report:
         """Send a webhook every request that this stack's KMS would (`dstack-emu check-webhook`)."""
-        questions = Questions.of_seed(self.in_thread(lambda stack: stack.config.seed))
-        return self._thread.wait(check_webhook(url, questions))
+        requests = SampleRequests.of_seed(self.in_thread(lambda stack: stack.config.seed))
+        return self._thread.wait(check_webhook(url, requests))
 
     def snapshot(self, name: str = "snapshot") -> None:
         """Take a snapshot of the stack."""

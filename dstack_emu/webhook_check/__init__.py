@@ -1,1 +1,1 @@
-"""Somebody's own auth webhook, asked everything that a KMS asks, and judged by what the KMS makes of the answers."""
+"""Check an auth webhook: send every request that a KMS sends, and report the answers that it would not understand."""

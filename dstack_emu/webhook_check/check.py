@@ -1,7 +1,7 @@
-"""Does a KMS understand this webhook? Every question that it asks, and what would break it.
+"""Check that a KMS understands a webhook: send every request that a KMS sends, and report what would break it.
 
-The judge is the KMS's own client (`kms_emu.auth_api`): what it takes for a decision is one, and what breaks it is said
-in its words. Whether a decision is right is not judged, beyond warnings about answers that can hardly be meant.
+The KMS's own client (`kms_emu.auth_api`) reads the answers: what it accepts as a decision is one, and an error is in
+its words. Whether a decision is right is not checked; there are warnings about answers that can hardly be meant.
 """
 
 import asyncio
@@ -17,28 +17,28 @@ from dstack_emu.kms_emu.errors import UnavailableError
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.webhook_check.hints import hint_for
-from dstack_emu.webhook_check.questions import Questions, Variation
+from dstack_emu.webhook_check.sample_requests import SampleRequests, Variation
 
 IN_A_ROW: Final = 20
-"""Questions over one connection."""
+"""SampleRequests over one connection."""
 AT_ONCE: Final = 16
 SLOW: Final = 1.0
-"""Seconds from which an answer is worth a warning: GetAppKey waits for two."""
+"""Seconds beyond which an answer is worth a warning: GetAppKey waits for two."""
 LONG_REASON: Final = 1000
 SHOWN: Final = 120
-"""Characters of an error that nobody has to mind."""
+"""Characters shown of an error that is as it should be."""
 
 Level = Literal["ok", "warning", "broken", "skipped"]
 
 _NOBODY: Final = bytes.fromhex("ee" * 20)
-_SELF_CHECK: Final = "no KMS with this webhook boots, and one that runs gives nothing away"
+_SELF_CHECK: Final = "no KMS with this webhook boots, and a running one releases no keys"
 _NO_APP: Final = "no app gets keys or certificates"
-_META: Final = "GetMeta fails, and every app that asks for it while it boots"
+_META: Final = "GetMeta fails, and with it the boot of every app, which calls it"
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerCheck:
-    """One check: what was asked, what the KMS makes of the answer, and where it is `broken`, what that breaks."""
+    """One check: the request, how the KMS reads the answer, and if it is `broken`, what that breaks."""
 
     name: str
     level: Level
@@ -56,39 +56,39 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing breaks a KMS."""
+        """Whether no answer breaks a KMS."""
         return not self.broken
 
     @property
     def broken(self) -> tuple[AnswerCheck, ...]:
-        """What breaks a KMS."""
+        """The answers that break a KMS."""
         return tuple(finding for finding in self.findings if finding.level == "broken")
 
     @property
     def warnings(self) -> tuple[AnswerCheck, ...]:
-        """What is understood, and can hardly be meant."""
+        """The answers that a KMS understands, and that can hardly be meant."""
         return tuple(finding for finding in self.findings if finding.level == "warning")
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON says it."""
+        """Return the report as JSON has it."""
         return {"ok": self.ok, "url": self.url, "checks": [asdict(finding) for finding in self.findings]}
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """A question, where it is asked, and what is broken where no decision comes."""
+class _RequestCase:
+    """A request, its path, and what is broken if no decision comes."""
 
     name: str
     is_kms: bool
-    question: BootInfo
+    boot_info: BootInfo
     breaks: str
     unlikely: str = ""
-    """Why it can hardly be meant to be allowed."""
+    """Why an allowance can hardly be meant."""
 
 
-async def check_webhook(url: str, questions: Questions, *, patience: float = TIMEOUT) -> Report:
-    """Ask a webhook everything that a KMS asks, with `patience` seconds for each answer; none of them is raised."""
-    checker = _Checker(url, questions, patience)
+async def check_webhook(url: str, requests: SampleRequests, *, patience: float = TIMEOUT) -> Report:
+    """Send a webhook everything that a KMS sends and return the report; each answer has `patience` seconds."""
+    checker = _Checker(url, requests, patience)
     try:
         return Report(url, tuple([finding async for finding in checker.all()]))
     finally:
@@ -96,97 +96,97 @@ async def check_webhook(url: str, questions: Questions, *, patience: float = TIM
 
 
 class _Checker:
-    def __init__(self, url: str, questions: Questions, patience: float) -> None:
-        self.url, self.questions, self._patience = url, questions, patience
+    def __init__(self, url: str, requests: SampleRequests, patience: float) -> None:
+        self.url, self.requests, self._patience = url, requests, patience
         self.auth = WebhookAuth(url, timeout=patience)
         self._slowest = 0.0
         self._unexplained: list[str] = []
         self._long: list[str] = []
 
     async def all(self) -> AsyncIterator[AnswerCheck]:
-        """Check after check; what cannot be asked for want of an answer is skipped."""
+        """Yield one check after another; skip those that need an answer which did not come."""
         yield await self._info()
         plain = [
-            _Asked("bootAuth/kms", True, self.questions.kms, _SELF_CHECK),
-            _Asked("bootAuth/app", False, self.questions.app, _NO_APP),
+            _RequestCase("bootAuth/kms", True, self.requests.kms, _SELF_CHECK),
+            _RequestCase("bootAuth/app", False, self.requests.app, _NO_APP),
         ]
         answered = []
-        for asked in plain:
-            finding = await self._decision(asked)
+        for case in plain:
+            finding = await self._decision(case)
             yield finding
             if finding.level != "broken":
-                answered.append(asked)
+                answered.append(case)
         if len(answered) < len(plain):
-            yield AnswerCheck("variations, load, connections", "skipped", "no sense before both paths give decisions")
+            yield AnswerCheck("variations, load, connections", "skipped", "needs decisions from both paths")
             return
-        for asked in self._variations():
-            yield await self._decision(asked)
-        for asked in self._nonsense():
-            yield await self._refusal(asked)
-        for asked in plain:
-            yield await self._repeated(asked)
+        for case in self._variations():
+            yield await self._decision(case)
+        for case in self._malformed():
+            yield await self._refusal(case)
+        for case in plain:
+            yield await self._repeated(case)
         yield await self._at_once()
         yield await self._plain_answer()
-        for finding in self._noticed():
+        for finding in self._overall():
             yield finding
 
-    def _variations(self) -> Iterator[_Asked]:
-        """What KMS of other releases, other machines and other apps ask."""
-        kms, app = self.questions.kms, self.questions.app
-        for is_kms, question in ((True, kms), (False, app)):
+    def _variations(self) -> Iterator[_RequestCase]:
+        """Yield what KMS of other releases, for other platforms and other apps, send."""
+        kms, app = self.requests.kms, self.requests.app
+        for is_kms, boot_info in ((True, kms), (False, app)):
             who, breaks = ("kms", _SELF_CHECK) if is_kms else ("app", _NO_APP)
-            yield _Asked(
-                f"{who}, as 0.5.x asks: attestationMode",
+            yield _RequestCase(
+                f"{who}, as 0.5.x sends it: attestationMode",
                 is_kms,
-                Variation.of(question, variant_members=("attestationMode",)),
+                Variation.of(boot_info, variant_members=("attestationMode",)),
                 f"with a KMS of 0.5.x: {breaks}",
             )
-            yield _Asked(
-                f"{who}, as next asks: teeVariant",
+            yield _RequestCase(
+                f"{who}, as next sends it: teeVariant",
                 is_kms,
-                Variation.of(question, variant_members=("teeVariant",)),
+                Variation.of(boot_info, variant_members=("teeVariant",)),
                 f"with a KMS of next: {breaks}",
             )
-            yield _Asked(
+            yield _RequestCase(
                 f"{who}, with fields of a later release",
                 is_kms,
-                Variation.of(question, more='{"somethingNew": "00", "alsoNew": {"nested": [1, null]}}'),
+                Variation.of(boot_info, more='{"somethingNew": "00", "alsoNew": {"nested": [1, null]}}'),
                 f"after an update of the KMS: {breaks}",
             )
-            yield _Asked(
+            yield _RequestCase(
                 f"{who}, TCB out of date, with advisories",
                 is_kms,
-                replace(question, tcb_status="OutOfDate", advisory_ids=("INTEL-SA-00837", "INTEL-SA-01079")),
-                f"on a machine that wants an update the caller sees an error, not a refusal: {breaks}",
-                "it allows a machine whose TCB is out of date",
+                replace(boot_info, tcb_status="OutOfDate", advisory_ids=("INTEL-SA-00837", "INTEL-SA-01079")),
+                f"on a platform that needs an update the caller gets an error, not a refusal: {breaks}",
+                "it allows a platform whose TCB is out of date",
             )
-        yield _Asked(
+        yield _RequestCase(
             "app without instance id and key provider",
             False,
             replace(app, instance_id=b"", key_provider_info=b""),
             "apps whose compose has no_instance_id get no keys",
         )
-        yield _Asked(
-            "app that nobody knows",
+        yield _RequestCase(
+            "unknown app",
             False,
             replace(app, app_id=_NOBODY, compose_hash=bytes(32), mr_aggregated=bytes(32)),
-            "whoever deploys an app that is not registered sees an error, not a refusal",
+            "whoever deploys an app that is not registered gets an error, not a refusal",
             "it allows an app that nobody can have registered",
         )
-        yield _Asked(
-            "KMS that nobody knows",
+        yield _RequestCase(
+            "unknown KMS",
             True,
             replace(kms, mr_aggregated=bytes(32), os_image_hash=bytes(32)),
-            "whoever starts a KMS that is not registered sees an error, not a refusal",
-            "it allows a KMS, and so gives away the root keys, whatever it measures",
+            "whoever starts a KMS that is not registered gets an error, not a refusal",
+            "it allows a KMS, and so releases the root keys, whatever its measurements are",
         )
 
-    def _nonsense(self) -> Iterator[_Asked]:
-        """What no KMS asks. An error is as good an answer as a denial."""
-        for is_kms, question in ((True, self.questions.kms), (False, self.questions.app)):
+    def _malformed(self) -> Iterator[_RequestCase]:
+        """Yield what no KMS sends. An error is as good an answer as a denial."""
+        for is_kms, boot_info in ((True, self.requests.kms), (False, self.requests.app)):
             who = "kms" if is_kms else "app"
-            yield _Asked(f"{who}, an empty object", is_kms, Variation.of(question, instead=b"{}"), "")
-            yield _Asked(f"{who}, no JSON", is_kms, Variation.of(question, instead=b"isAllowed"), "")
+            yield _RequestCase(f"{who}, an empty object", is_kms, Variation.of(boot_info, instead=b"{}"), "")
+            yield _RequestCase(f"{who}, no JSON", is_kms, Variation.of(boot_info, instead=b"isAllowed"), "")
 
     async def _info(self) -> AnswerCheck:
         try:
@@ -195,48 +195,48 @@ class _Checker:
             return _broken("GET /", error, _META)
         return AnswerCheck("GET /", "ok", f"gatewayAppId {info.gateway_app_id!r}, chainId {info.chain_id}")
 
-    async def _ask(self, asked: _Asked) -> Decision:
+    async def _decide(self, case: _RequestCase) -> Decision:
         began = time.monotonic()
-        decision = await self.auth.decide(asked.question, is_kms=asked.is_kms)
+        decision = await self.auth.decide(case.boot_info, is_kms=case.is_kms)
         self._slowest = max(self._slowest, time.monotonic() - began)
         if not decision.is_allowed and not decision.reason:
-            self._unexplained.append(asked.name)
+            self._unexplained.append(case.name)
         if len(decision.reason) > LONG_REASON:
-            self._long.append(asked.name)
+            self._long.append(case.name)
         return decision
 
-    async def _decision(self, asked: _Asked) -> AnswerCheck:
+    async def _decision(self, case: _RequestCase) -> AnswerCheck:
         try:
-            decision = await self._ask(asked)
+            decision = await self._decide(case)
         except UnavailableError as error:
-            return _broken(asked.name, error, asked.breaks)
-        if decision.is_allowed and asked.unlikely:
-            return AnswerCheck(asked.name, "warning", f"allowed: {asked.unlikely}")
-        return AnswerCheck(asked.name, "ok", _said(decision))
+            return _broken(case.name, error, case.breaks)
+        if decision.is_allowed and case.unlikely:
+            return AnswerCheck(case.name, "warning", f"allowed: {case.unlikely}")
+        return AnswerCheck(case.name, "ok", _said(decision))
 
-    async def _refusal(self, asked: _Asked) -> AnswerCheck:
+    async def _refusal(self, case: _RequestCase) -> AnswerCheck:
         try:
-            decision = await self.auth.decide(asked.question, is_kms=asked.is_kms)
+            decision = await self.auth.decide(case.boot_info, is_kms=case.is_kms)
         except UnavailableError as error:
-            return AnswerCheck(asked.name, "ok", f"an error, as it should be: {str(error)[:SHOWN]}")
+            return AnswerCheck(case.name, "ok", f"an error, as it should be: {str(error)[:SHOWN]}")
         if decision.is_allowed:
-            return AnswerCheck(asked.name, "warning", "allowed: it decides without having been told about whom")
-        return AnswerCheck(asked.name, "ok", _said(decision))
+            return AnswerCheck(case.name, "warning", "allowed: it decides without knowing about whom")
+        return AnswerCheck(case.name, "ok", _said(decision))
 
-    async def _repeated(self, asked: _Asked) -> AnswerCheck:
-        name = f"{asked.name}, {IN_A_ROW} times over one connection"
+    async def _repeated(self, case: _RequestCase) -> AnswerCheck:
+        name = f"{case.name}, {IN_A_ROW} times over one connection"
         decisions = set()
         for number in range(IN_A_ROW):
             try:
-                decisions.add((await self._ask(asked)).is_allowed)
+                decisions.add((await self._decide(case)).is_allowed)
             except UnavailableError as error:
-                return _broken(name, error, f"now and then: {asked.breaks}", f"question {number + 1}: ")
+                return _broken(name, error, f"now and then: {case.breaks}", f"request {number + 1}: ")
         return _steady(name, decisions)
 
     async def _at_once(self) -> AnswerCheck:
-        name, breaks = f"{AT_ONCE} questions at once", "when many apps boot together, some get no keys"
-        asked = _Asked("bootAuth/app", False, self.questions.app, breaks)
-        answers = await asyncio.gather(*(self._ask(asked) for _ in range(AT_ONCE)), return_exceptions=True)
+        name, breaks = f"{AT_ONCE} requests at once", "when many apps boot together, some get no keys"
+        case = _RequestCase("bootAuth/app", False, self.requests.app, breaks)
+        answers = await asyncio.gather(*(self._decide(case) for _ in range(AT_ONCE)), return_exceptions=True)
         for answer in answers:
             if isinstance(answer, UnavailableError):
                 failed = sum(isinstance(a, UnavailableError) for a in answers)
@@ -246,30 +246,30 @@ class _Checker:
         return _steady(name, {answer.is_allowed for answer in answers if isinstance(answer, Decision)})
 
     async def _plain_answer(self) -> AnswerCheck:
-        """Look at what a KMS does not look at: an answer's headers."""
+        """Check the headers of an answer, which a KMS ignores."""
         name, url = "headers of an answer", f"{self.url.rstrip('/')}/bootAuth/app"
         client = HttpClient(
             timeout=self._patience, max_answer=MAX_ANSWER, headers={"User-Agent": kms_user_agent(DEFAULT)}
         )
         try:
             headers = {"Content-Type": "application/json"}
-            answer = await client.send("POST", url, self.questions.app.to_json(), headers)
+            answer = await client.send("POST", url, self.requests.app.to_json(), headers)
         except (NoAnswerError, AnswerTooLongError) as error:
-            return AnswerCheck(name, "warning", f"asked once more, it did not answer: {error}")
+            return AnswerCheck(name, "warning", f"requested once more, it did not answer: {error}")
         finally:
             await client.close()
         content_type = answer.headers.get("content-type", "none")
         if content_type.partition(";")[0].strip().lower() != "application/json":
-            said = f"Content-Type is {content_type}: a KMS does not mind, but other clients will"
+            said = f"Content-Type is {content_type}: a KMS ignores that, other clients do not"
             return AnswerCheck(name, "warning", said)
         if answer.headers.get("connection", "").lower() == "close":
             return AnswerCheck(
-                name, "warning", "it ends the connection after each answer: each question needs a new one"
+                name, "warning", "it closes the connection after each answer, so each request needs a new one"
             )
         return AnswerCheck(name, "ok", content_type)
 
-    def _noticed(self) -> Iterator[AnswerCheck]:
-        """What there is to say of all answers together."""
+    def _overall(self) -> Iterator[AnswerCheck]:
+        """Yield the checks of all answers together."""
         level: Level = "warning" if self._slowest > SLOW else "ok"
         said = f"the slowest took {self._slowest:.2f} s; GetAppKey waits for two, and gives up after {TIMEOUT:g} s each"
         yield AnswerCheck("time", level, said)

@@ -1,4 +1,4 @@
-"""What to do about an answer that a KMS does not understand, by the words in which it says so."""
+"""Hints on answers that a KMS does not understand, found by the words of its error."""
 
 import re
 from typing import Final
@@ -8,35 +8,35 @@ _HINTS: Final = (
     (r"returned 40[45]", "serve GET / and POST /bootAuth/kms and /bootAuth/app, each below the URL, without a slash"),
     (
         r"returned 40[13]",
-        "a KMS sends no credentials and reads no denial out of a status: deny with status 200 and isAllowed false",
+        "a KMS sends no credentials, and a status is no denial: deny with status 200 and isAllowed false",
     ),
     (
         r"returned (400|415|422)",
-        "take the question as it comes: application/json, camelCase, hex without 0x, fields that are new or empty",
+        "accept the request as it is: application/json, camelCase, hex without 0x, fields that are new or empty",
     ),
-    (r"returned 429", "do not limit the rate of a KMS: it asks for every key"),
-    (r"returned 5\d\d", "a fault behind the webhook is an error: right for a fault, wrong for a plain denial"),
-    (r"returned \d", "answer with status 200, to a denial as well"),
-    (r"missing field `(isAllowed|reason|gatewayAppId)`", "all three fields are needed, to a denial as well"),
+    (r"returned 429", "do not limit the rate of a KMS: it sends a request for every key"),
+    (r"returned 5\d\d", "an error is right for a fault behind the webhook, and wrong for a denial"),
+    (r"returned \d", "answer with status 200, also for a denial"),
+    (r"missing field `(isAllowed|reason|gatewayAppId)`", "all three fields are needed, also for a denial"),
     (
         r"missing field `",
         "GET / needs status, kmsContractAddr, gatewayAppId, chainId and appImplementation",
     ),
-    (r"expected a boolean", "isAllowed is true or false: no text, no number"),
-    (r"expected a string", "a text, empty where there is none: no null, no number"),
-    (r"expected u64", "chainId is a whole number from 0 to 2^64-1: no text, no fraction"),
+    (r"expected a boolean", "isAllowed is true or false, not a text or a number"),
+    (r"expected a string", "a text, empty if there is nothing to say, not null or a number"),
+    (r"expected u64", "chainId is a whole number from 0 to 2^64-1, not a text or a fraction"),
     (r"duplicate field", "write each field once"),
     (r"expected struct", "the answer is one JSON object"),
     (r"failed to decode", "the body is JSON in UTF-8, and nothing but that"),
-    (r"no answer within", "answer sooner, or deny: whatever stands behind the webhook needs a limit of its own"),
-    (r"answered more than", "keep the answer short: three fields are all that is read"),
+    (r"no answer within", "answer sooner, or deny: whatever the webhook waits for needs a time limit of its own"),
+    (r"answered more than", "keep the answer short: only three fields are read"),
     (r"connection closed within", "send the whole body, and a Content-Length that is right"),
-    (r"connection closed before|Connection reset", "answer each question, also further ones over the same connection"),
+    (r"connection closed before|Connection reset", "answer each request, also further ones over the same connection"),
     (r"Connection refused|no such host|No route|unreachable", "is it running, and at this address?"),
     (r"TLS: ", "the certificate must be one that this machine trusts, for the name in the URL"),
 )
 
 
 def hint_for(text: str) -> str:
-    """What to do about it; empty where nothing is known."""
+    """Return what to do about an error; empty if nothing is known."""
     return next((hint for pattern, hint in _HINTS if re.search(pattern, text)), "")

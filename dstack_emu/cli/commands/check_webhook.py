@@ -1,4 +1,4 @@
-"""`dstack-emu check-webhook`: would a KMS understand this auth webhook?"""
+"""`dstack-emu check-webhook`: check that a KMS understands an auth webhook."""
 
 import argparse
 import asyncio
@@ -16,14 +16,14 @@ from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, 
 from dstack_emu.kms_emu.auth_api import TIMEOUT
 from dstack_emu.simulator.seed import DEFAULT_SEED
 from dstack_emu.webhook_check.check import Report, check_webhook
-from dstack_emu.webhook_check.questions import QuestionError, Questions
+from dstack_emu.webhook_check.sample_requests import SampleError, SampleRequests
 
 DESCRIPTION = (
-    "Ask an auth webhook everything that a KMS asks, as a KMS of 0.5.x, of next and of a later release asks it, about "
-    "KMS and apps that are known, unknown and out of date, one after the other and all at once. Its answers are judged "
-    "by the emulated KMS's own client. Exit 0 when nothing breaks a KMS, 1 when something does. Decisions are shown, "
-    "and not judged: whom to allow is the webhook's business. Questions are about the KMS and the app of a stack with "
-    "the default seed, unless --seed or --boot-info say otherwise."
+    "Send an auth webhook everything that a KMS of 0.5.x, of next and of a later release sends, for KMS and apps that "
+    "are known, unknown and out of date, one request after another and many at once. The emulated KMS's own client "
+    "reads the answers. Exit 0 if nothing breaks a KMS, 1 if something does. Decisions are shown and not checked: whom "
+    "to allow is up to the webhook. The requests are for the KMS and the app of a stack with the default seed, unless "
+    "--seed or --boot-info say otherwise."
 )
 
 _TONES: Final = {"ok": GREEN, "warning": YELLOW, "broken": RED, "skipped": YELLOW}
@@ -32,12 +32,12 @@ _TONES: Final = {"ok": GREEN, "warning": YELLOW, "broken": RED, "skipped": YELLO
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("url", metavar="URL", type=_url, help="the webhook, as core.auth_api.webhook.url has it")
-    parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="ask about the stack of this seed")
+    parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="send the values of this seed's stack")
     parser.add_argument(
         "--boot-info",
         type=Path,
         metavar="FILE",
-        help='own values: JSON with fields of a question (mrAggregated, appId, …), or {"kms": {…}, "app": {…}}',
+        help='own values: JSON with fields of a request (mrAggregated, appId, …), or {"kms": {…}, "app": {…}}',
     )
     parser.add_argument(
         "--timeout",
@@ -71,14 +71,14 @@ def _seconds(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask, and show."""
-    questions = Questions.of_seed(arguments.seed)
+    """Check the webhook and print the report."""
+    requests = SampleRequests.of_seed(arguments.seed)
     if arguments.boot_info is not None:
         try:
-            questions = questions.with_values(_read(arguments.boot_info))
-        except QuestionError as error:
+            requests = requests.with_values(_read(arguments.boot_info))
+        except SampleError as error:
             raise UsageError(printable(f"{arguments.boot_info}: {error}")) from error
-    report = asyncio.run(check_webhook(arguments.url, questions, patience=arguments.timeout))
+    report = asyncio.run(check_webhook(arguments.url, requests, patience=arguments.timeout))
     if arguments.json:
         show(json.dumps(report.to_json()))
     else:
@@ -90,7 +90,7 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise QuestionError(f"JSON cannot be read from it: {error}") from error
+        raise SampleError(f"JSON cannot be read from it: {error}") from error
 
 
 def _render(report: Report, colour: bool) -> Iterator[str]:

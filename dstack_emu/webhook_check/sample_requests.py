@@ -1,4 +1,4 @@
-"""What a webhook is asked: the questions of a stack's KMS about itself and about an app, and variations of them.
+"""Requests for a webhook: those of a stack's KMS for itself and for an app, and variations of them.
 
 The values are those of a seed's stack: a webhook that allows the KMS and the app of `dstack-emu up` allows these.
 """
@@ -21,11 +21,11 @@ from dstack_emu.transport.validation import describe
 
 Hex = Annotated[str, StringConstraints(pattern=r"^(0x)?([0-9a-fA-F]{2})*$", max_length=10_000)]
 _TEXTS: Final = ("tcb_status", "advisory_ids", "tee_variant")
-"""The fields of a question that are no bytes."""
+"""The fields of a request that are text."""
 
 
-class QuestionError(Exception):
-    """Values that make no question; the text says which."""
+class SampleError(Exception):
+    """Values that cannot be put into a request; the text says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,9 @@ class Variation(BootInfo):
     instead: bytes | None = None
 
     @classmethod
-    def of(cls, question: BootInfo, **changes: Any) -> Self:
-        """Vary a question."""
-        return cls(**{field.name: getattr(question, field.name) for field in fields(BootInfo)}, **changes)
+    def of(cls, boot_info: BootInfo, **changes: Any) -> Self:
+        """Vary a request."""
+        return cls(**{field.name: getattr(boot_info, field.name) for field in fields(BootInfo)}, **changes)
 
     def to_json(self, *, variant_members: tuple[str, ...] = ()) -> bytes:
         """Encode the webhook's request; the variation's own `variant_members` stand for those of the KMS's release."""
@@ -53,7 +53,7 @@ class Variation(BootInfo):
 
 
 class _Values(BaseModel):
-    """Fields of a question, by the names that the webhook knows, in place of the seed's."""
+    """Fields of a request, by the names in its JSON, that replace the seed's."""
 
     model_config = ConfigDict(extra="forbid", alias_generator=to_camel)
 
@@ -70,17 +70,17 @@ class _Values(BaseModel):
     tee_variant: str | None = None
     attestation_mode: str | None = Field(default=None, exclude=True)
 
-    def put_into(self, question: Variation) -> Variation:
-        """The question with these values."""
+    def applied_to(self, boot_info: Variation) -> Variation:
+        """Return the request with these values."""
         given: dict[str, Any] = self.model_dump(exclude_none=True)
         if self.attestation_mode is not None:
             given.setdefault("tee_variant", self.attestation_mode)
         values: dict[str, Any] = {n: v if n in _TEXTS else decode_hex(v) for n, v in given.items()}
-        return replace(question, **values)
+        return replace(boot_info, **values)
 
 
 class _ForEach(BaseModel):
-    """Values for each of the two questions."""
+    """Values for each of the two requests."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -89,35 +89,35 @@ class _ForEach(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Questions:
-    """What is asked at bootAuth/kms and at bootAuth/app."""
+class SampleRequests:
+    """The boot info that is sent to bootAuth/kms and to bootAuth/app."""
 
     kms: Variation
     app: Variation
 
     @classmethod
     def of_seed(cls, seed: str) -> Self:
-        """About the source KMS and the app of that seed's stack, each on its machine."""
-        return cls(_question(seed, "kms-src", has_keys=True), _question(seed, "app", has_keys=False))
+        """Make the requests for the source KMS and the app of that seed's stack, each on its platform."""
+        return cls(_boot_info(seed, "kms-src", has_keys=True), _boot_info(seed, "app", has_keys=False))
 
-    def with_values(self, document: Any) -> "Questions":
-        """The same with one's own values: fields of a question, for both, or those of `kms` and `app`.
+    def with_values(self, document: Any) -> "SampleRequests":
+        """Return the requests with given values: fields of a request, for both, or separately for `kms` and `app`.
 
-        Raises `QuestionError`.
+        Raises `SampleError`.
         """
         if not isinstance(document, Mapping):
-            raise QuestionError(f"an object expected, got {type(document).__name__}")
+            raise SampleError(f"an object expected, got {type(document).__name__}")
         try:
             if document.keys() <= {"kms", "app"}:
                 each = _ForEach.model_validate(document)
-                return Questions(each.kms.put_into(self.kms), each.app.put_into(self.app))
+                return SampleRequests(each.kms.applied_to(self.kms), each.app.applied_to(self.app))
             both = _Values.model_validate(document)
         except ValidationError as error:
-            raise QuestionError(describe(error)) from error
-        return Questions(both.put_into(self.kms), both.put_into(self.app))
+            raise SampleError(describe(error)) from error
+        return SampleRequests(both.applied_to(self.kms), both.applied_to(self.app))
 
 
-def _question(seed: str, name: str, *, has_keys: bool) -> Variation:
+def _boot_info(seed: str, name: str, *, has_keys: bool) -> Variation:
     config = GuestConfig(seed=seed, platform=f"host of {name}", compose=AppCompose.named(name))
     domain = power_on(Intel(Seed.of(seed)), config)
     if has_keys:
