@@ -445,7 +445,8 @@ def test_hardware_app_info_has_the_true_device_and_the_published_aggregate() -> 
 def test_report_data_says_what_it_binds() -> None:
     assert inspect(evidence_of(LITE_GET_QUOTE))["report_data"]["text"].startswith("dip1::secp256k1c-pk:A5")
     assert (
-        inspect(evidence_of(VERSIONED))["report_data"]["means"] == "binds nothing: the domain was only asked who it is"
+        inspect(evidence_of(VERSIONED))["report_data"]["means"]
+        == "binds nothing: the evidence only identifies the domain"
     )
     leaf = inspect(kinds()["RA-TLS DER"][0])["certificates"][0]["evidence"]["report_data"]
     assert (leaf["ought_to_bind"], leaf["binds_it"]) == ("this certificate's key (ratls-cert)", True)
@@ -740,7 +741,7 @@ def test_command_shows_a_file_and_standard_input_alike(tmp_path: Path) -> None:
     assert by_name.stdout == by_pipe.stdout
     text = by_name.stdout.decode()
     assert text.startswith("TDX quote, version 4 (TD10); binary, ")
-    assert text.endswith("Read, not verified: `dstack-emu verify` judges it.\n")
+    assert text.endswith("Read, not verified: use `dstack-emu verify`.\n")
     assert "\x1b" not in text
 
 

@@ -1,8 +1,7 @@
 """Logs on stderr: one line an event, as text or as JSON.
 
-Whatever is logged arrives on one line: the indented JSON of a refusal is folded, control characters are escaped, a
-traceback is one quoted field. User names and passwords in URLs and private keys in PEM are cut out, should a foreign
-text bring them along.
+Every record is one line: the indented JSON of a refusal is folded, control characters are escaped, a traceback is one
+quoted field. User names and passwords in URLs and private keys in PEM are removed, in case a foreign text has them.
 """
 
 import datetime
@@ -36,8 +35,8 @@ _PRIVATE_KEY: Final = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY.*?(?:-----END [
 def set_up(verbosity: int, form: Form, talkative: Sequence[str] = (), level: str | None = None) -> None:
     """Send the logs of this process to stderr.
 
-    `verbosity` 0 shows warnings, 1 information, 2 everything; loggers of `talkative` are one step ahead of the others.
-    `level`, one of LEVELS, is in the place of verbosity 0.
+    `verbosity` 0 shows warnings, 1 information, 2 everything; loggers of `talkative` show one level more than others.
+    `level`, one of LEVELS, replaces verbosity 0.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
@@ -51,7 +50,7 @@ def set_up(verbosity: int, form: Form, talkative: Sequence[str] = (), level: str
 
 
 def level_of(rust_log: str) -> str | None:
-    """The level that RUST_LOG asks for, or None; directives for single crates mean nothing here."""
+    """Return the level that RUST_LOG sets, or None; directives for single crates have no effect."""
     words = (word.strip().lower() for word in rust_log.split(","))
     return next((word for word in words if word in LEVELS), None)
 
@@ -108,7 +107,7 @@ def _clean_fields(event: Event) -> dict[str, object]:
 
 
 def _safe(text: str) -> str:
-    """Cut out what might be a secret."""
+    """Remove what might be a secret."""
     if "://" in text:
         text = _USER_INFO.sub("://…@", text)
     return _PRIVATE_KEY.sub("(a private key)", text) if "PRIVATE KEY" in text else text

@@ -19,33 +19,33 @@ from dstack_emu.transport.errors import ConfigError, ListenError, TransportError
 COMMANDS: Final[Mapping[str, str]] = {
     "up": "bring the whole stack up",
     "exec": "run a command with a stack around it",
-    "runbook": "carry out the KMS authorization runbook, and keep the evidence",
+    "runbook": "run the KMS authorization runbook, and keep the evidence",
     "agent": "run one guest agent with real quotes, and a PCCS for them",
     "boot": "boot one app with keys from a KMS, and run its guest agent",
     "pccs": "run a PCCS for every platform of a seed",
     "quote": "sign one quote and write it to a file",
-    "inspect": "say what a file is, and show what stands in it",
-    "verify": "check evidence, and say what of it does not hold",
-    "verifier": "verify evidence over HTTP, its OS image included, as dstack-verifier does",
+    "inspect": "identify a file, and show its contents",
+    "verify": "check evidence, and report each check that fails",
+    "verifier": "verify evidence and OS images over HTTP, as dstack-verifier does",
     "image": "build, measure, compare and serve OS images",
     "kms": "run one KMS from a kms.toml",
-    "auth": "run one webhook that decides for a KMS: auth-simple, dstack-auth or auth-mock",
+    "auth": "run one auth webhook of a KMS: auth-simple, dstack-auth or auth-mock",
     "check-webhook": "send an auth webhook everything that a KMS sends, and report what would break it",
-    "setup": "set two KMS up that run elsewhere, and have an app allowed",
+    "setup": "set up two KMS that run elsewhere, and allow an app",
     "proto": "write the .proto files of all services",
-    "health": "ask whether a stack, or one service, is ready",
-    "ctl": "watch, change and turn back a running stack",
+    "health": "check whether a stack, or one service, is ready",
+    "ctl": "observe, change and restore a running stack",
 }
-"""Each is a module of `cli.commands`, imported when it is asked for: a command starts without what others need."""
+"""Each is a module of `cli.commands` that is imported only when it runs, so no command loads what others need."""
 
 FAILED, USED_WRONGLY, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit with its status: 0 done, 1 failed, 2 used or set up wrongly."""
+    """Run one command and exit with its status: 0 done, 1 failed, 2 wrong use or configuration."""
     try:
         status = _run(sys.argv[1:] if argv is None else list(argv))
-    except KeyboardInterrupt:  # before the command was ready to take it
+    except KeyboardInterrupt:  # before the command handles signals
         status = INTERRUPTED
     sys.exit(status)
 
@@ -68,7 +68,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def overview() -> argparse.ArgumentParser:
-    """Make the parser for who names no command: it knows what there is, without the price of knowing it well."""
+    """Make the parser for a call without a command: it lists the commands without importing them."""
     top, choice = _top()
     for name, does in COMMANDS.items():
         choice.add_parser(name, help=does)
@@ -83,7 +83,7 @@ def parser(commands: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
         command = choice.add_parser(name, help=COMMANDS[name], description=module.DESCRIPTION)
         command.add_argument("-v", "--verbose", action="count", default=0, help="log more to stderr (-vv: everything)")
         command.add_argument(
-            "--log-format", choices=get_args(logs.Form), default="text", help="how a line of the log looks (text)"
+            "--log-format", choices=get_args(logs.Form), default="text", help="format of the log's lines (text)"
         )
         module.add_arguments(command)
     return top
@@ -102,7 +102,7 @@ def _top() -> tuple["_Parser", "argparse._SubParsersAction[_Parser]"]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one line, as every other error is said, without the whole usage."""
+    """Reports wrong arguments in one line, like every other error, without the whole usage."""
 
     def error(self, message: str) -> NoReturn:
         say(f"Error: {message} (see {self.prog} --help)")
@@ -110,7 +110,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _one_line(error: Exception) -> str:
-    """An error's text on one line: refusals of a KMS arrive as indented JSON inside one another."""
+    """Return an error's text on one line: refusals of a KMS come as indented JSON, one inside another."""
     return re.sub(r"\s*\n\s*", " ", str(error))
 
 

@@ -1,18 +1,18 @@
-"""What `dstack-emu up` shows a person when the stack is ready."""
+"""The summary that `dstack-emu up` prints when the stack is ready."""
 
 import shlex
 from typing import Any
 
 _WHAT = {
-    "pccs": "collateral for quotes of this world",
-    "auth-src": "decides for kms-src",
-    "auth-dst": "decides for kms-dst",
+    "pccs": "collateral for this stack's quotes",
+    "auth-src": "auth webhook of kms-src",
+    "auth-dst": "auth webhook of kms-dst",
     "agent-src": "guest agent of kms-src",
     "agent-dst": "guest agent of kms-dst",
     "kms-src": "KMS, source",
     "kms-dst": "KMS, destination",
     "app": "guest agent of the app",
-    "verifier": "verifies evidence, its OS image included",
+    "verifier": "verifies evidence and OS images",
     "control": "control API, for `dstack-emu ctl`",
 }
 
@@ -36,7 +36,7 @@ def show(description: dict[str, Any], seconds: float) -> str:
     lines += [
         f"  app      app_id {app['app_id']}  compose_hash {app['compose_hash']}",
         "",
-        "Policies, read for every question:",
+        "Policies, read at every request:",
     ]
     lines += [f"  {path}" for path in description["policies"].values()]
     lines += ["", "To paste:"]

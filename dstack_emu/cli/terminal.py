@@ -1,4 +1,4 @@
-"""Text for a terminal: colours where they are wanted, and nothing of others that could play tricks on it."""
+"""Text for a terminal: colours if they are wanted, and no control characters from foreign text."""
 
 import os
 from typing import TextIO
@@ -7,15 +7,15 @@ BOLD, RED, GREEN, YELLOW = "1", "31", "32", "33"
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Colours only for a terminal, and not where NO_COLOR is set (no-color.org)."""
+    """Return whether to use colours: only on a terminal, and not if NO_COLOR is set (no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def paint(text: str, tone: str, colour: bool) -> str:
-    """Put text in a colour."""
+    """Colour a text, if colours are wanted."""
     return f"\033[{tone}m{text}\033[0m" if colour and tone else text
 
 
 def printable(text: str) -> str:
-    """Text of others, with whatever could play tricks on a terminal spelt out."""
+    """Return foreign text with unprintable characters, which could control a terminal, as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

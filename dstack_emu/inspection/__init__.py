@@ -1,1 +1,1 @@
-"""What a piece of evidence is, what stands in it, and which checks it passes."""
+"""Inspection of evidence: what some bytes are, what they contain, and which checks they pass."""

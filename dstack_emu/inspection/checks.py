@@ -1,9 +1,9 @@
-"""Every check of a piece of evidence, as data: what holds, what does not, and what could not be asked.
+"""Every check of a piece of evidence, as data: what holds, what does not, and what could not be checked.
 
-The checks are those of `attest.verify` in its order, but one that fails does not end them; the quote itself is judged
-by `attest.verify.verify_quote` alone. Beside them stand some that dstack's verifier leaves to others: the replay of the
-boot registers, the TCB status under `strict`, and what report_data binds. That all hold does not make the application a
-good one: which app and which image it is, is for who asks to judge.
+The checks are those of `attest.verify` in its order, but a failed one does not end them; the quote itself is verified
+by `attest.verify.verify_quote` alone. Further checks are those that dstack's verifier leaves to others: the replay of
+the boot registers, the TCB status under `strict`, and what report_data binds. If all hold, the application may still be
+the wrong one: whoever relies on the evidence must check which app and which image it is.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,25 +28,25 @@ from dstack_emu.transport.client import TransportError
 UP_TO_DATE: Final = "UpToDate"
 
 Collect = Callable[[bytes], QuoteCollateralV3]
-"""Gives the collateral for a quote; raises `TransportError` or `AttestError` where it cannot."""
+"""Return the collateral for a quote; raise `TransportError` or `AttestError` if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """What the report_data ought to be, and what it would bind then."""
+    """The report_data that is expected, and what it binds."""
 
     to: str
     report_data: bytes
 
     @classmethod
     def to_key(cls, whose: str, spki: bytes) -> Self:
-        """Bind a TLS key (SPKI DER)."""
+        """Expect a TLS key (SPKI DER) to be bound."""
         return cls(f"{whose} (ratls-cert)", ratls_report_data(spki))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What can be judged: a quote, and what came with it.
+    """A quote and what came with it.
 
     `attestation` is None for a bare quote. `stated` is the report_data that the input names beside the quote, `other`
     the same evidence in a second form, `signature` that of the signing request `request`.
@@ -63,12 +63,12 @@ class Evidence:
 
     @classmethod
     def of_attestation(cls, attestation: Attestation, binding: Binding | None = None) -> Self:
-        """Take a versioned attestation."""
+        """Take the evidence of a versioned attestation."""
         return cls(quote=attestation.quote, attestation=attestation, stated=attestation.report_data, binding=binding)
 
     @classmethod
     def of_certificate(cls, certificate: x509.Certificate) -> Self | None:
-        """Take what a certificate carries, None where it carries nothing; raise `FormatError` for what is malformed."""
+        """Take the evidence of a certificate, None if it has none; raise `FormatError` if it is malformed."""
         attestation = attestation_of(certificate)
         if attestation is None:
             return None
@@ -82,7 +82,7 @@ class Evidence:
 
     @classmethod
     def of_request(cls, request: SigningRequest, version: int, signature: bytes | None) -> Self:
-        """Take what a signing request carries."""
+        """Take the evidence of a signing request."""
         return cls(
             quote=request.attestation.quote,
             attestation=request.attestation,
@@ -95,7 +95,7 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Expectations:
-    """Under which root, at which Unix time, and what is asked beyond what a KMS asks.
+    """The root and the Unix time to verify with, and requirements beyond those of a KMS.
 
     `report_data` (64 bytes) must be the quoted one; `strict` refuses every TCB status but UpToDate.
     """
@@ -109,7 +109,7 @@ class Expectations:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check: whether it holds (None: it could not be asked, `detail` says why), and what was got and expected."""
+    """One check: whether it holds (None: it could not be made, `detail` says why), and what was got and expected."""
 
     name: str
     ok: bool | None
@@ -119,7 +119,7 @@ class Check:
 
 
 def replayed(attestation: Attestation, imr: int) -> bytes | None:
-    """Replay a register from the log; None where the log lacks the events, as one cut down for a certificate does."""
+    """Replay a register from the log; return None if the log lacks its events, as a certificate's log does."""
     if imr == 3:
         return replay_runtime(attestation.runtime_events)
     if all(event.is_acpi_data for event in attestation.event_log if event.imr == imr):
@@ -128,12 +128,12 @@ def replayed(attestation: Attestation, imr: int) -> bytes | None:
 
 
 def verify_evidence(evidence: Evidence, collect: Collect, policy: Expectations) -> tuple[Check, ...]:
-    """Run every check; one that fails does not keep the others from running where they can."""
+    """Run every check; a failed one does not keep the others from running if they can."""
     return tuple(_checks(evidence, collect, policy))
 
 
 def all_hold(checks: tuple[Check, ...]) -> bool:
-    """Whether no check failed."""
+    """Return whether no check failed."""
     return all(check.ok is not False for check in checks)
 
 
@@ -176,7 +176,7 @@ def _checks(evidence: Evidence, collect: Collect, policy: Expectations) -> Itera
 def _check_request(request: SigningRequest, signature: bytes | None) -> Iterator[Check]:
     yield _compare_text("confirm_word", request.confirm, CONFIRM)
     if signature is None:
-        yield _skipped("csr_signature", "the signature travels beside the request, and is not here")
+        yield _skipped("csr_signature", "the signature is sent beside the request, and is not in the input")
         return
     try:
         request.verify_signature(signature)
@@ -203,7 +203,12 @@ def _check_status(verified: VerifiedQuote | None, strict: bool) -> Check:
         return Check("tcb_status", True, UP_TO_DATE, detail=advisories)
     if strict:
         return Check("tcb_status", False, verified.tcb_status, UP_TO_DATE, advisories)
-    return Check("tcb_status", True, verified.tcb_status, detail=f"{advisories}; whoever asks must judge it (--strict)")
+    return Check(
+        "tcb_status",
+        True,
+        verified.tcb_status,
+        detail=f"{advisories}; whoever relies on it must decide whether to accept it (--strict refuses it)",
+    )
 
 
 def _check_report(report: TdReport) -> Iterator[Check]:
@@ -228,11 +233,11 @@ def _check_replays(attestation: Attestation | None, report: TdReport) -> Iterato
 
 def _check_report_data(evidence: Evidence, policy: Expectations, quoted: bytes) -> Iterator[Check]:
     if evidence.stated is None:
-        yield _skipped("report_data", "the input names none beside the quoted one")
+        yield _skipped("report_data", "the input names none besides the quoted one")
     else:
-        yield _compare("report_data", quoted, evidence.stated, "the quoted one is the one named beside it")
+        yield _compare("report_data", quoted, evidence.stated, "the quoted one is the one named besides it")
     if policy.report_data is not None:
-        yield _compare("report_data_expected", quoted, policy.report_data, "the quoted one is the one asked for")
+        yield _compare("report_data_expected", quoted, policy.report_data, "the quoted one is the expected one")
     if evidence.binding is not None:
         yield _compare("binding", quoted, evidence.binding.report_data, f"report_data binds {evidence.binding.to}")
 
@@ -248,13 +253,15 @@ def _check_preimages(attestation: Attestation) -> Check:
 
 
 def _check_other(evidence: Evidence, other: Attestation) -> Iterator[Check]:
-    yield _compare("attestation_quote", other.quote, evidence.quote, "the attestation beside it holds the same quote")
+    yield _compare(
+        "attestation_quote", other.quote, evidence.quote, "the attestation in the same answer has the same quote"
+    )
     if evidence.attestation is not None:
         got, expected = (
             ", ".join(f"{event.event} {event.payload.hex()}" for event in events)
             for events in (other.runtime_events, evidence.attestation.runtime_events)
         )
-        detail = "the attestation beside it has the runtime events of the log"
+        detail = "the attestation in the same answer has the runtime events of the log"
         same = other.runtime_events == evidence.attestation.runtime_events
         yield Check("attestation_events", same, *(("", "") if same else (got, expected)), detail)
 

@@ -1,8 +1,8 @@
-"""What stands in evidence, certificates and collateral, field by field.
+"""The contents of evidence, certificates and collateral, field by field.
 
 A description is plain data (dicts, lists, texts, numbers, bytes, dates, `Named`), complete and in the protocol's words;
-how it looks on a terminal is `cli.commands.inspect`'s business. Nothing is verified here. A part that cannot be read
-is a text that says why.
+`cli.commands.inspect` renders it for a terminal. Nothing is verified here. A part that cannot be read is replaced by a
+text that says why.
 
 Sources of the names: TCG PC Client Platform Firmware Profile 1.06, section 10.4.1 (event types); Intel TDX Module ABI
 specification (TD attributes); Intel SDM volume 1, section 13.1 (the bits of XFAM).
@@ -123,7 +123,7 @@ _EVENT_TYPES: Final = {
     0x800000E2: "EFI_SPDM_FIRMWARE_CONFIG",
 }
 _BINARY_EVENTS: Final = ("app-id", "compose-hash", "instance-id", "os-image-hash", "mr-kms", "init-script-hash")
-"""Runtime events whose payload is a hash or an identifier, even where its bytes happen to be letters."""
+"""Runtime events whose payload is a hash or an identifier, even if its bytes happen to be letters."""
 
 _OWN_EXTENSIONS: Final = {
     certificates.OID_TDX_QUOTE: "TDX quote (legacy)",
@@ -148,14 +148,14 @@ _PURPOSES: Final = {ExtendedKeyUsageOID.SERVER_AUTH: "server auth", ExtendedKeyU
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A number of the protocol and what it is called."""
+    """A number of the protocol and its name."""
 
     value: int
     name: str
 
 
 def as_json(value: Any) -> Any:
-    """A description as JSON can hold it: bytes in hex, dates in ISO 8601, a `Named` as {value, name}."""
+    """Return a description as JSON can hold it: bytes in hex, dates in ISO 8601, a `Named` as {value, name}."""
     if isinstance(value, dict):
         return {key: as_json(child) for key, child in value.items()}
     if isinstance(value, (list, tuple)):
@@ -187,7 +187,7 @@ def load_json(text: str | bytes) -> Any:
 
 
 def describe_evidence(evidence: Evidence) -> Description:
-    """Describe a quote with what came with it: log, replay, app info, configuration."""
+    """Describe a quote and what came with it: log, replay, app info, configuration."""
     out: Description = {}
     ppid, report = b"", None
     try:
@@ -218,7 +218,7 @@ def describe_evidence(evidence: Evidence) -> Description:
 
 
 def describe_request(request: SigningRequest, version: int, signature: bytes | None) -> Description:
-    """Describe a signing request but for its evidence."""
+    """Describe a signing request without its evidence."""
     out = {"version": version, "confirm": request.confirm, "public_key": request.public_key, **asdict(request.config)}
     return out if signature is None else out | {"signature": signature}
 
@@ -332,7 +332,7 @@ def _describe_report_data(evidence: Evidence, quoted: bytes) -> Description:
     elif content.startswith(b"dip1::"):
         out["means"] = "the public key that the guest agent's Sign signs with"
     elif not content:
-        out["means"] = "binds nothing: the domain was only asked who it is"
+        out["means"] = "binds nothing: the evidence only identifies the domain"
     return out
 
 
@@ -360,7 +360,7 @@ def describe_log(log: Iterable[TdxEvent]) -> list[Description]:
 
 
 def _payload_text(event: TdxEvent) -> str | None:
-    """What a payload says to a person, or None where it is best shown as bytes."""
+    """Return a payload as readable text, or None if it is best shown as bytes."""
     data = event.event_payload
     if event.is_runtime and event.event in _BINARY_EVENTS:
         return None
@@ -379,7 +379,7 @@ def _payload_text(event: TdxEvent) -> str | None:
 
 
 def describe_replay(attestation: Attestation, report: TdReport | None) -> list[Description]:
-    """Hold what the log replays to against each quoted register."""
+    """Compare what the log replays to with each quoted register."""
     out = []
     for imr in range(4):
         register, quoted = replayed(attestation, imr), report.rtmrs[imr] if report else None
@@ -409,7 +409,7 @@ def _describe_app_info(info: AppInfo) -> Description:
 
 
 def _describe_config(text: str) -> Any:
-    """What the JSON of a configuration says, that of the VM within it opened too; the text where it is none."""
+    """Parse a configuration's JSON, including the VM's within it; return the text if it is not JSON."""
     try:
         value = load_json(text)
     except FormatError:
@@ -460,7 +460,7 @@ def _kind(certificate: x509.Certificate) -> str:
 
 
 def _describe_extensions(certificate: x509.Certificate) -> Description:
-    """The standard extensions and dstack's small ones by their content, and a table of all."""
+    """Describe the standard extensions and dstack's small ones by their content, and all in a table."""
     out: Description = {}
     table = []
     for extension in certificate.extensions:
@@ -496,7 +496,7 @@ def _app_id(certificate: x509.Certificate) -> bytes | None:
 
 
 def _app_info(certificate: x509.Certificate) -> Description | bytes:
-    """An array of nine: eight byte strings, and an array of byte strings."""
+    """Describe an array of nine: eight byte strings, and an array of byte strings."""
     packed = certificates.extension_payload(certificate, certificates.OID_APP_INFO) or b""
     try:
         *single, scripts = msgpack.unpackb(packed)
@@ -576,7 +576,7 @@ def describe_collateral(collateral: QuoteCollateralV3) -> Description:
 
 
 def _attempt(read: Callable[[], Any]) -> Any:
-    """Read a field that may turn out malformed only now."""
+    """Read a field; return a text if it is malformed."""
     try:
         return read()
     except (*UNREADABLE, x509.ExtensionNotFound, AttestError) as error:
@@ -589,7 +589,7 @@ def _name_of(document: x509.Certificate | x509.CertificateRevocationList, which:
 
 
 def _is_emulated(document: x509.Certificate | x509.CertificateRevocationList) -> bool:
-    """Whether its issuer's name says that this emulator made it; nobody checked a signature."""
+    """Return whether the issuer's name is this emulator's; no signature is checked."""
     return EMULATED in _name_of(document, "issuer")
 
 

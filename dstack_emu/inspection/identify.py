@@ -1,7 +1,7 @@
 """What some bytes are: a quote, an attestation, certificates, a signing request, collateral, an event log.
 
-They may come in binary, hex, base64, PEM, or inside JSON. Decoding alone decides: nothing goes by names of files, and
-nothing is verified. What stands in them is `inspection.fields`'s business. Private keys are named at most, never shown.
+The input may be binary, hex, base64, PEM, or inside JSON. Only decoding decides: names of files have no influence, and
+nothing is verified. `inspection.fields` describes the contents. Private keys are at most named, never shown.
 """
 
 import base64
@@ -42,17 +42,17 @@ from dstack_emu.inspection.fields import (
 
 MAX_SIZE: Final = 10 * 1024 * 1024
 MAX_WRAPPINGS: Final = 3
-"""How often something may be wrapped: base64 of hex of a quote is wrapped twice."""
+"""How many encodings may be nested: base64 of hex of a quote has two."""
 SMALLEST_PART: Final = 64
-"""Characters of a text inside JSON that are too few for anything known here."""
+"""A text of fewer characters inside JSON is nothing that is known here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What some input is.
+    """What an input is.
 
-    Without `sure` it decodes as that, but little tells it from something else. `form` is its encodings, outermost first
-    (none: binary). Where there is no `evidence`, `obstacle` may say why that which is there cannot be read.
+    Without `sure` it decodes as that, but could also be something else. `form` lists its encodings, outermost first
+    (none: binary). If there is no `evidence`, `obstacle` may say why the evidence in it cannot be read.
     """
 
     what: str
@@ -64,15 +64,15 @@ class Finding:
 
 
 def inspect_input(data: bytes) -> Finding:
-    """Find out what the input is, and describe it; raise `FormatError`, in one line, for what it cannot be."""
+    """Identify and describe the input; raise `FormatError`, in one line, if it is nothing known."""
     if len(data) > MAX_SIZE:
         raise FormatError(f"input of at most {MAX_SIZE} bytes expected, got more")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # cryptography's, of odd certificates: they are shown as they are
+        warnings.simplefilter("ignore")  # from cryptography, about odd certificates: they are shown as they are
         found = _recognise(data, 0)
     if found:
         return found
-    got = f"{len(data)} bytes beginning {data[:8].hex()}" if data else "nothing"  # so few that no key is told
+    got = f"{len(data)} bytes beginning {data[:8].hex()}" if data else "nothing"  # too few to reveal a key
     raise FormatError(
         "unknown input: a quote, versioned attestation, certificate, CRL, signing request, collateral or event log "
         f"expected (tried binary, hex, base64, PEM and JSON), got {got}"
@@ -80,7 +80,7 @@ def inspect_input(data: bytes) -> Finding:
 
 
 def _recognise(data: bytes, depth: int) -> Finding | None:
-    """Try everything; None for what is nothing known, `FormatError` for what is clearly meant to be but is damaged."""
+    """Try every kind; return None for what is not known, raise `FormatError` for something known that is damaged."""
     for read in (_read_quote, _read_attestation, _read_signing_request, _read_der):
         if found := read(data):
             return found
@@ -186,7 +186,7 @@ def _read_der(data: bytes) -> Finding | None:
         try:
             _, after = der.read(rest, der.SEQUENCE, "DER")
         except FormatError as error:
-            if data[1:2] in (b"\x81", b"\x82", b"\x83"):  # no text has these: it is not hex that begins with a 0
+            if data[1:2] in (b"\x81", b"\x82", b"\x83"):  # no text has these, so it is not hex that begins with a 0
                 _looks_like("DER", error)
             return None
         elements.append(rest[: len(rest) - len(after)])
@@ -207,7 +207,7 @@ def _chain_found(chain: list[x509.Certificate], form: str) -> Finding:
     try:
         evidence = next((found for one in chain if (found := Evidence.of_certificate(one))), None)
     except FormatError as error:
-        obstacle = str(error)  # and no other certificate's evidence stands in for that which cannot be read
+        obstacle = str(error)  # no other certificate's evidence replaces what cannot be read
     several = f"chain of {len(chain)} certificates, first: " if len(chain) > 1 else ""
     description = {"certificates": described}
     return Finding(several + described[0]["kind"], description, evidence, form=(form,), obstacle=obstacle)
@@ -255,7 +255,7 @@ def _utf8(text: str) -> bytes:
 
 
 def _octets(value: Description, key: str) -> bytes:
-    """Read hex (or base64) of one key, nothing where it is absent, null or empty."""
+    """Read hex (or base64) at one key; return no bytes if it is absent, null or empty."""
     text = value.get(key) or ""
     if not isinstance(text, str):
         raise FormatError(f"{key}: hex text expected, got {type(text).__name__}")
@@ -378,17 +378,17 @@ _OBJECTS: Final[tuple[Callable[[Description], Finding | None], ...]] = (
     _read_attest_answer,
     _read_attestation_info,
 )
-"""Objects that are known by their keys, in the order of trying."""
+"""Objects that are known by their keys, in the order in which they are tried."""
 
 
 def _read_parts(value: Any, depth: int) -> Finding | None:
-    """Look through the texts in any other JSON, such as the `certificate_chain` of an answer."""
+    """Search the texts in any other JSON, such as the `certificate_chain` of an answer."""
     parts = []
     for path, text in _texts(value, "$"):
         try:
             found = _recognise(_utf8(text), depth + 1) if len(text) >= SMALLEST_PART else None
         except FormatError:
-            continue  # a private key, say: given by itself it would be refused
+            continue  # for example a private key, which is refused by itself
         if found:
             parts.append((path, found))
     if not parts:

@@ -35,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--key-provider",
         choices=("none", "local-sgx"),
         default="none",
-        help="who gave it its new keys, as it says; the KMS of `up` have local-sgx (%(default)s)",
+        help="the key provider that it reports for its new keys; the KMS of `up` have local-sgx (%(default)s)",
     )
     add_guest_options(parser)
     add_vendor_options(parser)
 
 
 def add_listener_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where a guest's agent listens, and how it answers."""
+    """Add the options of an agent's listeners and behaviour."""
     parser.add_argument(
         "--listen",
         type=listen_address,
@@ -51,11 +51,11 @@ def add_listener_options(parser: argparse.ArgumentParser) -> None:
         help="TCP (127.0.0.1, a free port)",
     )
     parser.add_argument(
-        "--dstack-sock", type=Path, metavar="PATH", help="where dstack.sock goes (default: a new folder)"
+        "--dstack-sock", type=Path, metavar="PATH", help="path of dstack.sock (default: in a new folder)"
     )
-    parser.add_argument("--tappd-sock", type=Path, metavar="PATH", help="where tappd.sock goes")
-    parser.add_argument("--grpc", type=listen_address, metavar="HOST:PORT", help="serve gRPC here, too")
-    parser.add_argument("--grpc-sock", type=Path, metavar="PATH", help="serve gRPC on this socket, too")
+    parser.add_argument("--tappd-sock", type=Path, metavar="PATH", help="path of tappd.sock")
+    parser.add_argument("--grpc", type=listen_address, metavar="HOST:PORT", help="also serve gRPC here")
+    parser.add_argument("--grpc-sock", type=Path, metavar="PATH", help="also serve gRPC on this socket")
     parser.add_argument("--pccs", metavar="URL", help="the PCCS that serves its collateral (default: one of its own)")
     parser.add_argument("--upstream-compat", action="store_true", help="refuse EmitEvent as upstream's simulator does")
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def serve_guest(config: GuestConfig, arguments: argparse.Namespace) -> int:
-    """Run a guest until a signal, by the listener's options."""
+    """Run a guest's agent, on the listeners of the options, until a signal."""
     host, port = arguments.listen
     listen = ListenOptions(host, port, arguments.dstack_sock, arguments.tappd_sock, arguments.grpc, arguments.grpc_sock)
     guest = StandaloneGuest(config, listen, pccs_url=arguments.pccs, progress=say)

@@ -1,4 +1,4 @@
-"""`dstack-emu auth`: one webhook of its own, auth-simple, dstack-auth or auth-mock.
+"""`dstack-emu auth`: run one auth webhook: auth-simple, dstack-auth or auth-mock.
 
 What upstream's programs take from the environment, these take as well: PORT here, the rest in `auth.simple` and
 `auth.mock`; dstack-auth takes nothing from it. An option goes before its variable.
@@ -32,7 +32,7 @@ DESCRIPTION = (
 )
 
 TALKATIVE: Final = ("auth",)
-"""Loggers whose information is shown without being asked for: the lines that upstream's programs always write."""
+"""Loggers whose information is always shown: the lines that upstream's programs always write."""
 
 DEFAULT_PORT: Final = 3000
 """Upstream's port of `simple` and `mock`, if PORT is not set."""
@@ -44,7 +44,7 @@ LISTEN_OR_PORT: Final = f"{LISTEN} or PORT"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("kind", choices=tuple(_WEBHOOKS), help="which one")
+    parser.add_argument("kind", choices=tuple(_WEBHOOKS), help="the webhook to run")
     parser.add_argument(
         "--listen",
         type=listen_address,
@@ -61,20 +61,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_release(parser, "the contract of `simple` if AUTH_SIMPLE_COMPAT is not set: that of this dstack release")
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
     parser.add_argument(
-        "--seed", metavar="TEXT", help="accepted, as by every command that serves, and without effect on a webhook"
+        "--seed", metavar="TEXT", help="accepted, like in every command that serves; has no effect on a webhook"
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Webhook:
-    """An application, what to say about it, and where it listens without --listen."""
+    """An application, its description, and its address if --listen is not given."""
 
     app: AnyApplication
     title: str
     facts: Mapping[str, str]
     default_port: Callable[[], int]
     address_setting: str
-    """What the user sets the address by."""
+    """The name of the setting of the address, for messages."""
 
 
 def run(arguments: argparse.Namespace) -> int:

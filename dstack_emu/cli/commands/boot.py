@@ -1,4 +1,4 @@
-"""`dstack-emu boot`: an app that boots through a KMS, as dstack-util boots it, and its agent."""
+"""`dstack-emu boot`: boot an app through a KMS, as dstack-util does, and run its agent."""
 
 import argparse
 from urllib.parse import urlsplit
@@ -26,19 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=0.0,
         metavar="SECONDS",
-        help="how long the KMS may be out of reach at first; it is asked again until then (not at all)",
+        help="how long the KMS may be unreachable at first; calls are repeated until then (not at all)",
     )
     parser.add_argument(
         "--keep-asking",
         action="store_true",
-        help="listen at once, without keys, and ask until the KMS gives them, whatever it says meanwhile",
+        help="listen at once, without keys, and call the KMS until it gives them, also if it refuses",
     )
     add_listener_options(parser)
     add_guest_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Boot, and run the agent until a signal."""
+    """Boot the app and run its agent until a signal."""
     kms = KmsBoot(
         arguments.kms,
         patience=arguments.wait,

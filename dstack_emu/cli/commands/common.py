@@ -1,4 +1,4 @@
-"""What several commands need: the warning, signals, waiting for ports in arguments."""
+"""Parts that several commands share: the warning, signals, types of arguments."""
 
 import argparse
 import asyncio
@@ -30,19 +30,19 @@ def stop_on_signals() -> asyncio.Event:
 
 
 def run_server(work: Coroutine[Any, Any, T], *, has_grpc: bool) -> T:
-    """Run one server on the event loop that suits it.
+    """Run a server on the event loop for its listeners.
 
     uvloop answers a tenth more requests than asyncio's own loop, but the relay in front of grpcio is not made for it.
     """
     if has_grpc:
         return asyncio.run(work)
-    import uvloop  # takes 3 ms and 1 MiB, which the other commands need not pay
+    import uvloop  # costs 3 ms and 1 MiB, which other commands need not spend
 
     return uvloop.run(work)
 
 
 class Interrupted(Exception):
-    """A signal ended what ran, and it has cleaned up."""
+    """A signal ended the work, which has cleaned up."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -50,14 +50,14 @@ class Interrupted(Exception):
 
     @property
     def status(self) -> int:
-        """The exit status that a shell gives a command that such a signal ended."""
+        """The exit status that a shell reports for a command ended by that signal."""
         return 128 + self.number
 
 
 async def interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """Do some work; at Ctrl-C, SIGTERM or SIGHUP cancel it, let it clean up, and raise `Interrupted`.
+    """Run work; at Ctrl-C, SIGTERM or SIGHUP cancel it, let it clean up, and raise `Interrupted`.
 
-    Further signals do not disturb the cleaning up.
+    Further signals do not interrupt the cleaning up.
     """
     task, numbers = asyncio.ensure_future(work), list[int]()
 
@@ -68,7 +68,7 @@ async def interruptible(work: Coroutine[Any, Any, T]) -> T:
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's wish
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it on purpose
             loop.add_signal_handler(number, interrupt, number)
     try:
         return await task
@@ -79,7 +79,7 @@ async def interruptible(work: Coroutine[Any, Any, T]) -> T:
 
 
 def say(text: str) -> None:
-    """Tell a person something on stderr: stdout is for what was asked."""
+    """Print a message on stderr: stdout is for results."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -17,14 +17,14 @@ from dstack_emu.observability.record_text import lines
 from dstack_emu.transport.ports import PORTS
 
 DESCRIPTION = (
-    "Talk to the control API of a running stack. It is found by --url, by --state, by the environment variable "
+    "Call the control API of a running stack. It is found by --url, by --state, by the environment variable "
     "DSTACK_EMU_CONTROL, or else at its default port. `ctl tail` shows each call as it happens; `ctl COMMAND --help` "
     "explains a command. A refusal ends with status 1 and the reason on stderr."
 )
 
 EXAMPLES: Final = """\
 examples:
-  dstack-emu ctl tail                                   what is called, and why it is refused
+  dstack-emu ctl tail                                   each call, and why it was refused
   dstack-emu ctl policy deny src app                    revoke the app
   dstack-emu ctl platform 'host of app' --set tcb_status=OutOfDate
   dstack-emu ctl vendor --set collateral_until=2026-06-01
@@ -41,7 +41,7 @@ TIMEOUT: Final = 120.0
 
 
 class ControlRefusedError(UsageError):
-    """What the control API refused."""
+    """A refusal of the control API."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,32 +59,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return made
 
     command("info", "show the stack and all its parts, as JSON", lambda api, a: api.get("/stack"))
-    command("health", "ask every service whether it answers", _health)
+    command("health", "check that every service answers", _health)
 
-    tail = command("tail", "show each call as it ends, and what it led to", _tail)
-    tail.add_argument("-n", "--last", type=int, default=10, metavar="N", help="show so many past ones first (10)")
-    tail.add_argument("--no-follow", action="store_true", help="show the past ones, and end")
-    tail.add_argument("--short", action="store_true", help="one line for each call, without what it led to")
-    tail.add_argument("--json", action="store_true", help="JSON lines, as they are in the file of `up --journal`")
+    tail = command("tail", "show each call as it ends, with the calls that it caused", _tail)
+    tail.add_argument("-n", "--last", type=int, default=10, metavar="N", help="first show this many past calls (10)")
+    tail.add_argument("--no-follow", action="store_true", help="show the past calls, and end")
+    tail.add_argument("--short", action="store_true", help="one line for each call, without the calls that it caused")
+    tail.add_argument("--json", action="store_true", help="JSON lines, as in the file of `up --journal`")
 
-    journal = command("journal", "show the calls that match (JSON), count them, or forget all", _journal)
+    journal = command("journal", "show the calls that match (JSON), count them, or remove all", _journal)
     journal.add_argument("verb", nargs="?", choices=("find", "count", "clear"), default="find")
     journal.add_argument(
         "matching", nargs="*", type=_pair, metavar="KEY=PATTERN", help="call=, service=, caller=, outcome=, since="
     )
 
-    policy = command("policy", "show a policy; allow or deny a trust domain in it; put a file in place", _policy)
+    policy = command("policy", "show a policy; allow or deny a trust domain in it; replace it with a file", _policy)
     policy.add_argument("verb", choices=("show", "allow", "deny", "set"))
-    policy.add_argument("side", help="whose webhook's: src, dst, or a KMS of its own")
+    policy.add_argument("side", help="the KMS whose webhook has it: src, dst, or an added KMS")
     policy.add_argument("what", nargs="?", help="trust domain (app, kms-dst, …), or a file for `set` (- for stdin)")
-    policy.add_argument("--this-device-only", action="store_true", help="allow it on its own machine alone")
+    policy.add_argument("--this-device-only", action="store_true", help="allow it only on its own platform")
 
-    platform = command("platform", "show every machine or one; change what holds for it; make one", _platform)
+    platform = command("platform", "show every platform or one; change its state; add one", _platform)
     platform.add_argument("name", nargs="?", help="such as 'host of app'")
     _add_settings(platform, "tcb_status, advisory_ids, module_status, module_advisory_ids, pck_revoked, other_root")
-    platform.add_argument("--new", action="store_true", help="make a machine of that name")
+    platform.add_argument("--new", action="store_true", help="add a platform of that name")
 
-    vendor = command("vendor", "show or change what the vendor says for all machines", _vendor)
+    vendor = command("vendor", "show or change the vendor's state, for all platforms", _vendor)
     _add_settings(
         vendor, "qe_status, qe_advisory_ids, pck_ca_revoked, collateral_until=DATE, collateral=expired, …_dating"
     )
@@ -94,27 +94,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     clock.add_argument("verb", nargs="?", choices=verbs, default="show")
     clock.add_argument("value", nargs="?", help="2026-06-01T12:00:00Z to set and freeze, 12h or 30d to advance")
 
-    fault = command("fault", "show the faults, put one in force (KEY=VALUE …), or `clear` them or one", _fault)
+    fault = command("fault", "show the faults, add one (KEY=VALUE …), or `clear` one or all", _fault)
     words = "KEY=VALUE | clear [ID]"
     fault.add_argument("words", nargs="*", metavar=words, help="service=auth-src kind=hang times=2 …")
 
-    guest = command("guest", "show, make, boot or remove a trust domain", _guest)
+    guest = command("guest", "show, add, boot or remove a trust domain", _guest)
     guest.add_argument("verb", nargs="?", choices=("list", "show", "add", "boot", "event", "remove"), default="list")
     guest.add_argument("name", nargs="?")
     pairs: dict[str, Any] = {"nargs": "*", "type": _pair, "metavar": "KEY=VALUE"}
     guest.add_argument("fields", **pairs, help="add: app_id=, platform=, compose=@FILE …; boot: kms=")
 
-    kms = command("kms", "show, make, onboard or remove a KMS", _kms)
+    kms = command("kms", "show, add, onboard or remove a KMS", _kms)
     kms.add_argument("verb", nargs="?", choices=("list", "show", "add", "onboard", "remove"), default="list")
     kms.add_argument("name", nargs="?")
     kms.add_argument("fields", **pairs, help="add: webhook=URL …; onboard: source=src, or source=null for new keys")
 
-    for name, text in (("snapshot", "keep what the stack is now"), ("revert", "go back to a snapshot")):
+    for name, text in (("snapshot", "take a snapshot of the stack"), ("revert", "restore a snapshot")):
         made = command(name, text, _snapshot if name == "snapshot" else _revert)
         made.add_argument("name", nargs="?", default="snapshot")
-    command("reset", "go back to when the stack became ready", lambda api, a: api.send("POST", "/reset", {}))
-    command("save", "write what the stack is now to a file", _save).add_argument("file", type=Path)
-    command("load", "go back to what a file says", _load).add_argument("file", type=Path)
+    command("reset", "restore the state in which the stack became ready", lambda api, a: api.send("POST", "/reset", {}))
+    command("save", "write the stack's state to a file", _save).add_argument("file", type=Path)
+    command("load", "restore the state in a file", _load).add_argument("file", type=Path)
 
     call = command("call", "make any call of the API (GET /openapi.json lists them)", _call)
     call.add_argument("method", choices=("GET", "POST", "PUT", "PATCH", "DELETE"))
@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do it, and print what was answered."""
+    """Run the command and print the answer."""
     try:
         answer = arguments.act(Api(_find(arguments)), arguments)
         if answer is not None and answer != {}:
@@ -147,16 +147,19 @@ class Api:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def get(self, path: str) -> Any:
-        """GET, and parse."""
+        """GET a path and parse the answer."""
         return self.send("GET", path)
 
     def send(self, method: str, path: str, body: Any = None) -> Any:
-        """Send JSON, and parse the answer; raise `ControlRefusedError` with a refusal's text."""
-        with self.open(method, path, body, timeout=TIMEOUT) as response:
-            return json.load(response)
+        """Send JSON and parse the answer; raise `ControlRefusedError` for a refusal, `UsageError` if none comes."""
+        try:
+            with self.open(method, path, body, timeout=TIMEOUT) as response:
+                return json.load(response)
+        except TimeoutError as error:
+            raise UsageError(f"{self._url}: no answer to {method} {path} within {TIMEOUT:g} s") from error
 
     def open(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> Any:
-        """Send JSON, and give the answer to read."""
+        """Send JSON and return the answer as a stream; without `timeout`, it may stay silent."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(  # noqa: S310 - the URL is http, checked below, and the caller's own
             self._url + path, data, {"Content-Type": "application/json"}, method=method
@@ -372,7 +375,7 @@ def _revert(api: Api, arguments: argparse.Namespace) -> None:
 def _save(api: Api, arguments: argparse.Namespace) -> None:
     text = json.dumps(api.get("/state"), indent=1) + "\n"
     try:
-        arguments.file.touch(mode=0o600)  # it holds keys, of an emulator or not
+        arguments.file.touch(mode=0o600)  # it contains private keys
         arguments.file.write_text(text)
     except OSError as error:
         raise UsageError(f"{arguments.file} cannot be written: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""`dstack-emu exec`: a command with a stack around it."""
+"""`dstack-emu exec`: run a command with a stack."""
 
 import argparse
 import asyncio
@@ -20,15 +20,15 @@ from dstack_emu.transport.errors import TransportError
 
 DESCRIPTION = (
     "Bring a stack up on free ports, run a command with the environment set to reach it, and stop the stack when the "
-    "command ends. The exit status is the command's: 128 and the number for one that a signal ended, 127 where there "
-    "is no such command, 126 where it cannot be run; 2 where the stack does not come up. " + WARNING
+    "command ends. The exit status is the command's: 128 plus the number of a signal that ended it, 127 if there is no "
+    "such command, 126 if it cannot be run; 2 if the stack does not start. " + WARNING
 )
 
 EPILOG = "Example: dstack-emu exec -- pytest tests/. What is set: docs/configuration.md, or `dstack-emu exec -- env`."
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 PATIENCE: Final = 5.0
-"""Seconds that a command has to end once the stack has failed."""
+"""Seconds that a command has to end after the stack has failed."""
 
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _FROM_THE_KEYBOARD: Final = (signal.SIGINT, signal.SIGQUIT)
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Run:
-    """A command, and the signals that are meant for it: before it runs they end the run."""
+    """A command, and the signals that are forwarded to it; before it runs, they end the stack."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self._words = words
@@ -60,7 +60,7 @@ class _Run:
         self._signalled: int | None = None
 
     async def within(self, config: StackConfig) -> int:
-        """Run it in a stack; return the exit status."""
+        """Run the command with a stack; return the exit status."""
         self._task = asyncio.current_task()
         loop = asyncio.get_running_loop()
         for number in (*_FORWARDED, *_FROM_THE_KEYBOARD):
@@ -98,7 +98,7 @@ class _Run:
         return code if code >= 0 else 128 - code
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
-        """Ask the command to end, and end it where it does not."""
+        """Terminate the command, and kill it if it does not end."""
         for ask in (process.terminate, process.kill):
             with contextlib.suppress(ProcessLookupError):
                 ask()
@@ -116,7 +116,7 @@ class _Run:
 
 
 def _in_foreground() -> bool:
-    """Whether this process runs in a terminal's foreground: what is typed there goes to the command anyway."""
+    """Return whether this process is in a terminal's foreground, whose signals reach the command anyway."""
     try:
         terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
     except OSError:

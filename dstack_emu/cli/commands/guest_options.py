@@ -1,4 +1,4 @@
-"""Options by which `agent`, `boot` and `quote` describe a guest: platform, VM, app, and what is wrong with it."""
+"""Options of `agent`, `boot` and `quote` that describe a guest: platform, VM, app, and the vendor's state."""
 
 import argparse
 import re
@@ -38,7 +38,7 @@ def cpu_count(text: str) -> int:
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
-    """Add --seed, the same for every command that derives something of a seed."""
+    """Add --seed, the same for every command that derives something from a seed."""
     parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="the same text gives the same bytes")
 
 
@@ -48,19 +48,21 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     add_release(parser, "the dstack release of the guest")
     guest = parser.add_argument_group("the guest")
     guest.add_argument(
-        "--name", metavar="NAME", help=f"the app's name, where its app-compose is made up ({DEFAULT_NAME})"
+        "--name", metavar="NAME", help=f"the app's name, if its app-compose is generated ({DEFAULT_NAME})"
     )
     guest.add_argument(
         "--platform",
         metavar="NAME",
-        help="the machine: each name has a device id of its own (`host of ` and the made-up app's name)",
+        help="the platform: each name has its own device id (`host of ` and the generated app's name)",
     )
     guest.add_argument(
-        "--app-compose", type=Path, metavar="FILE", help="the app's app-compose.json (made up without it)"
+        "--app-compose", type=Path, metavar="FILE", help="the app's app-compose.json (default: a generated one)"
     )
-    guest.add_argument("--app-id", type=hex_bytes, metavar="HEX", help="20 bytes (default: of the compose hash)")
     guest.add_argument(
-        "--instance", default="", metavar="NAME", help="another instance of the app: each name has an id of its own"
+        "--app-id", type=hex_bytes, metavar="HEX", help="20 bytes (default: the first of the compose hash)"
+    )
+    guest.add_argument(
+        "--instance", default="", metavar="NAME", help="another instance of the app: each name has its own id"
     )
     guest.add_argument("--image", default="dstack-emu", metavar="NAME", help="name of the OS image (%(default)s)")
     guest.add_argument("--image-version", metavar="TEXT", help="its version (that of the release)")
@@ -70,36 +72,40 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
         "--memory", type=memory_size, default=2 * 1024**3, metavar="SIZE", help="its memory: 2G, or 2816M and more"
     )
     guest.add_argument(
-        "--sys-config", type=Path, metavar="FILE", help="a sys-config.json whose vm_config goes before them"
+        "--sys-config", type=Path, metavar="FILE", help="a sys-config.json whose vm_config replaces these options"
     )
     guest.add_argument("--debug", action="store_true", help="a debug domain, which no verifier accepts")
-    guest.add_argument("--mr-config-id", type=hex_bytes, metavar="HEX", help="48 bytes that the domain is started with")
+    guest.add_argument(
+        "--mr-config-id", type=hex_bytes, metavar="HEX", help="48 bytes that the trust domain is started with"
+    )
     guest.add_argument(
         "--quote-version", type=int, choices=(4, 5), default=4, help="version of its quotes (%(default)s)"
     )
     guest.add_argument("--td15", action="store_true", help="quote the TDX 1.5 report (quote version 5)")
-    guest.add_argument("--other-root", action="store_true", help="a platform whose quotes lead to another root")
+    guest.add_argument("--other-root", action="store_true", help="a platform whose quotes are under another root")
 
 
 def add_vendor_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what the vendor says."""
+    """Add the options of the vendor's state."""
     vendor = parser.add_argument_group("what the emulated vendor says")
     statuses, parts = ", ".join(TCB_STATUSES), ", ".join(PART_STATUSES)
     vendor.add_argument("--tcb-status", default="UpToDate", metavar="STATUS", help=f"of the platform: {statuses}")
-    vendor.add_argument("--advisory", action="append", default=[], metavar="ID", help="an advisory that goes with it")
+    vendor.add_argument("--advisory", action="append", default=[], metavar="ID", help="an advisory for that status")
     vendor.add_argument("--module-status", default="UpToDate", metavar="STATUS", help=f"of its TDX module: {parts}")
-    vendor.add_argument("--module-advisory", action="append", default=[], metavar="ID", help="an advisory, likewise")
-    vendor.add_argument("--qe-status", default="UpToDate", metavar="STATUS", help="of the quoting enclave, likewise")
-    vendor.add_argument("--qe-advisory", action="append", default=[], metavar="ID", help="an advisory, likewise")
+    vendor.add_argument(
+        "--module-advisory", action="append", default=[], metavar="ID", help="an advisory for that status"
+    )
+    vendor.add_argument("--qe-status", default="UpToDate", metavar="STATUS", help=f"of the quoting enclave: {parts}")
+    vendor.add_argument("--qe-advisory", action="append", default=[], metavar="ID", help="an advisory for that status")
     vendor.add_argument(
         "--revoke", action="append", default=[], choices=("pck", "pck-ca"), help="the platform's certificate, or its CA"
     )
     for document in ("tcb-info", "qe-identity", "pck-crl", "root-ca-crl"):
-        vendor.add_argument(f"--{document}", choices=get_args(Dating), default="current", help="how it is dated")
+        vendor.add_argument(f"--{document}", choices=get_args(Dating), default="current", help="its validity")
 
 
 def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
-    """Put the options together; raise `UsageError` naming the one that is wrong."""
+    """Make the guest's configuration from the options; raise `UsageError` that names a wrong one."""
     try:
         return GuestConfig(
             seed=arguments.seed,
@@ -129,7 +135,7 @@ def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
 
 
 def platform_state(arguments: argparse.Namespace) -> PlatformState:
-    """The platform's state that the options ask for."""
+    """Return the platform's state that the options describe."""
     return PlatformState(
         tcb_status=arguments.tcb_status,
         advisory_ids=tuple(arguments.advisory),
@@ -141,7 +147,7 @@ def platform_state(arguments: argparse.Namespace) -> PlatformState:
 
 
 def vendor_state(arguments: argparse.Namespace) -> VendorState:
-    """The vendor's state that the options ask for."""
+    """Return the vendor's state that the options describe."""
     return VendorState(
         qe_status=arguments.qe_status,
         qe_advisory_ids=tuple(arguments.qe_advisory),

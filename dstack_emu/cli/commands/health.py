@@ -1,4 +1,4 @@
-"""`dstack-emu health`: is a running stack, or one service of it, ready?"""
+"""`dstack-emu health`: check that a running stack, or one service of it, is ready."""
 
 import argparse
 import asyncio
@@ -8,7 +8,7 @@ from dstack_emu.cli.commands.common import UsageError, say
 from dstack_emu.deployment.healthcheck import check
 
 DESCRIPTION = (
-    "Ask every service of the stack in a state folder, or those that are named; exit 0 when all answer, 1 with the "
+    "Check every service of the stack in a state folder, or those that are named; exit 0 if all answer, 1 with the "
     "reason otherwise."
 )
 
@@ -17,15 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("--state", type=Path, metavar="DIR", help="the folder given to `up --state`")
     parser.add_argument(
-        "--url", action="append", default=[], metavar="URL", help="http(s)://host:port/path that has to answer with 200"
+        "--url", action="append", default=[], metavar="URL", help="http(s)://host:port/path that must answer with 200"
     )
     parser.add_argument(
-        "--kms", action="append", default=[], metavar="HOST:PORT", help="a KMS that has to answer, in whichever phase"
+        "--kms", action="append", default=[], metavar="HOST:PORT", help="a KMS that must answer, in either phase"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask, and say what is wrong."""
+    """Check the services and print what is wrong."""
     if arguments.state is None and not arguments.url and not arguments.kms:
         raise UsageError("nothing to ask: give --state DIR, --url URL or --kms HOST:PORT")
     targets = [*arguments.url, *(f"kms:{address}" for address in arguments.kms)]

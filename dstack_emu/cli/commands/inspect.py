@@ -1,4 +1,4 @@
-"""`dstack-emu inspect`: what is this, and what stands in it?"""
+"""`dstack-emu inspect`: identify a file, and show its contents."""
 
 import argparse
 import datetime
@@ -19,7 +19,7 @@ from dstack_emu.inspection.identify import MAX_SIZE, Finding, inspect_input
 
 DESCRIPTION = (
     "Show a quote, a versioned attestation, certificates, a signing request, collateral, or an answer that has one of "
-    "them inside: binary, hex, base64, PEM or JSON, whichever it is. Nothing is verified (`dstack-emu verify` does)."
+    "them inside, in binary, hex, base64, PEM or JSON. Nothing is verified: `dstack-emu verify` does that."
 )
 
 WIDTH: Final = 100
@@ -30,7 +30,7 @@ COLUMNS: Final = 12
 HEX_DIGITS: Final = 64
 """Digits in a line: a register of 48 bytes takes two."""
 LONGEST: Final = 640
-"""Characters of a value shown to a person; --json has it whole."""
+"""Characters of a value that are shown; --json has all of them."""
 
 _HEADINGS: Final = {
     "td_report": "TD report",
@@ -58,7 +58,7 @@ _GOOD: Final = {
     "signed_by_the_next": True,
     "device_id_is_sha256_of_ppid": True,
 }
-"""The value that is as it should be (None: neither is wrong, yes is worth a look)."""
+"""The value that is as it should be (None: neither is wrong, and yes is highlighted)."""
 _EMULATED: Final = "yes: EMULATED, it proves nothing"
 _TONES: Final = {"equal": GREEN, "differs": RED}
 
@@ -66,16 +66,16 @@ _TONES: Final = {"equal": GREEN, "differs": RED}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_input(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object, everything in full")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with every value in full")
 
 
 def add_input(parser: argparse.ArgumentParser) -> None:
     """Add the file to read."""
-    parser.add_argument("file", metavar="FILE", help="what to read, - for standard input (at most 10 MiB)")
+    parser.add_argument("file", metavar="FILE", help="the file to read, - for standard input (at most 10 MiB)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Inspect, and show."""
+    """Inspect the file and print the result."""
     data, found = read_input(arguments.file)
     if arguments.json:
         head = {"what": found.what, "sure": found.sure, "form": list(found.form), "size": len(data)}
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         colour = wants_colour(sys.stdout)
         lines = [paint(headline(found, len(data)), BOLD, colour), *render(found.description, colour)]
         if found.evidence:
-            lines += ["", "Read, not verified: `dstack-emu verify` judges it."]
+            lines += ["", "Read, not verified: use `dstack-emu verify`."]
         show("\n".join(lines))
     return 0
 
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_input(name: str) -> tuple[bytes, Finding]:
-    """Read a file (or standard input) and find out what it is; raise `UsageError` where that cannot be done."""
+    """Read a file (or standard input) and identify it; raise `UsageError` if that fails."""
     try:
         if name == "-":
             data = sys.stdin.buffer.read(MAX_SIZE + 1)
@@ -109,13 +109,13 @@ def read_input(name: str) -> tuple[bytes, Finding]:
 
 
 def headline(found: Finding, size: int) -> str:
-    """What it is, how sure that is, and in which form it came."""
+    """Return what the input is, whether that is sure, and its form."""
     form = " of ".join(found.form) or "binary"
     return textwrap.fill(printable(f"{'' if found.sure else 'Looks like: '}{found.what}; {form}, {size} bytes"), WIDTH)
 
 
 def show(text: str) -> None:
-    """Print to stdout, whatever it can encode, and be content when nobody reads to the end."""
+    """Print to stdout what it can encode; accept that a reader may stop before the end."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
         print(text.encode(encoding, errors="replace").decode(encoding), flush=True)
@@ -128,7 +128,7 @@ def show(text: str) -> None:
 
 
 def render(description: Description, colour: bool) -> list[str]:
-    """Lines for a person: groups with headings, aligned names, tables; at most 100 columns."""
+    """Render a description as lines of at most 100 columns: groups with headings, aligned names, tables."""
     return list(_group(description, 0, colour))
 
 
@@ -179,7 +179,7 @@ def _tone(key: str, value: Any) -> str:
 
 
 def _value(value: Any, width: int) -> list[str]:
-    """The lines of one value, none longer than `width`."""
+    """Render one value as lines that are not longer than `width`."""
     width = max(width, 24)
     if isinstance(value, bytes):
         return _bytes(value, min(width, HEX_DIGITS))
@@ -199,7 +199,7 @@ def _bytes(value: bytes, width: int) -> list[str]:
 
 
 def _words(value: Any) -> str:
-    """One value in a line."""
+    """Render one value on one line."""
     match value:
         case None | "":
             return "-"
@@ -221,7 +221,7 @@ def _words(value: Any) -> str:
 
 
 def _table(rows: Sequence[Description], indent: int, colour: bool) -> Iterator[str]:
-    """Columns as wide as their content, the widest cut where the line would be too long."""
+    """Return the widths of columns: those of their content, the widest cut if the line would be too long."""
     names = list(dict.fromkeys(key for row in rows for key in row))[:COLUMNS]
     cells = [[_cell(row.get(name)) for name in names] for row in rows]
     heads = [printable(name)[:LABEL].replace("_", " ") for name in names]
@@ -294,7 +294,7 @@ def _level(row: Description) -> Description:
 
 
 def _svns(value: Any) -> Any:
-    """Component SVNs in a row, without the zeros at their end; anything else as it is."""
+    """Return component SVNs in a row, without the zeros at their end; return anything else as it is."""
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         return value
     numbers = [str(one.get("svn")) for one in value]

@@ -1,4 +1,4 @@
-"""`dstack-emu kms`: one KMS of its own."""
+"""`dstack-emu kms`: run one KMS."""
 
 import argparse
 import asyncio
@@ -29,7 +29,7 @@ TALKATIVE = ("kms_emu",)
 
 
 def log_level() -> str | None:
-    """The level that upstream's variable asks for."""
+    """Return the log level that upstream's variable sets."""
     return logs.level_of(os.environ.get("RUST_LOG", ""))
 
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--listen",
         type=listen_address,
         metavar="HOST:PORT",
-        help="where both phases listen, instead of what the file says (port 0: a free one)",
+        help="address of both phases, instead of the file's (port 0: a free one)",
     )
     parser.add_argument(
         "--seed", metavar="TEXT", help="the same text gives the same keys and certificates (default: random ones)"
@@ -89,7 +89,7 @@ async def _run_kms(config: KmsConfig, agent: str, arguments: argparse.Namespace)
 
 
 def _description(kms: KmsServer) -> dict[str, Any]:
-    """What a program needs to know, as `--json` prints it. The port stays the same in the runtime phase."""
+    """Return what `--json` prints for programs. The port stays the same in the runtime phase."""
     cert_dir = kms.config.core.cert_dir.absolute()
     return {
         "url": kms.url,

@@ -1,4 +1,4 @@
-"""`dstack-emu pccs`: collateral for every platform of a seed."""
+"""`dstack-emu pccs`: serve collateral for every platform of a seed."""
 
 import argparse
 import asyncio
@@ -16,8 +16,8 @@ from dstack_emu.transport.listen import bind_tcp, serve
 from dstack_emu.transport.ports import PORTS
 
 DESCRIPTION = (
-    "Serve collateral in the shape of Intel's PCS v4 for quotes of every platform of a seed. What is said of platforms "
-    "named with --platform can be changed by the options below; all others are up to date. " + WARNING
+    "Serve collateral in the shape of Intel's PCS v4 for quotes of every platform of a seed. The state of platforms "
+    "named with --platform is set by the options below; all others are up to date. " + WARNING
 )
 
 
@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"address (127.0.0.1:{PORTS['pccs']})",
     )
     parser.add_argument("--root-ca", type=Path, metavar="FILE", help="write the root certificate (PEM) here")
-    parser.add_argument("--platform", action="append", default=[], metavar="NAME", help="a platform to say it of")
+    parser.add_argument(
+        "--platform", action="append", default=[], metavar="NAME", help="a platform that the options below are for"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
     add_seed(parser)
     add_vendor_options(parser)

@@ -1,4 +1,4 @@
-"""`dstack-emu proto`: the .proto files, for clients in any language."""
+"""`dstack-emu proto`: write the .proto files, for clients in any language."""
 
 import argparse
 from importlib import resources
@@ -8,17 +8,17 @@ from dstack_emu.cli.commands.common import UsageError
 
 DESCRIPTION = (
     "Write the .proto files of the guest agent (packages dstack_guest and dstack.guest.v1) and the KMS (package kms) "
-    "into a folder, to generate clients from. A file of that name that says something else is left alone, and an error."
+    "into a folder, to generate clients from. A file of that name with other contents is an error, and is kept."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="where they go; made if it is not there")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder; created if it is missing")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write them, and print where."""
+    """Write the files and print their paths."""
     folder: Path = arguments.folder
     files = resources.files("dstack_emu.attest.proto").iterdir()
     sources = {file.name: file.read_text() for file in files if file.name.endswith(".proto")}

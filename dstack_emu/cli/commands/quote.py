@@ -1,4 +1,4 @@
-"""`dstack-emu quote`: one quote, written to a file."""
+"""`dstack-emu quote`: write one quote to a file."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report-data", type=hex_bytes, default=b"", metavar="HEX", help="up to 64 bytes, padded with zeros"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where it goes (default: stdout)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: stdout)")
     parser.add_argument(
         "--attestation", action="store_true", help="write the whole attestation (V0) instead of the quote"
     )
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Quote, and write."""
+    """Write the quote."""
     config = guest_config(arguments, platform_state=PlatformState(other_root=arguments.other_root))
     intel = Intel(Seed.of(config.seed))
     try:

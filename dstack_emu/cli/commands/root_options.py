@@ -12,7 +12,7 @@ from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
 
 NamedAnchor = tuple[TrustAnchor, str]
-"""A trust anchor, and what to call it."""
+"""A trust anchor, and its name in messages."""
 
 
 def add_root(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`dstack-emu runbook`: dstack's runbook for KMS self authorization, carried out."""
+"""`dstack-emu runbook`: run dstack's runbook for KMS self authorization."""
 
 import argparse
 import asyncio
@@ -26,9 +26,9 @@ from dstack_emu.stack import Stack
 from dstack_emu.transport.events import LOGGERS
 
 DESCRIPTION = (
-    "Carry out the five test cases of dstack's runbook for KMS self authorization: step by step, on a fresh stack of "
-    "its own, or on one that runs elsewhere, by its public interfaces and its two policy files. Exit 0 when every case "
-    "passes, 1 when a check fails, 2 when the runbook cannot be carried out. " + WARNING
+    "Run the five test cases of dstack's runbook for KMS self authorization step by step, on a fresh stack of its own "
+    "or on one that runs elsewhere, through its public interfaces and its two policy files. Exit 0 if every case "
+    "passes, 1 if a check fails, 2 if the runbook cannot be run. " + WARNING
 )
 
 PATIENCE: Final = 60.0
@@ -36,7 +36,7 @@ LOGGED: Final = ("auth", "kms_emu", "simulator", "transport")
 
 
 def _grpc_client() -> KmsClient:
-    from dstack_emu.runbook.grpc_kms_client import GrpcKmsClient  # costs time and memory that nobody else should pay
+    from dstack_emu.runbook.grpc_kms_client import GrpcKmsClient  # grpcio costs time and memory
 
     return GrpcKmsClient()
 
@@ -54,12 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a fresh stack that runs elsewhere: JSON with the keys of `up --json`, as stack.json in its state folder",
     )
-    parser.add_argument("--source-url", metavar="URL", help="where kms-dst reaches kms-src, if elsewhere than we do")
+    parser.add_argument("--source-url", metavar="URL", help="where kms-dst reaches kms-src, if not at the same URL")
     parser.add_argument(
         "--wait", type=_seconds, default=PATIENCE, metavar="SECONDS", help="how long to wait for a KMS (%(default)g)"
     )
-    parser.add_argument("--transport", choices=list(TRANSPORTS), default="prpc", help="how to ask (%(default)s)")
-    parser.add_argument("--evidence", type=Path, metavar="FILE", help="archive what was asked and answered (.tar.gz)")
+    parser.add_argument(
+        "--transport", choices=list(TRANSPORTS), default="prpc", help="how to call the KMS (%(default)s)"
+    )
+    parser.add_argument("--evidence", type=Path, metavar="FILE", help="write an archive of calls and answers (.tar.gz)")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end, no more on stdout")
 
 
@@ -74,7 +76,7 @@ def _seconds(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carry it out, show it, and keep the evidence."""
+    """Run the cases, report them, and write the evidence."""
     if arguments.source_url and not arguments.against:
         raise UsageError("--source-url: only for a stack that runs elsewhere (--against)")
     try:
@@ -130,14 +132,14 @@ async def _run_cases(arguments: argparse.Namespace, target: Target, transcript: 
 
 
 def _target_of(stack: Stack) -> Target:
-    """Our own stack, by what it would print."""
+    """Return the target of our own stack, from the description that it would print."""
     addresses = {urlsplit(url).netloc: name for name, url in stack.services.items()}
     names = {**addresses, **{target: name for name, target in stack.grpc.items()}, str(stack.state): "STATE"}
     return Target.of(stack.description(), "the stack", stack.state, names, by_grpc=stack.config.grpc)
 
 
 def _let_logs_through() -> None:
-    """Let the parts' logs reach the evidence, and only as much of them to stderr as was asked for."""
+    """Let the parts' logs reach the evidence, and stderr only as far as the verbosity says."""
     root = logging.getLogger()
     for handler in root.handlers:
         handler.setLevel(max(handler.level, root.level))

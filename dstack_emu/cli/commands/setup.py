@@ -1,4 +1,4 @@
-"""`dstack-emu setup`: the authorization flow on two KMS and an app that run elsewhere."""
+"""`dstack-emu setup`: run the authorization flow on two KMS and an app that run elsewhere."""
 
 import argparse
 import asyncio
@@ -16,21 +16,20 @@ from dstack_emu.transport.listen import bind_tcp, serve
 DESCRIPTION = (
     "Measure two fresh KMS, allow them and the app in both policy files, bootstrap the source, onboard the target, "
     "finish both, and wait until the app has its keys: what `dstack-emu up` does, for services in processes or "
-    "containers of their own. A KMS that has keys already, and a policy that is no placeholder, are left as they are. "
-    + WARNING
+    "containers of their own. A KMS that has keys, and a policy that is not a placeholder, are kept. " + WARNING
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("--kms-src", required=True, metavar="URL", help="the KMS that makes the keys")
-    parser.add_argument("--kms-dst", required=True, metavar="URL", help="the KMS that takes them over")
-    parser.add_argument("--app", metavar="URL", help="the guest agent of an app that shall be allowed, too")
+    parser.add_argument("--kms-src", required=True, metavar="URL", help="the KMS that generates the keys")
+    parser.add_argument("--kms-dst", required=True, metavar="URL", help="the KMS that is onboarded from it")
+    parser.add_argument("--app", metavar="URL", help="the guest agent of an app to allow")
     parser.add_argument(
-        "--policies", type=Path, required=True, metavar="DIR", help="where auth-src.json and auth-dst.json are"
+        "--policies", type=Path, required=True, metavar="DIR", help="the folder of auth-src.json and auth-dst.json"
     )
-    parser.add_argument("--source-url", metavar="URL", help="where the target finds the source (default: --kms-src)")
-    parser.add_argument("--fresh", action="store_true", help="only put policies in place that deny everyone")
+    parser.add_argument("--source-url", metavar="URL", help="where the target reaches the source (default: --kms-src)")
+    parser.add_argument("--fresh", action="store_true", help="only write policies that deny everyone")
     parser.add_argument(
         "--serve", type=listen_address, metavar="HOST:PORT", help="stay, and answer /health with 200 when all is done"
     )
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Set everything up; stay if asked to."""
+    """Set everything up, and with --serve stay."""
     return asyncio.run(_run(arguments))
 
 

@@ -1,4 +1,4 @@
-"""The options of the commands that bring a whole stack up."""
+"""The options of the commands that start a whole stack."""
 
 import argparse
 from collections.abc import Mapping
@@ -13,11 +13,13 @@ _PORTS = {**PORTS, **GRPC_PORTS}
 
 
 def add_stack_options(parser: argparse.ArgumentParser) -> None:
-    """Add them, but for where it listens."""
-    parser.add_argument("--fresh", action="store_true", help="stop at the runbook's start: no keys, policies that deny")
+    """Add the options, except the addresses."""
+    parser.add_argument(
+        "--fresh", action="store_true", help="stop at the start of the runbook: KMS without keys, policies that deny"
+    )
     parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="the same text gives the same bytes")
     add_release(parser, "the dstack release that everything is of")
-    parser.add_argument("--grpc", action="store_true", help="let agents and KMS serve gRPC, too")
+    parser.add_argument("--grpc", action="store_true", help="let agents and KMS also serve gRPC")
     parser.add_argument(
         "--port",
         action="append",
@@ -34,7 +36,7 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
 
 
 def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str = "127.0.0.1") -> StackConfig:
-    """The configuration that the options describe."""
+    """Return the configuration that the options describe."""
     ports: Mapping[str, int] = dict.fromkeys(_PORTS, 0) if free_ports else _PORTS
     return StackConfig(
         seed=arguments.seed,

@@ -1,4 +1,4 @@
-"""`dstack-emu up`: the whole stack."""
+"""`dstack-emu up`: run a whole stack."""
 
 import argparse
 import asyncio
@@ -17,7 +17,7 @@ TALKATIVE = ("kms_emu",)
 DESCRIPTION = (
     "Bring up a PCCS, two auth-simple webhooks, two KMS in trust domains of their own, and an app; measure both KMS, "
     "allow them, bootstrap the source, onboard the destination, and boot the app with keys from the source. It runs "
-    "until Ctrl-C. The two policy files may be edited meanwhile: they are read anew for every question. " + WARNING
+    "until Ctrl-C. The two policy files may be edited meanwhile: they are read anew at every request. " + WARNING
 )
 
 

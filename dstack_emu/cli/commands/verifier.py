@@ -1,4 +1,4 @@
-"""`dstack-emu verifier`: the verifier as a service, or for one file."""
+"""`dstack-emu verifier`: run the verifier as a service, or verify one file."""
 
 import argparse
 import asyncio
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _anchor(arguments: argparse.Namespace, config: VerifierConfig) -> NamedAnchor:
-    """Return the root to believe: an option's, else the file's, else the default seed's."""
+    """Return the root to verify under: an option's, else the file's, else the default seed's."""
     chosen = chosen_root(arguments)
     if chosen is not None and arguments.seed is None:
         return chosen
@@ -157,7 +157,7 @@ def _verify_certificate(path: Path, verifier: AbstractAsyncContextManager[Verifi
 
 
 def _write(path: Path, suffix: str, document: dict[str, Any], what: str) -> None:
-    """Put an answer beside the file it is about, at once."""
+    """Write an answer beside the file that it is about, whole or not at all."""
     target = path.with_name(path.name + suffix)
     try:
         replace_file(target, (json.dumps(document, indent=2) + "\n").encode())

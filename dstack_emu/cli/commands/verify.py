@@ -1,4 +1,4 @@
-"""`dstack-emu verify`: does this evidence hold, and if not, what of it does not?"""
+"""`dstack-emu verify`: check evidence, and report each check that fails."""
 
 import argparse
 import asyncio
@@ -26,9 +26,9 @@ from dstack_emu.transport.ports import PORTS
 
 DESCRIPTION = (
     "Run every check on a quote, a versioned attestation, an RA-TLS certificate, a signing request, or a GetQuote or "
-    "Attest answer, in any form that `dstack-emu inspect` reads. Exit 0 when all hold, 1 when one failed, 2 when there "
-    "is nothing to check. That all hold says nothing of which application it is, and under the emulated root "
-    "nothing at all: anybody can forge that."
+    "Attest answer, in any form that `dstack-emu inspect` reads. Exit 0 if all hold, 1 if one failed, 2 if there is "
+    "nothing to check. That all hold does not say which application it is, and under the emulated root it says "
+    "nothing at all: anybody can forge evidence under that root."
 )
 
 PCCS: Final = f"http://127.0.0.1:{PORTS['pccs']}"
@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--collateral", type=Path, metavar="FILE", help="collateral as QuoteCollateralV3 JSON instead")
     add_root(parser)
     parser.add_argument("--time", type=_moment, metavar="WHEN", help="verify at this time: Unix seconds or ISO 8601")
-    parser.add_argument("--report-data", type=hex_bytes, metavar="HEX", help="what must be quoted, padded with zeros")
+    parser.add_argument(
+        "--report-data", type=hex_bytes, metavar="HEX", help="the report_data that must be quoted, padded with zeros"
+    )
     parser.add_argument("--strict", action="store_true", help="refuse every TCB status but UpToDate")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -62,13 +64,13 @@ def _moment(text: str) -> int:
 
 
 def _from_iso(text: str) -> int:
-    """Read a date, with UTC where it names no time zone."""
+    """Read a date, in UTC if it names no time zone."""
     moment = datetime.fromisoformat(text)
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, and show."""
+    """Check the evidence and print the result."""
     data, found = read_input(arguments.file)
     if found.evidence is None:
         raise UsageError(printable(f"{arguments.file}: {found.what}: {found.obstacle or 'no evidence in it'}"))
@@ -141,6 +143,6 @@ def _render(title: str, checks: Sequence[Check], policy: Expectations, colour: b
 
 
 def _wrapped(label: str, text: str) -> list[str]:
-    """Put text behind a label, further lines of it below its first."""
+    """Put text after a label, with further lines indented below the first."""
     lines = textwrap.wrap(text, WIDTH - len(label)) or [""]
     return [(label + lines[0]).rstrip(), *(" " * len(label) + line for line in lines[1:])]
