@@ -17,7 +17,7 @@ from dstack_emu.kms_emu.errors import KmsConfigError, KmsError
 from dstack_emu.kms_emu.image_cache import ImageCache, admin_table
 from dstack_emu.transport.events import EventLog
 from dstack_emu.transport.http import Application, Handler, Middleware, Request, Response
-from dstack_emu.transport.prpc_server import add_prpc
+from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
 
 REALM: Final = "dstack-kms admin"
 TOKEN_HEADER: Final = "X-Admin-Token"  # noqa: S105 - a header's name
@@ -44,10 +44,10 @@ def admin_token(admin: AdminSection, environment: Mapping[str, str]) -> str | No
     return token
 
 
-def admin_app(cache: ImageCache, token: str | None, log: EventLog) -> Application:
+def admin_app(cache: ImageCache, token: str | None, log: EventLog, statuses: RpcStatuses | None = None) -> Application:
     """Make the listener's application over one image cache."""
     app = Application(middlewares=[_require_token(token, log)])
-    add_prpc(app, "/prpc", journaled(admin_table(cache), log), _admitted, errors=(KmsError,))
+    add_prpc(app, "/prpc", journaled(admin_table(cache), log), _admitted, errors=(KmsError,), statuses=statuses)
     return app
 
 

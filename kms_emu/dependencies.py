@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from dstack_emu.attest.certificate import EvidenceForm
+from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.kms_emu.agent_client import TIMEOUT as AGENT_TIMEOUT
 from dstack_emu.kms_emu.agent_client import GuestAgentClient
 from dstack_emu.kms_emu.auth_api import AuthApi, DevAuth, WebhookAuth
@@ -46,7 +47,7 @@ class KmsDependencies:
 
     `clock` is the time that evidence and collateral are verified at; `issue_clock` dates certificates. `evidence_form`
     is how the RPC certificate carries its evidence. Without `images` (`core.image.verify` switched off) an OS image's
-    hash is believed as claimed.
+    hash is believed as claimed. `release` is the dstack release of this KMS.
     """
 
     core: Core
@@ -61,6 +62,7 @@ class KmsDependencies:
     log: EventLog
     evidence_form: EvidenceForm = "versioned"
     images: ImageStore | None = None
+    release: Release = DEFAULT
 
     @classmethod
     def build(
@@ -73,6 +75,7 @@ class KmsDependencies:
         issue_clock: Clock | None,
         auth: AuthApi | None,
         instruments: KmsInstruments,
+        release: Release,
     ) -> Self:
         """Make what the configuration names; `auth` and the instruments' verifier replace the configured ones.
 
@@ -82,7 +85,7 @@ class KmsDependencies:
         with context("Failed to initialize KMS state"):
             anchor = trust_anchor(core.attestation, "core.")
         agent = GuestAgentClient(agent_address, timeout=timeout or AGENT_TIMEOUT, headers=headers)
-        auth = auth or _auth_api(core)
+        auth = auth or _auth_api(core, release)
         pccs = PccsClient(core.pccs, ttl=core.attestation.collateral_ttl)
         verifier = instruments.verifier or AttestationVerifier(pccs, anchor, clock)
         return cls(
@@ -98,6 +101,7 @@ class KmsDependencies:
             log=EventLog("dstack_emu.kms_emu", **({"site": core.site_name} if core.site_name else {})),
             evidence_form=config.emulator.rpc_cert_evidence,
             images=_image_store(core) if core.image.verify else None,
+            release=release,
         )
 
     async def close(self) -> None:
@@ -109,10 +113,10 @@ class KmsDependencies:
             await self.images.close()
 
 
-def _auth_api(core: Core) -> AuthApi:
+def _auth_api(core: Core, release: Release) -> AuthApi:
     if core.auth_api.type == "dev":
         return DevAuth(core.auth_api.dev.gateway_app_id)
-    return WebhookAuth(core.auth_api.webhook.url)
+    return WebhookAuth(core.auth_api.webhook.url, release=release)
 
 
 def _image_store(core: Core) -> ImageStore:

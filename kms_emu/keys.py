@@ -6,7 +6,7 @@ with. Source: dstack `kms/src/main_service.rs`, `kms/src/onboard_service.rs` (`K
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Self
 
 from coincurve import PrivateKey
@@ -91,6 +91,8 @@ class RootKeys:
         attestation: Attestation | None,
         now: int,
         evidence_form: cert.EvidenceForm = "versioned",
+        *,
+        keeps_log_digests: bool = False,
     ) -> str:
         """Issue the certificate of the RPC listener (PEM)."""
         request = cert.CertificateRequest(
@@ -100,6 +102,7 @@ class RootKeys:
             usage=cert.USAGE_KMS_RPC,
             attestation=attestation,
             evidence_form=evidence_form,
+            keeps_log_digests=keeps_log_digests,
         )
         return cert.pem(self.root_ca.issue(request, now))
 
@@ -230,8 +233,10 @@ def root_secrets(roots: RootKeys, grant: KmsGrant) -> RootSecrets:
     return RootSecrets(pkcs8_pem(roots.temp_ca.key), pkcs8_pem(roots.root_ca.key), roots.k256.secret)
 
 
-def sign_certificate(roots: RootKeys, grant: AppGrant, request: SigningRequest, now: int) -> list[str]:
-    """Issue an app's certificate: leaf, app CA, root CA (PEM)."""
+def sign_certificate(
+    roots: RootKeys, grant: AppGrant, request: SigningRequest, now: int, *, keeps_log_digests: bool = False
+) -> list[str]:
+    """Issue an app's certificate: leaf, app CA, root CA (PEM). The log in its evidence may keep the events' digests."""
     app_id = grant.boot_info.app_id
     key = derive_p256(roots.root_scalar, [app_id, b"app-ca"])
     ca_request = cert.CertificateRequest(
@@ -243,7 +248,8 @@ def sign_certificate(roots: RootKeys, grant: AppGrant, request: SigningRequest, 
         usage=cert.USAGE_APP_CA,
     )
     app_ca = cert.CertificateAuthority(roots.root_ca.issue(ca_request, now), key)
-    leaf = app_ca.issue(request.certificate_request(usage=cert.USAGE_APP_LEAF, app_id=app_id), now)
+    leaf_request = request.certificate_request(usage=cert.USAGE_APP_LEAF, app_id=app_id)
+    leaf = app_ca.issue(replace(leaf_request, keeps_log_digests=keeps_log_digests), now)
     return [cert.pem(leaf), app_ca.pem, roots.root_ca.pem]
 
 

@@ -20,6 +20,7 @@ from dstack_emu.kms_emu.runtime_phase import runtime_app, tls_context
 from dstack_emu.kms_emu.service import KmsService, OnboardService
 from dstack_emu.transport.http import Middleware
 from dstack_emu.transport.listen import Server, bind_tcp, serve
+from dstack_emu.transport.prpc_server import RpcStatuses
 
 if TYPE_CHECKING:
     from dstack_emu.kms_emu.grpc_server import KmsGrpcServer
@@ -114,7 +115,13 @@ class KmsListeners:
     async def enter_onboard(self, service: OnboardService, finish: Callable[[], None]) -> None:
         """Serve the onboard phase; `finish` is called when its end is requested."""
         core, rpc = self._config.core, self._config.rpc
-        app = onboard_app(service, site_name=core.site_name, finish=finish, middlewares=self._middlewares)
+        app = onboard_app(
+            service,
+            site_name=core.site_name,
+            finish=finish,
+            middlewares=self._middlewares,
+            statuses=RpcStatuses.of(self._deps.release),
+        )
         if (core.onboard.address, core.onboard.port) == (rpc.address, rpc.port):
             sock = self._rpc_sock.dup()
         else:
@@ -139,11 +146,11 @@ class KmsListeners:
     async def enter_runtime(self, service: KmsService, metrics: AttestationMetrics) -> None:
         """Serve the runtime phase over TLS, and the admin listener."""
         tls = self._config.rpc.tls
-        context = tls_context(tls)
+        context = tls_context(tls, self._deps)
         await self._serve_admin()
         if self._grpc is not None:
             await self._grpc.enter_runtime(
-                service, self._deps.verifier, lambda mandatory: tls_context(tls, mandatory), metrics.record
+                service, self._deps.verifier, lambda mandatory: tls_context(tls, self._deps, mandatory), metrics.record
             )
         app = runtime_app(service, self._deps, metrics, self._middlewares)
         self._server = await serve(app, self._rpc_sock, context)
@@ -170,5 +177,7 @@ class KmsListeners:
             return
         log = self._deps.log
         cache = ImageCache(self._config.core.image.cache_dir)
-        self._admin_server = await serve(admin_app(cache, self._admin_token, log), self._admin_sock)
+        self._admin_server = await serve(
+            admin_app(cache, self._admin_token, log, RpcStatuses.of(self._deps.release)), self._admin_sock
+        )
         log.info("admin listener", url=self.admin_url)

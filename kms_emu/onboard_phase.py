@@ -10,11 +10,16 @@ from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.kms_emu.service import OnboardService, onboard_table
 from dstack_emu.kms_emu.setup_page import content_security_policy, setup_page
 from dstack_emu.transport.http import Application, Middleware, Request, Response
-from dstack_emu.transport.prpc_server import add_prpc
+from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
 
 
 def onboard_app(
-    service: OnboardService, *, site_name: str, finish: Callable[[], None], middlewares: Sequence[Middleware] = ()
+    service: OnboardService,
+    *,
+    site_name: str,
+    finish: Callable[[], None],
+    middlewares: Sequence[Middleware] = (),
+    statuses: RpcStatuses | None = None,
 ) -> Application:
     """Make the application of the onboard phase; `finish` is called when `/finish` is requested."""
     app = Application(middlewares=middlewares)
@@ -30,7 +35,7 @@ def onboard_app(
     app.add("GET", "/", index)
     app.add("GET", "/finish", finish_onboarding)
     app.add("GET", "/health", health)
-    add_prpc(app, "/prpc", onboard_table(service), _anyone, errors=(KmsError,))
+    add_prpc(app, "/prpc", onboard_table(service), _anyone, errors=(KmsError,), statuses=statuses)
     return app
 
 

@@ -27,7 +27,12 @@ async def issue_rpc_certificate(deps: KmsDependencies, kms_keys: KmsKeys) -> str
     """Issue the RPC listener's certificate over fresh evidence; return it in PEM."""
     evidence = await _rpc_evidence(deps, kms_keys)
     return kms_keys.roots.issue_rpc_certificate(
-        kms_keys.rpc_key, kms_keys.domain, evidence, deps.issue_clock(), deps.evidence_form
+        kms_keys.rpc_key,
+        kms_keys.domain,
+        evidence,
+        deps.issue_clock(),
+        deps.evidence_form,
+        keeps_log_digests=deps.release.certificate_log_has_digests,
     )
 
 

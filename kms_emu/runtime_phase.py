@@ -7,7 +7,6 @@ import ssl
 from collections.abc import Awaitable, Callable, Sequence
 
 from dstack_emu.attest.errors import AttestError
-from dstack_emu.attest.version import REVISION, UPSTREAM
 from dstack_emu.kms_emu.call_log import log_refusal
 from dstack_emu.kms_emu.caller import caller_of
 from dstack_emu.kms_emu.config import Tls
@@ -20,20 +19,29 @@ from dstack_emu.transport.events import EventLog
 from dstack_emu.transport.http import Application, Middleware, Request
 from dstack_emu.transport.listen import ServerTlsContext
 from dstack_emu.transport.pccs_client import AttestationVerifier
-from dstack_emu.transport.prpc_server import add_prpc
+from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
 
 
 def runtime_app(
     service: KmsService, deps: KmsDependencies, metrics: AttestationMetrics, middlewares: Sequence[Middleware] = ()
 ) -> Application:
     """Make the application of the runtime phase; `metrics` counts its calls."""
-    version = ("X-App-Version", f"v{UPSTREAM} ({REVISION})")
+    release = deps.release
+    version = ("X-App-Version", f"v{release.version} ({release.revision})")
     app = Application(headers=(version,), middlewares=middlewares)
     app.add("GET", "/health", health)
     if deps.core.metrics.enabled:
         app.add("GET", "/metrics", metrics.render)
     who = caller(deps.verifier, deps.log)
-    add_prpc(app, "/prpc", kms_table(service), who, errors=(KmsError,), answered=metrics.record)
+    add_prpc(
+        app,
+        "/prpc",
+        kms_table(service),
+        who,
+        errors=(KmsError,),
+        answered=metrics.record,
+        statuses=RpcStatuses.of(release),
+    )
     return app
 
 
@@ -50,11 +58,14 @@ def caller(verifier: AttestationVerifier, log: EventLog) -> Callable[[Request], 
     return identify
 
 
-def tls_context(tls: Tls, mandatory: bool = False) -> ssl.SSLContext:
+def tls_context(tls: Tls, deps: KmsDependencies, mandatory: bool = False) -> ssl.SSLContext:
     """Make the TLS settings of `rpc.tls`; `mandatory` demands a client certificate even if they do not.
 
-    Raises `KmsConfigError` if the files cannot be loaded.
+    The release decides which client certificates are taken: those of the temporary CA, or those of any issuer that
+    carry evidence. Raises `KmsConfigError` if the files cannot be loaded.
     """
+    if deps.release.any_client_certificate_issuer:
+        return _attested_clients_context(tls, deps, mandatory)
     context = ServerTlsContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.num_tickets = 0  # each holds the client's whole certificate, its evidence included
@@ -68,4 +79,21 @@ def tls_context(tls: Tls, mandatory: bool = False) -> ssl.SSLContext:
             "(they are the files in core.cert_dir)"
         ) from error
     context.verify_mode = ssl.CERT_REQUIRED if mandatory or tls.mutual.mandatory else ssl.CERT_OPTIONAL
+    return context
+
+
+def _attested_clients_context(tls: Tls, deps: KmsDependencies, mandatory: bool) -> ssl.SSLContext:
+    # Imported only here: it loads a second OpenSSL binding, which a KMS of an earlier release does not need.
+    from dstack_emu.transport.ratls_server import attested_clients_context
+
+    def refused(reason: str) -> None:
+        deps.log.info("refused", phase="handshake", reason=reason)
+
+    try:
+        context = attested_clients_context(tls.certs, tls.key, now=deps.clock, refused=refused, required=mandatory)
+    except OSError as error:
+        raise KmsConfigError(
+            f"rpc.tls: cannot load {tls.certs} and {tls.key}: {error} (they are the files in core.cert_dir)"
+        ) from error
+    context.set_alpn_protocols(["http/1.1"])
     return context

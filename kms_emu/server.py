@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dstack_emu.attest.app_info import BootInfo
+from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.kms_emu.auth_api import AuthApi
 from dstack_emu.kms_emu.cert_dir import RPC_CERT
 from dstack_emu.kms_emu.config import Core, KmsConfig
@@ -50,7 +51,7 @@ class KmsServer:
     certificates are dated by (the same unless given); `sock` a bound socket to serve on; `admin_token` what the admin
     listener requires; `auth` decides in place of the configured webhook. It closes both `auth` and a verifier that it
     was given. For gRPC, if it is switched on: `grpc_socks` are sockets that were bound already, by their keys in
-    `emulator.grpc`; `grpc_interceptors` grpc.aio's.
+    `emulator.grpc`; `grpc_interceptors` grpc.aio's. `release` is the dstack release that it is.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class KmsServer:
         grpc_socks: Mapping[str, socket.socket] | None = None,
         grpc_interceptors: Sequence[Any] = (),
         instruments: KmsInstruments | None = None,
+        release: Release = DEFAULT,
     ) -> None:
         instruments = instruments or KmsInstruments()
         self.config = config
@@ -79,6 +81,7 @@ class KmsServer:
             issue_clock=issue_clock,
             auth=auth,
             instruments=instruments,
+            release=release,
         )
         self._listeners = KmsListeners(
             config,

@@ -157,7 +157,7 @@ class KmsService:
     def __init__(self, deps: KmsDependencies, kms_keys: KmsKeys) -> None:
         self._deps, self._keys = deps, kms_keys
         self._root_ca_pem = kms_keys.roots.root_ca.pem
-        self.log, self.core = deps.log, deps.core
+        self.log, self.core, self.release = deps.log, deps.core, deps.release
         self._gate = Gate(
             deps.auth,
             lambda: own_evidence(deps.agent, deps.verifier),
@@ -183,6 +183,7 @@ class KmsService:
             kms_contract_address=info.kms_contract_address,
             chain_id=info.chain_id,
             app_auth_implementation=info.app_implementation,
+            os_image_verification=self.core.image.verify if self.release.get_meta_has_os_image_verification else None,
         )
 
     async def get_temp_ca_cert(self) -> pb.GetTempCaCertResponse:
@@ -244,7 +245,13 @@ class KmsService:
             evidence = await self._deps.verifier.verify(csr.attestation)
         grant = await self._gate.admit_app(of_kms, evidence, vm_config=request.vm_config, boot_time=True)
         with context("Failed to sign certificate", InvalidRequestError):
-            chain = keys.sign_certificate(self._keys.roots, grant, csr, self._deps.issue_clock())
+            chain = keys.sign_certificate(
+                self._keys.roots,
+                grant,
+                csr,
+                self._deps.issue_clock(),
+                keeps_log_digests=self.release.certificate_log_has_digests,
+            )
         return pb.SignCertResponse(certificate_chain=chain)
 
     def _bootstrap_info(self) -> pb.BootstrapResponse | None:
@@ -272,7 +279,8 @@ def onboard_table(service: OnboardService) -> ServiceTable[None]:
 def kms_table(service: KmsService) -> ServiceTable[Caller]:
     """Return the RPCs of the runtime phase, with 0.5.x's ClearImageCache if the configuration has a token for it."""
     env_key = without_context(service.get_app_env_encrypt_pub_key)
-    token_hash, cache = service.core.admin_token_hash, ImageCache(service.core.image.cache_dir)
+    token_hash = service.core.admin_token_hash if service.release.clear_image_cache_with_token else ""
+    cache = ImageCache(service.core.image.cache_dir)
     table: ServiceTable[Caller] = _table(
         "KMS.",
         Rpc("GetMeta", Empty, pb.GetMetaResponse, without_arguments(service.get_meta)),

@@ -82,6 +82,7 @@ class CertificateRequest:
     usage: str | None = None
     attestation: Attestation | None = None
     evidence_form: EvidenceForm = "versioned"
+    keeps_log_digests: bool = False
     not_before: int | None = None
     not_after: int | None = None
 
@@ -312,16 +313,18 @@ def _own_extensions(request: CertificateRequest) -> list[x509.ExtensionType]:
         (OID_APP_ID, request.app_id),
         (OID_APP_INFO, None if request.app_info is None else request.app_info.encode()),
         (OID_USAGE, None if request.usage is None else request.usage.encode()),
-        *_evidence(request.attestation, request.evidence_form),
+        *_evidence(request),
     )
     return [x509.UnrecognizedExtension(oid, der.octet_string(p)) for oid, p in payloads if p is not None]
 
 
-def _evidence(attestation: Attestation | None, form: EvidenceForm) -> tuple[tuple[x509.ObjectIdentifier, bytes], ...]:
+def _evidence(request: CertificateRequest) -> tuple[tuple[x509.ObjectIdentifier, bytes], ...]:
+    attestation, form = request.attestation, request.evidence_form
     if attestation is None:
         return ()
     if form == "versioned":
-        return ((OID_ATTESTATION, attestation.stripped().encode()),)
+        stripped = attestation.stripped(keep_digests=request.keeps_log_digests)
+        return ((OID_ATTESTATION, stripped.encode()),)
     log = log_to_json(attestation.event_log).encode()
     return ((OID_TDX_QUOTE, attestation.quote), (OID_EVENT_LOG, log if form == "legacy" else _deflate_log(log)))
 

@@ -86,7 +86,10 @@ class StackContext:
     async def serve_webhook(self, kms: str) -> Server:
         """Serve auth-simple over the policy of the KMS of that name."""
         path = str(self.policies.paths[kms])
-        return await self.serve(f"auth-{kms}", simple_app(path, observer=decision_recorder(path)))
+        return await self.serve(
+            f"auth-{kms}",
+            simple_app(path, contract=self.release_of(None).auth_contract, observer=decision_recorder(path)),
+        )
 
     def scrub(self, text: str) -> str:
         """Put names in place of what differs from run to run: ports, and the state folder."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from aiohttp import web
 
+from dstack_emu.attest.release import Release
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.deployment.clock import StackClock
 from dstack_emu.deployment.config import JOURNAL_SIZE
@@ -60,12 +61,15 @@ class Instrumentation:
         middleware = HttpInstruments(service, self.journal, self.faults).middleware
         return KmsInstruments((middleware,), verifier, headers_of(service), self.patience)
 
-    def webhook_client(self, caller: str, url: str, *, own: bool) -> AuthApi:
-        """Make the client of a webhook: one of the stack's `own`, or a foreign one, which is sent no header of ours."""
+    def webhook_client(self, caller: str, url: str, *, own: bool, release: Release) -> AuthApi:
+        """Make the client of a webhook, as a KMS of that release has it.
+
+        A webhook is the stack's `own`, or a foreign one, which is sent no header of ours.
+        """
         timeout = self.patience or WEBHOOK_TIMEOUT
         if own:
-            return WebhookAuth(url, timeout=timeout, headers=headers_of(caller))
-        return RecordingAuth(WebhookAuth(url, timeout=timeout), "webhook", caller, self.journal)
+            return WebhookAuth(url, timeout=timeout, headers=headers_of(caller), release=release)
+        return RecordingAuth(WebhookAuth(url, timeout=timeout, release=release), "webhook", caller, self.journal)
 
     # ---- verifiers
 

@@ -70,7 +70,7 @@ class RunningKms:
         sock = context.ports.take(service)
         self._exit.callback(sock.close)
         grpc_socks = self._grpc_sockets()
-        instrumentation = context.instrumentation
+        instrumentation, release = context.instrumentation, context.release_of(self.spec.release)
         try:
             self.server = KmsServer(
                 KmsConfig.from_document(self._document(webhook, sock, grpc=bool(grpc_socks)), service),
@@ -81,8 +81,9 @@ class RunningKms:
                 sock=sock,
                 grpc_socks=grpc_socks,
                 grpc_interceptors=instrumentation.interceptors(service) if grpc_socks else (),
-                auth=instrumentation.webhook_client(service, webhook, own=is_own),
+                auth=instrumentation.webhook_client(service, webhook, own=is_own, release=release),
                 instruments=instrumentation.kms_instruments(service, context.verifier(service)),
+                release=release,
             )
             self._exit.push_async_callback(self.server.stop)
             with context.logs.of(service):

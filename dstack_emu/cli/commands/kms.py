@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dstack_emu.cli import logs
-from dstack_emu.cli.commands.common import WARNING, listen_address, run_server, say, stop_on_signals
+from dstack_emu.cli.commands.common import WARNING, add_release, listen_address, run_server, say, stop_on_signals
 from dstack_emu.deployment.clock import ISSUED_AT, wall_clock
 from dstack_emu.kms_emu.admin import admin_token
 from dstack_emu.kms_emu.agent_client import DEFAULT_ADDRESS
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", metavar="TEXT", help="the same text gives the same keys and certificates (default: random ones)"
     )
+    add_release(parser, "the dstack release that the KMS is")
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
 
 
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _kms(config: KmsConfig, agent: str, arguments: argparse.Namespace) -> KmsServer:
-    options: dict[str, Any] = {"entropy": os.urandom, "clock": wall_clock}
+    options: dict[str, Any] = {"entropy": os.urandom, "clock": wall_clock, "release": arguments.release}
     if arguments.seed is not None:
         options |= {"entropy": Seed.of(arguments.seed).stream("kms"), "issue_clock": lambda: ISSUED_AT}
     if config.core.admin.enabled:
