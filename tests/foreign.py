@@ -199,6 +199,13 @@ class KmsConnection:
         """GET a page."""
         return ask(self._http, path)
 
+    def header(self, path: str, name: str) -> str | None:
+        """GET a page and return one header of the answer."""
+        self._http.request("GET", path)
+        answer = self._http.getresponse()
+        answer.read()
+        return answer.getheader(name)
+
     @property
     def socket(self) -> object:
         """The socket it goes over, which shows whether two calls shared a connection."""

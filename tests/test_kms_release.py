@@ -1,0 +1,103 @@
+"""A KMS of release 0.6, for clients that share nothing with it; beside each difference what a KMS of 0.5 answers."""
+
+import json
+import ssl
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests import foreign
+from tests.commands import serving
+from tests.foreign import Authority, Guest
+from tests.running import RunningStack, running_stack
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[RunningStack]:
+    with running_stack("--release", "0.6") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def guest(stack: RunningStack) -> Guest:
+    return Guest.of(stack.services["kms-src"], stack.services["app"])
+
+
+def control(stack: RunningStack, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(
+        stack.services["control"] + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        parsed: dict[str, Any] = json.load(answer)
+        return parsed
+
+
+# ---- client certificates
+
+
+def test_certificate_of_any_issuer_gets_the_keys_that_the_temporary_ca_gets(stack: RunningStack, guest: Guest) -> None:
+    key = foreign.new_key()
+    evidence = foreign.attest(guest.agent, foreign.spki_of(key))
+    keys = guest.get_app_key(Authority.invent("a stranger").issue(key, evidence)).value
+    assert keys["k256_key"]
+    assert keys == guest.get_app_key(guest.temp_ca.issue(key, evidence)).value
+
+
+def test_certificate_without_evidence_ends_the_handshake(guest: Guest) -> None:
+    with pytest.raises((ssl.SSLError, ConnectionError)) as refusal:
+        guest.get_app_key(Authority.invent("a stranger").issue(foreign.new_key(), None))
+    assert "HANDSHAKE_FAILURE" in str(refusal.value).upper()
+    assert guest.get_app_key().status == 200
+
+
+def test_evidence_of_another_key_is_refused_by_the_call(guest: Guest) -> None:
+    evidence = foreign.attest(guest.agent, foreign.spki_of(foreign.new_key()))
+    identity = Authority.invent("a stranger").issue(foreign.new_key(), evidence)
+    assert guest.get_app_key(identity).error.startswith("invalid quote: ")
+    assert guest.get_app_key().status == 200
+
+
+# ---- answers
+
+
+def test_unknown_method_is_404_in_0_6_and_400_in_0_5(stack: RunningStack, ready_stack: RunningStack) -> None:
+    refusal = {"error": "Service not found: Nothing"}
+    assert stack.rpc("kms-src", "KMS.Nothing") == (404, refusal)
+    assert ready_stack.rpc("kms-src", "KMS.Nothing") == (400, refusal)
+
+
+def test_meta_says_whether_os_images_are_verified_in_0_6_alone(stack: RunningStack, ready_stack: RunningStack) -> None:
+    assert stack.rpc("kms-src", "KMS.GetMeta")[1]["os_image_verification"] is True
+    assert "os_image_verification" not in ready_stack.rpc("kms-src", "KMS.GetMeta")[1]
+
+
+def test_header_tells_the_version(stack: RunningStack, ready_stack: RunningStack) -> None:
+    for running, version in ((stack, "v0.6.0 "), (ready_stack, "v0.5.11 ")):
+        with foreign.kms(running.services["kms-src"]) as connection:
+            header = connection.header("/health", "X-App-Version")
+        assert header is not None
+        assert header.startswith(version)
+
+
+# ---- mixed
+
+
+def test_guest_of_0_5_gets_keys_of_a_kms_of_0_6(stack: RunningStack) -> None:
+    url = stack.services["kms-src"]
+    with serving("boot", "--kms", url, "--release", "0.5", "--image-version", "0.6.0") as guest:
+        assert guest["app_id"] == stack.description["app"]["app_id"]
+        assert guest["mr_aggregated"] != stack.description["kms"]["src"]["mr_aggregated"]
+
+
+@pytest.mark.parametrize("release", ["0.5", "0.6"])
+def test_kms_of_either_release_takes_the_keys_of_one_of_0_6_over(stack: RunningStack, release: str) -> None:
+    name = f"of-{release.replace('.', '-')}"
+    control(stack, "/kms", {"name": name, "webhook": "src", "release": release, "image_version": "0.6.0"})
+    control(stack, "/policies/src/allow", {"guest": f"kms-{name}"})
+    onboarded = control(stack, f"/kms/{name}/onboard", {"source": "src"})
+    assert onboarded["phase"] == "runtime"
+    stack.services[f"kms-{name}"] = onboarded["url"]
+    ours, theirs = (stack.rpc(service, "KMS.GetMeta")[1]["k256_pubkey"] for service in (f"kms-{name}", "kms-src"))
+    assert ours == theirs
