@@ -490,3 +490,10 @@ def test_interrupted_run_leaves_nothing_behind(short_folder: Path) -> None:
     said = process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGTERM, said
     assert list(short_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("transport", ["prpc", "grpc"])
+def test_runbook_passes_on_a_stack_of_release_0_6(transport: str) -> None:
+    done = run_command("runbook", "--release", "0.6", "--transport", transport, "--json")
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["ok"], report["upstream"]) == (0, True, "0.6.0"), done.stderr

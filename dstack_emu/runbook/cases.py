@@ -25,8 +25,19 @@ APP_KEY: Final = {"api_version": 1}
 
 NOT_ALLOWED: Final = refused("not allowed", "denied")
 SELF_DENIED: Final = refused("self authorization failed", "KMS is not allowed")
+HANDSHAKE_REFUSED: Final = ("HANDSHAKE", "TSI_")
+"""What stands in the errors of OpenSSL and of grpcio for the alert that refuses a client certificate."""
 NO_ATTESTATION: Final = refused("No attestation provided")
+NOT_ATTESTED: Final = Expected(
+    "an error that says 'No attestation provided', or (from 0.6 on) a TLS handshake that the server refuses",
+    lambda answer: NO_ATTESTATION.holds(answer) or (answer.status == 0 and _is_handshake_refusal(answer.body)),
+)
+"""What a client certificate without evidence has to lead to."""
 NO_APP: Final = "no agent of an app is named (services.app)"
+
+
+def _is_handshake_refusal(body: object) -> bool:
+    return any(mark in str(body).upper() for mark in HANDSHAKE_REFUSED)
 
 
 async def run_cases(run: RunbookRun) -> None:
@@ -134,7 +145,7 @@ async def quotes_required(run: RunbookRun) -> None:
         )
         return
     kinds = (
-        ("no evidence in the certificate", "no-evidence", client.identity_without_evidence(), NO_ATTESTATION),
+        ("no evidence in the certificate", "no-evidence", client.identity_without_evidence(), NOT_ATTESTED),
         (
             "evidence of another key",
             "evidence-of-another-key",

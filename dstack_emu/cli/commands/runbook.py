@@ -11,7 +11,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from dstack_emu.attest.version import EMULATOR, UPSTREAM
-from dstack_emu.cli.commands.common import WARNING, Interrupted, UsageError, interruptible, say
+from dstack_emu.cli.commands.common import WARNING, Interrupted, UsageError, add_release, interruptible, say
 from dstack_emu.cli.runbook_report import to_stderr, to_stdout
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import StackConfig
@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wait", type=_seconds, default=PATIENCE, metavar="SECONDS", help="how long to wait for a KMS (%(default)g)"
     )
+    add_release(parser, "the dstack release of its own stack")
     parser.add_argument(
         "--transport", choices=list(TRANSPORTS), default="prpc", help="how to call the KMS (%(default)s)"
     )
@@ -104,9 +105,11 @@ async def _run(arguments: argparse.Namespace, destination: Destination | None) -
         await _run_cases(arguments, target, transcript, os.urandom)
         logs: dict[str, str] = {}
     else:
-        about |= {"seed": arguments.seed}
+        about |= {"seed": arguments.seed, "upstream": arguments.release.version}
         _let_logs_through()
-        config = StackConfig.on_free_ports(seed=arguments.seed, fresh=True, grpc=by_grpc)
+        config = StackConfig.on_free_ports(
+            seed=arguments.seed, release=arguments.release.name, fresh=True, grpc=by_grpc
+        )
         async with Stack(config, progress=lambda text: say(f"… {text}")) as stack:
             target = _target_of(stack)
             await _run_cases(arguments, target, transcript, Seed.of(arguments.seed).child("runbook").stream("client"))
