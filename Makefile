@@ -24,7 +24,7 @@ up: $(VENV)/.runtime ## Run the whole stack in the foreground (options: ARGS="--
 	@exec $(BIN)/dstack-emu up $(ARGS)
 
 test: $(VENV)/.dev ## Run the tests (options: ARGS="-k quote")
-	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 fuzz: $(VENV)/.dev ## Test the decoders' properties with many more examples (EXAMPLES=5000)
 	@DSTACK_EMU_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest -n auto --timeout 3600 tests/test_attest_properties.py $(ARGS)

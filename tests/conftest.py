@@ -21,6 +21,25 @@ for _number, _handler in (
         signal.signal(_number, _handler)
 
 
+LONGEST = (
+    "test_faults",
+    "test_docs_commands",
+    "test_wheel",
+    "test_recipes",
+    "test_stack",
+    "test_exec",
+    "test_runbook_command",
+    "test_grpc_limits",
+)
+"""Files that take longest. They begin first, so that no worker is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of the longest files first."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.hookimpl(optionalhook=True)  # xdist's
 def pytest_xdist_auto_num_workers() -> int:
     """Return how many workers `-n auto` starts: one more than there are processors, because tests also wait."""
