@@ -6,7 +6,7 @@ from typing import Any
 
 from dstack_emu import Stack, StackConfig
 
-PATIENCE = 1.0
+PATIENCE = 2.0
 """Seconds that the services of such a stack wait for one another."""
 
 
