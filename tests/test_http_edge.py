@@ -11,6 +11,7 @@ import pytest
 from dstack_emu.transport.listen import Server, bind_tcp, bind_unix
 from tests.http_edge import REFUSED_ON_PURPOSE, UNANSWERED, EdgeRow, edge_rows
 from tests.identities import self_signed, server_tls
+from tests.raw_requests import SDK_FORMS, SMUGGLED
 from tests.toy import Answer, Toy, application, connect, read_answer, served
 
 KMS_ROWS = {row.name: row for row in edge_rows("kms-tls")}
@@ -97,4 +98,33 @@ async def test_idle_connection_is_kept_as_by_the_real_programs(rows: dict[str, E
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(SILENCE):
                     await reader.read(1)
+        writer.close()
+
+
+@pytest.mark.parametrize("way", ["tcp", "unix", "tls"])
+@pytest.mark.parametrize("form", SDK_FORMS)
+async def test_request_of_the_rust_sdk_is_answered_in_every_way(way: str, form: str, tmp_path: Path) -> None:
+    async with reached(way, "guest", tmp_path) as (server, trust):
+        reader, writer = await connect(server, trust)
+        for _ in range(2):
+            writer.write(SDK_FORMS[form]("/GetKey", b'{"path":"a"}'))
+            answer = await read_answer(reader)
+            assert (answer.status, answer.headers["content-type"]) == (200, "application/json")
+        writer.close()
+
+
+@pytest.mark.parametrize("way", ["tcp", "unix", "tls"])
+@pytest.mark.parametrize("form", SMUGGLED)
+async def test_request_that_could_be_read_in_two_ways_is_refused_in_every_way(
+    way: str, form: str, tmp_path: Path
+) -> None:
+    async with reached(way, "guest", tmp_path) as (server, trust):
+        reader, writer = await connect(server, trust)
+        writer.write(
+            SMUGGLED[form]("/GetKey", b'{"path":"a"}') + SDK_FORMS["TappdClient over a socket"]("/Version", b"")
+        )
+        async with asyncio.timeout(LIMIT):
+            answer = await read_answer(reader)
+            assert (answer.status, answer.headers["connection"]) == (400, "close")
+            assert await reader.read() == b""
         writer.close()

@@ -23,7 +23,7 @@ class Deadlines:
     """For the next bytes of a body; then it counts as broken."""
     reading: float = 60.0
     """For the client to read what it is answered; then the connection is reset."""
-    end: float = 2.0
+    end: float = 0.5
     """For more of what nobody reads, after the last answer; closing earlier could take the answer along."""
 
     def of(self, awaited: Awaited) -> float:
