@@ -19,6 +19,7 @@ from tests import foreign
 from tests.commands import ask, run_command, serving, usage_error
 from tests.foreign import Guest
 from tests.kms_files import copy_keys, write_kms_toml
+from tests.ports import refusing_port
 from tests.processes import Command, start
 from tests.running import RunningStack, running_kms
 from tests.test_foreign_client import RootKeys, hkdf
@@ -226,9 +227,10 @@ def test_key_file_with_keys_of_a_kms_gets_its_certificates_there(
         with ready_stack.policy_changed("src", lambda policy: policy["apps"].clear()):
             refusal = ask(agent["dstack_sock"], "/GetTlsKey", {"subject": "app"})[1]["error"]
             assert "Boot denied: app not registered" in refusal
-    provider["url"] = f"https://127.0.0.1:{free_port()}/prpc"
-    path.write_text(json.dumps(document))
-    done = run_command("agent", "--keys", str(path), "--json")
+    with refusing_port() as port:
+        provider["url"] = f"https://127.0.0.1:{port}/prpc"
+        path.write_text(json.dumps(document))
+        done = run_command("agent", "--keys", str(path), "--json")
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr.decode() == (
         "Error: Failed to sign the CSR: Failed to send request: error sending request for url "
@@ -288,9 +290,10 @@ def test_guest_of_another_seed_is_told_so(ready_stack: RunningStack) -> None:
 
 
 def test_server_that_is_no_kms_is_refused(ready_stack: RunningStack) -> None:
-    url = f"https://127.0.0.1:{free_port()}"
     unreachable = FAILED + "Failed to get temp ca cert: Failed to send request: error sending request for url "
-    assert refusal("--kms", url) == f"{unreachable}({url}/prpc/GetTempCaCert?json): Connection refused"
+    with refusing_port() as port:
+        url = f"https://127.0.0.1:{port}"
+        assert refusal("--kms", url) == f"{unreachable}({url}/prpc/GetTempCaCert?json): Connection refused"
     plain = ready_stack.services["pccs"].replace("http:", "https:")
     assert refusal("--kms", plain).startswith(f"{unreachable}({plain}/prpc/GetTempCaCert?json): TLS: ")
 
@@ -329,6 +332,6 @@ def test_boot_waits_for_a_kms_that_is_not_there_yet(ready_stack: RunningStack, t
 
 
 def test_boot_that_waits_can_be_stopped() -> None:
-    with waiting(f"https://127.0.0.1:{free_port()}") as (process, said):
+    with refusing_port() as port, waiting(f"https://127.0.0.1:{port}") as (process, said):
         assert (process.end(), said.read()) == ("", "")
     assert process.returncode == 0

@@ -24,6 +24,7 @@ from tests import foreign, tls
 from tests.commands import run_command, serving
 from tests.kms_files import copy_keys, write_kms_toml
 from tests.live_pccs import LivePccs, live_pccs
+from tests.ports import refusing_port
 from tests.running import RunningStack, running_kms
 
 SOURCE_PLATFORM = "host of kms-src"
@@ -70,12 +71,6 @@ def world(ready_stack: RunningStack, tmp_path_factory: pytest.TempPathFactory) -
         world = World(ready_stack, receiver, folder / "certs", policy, pccs)
         world.allow_source()
         yield world
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 # ---- a source of this file's own
@@ -284,8 +279,9 @@ def _(world: World) -> Iterator[tuple[str, str]]:
 
 @case("nobody listens at the URL")
 def _(world: World) -> Iterator[tuple[str, str]]:
-    url = f"https://127.0.0.1:{free_port()}"
-    yield url, unsent(url, "GetTempCaCert", "Connection refused")
+    with refusing_port() as port:
+        url = f"https://127.0.0.1:{port}"
+        yield url, unsent(url, "GetTempCaCert", "Connection refused")
 
 
 @case("the URL is a plain one")
