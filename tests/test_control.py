@@ -191,6 +191,7 @@ async def test_saved_state_is_the_same_stack_in_another_process_with_its_keys(st
         ({"version": 2}, "state: version 1 expected, got 2"),
         ({"format": "other"}, "a document of the format 'dstack-emu state' expected"),
         ({"seed": "another"}, "the state is of a stack with the seed 'another'"),
+        ({"release": "0.6"}, "the state is of a stack with the release '0.6', not '0.5'"),
         ({"clock": {"frozen_at": -1}}, "clock: "),
         ({"more": 1}, "more: Extra inputs are not permitted"),
         ({"guests": {}}, "state: app, kms-dst, kms-src: expected, and not there"),

@@ -196,6 +196,7 @@ FILLED_IN = {
     "error sending request for url (https://": "the URL",
     "TCB status is not up to date": "TCB status is not {…}",
     "TCB status is not allowed": "TCB status is not {…}",
+    "was made with the seed": "was made with the {name}",
     "kms-src": "kms-{side}",
     "kms-src ended": "kms-{side} ended",
     "core.verifi": "the key",

@@ -2,12 +2,14 @@
 
 import json
 import ssl
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from dstack_emu import Stack, StackConfig, StackError
 from tests import foreign
 from tests.commands import serving
 from tests.foreign import Authority, Guest
@@ -101,3 +103,17 @@ def test_kms_of_either_release_takes_the_keys_of_one_of_0_6_over(stack: RunningS
     stack.services[f"kms-{name}"] = onboarded["url"]
     ours, theirs = (stack.rpc(service, "KMS.GetMeta")[1]["k256_pubkey"] for service in (f"kms-{name}", "kms-src"))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("path", ["/guests", "/kms"])
+def test_unknown_release_is_refused_by_name(stack: RunningStack, path: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        control(stack, path, {"name": "odd", "release": "0.7"})
+    words = "release: dstack release: 0.5 or 0.6 expected, got '0.7'"
+    assert (refusal.value.code, json.load(refusal.value)) == (400, {"error": words})
+
+
+async def test_stack_of_an_unknown_release_is_refused() -> None:
+    with pytest.raises(StackError, match="dstack release: 0.5 or 0.6 expected, got '0.7'"):
+        async with Stack(StackConfig.on_free_ports(release="0.7")):
+            pass

@@ -61,6 +61,17 @@ def test_state_of_another_seed_is_refused_by_name(tmp_path: Path) -> None:
     assert text == f"{tmp_path} was made with the seed 'one', not 'two': give that seed, or another --state folder"
 
 
+def test_state_of_another_release_is_refused_by_name(tmp_path: Path) -> None:
+    with running_stack("--fresh", "--release", "0.5", "--state", str(tmp_path)):
+        pass
+    text = _up_fails("--release", "0.6", "--state", str(tmp_path))
+    assert (
+        text == f"{tmp_path} was made with the release '0.5', not '0.6': give that release, or another --state folder"
+    )
+    with running_stack("--fresh", "--release", "0.5", "--state", str(tmp_path)) as stack:
+        assert stack.description["release"] == "0.5"
+
+
 def test_policies_that_are_there_are_used_as_they_are(tmp_path: Path) -> None:
     policies = tmp_path / "policies"
     policies.mkdir()

@@ -35,6 +35,7 @@ class StackState(StateModel):
     format: Literal["dstack-emu state"] = FORMAT
     version: Literal[1] = VERSION
     seed: str
+    release: str
     clock: ClockState
     vendor: VendorState
     platforms: dict[str, PlatformState]
@@ -66,6 +67,7 @@ def capture_state(deployment: Deployment) -> StackState:
     intel, faults = context.intel.capture(), instrumentation.faults.capture()
     state = StackState.model_construct(
         seed=context.config.seed,
+        release=context.config.release,
         clock=instrumentation.clock.capture(),
         vendor=intel.vendor,
         platforms=dict(intel.platforms),
@@ -81,10 +83,12 @@ def capture_state(deployment: Deployment) -> StackState:
 
 
 async def apply_state(deployment: Deployment, state: StackState) -> None:
-    """Make a stack what it was when its state was captured, in this process or another one of the same seed."""
+    """Make a stack what it was when its state was captured, in this process or another of the same seed and release."""
     context, instrumentation = deployment.context, deployment.context.instrumentation
-    if state.seed != context.config.seed:
-        raise ControlError(f"the state is of a stack with the seed {state.seed!r:.60}, not {context.config.seed!r:.60}")
+    config = context.config
+    for name, theirs, ours in (("seed", state.seed, config.seed), ("release", state.release, config.release)):
+        if theirs != ours:
+            raise ControlError(f"the state is of a stack with the {name} {theirs!r:.60}, not {ours!r:.60}")
     _require_whole(deployment, state)
     journal = instrumentation.journal
     enabled, journal.enabled = journal.enabled, False  # restoring is no call

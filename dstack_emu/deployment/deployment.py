@@ -334,5 +334,6 @@ class Deployment:
             },
             "state": str(self.state),
             "seed": self.config.seed,
+            "release": self.config.release,
             "fresh": self.config.fresh,
         }

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Final
 
+from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.release import release
 from dstack_emu.deployment.config import DESCRIPTION_FILE, LOCAL_SERVICES, StackConfig
 from dstack_emu.deployment.context import ServicePorts, StackContext
@@ -34,8 +35,9 @@ def prepare(
     What has to be closed is put on `closing`. The second value is the earlier run's description, empty if there is
     none. Raises `StackError`, or `ListenError` if a port is taken.
     """
+    _require_release(config.release)
     state = _state_folder(config.state, closing)
-    remembered = _remembered(state, config.seed)
+    remembered = _remembered(state, config)
     ports = _bind(config, services, closing)
     seed = Seed.of(config.seed)
     context = StackContext(
@@ -66,7 +68,14 @@ def _state_folder(given: Path | None, closing: AsyncExitStack) -> Path:
     return folder
 
 
-def _remembered(state: Path, seed: str) -> dict[str, Any]:
+def _require_release(name: str) -> None:
+    try:
+        release(name)
+    except FormatError as error:
+        raise StackError(str(error)) from error
+
+
+def _remembered(state: Path, config: StackConfig) -> dict[str, Any]:
     path = state / DESCRIPTION_FILE
     try:
         remembered = json.loads(path.read_text())
@@ -76,11 +85,13 @@ def _remembered(state: Path, seed: str) -> dict[str, Any]:
         raise StackError(f"{path} cannot be read ({error}): give another --state folder") from error
     if not isinstance(remembered, dict) or not remembered:
         return {}
-    if remembered.get("seed") != seed:
-        raise StackError(
-            f"{state} was made with the seed {remembered.get('seed')!r}, not {seed!r}: "
-            "give that seed, or another --state folder"
-        )
+    for name, wanted in (("seed", config.seed), ("release", config.release)):
+        made_with = remembered.get(name)
+        if made_with != wanted:
+            raise StackError(
+                f"{state} was made with the {name} {made_with!r}, not {wanted!r}: "
+                f"give that {name}, or another --state folder"
+            )
     return remembered
 
 

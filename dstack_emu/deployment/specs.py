@@ -5,11 +5,21 @@ from typing import Annotated, Any, Final, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from dstack_emu.attest.certificate import EvidenceForm
+from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.hexadecimal import decode_hex
 from dstack_emu.attest.release import release
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
-ReleaseName = Annotated[str, AfterValidator(lambda name: release(name).name)]
+
+
+def _release_name(text: str) -> str:
+    try:
+        return release(text).name
+    except FormatError as error:
+        raise ValueError(str(error)) from error
+
+
+ReleaseName = Annotated[str, AfterValidator(_release_name)]
 Hex = Annotated[str, StringConstraints(pattern=r"^(0x)?([0-9a-fA-F]{2})*$", max_length=20_000)]
 GIB: Final = 1024**3
 

@@ -1,12 +1,12 @@
-"""What stands before every service that is served by gRPC: journal and faults, as `observability.middleware` has them.
+"""The interceptor of every gRPC service: it records calls and applies faults, as `observability.middleware` does.
 
-A grpc.aio interceptor wraps a call's handler, so whatever the handler asks runs in the very context in which the call's
-span was entered. Health and reflection are not noted, as `/health` is not.
+A grpc.aio interceptor wraps a call's handler, so the requests that the handler sends run in the context in which the
+call's span was entered. Health and reflection are not recorded, as `/health` is not.
 
 What a fault does here is what it does over HTTP, or the nearest to it: gRPC has one message where HTTP has a body, and
 its statuses are its own.
 
-Imported only where gRPC is switched on: grpcio costs time and memory.
+Imported only if gRPC is switched on: grpcio costs time and memory.
 """
 
 import asyncio

@@ -23,7 +23,7 @@ RELEASED: Final = {
     "GetTempCaCert": ("temp_ca_key",),
     "SignCert": ("certificate_chain",),
 }
-"""What a KMS gives away by which call, by the names of the answer's fields."""
+"""The fields that a KMS releases, by call."""
 
 _FOLLOWED: Final = 1000
 """Records that may wait for someone who follows; a slower one loses the oldest."""
@@ -68,10 +68,10 @@ class Journal:
             self._file.close()
             self._file = None
 
-    # ---- noting
+    # ---- recording
 
     def begin(self, service: str, call: str, asking: Span | None, place: int, caller: str) -> CallSpan:
-        """Note that a call came; `asking` is the span that asks, if there is one, and counts while it waits."""
+        """Record that a call came; `asking` is the span that sent it, if there is one, and counts while it waits."""
         if asking is None or asking.outcome is not None:
             self._begun += 1
             return CallSpan(False, self._begun, service, call, caller, self._clock.now())
@@ -83,7 +83,7 @@ class Journal:
         return made
 
     def end(self, call: CallSpan, status: int | None, error: str = "") -> None:
-        """Note how it ended: its status, or None where the connection was dropped."""
+        """Record how it ended: its status, or None if the connection was dropped."""
         if call.outcome is not None:
             return  # whoever asked has given up, and been noted
         call.outcome = (status, error, self._clock.now())
@@ -96,15 +96,15 @@ class Journal:
         if self._file is not None or self._followers:
             self._publish(record_of(call))
 
-    def begin_judging(self, asking: Span) -> VerificationSpan:
-        """Note that evidence is judged for a span; its verdict follows in any case."""
+    def begin_verification(self, asking: Span) -> VerificationSpan:
+        """Record that evidence is being verified for a span; its verdict follows in any case."""
         made = VerificationSpan(asking.next_place())
         if asking.outcome is None:
             asking.put(made)
         return made
 
-    def end_judging(self, made: VerificationSpan, verdict: dict[str, Any]) -> None:
-        """Note what was found."""
+    def end_verification(self, made: VerificationSpan, verdict: dict[str, Any]) -> None:
+        """Record the verdict."""
         if made.outcome is None:
             made.notes, made.outcome = verdict, JUDGED
 

@@ -19,7 +19,7 @@ from dstack_emu.simulator.pccs import REVALIDATION_PATH
 from dstack_emu.transport.http import Handler, Request, Response
 
 UNNOTED: Final = frozenset(("/health", "/metrics", REVALIDATION_PATH))
-"""What is asked again and again: not in the journal. (Collateral that has changed is asked for by document.)"""
+"""Paths that are requested all the time, and are not recorded."""
 
 SHOWN: Final = 500
 """Characters of an error that the journal keeps."""

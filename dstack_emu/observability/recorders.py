@@ -1,4 +1,4 @@
-"""Who judges, and who is asked for a decision, with what they say noted in the journal."""
+"""A verifier and a webhook client that record in the journal what they find and are answered."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from dstack_emu.verifier.service import VerificationResponse
 
 
 class RecordingVerifier(AttestationVerifier):
-    """Judges as its base does, and notes each verdict with the collateral that was asked for it."""
+    """Verifies as its base does, and records each verdict with the requests for collateral behind it."""
 
     def __init__(self, pccs: PccsClient, anchor: TrustAnchor, clock: Clock, journal: Journal) -> None:
         super().__init__(pccs, anchor, clock)
         self._journal = journal
 
     async def verify(self, attestation: Attestation) -> VerifiedAttestation:
-        """Verify evidence, and note what came of it."""
+        """Verify evidence, and record the verdict; raise as the base does."""
         asking = current()
         if asking is None or not self._journal.enabled:
             return await super().verify(attestation)
-        span = self._journal.begin_judging(asking)
+        span = self._journal.begin_verification(asking)
         before = enter(span)
         verdict: dict[str, Any] = {}
         try:
@@ -40,7 +40,7 @@ class RecordingVerifier(AttestationVerifier):
             raise
         finally:
             leave(before)
-            self._journal.end_judging(span, verdict)
+            self._journal.end_verification(span, verdict)
 
 
 def _notes_of(verified: VerifiedAttestation) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def _notes_of(verified: VerifiedAttestation) -> dict[str, Any]:
 
 
 def verdict_recorder(journal: Journal) -> Callable[[VerificationResponse], None]:
-    """Make the observer of a verifier: it notes the verdict, of which app and image, and the reason of a no."""
+    """Make the observer of a verifier: it records the verdict, its app and OS image, and the reason of a refusal."""
 
     def note(response: VerificationResponse) -> None:
         call = current()
@@ -71,13 +71,13 @@ def verdict_recorder(journal: Journal) -> Callable[[VerificationResponse], None]
 
 
 class RecordingAuth:
-    """A webhook that is no part of the stack, with what it is asked and says noted."""
+    """A client of a webhook outside the stack, which records each request and decision."""
 
     def __init__(self, auth: AuthApi, name: str, caller: str, journal: Journal) -> None:
         self._auth, self._name, self._caller, self._journal = auth, name, caller, journal
 
     async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
-        """Ask for one decision."""
+        """Request one decision, and record it; raise as the wrapped client does."""
         asking = current()
         if asking is None or not self._journal.enabled:
             return await self._auth.decide(boot_info, is_kms=is_kms)
@@ -104,7 +104,7 @@ class RecordingAuth:
             self._journal.end(call, status, text)
 
     async def info(self) -> AuthInfo:
-        """Ask what stands behind it."""
+        """Request what it decides by."""
         return await self._auth.info()
 
     async def close(self) -> None:

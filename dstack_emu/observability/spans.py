@@ -66,7 +66,7 @@ class _SpanBase:
             self.inner = [inner]
 
     def give_up(self) -> None:
-        """Wait no longer: what comes late, of it or of what was asked for it, is not noted."""
+        """Stop waiting: what arrives late, for it or for a request inside it, is not recorded."""
         if self.outcome is None:
             self.outcome = GIVEN_UP
         for inner in self.inner:
@@ -92,7 +92,7 @@ class CallSpan(_SpanBase):
 
 
 class VerificationSpan(_SpanBase):
-    """Evidence that was judged: a span, for the collateral that was asked for it."""
+    """A verification of evidence; the requests for its collateral are inside."""
 
     __slots__ = ()
 
