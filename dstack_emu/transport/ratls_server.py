@@ -33,6 +33,12 @@ _TLS12_OVERHEAD: Final = 21
 """Bytes that a record has beside its plaintext at least: header and tag (ChaCha20-Poly1305's; AES-GCM's has more)."""
 _TLS13_OVERHEAD: Final = 22
 """The same in TLS 1.3, where the content type is inside."""
+_HEADER_SIZE: Final = 5
+"""Bytes of a record's header: content type, version (2), length (2)."""
+_CONTENT_TYPES: Final = range(20, 24)
+"""change_cipher_spec, alert, handshake and application_data, of RFC 8446 section 5.1."""
+_MAX_FRAGMENT: Final = _RECORD_SIZE + 2048
+"""The greatest length that a record's header may give: RFC 5246 section 6.2.3; TLS 1.3 has less."""
 _CHUNK: Final = 64 * 1024
 _ASN1_ERRORS: Final = "asn1 encoding routines"
 
@@ -150,6 +156,8 @@ class _ServerSide(ssl.SSLObject):
         self._connection = SSL.Connection(context.openssl, None)
         self._connection.set_accept_state()
         self._connection.set_app_data(self._secrets)
+        self._partial = b""
+        """The beginning of a record that has not come whole."""
         self._unread = 0
         """Bytes that OpenSSL was given and may not have decrypted yet: at least as many as it has not."""
         self._overhead = _TLS12_OVERHEAD
@@ -307,10 +315,17 @@ class _ServerSide(ssl.SSLObject):
     # ---- between the event loop's buffers and OpenSSL's
 
     def _feed(self) -> None:
+        """Give OpenSSL the records that have come whole.
+
+        So it has nothing left if it says that it waits for more, and `_unread` is exact from there on.
+        """
         if self._incoming.pending:
-            data = self._incoming.read()
-            self._connection.bio_write(data)
-            self._unread += len(data)
+            data = self._partial + self._incoming.read()
+            end = _end_of_whole_records(data)
+            self._partial = data[end:]
+            if end:
+                self._connection.bio_write(data[:end])
+                self._unread += end
 
     def _wait_for_more(self) -> None:
         self._unread = 0
@@ -329,6 +344,22 @@ class _ServerSide(ssl.SSLObject):
             except SSL.WantReadError:
                 break
         return chunks
+
+
+def _end_of_whole_records(data: bytes) -> int:
+    """Return how many bytes the whole records at the beginning of the data have; bytes that are no records all count.
+
+    OpenSSL has to see those at once, since its refusal is the client's answer.
+    """
+    end = 0
+    while len(data) - end >= _HEADER_SIZE:
+        length = int.from_bytes(data[end + 3 : end + _HEADER_SIZE], "big")
+        if data[end] not in _CONTENT_TYPES or length > _MAX_FRAGMENT:
+            return len(data)
+        if len(data) - end < _HEADER_SIZE + length:
+            break
+        end += _HEADER_SIZE + length
+    return end
 
 
 def _reason(error: SSL.Error) -> str:
