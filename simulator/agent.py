@@ -261,7 +261,7 @@ class GuestAgent:
 
     async def public_info(self) -> pb.AppInfo:
         """Return the public part: without tcb_info and vm_config, unless the app-compose makes them public."""
-        return self._info(hide_tcb_info=not self.domain.compose.public_tcbinfo)
+        return self._info(hide_tcb_info=not self.domain.manifest.public_tcbinfo)
 
     async def gpu_info(self) -> pb.GpuInfoResponse:
         """Return the GPU evidence of the boot: empty, since an emulated domain has no GPU."""
@@ -286,14 +286,14 @@ class GuestAgent:
             "compose_hash": info.compose_hash.hex(),
             "device_id": info.device_id.hex(),
             "event_log": [event.to_json() for event in for_get_quote(domain.event_log)],
-            "app_compose": domain.compose.text,
+            "app_compose": domain.manifest.text,
         }
         return pb.AppInfo(
             app_id=info.app_id,
             instance_id=info.instance_id,
             app_cert=self._demo_certificate,
             tcb_info="" if hide_tcb_info else json.dumps(tcb_info, indent=2, ensure_ascii=False),
-            app_name=domain.compose.name,
+            app_name=domain.manifest.name,
             device_id=info.device_id,
             mr_aggregated=info.mr_aggregated,
             os_image_hash=info.os_image_hash,
@@ -382,10 +382,10 @@ def worker_table(agent: GuestAgent) -> ServiceTable[None]:
 
 
 def combined_table(agent: GuestAgent) -> ServiceTable[None]:
-    """Return Tappd and Worker for one mount; a name without prefix that both have is Tappd's."""
+    """Return Tappd and Worker for one mount; a name without prefix that both have is Worker's, as outside a CVM."""
     worker, tappd = worker_table(agent).rpcs, tappd_table(agent).rpcs
-    prefixed = {f"Worker.{name}": rpc for name, rpc in worker.items()}
-    return ServiceTable("Tappd.", {**worker, **tappd, **prefixed})
+    prefixed = {f"Tappd.{name}": rpc for name, rpc in tappd.items()}
+    return ServiceTable("Worker.", {**tappd, **worker, **prefixed})
 
 
 def _table(agent: GuestAgent, prefix: str, *rpcs: Rpc[Any, Any, Any]) -> ServiceTable[None]:

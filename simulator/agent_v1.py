@@ -80,7 +80,7 @@ class GuestApiV1:
 
     async def public_info(self, _request: pb.InfoRequest) -> pb.InfoResponse:
         """Return the public part: without app_compose, vm_config and key_provider_info, unless they are public."""
-        return self._info(hides_details=not self._agent.domain.compose.public_tcbinfo)
+        return self._info(hides_details=not self._agent.domain.manifest.public_tcbinfo)
 
     async def version(self, _request: pb.VersionRequest) -> pb.VersionResponse:
         """Return the release of dstack that is emulated."""
@@ -89,8 +89,7 @@ class GuestApiV1:
 
     async def health(self, _request: pb.HealthRequest) -> pb.HealthResponse:
         """Tell whether the app is healthy; one that asks for no health check is."""
-        manifest = self._agent.domain.manifest
-        requirements = None if manifest is None else manifest.requirements
+        requirements = self._agent.domain.manifest.requirements
         if requirements is None or not requirements.health_check:
             return pb.HealthResponse(healthy=True)
         try:
@@ -104,9 +103,9 @@ class GuestApiV1:
     def _info(self, *, hides_details: bool) -> pb.InfoResponse:
         domain, info = self._agent.domain, self._agent.app_info()
         response = _identity(info)
-        response.app_name = domain.compose.name
+        response.app_name = domain.manifest.name
         if not hides_details:
-            response.app_compose = domain.compose.text
+            response.app_compose = domain.manifest.text
             response.vm_config = domain.vm_config_json
             response.key_provider_info = info.key_provider_info.decode(errors="replace")
         return response

@@ -8,8 +8,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, Self
+from dataclasses import dataclass
+from typing import Final, Literal, Self
 
 from dstack_emu.attest.app_compose import (
     AppManifest,
@@ -22,7 +22,6 @@ from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.boot import (
     AppIdentity,
     LaunchConfig,
-    compose_hash_launch,
     events_before_keys,
     events_from_kms,
     events_with_keys,
@@ -48,28 +47,9 @@ _ZERO: Final = bytes(48)
 
 @dataclass(frozen=True, slots=True)
 class AppCompose:
-    """An app-compose.json: the exact text (its SHA-256 is the compose hash) and the keys that affect the guest."""
+    """The text of an app-compose.json, to the byte. What it says depends on the guest's release: `AppManifest`."""
 
     text: str
-    name: str
-    public_tcbinfo: bool
-    no_instance_id: bool
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Parse the file's text; raise `FormatError` if it is not an app-compose."""
-        try:
-            document = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"app-compose: JSON expected ({error})") from error
-        if not isinstance(document, dict):
-            raise FormatError(f"app-compose: object expected, got {type(document).__name__}")
-        return cls(
-            text,
-            _key(document, "name", str, ""),
-            _key(document, "public_tcbinfo", bool, True),
-            _key(document, "no_instance_id", bool, False),
-        )
 
     @classmethod
     def named(cls, name: str) -> Self:
@@ -88,12 +68,7 @@ class AppCompose:
             "no_instance_id": False,
             "secure_time": False,
         }
-        return cls.parse(json.dumps(document, indent=2))
-
-    @property
-    def compose_hash(self) -> bytes:
-        """Return the SHA-256 of the text, 32 bytes."""
-        return hashlib.sha256(self.text.encode()).digest()
+        return cls(json.dumps(document, indent=2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,15 +140,14 @@ class TrustDomain:
         user_config: str | None = None,
         release: Release = DEFAULT,
     ) -> None:
-        self.platform, self.image, self.compose, self.release = platform, image, compose, release
-        # Callers give a domain of 0.5 less than a whole app-compose; it measures nothing of it but the hash.
-        self.manifest = AppManifest.parse(compose.text, release) if release.manifest_3_members else None
+        self.platform, self.image, self.release = platform, image, release
+        self.manifest = AppManifest.parse(compose.text, release)
         self.user_config = user_config
         self.settings = settings or DomainSettings()
         self.vm_config = vm_config or image.vm_config()
         self.vm_config_json = self.vm_config.to_json() if claimed_config is None else claimed_config
-        self.app_id = app_id if app_id is not None else compose.compose_hash[:20]
-        self.instance_id = b"" if compose.no_instance_id else guest_instance_id(instance_seed, self.app_id)
+        self.app_id = app_id if app_id is not None else self.compose_hash[:20]
+        self.instance_id = b"" if self.manifest.no_instance_id else guest_instance_id(instance_seed, self.app_id)
         self.launch_config = self._launch_config()
         registers, log = image.boot(self.vm_config)
         self._mr_td = registers.mrtd
@@ -189,28 +163,29 @@ class TrustDomain:
     @property
     def compose_hash(self) -> bytes:
         """Return the SHA-256 of the app-compose text, 32 bytes."""
-        return self.compose.compose_hash
+        return self.manifest.compose_hash
 
     @property
     def identity(self) -> AppIdentity:
         """Return what is measured of the app before there are keys."""
-        identity = AppIdentity(self.app_id, self.compose_hash, self.instance_id)
-        if self.manifest is None:
-            return identity
-        scripts, policy = self.manifest.init_script_hashes, self.manifest.gpu_policy_hash
-        return replace(identity, init_script_hashes=scripts, gpu_policy_hash=policy)
+        return AppIdentity(
+            app_id=self.app_id,
+            compose_hash=self.compose_hash,
+            instance_id=self.instance_id,
+            init_script_hashes=self.manifest.init_script_hashes,
+            gpu_policy_hash=self.manifest.gpu_policy_hash,
+        )
 
     def boot(self) -> None:
         """Check the app-compose, and measure the domain's identity. Keys are fetched from a KMS after it.
 
         Raises `GuestError` if the guest refuses the app-compose; nothing is measured then.
         """
-        if self.manifest is not None:
-            machine = Machine(self.image.version, self.vm_config_json, user_config=self.user_config)
-            with _refusing():
-                verify_policy(self.manifest, machine, self.release)
-            with _refusing("Failed to measure app info: "):
-                verify_gpu_policy(self.manifest)
+        machine = Machine(self.image.version, self.vm_config_json, user_config=self.user_config)
+        with _refusing():
+            verify_policy(self.manifest, machine, self.release)
+        with _refusing("Failed to measure app info: "):
+            verify_gpu_policy(self.manifest)
         self._measure_all(events_before_keys(self.identity, self.release))
 
     def complete(
@@ -226,21 +201,18 @@ class TrustDomain:
         with _refusing("Failed to verify app: "):
             self._verify_launch(key_provider.kind, bytes.fromhex(key_provider.id))
         with _refusing():
-            storage_fs = "zfs" if self.manifest is None else self.manifest.file_system()
+            storage_fs = self.manifest.file_system()
         self._measure_all(events_with_keys(key_provider.to_json(), self.release, storage_fs=storage_fs))
 
     def _launch_config(self) -> LaunchConfig:
         if self.settings.mr_config_id is not None:
             return LaunchConfig(self.settings.mr_config_id)
-        if self.manifest is None:
-            return compose_hash_launch(self.compose_hash, self.release)
         return launch_config(self.identity, self.manifest, self.release)
 
     def _verify_launch(self, key_provider: KeyProviderKind, provider_id: bytes) -> None:
         launch, observed = self.launch_config, self.identity.observed(key_provider, provider_id)
         verify_mr_config_id(launch.mr_config_id, observed, self.release, document=launch.document)
-        if self.manifest is not None:
-            verify_key_provider_id(self.manifest, provider_id)
+        verify_key_provider_id(self.manifest, provider_id)
 
     def _measure_all(self, events: Iterable[tuple[str, bytes]]) -> None:
         for event, payload in events:
@@ -248,7 +220,7 @@ class TrustDomain:
 
     @property
     def _event_version(self) -> int:
-        return 1 if self.manifest is None else self.manifest.event_log_version
+        return self.manifest.event_log_version
 
     def measure(self, event: str, payload: bytes) -> None:
         """Extend RTMR3 with a runtime event, in the version of the event log that the app asks for."""
@@ -310,10 +282,3 @@ def _refusing(step: str = "") -> Iterator[None]:
         yield
     except VerificationError as error:
         raise GuestError(f"{step}{error}") from error
-
-
-def _key(document: dict[str, Any], key: str, kind: type, default: Any) -> Any:
-    value = document.get(key, default)
-    if not isinstance(value, kind):
-        raise FormatError(f"app-compose: {key}: {kind.__name__} expected, got {type(value).__name__}")
-    return value

@@ -115,10 +115,10 @@ def test_instance_id_is_of_seed_and_app() -> None:
     assert guest_instance_id(b"seed", b"\x11" * 20) == hashlib.sha256(b"seed" + b"\x11" * 20).digest()[:20]
 
 
-def test_app_that_pins_no_provider_is_bound_to_its_compose_hash_from_0_6_on() -> None:
+@pytest.mark.parametrize("release", [V0_5, V0_6], ids=lambda each: each.name)
+def test_app_that_pins_no_provider_is_bound_to_its_compose_hash(release: Any) -> None:
     bound = LaunchConfig(compose_hash_config_id(IDENTITY.compose_hash))
-    assert launch_config(IDENTITY, manifest(V0_6), V0_6) == bound
-    assert launch_config(IDENTITY, manifest(V0_5), V0_5) == LaunchConfig(bytes(48))
+    assert launch_config(IDENTITY, manifest(release), release) == bound
 
 
 def test_app_that_pins_its_provider_is_bound_to_it_in_its_releases_form() -> None:

@@ -17,12 +17,16 @@ from aiohttp import web
 from dstack_emu.control.api import Control
 from dstack_emu.control.routes import ROUTES, openapi
 from dstack_emu.control.schemas import ControlError
+from dstack_emu.simulator.image import OsImage
 from dstack_emu.stack import Stack
 from dstack_emu.transport.listen import bind_tcp, serve
 from tests import foreign
+from tests.commands import ask
 from tests.own_stack import own_stack
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+MANIFEST = {"manifest_version": 2, "name": "app", "runner": "docker-compose"}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -214,7 +218,7 @@ async def test_wrong_state_is_refused_by_name_and_changes_nothing(
 
 
 async def test_trust_domain_of_any_identity_boots_if_it_is_allowed(stack: Stack, control: Control) -> None:
-    compose = json.dumps({"name": "mine", "public_tcbinfo": False})
+    compose = json.dumps({**MANIFEST, "name": "mine", "public_tcbinfo": False})
     made = await control.add_guest(
         "mine",
         app_id="0x" + "cd" * 20,
@@ -234,6 +238,42 @@ async def test_trust_domain_of_any_identity_boots_if_it_is_allowed(stack: Stack,
     assert len(bytes.fromhex(answer["key"])) == 32
     await control.remove_guest("mine")
     assert os.listdir(os.path.dirname(made["dstack_sock"])) == []
+
+
+async def test_version_of_the_stacks_own_image_may_be_given(stack: Stack, control: Control) -> None:
+    own = stack.context.image
+    made = {
+        version: (await control.add_guest(f"v{index}", image_version=version))["os_image_hash"]
+        for index, version in enumerate((own.version, "0.4.2", "0.4.3"))
+    }
+    assert made[own.version] == own.os_image_hash.hex()
+    assert len(set(made.values())) == 3
+    assert made["0.4.2"] == OsImage.from_seed(stack.context.seed.derive, own.name, "0.4.2").os_image_hash.hex()
+    kms = await control.add_kms("versioned", image_version="0.4.2")
+    assert kms["guest"]["os_image_hash"] == made["0.4.2"]
+
+
+async def test_version_of_an_image_of_a_folder_cannot_be_chosen(stack: Stack, tmp_path: Path) -> None:
+    for name, data in stack.context.image.files.items():
+        (tmp_path / name).write_bytes(data)
+    async with own_stack(image_dir=tmp_path, fresh=True) as other:
+        own = other.context.image
+        with pytest.raises(ControlError) as refused:
+            await other.control.add_guest("mine", image_version="0.4.2")
+        assert str(refused.value) == (
+            f"trust domain mine: image_version: the stack boots the image of a folder, of version {own.version}; "
+            "for version 0.4.2 name an image too"
+        )
+        made = await other.control.add_guest("mine", image_version=own.version)
+        assert made["os_image_hash"] == own.os_image_hash.hex()
+
+
+async def test_what_an_app_keeps_private_is_hidden_outside(stack: Stack, control: Control) -> None:
+    compose = json.dumps({**MANIFEST, "public_tcbinfo": False})
+    url = (await control.add_guest("private", compose=compose))["url"]
+    for path, hidden in (("/prpc/Info", True), ("/prpc/Worker.Info", True), ("/prpc/Tappd.Info", False)):
+        _, answer = await asyncio.to_thread(ask, url, path, {})
+        assert [answer[name] == "" for name in ("tcb_info", "vm_config")] == [hidden, hidden], path
 
 
 @pytest.mark.parametrize(
@@ -261,7 +301,7 @@ async def test_trust_domain_that_lies_or_is_debugged_gets_no_keys(
         ("kms-x", {}, "belongs to a KMS"),
         ("../x", {}, "name: String should match pattern"),
         ("x", {"app_id": "00"}, "app_id: 20 bytes expected, got 1"),
-        ("x", {"compose": "{"}, "app-compose: JSON expected"),
+        ("x", {"compose": "{"}, "app-compose: Expecting property name"),
         ("x", {"memory_size": 5}, "requires memory_size =="),
         ("x", {"colour": "red"}, "colour: Extra inputs are not permitted"),
     ],

@@ -36,7 +36,7 @@ def domain(
     return TrustDomain(
         INTEL.platform("host"),
         IMAGE,
-        AppCompose.parse(json.dumps(document)),
+        AppCompose(json.dumps(document)),
         instance_seed=b"instance",
         settings=DomainSettings(mr_config_id=mr_config_id),
         user_config=user_config,
@@ -97,13 +97,10 @@ def test_log_of_version_2_is_made_if_the_app_asks_for_it() -> None:
 # ---- mr_config_id ------------------------------------------------------------------------------------------
 
 
-def test_domain_of_0_6_is_bound_to_its_compose_hash() -> None:
-    guest = booted(domain())
+@pytest.mark.parametrize("release", [V0_5, V0_6], ids=lambda each: each.name)
+def test_domain_is_bound_to_its_compose_hash(release: Release) -> None:
+    guest = booted(domain(release))
     assert quoted_config_id(guest) == b"\x01" + guest.compose_hash + bytes(15)
-
-
-def test_domain_of_0_5_is_bound_to_nothing() -> None:
-    assert quoted_config_id(booted(domain(V0_5))) == bytes(48)
 
 
 def test_domain_of_an_app_that_pins_its_provider_is_bound_by_a_document() -> None:

@@ -116,6 +116,7 @@ def test_one_port_serves_every_service(agent: dict[str, Any]) -> None:
     for path in ("/Info", "/prpc/Info", "/prpc/Tappd.Info", "/prpc/Worker.Info"):
         status, info = ask(url, path, {})
         assert (status, info["app_id"]) == (200, agent["app_id"])
+    assert ask(url, "/prpc/TdxQuote", {}) == ask(url, "/prpc/Tappd.TdxQuote", {})
     assert ask(url, "/prpc/Worker.GetKey", {})[0] == 400
 
 
@@ -166,7 +167,7 @@ def test_app_compose_and_sys_config_load_as_they_are(tmp_path: Path) -> None:
     [
         (("--memory", "1G"), "TDX lite attestation without image download requires memory_size == 2147483648"),
         (("--app-compose", "/nonexistent"), "app-compose /nonexistent: No such file or directory"),
-        (("--app-compose", __file__), "app-compose: JSON expected"),
+        (("--app-compose", __file__), "app-compose: Extra data"),
         (("--keys", __file__), "test_guest_agent.py: JSON expected"),
         (("--sys-config", "/nonexistent"), "file /nonexistent: No such file or directory"),
         (("--dstack-sock", __file__), "a file that is not a socket is there (set by --dstack-sock)"),

@@ -59,8 +59,9 @@ def test_refusal_of_an_agent_has_its_words_and_status(dstack_app: Callable[..., 
 def test_names_are_found_or_made(dstack_stack: LiveStack) -> None:
     live = dstack_stack
     assert live.app().info == live.app("app").info == live.trust_domain("app").info
-    made = live.app(compose={"manifest_version": 2, "name": "made", "runner": "docker-compose"})
-    assert (made.name, made.has_keys, live.app(compose=json.dumps({"name": "x"})).name) == ("app-2", False, "app-3")
+    manifest = {"manifest_version": 2, "name": "made", "runner": "docker-compose"}
+    made = live.app(compose=manifest)
+    assert (made.name, made.has_keys, live.app(compose=json.dumps(manifest)).name) == ("app-2", False, "app-3")
     assert live.trust_domain("app-2").info == made.info
     assert live.platform().name == "machine-1"
     assert live.platform("host of app").device_id == live.app().platform.device_id

@@ -89,18 +89,11 @@ def guest_instance_id(seed: bytes, app_id: bytes) -> bytes:
 def launch_config(identity: AppIdentity, manifest: AppManifest, release: Release) -> LaunchConfig:
     """Choose what a host of this release binds an app to, as its VMM does."""
     if not manifest.key_provider_id:
-        return compose_hash_launch(identity.compose_hash, release)
+        return LaunchConfig(compose_hash_config_id(identity.compose_hash))
     if release.pinned_mr_config_id_version == 3:
         return _document_launch(identity, manifest)
     provider, provider_id = manifest.key_provider_kind, manifest.key_provider_id
     return LaunchConfig(key_provider_config_id(identity.compose_hash, identity.app_id, provider, provider_id))
-
-
-def compose_hash_launch(compose_hash: bytes, release: Release) -> LaunchConfig:
-    """Choose what a host of this release binds an app to that pins no key provider."""
-    if release.default_mr_config_id_version == 0:
-        return LaunchConfig()
-    return LaunchConfig(compose_hash_config_id(compose_hash))
 
 
 def _document_launch(identity: AppIdentity, manifest: AppManifest) -> LaunchConfig:

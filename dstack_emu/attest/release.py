@@ -61,10 +61,8 @@ class Release:
     """A guest without a KMS has the first 20 bytes of its compose hash as app id, whatever its instance info says."""
     mr_config_id_versions: frozenset[MrConfigVersion]
     """The forms of mr_config_id that a guest accepts, beside the one that is all zero."""
-    default_mr_config_id_version: Literal[0, 1]
-    """The form that a domain is launched with if none is given; 0 binds nothing."""
     pinned_mr_config_id_version: MrConfigVersion
-    """The form that a domain is launched with if none is given and its app has a key_provider_id."""
+    """The form that a domain is launched with if none is given and its app has a key_provider_id; 1 for other apps."""
     manifest_version_is_text: bool
     """manifest_version may be text, and only 1 and 2 may be numbers; otherwise it is any number of 32 bits."""
     max_manifest_version: int | None
@@ -134,7 +132,6 @@ _0_5: Final = Release(
     measures_storage_encryption=False,
     app_id_is_compose_hash_without_kms=True,
     mr_config_id_versions=frozenset((1, 2)),
-    default_mr_config_id_version=0,
     pinned_mr_config_id_version=2,
     manifest_version_is_text=False,
     max_manifest_version=None,
@@ -171,7 +168,6 @@ _0_6: Final = Release(
     measures_storage_encryption=False,
     app_id_is_compose_hash_without_kms=False,
     mr_config_id_versions=frozenset((1, 2, 3)),
-    default_mr_config_id_version=1,
     pinned_mr_config_id_version=3,
     manifest_version_is_text=True,
     max_manifest_version=3,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dstack_emu.attest.app_compose import AppManifest
 from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.attest.vmconfig import VmConfig
 from dstack_emu.simulator.guest_files import KeyFile
@@ -76,7 +77,12 @@ class GuestConfig:
     @property
     def name(self) -> str:
         """The app's name, followed by the instance's if it has one."""
-        return f"{self.compose.name}: {self.instance}" if self.instance else self.compose.name
+        return f"{self.manifest.name}: {self.instance}" if self.instance else self.manifest.name
+
+    @property
+    def manifest(self) -> AppManifest:
+        """The app-compose as a guest of the release reads it; raise `FormatError` if it is none."""
+        return AppManifest.parse(self.compose.text, self.release)
 
 
 def instance_seed(seed: Seed, name: str) -> bytes:

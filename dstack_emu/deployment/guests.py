@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.hexadecimal import decode_hex
+from dstack_emu.attest.release import Release
 from dstack_emu.deployment.agent_listeners import AgentAddresses, AgentListeners, Instruments, SocketFile
 from dstack_emu.deployment.context import StackContext
 from dstack_emu.deployment.guest_config import instance_seed
@@ -29,14 +30,13 @@ def power_on(context: StackContext, spec: GuestSpec) -> TrustDomain:
 
     Raises `FormatError` if its VM or its app-compose is invalid.
     """
-    derive, guest_release = context.seed.derive, context.release_of(spec.release)
-    version = spec.image_version or guest_release.version
-    image = context.image if spec.image is None else OsImage.from_seed(derive, spec.image, version)
+    guest_release = context.release_of(spec.release)
+    image = _image(context, spec, guest_release)
     mr_config_id = None if spec.mr_config_id is None else decode_hex(spec.mr_config_id)
     domain = TrustDomain(
         context.intel.platform(spec.platform_name),
         image,
-        AppCompose.named(spec.name) if spec.compose is None else AppCompose.parse(spec.compose),
+        AppCompose.named(spec.name) if spec.compose is None else AppCompose(spec.compose),
         instance_seed=instance_seed(context.seed, spec.instance or spec.name),
         vm_config=image.vm_config(spec.cpu_count, spec.memory_size),
         app_id=None if spec.app_id is None else decode_hex(spec.app_id),
@@ -47,6 +47,20 @@ def power_on(context: StackContext, spec: GuestSpec) -> TrustDomain:
     for event in spec.events:
         (domain.measure if event.measured else domain.claim)(event.event, decode_hex(event.payload))
     return domain
+
+
+def _image(context: StackContext, spec: GuestSpec, guest_release: Release) -> OsImage:
+    """Return the image that a description names: another one, another version of the stack's own, or that itself."""
+    own = context.image
+    if spec.image is None and spec.image_version in (None, own.version):
+        return own
+    if spec.image is None and context.config.image_dir is not None:
+        raise FormatError(
+            f"image_version: the stack boots the image of a folder, of version {own.version}; "
+            f"for version {spec.image_version} name an image too"
+        )
+    version = spec.image_version or guest_release.version
+    return OsImage.from_seed(context.seed.derive, spec.image or own.name, version)
 
 
 class RunningGuest:

@@ -40,10 +40,10 @@ class GuestSpec(_Spec):
     """The identity of a trust domain: everything that is measured, and the platform it runs on.
 
     `app_id` is the first 20 bytes of the compose hash unless given; `compose` the text of its app-compose.json, made up
-    unless given. Without `image` it boots the stack's own; an image has the version of the release unless another is
-    given. `release` is the dstack release of its guest, the stack's unless given; the host of that release chooses the
-    `mr_config_id` that is not given. `events` follow the boot's own, before keys are fetched.
-    `instance` tells instances of an app apart.
+    unless given. Without `image` it boots the stack's own, or the `image_version` of it that is given; another image
+    has the version of the release unless one is given. `release` is the dstack release of its guest, the stack's unless
+    given; the host of that release chooses the `mr_config_id` that is not given. `events` follow the boot's own, before
+    keys are fetched. `instance` tells instances of an app apart.
     """
 
     name: Name

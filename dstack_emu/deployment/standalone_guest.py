@@ -187,7 +187,7 @@ class StandaloneGuest:
 
     def _own_keys(self) -> Keys:
         local = self.config.key_provider == "local-sgx"
-        name = self.config.compose.name
+        name = self.config.manifest.name
         provider = local_key_provider(Seed.of(self.config.seed), name) if local else KeyProvider("none")
         self.domain.complete(provider)
         own = OwnKeys.from_seed(self.domain, self._seed.derive("sealing key", 32), provider, lambda: ISSUED_AT)

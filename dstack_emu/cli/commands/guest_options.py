@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 from typing import Any, Final, get_args
 
+from dstack_emu.attest.app_compose import AppManifest
 from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.release import Release
 from dstack_emu.cli.commands.common import UsageError, add_release, hex_bytes
 from dstack_emu.deployment.guest_config import DEFAULT_NAME, GuestConfig, VirtualMachine
 from dstack_emu.simulator.guest_files import KeyFile, load_vm_config, read_text
@@ -110,7 +112,7 @@ def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
         return GuestConfig(
             seed=arguments.seed,
             platform=arguments.platform or f"host of {arguments.name or DEFAULT_NAME}",
-            compose=_compose(arguments.app_compose, arguments.name),
+            compose=_compose(arguments.app_compose, arguments.name, arguments.release),
             app_id=_app_id(arguments.app_id),
             instance=arguments.instance,
             machine=VirtualMachine(
@@ -167,12 +169,14 @@ def load_key_file(path: Path | None) -> KeyFile | None:
         raise UsageError(str(error)) from error
 
 
-def _compose(path: Path | None, name: str | None) -> AppCompose:
+def _compose(path: Path | None, name: str | None, release: Release) -> AppCompose:
     if path is None:
         return AppCompose.named(DEFAULT_NAME if name is None else name)
     if name is not None:
         raise UsageError("--name is for a made-up app-compose: with --app-compose the file has the name")
-    return AppCompose.parse(read_text(path, "app-compose"))
+    compose = AppCompose(read_text(path, "app-compose"))
+    AppManifest.parse(compose.text, release)  # a file that is none is a wrong option, before anything runs
+    return compose
 
 
 def _app_id(app_id: bytes | None) -> bytes | None:
