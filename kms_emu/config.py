@@ -164,6 +164,7 @@ class Emulator(Section):
     """[emulator], our own: what no upstream KMS of today does, and none minds in its file."""
 
     rpc_cert_evidence: EvidenceForm = "versioned"
+    auth_api_cache: bool = False
     grpc: Grpc = Grpc()
 
 
@@ -200,3 +201,7 @@ class KmsConfig(Section):
         onboard = self.core.onboard.model_copy(update=where)
         core = self.core.model_copy(update={"onboard": onboard})
         return self.model_copy(update={"rpc": self.rpc.model_copy(update=where), "core": core})
+
+    def with_auth_api_cache(self) -> Self:
+        """Return the same, with the cache of the webhook's answers switched on."""
+        return self.model_copy(update={"emulator": self.emulator.model_copy(update={"auth_api_cache": True})})

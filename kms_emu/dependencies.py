@@ -3,7 +3,8 @@
 One object for both phases. It is built from the configuration once, and closed by its builder.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,7 +15,7 @@ from dstack_emu.kms_emu.agent_client import GuestAgentClient
 from dstack_emu.kms_emu.auth_api import AuthApi, DevAuth, WebhookAuth
 from dstack_emu.kms_emu.cert_dir import CertDir
 from dstack_emu.kms_emu.config import Core, KmsConfig
-from dstack_emu.kms_emu.errors import context
+from dstack_emu.kms_emu.errors import KmsConfigError, context
 from dstack_emu.kms_emu.keys import Entropy
 from dstack_emu.kms_emu.onboarding import Receiver
 from dstack_emu.transport.client import MoreHeaders
@@ -32,13 +33,15 @@ class KmsInstruments:
 
     `middlewares` wrap the applications of its listeners; `verifier` replaces the one with the configured PCCS and root;
     `headers` are added to requests to its agent and to a source KMS. `timeout` is how many seconds it waits for each of
-    those (None: each client's own).
+    those (None: each client's own). `now`, seconds of any clock with their fraction, measures how long answers of the
+    webhook are kept.
     """
 
     middlewares: Sequence[Middleware] = ()
     verifier: AttestationVerifier | None = None
     headers: MoreHeaders | None = None
     timeout: float | None = None
+    now: Callable[[], float] = time.monotonic
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,8 @@ class KmsDependencies:
 
     `clock` is the time that evidence and collateral are verified at; `issue_clock` dates certificates. `evidence_form`
     is how the RPC certificate carries its evidence. Without `images` (`core.image.verify` switched off) an OS image's
-    hash is believed as claimed. `release` is the dstack release of this KMS.
+    hash is believed as claimed. `release` is the dstack release of this KMS. `auth_cache_seconds`, by the clock `now`,
+    is how long a success of the webhook is used again; 0 keeps none.
     """
 
     core: Core
@@ -63,6 +67,8 @@ class KmsDependencies:
     evidence_form: EvidenceForm = "versioned"
     images: ImageStore | None = None
     release: Release = DEFAULT
+    auth_cache_seconds: int = 0
+    now: Callable[[], float] = time.monotonic
 
     @classmethod
     def build(
@@ -79,9 +85,15 @@ class KmsDependencies:
     ) -> Self:
         """Make what the configuration names; `auth` and the instruments' verifier replace the configured ones.
 
-        Raises `KmsConfigError` if the trust root cannot be used.
+        Raises `KmsConfigError` if the trust root cannot be used, or a key asks for what the release does not have.
         """
         core, timeout, headers = config.core, instruments.timeout, instruments.headers
+        cached = config.emulator.auth_api_cache
+        if cached and not release.auth_api_cache_seconds:
+            raise KmsConfigError(
+                f"emulator.auth_api_cache: false expected, since a KMS of dstack {release.name} keeps no answer of its "
+                "webhook; got true"
+            )
         with context("Failed to initialize KMS state"):
             anchor = trust_anchor(core.attestation, "core.")
         agent = GuestAgentClient(agent_address, timeout=timeout or AGENT_TIMEOUT, headers=headers)
@@ -102,6 +114,8 @@ class KmsDependencies:
             evidence_form=config.emulator.rpc_cert_evidence,
             images=_image_store(core) if core.image.verify else None,
             release=release,
+            auth_cache_seconds=release.auth_api_cache_seconds if cached else 0,
+            now=instruments.now,
         )
 
     async def close(self) -> None:

@@ -3,11 +3,12 @@
     evidence → admit → BootInfo → auth webhook → decision → OS image → release → grant → keys
 
 `kms_emu.keys` takes grants alone, and only this module makes them. Three kinds: the KMS itself is allowed
-(`SelfGrant`), an app is (`AppGrant`), another KMS is (`KmsGrant`). No decision is cached; only the KMS's own boot info
-is, for the process. Source: dstack `kms/src/main_service.rs` (`ensure_*`) and `main_service/upgrade_authority.rs` at
-312dc605.
+(`SelfGrant`), an app is (`AppGrant`), another KMS is (`KmsGrant`). The KMS's own boot info is kept for the process, and
+that the KMS itself is allowed for a moment if that is wanted; no decision about a caller is ever kept. Source: dstack
+`kms/src/main_service.rs` (`ensure_*`) and `main_service/upgrade_authority.rs` at 312dc605 and 0441b5ac.
 """
 
+import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -16,13 +17,17 @@ from dstack_emu.attest.cache import Memo
 from dstack_emu.attest.errors import AttestError
 from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.kms_emu.auth_api import AuthApi
+from dstack_emu.kms_emu.auth_cache import ShortLived
 from dstack_emu.kms_emu.errors import BootDeniedError, InvalidRequestError, KmsError, NotAttestedError, context
 from dstack_emu.transport.image_store import ImageStore
 
 
 @dataclass(frozen=True, slots=True)
 class SelfGrant:
-    """The webhook allows this KMS, just now. `boot_info` is None where self authorization is switched off."""
+    """The webhook allows this KMS, just now or within the time that a success is kept.
+
+    `boot_info` is None where self authorization is switched off.
+    """
 
     boot_info: BootInfo | None
 
@@ -81,7 +86,8 @@ class Gate:
 
     `own_evidence` attests the KMS with zero report_data; it is called once, at the first self check, and its result is
     `own_boot_info` from then on. `images` verifies the OS image of a caller that the webhook allowed; without it the
-    os_image_hash that the webhook saw is believed as claimed.
+    os_image_hash that the webhook saw is believed as claimed. `allowed` keeps the success of a self check, if anything
+    is to keep it.
     """
 
     def __init__(
@@ -91,9 +97,10 @@ class Gate:
         *,
         enforce_self: bool = True,
         images: ImageStore | None = None,
+        allowed: ShortLived[None] | None = None,
     ) -> None:
         self._auth, self._own_evidence, self._enforce_self = auth, own_evidence, enforce_self
-        self._images = images
+        self._images, self._allowed = images, allowed
         self._boot_info = Memo(_boot_info_of, _size, max_entries=256, max_bytes=8 << 20)
         self.own_boot_info: BootInfo | None = None
 
@@ -105,11 +112,15 @@ class Gate:
             if self.own_boot_info is None:
                 with context("Failed to load cached self boot info"):
                     self.own_boot_info = boot_info_of(await self._own_evidence())
-            with context("Failed to call self KMS auth check"):
-                decision = await self._auth.decide(self.own_boot_info, is_kms=True)
-            if decision.is_allowed is not True:
-                raise BootDeniedError(f"KMS is not allowed: {decision.reason}")
+            check = functools.partial(self._require_self_allowed, self.own_boot_info)
+            await (check() if self._allowed is None else self._allowed.get(check))
             return SelfGrant(self.own_boot_info)
+
+    async def _require_self_allowed(self, own: BootInfo) -> None:
+        with context("Failed to call self KMS auth check"):
+            decision = await self._auth.decide(own, is_kms=True)
+        if decision.is_allowed is not True:
+            raise BootDeniedError(f"KMS is not allowed: {decision.reason}")
 
     async def admit_app(
         self, of_kms: SelfGrant, caller: VerifiedAttestation | None, *, vm_config: str, boot_time: bool = False

@@ -162,6 +162,7 @@ class KmsServer:
             await self._restart(state.files, onboard=state.phase == "onboard")
         if self._service is not None:
             self._service.gate.own_boot_info = state.own_boot_info
+            self._service.forget_answers()
         self._metrics.requests, self._metrics.failures = state.requests, state.failures
 
     async def _restart(self, files: Mapping[str, bytes], *, onboard: bool) -> None:

@@ -20,6 +20,8 @@ from dstack_emu.attest.prpc import decode_json, encode_json
 from dstack_emu.attest.report_data import bootstrap_report_data
 from dstack_emu.attest.verify import VerifiedAttestation, require_bound_to_key
 from dstack_emu.kms_emu import keys
+from dstack_emu.kms_emu.auth_api import AuthInfo
+from dstack_emu.kms_emu.auth_cache import ShortLived
 from dstack_emu.kms_emu.call_log import journaled
 from dstack_emu.kms_emu.cert_dir import BOOTSTRAP_INFO, K256_KEY, ROOT_CA_KEY
 from dstack_emu.kms_emu.dependencies import KmsDependencies
@@ -158,12 +160,20 @@ class KmsService:
         self._deps, self._keys = deps, kms_keys
         self._root_ca_pem = kms_keys.roots.root_ca.pem
         self.log, self.core, self.release = deps.log, deps.core, deps.release
+        self._self_allowed: ShortLived[None] = ShortLived(deps.auth_cache_seconds, deps.now)
+        self._auth_info: ShortLived[AuthInfo] = ShortLived(deps.auth_cache_seconds, deps.now)
         self._gate = Gate(
             deps.auth,
             lambda: own_evidence(deps.agent, deps.verifier),
             enforce_self=deps.core.enforce_self_authorization,
             images=deps.images,
+            allowed=self._self_allowed,
         )
+
+    def forget_answers(self) -> None:
+        """Forget what the webhook answered: the next call requests it again."""
+        self._self_allowed.forget()
+        self._auth_info.forget()
 
     @property
     def gate(self) -> Gate:
@@ -172,7 +182,7 @@ class KmsService:
 
     async def get_meta(self) -> pb.GetMetaResponse:
         """Say who this KMS is; the only RPC without a self check."""
-        info = await self._deps.auth.info()
+        info = await self._auth_info.get(self._deps.auth.info)
         return pb.GetMetaResponse(
             ca_cert=self._keys.roots.root_ca.pem,
             allow_any_upgrade=info.is_dev,

@@ -91,6 +91,8 @@ class Release:
     """core.onboard.public_key_handover may refuse GetKmsKey on the main listener."""
     onboard_token: bool
     """core.onboard may ask for a token or a user, and OnboardRequest has a source_token."""
+    auth_api_cache_seconds: int
+    """How long a successful self check and GetMeta's info are used again; with 0 neither is kept."""
     certificate_app_info_is_verified: bool
     """SignCert writes app info from the verified identity: the true device id, the authorized OS image hash."""
     vm_config_must_match: bool
@@ -146,6 +148,7 @@ _0_5: Final = Release(
     admin_get_kms_key=False,
     public_key_handover_option=False,
     onboard_token=False,
+    auth_api_cache_seconds=0,
     certificate_app_info_is_verified=False,
     vm_config_must_match=False,
     boot_info_variant_members=("teeVariant", "attestationMode"),
@@ -182,6 +185,7 @@ _0_6: Final = Release(
     admin_get_kms_key=True,
     public_key_handover_option=True,
     onboard_token=True,
+    auth_api_cache_seconds=1,
     certificate_app_info_is_verified=True,
     vm_config_must_match=True,
     boot_info_variant_members=("teeVariant",),

@@ -31,8 +31,9 @@ class StackConfig:
     policy files. With `fresh` it stops at the runbook's starting point. `host` is the address it listens on.
     `image_dir` is the OS image that everything boots, instead of the seed's. Records of calls are appended to the file
     `journal`; `journal_size` of them stay in memory. `patience` is for how many seconds the services wait for one
-    another (None: as long as upstream's). With `grpc` agents and KMS serve gRPC, too. Ports that are not given are
-    those of PORTS and GRPC_PORTS.
+    another (None: as long as upstream's). With `grpc` agents and KMS serve gRPC, too. With `auth_api_cache` each KMS
+    uses a successful answer of its webhook about itself for a second, as its release does; without it the next call
+    heeds a changed policy. Ports that are not given are those of PORTS and GRPC_PORTS.
     """
 
     seed: str = DEFAULT_SEED
@@ -47,6 +48,7 @@ class StackConfig:
     journal: Path | None = None
     journal_size: int = JOURNAL_SIZE
     patience: float | None = None
+    auth_api_cache: bool = False
 
     @classmethod
     def on_free_ports(cls, **settings: object) -> Self:

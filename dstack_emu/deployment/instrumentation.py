@@ -59,7 +59,7 @@ class Instrumentation:
     def kms_instruments(self, service: str, verifier: RecordingVerifier) -> KmsInstruments:
         """Make the instruments of a KMS."""
         middleware = HttpInstruments(service, self.journal, self.faults).middleware
-        return KmsInstruments((middleware,), verifier, headers_of(service), self.patience)
+        return KmsInstruments((middleware,), verifier, headers_of(service), self.patience, now=lambda: self.clock.now())
 
     def webhook_client(self, caller: str, url: str, *, own: bool, release: Release) -> AuthApi:
         """Make the client of a webhook, as a KMS of that release has it.

@@ -120,8 +120,18 @@ class RunningKms:
         return {
             "rpc": {"address": host, "port": port, "tls": tls},
             "core": core | self.spec.settings,
-            "emulator": {"rpc_cert_evidence": self.spec.rpc_cert_evidence, "grpc": {"enabled": grpc}},
+            "emulator": {
+                "rpc_cert_evidence": self.spec.rpc_cert_evidence,
+                "auth_api_cache": self._has_auth_api_cache(),
+                "grpc": {"enabled": grpc},
+            },
         }
+
+    def _has_auth_api_cache(self) -> bool:
+        if self.spec.auth_api_cache is not None:
+            return self.spec.auth_api_cache
+        release = self._context.release_of(self.spec.release)
+        return self._context.config.auth_api_cache and release.auth_api_cache_seconds > 0
 
     def _grpc_sockets(self) -> dict[str, socket.socket]:
         """Return the bound ports of its gRPC listeners, by their keys in kms.toml; none if the stack serves no gRPC."""

@@ -35,7 +35,7 @@ def prepare(
     What has to be closed is put on `closing`. The second value is the earlier run's description, empty if there is
     none. Raises `StackError`, or `ListenError` if a port is taken.
     """
-    _require_release(config.release)
+    _require_release(config)
     state = _state_folder(config.state, closing)
     remembered = _remembered(state, config)
     ports = _bind(config, services, closing)
@@ -68,11 +68,17 @@ def _state_folder(given: Path | None, closing: AsyncExitStack) -> Path:
     return folder
 
 
-def _require_release(name: str) -> None:
+def _require_release(config: StackConfig) -> None:
+    """Refuse a release that there is not, and what the stack's release does not have."""
     try:
-        release(name)
+        wanted = release(config.release)
     except FormatError as error:
         raise StackError(str(error)) from error
+    if config.auth_api_cache and not wanted.auth_api_cache_seconds:
+        raise StackError(
+            f"auth_api_cache: a KMS of dstack {wanted.name} keeps no answer of its webhook: "
+            "leave it out, or choose another release"
+        )
 
 
 def _remembered(state: Path, config: StackConfig) -> dict[str, Any]:

@@ -78,7 +78,8 @@ class KmsSpec(_Spec):
 
     `webhook` is `own` (a new auth-simple with a policy of its own, that denies everyone), the name of another KMS whose
     webhook it shares, or the URL of any webhook. Fields of the trust domain are those of `GuestSpec`; `settings` are
-    keys of kms.toml's [core], `rpc_cert_evidence` is the key of its [emulator]: with `legacy` it is a source of 0.5.x.
+    keys of kms.toml's [core], `rpc_cert_evidence` and `auth_api_cache` keys of its [emulator]: with `legacy` evidence
+    it is a source of 0.5.x, and a cache that is not given is the stack's if its release has one.
     """
 
     name: Annotated[Name, Field(max_length=20)]
@@ -89,6 +90,7 @@ class KmsSpec(_Spec):
     release: ReleaseName | None = None
     compose: str | None = None
     rpc_cert_evidence: EvidenceForm = "versioned"
+    auth_api_cache: bool | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
 
     @property

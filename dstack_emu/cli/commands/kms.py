@@ -46,12 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", metavar="TEXT", help="the same text gives the same keys and certificates (default: random ones)"
     )
     add_release(parser, "the dstack release that the KMS is")
+    parser.add_argument(
+        "--auth-api-cache",
+        action="store_true",
+        help="use a successful self check and GetMeta's info for a second, as a KMS of 0.6 does "
+        "(emulator.auth_api_cache)",
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the KMS until it ends or a signal comes."""
     config = KmsConfig.load(arguments.config, os.environ)
+    if arguments.auth_api_cache:
+        config = config.with_auth_api_cache()
     agent = os.environ.get("DSTACK_AGENT_ADDRESS") or DEFAULT_ADDRESS
     return run_server(_run_kms(config, agent, arguments), has_grpc=config.emulator.grpc.enabled)
 

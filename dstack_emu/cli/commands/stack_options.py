@@ -19,6 +19,11 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="the same text gives the same bytes")
     add_release(parser, "the dstack release that everything is of")
+    parser.add_argument(
+        "--auth-api-cache",
+        action="store_true",
+        help="let each KMS use a webhook's successful answer about itself for a second, as 0.6 does",
+    )
     parser.add_argument("--grpc", action="store_true", help="let agents and KMS also serve gRPC")
     parser.add_argument(
         "--port",
@@ -48,6 +53,7 @@ def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str =
         policies=arguments.policies,
         image_dir=arguments.image_dir,
         grpc=arguments.grpc,
+        auth_api_cache=arguments.auth_api_cache,
         journal=arguments.journal,
     )
 
