@@ -32,7 +32,7 @@ def _reissue(recorded: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> x50
     san = extensions.get(ExtensionOID.SUBJECT_ALTERNATIVE_NAME)
     purposes = list(extensions.get(ExtensionOID.EXTENDED_KEY_USAGE, []))
     constraints: Any = extensions.get(ExtensionOID.BASIC_CONSTRAINTS)
-    attribute = {a.oid: str(a.value) for a in recorded.subject}
+    attribute, of_issuer = _texts(recorded.subject), _texts(recorded.issuer)
     public = recorded.public_key()
     assert isinstance(public, ec.EllipticCurvePublicKey)
     request = c.CertificateRequest(
@@ -50,12 +50,23 @@ def _reissue(recorded: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> x50
         not_after=int(recorded.not_valid_after_utc.timestamp()),
     )
     issuer = c.self_signed(
-        c.CertificateRequest(public_key=key.public_key(), subject="Another CA", ca_path_length=1), key, NOW
+        c.CertificateRequest(
+            public_key=key.public_key(),
+            subject=of_issuer[x509.NameOID.COMMON_NAME],
+            organization=of_issuer.get(x509.NameOID.ORGANIZATION_NAME),
+            ca_path_length=1,
+        ),
+        key,
+        NOW,
     )
     return issuer.issue(request, NOW)
 
 
-def test_golden_certificates_are_issued_again_with_the_same_extensions_names_and_serials() -> None:
+def _texts(name: x509.Name) -> dict[x509.ObjectIdentifier, str]:
+    return {attribute.oid: str(attribute.value) for attribute in name}
+
+
+def test_golden_certificates_are_issued_again_to_the_byte_but_for_the_issuers_key() -> None:
     key, seen = p256_key(b"\x07" * 32), 0
     for entry in _all(golden("certificates.json")):
         recorded = x509.load_pem_x509_certificate(entry["pem"].encode())
@@ -70,8 +81,26 @@ def test_golden_certificates_are_issued_again_with_the_same_extensions_names_and
         assert [(e.oid.dotted_string, e.critical, e.value.public_bytes().hex()) for e in ours.extensions] == [
             (e["oid"], e["critical"], e["extn_value_der"]) for e in entry["extensions_in_order"]
         ]
+        assert ours.tbs_certificate_bytes == recorded.tbs_certificate_bytes
         seen += 1
     assert seen >= 20
+
+
+def test_key_usage_is_a_bit_string_of_two_bytes_that_openssl_reads(tmp_path: Path) -> None:
+    key = p256_key(b"\x07" * 32)
+    request = c.CertificateRequest(public_key=key.public_key(), subject="x", ca_path_length=0)
+    authority = c.self_signed(request, key, NOW)
+    leaf = authority.issue(c.CertificateRequest(public_key=key.public_key(), subject="y", alt_names=["y.test"]), NOW)
+    for certificate, encoded, names in (
+        (authority.certificate, "0303078600", "Digital Signature, Certificate Sign, CRL Sign"),
+        (leaf, "0303078000", "Digital Signature"),
+    ):
+        assert bytes.fromhex(f"0603551d0f0101ff0405{encoded}") in certificate.public_bytes(Encoding.DER)
+        path = tmp_path / "certificate.pem"
+        path.write_bytes(certificate.public_bytes(Encoding.PEM))
+        command = ("openssl", "x509", "-in", str(path), "-noout", "-ext", "keyUsage")
+        shown = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+        assert [line.strip() for line in shown.splitlines()] == ["X509v3 Key Usage: critical", names]
 
 
 def test_golden_signing_requests_decode_and_verify_and_bind_their_key() -> None:

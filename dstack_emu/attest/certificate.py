@@ -19,7 +19,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from dstack_emu.attest import der
 from dstack_emu.attest.app_info import AppInfo
@@ -43,6 +43,11 @@ ORGANIZATION: Final = "Dstack"
 NOT_BEFORE: Final = datetime.datetime(1975, 1, 1, tzinfo=datetime.UTC)
 LIFETIME: Final = 10 * 365 * 86400
 """Seconds from the time of issue to not_after, unless another time is requested."""
+
+_DIGITAL_SIGNATURE: Final = 0x80
+_KEY_CERT_SIGN: Final = 0x04
+_CRL_SIGN: Final = 0x02
+"""Bits of the first byte of a key usage (RFC 5280, section 4.2.1.3)."""
 
 _VERSION_TAG: Final = 0xA0
 _FIELDS_BEFORE_SPKI: Final = 5
@@ -329,18 +334,13 @@ def _evidence(request: CertificateRequest) -> tuple[tuple[x509.ObjectIdentifier,
     return ((OID_TDX_QUOTE, attestation.quote), (OID_EVENT_LOG, log if form == "legacy" else _deflate_log(log)))
 
 
-def _key_usage(is_ca: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=True,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=is_ca,
-        crl_sign=is_ca,
-        encipher_only=False,
-        decipher_only=False,
-    )
+def _key_usage(is_ca: bool) -> x509.UnrecognizedExtension:
+    """Return the key usage as rcgen encodes it: a BIT STRING of 16 bits, of which the last nine are not counted.
+
+    DER would leave the empty second byte out, so `x509.KeyUsage` cannot write it.
+    """
+    bits = _DIGITAL_SIGNATURE | (_KEY_CERT_SIGN | _CRL_SIGN if is_ca else 0)
+    return x509.UnrecognizedExtension(ExtensionOID.KEY_USAGE, b"\x03\x03\x07" + bytes((bits, 0)))
 
 
 def _key_identifier(key: ec.EllipticCurvePublicKey) -> bytes:
