@@ -11,13 +11,14 @@ from typing import Any, Final, Protocol
 from dstack_emu.attest.app_info import BootInfo
 from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.attest.strict_json import ConstantError, StrictJson
-from dstack_emu.kms_emu.errors import UnavailableError
+from dstack_emu.kms_emu.errors import NotAttestedError, UnavailableError
 from dstack_emu.transport.client import MoreHeaders
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.status import status_line
 
 TIMEOUT: Final = 10.0
+"""Seconds that a KMS waits for its webhook, if `core.auth_api.webhook.timeout` says nothing else."""
 MAX_ANSWER: Final = 1024 * 1024
 SHOWN: Final = 512
 _JSON_TYPE: Final = {"Content-Type": "application/json"}
@@ -81,6 +82,29 @@ class DevAuth:
 
     async def close(self) -> None:
         """Do nothing: there are no connections."""
+
+
+class IdentityCheckedAuth:
+    """Makes no request about an identity of other widths: a webhook might take it for a padded one that it allows."""
+
+    def __init__(self, auth: AuthApi) -> None:
+        self._auth = auth
+
+    async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
+        """Request one decision; raise `NotAttestedError` for a width that cannot be."""
+        if len(boot_info.compose_hash) != 32:
+            raise NotAttestedError("compose_hash must be 32 bytes")
+        if len(boot_info.instance_id) not in (0, 20):
+            raise NotAttestedError("instance_id must be 20 bytes or empty")
+        return await self._auth.decide(boot_info, is_kms=is_kms)
+
+    async def info(self) -> AuthInfo:
+        """Request what it decides by."""
+        return await self._auth.info()
+
+    async def close(self) -> None:
+        """Let go of connections."""
+        await self._auth.close()
 
 
 class WebhookAuth:

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field
 
 from dstack_emu.attest.certificate import EvidenceForm
 from dstack_emu.transport.settings import (
+    Duration,
     Port,
     Seconds,
     Section,
@@ -88,6 +89,7 @@ class Webhook(Section):
     """[core.auth_api.webhook]."""
 
     url: str = "http://auth-api:8000"
+    timeout: Duration = 10.0
 
 
 class Dev(Section):

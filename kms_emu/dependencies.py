@@ -12,7 +12,7 @@ from dstack_emu.attest.certificate import EvidenceForm
 from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.kms_emu.agent_client import TIMEOUT as AGENT_TIMEOUT
 from dstack_emu.kms_emu.agent_client import GuestAgentClient
-from dstack_emu.kms_emu.auth_api import AuthApi, DevAuth, WebhookAuth
+from dstack_emu.kms_emu.auth_api import AuthApi, DevAuth, IdentityCheckedAuth, WebhookAuth
 from dstack_emu.kms_emu.cert_dir import CertDir
 from dstack_emu.kms_emu.config import Core, KmsConfig
 from dstack_emu.kms_emu.errors import KmsConfigError, context
@@ -98,6 +98,8 @@ class KmsDependencies:
             anchor = trust_anchor(core.attestation, "core.")
         agent = GuestAgentClient(agent_address, timeout=timeout or AGENT_TIMEOUT, headers=headers)
         auth = auth or _auth_api(core, release)
+        if release.identity_widths_are_checked:
+            auth = IdentityCheckedAuth(auth)
         pccs = PccsClient(core.pccs, ttl=core.attestation.collateral_ttl)
         verifier = instruments.verifier or AttestationVerifier(pccs, anchor, clock)
         return cls(
@@ -130,7 +132,8 @@ class KmsDependencies:
 def _auth_api(core: Core, release: Release) -> AuthApi:
     if core.auth_api.type == "dev":
         return DevAuth(core.auth_api.dev.gateway_app_id)
-    return WebhookAuth(core.auth_api.webhook.url, release=release)
+    webhook = core.auth_api.webhook
+    return WebhookAuth(webhook.url, timeout=webhook.timeout, release=release)
 
 
 def _image_store(core: Core) -> ImageStore:

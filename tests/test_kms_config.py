@@ -31,6 +31,7 @@ def leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 KEYS = dict(leaves(KmsConfig()))
+WEBHOOK_TIMEOUT = "core.auth_api.webhook.timeout"
 
 
 def as_text(value: Any) -> str:
@@ -40,16 +41,25 @@ def as_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def durations(text: str) -> float:
+    """The webhook's time limit that a file says."""
+    document = f"[core.auth_api.webhook]\ntimeout = {text}\n"
+    return configured({}, document).core.auth_api.webhook.timeout
+
+
 @pytest.mark.parametrize("key", [key for key in KEYS if key != "default"])
 def test_every_key_can_be_set_by_a_variable(key: str) -> None:
     default = KEYS[key]
-    assert configured(variables({key: as_text(default)})) == KmsConfig()
+    said = "10s" if key == WEBHOOK_TIMEOUT else as_text(default)
+    assert configured(variables({key: said})) == KmsConfig()
     other: Any
     match default:
         case bool():
             other, text = not default, as_text(not default)
         case int():
             other, text = 4711, "4711"
+        case float() if key == WEBHOOK_TIMEOUT:
+            other, text = 180.0, "3m"
         case float():
             other, text = 0.25, "250ms"
         case Path() | None:
@@ -101,6 +111,26 @@ def test_variable_that_cannot_be_is_named(name: str, value: str, said: str) -> N
     with pytest.raises(ConfigError) as refusal:
         configured({f"DSTACK_EMU_KMS_{name}": value})
     assert str(refusal.value).startswith(f"DSTACK_EMU_KMS_{name}: {said}")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("0s", 0), ("10s", 10), ("2m", 120), ("1h", 3600), ("7d", 604800), ("007s", 7)]
+)
+def test_duration_is_a_number_with_its_unit(text: str, seconds: float) -> None:
+    assert durations(f'"{text}"') == seconds
+
+
+@pytest.mark.parametrize("text", ["never", "99999999999999999999d"])
+def test_duration_that_never_ends_is_one_that_can_be_waited_for(text: str) -> None:
+    assert 10**9 < durations(f'"{text}"') < 10**10
+
+
+@pytest.mark.parametrize("text", ["-1", "30", "1.5", '"-1"', '"30"', '"500ms"', '"1.5s"', '" 1s"', '"1S"', '"s"', '""'])
+def test_duration_without_one_of_its_units_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        durations(text)
+    said = "a duration such as 10s, 2m, 1h or 1d, or never, expected, got "
+    assert str(refusal.value).startswith(f"kms.toml: {WEBHOOK_TIMEOUT}: Value error, {said}")
 
 
 def test_file_whose_section_is_no_table_is_refused_by_key() -> None:

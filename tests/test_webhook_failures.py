@@ -15,14 +15,19 @@ import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dstack_emu.kms_emu.auth_api import WebhookAuth
+from dstack_emu.attest.app_info import BootInfo
+from dstack_emu.attest.release import release
+from dstack_emu.kms_emu.auth_api import AuthApi, WebhookAuth
 from dstack_emu.kms_emu.config import KmsConfig
+from dstack_emu.kms_emu.dependencies import KmsDependencies, KmsInstruments
+from dstack_emu.kms_emu.errors import NotAttestedError
 from dstack_emu.kms_emu.server import KmsServer
 from tests import foreign
 from tests.foreign import Answer, Guest
@@ -423,3 +428,69 @@ async def test_webhook_that_hangs_is_given_up(
     finally:
         released.set()
         await kms.stop()
+
+
+def test_silent_webhook_is_given_up_after_the_configured_time(
+    ready_stack: RunningStack, webhook: Webhook, tmp_path: Path
+) -> None:
+    released = threading.Event()
+    copied_keys(tmp_path, ready_stack)
+    path = kms_toml(tmp_path, ready_stack, webhook.url)
+    path.write_text(path.read_text().replace(f'"{webhook.url}"', f'"{webhook.url}", timeout = "1s"'))
+    webhook.replies["info"] = lambda out: _wait(released)
+    try:
+        with running_kms(path, ready_stack.services["agent-src"]) as url, foreign.kms(url) as connection:
+            refusal = connection.call("GetMeta").error
+        assert refusal == SENDING.format(url=webhook.url) + "no answer within 1 s"
+    finally:
+        released.set()
+
+
+@pytest.mark.parametrize(
+    ("field", "size", "said"),
+    [
+        ("compose_hash", 31, "compose_hash must be 32 bytes"),
+        ("compose_hash", 0, "compose_hash must be 32 bytes"),
+        ("instance_id", 19, "instance_id must be 20 bytes or empty"),
+        ("instance_id", 32, "instance_id must be 20 bytes or empty"),
+    ],
+)
+async def test_identity_of_another_width_is_not_asked_about_in_0_6(field: str, size: int, said: str) -> None:
+    changed: dict[str, Any] = {field: bytes(size)}
+    odd = replace(BOOT_INFO, **changed)
+    old, new = (_auth_of(name) for name in ("0.5", "0.6"))
+    assert (await old.decide(odd, is_kms=False)).is_allowed
+    with pytest.raises(NotAttestedError, match=f"^{said}$"):
+        await new.decide(odd, is_kms=False)
+
+
+async def test_app_without_an_instance_id_is_asked_about_in_0_6() -> None:
+    auth = _auth_of("0.6")
+    assert (await auth.decide(BOOT_INFO, is_kms=False)).is_allowed
+    assert (await auth.decide(replace(BOOT_INFO, instance_id=b""), is_kms=True)).is_allowed
+
+
+BOOT_INFO = BootInfo(
+    mr_aggregated=b"a" * 32,
+    os_image_hash=b"o" * 32,
+    mr_system=b"s" * 32,
+    app_id=b"i" * 20,
+    compose_hash=b"c" * 32,
+    instance_id=b"n" * 20,
+    device_id=b"d" * 32,
+    key_provider_info=b"",
+    tcb_status="UpToDate",
+    advisory_ids=(),
+)
+
+
+def _wait(event: threading.Event) -> None:
+    event.wait(60)
+
+
+def _auth_of(release_name: str) -> AuthApi:
+    """What decides for a KMS of a release whose auth_api is `dev`, which allows everyone."""
+    config = KmsConfig.from_document({"core": {"auth_api": {"type": "dev"}}}, "kms.toml")
+    options: dict[str, Any] = {"entropy": os.urandom, "clock": lambda: 0, "issue_clock": None, "auth": None}
+    instruments, of = KmsInstruments(), release(release_name)
+    return KmsDependencies.build(config, "unix:/nowhere", **options, instruments=instruments, release=of).auth

@@ -99,6 +99,8 @@ class Release:
     """A request's vm_config has to equal the one in the attestation; otherwise it takes its place."""
 
     # Webhooks.
+    identity_widths_are_checked: bool
+    """A KMS asks its webhook about no compose hash that is not 32 bytes, nor an instance id of neither 20 nor 0."""
     boot_info_variant_members: tuple[str, ...]
     """The members of the webhook's question that name the TEE variant."""
     auth_contract: AuthContract
@@ -151,6 +153,7 @@ _0_5: Final = Release(
     auth_api_cache_seconds=0,
     certificate_app_info_is_verified=False,
     vm_config_must_match=False,
+    identity_widths_are_checked=False,
     boot_info_variant_members=("teeVariant", "attestationMode"),
     auth_contract="readme",
 )
@@ -188,6 +191,7 @@ _0_6: Final = Release(
     auth_api_cache_seconds=1,
     certificate_app_info_is_verified=True,
     vm_config_must_match=True,
+    identity_widths_are_checked=True,
     boot_info_variant_members=("teeVariant",),
     auth_contract="0.6",
 )

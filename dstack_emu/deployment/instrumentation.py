@@ -9,7 +9,6 @@ from dstack_emu.attest.release import Release
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.deployment.clock import StackClock
 from dstack_emu.deployment.config import JOURNAL_SIZE
-from dstack_emu.kms_emu.auth_api import TIMEOUT as WEBHOOK_TIMEOUT
 from dstack_emu.kms_emu.auth_api import AuthApi, WebhookAuth
 from dstack_emu.kms_emu.server import KmsInstruments
 from dstack_emu.observability.aiohttp_middleware import aiohttp_middleware
@@ -61,12 +60,13 @@ class Instrumentation:
         middleware = HttpInstruments(service, self.journal, self.faults).middleware
         return KmsInstruments((middleware,), verifier, headers_of(service), self.patience, now=lambda: self.clock.now())
 
-    def webhook_client(self, caller: str, url: str, *, own: bool, release: Release) -> AuthApi:
+    def webhook_client(self, caller: str, url: str, *, own: bool, release: Release, timeout: float) -> AuthApi:
         """Make the client of a webhook, as a KMS of that release has it.
 
-        A webhook is the stack's `own`, or a foreign one, which is sent no header of ours.
+        A webhook is the stack's `own`, or a foreign one, which is sent no header of ours. `timeout` is the KMS's, in
+        seconds; nobody waits for longer than the stack's patience.
         """
-        timeout = self.patience or WEBHOOK_TIMEOUT
+        timeout = min(timeout, self.patience or timeout)
         if own:
             return WebhookAuth(url, timeout=timeout, headers=headers_of(caller), release=release)
         return RecordingAuth(WebhookAuth(url, timeout=timeout, release=release), "webhook", caller, self.journal)

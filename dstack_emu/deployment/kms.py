@@ -23,6 +23,7 @@ from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.errors import ConfigError
 from dstack_emu.transport.listen import reachable
 from dstack_emu.transport.ports import IMAGE_URL
+from dstack_emu.transport.settings import merge
 
 PERMANENT: Final = ("src", "dst")
 """The KMS that a stack begins with. The state folder keeps their files; other KMS start without any."""
@@ -72,8 +73,10 @@ class RunningKms:
         grpc_socks = self._grpc_sockets()
         instrumentation, release = context.instrumentation, context.release_of(self.spec.release)
         try:
+            config = KmsConfig.from_document(self._document(webhook, sock, grpc=bool(grpc_socks)), service)
+            timeout = config.core.auth_api.webhook.timeout
             self.server = KmsServer(
-                KmsConfig.from_document(self._document(webhook, sock, grpc=bool(grpc_socks)), service),
+                config,
                 f"unix:{self.guest.dstack_sock}",
                 entropy=entropy,
                 clock=instrumentation.clock,
@@ -81,7 +84,7 @@ class RunningKms:
                 sock=sock,
                 grpc_socks=grpc_socks,
                 grpc_interceptors=instrumentation.interceptors(service) if grpc_socks else (),
-                auth=instrumentation.webhook_client(service, webhook, own=is_own, release=release),
+                auth=instrumentation.webhook_client(service, webhook, own=is_own, release=release, timeout=timeout),
                 instruments=instrumentation.kms_instruments(service, context.verifier(service)),
                 release=release,
             )
@@ -119,7 +122,7 @@ class RunningKms:
         }
         return {
             "rpc": {"address": host, "port": port, "tls": tls},
-            "core": core | self.spec.settings,
+            "core": merge(core, self.spec.settings),
             "emulator": {
                 "rpc_cert_evidence": self.spec.rpc_cert_evidence,
                 "auth_api_cache": self._has_auth_api_cache(),

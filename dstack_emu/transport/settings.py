@@ -30,6 +30,23 @@ def _seconds(value: Any) -> Any:
 
 
 Seconds = Annotated[float, BeforeValidator(_seconds)]
+
+NEVER: Final = 100.0 * 365 * 86400
+"""Seconds of a time limit that never comes: a hundred years, which every event loop can wait for."""
+_DURATION_UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def _duration(value: Any) -> float:
+    """Read a duration as dstack's configuration has it: whole seconds, minutes, hours or days with their unit."""
+    if value == "never":
+        return NEVER
+    match = re.fullmatch(r"([0-9]{1,20})([smhd])", value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"a duration such as 10s, 2m, 1h or 1d, or never, expected, got {value!r:.40}")
+    return min(float(match[1]) * _DURATION_UNITS[match[2]], NEVER)
+
+
+Duration = Annotated[float, BeforeValidator(_duration)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -135,9 +152,11 @@ def _typed(name: str, field: FieldInfo, text: str) -> Any:
         return None
     kind: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
     try:
-        return TypeAdapter(kind).validate_strings(text)
+        value = TypeAdapter(kind).validate_strings(text)
     except ValidationError as error:
         raise ConfigError(f"{name}: {error.errors()[0]['msg']}, got {text!r:.80}") from error
+    # What a validator of ours has read it shall read again, with the rest of the file: from the text.
+    return text if any(isinstance(part, BeforeValidator) for part in field.metadata) else value
 
 
 def _is_optional(annotation: Any) -> bool:
