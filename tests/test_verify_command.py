@@ -108,6 +108,7 @@ def test_evidence_that_holds_passes_every_check_in_the_verifiers_order() -> None
         ("rtmr1", True),
         ("rtmr2", True),
         ("report_data", True),
+        ("system_events", True),
         ("event_preimages", SKIPPED),
     ]
 
@@ -533,7 +534,7 @@ def test_pccs_of_the_command_line_says_what_verify_shows() -> None:
         done = run_command(*verify, "--strict", stdin=quote)
         assert done.returncode == 1
         text = done.stdout.decode()
-        assert "1 of 11 checks failed, 1 skipped." in text
+        assert "1 of 12 checks failed, 1 skipped." in text
         assert max(map(len, text.splitlines())) <= 100
 
 

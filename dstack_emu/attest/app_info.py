@@ -14,7 +14,7 @@ import msgpack
 
 from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.errors import FormatError
-from dstack_emu.attest.eventlog import BOOT_MR_DONE, SYSTEM_READY, find_payload, replay_runtime
+from dstack_emu.attest.eventlog import BOOT_MR_DONE, INIT_SCRIPT_HASH, SYSTEM_READY, find_payload, replay_runtime
 from dstack_emu.attest.quote import Quote, TdReport
 from dstack_emu.attest.release import DEFAULT
 from dstack_emu.attest.vmconfig import VmConfig
@@ -193,6 +193,6 @@ def _init_script_hashes(attestation: Attestation) -> tuple[bytes, ...]:
     for event in attestation.runtime_events:
         if event.event == SYSTEM_READY:
             break
-        if event.event == "init-script-hash":
+        if event.event == INIT_SCRIPT_HASH:
             found.append(event.payload)
     return tuple(found)

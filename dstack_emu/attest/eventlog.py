@@ -20,6 +20,15 @@ RTMR_SIZE: Final = 48
 
 SYSTEM_READY: Final = "system-ready"
 BOOT_MR_DONE: Final = "boot-mr-done"
+INIT_SCRIPT_HASH: Final = "init-script-hash"
+SYSTEM_EVENTS: Final = frozenset(
+    (
+        *("system-preparing", "app-id", "compose-hash", INIT_SCRIPT_HASH, "gpu-policy-hash", "instance-id"),
+        *(BOOT_MR_DONE, "mr-kms", "os-image-hash", "gpu-attestation", "key-provider", "storage-fs"),
+        *("storage-encrypted", SYSTEM_READY),
+    )
+)
+"""What a guest measures itself, in every release; all other names are an app's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +166,32 @@ def find_payload(events: Iterable[RuntimeEvent], name: str) -> bytes:
         if event.event == name:
             return event.payload
     return b""
+
+
+def require_unambiguous(events: Iterable[RuntimeEvent]) -> None:
+    """Refuse a log in which a system event can be read in two ways; raise `VerificationError`.
+
+    The digest of a version 1 event covers `type:name:payload`, so an event `app-id` whose payload begins with `x:` has
+    the digest of one named `app-id:x`: a log could rename the true event, and show another `app-id` behind it. An app
+    may therefore use any name but a system event's, followed by a colon. A system event occurs once in a log of either
+    version, except for `init-script-hash`. The rule is this emulator's: upstream reads the first event of a name.
+    """
+    seen = set()
+    for index, event in enumerate(events):
+        name, colon, _ = event.event.partition(":")
+        if name not in SYSTEM_EVENTS:
+            continue
+        if colon:
+            if event.version == 1:
+                raise VerificationError(
+                    f"runtime event {index} is ambiguous: {event.event!r:.80} with this payload has the digest of "
+                    f"{name!r} with another one. Use a name that does not begin with {name + ':'!r}"
+                )
+            continue
+        if name in seen:
+            raise VerificationError(f"runtime event {index} is ambiguous: {name!r} occurs twice, and once was expected")
+        if name != INIT_SCRIPT_HASH:
+            seen.add(name)
 
 
 def strip(log: Sequence[TdxEvent], *, keep_digests: bool = False) -> tuple[TdxEvent, ...]:

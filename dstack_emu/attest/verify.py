@@ -16,7 +16,7 @@ from dstack_emu.attest.app_info import AppInfo, BootInfo, decode_app_info
 from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.collateral import error_chain
 from dstack_emu.attest.errors import FormatError, VerificationError
-from dstack_emu.attest.eventlog import replay_runtime, validate_preimages
+from dstack_emu.attest.eventlog import replay_runtime, require_unambiguous, validate_preimages
 from dstack_emu.attest.pck import device_id
 from dstack_emu.attest.quote import Quote, TdReport, TdReport15
 from dstack_emu.attest.report_data import APP_DATA, ratls_report_data, report_data
@@ -102,7 +102,10 @@ def verify_quote(quote: bytes, collateral: dcap_qvl.QuoteCollateralV3, anchor: T
 def verify_attestation(
     attestation: Attestation, collateral: dcap_qvl.QuoteCollateralV3, anchor: TrustAnchor, now: int
 ) -> VerifiedAttestation:
-    """Verify evidence at Unix time `now`: pod payload, quote, not debug, RTMR3 replay, report_data, event preimages.
+    """Verify evidence at Unix time `now`.
+
+    Checks pod payload, quote, not debug, RTMR3 replay, system events that are unambiguous, report_data and event
+    preimages, in this order.
 
     Success proves that the quoted domain measured these runtime events and quoted this report_data. What report_data
     binds (a TLS key, a nonce) the caller must check: `require_bound_to_key` does it for certificates.
@@ -124,6 +127,7 @@ def verify_attestation(
     replayed = replay_runtime(attestation.runtime_events)
     if replayed != report.rt_mr3:
         raise VerificationError(f"RTMR3 mismatch, quoted: {report.rt_mr3.hex()}, replayed: {replayed.hex()}")
+    require_unambiguous(attestation.runtime_events)
     if report.report_data != attestation.report_data:
         raise VerificationError("tdx report_data mismatch")
     try:

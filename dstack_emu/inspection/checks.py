@@ -19,7 +19,7 @@ from dstack_emu.attest.certificate import OID_ATTESTATION, attestation_of, certi
 from dstack_emu.attest.collateral import CollateralKey, earliest_expiry
 from dstack_emu.attest.csr import CONFIRM, SigningRequest
 from dstack_emu.attest.errors import AttestError, FormatError, VerificationError
-from dstack_emu.attest.eventlog import replay_register, replay_runtime, validate_preimages
+from dstack_emu.attest.eventlog import replay_register, replay_runtime, require_unambiguous, validate_preimages
 from dstack_emu.attest.quote import Quote, TdReport, TdReport15
 from dstack_emu.attest.report_data import APP_DATA, ratls_report_data, report_data
 from dstack_emu.attest.verify import DEBUG_BIT, TrustAnchor, VerifiedQuote, verify_quote
@@ -168,6 +168,7 @@ def _checks(evidence: Evidence, collect: Collect, policy: Expectations) -> Itera
         yield from _check_replays(attestation, report)
         yield from _check_report_data(evidence, policy, report.report_data)
     if attestation is not None:
+        yield _check_system_events(attestation)
         yield _check_preimages(attestation)
     if evidence.other is not None:
         yield from _check_other(evidence, evidence.other)
@@ -240,6 +241,14 @@ def _check_report_data(evidence: Evidence, policy: Expectations, quoted: bytes) 
         yield _compare("report_data_expected", quoted, policy.report_data, "the quoted one is the expected one")
     if evidence.binding is not None:
         yield _compare("binding", quoted, evidence.binding.report_data, f"report_data binds {evidence.binding.to}")
+
+
+def _check_system_events(attestation: Attestation) -> Check:
+    try:
+        require_unambiguous(attestation.runtime_events)
+    except VerificationError as error:
+        return Check("system_events", False, str(error), "system events that can be read in one way only")
+    return Check("system_events", True, detail="each can be read in one way only")
 
 
 def _check_preimages(attestation: Attestation) -> Check:

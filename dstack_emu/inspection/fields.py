@@ -32,7 +32,7 @@ from dstack_emu.attest.certificate import UNREADABLE
 from dstack_emu.attest.collateral import earliest_expiry
 from dstack_emu.attest.csr import SigningRequest
 from dstack_emu.attest.errors import AttestError, FormatError
-from dstack_emu.attest.eventlog import TdxEvent
+from dstack_emu.attest.eventlog import TdxEvent, require_unambiguous
 from dstack_emu.attest.pck import OID_SGX_EXTENSION, SGX_TYPES, device_id, pck_extension_of
 from dstack_emu.attest.quote import ATTESTATION_KEY_ECDSA_P256, TEE_TYPE_TDX, Quote, TdReport, qe_report_data
 from dstack_emu.attest.verify import DEBUG_BIT
@@ -207,10 +207,11 @@ def describe_evidence(evidence: Evidence) -> Description:
     out["event_log"] = describe_log(attestation.event_log)
     out["replay"] = describe_replay(attestation, report)
     try:
+        require_unambiguous(attestation.runtime_events)
         device = device_id(ppid) if ppid else UNKNOWN_DEVICE_ID
         info = decode_app_info(attestation, vm_config=evidence.vm_config, device_id=device)
         out["app_info"] = _describe_app_info(info)
-    except FormatError as error:
+    except AttestError as error:
         out["app_info"] = f"{UNREAD}{error}"
     if config := evidence.vm_config or attestation.config:
         out["config"] = _describe_config(config)

@@ -13,6 +13,7 @@ from typing import Any, Final, Self
 from dstack_emu.attest.app_info import decode_app_info
 from dstack_emu.attest.attestation import Attestation, decode
 from dstack_emu.attest.errors import VerificationError
+from dstack_emu.attest.eventlog import require_unambiguous
 from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.deployment import policy_files
 from dstack_emu.kms_emu.agent_client import GuestAgentClient
@@ -248,7 +249,9 @@ class RunbookRun:
         if self.agent is None:
             return None
         self.attested_client = AttestedClient.of(temp_ca.body, self.agent, self._entropy, self._clock)
-        info = decode_app_info(await self.agent.evidence(ZERO_REPORT_DATA))
+        evidence = await self.agent.evidence(ZERO_REPORT_DATA)
+        require_unambiguous(evidence.runtime_events)
+        info = decode_app_info(evidence)
         self.app_rule = policy_files.AppRule(info.app_id.hex(), info.compose_hash.hex())
         self._app_image = info.os_image_hash.hex()
         return self.attested_client
