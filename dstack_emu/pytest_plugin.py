@@ -1,7 +1,7 @@
 """The pytest plugin: fixtures `dstack_…`, the option `--dstack-seed`, and the journal in the report of a failed test.
 
-It is loaded into every pytest run in an environment that has the package, so nothing of the emulator is imported before
-a fixture is used. The classes that the fixtures give are in `testing`; docs/pytest.md is their reference.
+Every pytest run in an environment with this package loads it, so it imports nothing of the emulator before a fixture is
+used. The fixtures return classes of `testing`; docs/pytest.md is their reference.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option and the ini key."""
-    help_text = "the text that everything in the emulated dstack stacks grows from"
+    help_text = "the seed: the text from which all keys and ids of the emulated dstack stacks are derived"
     parser.getgroup("dstack-emu").addoption("--dstack-seed", metavar="TEXT", help=help_text)
     parser.addini("dstack_seed", help_text)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add the calls in its stack to the report of a failed test: by whom, to which service, and why refused."""
+    """Add the calls in a test's stack to its report if it failed: their caller, service and refusal."""
     report = yield
     used = getattr(item, "funcargs", {})
     if report.when == "call" and report.failed:
@@ -69,7 +69,7 @@ def dstack_settings() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def dstack_session_stack(pytestconfig: pytest.Config, dstack_settings: dict[str, Any]) -> "Iterator[LiveStack]":
-    """A ready stack for the session; what fixtures of a wider scope do to it stays."""
+    """A ready stack for the session; changes by fixtures of a wider scope are not undone."""
     from dstack_emu.testing import LiveStack
 
     with LiveStack(**_settings(pytestconfig, dstack_settings)) as live:
@@ -78,14 +78,14 @@ def dstack_session_stack(pytestconfig: pytest.Config, dstack_settings: dict[str,
 
 @pytest.fixture
 def dstack_stack(dstack_session_stack: "LiveStack") -> "Iterator[LiveStack]":
-    """The session's ready stack, put back after the test as it was before."""
+    """The session's ready stack; after the test its state from before the test is restored."""
     with dstack_session_stack.put_back() as live:
         yield live
 
 
 @pytest.fixture
 def dstack_fresh_stack(pytestconfig: pytest.Config, dstack_settings: dict[str, Any]) -> "Iterator[LiveStack]":
-    """A stack for this test alone, at the runbook's start: two KMS without keys, policies that allow nobody."""
+    """A stack for this test alone, as the runbook begins: two KMS without keys, and policies that allow nobody."""
     from dstack_emu.testing import LiveStack
 
     with LiveStack(**_settings(pytestconfig, dstack_settings), fresh=True) as live:
@@ -100,7 +100,7 @@ def _settings(config: pytest.Config, settings: dict[str, Any]) -> dict[str, Any]
 
 @pytest.fixture
 def dstack_current(request: pytest.FixtureRequest) -> "LiveStack":
-    """The stack that the fixtures below are about: `dstack_fresh_stack` if the test uses it, else `dstack_stack`."""
+    """The stack that the fixtures below use: `dstack_fresh_stack` if the test requests it, else `dstack_stack`."""
     fresh = "dstack_fresh_stack" in request.fixturenames
     live: LiveStack = request.getfixturevalue("dstack_fresh_stack" if fresh else "dstack_stack")
     return live
@@ -147,11 +147,11 @@ def dstack_image(dstack_current: "LiveStack") -> "Callable[..., LiveImage]":
 
 @pytest.fixture
 def dstack_vendor(dstack_current: "LiveStack") -> "LiveVendor":
-    """What the emulated Intel says for all platforms."""
+    """The state of the emulated Intel, which applies to all platforms."""
     return dstack_current.vendor
 
 
-# ---- what is done with it
+# ---- actions
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def dstack_control(dstack_current: "LiveStack") -> "SyncControl":
 
 @pytest.fixture
 def dstack_env(dstack_current: "LiveStack", monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The environment by which SDKs and programs find the stack, set for the test."""
+    """The environment variables by which SDKs and programs find the stack, set for the test."""
     from dstack_emu.deployment.environment import environment
 
     variables = environment(dstack_current.description)

@@ -1,4 +1,4 @@
-"""The stack as users know it: the deployment, and the API by which it is controlled while it runs.
+"""The public class `Stack`: a deployment, and the control API that observes and changes it while it runs.
 
 async with Stack(StackConfig(seed="mine")) as stack:
     print(stack.services["kms-src"])

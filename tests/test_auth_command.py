@@ -250,7 +250,7 @@ def test_mock_takes_the_variables_of_the_original(
         (
             ("mock", "--config", "x"),
             {},
-            "--config is for `auth simple` and `auth file`: `auth mock` decides by MOCK_POLICY",
+            "--config is for `auth simple` and `auth file`; set MOCK_POLICY to choose what `auth mock` decides",
         ),
         (
             ("simple", "--release", "0.7"),

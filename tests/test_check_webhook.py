@@ -202,7 +202,7 @@ BROKEN: dict[str, tuple[Answer, list[str], str, str]] = {
         text("no", status=403),
         BOTH,
         "returned 403 Forbidden: no",
-        "deny with status 200 and isAllowed false",
+        "to deny, answer 200 with isAllowed false",
     ),
     "a redirect": (
         with_response(lambda: web.Response(status=307, headers={"Location": "/elsewhere"})),
@@ -210,7 +210,12 @@ BROKEN: dict[str, tuple[Answer, list[str], str, str]] = {
         "returned 307 Temporary Redirect: ",
         "it does not follow redirects",
     ),
-    "a fault": (text("oops", status=500), BOTH, "returned 500 Internal Server Error: oops", "right for a fault"),
+    "a fault": (
+        text("oops", status=500),
+        BOTH,
+        "returned 500 Internal Server Error: oops",
+        "for a failure behind the webhook",
+    ),
     "another path": (text("404 Not Found", status=404), BOTH, "returned 404 Not Found", "without a slash"),
     "isAllowed as text": (
         answering(isAllowed="true"),
@@ -242,7 +247,7 @@ BROKEN: dict[str, tuple[Answer, list[str], str, str]] = {
     "a page": (text("<html>", content_type="text/html"), BOTH, "failed to decode response from", "JSON in UTF-8"),
     "an empty body": (text(""), BOTH, "failed to decode response from", "JSON in UTF-8"),
     "a list": (text("[]"), BOTH, "invalid type: list `[]`, expected struct BootResponse", "one JSON object"),
-    "two objects": (text(DENIED + DENIED), BOTH, "failed to decode response from", "nothing but that"),
+    "two objects": (text(DENIED + DENIED), BOTH, "failed to decode response from", "nothing else"),
     "another encoding": (
         with_response(lambda: web.Response(body=DENIED.encode("utf-16"), content_type="application/json")),
         BOTH,
@@ -256,7 +261,7 @@ BROKEN: dict[str, tuple[Answer, list[str], str, str]] = {
         "only three fields are read",
     ),
     "silence": (hang, BOTH, "no answer within 0.5 s", "answer sooner, or deny"),
-    "half an answer": (cut_off, BOTH, "connection closed within the answer", "a Content-Length that is right"),
+    "half an answer": (cut_off, BOTH, "connection closed within the answer", "the right Content-Length"),
     "fields of its own time alone": (
         unless(lambda request, asked: "somethingNew" not in asked, 422),
         FIELDS,
@@ -285,13 +290,13 @@ BROKEN: dict[str, tuple[Answer, list[str], str, str]] = {
         unless(lambda request, asked: asked["mrAggregated"] in KNOWN, 500),
         ["unknown app", "unknown KMS"],
         "returned 500 Internal Server Error: no",
-        "wrong for a denial",
+        "not for a denial",
     ),
     "an outdated TCB is a fault": (
         unless(lambda request, asked: asked["tcbStatus"] == "UpToDate", 500),
         ["kms, TCB out of date, with advisories", "app, TCB out of date, with advisories"],
         "returned 500 Internal Server Error: no",
-        "wrong for a denial",
+        "not for a denial",
     ),
     "KMS are unknown to it": (
         unless(lambda request, asked: request.match_info["who"] == "app", 404),
@@ -309,13 +314,13 @@ BROKEN: dict[str, tuple[Answer, list[str], str, str]] = {
         unless(at_most(20), 429),
         [f"{KMS}, 20 times over one connection", f"{APP}, 20 times over one connection", "16 requests at once"],
         "returned 429 Too Many Requests: no",
-        "do not limit the rate of a KMS",
+        "do not limit the rate of requests",
     ),
     "one connection at a time": (
         unless(one_connection(), 503),
         ["16 requests at once"],
         f"{AT_ONCE - 1} of them: auth api",
-        "right for a fault",
+        "for a failure behind the webhook",
     ),
 }
 
@@ -380,10 +385,14 @@ def flipping() -> Answer:
     ("answer", "name", "said"),
     [
         (answering(reason=""), "reasons", "bootAuth/kms and 12 more: denied without a reason"),
-        (answering(reason="x" * 1001), "reasons", "a reason longer than 1000 characters"),
+        (answering(reason="x" * 1001), "reasons", "a reason of more than 1000 characters"),
         (answering(isAllowed=True), "unknown app", "allowed: it allows an app that nobody can"),
         (answering(isAllowed=True), "kms, TCB out of date, with advisories", "allowed: it allows a platform whose TCB"),
-        (flipping(), f"{APP}, 20 times over one connection", "now allowed, now denied"),
+        (
+            flipping(),
+            f"{APP}, 20 times over one connection",
+            "equal requests are sometimes allowed and sometimes denied",
+        ),
         (text(DENIED), "headers of an answer", "Content-Type is text/plain; charset=utf-8: a KMS ignores that"),
         (
             text(DENIED, content_type="application/json", headers={"Connection": "close"}),
@@ -414,7 +423,7 @@ async def test_deciding_about_nothing_is_a_warning() -> None:
         report = await check_webhook(server.url, REQUESTS, patience=10.0)
     finally:
         await server.close()
-    nothing = {finding.name for finding in report.warnings if "without knowing about whom" in finding.said}
+    nothing = {finding.name for finding in report.warnings if "without the fields of the request" in finding.said}
     assert nothing == {"kms, an empty object", "kms, no JSON", "app, an empty object", "app, no JSON"}
 
 
@@ -427,7 +436,7 @@ def test_unreachable_webhook_fails_with_a_hint() -> None:
         done = run_command("check-webhook", f"http://127.0.0.1:{port}")
     assert (done.returncode, done.stderr) == (1, b"")
     assert b"Connection refused" in done.stdout
-    assert b"hint: is it running, and at this address?" in done.stdout
+    assert b"hint: check that the webhook runs, and that the address is right" in done.stdout
     assert done.stdout.endswith(b"\n3 findings would break a KMS.\n")
 
 
@@ -465,7 +474,7 @@ def test_values_for_both_replace_those_of_both() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["127.0.0.1:3000"], "http://host:port, or https, expected, got '127.0.0.1:3000'"),
+        (["127.0.0.1:3000"], "http(s)://host:port expected, got '127.0.0.1:3000'"),
         (["http://127.0.0.1", "--timeout", "0"], "seconds, up to 3600, expected, got '0'"),
         (["http://127.0.0.1", "--boot-info", "/none"], "/none: JSON cannot be read from it: [Errno 2] No such file"),
     ],

@@ -198,7 +198,7 @@ async def test_saved_state_is_the_same_stack_in_another_process_with_its_keys(st
         ({"release": "0.6"}, "the state is of a stack with the release '0.6', not '0.5'"),
         ({"clock": {"frozen_at": -1}}, "clock: "),
         ({"more": 1}, "more: Extra inputs are not permitted"),
-        ({"guests": {}}, "state: app, kms-dst, kms-src: expected, and not there"),
+        ({"guests": {}}, "state: app, kms-dst, kms-src: missing"),
         ({"policies": {}}, "state: policies: dst, src expected"),
         ({"vendor": {"qe_status": "Fine"}}, "vendor"),
         ({"journal": -1}, "journal: Input should be greater than or equal to 0"),
@@ -328,7 +328,7 @@ async def test_kms_that_shares_a_webhook_onboards_and_gives_the_same_keys(stack:
     before = stack.app.agent.keys.k256_key
     await control.boot_guest("app", "third")
     assert stack.app.agent.keys.k256_key == before
-    with pytest.raises(ControlError, match="part of the stack"):
+    with pytest.raises(ControlError, match="part of every stack"):
         await control.remove_kms("src")
 
 
@@ -453,14 +453,14 @@ async def test_request_as_a_web_page_could_send_it_is_refused(
         ("PATCH", "/vendor", {"collateral_until": 5}, 400, "collateral dates: "),
         ("PATCH", "/platforms/nobody", {}, 404, "there is no platform 'nobody'"),
         ("POST", "/faults", [1], 400, "Input should be a valid dictionary"),
-        ("PUT", "/policies/src", [1], 400, "a policy is an object, got list"),
+        ("PUT", "/policies/src", [1], 400, "a policy is a JSON object, got list"),
         ("POST", "/policies/src/allow", {"guest": "nobody"}, 404, "there is no trust domain 'nobody'"),
         ("POST", "/snapshots/nothing/revert", {}, 404, "there is no snapshot 'nothing'"),
         ("PUT", "/state", {"version": 1}, 400, "a document of the format"),
-        ("DELETE", "/snapshots/ready", None, 409, "it stays"),
-        ("DELETE", "/guests/app", None, 409, "it stays"),
+        ("DELETE", "/snapshots/ready", None, 409, "cannot be deleted"),
+        ("DELETE", "/guests/app", None, 409, "cannot be removed"),
         ("GET", "/journal?limit=x", None, 400, "limit: a number expected"),
-        ("GET", "/journal?colour=x", None, 400, "'colour': no parameter of this call"),
+        ("GET", "/journal?colour=x", None, 400, "'colour' is not a parameter of this call"),
         ("GET", "/nothing", None, 404, "/openapi.json lists what there is"),
         ("DELETE", "/clock", None, 405, "/openapi.json lists what there is"),
     ],

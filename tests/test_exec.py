@@ -87,8 +87,8 @@ def test_status_is_a_shells(words: list[str], status: int, out: str, err: str) -
 
 
 def test_exec_without_a_command_is_refused() -> None:
-    assert usage_error("exec") == "a command to run expected, as in: dstack-emu exec -- pytest"
-    assert usage_error("exec", "--fresh", "--") == "a command to run expected, as in: dstack-emu exec -- pytest"
+    assert usage_error("exec") == "a command expected, as in: dstack-emu exec -- pytest"
+    assert usage_error("exec", "--fresh", "--") == "a command expected, as in: dstack-emu exec -- pytest"
 
 
 def test_stack_that_does_not_come_up_is_no_status_of_the_command(fresh_stack: RunningStack) -> None:

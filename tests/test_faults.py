@@ -128,9 +128,9 @@ async def test_wrong_yes_of_a_webhook_is_believed_and_noted_as_a_fault(control: 
     control.deny("src", "app")
     control.add_fault(service="auth-src", call="/bootAuth/app", kind="decision")
     await _boots(control)
-    (noted,) = control.journal.find("/bootAuth/app", service="auth-src")[-1:]
-    assert noted["decision"]["rule"] == "fault"
-    assert noted["decision"]["allowed"] is True
+    (record,) = control.journal.find("/bootAuth/app", service="auth-src")[-1:]
+    assert record["decision"]["rule"] == "fault"
+    assert record["decision"]["allowed"] is True
 
 
 async def test_scripted_webhook_answers_step_by_step_and_then_as_it_should(control: Control) -> None:

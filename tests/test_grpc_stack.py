@@ -203,11 +203,11 @@ async def test_fault_does_by_grpc_what_is_nearest(
     assert (outcome.code, text in outcome.text) == (code, True), outcome
     assert rule.met == 1
     kind = fault.get("kind", "status")
-    noted = await coming  # when the server knows, too, that a client is gone
-    assert noted["fault"] == {"id": rule.id, "kind": kind}
+    record = await coming  # when the server knows, too, that a client is gone
+    assert record["fault"] == {"id": rule.id, "kind": kind}
     unanswered = late or kind in ("reset", "drop")
-    assert noted["outcome"] == ("unanswered" if unanswered else "refused" if kind == "status" else "ok")
-    assert noted.get("grpc") == (None if unanswered else code if code != "INTERNAL" else "OK")
+    assert record["outcome"] == ("unanswered" if unanswered else "refused" if kind == "status" else "ok")
+    assert record.get("grpc") == (None if unanswered else code if code != "INTERNAL" else "OK")
     control.lift_fault(rule.id)
     assert (await asked(stack, "kms-src-grpc", GET_META)).code == "OK"
 

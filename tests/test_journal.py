@@ -13,7 +13,7 @@ from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.clock import StackClock
 from dstack_emu.observability.journal import Journal, record_of
 from dstack_emu.observability.record_text import lines
-from dstack_emu.observability.spans import OUTSIDE, answered, current, entered, headers_of, read_header
+from dstack_emu.observability.spans import OUTSIDE, current, entered, forget_request, headers_of, read_header
 from tests.own_stack import own_stack
 from tests.repository import ROOT
 
@@ -132,8 +132,8 @@ def test_memory_is_bounded_and_a_late_answer_changes_no_record() -> None:
     assert [record["id"] for record in journal.records()] == ["3", "4", "5"]
     outer = journal.begin("s", "Outer", None, 0, OUTSIDE)
     with entered(outer):
-        asking, place, caller = read_header(headers_of("s")()["X-Dstack-Emu-Trace"])
-    inner = journal.begin("t", "Inner", asking, place, caller)
+        parent, number, caller = read_header(headers_of("s")()["X-Dstack-Emu-Trace"])
+    inner = journal.begin("t", "Inner", parent, number, caller)
     journal.end(outer, 400, "no answer")
     before = record_of(outer)
     journal.end(inner, 200)
@@ -166,10 +166,10 @@ def test_questions_that_never_arrive_are_forgotten_oldest_first() -> None:
     assert read_header(asked[0]) == (None, 0, "app")
     assert read_header(asked[-100]) == (outer, 4901, "app")
     for header in asked:
-        answered(header)
+        forget_request(header)
 
 
-def test_question_that_was_sent_twice_is_noted_once_and_forgotten_when_it_is_answered() -> None:
+def test_request_that_was_sent_twice_is_recorded_once_and_forgotten_when_it_is_answered() -> None:
     journal = Journal(StackClock(lambda: 0.0), kept=3)
     outer = journal.begin("s", "C", None, 0, OUTSIDE)
     with entered(outer):
@@ -179,5 +179,5 @@ def test_question_that_was_sent_twice_is_noted_once_and_forgotten_when_it_is_ans
     journal.end(outer, 200)
     (inner,) = record_of(outer)["inner"]
     assert (inner["id"], inner["status"]) == ("1.1", 200)
-    answered(header)
+    forget_request(header)
     assert read_header(header) == (None, 0, "app")

@@ -298,9 +298,9 @@ def test_stack_without_app_and_pccs_is_judged_as_far_as_it_goes(fresh_stack: Run
     assert report["ok"] is True
     skipped = [step for case in report["cases"] for step in case["steps"] if step["ok"] is None]
     assert {step["got"] for step in skipped} == {
-        "no PCCS is named (services.pccs)",
-        "no agent of an app is named (services.app)",
-        "no verifier is named (services.verifier)",
+        "the target names no PCCS (services.pccs)",
+        "the target names no app's agent (services.app)",
+        "the target names no verifier (services.verifier)",
     }
 
 
@@ -451,7 +451,7 @@ def test_description_without_grpc_is_refused_for_a_run_by_grpc(tmp_path: Path) -
     file = write(tmp_path / "stack.json", NOWHERE)
     with pytest.raises(TargetError) as refusal:
         Target.load(file, by_grpc=True)
-    needed = "not there, and --transport grpc needs it: `up --grpc` switches gRPC on"
+    needed = "not there, and --transport grpc needs it: start the stack with `up --grpc`"
     assert str(refusal.value) == f"{file}: grpc.kms-src-grpc: {needed}"
     write(file, {**NOWHERE, "grpc": {"kms-src-grpc": "http://127.0.0.1"}})
     text = usage_error("runbook", "--against", str(file), "--transport", "grpc")
@@ -476,7 +476,7 @@ def test_kms_that_does_not_answer_is_named(tmp_path: Path) -> None:
 
 def test_source_url_without_a_stack_elsewhere_is_refused() -> None:
     text = usage_error("runbook", "--source-url", "https://127.0.0.1:9")
-    assert text == "--source-url: only for a stack that runs elsewhere (--against)"
+    assert text == "--source-url is only for a stack that runs elsewhere: give --against, too"
 
 
 def test_interrupted_run_leaves_nothing_behind(short_folder: Path) -> None:

@@ -67,7 +67,7 @@ def test_service_that_does_not_answer_is_named(option: str) -> None:
 
 
 def test_health_of_nothing_and_of_no_url_is_refused() -> None:
-    assert usage_error("health") == "nothing to ask: give --state DIR, --url URL or --kms HOST:PORT"
+    assert usage_error("health") == "nothing to check: give --state DIR, --url URL or --kms HOST:PORT"
     assert usage_error("health", "--url", "ftp://x") == "http(s)://host:port/path expected, got 'ftp://x'"
 
 

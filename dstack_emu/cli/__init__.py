@@ -1,1 +1,1 @@
-"""The command line `dstack-emu`. Nothing below it imports it."""
+"""The command line `dstack-emu`. No other package imports it."""

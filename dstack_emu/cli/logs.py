@@ -1,7 +1,7 @@
-"""Logs on stderr: one line an event, as text or as JSON.
+"""Logs on stderr: one line for each event, as text or as JSON.
 
-Every record is one line: the indented JSON of a refusal is folded, control characters are escaped, a traceback is one
-quoted field. User names and passwords in URLs and private keys in PEM are removed, in case a foreign text has them.
+Indented JSON in a message is folded to one line, control characters are escaped, and a traceback is one quoted field.
+User names and passwords in URLs and private keys in PEM are removed, because text from elsewhere may contain them.
 """
 
 import datetime
@@ -35,7 +35,7 @@ _PRIVATE_KEY: Final = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY.*?(?:-----END [
 def set_up(verbosity: int, form: Form, talkative: Sequence[str] = (), level: str | None = None) -> None:
     """Send the logs of this process to stderr.
 
-    `verbosity` 0 shows warnings, 1 information, 2 everything; loggers of `talkative` show one level more than others.
+    `verbosity` 0 shows warnings, 1 information, 2 everything; the loggers in `talkative` show one level more.
     `level`, one of LEVELS, replaces verbosity 0.
     """
     handler = logging.StreamHandler(sys.stderr)
@@ -59,7 +59,7 @@ class TextFormatter(logging.Formatter):
     """`2026-01-01T00:00:00.000Z info kms_emu: bootstrapped domain=kms.example.test`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write one line."""
+        """Format a record as one line."""
         event = record.msg
         if isinstance(event, Event):
             text = str(Event(_clean(event.name), **_clean_fields(event)))
@@ -72,10 +72,10 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, event, and the event's own fields."""
+    """One JSON object in a line: time, level, logger, event, and the fields of the event."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write one line."""
+        """Format a record as one line."""
         event = record.msg if isinstance(record.msg, Event) else Event(record.getMessage())
         line: dict[str, object] = {
             "time": _time(record),
@@ -107,7 +107,7 @@ def _clean_fields(event: Event) -> dict[str, object]:
 
 
 def _safe(text: str) -> str:
-    """Remove what might be a secret."""
+    """Remove user names, passwords and private keys from a text."""
     if "://" in text:
         text = _USER_INFO.sub("://…@", text)
     return _PRIVATE_KEY.sub("(a private key)", text) if "PRIVATE KEY" in text else text

@@ -17,8 +17,8 @@ from dstack_emu.simulator.errors import GuestError
 from dstack_emu.transport.errors import ConfigError, ListenError, TransportError
 
 COMMANDS: Final[Mapping[str, str]] = {
-    "up": "bring the whole stack up",
-    "exec": "run a command with a stack around it",
+    "up": "start the whole stack",
+    "exec": "start a stack, run a command that uses it, and stop the stack",
     "runbook": "run the KMS authorization runbook, and keep the evidence",
     "agent": "run one guest agent with real quotes, and a PCCS for them",
     "boot": "boot one app with keys from a KMS, and run its guest agent",
@@ -36,7 +36,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "health": "check whether a stack, or one service, is ready",
     "ctl": "observe, change and restore a running stack",
 }
-"""Each is a module of `cli.commands` that is imported only when it runs, so no command loads what others need."""
+"""Each command is a module of `cli.commands`, imported only if it runs, so that no command loads what others need."""
 
 FAILED, USED_WRONGLY, INTERRUPTED = 1, 2, 130
 
@@ -68,7 +68,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def overview() -> argparse.ArgumentParser:
-    """Make the parser for a call without a command: it lists the commands without importing them."""
+    """Make the parser for a call without a command, which lists the commands without importing them."""
     top, choice = _top()
     for name, does in COMMANDS.items():
         choice.add_parser(name, help=does)
@@ -83,7 +83,7 @@ def parser(commands: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
         command = choice.add_parser(name, help=COMMANDS[name], description=module.DESCRIPTION)
         command.add_argument("-v", "--verbose", action="count", default=0, help="log more to stderr (-vv: everything)")
         command.add_argument(
-            "--log-format", choices=get_args(logs.Form), default="text", help="format of the log's lines (text)"
+            "--log-format", choices=get_args(logs.Form), default="text", help="format of the log (text)"
         )
         module.add_arguments(command)
     return top
@@ -94,15 +94,15 @@ def _top() -> tuple["_Parser", "argparse._SubParsersAction[_Parser]"]:
         prog="dstack-emu",
         description="A local simulated TDX stack for dstack "
         f"{UPSTREAM}: guest agent, KMS, PCCS and auth webhooks. {WARNING}",
-        epilog="First steps: `dstack-emu up` brings everything up; `dstack-emu up --fresh` stops where the KMS "
-        "authorization runbook begins. Each command explains itself with --help.",
+        epilog="First steps: `dstack-emu up` starts everything; `dstack-emu up --fresh` starts a stack as the KMS "
+        "authorization runbook expects it. `dstack-emu COMMAND --help` explains a command.",
     )
     top.add_argument("--version", action="version", version=f"dstack-emu {EMULATOR} (dstack {UPSTREAM})")
     return top, top.add_subparsers(dest="command", title="commands", required=True, metavar="COMMAND")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports wrong arguments in one line, like every other error, without the whole usage."""
+    """Reports wrong arguments in one line, as every other error, without the whole usage."""
 
     def error(self, message: str) -> NoReturn:
         say(f"Error: {message} (see {self.prog} --help)")

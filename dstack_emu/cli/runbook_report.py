@@ -1,4 +1,4 @@
-"""The report of a run on a terminal: a line for each step as it is recorded, and a table at the end."""
+"""The report of a runbook's run: a line for each step when it is recorded, and a table at the end."""
 
 import sys
 from typing import Final, TextIO
@@ -11,7 +11,7 @@ _RESULTS: Final = {True: ("passed", GREEN), False: ("FAILED", RED), None: ("not 
 
 
 class RunbookReport:
-    """Writes the report to one stream."""
+    """Prints the report to a stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._colour = stream, wants_colour(stream)
@@ -32,12 +32,12 @@ class RunbookReport:
     def summary(self, transcript: Transcript) -> None:
         """Print a table of the cases."""
         width = max(len(case.title) for case in transcript.cases)
-        head = f"case  {'':<{width}}  held  failed  skipped"
+        head = f"case  {'':<{width}}  passed  failed  skipped"
         self._line(f"\n{paint(head, BOLD, self._colour)}")
         for case in transcript.cases:
             held, failed, skipped = (sum(step.ok is state for step in case.steps) for state in (True, False, None))
             result, tone = _RESULTS[case.ok]
-            counts = f"{held:>4}  {failed:>6}  {skipped:>7}"
+            counts = f"{held:>6}  {failed:>6}  {skipped:>7}"
             self._line(f"{case.number:>4}  {case.title:<{width}}  {counts}  {paint(result, tone, self._colour)}")
         passed = sum(case.ok is True for case in transcript.cases)
         verdict = f"{passed} of {len(transcript.cases)} passed" if not transcript.ok else "The runbook passes"

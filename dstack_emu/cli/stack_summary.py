@@ -17,10 +17,12 @@ _WHAT = {
 }
 
 
-def show(description: dict[str, Any], seconds: float) -> str:
+def summary(description: dict[str, Any], seconds: float) -> str:
     """Render a stack's description: a table of services, measured values, and lines to paste."""
     fresh = description["fresh"]
-    state = "fresh: both KMS wait to be set up, both policies deny" if fresh else "ready"
+    state = (
+        "ready, without keys: both KMS are in the onboard phase, and both policies deny everyone" if fresh else "ready"
+    )
     lines = [f"dstack-emu is {state} ({seconds:.1f} s). It protects nothing.", ""]
     lines += [f"  {name:<10} {url:<28} {_WHAT[name]}" for name, url in description["services"].items()]
     if description["grpc"]:
@@ -36,10 +38,10 @@ def show(description: dict[str, Any], seconds: float) -> str:
     lines += [
         f"  app      app_id {app['app_id']}  compose_hash {app['compose_hash']}",
         "",
-        "Policies, read at every request:",
+        "Policies (edit them while the stack runs; they are read at every request):",
     ]
     lines += [f"  {path}" for path in description["policies"].values()]
-    lines += ["", "To paste:"]
+    lines += ["", "Commands to paste into another terminal:"]
     lines += [f"  export {name}={shlex.quote(value)}" for name, value in description["env"].items()]
     lines += [f"  {line}" for line in (_fresh_steps(description) if fresh else _ready_steps(description))]
     lines += ["", f"State: {description['state']}. Ctrl-C stops it."]

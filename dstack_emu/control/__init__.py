@@ -1,1 +1,1 @@
-"""What is done to a running stack: its parts and their state, as Python calls and over HTTP."""
+"""The control API: observes and changes a running stack, as Python calls and over HTTP."""

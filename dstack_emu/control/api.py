@@ -1,6 +1,6 @@
-"""The control of a running deployment: what can be done to it, as Python calls. `control.server` has them over HTTP.
+"""The calls of the control API in Python; `control.server` serves them over HTTP.
 
-Each call takes effect before it returns, and one that is refused changes nothing.
+Each call has taken effect when it returns. A call that is refused changes nothing.
 """
 
 import asyncio
@@ -33,21 +33,21 @@ from dstack_emu.transport.validation import describe
 B = TypeVar("B", bound=BaseModel)
 
 READY = "ready"
-"""The snapshot that is made of a stack when it is ready; `reset` goes back to it."""
+"""The name of the snapshot that is taken when a stack is ready; `reset` restores it."""
 
 
 class Control(PolicyControl):
-    """Every call that changes a running deployment, or tells what there is."""
+    """The calls that read and change a running deployment. They raise `ControlError` if they are refused."""
 
     def __init__(self, deployment: Deployment) -> None:
         super().__init__(deployment)
         self._snapshots: dict[str, StackState] = {}
         self._restoring = asyncio.Lock()
 
-    # ---- what there is
+    # ---- the stack
 
     def describe(self) -> dict[str, Any]:
-        """Return the stack's description, as `up --json` printed it, and what was made since."""
+        """Return the stack's description, as `up --json` printed it, and the parts that were added since."""
         deployment = self._deployment
         return {
             **deployment.description(),
@@ -64,14 +64,14 @@ class Control(PolicyControl):
 
     @property
     def journal(self) -> Journal:
-        """The record of every call."""
+        """The journal, which records every call."""
         return self._instrumentation.journal
 
     @property
     def _instrumentation(self) -> Instrumentation:
         return self._deployment.context.instrumentation
 
-    # ---- platforms, and what their vendor says
+    # ---- platforms and their vendor
 
     def platforms(self) -> dict[str, dict[str, Any]]:
         """Return every platform, by name."""
@@ -82,24 +82,24 @@ class Control(PolicyControl):
         return _platform(self._known_platform(name))
 
     def add_platform(self, name: str) -> dict[str, Any]:
-        """Make a platform, or find it: a name is always the same platform."""
+        """Return the platform of that name; add it if there is none."""
         if not 1 <= len(name) <= 200 or not name.isprintable():
             raise ControlError(f"platform: a name of 1 to 200 characters expected, got {name!r:.60}")
         return _platform(self._deployment.intel.platform(name))
 
     def set_platform(self, name: str, **changes: Any) -> dict[str, Any]:
-        """Change the state of one platform; its collateral and quotes follow at once."""
+        """Change the state of one platform; its next quotes and collateral have the new state."""
         platform = self._known_platform(name)
         given = _checked(PlatformChange, changes)
         platform.state = dataclasses.replace(platform.state, **given.model_dump(exclude_none=True))
         return _platform(platform)
 
     def vendor(self) -> dict[str, Any]:
-        """Return what the vendor says for all platforms."""
+        """Return the vendor's state, which applies to all platforms."""
         return dataclasses.asdict(self._deployment.intel.state)
 
     def set_vendor(self, **changes: Any) -> dict[str, Any]:
-        """Change what the vendor says for all platforms; its documents follow at once."""
+        """Change the vendor's state for all platforms; its next documents have the new state."""
         given = _checked(VendorChange, changes)
         fields = {name: getattr(given, name) for name in given.model_fields_set if getattr(given, name) is not None}
         for_all = fields.pop("collateral", None)
@@ -125,11 +125,11 @@ class Control(PolicyControl):
 
     @property
     def time(self) -> StackClock:
-        """The clock itself."""
+        """The stack's clock."""
         return self._instrumentation.clock
 
     def clock(self) -> dict[str, Any]:
-        """Return what the clock shows."""
+        """Return the clock's time, and whether it is frozen or was ever changed."""
         return {"now": self.time(), "frozen": self.time.is_frozen, "touched": self.time.is_touched}
 
     def set_clock(self, **change: Any) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class Control(PolicyControl):
     # ---- snapshots
 
     def became_ready(self) -> None:
-        """Take the snapshot that `reset` goes back to."""
+        """Take the snapshot that `reset` restores."""
         self.snapshot(READY)
 
     def snapshots(self) -> list[str]:
@@ -161,33 +161,33 @@ class Control(PolicyControl):
         return sorted(self._snapshots)
 
     def snapshot(self, name: str = "snapshot") -> str:
-        """Take a snapshot under a name; one of that name is replaced."""
+        """Take a snapshot under a name; replace an existing one of that name."""
         self._snapshots[name] = self._capture()
         return name
 
     async def revert(self, name: str = "snapshot") -> None:
-        """Make the stack what it was when that snapshot was taken."""
+        """Restore the state of a snapshot."""
         if name not in self._snapshots:
             raise ControlError(f"there is no snapshot {name!r:.60}: {', '.join(self.snapshots())}", 404)
         await self._apply(self._snapshots[name])
 
     async def reset(self) -> None:
-        """Make the stack what it was when it became ready."""
+        """Restore the state in which the stack became ready."""
         await self.revert(READY)
 
     def forget_snapshot(self, name: str) -> None:
         """Delete a snapshot."""
         if name == READY:
-            raise ControlError("the snapshot `ready` is what reset goes back to: it stays", 409)
+            raise ControlError("the snapshot `ready` cannot be deleted: `reset` restores it", 409)
         if self._snapshots.pop(name, None) is None:
             raise ControlError(f"there is no snapshot {name!r:.60}: {', '.join(self.snapshots())}", 404)
 
     def save(self) -> dict[str, Any]:
-        """Return the state of the stack as JSON; it holds the emulated KMS's keys."""
+        """Return the state of the stack as JSON; it contains the keys of the emulated KMS."""
         return self._capture().model_dump(mode="json")
 
     async def load(self, document: Any) -> None:
-        """Make the stack what it was when `save` returned that document; one that is invalid changes nothing."""
+        """Restore the state that `save` returned; an invalid document changes nothing."""
         await self._apply(StackState.read(document))
 
     def _capture(self) -> StackState:
@@ -225,12 +225,12 @@ class Control(PolicyControl):
         }
 
     async def add_guest(self, name: str, **spec: Any) -> dict[str, Any]:
-        """Make a trust domain (fields of `GuestSpec`), powered on and without keys, with an agent that answers."""
+        """Add a trust domain (fields of `GuestSpec`); it is powered on, has no keys yet, and its agent runs."""
         given = _checked(GuestSpec, {"name": name, **spec})
         if name.startswith("kms-"):
-            raise ControlError("a trust domain kms-… belongs to a KMS: make a KMS")
+            raise ControlError("a trust domain named kms-… belongs to a KMS: add the KMS, which creates it")
         if name in self._deployment.services or name in self._deployment.guests:
-            raise ControlError(f"there is a service {name} already", 409)
+            raise ControlError(f"there is a service {name} already: choose another name", 409)
         try:
             await self._deployment.start_guest(given)
         except (GuestError, FormatError) as error:
@@ -238,16 +238,16 @@ class Control(PolicyControl):
         return self.guest(name)
 
     async def boot_guest(self, name: str, kms: str = "src") -> dict[str, Any]:
-        """Let a trust domain fetch its keys from a KMS; a refusal has the status 403 and the KMS's own words.
+        """Let a trust domain fetch its keys from a KMS.
 
-        If it has keys already, it is powered on anew first.
+        If it has keys already, it is power-cycled first. A refusal by the KMS has status 403 and the KMS's text.
         """
         guest = self._known_guest(name)
         if guest.name.startswith("kms-"):
-            raise ControlError(f"{name} is a KMS's trust domain: it makes its keys itself")
+            raise ControlError(f"{name} is the trust domain of a KMS, which gets its keys by onboarding, not by boot")
         phase = self._known_kms(kms).server.phase
         if phase != "runtime":
-            raise ControlError(f"kms-{kms} has no keys to give: it is in its {phase} phase", 409)
+            raise ControlError(f"kms-{kms} has no keys: it is in its {phase} phase, onboard it first", 409)
         before = guest.domain.capture()
         if guest.agent.has_keys:
             guest.power_cycle()
@@ -259,25 +259,25 @@ class Control(PolicyControl):
         return self.guest(name)
 
     def emit_event(self, name: str, event: str, payload: str = "", *, measured: bool = True) -> dict[str, Any]:
-        """Extend a trust domain's RTMR3 with an event; with `measured` false its log claims it falsely."""
+        """Extend a trust domain's RTMR3 with an event; with `measured` false, add it to the log only."""
         given, domain = _checked(EventSpec, {"event": event, "payload": payload}), self._known_guest(name).domain
         (domain.measure if measured else domain.claim)(given.event, decode_hex(given.payload))
         return self.guest(name)
 
     async def remove_guest(self, name: str) -> None:
-        """Stop a trust domain that was made while the stack ran."""
+        """Stop a trust domain that was added while the stack ran."""
         guest = self._known_guest(name)
         if name == "app" or name.startswith("kms-"):
-            raise ControlError(f"{name} is part of the stack: it stays", 409)
+            raise ControlError(f"{name} is part of every stack and cannot be removed", 409)
         await self._deployment.stop_guest(guest)
 
     # ---- KMS
 
     async def add_kms(self, name: str, **spec: Any) -> dict[str, Any]:
-        """Make a KMS without keys (fields of `KmsSpec`); `onboard_kms` gives it some."""
+        """Add a KMS without keys (fields of `KmsSpec`); `onboard_kms` gives it keys."""
         given, deployment = _checked(KmsSpec, {"name": name, **spec}), self._deployment
         if name in deployment.kms:
-            raise ControlError(f"there is a KMS {name} already", 409)
+            raise ControlError(f"there is a KMS {name} already: choose another name", 409)
         try:
             kms = await deployment.start_kms(given)
         except (StackError, KmsError, FormatError) as error:
@@ -290,9 +290,9 @@ class Control(PolicyControl):
         return self.kms(name)
 
     async def onboard_kms(self, name: str, source: str | None = "src") -> dict[str, Any]:
-        """Let a fresh KMS take another's keys over, or (`source` None) make new ones, and end its onboard phase.
+        """Onboard a KMS without keys from another KMS, or with `source` None bootstrap it; end its onboard phase.
 
-        A refusal has the status 403 and the KMS's own words.
+        A refusal by a KMS has status 403 and the KMS's text.
         """
         kms = self._known_kms(name)
         source_url = None if source is None else self._known_kms(source).url
@@ -312,7 +312,7 @@ class Control(PolicyControl):
         return {name: self.kms(name) for name in self._deployment.kms}
 
     def kms(self, name: str) -> dict[str, Any]:
-        """Return one KMS: its phase, where it answers and what it measures."""
+        """Return one KMS: its phase, its URL, its webhook and its trust domain."""
         kms, policies = self._known_kms(name), self._deployment.policies
         return {
             "name": name,
@@ -325,10 +325,10 @@ class Control(PolicyControl):
         }
 
     async def remove_kms(self, name: str) -> None:
-        """Stop a KMS that was made while the stack ran."""
+        """Stop a KMS that was added while the stack ran."""
         kms = self._known_kms(name)
         if name in PERMANENT:
-            raise ControlError(f"kms-{name} is part of the stack: it stays", 409)
+            raise ControlError(f"kms-{name} is part of every stack and cannot be removed", 409)
         await self._deployment.stop_kms(kms)
 
     def _known_kms(self, name: str) -> RunningKms:
@@ -340,7 +340,7 @@ class Control(PolicyControl):
     # ---- faults
 
     def faults(self) -> list[dict[str, Any]]:
-        """Return the faults in force, and how many calls each has met."""
+        """Return the faults in force, and the number of calls that each has applied to."""
         return [rule.to_json() for rule in self._instrumentation.faults.rules]
 
     def add_fault(self, **fault: Any) -> InstalledRule:
@@ -349,8 +349,10 @@ class Control(PolicyControl):
 
     def lift_fault(self, fault_id: str) -> None:
         """Lift one fault."""
-        if not self._instrumentation.faults.lift(fault_id):
-            raise ControlError(f"there is no fault {fault_id!r:.60}", 404)
+        faults = self._instrumentation.faults
+        if not faults.lift(fault_id):
+            in_force = ", ".join(rule.id for rule in faults.rules) or "none is in force"
+            raise ControlError(f"there is no fault {fault_id!r:.60}: {in_force}", 404)
 
     def clear_faults(self) -> None:
         """Lift all faults."""

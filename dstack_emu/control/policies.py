@@ -1,4 +1,4 @@
-"""The part of the control API that reads and changes the policies of a running stack."""
+"""The calls of the control API that read and change the policies of a running stack."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from dstack_emu.deployment.guests import RunningGuest
 
 
 class PolicyControl:
-    """The calls about policies: whom each KMS's webhook allows. `kms` is the name of a KMS."""
+    """The calls about policies; `kms` is the name of the KMS whose webhook uses the policy."""
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
@@ -22,14 +22,14 @@ class PolicyControl:
         return {name: str(path) for name, path in self._deployment.policies.items()}
 
     def policy(self, kms: str) -> Any:
-        """Return a policy as it is now."""
+        """Return a policy's present content."""
         try:
             return json.loads(self._policy_path(kms).read_text())
         except (OSError, ValueError) as error:
             raise ControlError(f"the policy of {kms} cannot be read: {error}", 409) from error
 
     def set_policy(self, kms: str, policy: Mapping[str, Any]) -> None:
-        """Put a policy in place; it is not checked, so that a webhook can be seen to refuse a wrong one."""
+        """Replace a policy. It is not validated, so that a test can give a webhook an invalid one."""
         path = self._policy_path(kms)
         try:
             policy_files.write(path, dict(policy))
@@ -37,7 +37,7 @@ class PolicyControl:
             raise ControlError(f"{path} cannot be written: {error.strerror}", 409) from error
 
     def allow(self, kms: str, guest: str, *, this_device_only: bool = False) -> dict[str, Any]:
-        """Allow a trust domain as it is now, with its OS image; return the new policy."""
+        """Allow a trust domain by its present measurements and its OS image; return the new policy."""
         return self._changed(kms, policy_files.allowing, guest, this_device_only)
 
     def deny(self, kms: str, guest: str) -> dict[str, Any]:
@@ -57,11 +57,13 @@ class PolicyControl:
         )
         policy = self.policy(kms)
         if not isinstance(policy, dict):
-            raise ControlError(f"the policy of {kms} is no object: set it first", 409)
+            raise ControlError(f"the policy of {kms} is not a JSON object: replace it (ctl policy set) first", 409)
         try:
             changed: dict[str, Any] = change(policy, measured)
         except (TypeError, ValueError, AttributeError, KeyError) as error:
-            raise ControlError(f"the policy of {kms} is none of auth-simple's: set it first", 409) from error
+            raise ControlError(
+                f"the policy of {kms} does not have auth-simple's format: replace it (ctl policy set) first", 409
+            ) from error
         self.set_policy(kms, changed)
         return changed
 

@@ -1,4 +1,4 @@
-"""The routes of the control API as one table: method, path, body and call of each; OpenAPI is made of it, too."""
+"""The table of the control API's routes: method, path, body and call of each. The OpenAPI document is made from it."""
 
 import re
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from dstack_emu.control.schemas import (
     OnboardRequest,
     PlatformChange,
     PolicyChange,
-    Request,
+    RequestBody,
     SnapshotRequest,
     VendorChange,
 )
@@ -27,17 +27,17 @@ from dstack_emu.observability.fault_rules import FaultRule
 Run = Callable[[Control, dict[str, str], dict[str, str], Any], Any]
 
 
-class _Policy(Request):
-    """auth-simple's policy file; it is not validated here."""
+class _Policy(RequestBody):
+    """The content of auth-simple's policy file; it is not validated."""
 
 
-class _Nothing(Request):
+class _Nothing(RequestBody):
     """An empty object, or no body."""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One call. `body` is the schema of its body, checked if `validates` is set; `query` are its parameters."""
+    """One route. `body` is the schema of its body, validated if `validates` is set; `query` names its parameters."""
 
     method: str
     path: str
@@ -49,21 +49,21 @@ class Route:
 
 
 def _given(body: BaseModel) -> dict[str, Any]:
-    """The fields that a body names."""
+    """Return the fields that a body contains."""
     return {name: getattr(body, name) for name in body.model_fields_set}
 
 
 def _journal(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> dict[str, Any]:
     since, limit = _number(query, "since", 0), _number(query, "limit", 1000)
-    wanted = {key: query[key] for key in ("call", "service", "caller", "outcome") if key in query}
+    patterns = {key: query[key] for key in ("call", "service", "caller", "outcome") if key in query}
     journal = control.journal
-    found = journal.find(**wanted, since=since)[-limit:] if wanted else journal.records(since=since, limit=limit)
+    found = journal.find(**patterns, since=since)[-limit:] if patterns else journal.records(since=since, limit=limit)
     return {"position": journal.position, "records": found if limit else []}
 
 
 def _count(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> dict[str, int]:
-    wanted = {key: query[key] for key in ("call", "service", "caller", "outcome") if key in query}
-    return {"calls": control.journal.calls(**wanted, since=_number(query, "since", 0))}
+    patterns = {key: query[key] for key in ("call", "service", "caller", "outcome") if key in query}
+    return {"calls": control.journal.calls(**patterns, since=_number(query, "since", 0))}
 
 
 def _number(query: dict[str, str], name: str, default: int) -> int:
@@ -83,7 +83,7 @@ async def _load(control: Control, path: dict[str, str], query: dict[str, str], b
 
 def _set_policy(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> Any:
     if not isinstance(body, dict):
-        raise ControlError(f"a policy is an object, got {type(body).__name__}")
+        raise ControlError(f"a policy is a JSON object, got {type(body).__name__}")
     control.set_policy(path["kms"], body)
     return control.policy(path["kms"])
 
@@ -97,20 +97,20 @@ _FIND: Final = ("call", "service", "caller", "outcome", "since")
 
 ROUTES: Final = (
     Route("GET", "/stack", "The stack and every part of it", lambda c, p, q, b: c.describe()),
-    Route("GET", "/stack/health", "What each service answers", lambda c, p, q, b: c.health()),
-    Route("GET", "/clock", "What the clock shows", lambda c, p, q, b: c.clock()),
+    Route("GET", "/stack/health", "The health of each service", lambda c, p, q, b: c.health()),
+    Route("GET", "/clock", "The clock's time", lambda c, p, q, b: c.clock()),
     Route(
         "POST", "/clock", "Set, advance, freeze or resume it", lambda c, p, q, b: c.set_clock(**_given(b)), ClockChange
     ),
-    Route("GET", "/vendor", "What the vendor says for all platforms", lambda c, p, q, b: c.vendor()),
-    Route("PATCH", "/vendor", "Change what it says", lambda c, p, q, b: c.set_vendor(**_given(b)), VendorChange),
+    Route("GET", "/vendor", "The vendor's state, for all platforms", lambda c, p, q, b: c.vendor()),
+    Route("PATCH", "/vendor", "Change the vendor's state", lambda c, p, q, b: c.set_vendor(**_given(b)), VendorChange),
     Route("GET", "/platforms", "Every platform", lambda c, p, q, b: c.platforms()),
     Route("GET", "/platforms/{name}", "One platform", lambda c, p, q, b: c.platform(p["name"])),
-    Route("PUT", "/platforms/{name}", "Make a platform", lambda c, p, q, b: c.add_platform(p["name"]), _Nothing),
+    Route("PUT", "/platforms/{name}", "Add a platform", lambda c, p, q, b: c.add_platform(p["name"]), _Nothing),
     Route(
         "PATCH",
         "/platforms/{name}",
-        "Change what holds for it",
+        "Change the state of a platform",
         lambda c, p, q, b: c.set_platform(p["name"], **_given(b)),
         PlatformChange,
     ),
@@ -118,7 +118,7 @@ ROUTES: Final = (
     Route(
         "POST",
         "/guests",
-        "Make a trust domain, without keys",
+        "Add a trust domain, without keys",
         lambda c, p, q, b: c.add_guest(**_given(b)),
         GuestSpec,
     ),
@@ -127,31 +127,31 @@ ROUTES: Final = (
     Route(
         "POST",
         "/guests/{name}/boot",
-        "Let it fetch keys from a KMS; 403 with the KMS's words if it is refused",
+        "Let it fetch keys from a KMS; 403 with the KMS's text if it is refused",
         lambda c, p, q, b: c.boot_guest(p["name"], b.kms),
         BootRequest,
     ),
     Route(
         "POST",
         "/guests/{name}/events",
-        "Extend its RTMR3, or let its log claim an event falsely",
+        "Add an event to its log, and extend RTMR3 unless `measured` is false",
         lambda c, p, q, b: c.emit_event(p["name"], b.event, b.payload, measured=b.measured),
         EventSpec,
     ),
     Route("GET", "/kms", "Every KMS", lambda c, p, q, b: c.all_kms()),
-    Route("POST", "/kms", "Make a KMS, without keys", lambda c, p, q, b: c.add_kms(**_given(b)), KmsSpec),
+    Route("POST", "/kms", "Add a KMS, without keys", lambda c, p, q, b: c.add_kms(**_given(b)), KmsSpec),
     Route("GET", "/kms/{name}", "One KMS", lambda c, p, q, b: c.kms(p["name"])),
     Route("DELETE", "/kms/{name}", "Stop it", lambda c, p, q, b: c.remove_kms(p["name"])),
     Route(
         "POST",
         "/kms/{name}/onboard",
-        "Let it take keys over, or make new ones; 403 with its words if that is refused",
+        "Onboard it from another KMS, or bootstrap it; 403 with the KMS's text if that is refused",
         lambda c, p, q, b: c.onboard_kms(p["name"], b.source),
         OnboardRequest,
     ),
-    Route("GET", "/policies", "Where the policies are", lambda c, p, q, b: c.policies()),
+    Route("GET", "/policies", "The paths of the policy files", lambda c, p, q, b: c.policies()),
     Route("GET", "/policies/{kms}", "A policy", lambda c, p, q, b: c.policy(p["kms"])),
-    Route("PUT", "/policies/{kms}", "Put a policy in place", _set_policy, _Policy, validates=False),
+    Route("PUT", "/policies/{kms}", "Replace a policy", _set_policy, _Policy, validates=False),
     Route(
         "POST",
         "/policies/{kms}/allow",
@@ -184,9 +184,11 @@ ROUTES: Final = (
         SnapshotRequest,
     ),
     Route("DELETE", "/snapshots/{name}", "Delete a snapshot", lambda c, p, q, b: c.forget_snapshot(p["name"])),
-    Route("POST", "/snapshots/{name}/revert", "Go back to it", _revert, _Nothing),
-    Route("POST", "/reset", "Go back to when the stack became ready", lambda c, p, q, b: c.reset(), _Nothing),
-    Route("GET", "/state", "The state of the stack, to save", lambda c, p, q, b: c.save()),
+    Route("POST", "/snapshots/{name}/revert", "Restore a snapshot", _revert, _Nothing),
+    Route(
+        "POST", "/reset", "Restore the state in which the stack became ready", lambda c, p, q, b: c.reset(), _Nothing
+    ),
+    Route("GET", "/state", "The state of the stack, to be saved", lambda c, p, q, b: c.save()),
     Route("PUT", "/state", "Restore a saved state", _load, StackState, validates=False),
 )
 

@@ -1,4 +1,4 @@
-"""The bodies of the control API's requests: the schema of each, validated here and nowhere else."""
+"""The schemas of the control API's request bodies."""
 
 import datetime
 import re
@@ -15,7 +15,10 @@ _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 def moment(value: Any) -> Any:
-    """Parse a moment: Unix seconds, or ISO 8601 (a date alone is its midnight, without an offset it is UTC)."""
+    """Parse a time: Unix seconds, or ISO 8601 (in UTC if it has no offset; a date alone is 00:00).
+
+    Raises `ValueError`.
+    """
     if not isinstance(value, str):
         return value
     try:
@@ -31,7 +34,7 @@ def moment(value: Any) -> Any:
 
 
 def duration(value: Any) -> Any:
-    """Parse a duration: seconds, or text such as 90s, 15m, 12h, 30d, 2w, with a minus to go back."""
+    """Parse a duration: seconds, or text such as 90s, 15m, 12h, 30d, 2w, -1h; raise `ValueError`."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"([+-]?\d+(?:\.\d+)?)([smhdw]?)", value)
@@ -46,20 +49,20 @@ Advisory = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 class ControlError(Exception):
-    """A refusal of the control API; the text says why, `status` is HTTP's."""
+    """The control API refused a call: the text says why, `status` is the HTTP status."""
 
     def __init__(self, text: str, status: int = 400) -> None:
         super().__init__(text)
         self.status = status
 
 
-class Request(BaseModel):
-    """A body; a field that is not declared is refused."""
+class RequestBody(BaseModel):
+    """The body of a request; an unknown field is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
-class PlatformChange(Request):
+class PlatformChange(RequestBody):
     """A change of one platform; fields that are left out stay as they are."""
 
     tcb_status: TcbStatus | None = None
@@ -70,8 +73,8 @@ class PlatformChange(Request):
     other_root: bool | None = None
 
 
-class Dates(Request):
-    """When a collateral document was issued and when it expires."""
+class Dates(RequestBody):
+    """The dates of issue and of expiry of a collateral document."""
 
     issued: Moment = VALID_FROM.timestamp()
     next_update: Moment
@@ -81,11 +84,11 @@ class Dates(Request):
         return Validity(int(self.issued), int(self.next_update))
 
 
-class VendorChange(Request):
-    """A change of what the vendor says for all platforms; fields that are left out stay as they are.
+class VendorChange(RequestBody):
+    """A change of the vendor's state, which applies to all platforms; fields that are left out stay as they are.
 
-    A dating is `current`, `expired`, `not-yet-valid`, or dates. `collateral_until` dates all four documents to expire
-    then, `collateral` gives all four the same dating.
+    A dating is `current`, `expired`, `not-yet-valid`, or a pair of dates. `collateral` sets the dating of all four
+    documents, `collateral_until` their date of expiry.
     """
 
     qe_status: TcbStatus | None = None
@@ -99,8 +102,8 @@ class VendorChange(Request):
     collateral_until: Moment | None = None
 
 
-class ClockChange(Request):
-    """One change of the clock; `freeze` takes true, or the moment to freeze it at."""
+class ClockChange(RequestBody):
+    """One change of the clock; `freeze` takes true, or the time at which it stops."""
 
     set: Moment | None = None
     advance: Duration | None = None
@@ -117,25 +120,25 @@ class ClockChange(Request):
         return self
 
 
-class SnapshotRequest(Request):
-    """The name of a snapshot; one of that name is replaced."""
+class SnapshotRequest(RequestBody):
+    """The name of a snapshot; an existing one of that name is replaced."""
 
     name: Name = "snapshot"
 
 
-class BootRequest(Request):
+class BootRequest(RequestBody):
     """The KMS from which a trust domain gets its keys."""
 
     kms: Name = "src"
 
 
-class OnboardRequest(Request):
-    """The KMS whose keys a KMS takes over; with `source` null it makes new ones."""
+class OnboardRequest(RequestBody):
+    """The KMS that a KMS is onboarded from; with `source` null it is bootstrapped, with new keys."""
 
     source: Name | None = "src"
 
 
-class PolicyChange(Request):
+class PolicyChange(RequestBody):
     """The trust domain that a policy is to allow or deny, by name.
 
     A KMS is allowed by its measurement, an app by its id and compose hash, and either with its OS image. With

@@ -1,8 +1,8 @@
 """The control API over HTTP: JSON in, JSON out, on a port of its own.
 
-It is for programs on this machine. So that no web page can use it through a browser, a request with a body must be of
-the type JSON, and one that names a foreign host or comes from a foreign page is refused. The OpenAPI document at
-`/openapi.json` is made of the same table as the routes.
+It is for programs on this machine. A web page must not use it through a browser. Therefore a request with a body must
+have the content type JSON, and a request with a foreign Host or Origin is refused. The OpenAPI document at
+`/openapi.json` is made from the table of the routes.
 """
 
 import asyncio
@@ -44,12 +44,12 @@ class ControlService:
         return await serve(control_app(self._control), sock)
 
     def became_ready(self) -> None:
-        """Take the snapshot that `reset` goes back to."""
+        """Take the snapshot that `reset` restores."""
         self._control.became_ready()
 
 
 class _Streams:
-    """The requests that follow the journal: they are cancelled when the server stops."""
+    """The tasks that stream the journal to clients; they are cancelled when the server stops."""
 
     def __init__(self) -> None:
         self.tasks: set[asyncio.Task[Any]] = set()
@@ -99,7 +99,7 @@ def _handler(control: Control, route: Route) -> Callable[[web.Request], Awaitabl
         unknown = sorted(request.query.keys() - route.query)
         if unknown:
             known = ", ".join(route.query) or "none"
-            raise ControlError(f"{unknown[0]!r:.60}: no parameter of this call; known: {known}")
+            raise ControlError(f"{unknown[0]!r:.60} is not a parameter of this call; known: {known}")
         answer = route.run(control, dict(request.match_info), dict(request.query), body)
         if asyncio.iscoroutine(answer):
             answer = await answer
@@ -114,7 +114,7 @@ def _parsed(body: bytes) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise ControlError(f"the body is no JSON: {error}") from error
+        raise ControlError(f"the body is not JSON: {error}") from error
 
 
 @web.middleware
@@ -133,7 +133,7 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 def _require_local(request: web.Request) -> None:
-    """Refuse what a browser would send for a foreign page."""
+    """Refuse what a browser would send for a foreign page: raise `ControlError`."""
     host = request.headers.get("Host", "")
     if not _is_local(f"http://{host}"):
         raise ControlError(f"Host: localhost or an IP address expected, got {host!r:.100}", 403)
@@ -161,7 +161,7 @@ def _is_local(url: str) -> bool:
 
 
 async def _stream(control: Control, request: web.Request) -> web.StreamResponse:
-    """Send each record as its call ends: as JSON lines, or as server-sent events to a client that accepts those."""
+    """Send each record when its call ends, as server-sent events if the client accepts them, else as JSON lines."""
     events = "text/event-stream" in request.headers.get("Accept", "")
     response = web.StreamResponse(
         headers={
@@ -176,7 +176,7 @@ async def _stream(control: Control, request: web.Request) -> web.StreamResponse:
             raise ControlError(f"since: the number of a record expected, got {since!r:.40}")
         before = control.journal.records(since=int(since))
     follower = control.journal.follow()
-    coming = asyncio.ensure_future(anext(follower))  # from here on nothing is missed
+    coming = asyncio.ensure_future(anext(follower))  # every record from here on is in its queue
     await asyncio.sleep(0)
     await response.prepare(request)
     task = asyncio.current_task()

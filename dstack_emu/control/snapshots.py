@@ -1,12 +1,12 @@
-"""The state of a whole stack as data: captured, kept, saved to a file, and restored.
+"""Snapshots: the state of a whole stack as data, which can be saved to a file and restored.
 
-It is composed of the states of the parts (`deployment.state`): the policy files, what the vendor says, the clock,
-faults, each trust domain's log and keys, each KMS's phase and folder, the positions of every source of randomness and
-of the journal. What grows from the seed alone, ports and connections are not in it. Capturing and restoring both empty
-the caches of collateral, so that the requests that follow are the same.
+It consists of the states of the parts (`deployment.state`): the policy files, the vendor's state, the clock, faults,
+each trust domain's log and keys, each KMS's phase and folder, and the positions of every random stream and of the
+journal. It does not contain what the seed determines, ports, or connections. Capturing and restoring both empty the
+caches of collateral, so that the requests that follow are the same.
 
-Restoring changes only what differs. A KMS that gained, lost or changed its keys since is restarted, which costs some
-ten milliseconds more; so does a trust domain or a KMS that has to be made again.
+Restoring changes only what differs. A KMS whose keys have changed since is restarted, which takes about ten
+milliseconds more; so does a trust domain or a KMS that has to be started again.
 """
 
 import json
@@ -48,9 +48,9 @@ class StackState(StateModel):
 
     @classmethod
     def read(cls, document: Any) -> Self:
-        """Validate a document that `save` wrote; raise `ControlError`, which says what is wrong, for any other."""
+        """Validate a document that `save` returned; raise `ControlError`, which says what is wrong, for any other."""
         if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise ControlError(f"a document of the format {FORMAT!r} expected: what `save` wrote")
+            raise ControlError(f"a document of the format {FORMAT!r} expected, as `ctl save` writes it")
         if document.get("version") != VERSION:
             raise ControlError(f"state: version {VERSION} expected, got {document.get('version')!r:.40}")
         try:
@@ -62,7 +62,7 @@ class StackState(StateModel):
 
 
 def capture_state(deployment: Deployment) -> StackState:
-    """Return the state of a stack as it is now; raise `StackError` if a KMS of it runs no more."""
+    """Return the present state of a stack; raise `StackError` if one of its KMS does not run."""
     context, instrumentation = deployment.context, deployment.context.instrumentation
     intel, faults = context.intel.capture(), instrumentation.faults.capture()
     state = StackState.model_construct(
@@ -83,7 +83,10 @@ def capture_state(deployment: Deployment) -> StackState:
 
 
 async def apply_state(deployment: Deployment, state: StackState) -> None:
-    """Make a stack what it was when its state was captured, in this process or another of the same seed and release."""
+    """Restore a captured state, which may be of another process with the same seed and release.
+
+    Raises `ControlError` if the state does not fit this stack; then nothing has changed.
+    """
     context, instrumentation = deployment.context, deployment.context.instrumentation
     config = context.config
     for name, theirs, ours in (("seed", state.seed, config.seed), ("release", state.release, config.release)):
@@ -91,7 +94,7 @@ async def apply_state(deployment: Deployment, state: StackState) -> None:
             raise ControlError(f"the state is of a stack with the {name} {theirs!r:.60}, not {ours!r:.60}")
     _require_whole(deployment, state)
     journal = instrumentation.journal
-    enabled, journal.enabled = journal.enabled, False  # restoring is no call
+    enabled, journal.enabled = journal.enabled, False  # the calls of restoring are not recorded
     try:
         instrumentation.faults.clear()
         instrumentation.clock.restore(state.clock)
@@ -110,33 +113,33 @@ async def apply_state(deployment: Deployment, state: StackState) -> None:
 
 
 def _require_whole(deployment: Deployment, state: StackState) -> None:
-    """Refuse a state that names too little or too much, before anything is changed."""
+    """Raise `ControlError` if a part is missing from a state, or a part in it belongs to nothing."""
     permanent = {name for name in deployment.guests if name in ("app", "kms-src", "kms-dst")}
     missing = permanent - state.guests.keys() | {*PERMANENT} - state.kms.keys()
     missing |= {f"kms-{name}" for name in state.kms} - state.guests.keys()
     if missing:
-        raise ControlError(f"state: {', '.join(sorted(missing))}: expected, and not there")
+        raise ControlError(f"state: {', '.join(sorted(missing))}: missing")
     for name, guest in state.guests.items():
         _require_fitting_guest(name, guest, state)
     for name, kms in state.kms.items():
         if kms.spec.name != name:
-            raise ControlError(f"state: kms.{name}: fits no KMS")
+            raise ControlError(f"state: kms.{name}: describes the KMS {kms.spec.name!r:.60}")
     policies = {*PERMANENT, *(name for name, kms in state.kms.items() if kms.spec.webhook == "own")}
     if state.policies.keys() != policies:
         raise ControlError(f"state: policies: {', '.join(sorted(policies))} expected")
 
 
 def _require_fitting_guest(name: str, guest: GuestState, state: StackState) -> None:
-    is_of_kms = name.startswith("kms-")  # which makes its keys itself
+    is_of_kms = name.startswith("kms-")  # a KMS generates its own keys
     fits = guest.keys is None or (not is_of_kms and guest.keys.kms in state.kms)
     if guest.spec.name != name or not fits:
-        raise ControlError(f"state: guests.{name}: fits no trust domain")
+        raise ControlError(f"state: guests.{name}: its name or the KMS of its keys does not fit")
     if is_of_kms and name[4:] not in state.kms:
-        raise ControlError(f"state: guests.{name}: the trust domain of no KMS")
+        raise ControlError(f"state: guests.{name}: there is no KMS {name[4:]!r:.60} in the state")
 
 
 async def _apply_parts(deployment: Deployment, state: StackState) -> None:
-    """Stop the parts that are not in the state, or differ in their description, and start those that are missing."""
+    """Stop the parts that are not in the state or have another specification there; start those that are missing."""
     for name, kms in list(deployment.kms.items()):
         if name not in state.kms or state.kms[name].spec != kms.spec:
             await deployment.stop_kms(kms)

@@ -1,1 +1,1 @@
-"""Inspection of evidence: what some bytes are, what they contain, and which checks they pass."""
+"""Inspection of evidence: identifies an input, describes its contents, and runs every check on it."""

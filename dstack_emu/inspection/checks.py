@@ -1,9 +1,9 @@
-"""Every check of a piece of evidence, as data: what holds, what does not, and what could not be checked.
+"""All checks of evidence, with a result for each: it holds, it does not, or it could not be made.
 
-The checks are those of `attest.verify` in its order, but a failed one does not end them; the quote itself is verified
-by `attest.verify.verify_quote` alone. Further checks are those that dstack's verifier leaves to others: the replay of
-the boot registers, the TCB status under `strict`, and what report_data binds. If all hold, the application may still be
-the wrong one: whoever relies on the evidence must check which app and which image it is.
+The checks are those of `attest.verify`, in the same order, but they continue after a failure. Only
+`attest.verify.verify_quote` verifies the quote itself. Further checks are those that dstack's verifier does not make:
+the replay of the boot registers, the TCB status under `strict`, and the binding of report_data. If all checks hold, the
+application may still be the wrong one: whoever relies on the evidence must check its app and its OS image.
 """
 
 from collections.abc import Callable, Iterator
@@ -234,9 +234,9 @@ def _check_replays(attestation: Attestation | None, report: TdReport) -> Iterato
 
 def _check_report_data(evidence: Evidence, policy: Expectations, quoted: bytes) -> Iterator[Check]:
     if evidence.stated is None:
-        yield _skipped("report_data", "the input names none besides the quoted one")
+        yield _skipped("report_data", "the input names none beside the quoted one")
     else:
-        yield _compare("report_data", quoted, evidence.stated, "the quoted one is the one named besides it")
+        yield _compare("report_data", quoted, evidence.stated, "the quoted one is the one named beside it")
     if policy.report_data is not None:
         yield _compare("report_data_expected", quoted, policy.report_data, "the quoted one is the expected one")
     if evidence.binding is not None:

@@ -1,7 +1,7 @@
-"""What some bytes are: a quote, an attestation, certificates, a signing request, collateral, an event log.
+"""Identifies an input: a quote, an attestation, certificates, a signing request, collateral, or an event log.
 
-The input may be binary, hex, base64, PEM, or inside JSON. Only decoding decides: names of files have no influence, and
-nothing is verified. `inspection.fields` describes the contents. Private keys are at most named, never shown.
+The input may be binary, hex, base64, PEM, or inside JSON. It is identified by decoding it: the name of a file has no
+influence, and nothing is verified. `inspection.fields` describes the contents. Private keys are never shown.
 """
 
 import base64
@@ -44,15 +44,15 @@ MAX_SIZE: Final = 10 * 1024 * 1024
 MAX_WRAPPINGS: Final = 3
 """How many encodings may be nested: base64 of hex of a quote has two."""
 SMALLEST_PART: Final = 64
-"""A text of fewer characters inside JSON is nothing that is known here."""
+"""Characters of a text inside JSON below which it is not examined."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What an input is.
+    """The kind of an input, and its contents.
 
-    Without `sure` it decodes as that, but could also be something else. `form` lists its encodings, outermost first
-    (none: binary). If there is no `evidence`, `obstacle` may say why the evidence in it cannot be read.
+    If `sure` is false, it decodes as that kind, but could also be something else. `form` lists its encodings,
+    outermost first (none: binary). If there is no `evidence`, `obstacle` may say why the evidence in it cannot be read.
     """
 
     what: str
@@ -64,7 +64,7 @@ class Finding:
 
 
 def inspect_input(data: bytes) -> Finding:
-    """Identify and describe the input; raise `FormatError`, in one line, if it is nothing known."""
+    """Identify and describe the input; raise `FormatError`, with one line of text, if it is of no known kind."""
     if len(data) > MAX_SIZE:
         raise FormatError(f"input of at most {MAX_SIZE} bytes expected, got more")
     with warnings.catch_warnings():
@@ -80,7 +80,7 @@ def inspect_input(data: bytes) -> Finding:
 
 
 def _recognise(data: bytes, depth: int) -> Finding | None:
-    """Try every kind; return None for what is not known, raise `FormatError` for something known that is damaged."""
+    """Try every kind; return None if none fits, raise `FormatError` if the input is a damaged one of a known kind."""
     for read in (_read_quote, _read_attestation, _read_signing_request, _read_der):
         if found := read(data):
             return found

@@ -1,5 +1,5 @@
-"""Journal, spans and fault rules: what watches and disturbs the services of a stack.
+"""Observability of a stack: the journal, its spans, and fault rules.
 
-No service imports it. It comes in by composition: middleware around applications, headers on requests between services,
-wrappers around the verifier and the webhook client.
+No service imports this package. `deployment` adds it from outside: as middleware around applications, as headers on
+requests between services, and as wrappers around the verifier and the webhook client.
 """

@@ -1,4 +1,4 @@
-"""Journal and faults around an aiohttp application: its calls and answers, as `observability.middleware` sees them."""
+"""Journal and faults around an aiohttp application: adapts its requests and responses to `observability.middleware`."""
 
 import asyncio
 
@@ -12,14 +12,14 @@ from dstack_emu.observability.spans import HEADER
 from dstack_emu.transport.http import Response
 
 _HEADER = istr(HEADER)
-"""Looked up by every call; a plain text would be folded to lower case each time."""
+"""Every call looks this name up. As `istr` it is folded to lower case once, not at each call."""
 
 
 def aiohttp_middleware(instruments: HttpInstruments) -> Middleware:
     """Make the middleware of an aiohttp application."""
 
     @web.middleware
-    async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def instrumented(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not instruments.concern(request.rel_url.raw_path):
             return await handler(request)
         call = AiohttpCall(request, handler)
@@ -29,11 +29,11 @@ def aiohttp_middleware(instruments: HttpInstruments) -> Middleware:
             raise refusal.__cause__ or refusal from None
         return await call.give(answer)
 
-    return around
+    return instrumented
 
 
 class AiohttpCall:
-    """A call to an aiohttp application. An answer that nobody changed is given as its handler made it."""
+    """A call to an aiohttp application. If nothing changed the handler's response, that very response is sent."""
 
     __slots__ = ("_handler", "_made", "_request", "_seen", "path", "transport")
 
@@ -45,11 +45,11 @@ class AiohttpCall:
         self._seen: Response | None = None
 
     def header(self, name: str) -> str | None:
-        """Return a header's value."""
+        """Return a header's value, None if the header is missing."""
         return self._request.headers.get(_HEADER if name == HEADER else name)
 
     async def proceed(self) -> Response:
-        """Let the handler answer."""
+        """Call the handler and return its answer; raise `RefusedByHandlerError` for an `HTTPException`."""
         try:
             made = await self._handler(self._request)
         except web.HTTPException as refusal:
@@ -61,7 +61,7 @@ class AiohttpCall:
         return self._seen
 
     async def give(self, answer: Response) -> web.StreamResponse:
-        """Make an answer aiohttp's, and send it if it is made while it is sent."""
+        """Return an answer as aiohttp's; if its body is a stream, send it here."""
         if answer is self._seen and self._made is not None:
             return self._made
         headers = CIMultiDict(answer.headers)
@@ -74,6 +74,6 @@ class AiohttpCall:
             async for piece in answer.body:
                 await begun.write(piece)
         except ConnectionError:
-            return begun  # on a connection that is gone
+            return begun  # the client has closed the connection
         await begun.write_eof()
         return begun

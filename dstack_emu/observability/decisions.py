@@ -1,4 +1,4 @@
-"""What an auth webhook of the stack decided, and by what: recorded in the journal with what did not match."""
+"""Records the decisions of a stack's webhooks in the journal: request, result, rule, and the value that differs."""
 
 import operator
 from typing import Any, Final
@@ -10,7 +10,7 @@ from dstack_emu.auth.server import Observer
 from dstack_emu.auth.simple import SimpleAuth
 from dstack_emu.observability.spans import CallSpan, current
 
-_ASKED: Final = (
+_REQUEST_FIELDS: Final = (
     "app_id",
     "compose_hash",
     "instance_id",
@@ -19,56 +19,56 @@ _ASKED: Final = (
     "os_image_hash",
     "tcb_status",
 )
-_what_was_asked: Final = operator.attrgetter("advisory_ids", *_ASKED)
-_what_was_said: Final = operator.attrgetter("reason", "rule", "differs_from")
+_request_of: Final = operator.attrgetter("advisory_ids", *_REQUEST_FIELDS)
+_result_of: Final = operator.attrgetter("reason", "rule", "differs_from")
 
-_KNOWN: Final = 256
-"""Decisions whose words are kept."""
+_CACHED: Final = 256
+"""Entries of the cache below."""
 
 
 def decision_recorder(policy_path: str) -> Observer:
-    """Make the observer of an auth-simple: it notes question, answer, the rule that decided, and what did not match."""
+    """Make the observer of an auth-simple, which records each decision on the span of its call."""
     auth = SimpleAuth(policy_path)
-    known: dict[tuple[Any, ...], dict[str, Any]] = {}
+    cached: dict[tuple[Any, ...], dict[str, Any]] = {}
 
-    def note(boot_info: ReceivedBootInfo, is_kms: bool, decision: PolicyDecision) -> None:
+    def record(boot_info: ReceivedBootInfo, is_kms: bool, decision: PolicyDecision) -> None:
         call = current()
         if not isinstance(call, CallSpan):
             return
-        # The same question has the same words each time it is answered alike: what is kept of a call should be little.
-        key = (is_kms, _what_was_asked(boot_info), _what_was_said(decision))
-        noted = known.get(key) if decision.is_allowed else None
-        if noted is None:
-            noted = _noted(boot_info, is_kms, decision)
+        # The journal keeps thousands of calls: equal decisions share one document, so that each costs little memory.
+        key = (is_kms, _request_of(boot_info), _result_of(decision))
+        document = cached.get(key) if decision.is_allowed else None
+        if document is None:
+            document = _document_of(boot_info, is_kms, decision)
             if not decision.is_allowed and (mismatch := _mismatch(auth, boot_info, decision.rule)) is not None:
-                noted["mismatch"] = mismatch
-            if len(known) >= _KNOWN:
-                known.clear()
-            known[key] = noted
-        call.note("decision", noted)
+                document["mismatch"] = mismatch
+            if len(cached) >= _CACHED:
+                cached.clear()
+            cached[key] = document
+        call.annotate("decision", document)
 
-    return note
+    return record
 
 
-def _noted(boot_info: ReceivedBootInfo, is_kms: bool, decision: PolicyDecision) -> dict[str, Any]:
-    noted: dict[str, Any] = {
+def _document_of(boot_info: ReceivedBootInfo, is_kms: bool, decision: PolicyDecision) -> dict[str, Any]:
+    document: dict[str, Any] = {
         "about": "kms" if is_kms else "app",
         "allowed": decision.is_allowed,
         "reason": decision.reason,
         "rule": decision.rule,
-        "asked": _asked(boot_info),
+        "asked": _fields_of(boot_info),
     }
     if decision.differs_from:
-        noted["otherwise_under"] = list(decision.differs_from)
-    return noted
+        document["otherwise_under"] = list(decision.differs_from)
+    return document
 
 
-def _asked(boot_info: ReceivedBootInfo) -> dict[str, Any]:
-    return {name: getattr(boot_info, name) for name in _ASKED} | {"advisory_ids": list(boot_info.advisory_ids)}
+def _fields_of(boot_info: ReceivedBootInfo) -> dict[str, Any]:
+    return {name: getattr(boot_info, name) for name in _REQUEST_FIELDS} | {"advisory_ids": list(boot_info.advisory_ids)}
 
 
 def _mismatch(auth: SimpleAuth, boot_info: ReceivedBootInfo, rule: str) -> dict[str, Any] | None:
-    """What was measured and what the policy has in its place."""
+    """Return the field that did not match, its value, and the values that the policy allows; None if no field did."""
     try:
         policy = auth.policy()
     except AuthError:

@@ -1,4 +1,4 @@
-"""What a fault does to one call by HTTP: an answer that is late, wrong, cut off or none at all."""
+"""The effects of fault rules on one HTTP call: its answer comes late, wrong or cut off, or does not come."""
 
 import asyncio
 import contextlib
@@ -13,20 +13,20 @@ from dstack_emu.transport.http import Response
 from dstack_emu.transport.listen import reset
 
 PIECES: Final = 20
-"""In so many pieces a slow body comes, `seconds` between them."""
+"""The number of pieces in which a slow body is sent, `seconds` apart."""
 
 NOT_JSON: Final = b'{"\xff\x00 malformed by a fault'
 
 Stale = Callable[[HttpCall], Awaitable[Response]]
-"""Answers a request for collateral with a document that has expired."""
+"""A handler that answers a request for collateral with an expired document."""
 
 
 class DroppedError(ConnectionError):
-    """The connection was dropped on purpose: there is nothing to answer on."""
+    """A fault dropped the connection, so nothing can be answered."""
 
 
 async def apply_fault(rule: InstalledRule, fault: FaultRule, call: HttpCall, stale: Stale | None) -> Response:
-    """Answer a call as a fault wants it; raise `DroppedError` if it gets no answer."""
+    """Apply a fault to a call and return the answer; raise `DroppedError` if the fault drops the connection."""
     match fault.kind:
         case "delay":
             await until_lifted(rule, fault.seconds)
@@ -60,12 +60,12 @@ def _damaged(rule: InstalledRule, fault: FaultRule, call: HttpCall, answer: Resp
         case "malformed":
             return replace(answer, body=NOT_JSON)
         case "wrong-type":
-            return replace(answer, body=wrong_types(body))
+            return replace(answer, body=wrong_json_types(body))
     return answer
 
 
-def wrong_types(body: bytes) -> bytes:
-    """Give each value of a JSON object another type; anything else becomes a JSON number."""
+def wrong_json_types(body: bytes) -> bytes:
+    """Return a JSON object whose values have other types than before; for anything else, the JSON number 0."""
     try:
         document = json.loads(body)
     except ValueError:
@@ -89,13 +89,13 @@ def _decision(allow: bool, reason: str) -> Response:
 
 
 async def until_lifted(rule: InstalledRule, seconds: float) -> None:
-    """Wait so long, or until the fault is lifted."""
+    """Wait for some seconds, or until the fault is lifted if that is sooner."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(rule.lifted.wait(), seconds)
 
 
 async def _cut_off(call: HttpCall, body: bytes) -> AsyncIterator[bytes]:
-    """Give half of a body that was promised whole, then drop the connection."""
+    """Yield the first half of a body whose full length was announced, then drop the connection."""
     yield body[: len(body) // 2]
     raise _dropped(call)
 

@@ -1,8 +1,8 @@
-"""Fault rules: which service of the stack misbehaves in which call, and how.
+"""Fault rules: which calls of which services fail, and how.
 
-Matching is here; what a rule does to an answer is in `observability.fault_effects`. Rules are tried in the order in
-which they were added, and the first one that applies counts. Chances come from the stack's seed, a sequence for each
-rule.
+This module matches calls to rules; `observability.fault_effects` has the effects. Rules are tried in the order in which
+they were added, and the first one that matches is applied. Random numbers for `probability` come from the stack's
+seed, with a sequence for each rule.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ GrpcStatus = Literal[
     "DATA_LOSS",
     "UNAUTHENTICATED",
 ]
-"""Every status of gRPC that is none of success."""
+"""Every status of gRPC except OK."""
 
 Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
@@ -64,15 +64,17 @@ _OF_KIND: Final[dict[str, tuple[str, ...]]] = {
 
 
 class FaultRule(BaseModel):
-    """One rule: which calls it meets, and what then happens.
+    """One rule: the calls that it applies to, and what happens to them.
 
-    `service`, `call` (an RPC such as `GetAppKey`, a path such as `/bootAuth/kms`) and `caller` may have wildcards. It
-    meets every call, or the next `times` of them, each with `probability`, once `after` of them have passed.
+    `service`, `call` (an RPC such as `GetAppKey`, a path such as `/bootAuth/kms`) and `caller` may have wildcards. The
+    rule skips the first `after` matching calls. It then applies to each further one with `probability`, at most `times`
+    times if that is given.
 
-    In place of a `kind` a webhook may have a `script`, one step for each question: `allow`, `deny`, `pass`, `hang`,
-    `reset` or a status; after the last step questions pass, or with `repeat` it begins again. A `decision` without
-    `allow` is the opposite of the true one. A call by gRPC is refused with `grpc_status`, or without it with the one
-    that gRPC's clients take `status` for.
+    A webhook may have a `script` instead of a `kind`, with one step for each request: `allow`, `deny`, `pass`, `hang`,
+    `reset`, `drop`, `truncate`, `malformed`, `wrong-type`, `stale`, or a status from 400 to 599. After the last step
+    requests pass; with `repeat` the script begins again. A `decision` without `allow` is the opposite of the true one.
+    A gRPC call is refused with `grpc_status`; if that is not given, with the code that gRPC's clients derive from the
+    HTTP status `status`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
@@ -94,12 +96,12 @@ class FaultRule(BaseModel):
     repeat: bool = False
 
     @model_validator(mode="after")
-    def _makes_sense(self) -> Self:
+    def _validate_combination(self) -> Self:
         if (self.kind is None) == (not self.script):
             raise ValueError(f"either a kind ({', '.join(KINDS)}) or a script expected")
         fitting = {*_COMMON, *_OF_KIND.get(self.kind or "", ())}
         if foreign := sorted(self.model_fields_set - fitting):
-            raise ValueError(f"{', '.join(foreign)}: has no meaning for the kind {self.kind or 'script'}")
+            raise ValueError(f"{', '.join(foreign)}: has no meaning for the kind {self.kind or 'script'}; leave it out")
         if self.script and self.model_fields_set & {"times", "probability"}:
             raise ValueError("times and probability: a script says itself what happens to which question")
         if self.repeat and not self.script:
@@ -110,7 +112,7 @@ class FaultRule(BaseModel):
 
 
 def _step(text: str) -> "FaultRule | None":
-    """What one step of a script is: a fault of its own, or None to let the question pass."""
+    """Return the fault that a step of a script stands for, None if the request passes; raise `ValueError`."""
     if text == "pass":
         return None
     if text in ("allow", "deny"):
@@ -126,7 +128,10 @@ def _step(text: str) -> "FaultRule | None":
 
 
 class FaultState(BaseModel):
-    """A fault in force and where it stands: the calls that matched, those that it met, and the chances taken."""
+    """The state of one fault in force.
+
+    `seen` calls matched, it was applied to `met` of them, and `chances` bytes of its random sequence are used up.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
@@ -143,14 +148,14 @@ class FaultState(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class FaultRulesState:
-    """How many faults have been added so far, and those in force."""
+    """The number of faults added so far, and the state of each one in force."""
 
     count: int
     faults: tuple[FaultState, ...]
 
 
 class InstalledRule:
-    """A fault in force: how many calls it has met, and its chances so far."""
+    """A fault in force: `seen` counts the calls that matched it, `met` those that it was applied to."""
 
     def __init__(self, number: int, fault: FaultRule, chances: Stream) -> None:
         self.id, self._number, self.fault, self._chances = f"f{number}", number, fault, chances
@@ -159,14 +164,14 @@ class InstalledRule:
 
     @property
     def is_spent(self) -> bool:
-        """Whether it will meet no more calls."""
+        """Whether the rule will be applied to no further call."""
         fault = self.fault
         if fault.script:
             return not fault.repeat and self.met >= len(fault.script)
         return fault.times is not None and self.met >= fault.times
 
     def meet(self, service: str, call: str, caller: str) -> FaultRule | None:
-        """What happens to a call by this rule, if anything; it counts from here on."""
+        """Count a call if it matches, and return the fault to apply to it, None if there is none."""
         fault = self.fault
         if self.is_spent or not (
             fnmatch.fnmatchcase(service, fault.service)
@@ -185,23 +190,23 @@ class InstalledRule:
         return _step(fault.script[(self.met - 1) % len(fault.script)])
 
     def capture(self) -> FaultState:
-        """Return the rule and where it stands."""
+        """Return the rule and its counters."""
         chances = self._chances.capture()
         return FaultState(number=self._number, fault=self.fault, seen=self.seen, met=self.met, chances=chances)
 
     def restore(self, state: FaultState) -> None:
-        """Put it where it stood."""
+        """Set the counters to those of a captured state."""
         self.seen, self.met = state.seen, state.met
         self._chances.restore(state.chances)
 
     def to_json(self) -> dict[str, Any]:
-        """The rule and where it stands."""
+        """Return the rule and its counters as JSON."""
         fields = self.fault.model_dump(mode="json", exclude_defaults=True)
         return {"id": self.id, **fields, "seen": self.seen, "met": self.met, "spent": self.is_spent}
 
 
 Met = tuple[InstalledRule, FaultRule]
-"""A rule that met a call, and what happens to it."""
+"""A rule that applies to a call, and the fault of this call (for a script, that of one step)."""
 
 
 class FaultRules:
@@ -213,32 +218,32 @@ class FaultRules:
         self._count = 0
 
     def add(self, fault: FaultRule) -> InstalledRule:
-        """Put one rule in force."""
+        """Put a rule in force and return it."""
         self._count += 1
         rule = InstalledRule(self._count, fault, self._seed.stream(f"chances {self._count}"))
         self.rules = [*self.rules, rule]
         return rule
 
     def lift(self, rule_id: str) -> bool:
-        """Take one rule out of force; whether there was one."""
+        """Lift one rule; return whether it was in force."""
         return self._keep(lambda rule: rule.id != rule_id)
 
     def clear(self) -> bool:
-        """Take all out of force; whether there were any."""
+        """Lift all rules; return whether any was in force."""
         return self._keep(lambda _rule: False)
 
     def capture(self) -> FaultRulesState:
-        """Return the rules in force and where each stands."""
+        """Return the rules in force and their counters."""
         return FaultRulesState(self._count, tuple(rule.capture() for rule in self.rules))
 
     def restore(self, state: FaultRulesState) -> None:
-        """Put captured rules, with their numbers, in the place of all."""
+        """Replace all rules by captured ones, with their numbers and counters."""
         self.clear()
         self._count = state.count
         self.rules = [self._installed(fault) for fault in state.faults]
 
     def meet(self, service: str, call: str, caller: str) -> Met | None:
-        """What happens to a call: the first rule that meets it."""
+        """Return the first rule that applies to a call, and its fault; None if no rule does."""
         for rule in self.rules:
             if (fault := rule.meet(service, call, caller)) is not None:
                 return rule, fault
@@ -249,9 +254,9 @@ class FaultRules:
         rule.restore(state)
         return rule
 
-    def _keep(self, wanted: Callable[[InstalledRule], bool]) -> bool:
-        gone = [rule for rule in self.rules if not wanted(rule)]
-        self.rules = [rule for rule in self.rules if wanted(rule)]
-        for rule in gone:
+    def _keep(self, stays: Callable[[InstalledRule], bool]) -> bool:
+        lifted = [rule for rule in self.rules if not stays(rule)]
+        self.rules = [rule for rule in self.rules if stays(rule)]
+        for rule in lifted:
             rule.lifted.set()
-        return bool(gone)
+        return bool(lifted)

@@ -1,4 +1,4 @@
-"""A call by HTTP as journal and faults see it, whichever kind of application answers it."""
+"""An HTTP call as journal and faults need it, for both kinds of application: aiohttp's and our own."""
 
 import asyncio
 from typing import Protocol
@@ -7,7 +7,7 @@ from dstack_emu.transport.http import Handler, Request, Response
 
 
 class RefusedByHandlerError(Exception):
-    """A handler's answer that came as an exception (aiohttp's `HTTPException`): its status, and the reason's text."""
+    """A handler refused the call by an exception (aiohttp's `HTTPException`): its status and its reason."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -15,7 +15,7 @@ class RefusedByHandlerError(Exception):
 
 
 class HttpCall(Protocol):
-    """One call, and the handler that would answer it."""
+    """One call, and the handler that answers it."""
 
     @property
     def path(self) -> str:
@@ -24,20 +24,20 @@ class HttpCall(Protocol):
 
     @property
     def transport(self) -> asyncio.Transport | None:
-        """The connection that it came on; None if that is gone."""
+        """The connection of the call; None if it is closed."""
         ...
 
     def header(self, name: str) -> str | None:
-        """Return a header's value."""
+        """Return a header's value, None if the header is missing."""
         ...
 
     async def proceed(self) -> Response:
-        """Let the handler answer."""
+        """Call the handler and return its answer; raise `RefusedByHandlerError` if it refused by an exception."""
         ...
 
 
 class DirectCall:
-    """A call to an application of our own."""
+    """A call to an application of our own (`transport.http`)."""
 
     __slots__ = ("_handler", "_request", "path", "transport")
 
@@ -47,9 +47,9 @@ class DirectCall:
         self.transport: asyncio.Transport | None = request.transport
 
     def header(self, name: str) -> str | None:
-        """Return a header's value."""
+        """Return a header's value, None if the header is missing."""
         return self._request.headers.get(name)
 
     async def proceed(self) -> Response:
-        """Let the handler answer."""
+        """Call the handler and return its answer; raise `RefusedByHandlerError` if it refused by an exception."""
         return await self._handler(self._request)

@@ -3,10 +3,10 @@
 A grpc.aio interceptor wraps a call's handler, so the requests that the handler sends run in the context in which the
 call's span was entered. Health and reflection are not recorded, as `/health` is not.
 
-What a fault does here is what it does over HTTP, or the nearest to it: gRPC has one message where HTTP has a body, and
-its statuses are its own.
+A fault has the effect that it has over HTTP, or the nearest one: gRPC has one message where HTTP has a body, and status
+codes of its own.
 
-Imported only if gRPC is switched on: grpcio costs time and memory.
+Import this module only if gRPC is enabled: grpcio costs time and memory.
 """
 
 import asyncio
@@ -24,12 +24,12 @@ from dstack_emu.attest.varint import encode_varint
 from dstack_emu.observability.fault_effects import PIECES, until_lifted
 from dstack_emu.observability.fault_rules import FaultRule, FaultRules, InstalledRule
 from dstack_emu.observability.journal import Journal
-from dstack_emu.observability.spans import HEADER, Origin, answered, entered, read_header
+from dstack_emu.observability.spans import HEADER, TraceContext, entered, forget_request, read_header
 from dstack_emu.transport.grpc_server import details
 from dstack_emu.transport.relay import reset_connection
 
-UNNOTED: Final = "/grpc."
-"""What the names of gRPC's own services begin with."""
+UNRECORDED_PREFIX: Final = "/grpc."
+"""The prefix of the paths of gRPC's own services, health and reflection."""
 
 NOT_A_MESSAGE: Final = b"\xff malformed by a fault"
 
@@ -38,7 +38,7 @@ DELIMITED: Final = 2
 """Wire types of protobuf."""
 _DELIMITED: Final = (FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_MESSAGE)
 
-Handler = Callable[[Any, Any], Awaitable[Any]]
+UnaryHandler = Callable[[Any, Any], Awaitable[Any]]
 
 _PROXIED: Final = {
     400: grpc.StatusCode.INTERNAL,
@@ -50,81 +50,81 @@ _PROXIED: Final = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.UNAVAILABLE,
 }
-"""What a client of gRPC takes an HTTP status for; all others are UNKNOWN (gRPC, doc/http-grpc-status-mapping.md)."""
+"""The code that a gRPC client derives from an HTTP status; all others are UNKNOWN (doc/http-grpc-status-mapping.md)."""
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has no types
-    """One service's interceptor."""
+    """The interceptor of one service."""
 
     def __init__(self, service: str, journal: Journal, faults: FaultRules) -> None:
         self._service, self._journal, self._faults = service, journal, faults
 
     async def intercept_service(self, proceed: Callable[[Any], Awaitable[Any]], called: Any) -> Any:
-        """Find the handler of a call, and wrap it where there is something to do; streams go on as they are."""
+        """Return the handler of a call, wrapped if the call is to be recorded or faulted. Streams are not wrapped."""
         found, path = await proceed(called), str(called.method)
-        noted = self._journal.enabled and not path.startswith(UNNOTED)
-        if not noted and not self._faults.rules:
+        is_recorded = self._journal.enabled and not path.startswith(UNRECORDED_PREFIX)
+        if not is_recorded and not self._faults.rules:
             return found
         if found is None:
-            if noted:
-                self._note_unknown(path, called)
+            if is_recorded:
+                self._record_unknown(path, called)
             return None
         if found.unary_unary is None:
             return found
-        around = self._noted if noted else self._unnoted
+        wrap = self._recorded if is_recorded else self._unrecorded
         return grpc.unary_unary_rpc_method_handler(
-            around(found.unary_unary, path, _trace(called)),
+            wrap(found.unary_unary, path, _trace_context(called)),
             request_deserializer=found.request_deserializer,
             response_serializer=found.response_serializer,
         )
 
-    def _noted(self, handler: Handler, path: str, trace: Origin) -> Handler:
+    def _recorded(self, handler: UnaryHandler, path: str, trace: TraceContext) -> UnaryHandler:
         name, journal = path.rpartition("/")[2], self._journal
-        asking, place, caller = trace
+        parent, number, caller = trace
 
         async def handle(request: Any, context: Any) -> Any:
             met = self._faults.meet(self._service, name, caller)
-            call = journal.begin(self._service, name, asking, place, caller)
+            call = journal.begin(self._service, name, parent, number, caller)
 
             def refused(code: grpc.StatusCode, text: str) -> None:
-                call.note("grpc", code.name)
+                call.annotate("grpc", code.name)
                 journal.end(call, 400, journal.scrub(text))
 
-            status, noting = None, _RecordingContext(context, refused)
+            status, recording = None, _RecordingContext(context, refused)
             try:
                 with entered(call):
                     if met is None:
-                        answer = await handler(request, noting)
+                        answer = await handler(request, recording)
                     else:
-                        call.note("fault", {"id": met[0].id, "kind": met[1].kind})
-                        answer = await _misbehave(*met, path, handler, request, noting)
+                        call.annotate("fault", {"id": met[0].id, "kind": met[1].kind})
+                        answer = await _apply_fault(*met, path, handler, request, recording)
                 status = 200
-                call.note("grpc", "OK")
+                call.annotate("grpc", "OK")
                 return answer
             finally:
-                journal.end(call, status)  # but for a refusal, which is noted already
+                journal.end(call, status)  # has no effect after a refusal, which ended the call above
 
         return handle
 
-    def _unnoted(self, handler: Handler, path: str, trace: Origin) -> Handler:
-        name = path if path.startswith(UNNOTED) else path.rpartition("/")[2]
+    def _unrecorded(self, handler: UnaryHandler, path: str, trace: TraceContext) -> UnaryHandler:
+        name = path if path.startswith(UNRECORDED_PREFIX) else path.rpartition("/")[2]
 
         async def handle(request: Any, context: Any) -> Any:
             met = self._faults.meet(self._service, name, trace[2])
             if met is None:
                 return await handler(request, context)
-            return await _misbehave(*met, path, handler, request, context)
+            return await _apply_fault(*met, path, handler, request, context)
 
         return handle
 
-    def _note_unknown(self, path: str, called: Any) -> None:
-        call = self._journal.begin(self._service, path, *_trace(called))
-        call.note("grpc", grpc.StatusCode.UNIMPLEMENTED.name)
+    def _record_unknown(self, path: str, called: Any) -> None:
+        call = self._journal.begin(self._service, path, *_trace_context(called))
+        call.annotate("grpc", grpc.StatusCode.UNIMPLEMENTED.name)
         self._journal.end(call, 400, "Method not found!")
 
 
 class _RecordingContext:
-    """A call's context that tells of a refusal before the client hears of it."""
+    """A call's context that records a refusal before it is sent to the client."""
 
     def __init__(self, context: Any, refused: Callable[[grpc.StatusCode, str], None]) -> None:
         self._context, self._refused = context, refused
@@ -133,23 +133,23 @@ class _RecordingContext:
         return getattr(self._context, name)
 
     async def abort(self, code: grpc.StatusCode, text: str = "", trailing_metadata: Any = ()) -> None:
-        """End the call with a status."""
+        """Record the refusal, and end the call with its status."""
         self._refused(code, text)
         await self._context.abort(code, text, trailing_metadata)
 
 
-def _trace(called: Any) -> Origin:
-    """Span, place and caller, from the call's metadata."""
+def _trace_context(called: Any) -> TraceContext:
+    """Return the trace context in the call's metadata."""
     header = next((value for key, value in called.invocation_metadata if key == HEADER.lower()), None)
-    asked = read_header(header)
-    answered(header)  # grpcio sends nothing twice
-    return asked
+    trace = read_header(header)
+    forget_request(header)  # grpcio does not repeat a call
+    return trace
 
 
-async def _misbehave(
-    rule: InstalledRule, fault: FaultRule, path: str, handler: Handler, request: Any, context: Any
+async def _apply_fault(
+    rule: InstalledRule, fault: FaultRule, path: str, handler: UnaryHandler, request: Any, context: Any
 ) -> Any:
-    """Answer a call as a fault wants it; raise `asyncio.CancelledError` where it gets no answer."""
+    """Apply a fault to a call and return the answer; raise `asyncio.CancelledError` if the fault drops it."""
     match fault.kind:
         case "delay":
             await until_lifted(rule, fault.seconds)
@@ -170,14 +170,14 @@ async def _misbehave(
             await context.send_initial_metadata(())
             await until_lifted(rule, PIECES * fault.seconds)
     if not isinstance(answer, bytes):
-        return answer  # health's, which is no service of ours
+        return answer  # gRPC's own health service returns a message, ours return bytes
     match fault.kind:
         case "truncate":
             return answer[: len(answer) // 2]
         case "malformed":
             return NOT_A_MESSAGE
         case "wrong-type":
-            return wrong_types(path, answer)
+            return wrong_wire_types(path, answer)
     return answer
 
 
@@ -188,20 +188,20 @@ def _code(fault: FaultRule) -> grpc.StatusCode:
 
 
 async def _reset(rule: InstalledRule, context: Any) -> None:
-    """End the connection; on a socket file, which grpcio serves itself, the call alone."""
+    """Reset the connection; on a socket file, which grpcio serves itself, end only the call."""
     if not reset_connection(context.peer()):
         await context.abort(grpc.StatusCode.UNAVAILABLE, f"the connection is reset: fault {rule.id}")
     raise asyncio.CancelledError
 
 
-def wrong_types(path: str, answer: bytes) -> bytes:
-    """An answer whose fields have other wire types than they should: whoever reads it finds them all absent."""
+def wrong_wire_types(path: str, answer: bytes) -> bytes:
+    """Return an answer whose fields have wrong wire types: a client reads it, and finds no field set."""
     method = default_pool().FindMethodByName(path.strip("/").replace("/", "."))
     try:
         message = GetMessageClass(method.output_type).FromString(answer)
     except DecodeError:
         return NOT_A_MESSAGE
-    # A number 0 and an empty text are the same byte: only the tag before it tells them apart.
+    # The number 0 and an empty text are the same byte, so only the tag in front of it has to change.
     fields = ((field.number, field.cpp_type in _DELIMITED) for field, _ in message.ListFields())
     return b"".join(
         encode_varint(number << 3 | (VARINT if delimited else DELIMITED)) + b"\0" for number, delimited in fields

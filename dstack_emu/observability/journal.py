@@ -1,8 +1,8 @@
-"""The journal: what was asked in a stack, by whom, what for, and why it was refused.
+"""The journal: a record of every call in a stack, its caller, the calls that it caused, and why it was refused.
 
-One record for each call from outside, with every call inside that it led to. A record never holds what a call gave
-away: of an answer only its status, the text of a refusal and a webhook's decision are noted, and of keys only that they
-were released. The last records are kept in memory, and written to a file as JSON lines where one is named.
+There is one record for each call from outside the stack; the calls that it caused are inside it. A record contains no
+secrets: of an answer it has the status, the text of a refusal and a webhook's decision; of keys only their names and
+who received them. The last records are kept in memory; if a file is named, all are appended to it as JSON lines.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol, TextIO
 
-from dstack_emu.observability.spans import GIVEN_UP, JUDGED, CallSpan, Span, VerificationSpan
+from dstack_emu.observability.spans import COMPLETED, GIVEN_UP, CallSpan, Span, VerificationSpan
 
 RELEASED: Final = {
     "GetAppKey": ("disk_crypt_key", "env_crypt_key", "k256_key"),
@@ -23,32 +23,35 @@ RELEASED: Final = {
     "GetTempCaCert": ("temp_ca_key",),
     "SignCert": ("certificate_chain",),
 }
-"""The fields that a KMS releases, by call."""
+"""The secret fields in a KMS's answers, by RPC."""
 
-_FOLLOWED: Final = 1000
-"""Records that may wait for someone who follows; a slower one loses the oldest."""
+_RECEIVER: Final = ("app_id", "instance_id", "mr_aggregated")
+"""The fields of a request that say who receives a release."""
+
+_FOLLOWER_QUEUE: Final = 1000
+"""Records that wait for one follower. A follower that falls behind loses the oldest."""
 
 Record = dict[str, Any]
 
 
-class Clock(Protocol):
-    """What the journal reads times from; `now` gives Unix seconds with their fraction."""
+class JournalClock(Protocol):
+    """The clock of the journal's times; `now` returns Unix seconds with a fraction."""
 
     now: Callable[[], float]
 
 
 class JournalError(Exception):
-    """A journal that cannot be written."""
+    """The journal's file cannot be written; the text says why."""
 
 
 class Journal:
     """The records of one stack, in the order in which their calls ended.
 
-    While `enabled` is False nothing is noted, and nothing is paid. `scrub` takes from an error's text what differs from
-    run to run: ports and folders.
+    Nothing is recorded while `enabled` is False. `scrub` removes from an error's text what differs from run to run:
+    ports and folders.
     """
 
-    def __init__(self, clock: Clock, *, kept: int, file: Path | None = None) -> None:
+    def __init__(self, clock: JournalClock, *, kept: int, file: Path | None = None) -> None:
         self.enabled = True
         self.scrub: Callable[[str], str] = str
         self._clock = clock
@@ -70,43 +73,46 @@ class Journal:
 
     # ---- recording
 
-    def begin(self, service: str, call: str, asking: Span | None, place: int, caller: str) -> CallSpan:
-        """Record that a call came; `asking` is the span that sent it, if there is one, and counts while it waits."""
-        if asking is None or asking.outcome is not None:
+    def begin(self, service: str, call: str, parent: Span | None, number: int, caller: str) -> CallSpan:
+        """Record the beginning of a call, as request `number` of `parent`.
+
+        Without a parent, or if the parent has ended already, it is a call from outside.
+        """
+        if parent is None or parent.outcome is not None:
             self._begun += 1
             return CallSpan(False, self._begun, service, call, caller, self._clock.now())
-        made = CallSpan(True, place, service, call, caller, self._clock.now())
-        if asking.inner:
-            asking.inner.append(made)
+        span = CallSpan(True, number, service, call, caller, self._clock.now())
+        if parent.inner:
+            parent.inner.append(span)
         else:
-            asking.inner = [made]
-        return made
+            parent.inner = [span]
+        return span
 
     def end(self, call: CallSpan, status: int | None, error: str = "") -> None:
-        """Record how it ended: its status, or None if the connection was dropped."""
+        """Record the end of a call: its status, or None if it got no answer, and the text of a refusal."""
         if call.outcome is not None:
-            return  # whoever asked has given up, and been noted
+            return  # its caller gave up, which is recorded
         call.outcome = (status, error, self._clock.now())
         for inner in call.inner:
             if inner.outcome is None or inner.inner:
                 inner.give_up()
-        if call.within:
+        if call.is_inner:
             return
         self._ended.append(call)
         if self._file is not None or self._followers:
             self._publish(record_of(call))
 
-    def begin_verification(self, asking: Span) -> VerificationSpan:
-        """Record that evidence is being verified for a span; its verdict follows in any case."""
-        made = VerificationSpan(asking.next_place())
-        if asking.outcome is None:
-            asking.put(made)
-        return made
+    def begin_verification(self, parent: Span) -> VerificationSpan:
+        """Record the beginning of a verification for a span; `end_verification` must follow."""
+        span = VerificationSpan(parent.next_number())
+        if parent.outcome is None:
+            parent.put(span)
+        return span
 
-    def end_verification(self, made: VerificationSpan, verdict: dict[str, Any]) -> None:
-        """Record the verdict."""
-        if made.outcome is None:
-            made.notes, made.outcome = verdict, JUDGED
+    def end_verification(self, span: VerificationSpan, verdict: dict[str, Any]) -> None:
+        """Record the verdict of a verification."""
+        if span.outcome is None:
+            span.annotations, span.outcome = verdict, COMPLETED
 
     def _publish(self, record: Record) -> None:
         if self._file is not None:
@@ -121,7 +127,7 @@ class Journal:
 
     @property
     def position(self) -> int:
-        """How many calls from outside have come so far: the number of the last record."""
+        """The number of calls from outside so far, which is the number of the last record."""
         return self._begun
 
     def capture(self) -> int:
@@ -129,23 +135,23 @@ class Journal:
         return self._begun
 
     def restore(self, position: int) -> None:
-        """Forget the records after a position; the next one is numbered from there."""
+        """Forget the records after a position, and number the next one from there."""
         if position == self._begun:
             return
-        while self._ended and self._ended[-1].place > position:
+        while self._ended and self._ended[-1].number > position:
             self._ended.pop()
         self._begun = position
         self._publish({"rewound_to": position})
 
     def clear(self) -> None:
-        """Forget every record; numbers go on."""
+        """Forget every record. Numbering continues."""
         self._ended.clear()
 
-    # ---- asking
+    # ---- reading
 
     def records(self, *, since: int = 0, limit: int | None = None) -> list[Record]:
-        """The records after a position, oldest first; the last `limit` of them."""
-        found = [call for call in self._ended if call.place > since]
+        """Return the records after a position, oldest first; with `limit`, only the last ones."""
+        found = [call for call in self._ended if call.number > since]
         return [record_of(call) for call in (found if limit is None else found[max(0, len(found) - limit) :])]
 
     def find(
@@ -157,30 +163,30 @@ class Journal:
         outcome: str = "*",
         since: int = 0,
     ) -> list[Record]:
-        """Every call, inner ones too, that matches.
+        """Return every call that matches, inner ones too.
 
-        By its name (`GetAppKey`, `/bootAuth/kms`), service, caller and outcome; each may have wildcards. Outcomes
-        are `ok`, `denied`, `refused` and `unanswered`.
+        A call is matched by its name (`GetAppKey`, `/bootAuth/kms`), service, caller and outcome; each pattern may have
+        wildcards. Outcomes are `ok`, `denied`, `refused` and `unanswered`.
         """
         name = call.rpartition(".")[2] if not call.startswith("/") else call
-        wanted = {"call": name, "service": service, "caller": caller, "outcome": outcome}
-        asked = {key: pattern for key, pattern in wanted.items() if pattern != "*"}
+        patterns = {"call": name, "service": service, "caller": caller, "outcome": outcome}
+        given = {key: pattern for key, pattern in patterns.items() if pattern != "*"}
         return [
             found
             for record in self.records(since=since)
             for found in flattened(record)
-            if "call" in found and all(fnmatch.fnmatchcase(found[key], pattern) for key, pattern in asked.items())
+            if "call" in found and all(fnmatch.fnmatchcase(found[key], pattern) for key, pattern in given.items())
         ]
 
     def calls(
         self, call: str = "*", *, service: str = "*", caller: str = "*", outcome: str = "*", since: int = 0
     ) -> int:
-        """How many `find` finds."""
+        """Count the calls that `find` returns."""
         return len(self.find(call, service=service, caller=caller, outcome=outcome, since=since))
 
     async def follow(self) -> AsyncIterator[Record]:
-        """Each record from now on, as its call ends."""
-        queue: asyncio.Queue[Record] = asyncio.Queue(_FOLLOWED)
+        """Yield each record from now on, when its call ends."""
+        queue: asyncio.Queue[Record] = asyncio.Queue(_FOLLOWER_QUEUE)
         self._followers.add(queue)
         try:
             while True:
@@ -190,57 +196,58 @@ class Journal:
 
 
 def flattened(record: Record) -> Iterator[Record]:
-    """A record and everything inside it."""
+    """Yield a record and everything inside it."""
     yield record
     for inner in record.get("inner", ()):
         yield from flattened(inner)
 
 
-def record_of(span: Span, around: str = "") -> Record:
-    """A span as JSON says it; `around` is the id of the one around it."""
-    number = f"{around}.{span.place}" if around else str(span.place)
+def record_of(span: Span, parent_id: str = "") -> Record:
+    """Return a span as a record; its id is its number after the parent's id, such as 3.1.2."""
+    span_id = f"{parent_id}.{span.number}" if parent_id else str(span.number)
     if isinstance(span, VerificationSpan):
-        record: Record = {"id": number, **copy.deepcopy(span.notes)}
+        record: Record = {"id": span_id, **copy.deepcopy(span.annotations)}
     else:
         status, error, ended = span.outcome or GIVEN_UP
         record = {
-            "id": number,
+            "id": span_id,
             "time": _moment(span.time),
             "service": span.service,
             "call": span.call,
             "caller": span.caller,
             "status": status,
-            "outcome": _outcome(status, span.notes),
+            "outcome": _outcome(status, span.annotations),
             "ms": None if ended is None else round(1000 * (ended - span.time)),
         }
         if error:
             record["error"] = error
-        record |= copy.deepcopy(span.notes)
+        record |= copy.deepcopy(span.annotations)
         if status == 200 and span.call in RELEASED and span.service.startswith("kms"):
             record["released"] = {"fields": list(RELEASED[span.call]), "to": _receiver(span)}
     if span.inner:
-        by_place = {inner.place: inner for inner in span.inner}  # a question that was sent twice has one place
-        record["inner"] = [record_of(by_place[place], number) for place in sorted(by_place)]
+        by_number = {inner.number: inner for inner in span.inner}  # a request that was sent twice has one number
+        record["inner"] = [record_of(by_number[number], span_id) for number in sorted(by_number)]
     return record
 
 
-def _outcome(status: int | None, notes: dict[str, Any]) -> str:
+def _outcome(status: int | None, annotations: dict[str, Any]) -> str:
     if status is None:
         return "unanswered"
     if status >= 400:
         return "refused"
-    decision, verdict = notes.get("decision"), notes.get("verdict")
+    decision, verdict = annotations.get("decision"), annotations.get("verdict")
     denied = decision is not None and decision["allowed"] is not True
     return "denied" if denied or (verdict is not None and not verdict["is_valid"]) else "ok"
 
 
 def _receiver(call: CallSpan) -> dict[str, str] | None:
-    """Whom the last decision behind a release was about: an app, or another KMS."""
+    """Return the app or KMS that the last decision before a release was about; None if no decision names one."""
     if call.call == "GetTempCaCert":
-        return None  # whoever asks gets it; the decision was about the KMS itself
-    decisions = [i.notes["decision"] for i in call.inner if isinstance(i, CallSpan) and "decision" in i.notes]
-    asked = decisions[-1].get("asked") if decisions else None
-    return None if asked is None else {key: asked.get(key, "") for key in ("app_id", "instance_id", "mr_aggregated")}
+        return None  # every caller gets it: the decision was about the KMS itself
+    annotations = [span.annotations for span in call.inner if isinstance(span, CallSpan)]
+    decisions = [found["decision"] for found in annotations if "decision" in found]
+    request = decisions[-1].get("asked") if decisions else None
+    return None if request is None else {key: request.get(key, "") for key in _RECEIVER}
 
 
 def _moment(seconds: float) -> str:

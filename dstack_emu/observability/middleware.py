@@ -1,8 +1,8 @@
-"""Journal and faults around a service that is asked by HTTP: each call is recorded, and meets its fault if it has one.
+"""Journal and faults around a service that is called over HTTP: records each call, and applies a fault if one matches.
 
-One object for each service, whichever kind of application serves it: an application of our own (`transport.http`) takes
-`HttpInstruments.middleware`, one of aiohttp's takes `observability.aiohttp_middleware`. If the journal is off and there
-are no faults, a call is handed on and nothing is done.
+Each service has one `HttpInstruments`. An application of our own (`transport.http`) takes `HttpInstruments.middleware`,
+one of aiohttp's takes `observability.aiohttp_middleware`. If the journal is off and no fault is in force, a call goes
+straight to its handler.
 """
 
 import json
@@ -14,44 +14,44 @@ from dstack_emu.observability.fault_effects import DroppedError, Stale, apply_fa
 from dstack_emu.observability.fault_rules import FaultRules, Met
 from dstack_emu.observability.http_call import DirectCall, HttpCall, RefusedByHandlerError
 from dstack_emu.observability.journal import Journal
-from dstack_emu.observability.spans import HEADER, CallSpan, answered, enter, leave, read_header
+from dstack_emu.observability.spans import HEADER, CallSpan, enter, forget_request, leave, read_header
 from dstack_emu.simulator.pccs import REVALIDATION_PATH
 from dstack_emu.transport.http import Handler, Request, Response
 
-UNNOTED: Final = frozenset(("/health", "/metrics", REVALIDATION_PATH))
-"""Paths that are requested all the time, and are not recorded."""
+UNRECORDED_PATHS: Final = frozenset(("/health", "/metrics", REVALIDATION_PATH))
+"""Paths that are requested so often that their calls are not recorded."""
 
-SHOWN: Final = 500
-"""Characters of an error that the journal keeps."""
+ERROR_LENGTH: Final = 500
+"""Characters that the journal keeps of an error that is not JSON."""
 
-_GONE: Final = Response()
-"""The answer to a connection that is gone."""
+_DROPPED: Final = Response()
+"""The answer on a connection that a fault has dropped; it is never sent."""
 
 
 class HttpInstruments:
-    """Journal and faults of one service; `stale` answers for a PCCS with collateral that has expired."""
+    """Journal and faults of one service; for a PCCS, `stale` answers with collateral that has expired."""
 
     def __init__(self, service: str, journal: Journal, faults: FaultRules, *, stale: Stale | None = None) -> None:
         self._service, self._journal, self._faults, self._stale = service, journal, faults, stale
 
     def concern(self, path: str) -> bool:
-        """Tell whether there is anything to do about a call of this path."""
+        """Return whether a call of this path is to be recorded, or may have a fault."""
         return bool(self._faults.rules) or self._is_recorded(path)
 
     async def middleware(self, request: Request, handler: Handler) -> Response:
-        """Be the middleware of an application of our own."""
+        """Handle a request as the middleware of an application of our own."""
         if not self.concern(request.path):
             return await handler(request)
         return await self.answer(DirectCall(request, handler))
 
     async def answer(self, call: HttpCall) -> Response:
-        """Answer a call: by its handler, or as its fault wants it.
+        """Answer a call, by its handler or by the fault that applies to it.
 
-        Raises `RefusedByHandlerError` if the handler did. A connection that is dropped gets an empty answer, which
-        nobody reads.
+        Raises `RefusedByHandlerError` if the handler does. If a fault drops the connection, the answer is empty, and is
+        never sent.
         """
         if self._faults.rules and call.path == REVALIDATION_PATH:
-            return Response(204)  # "ask for the documents": a fault may be before any of them
+            return Response(204)  # none of them is confirmed: a fault may apply to the request of each document
         header = call.header(HEADER)
         name, (_, _, caller) = call_name(call.path), read_header(header)
         met = self._faults.meet(self._service, name, caller) if self._faults.rules else None
@@ -60,10 +60,10 @@ class HttpInstruments:
                 return await self._answer(call, met)
             return await self._recorded(call, name, header, met)
         except DroppedError:
-            return _GONE
+            return _DROPPED
 
     def _is_recorded(self, path: str) -> bool:
-        return self._journal.enabled and path not in UNNOTED
+        return self._journal.enabled and path not in UNRECORDED_PATHS
 
     async def _answer(self, call: HttpCall, met: Met | None) -> Response:
         return await (call.proceed() if met is None else apply_fault(*met, call, self._stale))
@@ -71,18 +71,18 @@ class HttpInstruments:
     async def _recorded(self, call: HttpCall, name: str, header: str | None, met: Met | None) -> Response:
         span = self._journal.begin(self._service, name, *read_header(header))
         if met is not None:
-            span.note("fault", {"id": met[0].id, "kind": met[1].kind})
+            span.annotate("fault", {"id": met[0].id, "kind": met[1].kind})
         status, error, is_ended = None, "", True
         before = enter(span)
         try:
             response = await self._answer(call, met)
             if met is not None and met[1].kind == "decision":
-                span.note("decision", {**(span.notes.get("decision") or {}), **_decided(response)})
+                span.annotate("decision", {**(span.annotations.get("decision") or {}), **_decided(response)})
             if not isinstance(response.body, bytes):
                 is_ended = False
                 return replace(response, body=self._while_sent(span, response, header))
             status = response.status
-            answered(header)
+            forget_request(header)
             if status >= 400:
                 error = self._journal.scrub(_error_text(response.body))
             return response
@@ -95,27 +95,27 @@ class HttpInstruments:
                 self._journal.end(span, status, error)
 
     async def _while_sent(self, span: CallSpan, response: Response, header: str | None) -> AsyncIterator[bytes]:
-        """Pass an answer's pieces on; what they were broken off at has no status."""
+        """Pass an answer's pieces on, then end the span; if they break off, it ends without a status."""
         assert not isinstance(response.body, bytes)  # noqa: S101 - the caller looked
         status = None
         try:
             async for piece in response.body:
                 yield piece
             status = response.status
-            answered(header)
+            forget_request(header)
         finally:
             self._journal.end(span, status)
 
 
 def _decided(response: Response) -> dict[str, Any]:
-    """Return what an answer that a fault made up says."""
+    """Return the decision in an answer that a fault has made."""
     body = response.body if response.status == 200 else b"{}"
     document = json.loads(body) if isinstance(body, bytes) else {}
     return {"allowed": document.get("isAllowed"), "reason": document.get("reason"), "rule": "fault"}
 
 
 def call_name(path: str) -> str:
-    """Name a call: an RPC by its own name, without service and mount; anything else by its path."""
+    """Return the name of a call: for an RPC its method, without service and mount, otherwise the path."""
     head, _, last = path.rpartition("/")
     name = last.rpartition(".")[2]
     return name if head in ("", "/prpc") and name[:1].isupper() and name.isalnum() else path
@@ -126,6 +126,6 @@ def _error_text(body: bytes) -> str:
     try:
         document = json.loads(text)
     except ValueError:
-        return text[:SHOWN]
+        return text[:ERROR_LENGTH]
     said = document.get("error") if isinstance(document, dict) else None
-    return said if isinstance(said, str) else text[:SHOWN]
+    return said if isinstance(said, str) else text[:ERROR_LENGTH]

@@ -1,4 +1,4 @@
-"""A record of the journal as a person reads it: one line for the call from outside, what it led to below."""
+"""Renders a record of the journal as text: a line for the call from outside, and below it the calls that it caused."""
 
 from collections.abc import Iterator
 from typing import Any, Final
@@ -6,11 +6,12 @@ from typing import Any, Final
 Record = dict[str, Any]
 
 COLOURS: Final = {"ok": "32", "denied": "31", "refused": "31", "unanswered": "33", "dim": "2"}
-SHOWN: Final = 200
+ERROR_LENGTH: Final = 200
+"""Characters of an error in a line."""
 
 
 def lines(record: Record, *, colours: bool = False, details: bool = True) -> Iterator[str]:
-    """The lines of a record; without `details` the first alone."""
+    """Yield the lines of a record; without `details`, only the first one."""
     paint = _paint if colours else _plain
     if "rewound_to" in record:
         yield paint("dim", f"── back to record {record['rewound_to']}")
@@ -20,7 +21,7 @@ def lines(record: Record, *, colours: bool = False, details: bool = True) -> Ite
     if not details:
         return
     if "released" in record:
-        yield paint("dim", f"       gave {_release(record['released'])}")
+        yield paint("dim", f"       released {_release(record['released'])}")
     for inner in record.get("inner", ()):
         yield from _inner(inner, 1, paint)
 
@@ -30,17 +31,17 @@ def _inner(record: Record, depth: int, paint: Any) -> Iterator[str]:
     if "call" in record:
         yield margin + _call(record, paint)
         if "released" in record:
-            yield margin + paint("dim", f"  gave {_release(record['released'])}")
+            yield margin + paint("dim", f"  released {_release(record['released'])}")
         shown = record.get("inner", ())
     else:
-        verdict = record.get("attestation", "judged")
+        verdict = record.get("attestation", "not verified")
         if verdict == "holds":
             advisories = f" {' '.join(record['advisory_ids'])}" if record["advisory_ids"] else ""
             text = f"evidence holds: {record['tcb_status']}{advisories}, device {record['device_id'][:12]}…"
         else:
             text = f"evidence {verdict}: {_short(record.get('error', ''))}"
         yield margin + paint("ok" if verdict == "holds" else "refused", text)
-        # Collateral that came as it should is of no interest.
+        # Requests for collateral that succeeded are left out.
         shown = [inner for inner in record.get("inner", ()) if inner.get("outcome") != "ok" or "fault" in inner]
     for inner in shown:
         yield from _inner(inner, depth + 1, paint)
@@ -49,35 +50,35 @@ def _inner(record: Record, depth: int, paint: Any) -> Iterator[str]:
 def _call(record: Record, paint: Any) -> str:
     outcome, status = record["outcome"], record.get("grpc", record["status"])
     text = f"{record['caller']} → {record['service']} {record['call']}"
-    decision, said = record.get("decision"), ""
+    decision, result = record.get("decision"), ""
     if decision is not None:
-        said = "allowed" if decision["allowed"] is True else f"denied: {decision.get('reason', '')}"
-        said += f" [{decision['rule']}]" if decision.get("rule") not in (None, "", "allowed") else ""
+        result = "allowed" if decision["allowed"] is True else f"denied: {decision.get('reason', '')}"
+        result += f" [{decision['rule']}]" if decision.get("rule") not in (None, "", "allowed") else ""
         if mismatch := decision.get("mismatch"):
             allowed = ", ".join(mismatch["allowed"]) or "none"
-            said += f"; {mismatch['field']} {mismatch['got'] or 'none'}, the policy has {allowed}"
+            result += f"; {mismatch['field']} {mismatch['got'] or 'none'}, the policy has {allowed}"
     elif verdict := record.get("verdict"):
-        said = f"valid: app {verdict['app_id']}" if verdict["is_valid"] else f"not valid: {_short(verdict['reason'])}"
+        result = f"valid: app {verdict['app_id']}" if verdict["is_valid"] else f"not valid: {_short(verdict['reason'])}"
     elif record.get("error"):
-        said = f"{status} {_short(record['error'])}"
+        result = f"{status} {_short(record['error'])}"
     elif outcome == "unanswered":
-        said = "no answer"
+        result = "no answer"
     else:
-        said = str(status)
+        result = str(status)
     if fault := record.get("fault"):
-        said += f" (fault {fault['id']}: {fault['kind']})"
-    return f"{text}  {paint(outcome, said)}"
+        result += f" (fault {fault['id']}: {fault['kind']})"
+    return f"{text}  {paint(outcome, result)}"
 
 
 def _release(released: dict[str, Any]) -> str:
     to = released["to"]
-    whom = "whoever asked" if to is None else f"app {to['app_id']}"
-    return f"{', '.join(released['fields'])} to {whom}"
+    receiver = "the caller" if to is None else f"app {to['app_id']}"
+    return f"{', '.join(released['fields'])} to {receiver}"
 
 
 def _short(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    return text if len(text) <= ERROR_LENGTH else text[: ERROR_LENGTH - 1] + "…"
 
 
 def _paint(name: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""A verifier and a webhook client that record in the journal what they find and are answered."""
+"""A verifier and a webhook client that record their verdicts and decisions in the journal."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,23 +17,23 @@ from dstack_emu.verifier.service import VerificationResponse
 
 
 class RecordingVerifier(AttestationVerifier):
-    """Verifies as its base does, and records each verdict with the requests for collateral behind it."""
+    """Verifies as its base class does, and records each verdict with the requests for collateral that it needed."""
 
     def __init__(self, pccs: PccsClient, anchor: TrustAnchor, clock: Clock, journal: Journal) -> None:
         super().__init__(pccs, anchor, clock)
         self._journal = journal
 
     async def verify(self, attestation: Attestation) -> VerifiedAttestation:
-        """Verify evidence, and record the verdict; raise as the base does."""
-        asking = current()
-        if asking is None or not self._journal.enabled:
+        """Verify evidence and record the verdict; raise the errors of the base class."""
+        parent = current()
+        if parent is None or not self._journal.enabled:
             return await super().verify(attestation)
-        span = self._journal.begin_verification(asking)
+        span = self._journal.begin_verification(parent)
         before = enter(span)
         verdict: dict[str, Any] = {}
         try:
             verified = await super().verify(attestation)
-            verdict = _notes_of(verified)
+            verdict = _verdict_of(verified)
             return verified
         except AttestError as error:
             verdict = {"attestation": "refused", "error": self._journal.scrub(str(error))}
@@ -43,7 +43,7 @@ class RecordingVerifier(AttestationVerifier):
             self._journal.end_verification(span, verdict)
 
 
-def _notes_of(verified: VerifiedAttestation) -> dict[str, Any]:
+def _verdict_of(verified: VerifiedAttestation) -> dict[str, Any]:
     quote = verified.quote
     return {
         "attestation": "holds",
@@ -54,9 +54,9 @@ def _notes_of(verified: VerifiedAttestation) -> dict[str, Any]:
 
 
 def verdict_recorder(journal: Journal) -> Callable[[VerificationResponse], None]:
-    """Make the observer of a verifier: it records the verdict, its app and OS image, and the reason of a refusal."""
+    """Make the observer of a verifier, which records each verdict: app and OS image, or the reason of a refusal."""
 
-    def note(response: VerificationResponse) -> None:
+    def record(response: VerificationResponse) -> None:
         call = current()
         if call is None:
             return
@@ -65,37 +65,37 @@ def verdict_recorder(journal: Journal) -> Callable[[VerificationResponse], None]
             verdict["reason"] = journal.scrub(response.reason)
         if (app := response.details.app_info) is not None:
             verdict |= {name: app[name] for name in ("app_id", "os_image_hash", "mr_aggregated")}
-        call.note("verdict", verdict)
+        call.annotate("verdict", verdict)
 
-    return note
+    return record
 
 
 class RecordingAuth:
-    """A client of a webhook outside the stack, which records each request and decision."""
+    """A client of a webhook outside the stack that records each request and its decision."""
 
     def __init__(self, auth: AuthApi, name: str, caller: str, journal: Journal) -> None:
         self._auth, self._name, self._caller, self._journal = auth, name, caller, journal
 
     async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
-        """Request one decision, and record it; raise as the wrapped client does."""
-        asking = current()
-        if asking is None or not self._journal.enabled:
+        """Request a decision and record it; raise the errors of the wrapped client."""
+        parent = current()
+        if parent is None or not self._journal.enabled:
             return await self._auth.decide(boot_info, is_kms=is_kms)
         path = f"/bootAuth/{'kms' if is_kms else 'app'}"
-        call = self._journal.begin(self._name, path, asking, asking.next_place(), self._caller)
+        call = self._journal.begin(self._name, path, parent, parent.next_number(), self._caller)
         status, text = None, ""
         try:
             with entered(call):
                 decision = await self._auth.decide(boot_info, is_kms=is_kms)
             status = 200
-            noted = {
+            document = {
                 "about": "kms" if is_kms else "app",
                 "allowed": decision.is_allowed,
                 "reason": decision.reason,
                 "rule": "",
-                "asked": _asked(boot_info),
+                "asked": _fields_of(boot_info),
             }
-            call.note("decision", noted)
+            call.annotate("decision", document)
             return decision
         except UnavailableError as error:
             text = self._journal.scrub(str(error))
@@ -104,15 +104,15 @@ class RecordingAuth:
             self._journal.end(call, status, text)
 
     async def info(self) -> AuthInfo:
-        """Request what it decides by."""
+        """Request the webhook's description of itself (`GET /`)."""
         return await self._auth.info()
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
         await self._auth.close()
 
 
-def _asked(info: BootInfo) -> dict[str, Any]:
+def _fields_of(info: BootInfo) -> dict[str, Any]:
     return {
         "app_id": info.app_id.hex(),
         "compose_hash": info.compose_hash.hex(),

@@ -1,10 +1,9 @@
-"""Which call made which: spans, and the header by which they cross the sockets of one stack.
+"""Spans: which call caused which, and the header that carries this from service to service.
 
-A request that a client sends is handled in another task, so a context variable alone does not reach it. Each client of
-a stack therefore adds a header that names who asks and numbers the question; by it the one who is asked finds the span
-that it is asked for, and its place among the questions of that span. Only the stack's own services are sent it, never a
-webhook that somebody else runs. A place is taken when a question is asked, not when it arrives, so concurrent questions
-have the same order in every run.
+A server handles a request in another task than the client that sent it, so a context variable alone does not connect
+the two. Each client in a stack therefore sends a header with its name and the number of the request; the server finds
+the parent span by it. The header is sent only to the stack's own services, never to a webhook that somebody else runs.
+A request gets its number when it is sent, not when it arrives, so concurrent requests have the same order in every run.
 """
 
 import itertools
@@ -16,57 +15,59 @@ from typing import Any, Final, Union
 
 HEADER: Final = "X-Dstack-Emu-Trace"
 OUTSIDE: Final = "outside"
-"""Who calls when it is no part of the stack."""
+"""The caller's name if it is not a part of the stack."""
 
 Span = Union["CallSpan", "VerificationSpan"]
 
 Outcome = tuple[int | None, str, float | None]
-"""How a span ended: status, the text of a refusal, Unix seconds. For a span that was given up, nothing of all that."""
+"""How a span ended: its status, the text of a refusal, and the time in Unix seconds."""
 
 GIVEN_UP: Final[Outcome] = (None, "", None)
-JUDGED: Final[Outcome] = (200, "", None)
+"""The outcome of a span whose caller stopped waiting."""
+COMPLETED: Final[Outcome] = (200, "", None)
+"""The outcome of a verification, whatever its verdict is."""
 
-_NO_NOTES: Final[dict[str, Any]] = {}
-_NONE_INNER: Final[list[Any]] = []
+_NO_ANNOTATIONS: Final[dict[str, Any]] = {}
+_NO_INNER: Final[list[Any]] = []
 
 
 class _SpanBase:
-    """A part of a trace. `notes` is what was found out on the way, `inner` what was asked for it as it came.
+    """A span: `number` is its number among its parent's requests, `requests` how many it has sent itself.
 
-    There are many of them, and they are kept: none refers to the one around it, and what would be empty is not made.
-    `place` is which question it answers of the span around it, `places` how many it has asked itself. While `outcome`
-    is None it goes on.
+    `annotations` are facts about it, `inner` the spans of its requests in the order of their arrival. `outcome` is None
+    until it ends. The journal keeps many spans: to save memory, a span does not refer to its parent, and empty
+    containers are shared.
     """
 
-    __slots__ = ("inner", "notes", "outcome", "place", "places")
+    __slots__ = ("annotations", "inner", "number", "outcome", "requests")
 
-    def __init__(self, place: int) -> None:
-        self.place, self.places = place, 0
-        self.notes: dict[str, Any] = _NO_NOTES
-        self.inner: list[Span] = _NONE_INNER
+    def __init__(self, number: int) -> None:
+        self.number, self.requests = number, 0
+        self.annotations: dict[str, Any] = _NO_ANNOTATIONS
+        self.inner: list[Span] = _NO_INNER
         self.outcome: Outcome | None = None
 
-    def next_place(self) -> int:
-        """The place of the next question asked for it, from 1."""
-        self.places += 1
-        return self.places
+    def next_number(self) -> int:
+        """Count a request, and return its number, from 1."""
+        self.requests += 1
+        return self.requests
 
-    def note(self, key: str, value: Any) -> None:
-        """Note something, which is not changed afterwards."""
-        if self.notes is _NO_NOTES:
-            self.notes = {key: value}
+    def annotate(self, key: str, value: Any) -> None:
+        """Set an annotation; the value must not change afterwards."""
+        if self.annotations is _NO_ANNOTATIONS:
+            self.annotations = {key: value}
         else:
-            self.notes[key] = value
+            self.annotations[key] = value
 
     def put(self, inner: "Span") -> None:
-        """Put in what was asked for it."""
+        """Add the span of one of its requests."""
         if self.inner:
             self.inner.append(inner)
         else:
             self.inner = [inner]
 
     def give_up(self) -> None:
-        """Stop waiting: what arrives late, for it or for a request inside it, is not recorded."""
+        """End the span because its caller stopped waiting; nothing is recorded for it or inside it from now on."""
         if self.outcome is None:
             self.outcome = GIVEN_UP
         for inner in self.inner:
@@ -74,17 +75,17 @@ class _SpanBase:
 
 
 class CallSpan(_SpanBase):
-    """One call that a service answered, or refused; of one from outside (not `within`) the place is its number."""
+    """A call to a service. The calls from outside (`is_inner` false) are numbered through the whole journal."""
 
-    __slots__ = ("call", "caller", "service", "time", "within")
+    __slots__ = ("call", "caller", "is_inner", "service", "time")
 
-    def __init__(self, within: bool, place: int, service: str, call: str, caller: str, time: float) -> None:
-        self.place = place  # and so on as `_Span` has it, without the price of a call
-        self.places = 0
-        self.notes = _NO_NOTES
-        self.inner = _NONE_INNER
+    def __init__(self, is_inner: bool, number: int, service: str, call: str, caller: str, time: float) -> None:
+        self.number = number  # the fields of `_SpanBase` are set here, which saves a call
+        self.requests = 0
+        self.annotations = _NO_ANNOTATIONS
+        self.inner = _NO_INNER
         self.outcome = None
-        self.within = within
+        self.is_inner = is_inner
         self.service = service
         self.call = call
         self.caller = caller
@@ -92,7 +93,7 @@ class CallSpan(_SpanBase):
 
 
 class VerificationSpan(_SpanBase):
-    """A verification of evidence; the requests for its collateral are inside."""
+    """A verification of evidence; the requests for its collateral are inside it."""
 
     __slots__ = ()
 
@@ -101,18 +102,19 @@ _current: ContextVar[Span | None] = ContextVar("span", default=None)
 
 
 def current() -> Span | None:
-    """The span that this code runs for."""
+    """Return the span that the current task works for, None if there is none."""
     return _current.get()
 
 
 enter = _current.set
-"""Run what follows for a span, until `leave` is given what this returns."""
+"""Make a span the current one; return a token for `leave`."""
 leave = _current.reset
+"""Make the previous span the current one again; takes the token of `enter`."""
 
 
 @contextmanager
 def entered(span: Span) -> Iterator[None]:
-    """Run the block for a span. (At every call `enter` and `leave` are cheaper.)"""
+    """Make a span the current one within a block. On hot paths, `enter` and `leave` cost less."""
     before = enter(span)
     try:
         yield
@@ -120,55 +122,55 @@ def entered(span: Span) -> Iterator[None]:
         leave(before)
 
 
-Origin = tuple[Span | None, int, str]
-"""The span that asks, if it is known here; the place of its question; who asks."""
+TraceContext = tuple[Span | None, int, str]
+"""What a request's header refers to: the parent span if it is of this process, the request's number, the caller."""
 
-_asked: Final[dict[str, Origin]] = {}
-"""The questions under way between services of this process, by their headers."""
-_UNDER_WAY: Final = 4096
-"""More than are asked at a time: beyond it lie questions that never arrived."""
+_under_way: Final[dict[str, TraceContext]] = {}
+"""The requests under way between services of this process, by their headers."""
+_MAX_UNDER_WAY: Final = 4096
+"""More requests than are ever under way: older ones never arrived, and are forgotten."""
 
 _numbers: Final = itertools.count(1)
 _PROCESS: Final = secrets.token_hex(8)
-"""Two stacks on one machine must not take each other's questions for their own."""
+"""Part of the header, so that two stacks on one machine do not confuse their requests."""
 
 
 def headers_of(caller: str) -> Callable[[], Mapping[str, str]]:
-    """Make the function that gives the headers of what `caller` asks now."""
-    alone = {HEADER: caller}
+    """Make the function that returns the headers of the next request of `caller`."""
+    without_span = {HEADER: caller}
 
     def headers() -> Mapping[str, str]:
         span = _current.get()
         if span is None:
-            return alone
-        span.places = place = span.places + 1
+            return without_span
+        span.requests = number = span.requests + 1
         text = f"{caller}:{next(_numbers)}:{_PROCESS}"
-        if len(_asked) >= _UNDER_WAY:
-            del _asked[next(iter(_asked))]  # the oldest
-        _asked[text] = span, place, caller
+        if len(_under_way) >= _MAX_UNDER_WAY:
+            del _under_way[next(iter(_under_way))]  # the oldest
+        _under_way[text] = span, number, caller
         return {HEADER: text}
 
     return headers
 
 
-def read_header(text: str | None) -> Origin:
-    """Find who asks what for; a header that is missing or none of ours is from outside."""
+def read_header(text: str | None) -> TraceContext:
+    """Return the trace context of a header; a header that is missing or not ours is of a call from outside."""
     if text is None:
         return _FROM_OUTSIDE
-    asked = _asked.get(text)
-    if asked is not None:
-        return asked
+    trace = _under_way.get(text)
+    if trace is not None:
+        return trace
     caller = text.partition(":")[0]
     return (None, 0, caller) if _is_name(caller) else _FROM_OUTSIDE
 
 
-def answered(text: str | None) -> None:
-    """Forget a question: its answer is there, so it is not sent again."""
+def forget_request(text: str | None) -> None:
+    """Forget the request of a header: it is answered, so it will not be sent again."""
     if text is not None:
-        _asked.pop(text, None)
+        _under_way.pop(text, None)
 
 
-_FROM_OUTSIDE: Final[Origin] = (None, 0, OUTSIDE)
+_FROM_OUTSIDE: Final[TraceContext] = (None, 0, OUTSIDE)
 
 
 def _is_name(caller: str) -> bool:

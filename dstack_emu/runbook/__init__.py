@@ -1,1 +1,1 @@
-"""dstack's runbook for KMS self authorization: five test cases, run over public interfaces alone."""
+"""dstack's runbook for KMS self authorization: five test cases that use only public interfaces."""

@@ -1,4 +1,4 @@
-"""A client with evidence, like an app that boots: its certificate, under a KMS's temporary CA, contains a quote."""
+"""A client with evidence, as an app has it when it boots: its certificate, under a KMS's temporary CA, has a quote."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -19,12 +19,12 @@ from dstack_emu.transport.tls import Identity
 CSR_VERSION: Final = 2
 CSR_NAME: Final = "runbook.example.test"
 IN_MRTD: Final = 200
-"""Offset of a byte within MRTD in every version of a quote."""
+"""The offset of a byte of MRTD in a quote; it is the same in every version."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttestedClient:
-    """Makes identities of an app: its agent quotes, and the KMS's temporary CA signs."""
+    """Makes client identities of an app: the app's agent quotes, and the KMS's temporary CA signs."""
 
     agent: GuestAgentClient
     temp_ca: CertificateAuthority
@@ -39,20 +39,20 @@ class AttestedClient:
         return cls(agent, temp_ca, entropy, clock)
 
     async def identity(self, *, forged: bool = False) -> Identity:
-        """Make an identity of a new key with evidence that binds it; with `forged`, one bit of the quote is changed.
+        """Make a new key, and a certificate with evidence for it; with `forged`, one bit of the quote is changed.
 
-        Raises `KmsError` if the agent gives no evidence, as the other methods do.
+        This and the other methods raise `KmsError` if the agent gives no evidence.
         """
         key = self._key()
         evidence = await self._evidence(key)
         return self._issue(key, altered(evidence) if forged else evidence)
 
     async def identity_with_stolen_evidence(self) -> Identity:
-        """Make an identity of a new key with evidence that binds another one."""
+        """Make a new key, and a certificate with evidence for another key."""
         return self._issue(self._key(), await self._evidence(self._key()))
 
     def identity_without_evidence(self) -> Identity:
-        """Make an identity of a new key without evidence."""
+        """Make a new key, and a certificate without evidence."""
         return self._issue(self._key(), None)
 
     async def signing_request(self, *, forged: bool = False) -> dict[str, Any]:

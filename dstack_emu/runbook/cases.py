@@ -18,22 +18,22 @@ from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.runbook.attested_client import AttestedClient, altered
 from dstack_emu.runbook.runner import BlockedError, RunbookRun
 from dstack_emu.runbook.target import SIDES
-from dstack_emu.runbook.transcript import Expected, answers, refused, short
+from dstack_emu.runbook.transcript import Expected, answers, refuses, short
 
 DOMAINS: Final = {side: f"kms-{side}.example.test" for side in SIDES}
 APP_KEY: Final = {"api_version": 1}
 
-NOT_ALLOWED: Final = refused("not allowed", "denied")
-SELF_DENIED: Final = refused("self authorization failed", "KMS is not allowed")
+NOT_ALLOWED: Final = refuses("not allowed", "denied")
+SELF_DENIED: Final = refuses("self authorization failed", "KMS is not allowed")
 HANDSHAKE_REFUSED: Final = ("HANDSHAKE", "TSI_")
-"""What stands in the errors of OpenSSL and of grpcio for the alert that refuses a client certificate."""
-NO_ATTESTATION: Final = refused("No attestation provided")
+"""The texts by which OpenSSL and grpcio report the TLS alert that refuses a client certificate."""
+NO_ATTESTATION: Final = refuses("No attestation provided")
 NOT_ATTESTED: Final = Expected(
     "an error that says 'No attestation provided', or (from 0.6 on) a TLS handshake that the server refuses",
     lambda answer: NO_ATTESTATION.holds(answer) or (answer.status == 0 and _is_handshake_refusal(answer.body)),
 )
-"""What a client certificate without evidence has to lead to."""
-NO_APP: Final = "no agent of an app is named (services.app)"
+"""The expected answer to a client certificate without evidence."""
+NO_APP: Final = "the target names no app's agent (services.app)"
 
 
 def _is_handshake_refusal(body: object) -> bool:
@@ -54,7 +54,7 @@ async def run_cases(run: RunbookRun) -> None:
             )
 
 
-async def prepare(run: RunbookRun) -> None:
+async def preparations(run: RunbookRun) -> None:
     """Check that both KMS answer and have no keys, that both webhooks answer, and that both policies deny."""
     for side in SIDES:
         await run.wait_until_fresh(side)
@@ -68,7 +68,7 @@ async def prepare(run: RunbookRun) -> None:
 
 
 async def bootstrap_denied(run: RunbookRun) -> None:
-    """Check case 1: a KMS asks its webhook about itself before it generates keys."""
+    """Check case 1: a KMS requests its webhook's decision about itself before it generates keys."""
     _require_measured(run)
     for name, policy in (("deny-all", None), ("deny-self", run.deny_by_measurement("src"))):
         if policy is not None:
@@ -97,8 +97,8 @@ async def onboarding(run: RunbookRun) -> None:
     await run.apply_policy("dst", "allow-src", run.allow("src"))
     await _onboard(run, NOT_ALLOWED, "onboard-dst-denied-by-src")
     await run.apply_policy("src", "allow-both", run.allow("src", "dst"))
-    wanted = answers(k256_pubkey=run.meta["src"].field("k256_pubkey"))
-    await _onboard(run, wanted, "onboard-dst-allowed")
+    expected = answers(k256_pubkey=run.meta["src"].field("k256_pubkey"))
+    await _onboard(run, expected, "onboard-dst-allowed")
     if run.onboarded is None:
         raise BlockedError("kms-dst has no keys")
     if not await run.finish("dst"):
@@ -106,7 +106,7 @@ async def onboarding(run: RunbookRun) -> None:
 
 
 async def trusted_rpcs(run: RunbookRun) -> None:
-    """Check case 4: a running KMS asks its webhook about itself before every trusted RPC."""
+    """Check case 4: a running KMS requests its webhook's decision about itself before every trusted RPC."""
     _require_running(run)
     temp_ca = await run.call("src", "KMS.GetTempCaCert", TEMP_CA, keep="get-temp-ca-allowed")
     client = await run.make_attested_client(temp_ca) if TEMP_CA.holds(temp_ca) else None
@@ -128,16 +128,16 @@ async def trusted_rpcs(run: RunbookRun) -> None:
 
 
 async def quotes_required(run: RunbookRun) -> None:
-    """Check case 5: nothing passes without a quote, and what the KMS say of themselves is quoted."""
+    """Check case 5: nothing passes without a quote, and the quotes confirm what the KMS say about themselves."""
     _require_running(run)
     for side in SIDES:
         if side in run.meta:
             await _check_certificate(run, side)
     await _check_bootstrap(run)
     await _check_by_verifier(run)
-    nobody = "without a client certificate"
-    await run.call("src", "KMS.GetAppKey", NO_ATTESTATION, arguments=APP_KEY, by=nobody, keep="get-app-key-bare")
-    await run.call("src", "KMS.GetKmsKey", NO_ATTESTATION, by=nobody, keep="get-kms-key-bare")
+    by = "without a client certificate"
+    await run.call("src", "KMS.GetAppKey", NO_ATTESTATION, arguments=APP_KEY, by=by, keep="get-app-key-bare")
+    await run.call("src", "KMS.GetKmsKey", NO_ATTESTATION, by=by, keep="get-kms-key-bare")
     client = run.attested_client
     if client is None:
         run.transcript.record(
@@ -150,13 +150,13 @@ async def quotes_required(run: RunbookRun) -> None:
             "evidence of another key",
             "evidence-of-another-key",
             await client.identity_with_stolen_evidence(),
-            refused("report data mismatch", "report_data"),
+            refuses("report data mismatch", "report_data"),
         ),
         (
             "one bit of the quote changed",
             "altered-quote",
             await client.identity(forged=True),
-            refused("quote", "attestation"),
+            refuses("quote", "attestation"),
         ),
         ("evidence that holds", "evidence", await client.identity(), answers("k256_key", "disk_crypt_key")),
     )
@@ -164,22 +164,22 @@ async def quotes_required(run: RunbookRun) -> None:
         keep = f"get-app-key-{name}"
         await run.call("src", "KMS.GetAppKey", expected, arguments=APP_KEY, identity=identity, by=by, keep=keep)
     request = await client.signing_request(forged=True)
-    expected = refused("quote", "attestation")
+    expected = refuses("quote", "attestation")
     await run.call("src", "KMS.SignCert", expected, arguments=request, by="one bit of the quote changed")
 
 
 CASES: Final[tuple[tuple[str, Callable[[RunbookRun], Awaitable[None]]], ...]] = (
-    ("preparations", prepare),
+    ("preparations", preparations),
     ("bootstrap is denied when self is not allowed", bootstrap_denied),
     ("bootstrap succeeds after self is allowed", bootstrap_allowed),
     ("the receiver rejects onboarding from a denied source", onboarding),
     ("trusted RPCs fail when the running KMS is no longer allowed", trusted_rpcs),
     ("nothing passes without a quote", quotes_required),
 )
-"""Title and steps of each, by number; 0 is the shared setup."""
+"""The title and the function of each case, by number; 0 is the preparation of all."""
 
 
-# ---- what is expected in several places
+# ---- expectations that several cases share
 
 _HEX_64: Final = ("device_id", "mr_aggregated", "os_image_hash")
 TEMP_CA: Final = answers("temp_ca_cert", "temp_ca_key", "ca_cert")
@@ -188,7 +188,7 @@ PAST_THE_SELF_CHECK: Final = Expected(
     "keys, or a refusal of this client that is not about the KMS itself",
     lambda answer: answer.status > 0 and not SELF_DENIED.holds(answer),
 )
-"""The app is not a KMS, so its refusal by GetKmsKey has another reason than the self check of case 4."""
+"""The expected answer of GetKmsKey: the app is not a KMS, so it may be refused, but not by the self check of case 4."""
 
 
 def _is_hash(value: object) -> bool:
@@ -226,8 +226,8 @@ def _require_running(run: RunbookRun) -> None:
 
 async def _bootstrap(run: RunbookRun, expected: Expected, keep: str) -> None:
     if run.bootstrap is not None:
-        wanted = expected.words(run.bootstrap.success)
-        run.transcript.record("kms-src Onboard.Bootstrap", "it has generated keys before", wanted, None)
+        text = expected.text_with(run.bootstrap.success)
+        run.transcript.record("kms-src Onboard.Bootstrap", "it has generated keys before", text, None)
         return
     answer = await run.call("src", "Onboard.Bootstrap", expected, arguments={"domain": DOMAINS["src"]}, keep=keep)
     if answer.ok:
@@ -236,8 +236,8 @@ async def _bootstrap(run: RunbookRun, expected: Expected, keep: str) -> None:
 
 async def _onboard(run: RunbookRun, expected: Expected, keep: str) -> None:
     if run.onboarded is not None:
-        wanted = expected.words(run.onboarded.success)
-        run.transcript.record("kms-dst Onboard.Onboard", "it has taken keys before", wanted, None)
+        text = expected.text_with(run.onboarded.success)
+        run.transcript.record("kms-dst Onboard.Onboard", "it has received keys before", text, None)
         return
     arguments = {"source_url": run.target.source_url, "domain": DOMAINS["dst"]}
     answer = await run.call("dst", "Onboard.Onboard", expected, arguments=arguments, keep=keep)
@@ -258,11 +258,11 @@ async def _call_with_evidence(
 
 
 async def _check_certificate(run: RunbookRun, side: str) -> None:
-    """Verify the evidence in a KMS's certificate: it is bound to the key, and quotes what the KMS has stated."""
+    """Verify the evidence in a KMS's certificate: it binds the key, and quotes the measurements that the KMS stated."""
     asked = f"the certificate of kms-{side}, verified by dcap-qvl with the PCCS's collateral"
     expected = f"evidence under {run.target.root}, bound to its key, usage {USAGE_KMS_RPC}"
     if run.verifier is None:
-        run.transcript.record(asked, "no PCCS is named (services.pccs)", expected, None)
+        run.transcript.record(asked, "the target names no PCCS (services.pccs)", expected, None)
         return
     try:
         server = await run.verify_server(side)
@@ -291,7 +291,7 @@ async def _check_bootstrap(run: RunbookRun) -> None:
     """Verify the attestation of the bootstrap, and that it binds the keys that were generated."""
     asked, expected = "the attestation of the bootstrap", f"evidence under {run.target.root} that binds both keys"
     if run.verifier is None or run.bootstrap is None:
-        run.transcript.record(asked, "no PCCS is named (services.pccs)", expected, None)
+        run.transcript.record(asked, "the target names no PCCS (services.pccs)", expected, None)
         return
     try:
         evidence: Attestation = (await run.verify_hex(run.bootstrap.field("attestation"))).attestation
@@ -308,13 +308,15 @@ async def _check_by_verifier(run: RunbookRun) -> None:
     """Check that a verifier accepts the attestation of the bootstrap, and rejects it if one bit is changed."""
     verifier, bootstrap = run.target.verifier, run.bootstrap
     if verifier is None or bootstrap is None:
-        missing = "no verifier is named (services.verifier)" if verifier is None else "kms-src did not bootstrap"
+        missing = (
+            "the target names no verifier (services.verifier)" if verifier is None else "kms-src did not bootstrap"
+        )
         run.transcript.record("the verifier on the attestation of the bootstrap", missing, IS_VALID.text, None)
         return
     try:
         evidence = decode(bytes.fromhex(bootstrap.field("attestation")))
     except (AttestError, ValueError, TypeError):
-        return  # the step before has recorded it
+        return  # the previous step has recorded the error
     for about, name, attestation, expected in (
         ("the attestation of the bootstrap", "verify-bootstrap", evidence, IS_VALID),
         ("it with one bit of the quote changed", "verify-altered-bootstrap", altered(evidence), IS_NOT_VALID),

@@ -1,7 +1,7 @@
-"""The archive of a run: the files that the runbook says to save, and the SHA-256 of each.
+"""The archive of a run: the files that the runbook requires, and the SHA-256 of each.
 
 The same run gives the same bytes: names are sorted, owners and times are fixed, and what differs from run to run (a
-free port, a temporary folder, a duration) is replaced or omitted. It contains no private keys.
+free port, a temporary folder, a duration) is replaced or omitted. The archive contains no private keys.
 """
 
 import gzip
@@ -32,13 +32,13 @@ def normalised(text: str, names: Mapping[str, str]) -> str:
 
 
 def normalised_log(lines: list[str], names: Mapping[str, str]) -> str:
-    """Return a log with the same replacements, and without ports of clients and durations."""
+    """Return a log with the same replacements, without durations and without the ports of clients."""
     text = normalised("".join(f"{line}\n" for line in lines), names)
     return _DURATION.sub("…", _PORT.sub(r"\1", text))
 
 
-def archive(files: Mapping[str, str], about: Mapping[str, Any]) -> bytes:
-    """Pack files and a manifest of them into a tar.gz."""
+def pack_evidence(files: Mapping[str, str], about: Mapping[str, Any]) -> bytes:
+    """Pack files, and a manifest with their sizes and hashes, into a tar.gz."""
     contents = {name: text.encode() for name, text in files.items()}
     sums = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in contents.items()}
     manifest = {**about, "files": dict(sorted(sums.items()))}
@@ -56,7 +56,7 @@ def archive(files: Mapping[str, str], about: Mapping[str, Any]) -> bytes:
 
 
 class Destination:
-    """A file that is written whole or not at all. It is made before the run, which reports an unusable path at once."""
+    """A file that is written completely or not at all. Create it before the run, so that a bad path fails early."""
 
     def __init__(self, path: Path) -> None:
         """Create a temporary file beside `path`; raise `OSError` if that is not possible."""
@@ -68,7 +68,7 @@ class Destination:
         self._temporary: Path | None = Path(name)
 
     def write(self, data: bytes) -> None:
-        """Write the content to the path. Raises `OSError`."""
+        """Write the content to the path; raise `OSError` if that fails."""
         if self._temporary is None:
             raise ValueError("written or discarded already")
         self._temporary.write_bytes(data)

@@ -1,9 +1,9 @@
-"""A client of a KMS that speaks gRPC: the same JSON goes in and comes out as with pRPC, the statuses are gRPC's.
+"""A client of a KMS over gRPC: it takes and returns the same JSON as the client over pRPC, with gRPC's statuses.
 
-Onboard is called without TLS, KMS over TLS, and with a client certificate at the port that demands one. Pages of other
-services are requested over HTTP.
+Onboard is called without TLS, KMS with TLS; calls with a client certificate go to the port that demands one. Pages of
+other services are requested over HTTP.
 
-Imported only for `--transport grpc`: grpcio costs time and memory.
+Import this module only for `--transport grpc`: grpcio costs time and memory.
 """
 
 import contextlib
@@ -86,6 +86,6 @@ class GrpcKmsClient:
         return await self._pages.post(url, document)
 
     async def close(self) -> None:
-        """Close the connections of HTTP, and end grpcio; connections of gRPC end with their calls."""
+        """Close the HTTP connections and stop grpcio; a gRPC connection ends with its call."""
         await self._pages.close()
         self._exit.close()

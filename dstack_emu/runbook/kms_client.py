@@ -1,8 +1,8 @@
-"""Clients of a KMS for the runbook: a method and JSON go in, a status and JSON come out.
+"""Clients of a KMS for the runbook: they take a method and JSON, and return a status and JSON.
 
-`KmsClient` is the interface between the runbook and a transport. The client here speaks pRPC, in JSON over HTTP/1.1;
-the one for gRPC is in `runbook.grpc_kms_client`. Neither verifies a server's certificate, as the runbook's own
-`curl -sk` does not: the evidence in it is verified in a step of its own.
+`KmsClient` is the interface between the runbook and a transport. The client here uses pRPC, in JSON over HTTP/1.1; the
+one for gRPC is in `runbook.grpc_kms_client`. Like the runbook's `curl -sk`, neither verifies a server's certificate:
+a separate step verifies the evidence in it.
 """
 
 import asyncio
@@ -23,12 +23,12 @@ from dstack_emu.transport.ratls import AttestedServer, RaTlsClient, RaTlsError
 from dstack_emu.transport.tls import Identity, client_context
 
 TIMEOUT: Final = 60.0
-"""Seconds for one call, unless another deadline is given: a platform may take long to quote."""
+"""The default timeout of a call in seconds: a platform may take long to quote."""
 
 
 @dataclass(frozen=True, slots=True)
 class KmsAnswer:
-    """An answer: its status, and its body, parsed if it is JSON. Status 0: no answer came, and the body says why.
+    """An answer: its status, and its body, parsed if it is JSON. Status 0 means that no answer came; the body says why.
 
     For a call by gRPC, `code` is the name of its status and `status` its counterpart in pRPC: 200 or 400.
     """
@@ -66,9 +66,9 @@ class KmsAnswer:
 
 
 class KmsClient(Protocol):
-    """A transport. Its methods raise nothing, except `verify_server`: a failure is an answer with the status 0.
+    """A transport. Its methods raise nothing, except `verify_server`: a failure is an answer with status 0.
 
-    With `finishes_by_page` the page `/finish` ends the onboard phase, otherwise the RPC Onboard.Finish.
+    If `finishes_by_page` is true, the page `/finish` ends the onboard phase, otherwise the RPC Onboard.Finish.
     """
 
     finishes_by_page: bool
@@ -175,7 +175,7 @@ class PrpcKmsClient:
             return KmsAnswer(answer.status, text)
 
     def _client(self, identity: Identity | None) -> HttpClient:
-        """Return the client that shows this identity, if any; whoever answers is not verified here."""
+        """Return the HTTP client with this client certificate; it does not verify servers."""
         if identity not in self._clients:
             tls = client_context(identity)
             self._clients[identity] = HttpClient(timeout=TIMEOUT, max_answer=MAX_RESPONSE, kept_idle=KEPT_IDLE, tls=tls)

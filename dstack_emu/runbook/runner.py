@@ -1,6 +1,6 @@
-"""One run of the runbook on one target: the actions that its cases consist of, each recorded in the transcript.
+"""One run of the runbook on one target: the actions of its cases, each recorded in the transcript.
 
-Every wait for a KMS, a webhook, an agent or a PCCS has a deadline, and its error names what was waited for.
+Every wait for a KMS, a webhook, an agent or a PCCS has a deadline, and the error names what did not answer.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ PAUSE: Final = 0.2
 """Seconds between two calls to a KMS that does not answer yet."""
 
 ATTEMPT_TIMEOUT: Final = 20.0
-"""Seconds for one of these calls: a connection made while the KMS changed its phase must not use up all patience."""
+"""The timeout of one of these calls in seconds: one call during a change of phase must not use up all the time."""
 
 START_AGAIN: Final = (
     "the runbook begins with two KMS that have no keys. For a stack of this emulator, start it anew with `up --fresh` "
@@ -56,7 +56,7 @@ class BlockedError(Exception):
 
 
 class RunbookRun:
-    """One run on one target; its attributes hold what later cases need of earlier ones."""
+    """One run on one target. Its attributes keep the results of earlier cases that later cases need."""
 
     def __init__(
         self,
@@ -116,8 +116,8 @@ class RunbookRun:
         """Call an RPC of a KMS, compare the answer with what is expected, and keep it as evidence."""
         kms, given = self.target.kms[side], arguments or {}
         answer = await self.kms_client.call(kms, method, given, identity)
-        asked = f"kms-{side} {method}({arguments_of(given)}){f', {by}' if by else ''}"
-        self._record(asked, answer, expected, keep or method, given)
+        request = f"kms-{side} {method}({arguments_of(given)}){f', {by}' if by else ''}"
+        self._record(request, answer, expected, keep or method, given)
         before = {"Onboard.Bootstrap": self.bootstrap, "Onboard.Onboard": self.onboarded}
         if "has already been" in answer.error and before.get(method, answer) is None:
             where = self.kms_client.address(kms, method)
@@ -144,9 +144,9 @@ class RunbookRun:
         else:
             await self.call(side, "Onboard.Finish", answers(), keep=keep)
         source = self.meta.get("src") or self.bootstrap
-        wanted = answers("ca_cert", k256_pubkey=source.field("k256_pubkey") if source else None)
+        expected = answers("ca_cert", k256_pubkey=source.field("k256_pubkey") if source else None)
         answer = await self._wait_for_runtime_phase(side)
-        self._record(f"kms-{side} KMS.GetMeta()", answer, wanted, f"kms-{side}-meta", {})
+        self._record(f"kms-{side} KMS.GetMeta()", answer, expected, f"kms-{side}-meta", {})
         if answer.ok:
             self.meta[side] = answer
         return answer.ok
@@ -157,7 +157,7 @@ class RunbookRun:
         if keep:
             response = {"asked": asked, "status": answer.shown, "body": redacted(answer.body)}
             self.transcript.keep("responses", keep, response if given is None else response | {"arguments": given})
-        self.transcript.record(asked, summary_of(answer), expected.words(answer.success), expected.holds(answer))
+        self.transcript.record(asked, summary_of(answer), expected.text_with(answer.success), expected.holds(answer))
 
     async def apply_policy(self, side: str, name: str, policy: dict[str, Any]) -> None:
         """Replace the policy of one side and check that its webhook can read it.
@@ -190,13 +190,13 @@ class RunbookRun:
         return policy_files.allow(images, [str(info["mr_aggregated"]) for info in measured], rules)
 
     def deny_by_measurement(self, image_of: str) -> dict[str, Any]:
-        """Return a policy that allows a KMS's image and a measurement that nobody has."""
+        """Return a policy that allows the image of a KMS, but no measurement that exists."""
         return policy_files.allow([str(self.measured[image_of]["os_image_hash"])], ["00" * 32], [])
 
     # ---- waiting
 
     async def wait_until_fresh(self, side: str) -> None:
-        """Wait until a KMS states its measurements; raise `RunbookError` if it has keys, or does not answer."""
+        """Wait until a KMS states its measurements; raise `RunbookError` if it has keys or does not answer in time."""
         kms, deadline = self.target.kms[side], time.monotonic() + self._patience
         while True:
             answer = await self.kms_client.call(kms, "Onboard.GetAttestationInfo", {}, seconds=ATTEMPT_TIMEOUT)
@@ -213,7 +213,7 @@ class RunbookRun:
             await asyncio.sleep(PAUSE)
 
     async def _wait_for_runtime_phase(self, side: str) -> KmsAnswer:
-        """Call GetMeta of a KMS that was told to finish until it answers or patience ends; return the answer."""
+        """Call GetMeta until the KMS, which was told to finish, answers or the time is up; return the answer."""
         deadline = time.monotonic() + self._patience
         while True:
             answer = await self.kms_client.call(self.target.kms[side], "KMS.GetMeta", {}, seconds=ATTEMPT_TIMEOUT)
@@ -226,11 +226,11 @@ class RunbookRun:
     async def verify(self, attestation: Attestation) -> VerifiedAttestation:
         """Verify evidence under the target's root; raise `AttestError`."""
         if self.verifier is None:
-            raise VerificationError("no PCCS is named, so no evidence can be verified")
+            raise VerificationError("no evidence can be verified: the target names no PCCS (services.pccs)")
         return await self.verifier.verify(attestation)
 
     async def verify_hex(self, text: object) -> VerifiedAttestation:
-        """Verify evidence in hex, as an answer has it; raise `AttestError`."""
+        """Verify evidence in hex, as it is in an answer; raise `AttestError`."""
         try:
             data = bytes.fromhex(str(text))
         except ValueError as error:

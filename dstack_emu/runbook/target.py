@@ -1,7 +1,7 @@
 """The target of a run: the addresses of two KMS, their webhooks and an app's agent, and the policy files.
 
-The form is that of the line that `dstack-emu up --json` prints and writes to the state folder as stack.json. Keys that
-the runbook does not use are ignored, so that line can be used as it is.
+The format is that of the line that `dstack-emu up --json` prints, and of stack.json in the state folder. Keys that the
+runbook does not use are ignored.
 """
 
 import json
@@ -91,9 +91,9 @@ class TargetKms:
 class Target:
     """A stack to run the runbook on.
 
-    `source_url` is where kms-dst reaches kms-src. Without a `pccs` no evidence can be verified, without an `app` (a
-    guest agent, as URL or socket) there is no attested client, without a `verifier` there is no second verdict. `names`
-    has the names that replace, in the evidence, what differs from run to run.
+    `source_url` is the URL by which kms-dst reaches kms-src. Without a `pccs` no evidence can be verified, without an
+    `app` (a guest agent, as URL or socket) there is no attested client, without a `verifier` there is no second
+    verdict. In the evidence, `names` replace addresses and folders, which differ from run to run.
     """
 
     kms: Mapping[str, TargetKms]
@@ -167,7 +167,9 @@ class Target:
 def _grpc_target(found: _Description, name: str, key: str) -> str:
     target = found.grpc.get(key)
     if target is None:
-        raise TargetError(f"{name}: grpc.{key}: not there, and --transport grpc needs it: `up --grpc` switches gRPC on")
+        raise TargetError(
+            f"{name}: grpc.{key}: not there, and --transport grpc needs it: start the stack with `up --grpc`"
+        )
     host, _, port = target.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise TargetError(f"{name}: grpc.{key}: host:port expected, got {target!r:.100}")

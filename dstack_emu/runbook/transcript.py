@@ -1,4 +1,4 @@
-"""The transcript of a run: each step with its call, its answer and what was expected, and the files of its evidence."""
+"""The transcript of a run: each step with its request, its answer and what was expected, and the files of evidence."""
 
 import json
 import time
@@ -9,24 +9,26 @@ from typing import Any, Final
 from dstack_emu.runbook.kms_client import KmsAnswer
 
 SHOWN: Final = 80
-"""Characters of a value that a line shows in full; of a longer one it shows the beginning. Files contain all of it."""
+"""The length up to which a line shows a value in full; the files contain every value in full."""
+
 BEGINNING: Final = 12
+"""The number of characters that a line shows of a longer value."""
 NAMES: Final = 4
-"""Names of an answer's fields that a line shows."""
+"""The number of fields of an answer whose names a line shows."""
 REDACTED: Final = "(a private key was here)"
 _PRIVATE: Final = frozenset(("temp_ca_key", "ca_key", "k256_key", "disk_crypt_key", "env_crypt_key"))
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What an answer must be, in words and as a predicate. The words for a success follow its status."""
+    """What an answer must be, as text and as a predicate. If it is a success, its status precedes the text."""
 
     text: str
     holds: Callable[[KmsAnswer], bool]
     is_success: bool = False
 
-    def words(self, success: str) -> str:
-        """Return the words, with the status that a success has in this transport."""
+    def text_with(self, success: str) -> str:
+        """Return the text; `success` is the status of a success in this transport."""
         return f"{success} {self.text}".rstrip() if self.is_success else self.text
 
 
@@ -58,7 +60,7 @@ class Case:
 
 
 class Transcript:
-    """Records the steps, and calls `on_case` and `on_step` with each at once."""
+    """Records the cases and steps, and calls `on_case` and `on_step` with each one."""
 
     def __init__(self, on_case: Callable[[Case], None], on_step: Callable[[Step], None]) -> None:
         self.cases: list[Case] = []
@@ -88,7 +90,7 @@ class Transcript:
 
     def keep(self, folder: str, name: str, document: Any) -> None:
         """Keep a document as evidence of the next step."""
-        # Two digits, so that a listing of the folder has them in order.
+        # Two digits, so that a sorted listing of the folder has the steps in order.
         step = f"{self.cases[-1].number}.{len(self.cases[-1].steps) + 1:02}"
         self.files[f"{folder}/{step}-{name}.json"] = json.dumps(document, indent=2, sort_keys=True) + "\n"
 
@@ -150,7 +152,7 @@ def redacted(value: Any) -> Any:
 
 def answers(*names: str, **values: Any) -> Expected:
     """Expect a success that has these fields, not empty, and these values."""
-    wanted = [*names, *(f"{name} = {short(value)}" for name, value in values.items())]
+    parts = [*names, *(f"{name} = {short(value)}" for name, value in values.items())]
 
     def holds(answer: KmsAnswer) -> bool:
         return (
@@ -159,7 +161,7 @@ def answers(*names: str, **values: Any) -> Expected:
             and all(answer.field(name) == value for name, value in values.items())
         )
 
-    return Expected(f"with {', '.join(wanted)}" if wanted else "", holds, is_success=True)
+    return Expected(f"with {', '.join(parts)}" if parts else "", holds, is_success=True)
 
 
 def says(text: str) -> Expected:
@@ -167,8 +169,8 @@ def says(text: str) -> Expected:
     return Expected(text, lambda answer: answer.ok and answer.body == text, is_success=True)
 
 
-def refused(*reasons: str) -> Expected:
-    """Expect an error that contains one of these texts, in any case of letters."""
+def refuses(*reasons: str) -> Expected:
+    """Expect an error that contains one of these texts, in upper or lower case."""
 
     def holds(answer: KmsAnswer) -> bool:
         text = answer.error.lower()

@@ -1,6 +1,6 @@
 """A stack for tests: `LiveStack` and its parts, with synchronous calls, and `refused`. docs/pytest.md describes them.
 
-The fixtures of `pytest_plugin` are made of this; it needs no pytest itself.
+The fixtures of `pytest_plugin` return these classes. This package does not need pytest.
 """
 
 from dstack_emu.testing.clock import LiveClock

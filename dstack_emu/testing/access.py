@@ -1,6 +1,6 @@
-"""Access to a running stack from a test: what every handle of `testing` is made with.
+"""Access to a running stack from a test, which every handle of `testing` has.
 
-A handle, such as `LiveKms`, holds a name and this; it finds its part anew at each call.
+A handle, such as `LiveKms`, has a name and this object; it looks up its part at each call.
 """
 
 import json
@@ -20,22 +20,22 @@ from dstack_emu.transport.tls import client_context
 T = TypeVar("T")
 
 TIMEOUT: Final = 90.0
-"""Seconds that an answer may take: longer than services wait for one another."""
+"""The timeout of a request in seconds; it is longer than services wait for one another."""
 
 
-class Named(Protocol):
+class NamedPart(Protocol):
     """A handle of a part that has a name."""
 
     name: str
 
 
-def name_of(part: Named | str) -> str:
-    """Return the name of a part, which may be given as its name."""
+def name_of(part: NamedPart | str) -> str:
+    """Return the name of a part; a text is the name itself."""
     return part if isinstance(part, str) else part.name
 
 
 class StackAccess:
-    """One running stack: its control without `await`, its thread, and requests to its services."""
+    """One running stack: its thread, its control API without `await`, and requests to its services."""
 
     def __init__(self, thread: StackThread, stack: Stack) -> None:
         self.thread = thread
@@ -43,11 +43,11 @@ class StackAccess:
         self._stack = stack
 
     def in_thread(self, work: Callable[[Stack], T]) -> T:
-        """Call a function with the `Stack` itself, in its own thread."""
+        """Call a function with the `Stack`, in the stack's thread."""
         return self.thread.call(lambda: work(self._stack))
 
     def post(self, url: str, fields: Mapping[str, Any], root: Path | None = None) -> dict[str, Any]:
-        """POST JSON, and return the answer; raise `Refused` for a status from 400 on.
+        """POST JSON and return the answer; raise `Refused` for a status of 400 or above.
 
         `root` is the file of the root certificate (PEM) under which the server is verified.
         """
@@ -56,14 +56,14 @@ class StackAccess:
 
 
 def raise_refusals(call: Callable[[], T]) -> T:
-    """Make a call of the control; a refusal by a KMS becomes `Refused`."""
+    """Make a call of the control API; raise `Refused` if a KMS refuses (status 403)."""
     __tracebackhide__ = True
     try:
         return call()
     except ControlError as error:
         if error.status != 403:
             raise
-        raise Refused(str(error)) from None  # a test's report is about the refusal, not about who passed it on
+        raise Refused(str(error)) from None  # without the cause: the test's report needs only the KMS's text
 
 
 async def _post(url: str, fields: Mapping[str, Any], tls: ssl.SSLContext | None) -> dict[str, Any]:

@@ -9,35 +9,35 @@ Moment = str | float | datetime.datetime
 
 
 class LiveClock:
-    """The clock of the whole stack. Moments are datetimes, Unix seconds, or ISO 8601, in UTC if they name no offset."""
+    """The clock of the whole stack. A moment is a datetime, Unix seconds, or ISO 8601; without an offset it is UTC."""
 
     def __init__(self, access: StackAccess) -> None:
         self._access = access
 
     @property
     def now(self) -> datetime.datetime:
-        """What it shows."""
+        """The clock's time."""
         seconds = self._access.in_thread(lambda stack: stack.control.time.now())
         return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
 
     def set(self, moment: Moment) -> None:
-        """Set it to a moment; it runs on from there, unless it is frozen."""
+        """Set the clock; it continues from there, unless it is frozen."""
         self._change(set=_as_moment(moment))
 
     def advance(self, by: str | float | datetime.timedelta) -> None:
-        """Set it forward: seconds, or text such as `90s`, `12h`, `30d`; back by a negative one."""
+        """Advance the clock by seconds, or text such as `90s`, `12h`, `30d`; a negative duration sets it back."""
         self._change(advance=by.total_seconds() if isinstance(by, datetime.timedelta) else by)
 
     def freeze(self, moment: Moment | None = None) -> None:
-        """Stop it, at a moment or at its present time."""
+        """Freeze the clock at a moment, or at its present time."""
         self._change(freeze=True if moment is None else _as_moment(moment))
 
     def resume(self) -> None:
-        """Let it run on from the time that it shows."""
+        """Let a frozen clock continue from its present time."""
         self._change(resume=True)
 
     def follow_the_wall(self) -> None:
-        """Make it follow the wall clock again, as at the stack's start."""
+        """Let the clock follow the wall clock again, as when the stack started."""
         self._change(follow_the_wall=True)
 
     def _change(self, **change: Any) -> None:

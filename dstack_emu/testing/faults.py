@@ -8,18 +8,18 @@ from dstack_emu.testing.access import StackAccess
 
 
 class LiveFault:
-    """A fault in force: until `lift`, the end of a `with` block over it, or the end of the test."""
+    """A fault in force. It ends with `lift`, with its `with` block, or with the test."""
 
     def __init__(self, access: StackAccess, rule: InstalledRule) -> None:
         self._access, self._rule = access, rule
 
     @property
     def met(self) -> int:
-        """How many calls it has met."""
+        """The number of calls that the fault was applied to."""
         return self._access.in_thread(lambda _stack: self._rule.met)
 
     def lift(self) -> None:
-        """Lift it, if it is in force."""
+        """Lift the fault, if it is in force."""
         self._access.in_thread(lambda stack: stack.context.instrumentation.faults.lift(self._rule.id))
 
     def __enter__(self) -> Self:

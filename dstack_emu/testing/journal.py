@@ -13,7 +13,7 @@ class LiveJournal:
         self.since = 0
 
     def start(self) -> None:
-        """Leave out what came before."""
+        """Ignore the records so far."""
         self.since = self._access.in_thread(lambda stack: stack.control.journal.position)
 
     def calls(self, call: str = "*", *, service: str = "*", caller: str = "*", outcome: str = "*") -> int:
@@ -33,5 +33,5 @@ class LiveJournal:
         return self._access.in_thread(lambda stack: stack.control.journal.records(since=since))
 
     def text(self) -> str:
-        """Return the same as text, as `dstack-emu ctl tail` prints it."""
+        """Return the records as text, as `dstack-emu ctl tail` prints them."""
         return "\n".join(line for record in self.records() for line in lines(record))

@@ -1,4 +1,4 @@
-"""KMS of a test's stack, and the policies of their webhooks."""
+"""The KMS of a test's stack, and the policies of their webhooks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,39 +6,42 @@ from typing import Any, Self
 
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
-from dstack_emu.testing.access import Named, StackAccess, name_of, raise_refusals
+from dstack_emu.testing.access import NamedPart, StackAccess, name_of, raise_refusals
 from dstack_emu.testing.platforms import LivePlatform
 from dstack_emu.testing.trust_domains import LiveTrustDomain
 
 
 class LivePolicy:
-    """Whom the webhook (auth-simple) of a KMS allows; in force from its next answer on. `kms` is the KMS's name."""
+    """The policy of a KMS's webhook (auth-simple); `kms` is the KMS's name. The next request uses a changed policy."""
 
     def __init__(self, access: StackAccess, kms: str) -> None:
         self._access, self.kms = access, kms
 
     @property
     def path(self) -> Path:
-        """Its file."""
+        """The path of the policy file."""
         return Path(self._access.control.policies()[self.kms])
 
     @property
     def content(self) -> Any:
-        """What is in it."""
+        """The content of the policy file."""
         return self._access.control.policy(self.kms)
 
     def set(self, content: Mapping[str, Any]) -> None:
-        """Put another in its place; it is not validated."""
+        """Replace the policy; the content is not validated."""
         self._access.control.set_policy(self.kms, content)
 
     def allow(self, *parts: "LiveTrustDomain | LiveKms | str", this_device_only: bool = False) -> Self:
-        """Allow trust domains as they are now, with their OS images; on their own platforms alone if asked for."""
+        """Allow trust domains by their present measurements and their OS images.
+
+        With `this_device_only` they are allowed only on their own platforms.
+        """
         for name in map(_trust_domain_name, parts):
             self._access.control.allow(self.kms, name, this_device_only=this_device_only)
         return self
 
     def deny(self, *parts: "LiveTrustDomain | LiveKms | str") -> Self:
-        """Stop allowing them: of a KMS its measurement, of an app all of it."""
+        """Remove the measurement of a KMS from the policy, or the whole entry of an app."""
         for name in map(_trust_domain_name, parts):
             self._access.control.deny(self.kms, name)
         return self
@@ -56,7 +59,7 @@ class LiveKms:
 
     @property
     def info(self) -> dict[str, Any]:
-        """Its phase, its URL, and what it measures."""
+        """The KMS as the control API describes it: its phase, its URL, its trust domain."""
         info: dict[str, Any] = self._access.control.kms(self.name)
         return info
 
@@ -67,12 +70,12 @@ class LiveKms:
 
     @property
     def url(self) -> str:
-        """Where it answers: over TLS in its runtime phase."""
+        """The URL of the KMS; in the runtime phase it begins with `https`."""
         return str(self.info["url"])
 
     @property
     def root_ca(self) -> Path:
-        """Its root certificate (PEM), once it has keys."""
+        """The path of its root certificate (PEM), which exists once it has keys."""
         return Path(self.info["certs"]) / ROOT_CA_CERT
 
     @property
@@ -87,33 +90,33 @@ class LiveKms:
 
     @property
     def policy(self) -> LivePolicy:
-        """The policy of its webhook, by which it and its callers are allowed."""
+        """The policy of its webhook, which decides about the KMS itself and its callers."""
         webhook = str(self.info["webhook"])
         if "://" in webhook:
-            raise ControlError(f"kms-{self.name} asks {webhook}, which has no policy of the stack's")
+            raise ControlError(f"kms-{self.name} uses the webhook {webhook}, which has no policy in the stack")
         return LivePolicy(self._access, self.name) if webhook == "own" else LiveKms(self._access, webhook).policy
 
     def bootstrap(self) -> Self:
-        """Make new keys and end the onboard phase; raise `Refused` with its words."""
+        """Generate keys and end the onboard phase; raise `Refused` with the KMS's text."""
         __tracebackhide__ = True
         raise_refusals(lambda: self._access.control.onboard_kms(self.name, None))
         return self
 
-    def onboard(self, source: Named | str = "src") -> Self:
-        """Take another KMS's keys over and end the onboard phase; raise `Refused` with its words."""
+    def onboard(self, source: NamedPart | str = "src") -> Self:
+        """Receive the keys of another KMS and end the onboard phase; raise `Refused` with the KMS's text."""
         __tracebackhide__ = True
         raise_refusals(lambda: self._access.control.onboard_kms(self.name, name_of(source)))
         return self
 
     def rpc(self, method: str, **fields: Any) -> dict[str, Any]:
-        """Call it, in JSON and without a client certificate; raise `Refused` with its words.
+        """Call an RPC in JSON, without a client certificate; raise `Refused` with the KMS's text.
 
-        The service need not be named: it is `KMS`, and `Onboard` in the onboard phase.
+        If `method` names no service, it is `Onboard` in the onboard phase and `KMS` in the runtime phase.
         """
         runtime = self.phase == "runtime"
         name = method if "." in method else f"{'KMS' if runtime else 'Onboard'}.{method}"
         return self._access.post(f"{self.url}/prpc/{name}?json", fields, self.root_ca if runtime else None)
 
     def remove(self) -> None:
-        """Stop it, if it was made in the test."""
+        """Stop the KMS; raise `ControlError` if it is part of every stack."""
         self._access.control.remove_kms(self.name)

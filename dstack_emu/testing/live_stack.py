@@ -1,4 +1,4 @@
-"""A running stack of a test: each part by its name, found if it exists and made if it does not."""
+"""A running stack for a test. Its methods return the part of a name, and add it if it does not exist."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +27,8 @@ T = TypeVar("T")
 class LiveStack:
     """A stack in a thread of its own, on free ports; `settings` are fields of `StackConfig`.
 
-    Use it as a context manager. `control` has every call of docs/control.md, without `await`; the other attributes
-    are the same in a test's words. It may be used from any thread.
+    Use it as a context manager. `control` has every call of docs/control.md, without `await`; the other methods
+    make these calls with the classes of this package. It may be used from any thread.
     """
 
     journal: LiveJournal
@@ -49,7 +49,7 @@ class LiveStack:
     ) -> None:
         self._thread.stop()
 
-    # ---- what there is
+    # ---- the stack
 
     @property
     def control(self) -> SyncControl:
@@ -58,7 +58,7 @@ class LiveStack:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What `dstack-emu up --json` prints of it."""
+        """The description of the stack that `dstack-emu up --json` prints."""
         return self.in_thread(lambda stack: stack.description())
 
     @property
@@ -68,7 +68,7 @@ class LiveStack:
 
     @property
     def pccs_url(self) -> str:
-        """Where collateral is."""
+        """The URL of the PCCS."""
         return self.services["pccs"]
 
     @property
@@ -76,19 +76,19 @@ class LiveStack:
         """The emulated Intel's root certificate (PEM)."""
         return self.in_thread(lambda stack: stack.root_ca)
 
-    # ---- its parts: found by name, or made
+    # ---- its parts
 
     def app(self, name: str | None = None, **spec: Any) -> LiveTrustDomain:
-        """The app of that name; with anything else given, a new one (fields of `trust_domain`).
+        """Return the app of that name; with fields of `trust_domain`, add an app.
 
-        Without a name it is the stack's own, or a new one is called `app-2`, `app-3`, …
+        Without a name it is the stack's own app; an added one is named `app-2`, `app-3`, …
         """
         if name is None:
             name = "app" if not spec else self._free_name("app")
         return self.trust_domain(name, **spec)
 
     def trust_domain(self, name: str, **spec: Any) -> LiveTrustDomain:
-        """The trust domain of that name, or a new one, powered on and without keys.
+        """Return the trust domain of that name; add one, powered on and without keys, if there is none.
 
         `spec` has the fields of docs/control.md; `compose` may be a dict, `platform` a `LivePlatform`, `image` a
         `LiveImage`.
@@ -98,13 +98,13 @@ class LiveStack:
         return LiveTrustDomain(self._access, name)
 
     def kms(self, name: str = "src", **spec: Any) -> LiveKms:
-        """The KMS of that name, or a new one without keys (fields of docs/control.md)."""
+        """Return the KMS of that name; add one without keys (fields of docs/control.md) if there is none."""
         if spec or name not in self.in_thread(lambda stack: dict(stack.kms)):
             self.control.add_kms(name, **_plain(spec))
         return LiveKms(self._access, name)
 
     def platform(self, name: str | None = None, **state: Any) -> LivePlatform:
-        """The platform of that name, made if there is none, with a state if one is given.
+        """Return the platform of that name, added if there is none; set its state if fields are given.
 
         Without a name it is a new one: `machine-1`, `machine-2`, …
         """
@@ -113,7 +113,7 @@ class LiveStack:
         return platform.set(**state) if state else platform
 
     def image(self, name: str | None = None, version: str = "0.5.11") -> LiveImage:
-        """An OS image; without a name the one that everything boots that names none."""
+        """Return an OS image; without a name, the one that all parts boot that name none."""
 
         def made(stack: Stack) -> LiveImage:
             context = stack.context
@@ -123,21 +123,21 @@ class LiveStack:
         return self.in_thread(made)
 
     def policy(self, kms: LiveKms | str = "src") -> LivePolicy:
-        """The policy of a KMS's webhook."""
+        """Return the policy of a KMS's webhook."""
         return (self.kms(kms) if isinstance(kms, str) else kms).policy
 
-    # ---- what is done to it
+    # ---- actions
 
     def boot(self, app: LiveTrustDomain | str | None = None, kms: LiveKms | str = "src") -> LiveTrustDomain:
-        """Let an app (the stack's own) fetch keys from a KMS; raise `Refused` with the KMS's words."""
+        """Let an app (by default the stack's own) fetch keys from a KMS; raise `Refused` with the KMS's text."""
         return (self.app(app) if app is None or isinstance(app, str) else app).boot(kms)
 
     def fault(self, **fields: Any) -> LiveFault:
-        """Put a fault in force (fields of docs/control.md): for a `with` block, or until the test ends."""
+        """Put a fault in force (fields of docs/control.md) for a `with` block, or until the test ends."""
         return LiveFault(self._access, self.in_thread(lambda stack: stack.control.add_fault(**fields)))
 
     def check_webhook(self, url: str) -> Report:
-        """Send a webhook every request that this stack's KMS would (`dstack-emu check-webhook`)."""
+        """Send a webhook every request that a KMS sends, as `dstack-emu check-webhook` does, and return the report."""
         requests = SampleRequests.of_seed(self.in_thread(lambda stack: stack.config.seed))
         return self._thread.wait(check_webhook(url, requests))
 
@@ -146,16 +146,16 @@ class LiveStack:
         self.control.snapshot(name)
 
     def revert(self, name: str = "snapshot") -> None:
-        """Make the stack what it was at that snapshot."""
+        """Restore the state of a snapshot."""
         self.control.revert(name)
 
     def reset(self) -> None:
-        """Make the stack what it was when it became ready."""
+        """Restore the state in which the stack became ready."""
         self.control.reset()
 
     @contextmanager
     def put_back(self) -> Iterator[Self]:
-        """At the end of the block, make the stack what it is now; the journal is about the block alone."""
+        """Restore the present state at the end of the block; meanwhile, the journal begins with the block."""
         name = "before-the-test"
         self.snapshot(name)
         self.journal.start()
@@ -168,11 +168,11 @@ class LiveStack:
     # ---- the stack itself
 
     def in_thread(self, work: Callable[[Stack], T]) -> T:
-        """Call a function with the `Stack` itself, in its own thread."""
+        """Call a function with the `Stack`, in the stack's thread."""
         return self._access.in_thread(work)
 
     def post(self, url: str, fields: Mapping[str, Any], root: Path | None = None) -> dict[str, Any]:
-        """POST JSON, and return the answer; raise `Refused` for a status from 400 on.
+        """POST JSON and return the answer; raise `Refused` for a status of 400 or above.
 
         `root` is the file of the root certificate (PEM) under which the server is verified.
         """
@@ -186,7 +186,7 @@ class LiveStack:
 
 
 def _plain(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields as the control takes them."""
+    """Return fields in the types of the control API."""
     plain = dict(spec)
     if isinstance(compose := plain.get("compose"), Mapping):
         plain["compose"] = json.dumps(compose)

@@ -1,4 +1,4 @@
-"""What the trust domains of a test's stack run on: platforms, their vendor, OS images."""
+"""The platforms of a test's stack, their vendor, and OS images."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -8,7 +8,7 @@ from dstack_emu.testing.access import StackAccess
 
 @dataclass(frozen=True, slots=True)
 class LiveImage:
-    """An OS image: name and version, of which the seed makes it, and its hash (hex). No name: the stack's own."""
+    """An OS image: the name and version that it is generated from, and its hash (hex). No name: the stack's own."""
 
     name: str | None
     version: str
@@ -29,27 +29,27 @@ class LivePlatform:
 
     @property
     def device_id(self) -> str:
-        """Its id as webhooks get it (hex)."""
+        """The device id that webhooks receive (hex)."""
         return str(self.state["device_id"])
 
     def set(self, **changes: Any) -> Self:
-        """Change its state (docs/control.md has the fields); its collateral and quotes follow at once."""
+        """Change its state (docs/control.md has the fields); its next quotes and collateral have the new state."""
         self._access.control.set_platform(self.name, **changes)
         return self
 
 
 class LiveVendor:
-    """What the emulated Intel says for all platforms."""
+    """The state of the emulated Intel, which applies to all platforms."""
 
     def __init__(self, access: StackAccess) -> None:
         self._access = access
 
     @property
     def state(self) -> dict[str, Any]:
-        """What it says."""
+        """The state: the fields that `set` takes."""
         state: dict[str, Any] = self._access.control.vendor()
         return state
 
     def set(self, **changes: Any) -> None:
-        """Change what it says (docs/control.md has the fields), such as `collateral_until="2026-06-01"`."""
+        """Change the state (docs/control.md has the fields), for example `collateral_until="2026-06-01"`."""
         self._access.control.set_vendor(**changes)

@@ -1,11 +1,11 @@
-"""A refusal as an exception, and the block that expects one."""
+"""A refusal as an exception, and a `with` block that expects one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class Refused(Exception):
-    """A refusal by a KMS or an agent; the text is its own, `status` HTTP's."""
+    """A KMS or an agent refused a call: the text is that of its answer, `status` the HTTP status."""
 
     def __init__(self, text: str, status: int = 403) -> None:
         super().__init__(text)
@@ -13,7 +13,7 @@ class Refused(Exception):
 
 
 class Refusal:
-    """The refusal that a block expects; `text` is the refusal's, once the block has ended."""
+    """The refusal that a block expects; `text` is set when the block has ended."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -23,15 +23,17 @@ class Refusal:
 def refused(text: str = "") -> Iterator[Refusal]:
     """Expect a refusal in the block whose text contains `text`.
 
-    Raises `AssertionError` if nothing is refused, or the text is another one. Other errors, such as that of an unknown
-    name, are not caught.
+    Raises `AssertionError` if nothing is refused, or if the text is another one. Other errors, such as that about an
+    unknown name, are not caught.
     """
-    met = Refusal()
+    refusal = Refusal()
     try:
-        yield met
+        yield refusal
     except Refused as error:
-        met.text = str(error)
-        if text not in met.text:
-            raise AssertionError(f"refused in other words: {met.text!r}, expected {text!r} among them") from error
+        refusal.text = str(error)
+        if text not in refusal.text:
+            raise AssertionError(
+                f"refused with another text: {refusal.text!r}, expected it to contain {text!r}"
+            ) from error
     else:
-        raise AssertionError(f"nothing was refused: a refusal with {text!r} expected")
+        raise AssertionError(f"nothing was refused; expected a refusal that contains {text!r}")

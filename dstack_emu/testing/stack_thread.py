@@ -1,7 +1,7 @@
-"""A stack in a thread with an event loop of its own, for callers that have no loop, or another one.
+"""A stack in a thread with its own event loop, for callers without a loop or with another one.
 
-Every call is made in that thread while the caller's thread waits; what it raises is raised in the caller's. A caller in
-a coroutine blocks its own loop meanwhile.
+Every call runs in that thread while the caller's thread waits, and an exception is raised again in the caller's thread.
+A caller in a coroutine blocks its own loop meanwhile.
 """
 
 import asyncio
@@ -32,12 +32,12 @@ class StackThread:
         self._thread = threading.Thread(target=self._run, name="dstack-emu", daemon=True)
 
     def start(self) -> Stack:
-        """Start the stack; raise the error that keeps it from starting."""
+        """Start the stack; raise the error if it does not start."""
         self._thread.start()
         return self._ready.result()
 
     def stop(self) -> None:
-        """Stop it; raise the error of a part that failed meanwhile, if one did."""
+        """Stop the stack; raise the error of a part that has failed meanwhile."""
         if self._loop is not None and self._stopping is not None and not self._ended.done():
             self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join()
@@ -55,21 +55,21 @@ class StackThread:
         """Run a coroutine in the stack's thread, and return its result."""
         if self._loop is None or self._ended.done() or threading.current_thread() is self._thread:
             work.close()
-            raise self._gone()
+            raise self._not_running()
         try:
-            made = asyncio.run_coroutine_threadsafe(work, self._loop)
+            result = asyncio.run_coroutine_threadsafe(work, self._loop)
         except RuntimeError as error:  # the loop was closed meanwhile
             work.close()
-            raise self._gone() from error
-        either: list[Future[Any]] = [made, self._ended]
+            raise self._not_running() from error
+        either: list[Future[Any]] = [result, self._ended]
         wait(either, return_when=FIRST_COMPLETED)
-        if not made.done() or made.cancelled():
-            raise self._gone()
-        return made.result()
+        if not result.done() or result.cancelled():
+            raise self._not_running()
+        return result.result()
 
-    def _gone(self) -> StackError:
+    def _not_running(self) -> StackError:
         if threading.current_thread() is self._thread:
-            return StackError("the stack's own thread cannot wait for itself: use Stack and Control there")
+            return StackError("the stack's own thread cannot wait for itself: use the `Stack` and its `control` there")
         why = "" if self._failure is None else f": {self._failure}"
         return StackError(f"the stack does not run{why}")
 
@@ -89,12 +89,12 @@ class StackThread:
                 self._ready.set_result(stack)
                 await self._stopping.wait()
         except PartEndedError as error:
-            self._failure = error  # before the loop cancels what still waits
+            self._failure = error  # set before the loop cancels the calls that still wait
             raise
 
 
 class SyncControl:
-    """The calls of `control.api.Control` by the same names and arguments, each without `await`."""
+    """The calls of `control.api.Control` with the same names and arguments, without `await`."""
 
     def __init__(self, thread: StackThread, control: Control) -> None:
         self._thread, self._control = thread, control

@@ -1,8 +1,8 @@
-"""Trust domains of a test's stack."""
+"""The trust domains of a test's stack."""
 
 from typing import Any, Self
 
-from dstack_emu.testing.access import Named, StackAccess, name_of, raise_refusals
+from dstack_emu.testing.access import NamedPart, StackAccess, name_of, raise_refusals
 from dstack_emu.testing.platforms import LivePlatform
 
 
@@ -14,7 +14,7 @@ class LiveTrustDomain:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What it measures, as hex, and where its agent answers."""
+        """Its measurements (hex), and the URL and sockets of its agent."""
         info: dict[str, Any] = self._access.control.guest(self.name)
         return info
 
@@ -30,7 +30,7 @@ class LiveTrustDomain:
 
     @property
     def mr_aggregated(self) -> str:
-        """All its measurements in one (hex)."""
+        """The hash of all its measurements (hex)."""
         return str(self.info["mr_aggregated"])
 
     @property
@@ -45,24 +45,24 @@ class LiveTrustDomain:
 
     @property
     def url(self) -> str:
-        """Where its agent answers; `info` has its sockets."""
+        """The URL of its agent; `info` has the sockets."""
         return str(self.info["url"])
 
-    def boot(self, kms: Named | str = "src") -> Self:
-        """Fetch keys from a KMS; raise `Refused` with the KMS's words. If it has keys, it is powered on anew first."""
+    def boot(self, kms: NamedPart | str = "src") -> Self:
+        """Fetch keys from a KMS; raise `Refused` with the KMS's text. If it has keys, it is power-cycled first."""
         __tracebackhide__ = True
         raise_refusals(lambda: self._access.control.boot_guest(self.name, name_of(kms)))
         return self
 
     def emit_event(self, event: str, payload: str = "", *, measured: bool = True) -> None:
-        """Extend RTMR3 with an event (`payload` is hex); with `measured` false its log claims it falsely."""
+        """Extend RTMR3 with an event (`payload` is hex); with `measured` false, add the event to the log only."""
         self._access.control.emit_event(self.name, event, payload, measured=measured)
 
     def rpc(self, method: str, **fields: Any) -> dict[str, Any]:
-        """Call its agent in JSON: `GetKey`, or `Tappd.DeriveKey`; raise `Refused` with its words."""
+        """Call an RPC of its agent in JSON, such as `GetKey` or `Tappd.DeriveKey`; raise `Refused` with its text."""
         path = f"prpc/{method}" if "." in method else method
         return self._access.post(f"{self.url}/{path}?json", fields)
 
     def remove(self) -> None:
-        """Stop it, if it was made in the test."""
+        """Stop the trust domain; raise `ControlError` if it is part of every stack."""
         self._access.control.remove_guest(self.name)

@@ -1,7 +1,7 @@
-"""Check that a KMS understands a webhook: send every request that a KMS sends, and report what would break it.
+"""Checks a webhook: sends every request that a KMS sends, and reports the answers that a KMS does not understand.
 
-The KMS's own client (`kms_emu.auth_api`) reads the answers: what it accepts as a decision is one, and an error is in
-its words. Whether a decision is right is not checked; there are warnings about answers that can hardly be meant.
+The emulated KMS's own client (`kms_emu.auth_api`) reads the answers, and its errors are reported. Whether a decision is
+right is not checked; there are warnings about decisions and answers that are probably mistakes.
 """
 
 import asyncio
@@ -20,13 +20,15 @@ from dstack_emu.webhook_check.hints import hint_for
 from dstack_emu.webhook_check.sample_requests import SampleRequests, Variation
 
 IN_A_ROW: Final = 20
-"""SampleRequests over one connection."""
+"""The number of requests over one connection."""
 AT_ONCE: Final = 16
+"""The number of simultaneous requests."""
 SLOW: Final = 1.0
-"""Seconds beyond which an answer is worth a warning: GetAppKey waits for two."""
+"""Seconds from which an answer causes a warning: GetAppKey waits for two answers."""
 LONG_REASON: Final = 1000
+"""Characters from which a reason causes a warning."""
 SHOWN: Final = 120
-"""Characters shown of an error that is as it should be."""
+"""Characters shown of an expected error."""
 
 Level = Literal["ok", "warning", "broken", "skipped"]
 
@@ -38,7 +40,7 @@ _META: Final = "GetMeta fails, and with it the boot of every app, which calls it
 
 @dataclass(frozen=True, slots=True)
 class AnswerCheck:
-    """One check: the request, how the KMS reads the answer, and if it is `broken`, what that breaks."""
+    """One check: the request, what a KMS reads from the answer, and if it is `broken`, the consequence."""
 
     name: str
     level: Level
@@ -56,38 +58,38 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether no answer breaks a KMS."""
+        """Whether a KMS understands every answer."""
         return not self.broken
 
     @property
     def broken(self) -> tuple[AnswerCheck, ...]:
-        """The answers that break a KMS."""
+        """The answers that a KMS does not understand."""
         return tuple(finding for finding in self.findings if finding.level == "broken")
 
     @property
     def warnings(self) -> tuple[AnswerCheck, ...]:
-        """The answers that a KMS understands, and that can hardly be meant."""
+        """The answers that a KMS understands, but that are probably mistakes."""
         return tuple(finding for finding in self.findings if finding.level == "warning")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON has it."""
+        """Return the report as JSON."""
         return {"ok": self.ok, "url": self.url, "checks": [asdict(finding) for finding in self.findings]}
 
 
 @dataclass(frozen=True, slots=True)
 class _RequestCase:
-    """A request, its path, and what is broken if no decision comes."""
+    """A request, its path, and the consequence if no decision comes."""
 
     name: str
     is_kms: bool
     boot_info: BootInfo
     breaks: str
     unlikely: str = ""
-    """Why an allowance can hardly be meant."""
+    """Why it is probably a mistake to allow the request; empty if it is not."""
 
 
 async def check_webhook(url: str, requests: SampleRequests, *, patience: float = TIMEOUT) -> Report:
-    """Send a webhook everything that a KMS sends and return the report; each answer has `patience` seconds."""
+    """Send a webhook every request that a KMS sends, and return the report; wait `patience` seconds for each answer."""
     checker = _Checker(url, requests, patience)
     try:
         return Report(url, tuple([finding async for finding in checker.all()]))
@@ -104,7 +106,7 @@ class _Checker:
         self._long: list[str] = []
 
     async def all(self) -> AsyncIterator[AnswerCheck]:
-        """Yield one check after another; skip those that need an answer which did not come."""
+        """Yield one check after another; skip the rest if one of the first two requests gets no decision."""
         yield await self._info()
         plain = [
             _RequestCase("bootAuth/kms", True, self.requests.kms, _SELF_CHECK),
@@ -117,7 +119,7 @@ class _Checker:
             if finding.level != "broken":
                 answered.append(case)
         if len(answered) < len(plain):
-            yield AnswerCheck("variations, load, connections", "skipped", "needs decisions from both paths")
+            yield AnswerCheck("variations, load, connections", "skipped", "these need a decision on both paths")
             return
         for case in self._variations():
             yield await self._decision(case)
@@ -131,7 +133,7 @@ class _Checker:
             yield finding
 
     def _variations(self) -> Iterator[_RequestCase]:
-        """Yield what KMS of other releases, for other platforms and other apps, send."""
+        """Yield the requests of KMS of other releases, and those for other platforms and other apps."""
         kms, app = self.requests.kms, self.requests.app
         for is_kms, boot_info in ((True, kms), (False, app)):
             who, breaks = ("kms", _SELF_CHECK) if is_kms else ("app", _NO_APP)
@@ -182,7 +184,7 @@ class _Checker:
         )
 
     def _malformed(self) -> Iterator[_RequestCase]:
-        """Yield what no KMS sends. An error is as good an answer as a denial."""
+        """Yield requests that no KMS sends. The webhook may answer them with an error or a denial."""
         for is_kms, boot_info in ((True, self.requests.kms), (False, self.requests.app)):
             who = "kms" if is_kms else "app"
             yield _RequestCase(f"{who}, an empty object", is_kms, Variation.of(boot_info, instead=b"{}"), "")
@@ -218,9 +220,9 @@ class _Checker:
         try:
             decision = await self.auth.decide(case.boot_info, is_kms=case.is_kms)
         except UnavailableError as error:
-            return AnswerCheck(case.name, "ok", f"an error, as it should be: {str(error)[:SHOWN]}")
+            return AnswerCheck(case.name, "ok", f"an error, as expected: {str(error)[:SHOWN]}")
         if decision.is_allowed:
-            return AnswerCheck(case.name, "warning", "allowed: it decides without knowing about whom")
+            return AnswerCheck(case.name, "warning", "allowed: it decides without the fields of the request")
         return AnswerCheck(case.name, "ok", _said(decision))
 
     async def _repeated(self, case: _RequestCase) -> AnswerCheck:
@@ -255,7 +257,7 @@ class _Checker:
             headers = {"Content-Type": "application/json"}
             answer = await client.send("POST", url, self.requests.app.to_json(), headers)
         except (NoAnswerError, AnswerTooLongError) as error:
-            return AnswerCheck(name, "warning", f"requested once more, it did not answer: {error}")
+            return AnswerCheck(name, "warning", f"the repeated request got no answer: {error}")
         finally:
             await client.close()
         content_type = answer.headers.get("content-type", "none")
@@ -274,10 +276,10 @@ class _Checker:
         said = f"the slowest took {self._slowest:.2f} s; GetAppKey waits for two, and gives up after {TIMEOUT:g} s each"
         yield AnswerCheck("time", level, said)
         if self._unexplained:
-            said = f"{_some(self._unexplained)}: denied without a reason: an operator reads `Boot denied: ` and no more"
+            said = f"{_some(self._unexplained)}: denied without a reason: an operator sees `Boot denied: ` and no more"
             yield AnswerCheck("reasons", "warning", said)
         elif self._long:
-            said = f"{_some(self._long)}: a reason longer than {LONG_REASON} characters is in every error and every log"
+            said = f"{_some(self._long)}: a reason of more than {LONG_REASON} characters, which every error repeats"
             yield AnswerCheck("reasons", "warning", said)
         else:
             yield AnswerCheck("reasons", "ok", "every refusal has one")
@@ -296,7 +298,7 @@ def _broken(name: str, error: UnavailableError, breaks: str, which: str = "") ->
 
 def _steady(name: str, decisions: set[bool]) -> AnswerCheck:
     if len(decisions) > 1:
-        return AnswerCheck(name, "warning", "now allowed, now denied, though nothing differs")
+        return AnswerCheck(name, "warning", "equal requests are sometimes allowed and sometimes denied")
     return AnswerCheck(name, "ok", "the same decision each time")
 
 

@@ -1,6 +1,6 @@
-"""Requests for a webhook: those of a stack's KMS for itself and for an app, and variations of them.
+"""Requests for a webhook: those of a stack's KMS about itself and about an app, and variations of them.
 
-The values are those of a seed's stack: a webhook that allows the KMS and the app of `dstack-emu up` allows these.
+The values are those of a seed's stack, so a webhook that allows the KMS and the app of `dstack-emu up` allows these.
 """
 
 import json
@@ -21,18 +21,18 @@ from dstack_emu.transport.validation import describe
 
 Hex = Annotated[str, StringConstraints(pattern=r"^(0x)?([0-9a-fA-F]{2})*$", max_length=10_000)]
 _TEXTS: Final = ("tcb_status", "advisory_ids", "tee_variant")
-"""The fields of a request that are text."""
+"""The fields of a request that are text; all others are bytes."""
 
 
 class SampleError(Exception):
-    """Values that cannot be put into a request; the text says which."""
+    """A value does not fit a request; the text says which."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variation(BootInfo):
-    """A request in another form: `more` members (JSON), other `variant_members`, or other text (`instead`).
+    """A request in another form: with `more` members (JSON), other `variant_members`, or another body (`instead`).
 
-    By default it has the TEE variant under the names of all releases, so that a webhook for any of them understands it.
+    By default it has the TEE variant under the names of all releases, so that a webhook of any release understands it.
     """
 
     more: str = "{}"
@@ -41,11 +41,11 @@ class Variation(BootInfo):
 
     @classmethod
     def of(cls, boot_info: BootInfo, **changes: Any) -> Self:
-        """Vary a request."""
+        """Make a variation of a request."""
         return cls(**{field.name: getattr(boot_info, field.name) for field in fields(BootInfo)}, **changes)
 
     def to_json(self, *, variant_members: tuple[str, ...] = ()) -> bytes:
-        """Encode the webhook's request; the variation's own `variant_members` stand for those of the KMS's release."""
+        """Encode the request, with the variation's own `variant_members` in place of the argument."""
         if self.instead is not None:
             return self.instead
         document = json.loads(BootInfo.to_json(self, variant_members=self.variant_members))
@@ -53,7 +53,7 @@ class Variation(BootInfo):
 
 
 class _Values(BaseModel):
-    """Fields of a request, by the names in its JSON, that replace the seed's."""
+    """Fields of a request, by their names in JSON, that replace the values of the seed."""
 
     model_config = ConfigDict(extra="forbid", alias_generator=to_camel)
 
@@ -90,20 +90,20 @@ class _ForEach(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class SampleRequests:
-    """The boot info that is sent to bootAuth/kms and to bootAuth/app."""
+    """The requests to bootAuth/kms and to bootAuth/app."""
 
     kms: Variation
     app: Variation
 
     @classmethod
     def of_seed(cls, seed: str) -> Self:
-        """Make the requests for the source KMS and the app of that seed's stack, each on its platform."""
+        """Make the requests about the source KMS and the app of that seed's stack."""
         return cls(_boot_info(seed, "kms-src", has_keys=True), _boot_info(seed, "app", has_keys=False))
 
     def with_values(self, document: Any) -> "SampleRequests":
-        """Return the requests with given values: fields of a request, for both, or separately for `kms` and `app`.
+        """Return the requests with other values: fields for both requests, or separate ones under `kms` and `app`.
 
-        Raises `SampleError`.
+        Raises `SampleError` if a value does not fit.
         """
         if not isinstance(document, Mapping):
             raise SampleError(f"an object expected, got {type(document).__name__}")

@@ -19,9 +19,9 @@ from dstack_emu.deployment.guest_config import GuestConfig
 from dstack_emu.deployment.standalone_guest import ListenOptions, StandaloneGuest
 
 DESCRIPTION = (
-    "Run the guest agent of one emulated trust domain, on dstack.sock, tappd.sock and one TCP port that serves all its "
-    "services, so DSTACK_SIMULATOR_ENDPOINT and TAPPD_SIMULATOR_ENDPOINT may be the sockets or the URL. The app has "
-    "keys of its own, or those of a file; for keys from a KMS see `dstack-emu boot`. " + WARNING
+    "Run the guest agent of one emulated trust domain, on dstack.sock, tappd.sock and one TCP port that serves all "
+    "its services, so DSTACK_SIMULATOR_ENDPOINT and TAPPD_SIMULATOR_ENDPOINT may be the sockets or the URL. The app "
+    "has generated keys, or those of a file; for keys from a KMS use `dstack-emu boot`. " + WARNING
 )
 
 
@@ -29,13 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_listener_options(parser)
     parser.add_argument(
-        "--keys", type=Path, metavar="FILE", help="upstream's key file (appkeys.json) instead of new keys"
+        "--keys",
+        type=Path,
+        metavar="FILE",
+        help="use the keys in upstream's key file (appkeys.json) instead of generated ones",
     )
     parser.add_argument(
         "--key-provider",
         choices=("none", "local-sgx"),
         default="none",
-        help="the key provider that it reports for its new keys; the KMS of `up` have local-sgx (%(default)s)",
+        help="the key provider that the agent reports for generated keys; the KMS of `up` have local-sgx (%(default)s)",
     )
     add_guest_options(parser)
     add_vendor_options(parser)
@@ -48,7 +51,7 @@ def add_listener_options(parser: argparse.ArgumentParser) -> None:
         type=listen_address,
         default=("127.0.0.1", 0),
         metavar="HOST:PORT",
-        help="TCP (127.0.0.1, a free port)",
+        help="address of the TCP port (127.0.0.1, a free port)",
     )
     parser.add_argument(
         "--dstack-sock", type=Path, metavar="PATH", help="path of dstack.sock (default: in a new folder)"
@@ -56,7 +59,9 @@ def add_listener_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tappd-sock", type=Path, metavar="PATH", help="path of tappd.sock")
     parser.add_argument("--grpc", type=listen_address, metavar="HOST:PORT", help="also serve gRPC here")
     parser.add_argument("--grpc-sock", type=Path, metavar="PATH", help="also serve gRPC on this socket")
-    parser.add_argument("--pccs", metavar="URL", help="the PCCS that serves its collateral (default: one of its own)")
+    parser.add_argument(
+        "--pccs", metavar="URL", help="the PCCS that serves collateral for its quotes (default: start one)"
+    )
     parser.add_argument("--upstream-compat", action="store_true", help="refuse EmitEvent as upstream's simulator does")
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
 
@@ -91,13 +96,13 @@ async def _serve(guest: StandaloneGuest, *, as_json: bool) -> int:
     stop = stop_on_signals()
     starting, stopping = asyncio.create_task(guest.__aenter__()), asyncio.create_task(stop.wait())
     await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
-    if not starting.done():  # it waits for a KMS
+    if not starting.done():  # the guest still waits for a KMS
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         return 0
     try:
         starting.result()
-    except FormatError as error:  # of options that only the boot can judge, such as the memory's size
+    except FormatError as error:  # about options that only the boot can verify, such as the memory size
         raise UsageError(str(error)) from error
     try:
         description = guest.description()

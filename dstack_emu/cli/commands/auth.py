@@ -1,7 +1,7 @@
 """`dstack-emu auth`: run one auth webhook: auth-simple, dstack-auth or auth-mock.
 
-What upstream's programs take from the environment, these take as well: PORT here, the rest in `auth.simple` and
-`auth.mock`; dstack-auth takes nothing from it. An option goes before its variable.
+The webhooks read the environment variables of upstream's programs: PORT is read here, the others in `auth.simple` and
+`auth.mock`; dstack-auth reads none. An option overrides its variable.
 """
 
 import argparse
@@ -22,17 +22,17 @@ from dstack_emu.cli.commands.common import WARNING, UsageError, add_release, lis
 from dstack_emu.transport.listen import AnyApplication, bind_tcp, serve
 
 DESCRIPTION = (
-    "Run one auth webhook. `simple` (auth-simple) and `file` (dstack-auth) decide by a JSON file that they read anew "
-    "on every request; without that file they run and deny everything. `mock` decides by a fixed policy, whatever was "
-    "measured: for tests only. Each request and its decision is logged to stderr. Point a KMS at it with "
-    "core.auth_api.webhook.url. Variables of the originals count if no option is given: for `simple` and `mock` PORT; "
-    "for `simple` AUTH_CONFIG_PATH and AUTH_SIMPLE_COMPAT; for `mock` MOCK_POLICY (allow-all, deny-all, deny-kms, "
-    "deny-app, allowlist-device, allowlist-mr), MOCK_ALLOWED_DEVICE_IDS, MOCK_ALLOWED_MR_AGGREGATED and the values "
-    "that it answers. " + WARNING
+    "Run one auth webhook. `simple` (auth-simple) and `file` (dstack-auth) decide by a JSON file that they read at "
+    "every request; without that file they run and deny everyone. `mock` has a fixed policy that ignores the "
+    "measurements: for tests only. Each request and its decision is logged to stderr. A KMS uses the webhook in "
+    "core.auth_api.webhook.url. If an option is not given, upstream's variables are read: for `simple` and `mock` "
+    "PORT; for `simple` AUTH_CONFIG_PATH and AUTH_SIMPLE_COMPAT; for `mock` MOCK_POLICY (allow-all, deny-all, "
+    "deny-kms, deny-app, allowlist-device, allowlist-mr), MOCK_ALLOWED_DEVICE_IDS, MOCK_ALLOWED_MR_AGGREGATED and the "
+    "values of its answers. " + WARNING
 )
 
 TALKATIVE: Final = ("auth",)
-"""Loggers whose information is always shown: the lines that upstream's programs always write."""
+"""Loggers that show information without -v, because upstream's programs always write these lines."""
 
 DEFAULT_PORT: Final = 3000
 """Upstream's port of `simple` and `mock`, if PORT is not set."""
@@ -58,10 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the policy of `simple` (AUTH_CONFIG_PATH, else ./auth-config.json), or the allowlist of `file` "
         f"({DEFAULT_ALLOWLIST_PATH})",
     )
-    add_release(parser, "the contract of `simple` if AUTH_SIMPLE_COMPAT is not set: that of this dstack release")
+    add_release(parser, "if AUTH_SIMPLE_COMPAT is not set, `simple` has the contract of this dstack release")
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
     parser.add_argument(
-        "--seed", metavar="TEXT", help="accepted, like in every command that serves; has no effect on a webhook"
+        "--seed", metavar="TEXT", help="accepted, as in every command that serves; has no effect on a webhook"
     )
 
 
@@ -103,7 +103,9 @@ def _file(arguments: argparse.Namespace) -> _Webhook:
 
 def _mock(arguments: argparse.Namespace) -> _Webhook:
     if arguments.config is not None:
-        raise UsageError("--config is for `auth simple` and `auth file`: `auth mock` decides by MOCK_POLICY")
+        raise UsageError(
+            "--config is for `auth simple` and `auth file`; set MOCK_POLICY to choose what `auth mock` decides"
+        )
     settings = MockSettings.from_env(os.environ)
     return _Webhook(mock_app(settings), "auth-mock", {"policy": settings.policy}, _port, LISTEN_OR_PORT)
 

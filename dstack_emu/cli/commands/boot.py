@@ -10,11 +10,11 @@ from dstack_emu.deployment.guest_config import KmsBoot
 from dstack_emu.simulator.platform import PlatformState
 
 DESCRIPTION = (
-    "Boot one emulated trust domain through a KMS that runs already, as dstack-util does: GetTempCaCert, a certificate "
-    "with evidence under that CA, GetAppKey, and the events that record where the keys came from. Then run its agent "
-    "with those keys, on the listeners that `agent` has; its certificates come from the KMS's SignCert. A refusal ends "
-    "the command with status 1 and the KMS's own words. The guest must be of the seed of the KMS's stack: by that the "
-    "PCCS which the KMS asks knows its platform, and the guest the KMS's. " + WARNING
+    "Boot one emulated trust domain with keys from a running KMS, as dstack-util does: it calls GetTempCaCert, makes "
+    "a certificate with evidence under that CA, calls GetAppKey, and records the key provider as an event. Then run "
+    "its agent with those keys, on the same listeners as `agent`; the KMS signs its certificates (SignCert). If the "
+    "KMS refuses, the command prints the KMS's text and exits with status 1. --seed must be the seed of the KMS's "
+    "stack: otherwise the KMS's PCCS does not know this platform, nor this guest the platform of the KMS. " + WARNING
 )
 
 
@@ -26,12 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=0.0,
         metavar="SECONDS",
-        help="how long the KMS may be unreachable at first; calls are repeated until then (not at all)",
+        help="repeat calls for so long while the KMS is unreachable (default: do not repeat them)",
     )
     parser.add_argument(
         "--keep-asking",
         action="store_true",
-        help="listen at once, without keys, and call the KMS until it gives them, also if it refuses",
+        help="listen at once, without keys, and call the KMS until it gives them, even if it refuses",
     )
     add_listener_options(parser)
     add_guest_options(parser)

@@ -11,7 +11,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from dstack_emu.cli.commands.common import UsageError
-from dstack_emu.cli.commands.inspect import WIDTH, show
+from dstack_emu.cli.commands.inspect import WIDTH, print_text
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 from dstack_emu.kms_emu.auth_api import TIMEOUT
 from dstack_emu.simulator.seed import DEFAULT_SEED
@@ -19,11 +19,11 @@ from dstack_emu.webhook_check.check import Report, check_webhook
 from dstack_emu.webhook_check.sample_requests import SampleError, SampleRequests
 
 DESCRIPTION = (
-    "Send an auth webhook everything that a KMS of 0.5.x, of next and of a later release sends, for KMS and apps that "
-    "are known, unknown and out of date, one request after another and many at once. The emulated KMS's own client "
-    "reads the answers. Exit 0 if nothing breaks a KMS, 1 if something does. Decisions are shown and not checked: whom "
-    "to allow is up to the webhook. The requests are for the KMS and the app of a stack with the default seed, unless "
-    "--seed or --boot-info say otherwise."
+    "Send an auth webhook every request that a KMS of 0.5.x, of next and of a later release sends, for KMS and apps "
+    "that are known, unknown and out of date, one after another and many at once. The emulated KMS's own client reads "
+    "the answers. Exit 0 if a KMS understands all answers, 1 if not. Decisions are shown, not checked: the webhook "
+    "decides whom to allow. The requests are those of the KMS and the app of a stack with the default seed; --seed "
+    "and --boot-info change that."
 )
 
 _TONES: Final = {"ok": GREEN, "warning": YELLOW, "broken": RED, "skipped": YELLOW}
@@ -32,12 +32,14 @@ _TONES: Final = {"ok": GREEN, "warning": YELLOW, "broken": RED, "skipped": YELLO
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("url", metavar="URL", type=_url, help="the webhook, as core.auth_api.webhook.url has it")
-    parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="send the values of this seed's stack")
+    parser.add_argument(
+        "--seed", default=DEFAULT_SEED, metavar="TEXT", help="send the values of this seed's stack (%(default)s)"
+    )
     parser.add_argument(
         "--boot-info",
         type=Path,
         metavar="FILE",
-        help='own values: JSON with fields of a request (mrAggregated, appId, …), or {"kms": {…}, "app": {…}}',
+        help='send these values: JSON with fields of a request (mrAggregated, appId, …), or {"kms": {…}, "app": {…}}',
     )
     parser.add_argument(
         "--timeout",
@@ -56,7 +58,7 @@ def _url(text: str) -> str:
     except ValueError:
         usable = False
     if not usable:
-        raise argparse.ArgumentTypeError(f"http://host:port, or https, expected, got {text!r:.200}")
+        raise argparse.ArgumentTypeError(f"http(s)://host:port expected, got {text!r:.200}")
     return text
 
 
@@ -80,9 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(printable(f"{arguments.boot_info}: {error}")) from error
     report = asyncio.run(check_webhook(arguments.url, requests, patience=arguments.timeout))
     if arguments.json:
-        show(json.dumps(report.to_json()))
+        print_text(json.dumps(report.to_json()))
     else:
-        show("\n".join(_render(report, wants_colour(sys.stdout))))
+        print_text("\n".join(_render(report, wants_colour(sys.stdout))))
     return 0 if report.ok else 1
 
 

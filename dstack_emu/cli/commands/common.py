@@ -1,4 +1,4 @@
-"""Parts that several commands share: the warning, signals, types of arguments."""
+"""Parts that several commands share: the warning, signals, and types of arguments."""
 
 import argparse
 import asyncio
@@ -32,7 +32,7 @@ def stop_on_signals() -> asyncio.Event:
 def run_server(work: Coroutine[Any, Any, T], *, has_grpc: bool) -> T:
     """Run a server on the event loop for its listeners.
 
-    uvloop answers a tenth more requests than asyncio's own loop, but the relay in front of grpcio is not made for it.
+    uvloop answers a tenth more requests than asyncio's own loop, but the relay in front of grpcio does not support it.
     """
     if has_grpc:
         return asyncio.run(work)
@@ -42,7 +42,7 @@ def run_server(work: Coroutine[Any, Any, T], *, has_grpc: bool) -> T:
 
 
 class Interrupted(Exception):
-    """A signal ended the work, which has cleaned up."""
+    """A signal ended the work; it has cleaned up."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -55,9 +55,9 @@ class Interrupted(Exception):
 
 
 async def interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """Run work; at Ctrl-C, SIGTERM or SIGHUP cancel it, let it clean up, and raise `Interrupted`.
+    """Run work; at Ctrl-C, SIGTERM or SIGHUP cancel it, wait until it has cleaned up, and raise `Interrupted`.
 
-    Further signals do not interrupt the cleaning up.
+    Further signals do not interrupt the clean-up.
     """
     task, numbers = asyncio.ensure_future(work), list[int]()
 

@@ -1,4 +1,4 @@
-"""`dstack-emu ctl`: the control API of a running stack, from a shell."""
+"""`dstack-emu ctl`: call the control API of a running stack."""
 
 import argparse
 import json
@@ -17,9 +17,9 @@ from dstack_emu.observability.record_text import lines
 from dstack_emu.transport.ports import PORTS
 
 DESCRIPTION = (
-    "Call the control API of a running stack. It is found by --url, by --state, by the environment variable "
-    "DSTACK_EMU_CONTROL, or else at its default port. `ctl tail` shows each call as it happens; `ctl COMMAND --help` "
-    "explains a command. A refusal ends with status 1 and the reason on stderr."
+    "Call the control API of a running stack. The stack is named by --url, by --state, or by the environment variable "
+    "DSTACK_EMU_CONTROL; otherwise its default port is used. `ctl tail` shows each call when it ends; `ctl COMMAND "
+    "--help` explains a command. If the call is refused, the exit status is 1, and the reason is on stderr."
 )
 
 EXAMPLES: Final = """\
@@ -41,7 +41,7 @@ TIMEOUT: Final = 120.0
 
 
 class ControlRefusedError(UsageError):
-    """A refusal of the control API."""
+    """The control API refused a call; the text is the reason."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +134,9 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 0
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain at its end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # otherwise the interpreter prints an error when it exits
     return 0
 
 
@@ -143,7 +145,7 @@ class Api:
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
-        # No proxy from the environment: it is on this machine.
+        # Use no proxy from the environment: the stack is on this machine.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def get(self, path: str) -> Any:
@@ -159,7 +161,7 @@ class Api:
             raise UsageError(f"{self._url}: no answer to {method} {path} within {TIMEOUT:g} s") from error
 
     def open(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> Any:
-        """Send JSON and return the answer as a stream; without `timeout`, it may stay silent."""
+        """Send JSON and return the answer as a stream; without `timeout`, wait for data without limit."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(  # noqa: S310 - the URL is http, checked below, and the caller's own
             self._url + path, data, {"Content-Type": "application/json"}, method=method
@@ -170,7 +172,8 @@ class Api:
             raise ControlRefusedError(_refusal(error)) from error
         except (urllib.error.URLError, OSError) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            raise UsageError(f"no stack answers at {self._url} ({reason}): name one by --url or --state") from error
+            advice = "start one with `dstack-emu up`, or name one by --url or --state"
+            raise UsageError(f"no stack answers at {self._url} ({reason}): {advice}") from error
 
 
 def _refusal(error: urllib.error.HTTPError) -> str:
@@ -201,7 +204,7 @@ def _find(arguments: argparse.Namespace) -> str:
 
 
 def _pair(text: str) -> tuple[str, Any]:
-    """Read KEY=VALUE for argparse: a value that is JSON counts as such, one that is @FILE as the file's text."""
+    """Read KEY=VALUE for argparse. A value in JSON is parsed; @FILE stands for the text of a file."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"KEY=VALUE expected, got {text!r:.60}")
@@ -214,7 +217,7 @@ def _pair(text: str) -> tuple[str, Any]:
         parsed = json.loads(value)
     except ValueError:
         return key, value
-    # A number of many digits is hex that happens to have no letter, such as an app id.
+    # A number of many digits is hex without letters, such as an app id.
     return key, value if isinstance(parsed, int | float) and len(value) > 15 else parsed
 
 
@@ -231,7 +234,7 @@ def _add_settings(parser: argparse.ArgumentParser, known: str) -> None:
 
 def _name(arguments: argparse.Namespace) -> str:
     if not arguments.name:
-        raise UsageError(f"ctl {arguments.do} {arguments.verb}: a name expected")
+        raise UsageError(f"ctl {arguments.do} {arguments.verb}: a name expected; `ctl {arguments.do}` lists the names")
     return urllib.parse.quote(arguments.name, safe="")
 
 
@@ -277,7 +280,11 @@ def _policy(api: Api, arguments: argparse.Namespace) -> Any:
     if arguments.verb == "show":
         return api.get(path)
     if not arguments.what:
-        raise UsageError(f"ctl policy {arguments.verb}: a trust domain, or a file for set, expected")
+        raise UsageError(
+            "ctl policy set: a file expected (- for stdin)"
+            if arguments.verb == "set"
+            else f"ctl policy {arguments.verb}: the name of a trust domain expected, such as app or kms-dst"
+        )
     if arguments.verb == "set":
         return api.send("PUT", path, _read_json(arguments.what))
     body = {"guest": arguments.what}
@@ -296,7 +303,7 @@ def _read_json(name: str) -> Any:
 def _platform(api: Api, arguments: argparse.Namespace) -> Any:
     if not arguments.name:
         if arguments.set or arguments.new:
-            raise UsageError("ctl platform: a name expected")
+            raise UsageError("ctl platform: a name expected; `ctl platform` lists the names")
         return api.get("/platforms")
     path = f"/platforms/{urllib.parse.quote(arguments.name, safe='')}"
     made = api.send("PUT", path, {}) if arguments.new else None
@@ -314,9 +321,12 @@ def _clock(api: Api, arguments: argparse.Namespace) -> Any:
     if verb == "show":
         return api.get("/clock")
     if verb in ("set", "advance") and value is None:
-        raise UsageError(f"ctl clock {verb}: a value expected")
+        raise UsageError(
+            f"ctl clock {verb}: a value expected, such as "
+            + ("2026-06-01T12:00:00Z" if verb == "set" else "12h or 30d")
+        )
     if verb in ("resume", "wall") and value is not None:
-        raise UsageError(f"ctl clock {verb}: takes no value")
+        raise UsageError(f"ctl clock {verb} takes no value, got {value!r:.60}")
     return api.send("POST", "/clock", {{"wall": "follow_the_wall"}.get(verb, verb): True if value is None else value})
 
 

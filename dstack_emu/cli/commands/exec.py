@@ -1,4 +1,4 @@
-"""`dstack-emu exec`: run a command with a stack."""
+"""`dstack-emu exec`: start a stack, run a command that uses it, and stop the stack."""
 
 import argparse
 import asyncio
@@ -19,16 +19,20 @@ from dstack_emu.simulator.errors import GuestError
 from dstack_emu.transport.errors import TransportError
 
 DESCRIPTION = (
-    "Bring a stack up on free ports, run a command with the environment set to reach it, and stop the stack when the "
-    "command ends. The exit status is the command's: 128 plus the number of a signal that ended it, 127 if there is no "
-    "such command, 126 if it cannot be run; 2 if the stack does not start. " + WARNING
+    "Start a stack on free ports, run a command with environment variables that name the stack's services, and stop "
+    "the stack when the command ends. The exit status is that of the command, or 128 plus the number of the signal "
+    "that ended it; 127 if the command does not exist, 126 if it cannot be run, 2 if the stack does not start. "
+    "" + WARNING
 )
 
-EPILOG = "Example: dstack-emu exec -- pytest tests/. What is set: docs/configuration.md, or `dstack-emu exec -- env`."
+EPILOG = (
+    "Example: dstack-emu exec -- pytest tests/. `dstack-emu exec -- env` prints the variables; docs/configuration.md "
+    "explains them."
+)
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 PATIENCE: Final = 5.0
-"""Seconds that a command has to end after the stack has failed."""
+"""Seconds that a command has to end after the stack has failed, before it is killed."""
 
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _FROM_THE_KEYBOARD: Final = (signal.SIGINT, signal.SIGQUIT)
@@ -37,7 +41,7 @@ _FROM_THE_KEYBOARD: Final = (signal.SIGINT, signal.SIGQUIT)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_stack_options(parser)
-    parser.add_argument("--runbook-ports", action="store_true", help="take the runbook's ports instead of free ones")
+    parser.add_argument("--runbook-ports", action="store_true", help="use the runbook's ports instead of free ones")
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="-- CMD ARGS", help="the command")
     parser.usage, parser.epilog = "dstack-emu exec [OPTIONS] -- CMD ARGS", EPILOG
 
@@ -46,12 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     words: list[str] = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
     if not words:
-        raise UsageError("a command to run expected, as in: dstack-emu exec -- pytest")
+        raise UsageError("a command expected, as in: dstack-emu exec -- pytest")
     return asyncio.run(_Run(words).within(stack_config(arguments, free_ports=not arguments.runbook_ports)))
 
 
 class _Run:
-    """A command, and the signals that are forwarded to it; before it runs, they end the stack."""
+    """Runs a command and forwards signals to it. A signal that comes before it runs ends the stack."""
 
     def __init__(self, words: Sequence[str]) -> None:
         self._words = words
@@ -66,7 +70,7 @@ class _Run:
         for number in (*_FORWARDED, *_FROM_THE_KEYBOARD):
             if signal.getsignal(number) != signal.SIG_IGN:
                 loop.add_signal_handler(number, self._signal, number)
-        from dstack_emu.stack import Stack  # only here: --help need not wait for all that a stack is made of
+        from dstack_emu.stack import Stack  # imported here, because it is slow and --help does not need it
 
         try:
             async with Stack(config) as stack:
@@ -99,9 +103,9 @@ class _Run:
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
         """Terminate the command, and kill it if it does not end."""
-        for ask in (process.terminate, process.kill):
+        for end in (process.terminate, process.kill):
             with contextlib.suppress(ProcessLookupError):
-                ask()
+                end()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), PATIENCE)
                 return
@@ -116,7 +120,7 @@ class _Run:
 
 
 def _in_foreground() -> bool:
-    """Return whether this process is in a terminal's foreground, whose signals reach the command anyway."""
+    """Return whether this process is in the foreground of a terminal, which sends its signals to the command itself."""
     try:
         terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
     except OSError:

@@ -41,7 +41,12 @@ def cpu_count(text: str) -> int:
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
     """Add --seed, the same for every command that derives something from a seed."""
-    parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="the same text gives the same bytes")
+    parser.add_argument(
+        "--seed",
+        default=DEFAULT_SEED,
+        metavar="TEXT",
+        help="the text from which all keys and ids are derived (%(default)s)",
+    )
 
 
 def add_guest_options(parser: argparse.ArgumentParser) -> None:
@@ -55,55 +60,106 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     guest.add_argument(
         "--platform",
         metavar="NAME",
-        help="the platform: each name has its own device id (`host of ` and the generated app's name)",
+        help="the platform; each name has its own device id (default: `host of ` and the app's name)",
     )
     guest.add_argument(
         "--app-compose", type=Path, metavar="FILE", help="the app's app-compose.json (default: a generated one)"
     )
     guest.add_argument(
-        "--app-id", type=hex_bytes, metavar="HEX", help="20 bytes (default: the first of the compose hash)"
+        "--app-id",
+        type=hex_bytes,
+        metavar="HEX",
+        help="the app's id, 20 bytes (default: the first 20 of the compose hash)",
     )
     guest.add_argument(
-        "--instance", default="", metavar="NAME", help="another instance of the app: each name has its own id"
+        "--instance", default="", metavar="NAME", help="another instance of the app; each name has its own instance id"
     )
-    guest.add_argument("--image", default="dstack-emu", metavar="NAME", help="name of the OS image (%(default)s)")
-    guest.add_argument("--image-version", metavar="TEXT", help="its version (that of the release)")
+    guest.add_argument(
+        "--image", default="dstack-emu", metavar="NAME", help="name of the generated OS image (%(default)s)"
+    )
+    guest.add_argument(
+        "--image-version", metavar="TEXT", help="version of the generated OS image (default: that of the release)"
+    )
     guest.add_argument("--image-dir", type=Path, metavar="DIR", help="boot this image (see `dstack-emu image build`)")
     guest.add_argument("--cpus", type=cpu_count, default=2, metavar="N", help="CPUs of the VM (%(default)s)")
     guest.add_argument(
-        "--memory", type=memory_size, default=2 * 1024**3, metavar="SIZE", help="its memory: 2G, or 2816M and more"
+        "--memory",
+        type=memory_size,
+        default=2 * 1024**3,
+        metavar="SIZE",
+        help="memory of the VM: 2G, or at least 2816M (2G)",
     )
     guest.add_argument(
         "--sys-config", type=Path, metavar="FILE", help="a sys-config.json whose vm_config replaces these options"
     )
-    guest.add_argument("--debug", action="store_true", help="a debug domain, which no verifier accepts")
+    guest.add_argument("--debug", action="store_true", help="a debug trust domain, which every verifier refuses")
     guest.add_argument(
-        "--mr-config-id", type=hex_bytes, metavar="HEX", help="48 bytes that the trust domain is started with"
+        "--mr-config-id",
+        type=hex_bytes,
+        metavar="HEX",
+        help="the mr_config_id with which the trust domain is started, 48 bytes",
     )
     guest.add_argument(
-        "--quote-version", type=int, choices=(4, 5), default=4, help="version of its quotes (%(default)s)"
+        "--quote-version", type=int, choices=(4, 5), default=4, help="version of the quotes (%(default)s)"
     )
-    guest.add_argument("--td15", action="store_true", help="quote the TDX 1.5 report (quote version 5)")
-    guest.add_argument("--other-root", action="store_true", help="a platform whose quotes are under another root")
+    guest.add_argument("--td15", action="store_true", help="quote the TD 1.5 report; needs --quote-version 5")
+    guest.add_argument(
+        "--other-root",
+        action="store_true",
+        help="a platform whose quotes are signed under another root, which no verifier of the stack trusts",
+    )
 
 
 def add_vendor_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the vendor's state."""
-    vendor = parser.add_argument_group("what the emulated vendor says")
+    """Add the options of the platform's and the vendor's state."""
+    vendor = parser.add_argument_group("the state of the platform and its emulated vendor")
     statuses, parts = ", ".join(TCB_STATUSES), ", ".join(PART_STATUSES)
-    vendor.add_argument("--tcb-status", default="UpToDate", metavar="STATUS", help=f"of the platform: {statuses}")
-    vendor.add_argument("--advisory", action="append", default=[], metavar="ID", help="an advisory for that status")
-    vendor.add_argument("--module-status", default="UpToDate", metavar="STATUS", help=f"of its TDX module: {parts}")
     vendor.add_argument(
-        "--module-advisory", action="append", default=[], metavar="ID", help="an advisory for that status"
+        "--tcb-status", default="UpToDate", metavar="STATUS", help=f"TCB status of the platform (UpToDate): {statuses}"
     )
-    vendor.add_argument("--qe-status", default="UpToDate", metavar="STATUS", help=f"of the quoting enclave: {parts}")
-    vendor.add_argument("--qe-advisory", action="append", default=[], metavar="ID", help="an advisory for that status")
     vendor.add_argument(
-        "--revoke", action="append", default=[], choices=("pck", "pck-ca"), help="the platform's certificate, or its CA"
+        "--advisory", action="append", default=[], metavar="ID", help="an advisory id for that status; may be repeated"
+    )
+    vendor.add_argument(
+        "--module-status",
+        default="UpToDate",
+        metavar="STATUS",
+        help=f"TCB status of the TDX module (UpToDate): {parts}",
+    )
+    vendor.add_argument(
+        "--module-advisory",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="an advisory id for that status; may be repeated",
+    )
+    vendor.add_argument(
+        "--qe-status",
+        default="UpToDate",
+        metavar="STATUS",
+        help=f"TCB status of the quoting enclave (UpToDate): {parts}",
+    )
+    vendor.add_argument(
+        "--qe-advisory",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="an advisory id for that status; may be repeated",
+    )
+    vendor.add_argument(
+        "--revoke",
+        action="append",
+        default=[],
+        choices=("pck", "pck-ca"),
+        help="revoke the platform's certificate, or its CA",
     )
     for document in ("tcb-info", "qe-identity", "pck-crl", "root-ca-crl"):
-        vendor.add_argument(f"--{document}", choices=get_args(Dating), default="current", help="its validity")
+        vendor.add_argument(
+            f"--{document}",
+            choices=get_args(Dating),
+            default="current",
+            help=f"validity of the {document} (%(default)s)",
+        )
 
 
 def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
@@ -173,9 +229,9 @@ def _compose(path: Path | None, name: str | None, release: Release) -> AppCompos
     if path is None:
         return AppCompose.named(DEFAULT_NAME if name is None else name)
     if name is not None:
-        raise UsageError("--name is for a made-up app-compose: with --app-compose the file has the name")
+        raise UsageError("--name is for a generated app-compose: with --app-compose, the name is in the file")
     compose = AppCompose(read_text(path, "app-compose"))
-    AppManifest.parse(compose.text, release)  # a file that is none is a wrong option, before anything runs
+    AppManifest.parse(compose.text, release)  # an invalid file is reported before anything runs
     return compose
 
 

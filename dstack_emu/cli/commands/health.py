@@ -8,8 +8,8 @@ from dstack_emu.cli.commands.common import UsageError, say
 from dstack_emu.deployment.healthcheck import check
 
 DESCRIPTION = (
-    "Check every service of the stack in a state folder, or those that are named; exit 0 if all answer, 1 with the "
-    "reason otherwise."
+    "Check every service of the stack in a state folder, or the services that are named. Exit 0 if all answer; "
+    "otherwise print the reasons, and exit 1."
 )
 
 
@@ -17,7 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("--state", type=Path, metavar="DIR", help="the folder given to `up --state`")
     parser.add_argument(
-        "--url", action="append", default=[], metavar="URL", help="http(s)://host:port/path that must answer with 200"
+        "--url",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="http(s)://host:port/path that must answer with status 200",
     )
     parser.add_argument(
         "--kms", action="append", default=[], metavar="HOST:PORT", help="a KMS that must answer, in either phase"
@@ -27,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check the services and print what is wrong."""
     if arguments.state is None and not arguments.url and not arguments.kms:
-        raise UsageError("nothing to ask: give --state DIR, --url URL or --kms HOST:PORT")
+        raise UsageError("nothing to check: give --state DIR, --url URL or --kms HOST:PORT")
     targets = [*arguments.url, *(f"kms:{address}" for address in arguments.kms)]
     try:
         problems = [problem for target in targets if (problem := check(target))]
@@ -35,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     if arguments.state is not None:
         from dstack_emu.deployment.health import (
-            check_health,  # with it comes the whole stack, which one URL does not need
+            check_health,  # slow to import, and not needed for one URL
         )
 
         problems += asyncio.run(check_health(arguments.state))

@@ -25,9 +25,9 @@ from dstack_emu.transport.listen import bind_tcp, serve
 from dstack_emu.transport.ports import IMAGE_PORT
 
 DESCRIPTION = (
-    "OS images as dstack has them: a directory whose sha256sum.txt names it (os_image_hash is its SHA-256), with the "
-    "measurement document by which a verifier recomputes the registers of a VM that boots it. `agent --image-dir` and "
-    "`up --image-dir` boot from one."
+    "Build, measure, compare and serve OS images in dstack's format: a directory with the image's files, their hashes "
+    "in sha256sum.txt (os_image_hash is the SHA-256 of that file), and the measurement document from which a verifier "
+    "computes the registers of a VM that boots the image. `agent --image-dir` and `up --image-dir` boot an image."
 )
 
 _TITLES: Final = {
@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions = {name: choice.add_parser(name, help=title, description=title) for name, title in _TITLES.items()}
     for action in actions.values():
-        action.add_argument("-v", "--verbose", action="count", default=argparse.SUPPRESS, help="say more")
+        action.add_argument(
+            "-v", "--verbose", action="count", default=argparse.SUPPRESS, help="print the events of the boot, too"
+        )
 
     build = actions["build"]
     build.add_argument("folder", type=Path, metavar="DIR", help="the directory to write")
@@ -129,9 +131,9 @@ def _build(arguments: argparse.Namespace) -> int:
         cmdline=cmdline,
     )
     if parts.kernel is not None and not is_bootable(parts.kernel):
-        say(f"{arguments.kernel} is no kernel that a firmware boots (a PE): its digest is made up")
+        say(f"{arguments.kernel} is not a kernel that a firmware boots (a PE): its digest is generated, not measured")
     if parts.firmware is not None:
-        say(f"{arguments.firmware}: MRTD and memory layout are not computed from a firmware: its MRTDs are made up")
+        say(f"{arguments.firmware}: MRTD and memory layout are generated: they cannot be computed from a firmware here")
     image = OsImage.from_seed(Seed.of(arguments.seed).derive, arguments.name, arguments.version, parts)
     save_image(image, folder, replace=arguments.force)
     if arguments.json:
@@ -241,7 +243,7 @@ def _diff(arguments: argparse.Namespace) -> int:
         for name, value in change["a"].items():
             print(f"  {name}\n    {value}\n    {change['b'][name]}")
     if not changes:
-        print("no register differs: only what nobody measures")
+        print("no register differs: the files that differ are not measured")
     return 1
 
 

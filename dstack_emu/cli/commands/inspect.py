@@ -58,7 +58,7 @@ _GOOD: Final = {
     "signed_by_the_next": True,
     "device_id_is_sha256_of_ppid": True,
 }
-"""The value that is as it should be (None: neither is wrong, and yes is highlighted)."""
+"""The right value of a field (None: both are right, and yes is highlighted)."""
 _EMULATED: Final = "yes: EMULATED, it proves nothing"
 _TONES: Final = {"equal": GREEN, "differs": RED}
 
@@ -79,13 +79,13 @@ def run(arguments: argparse.Namespace) -> int:
     data, found = read_input(arguments.file)
     if arguments.json:
         head = {"what": found.what, "sure": found.sure, "form": list(found.form), "size": len(data)}
-        show(json.dumps(head | as_json(found.description)))
+        print_text(json.dumps(head | as_json(found.description)))
     else:
         colour = wants_colour(sys.stdout)
         lines = [paint(headline(found, len(data)), BOLD, colour), *render(found.description, colour)]
         if found.evidence:
             lines += ["", "Read, not verified: use `dstack-emu verify`."]
-        show("\n".join(lines))
+        print_text("\n".join(lines))
     return 0
 
 
@@ -114,13 +114,13 @@ def headline(found: Finding, size: int) -> str:
     return textwrap.fill(printable(f"{'' if found.sure else 'Looks like: '}{found.what}; {form}, {size} bytes"), WIDTH)
 
 
-def show(text: str) -> None:
+def print_text(text: str) -> None:
     """Print to stdout what it can encode; accept that a reader may stop before the end."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
         print(text.encode(encoding, errors="replace").decode(encoding), flush=True)
     except BrokenPipeError:
-        # Python flushes stdout once more on its way out, and would complain there.
+        # Otherwise Python flushes stdout when it exits, and prints an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -184,8 +184,8 @@ def _value(value: Any, width: int) -> list[str]:
     if isinstance(value, bytes):
         return _bytes(value, min(width, HEX_DIGITS))
     text = _words(value)
-    note = f"… ({len(text)} characters)" if len(text) > LONGEST else ""
-    return textwrap.wrap(text[:LONGEST] + note, width, drop_whitespace=True) or [""]
+    suffix = f"… ({len(text)} characters)" if len(text) > LONGEST else ""
+    return textwrap.wrap(text[:LONGEST] + suffix, width, drop_whitespace=True) or [""]
 
 
 def _bytes(value: bytes, width: int) -> list[str]:
@@ -221,7 +221,7 @@ def _words(value: Any) -> str:
 
 
 def _table(rows: Sequence[Description], indent: int, colour: bool) -> Iterator[str]:
-    """Return the widths of columns: those of their content, the widest cut if the line would be too long."""
+    """Render rows as a table; if a line would be too long, the widest columns are cut."""
     names = list(dict.fromkeys(key for row in rows for key in row))[:COLUMNS]
     cells = [[_cell(row.get(name)) for name in names] for row in rows]
     heads = [printable(name)[:LABEL].replace("_", " ") for name in names]
@@ -252,7 +252,7 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
-# ---- rows of tables, as a person would like them
+# ---- rows of tables
 
 
 def _event(row: Description) -> Description:
@@ -263,7 +263,7 @@ def _event(row: Description) -> Description:
         "type": row["event_type"],
         "event": row["event"] + ("" if row["version"] == 1 else f" (v{row['version']})"),
         "payload": row["payload_text"] or row["payload"],
-        "digest": f"{_cell(row['digest'])}{' NOT OF IT' if agrees is False else ''}" if row["digest"] else "-",
+        "digest": f"{_cell(row['digest'])}{' WRONG' if agrees is False else ''}" if row["digest"] else "-",
     }
 
 

@@ -20,9 +20,10 @@ from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.listen import bind_tcp
 
 DESCRIPTION = (
-    "Run one KMS from upstream's kms.toml, both phases on one port. The guest agent that quotes for it is named by the "
-    f"environment variable DSTACK_AGENT_ADDRESS (unix:/path or http://host:port; default {DEFAULT_ADDRESS}). Any key "
-    f"of the file can be set by a variable: {VARIABLES}CORE__SITE_NAME is core.site_name. " + WARNING
+    "Run one KMS with upstream's kms.toml; both phases use the same port. The environment variable "
+    "DSTACK_AGENT_ADDRESS is the guest agent that quotes for it (unix:/path or http://host:port; default "
+    f"{DEFAULT_ADDRESS}; `dstack-emu agent` runs one). A variable can set any key of the file: "
+    f"{VARIABLES}CORE__SITE_NAME is core.site_name. " + WARNING
 )
 
 TALKATIVE = ("kms_emu",)
@@ -40,12 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--listen",
         type=listen_address,
         metavar="HOST:PORT",
-        help="address of both phases, instead of the file's (port 0: a free one)",
+        help="address of both phases, instead of that in the file (port 0: a free one)",
     )
     parser.add_argument(
-        "--seed", metavar="TEXT", help="the same text gives the same keys and certificates (default: random ones)"
+        "--seed",
+        metavar="TEXT",
+        help="the text from which keys and certificates are derived (default: they are random)",
     )
-    add_release(parser, "the dstack release that the KMS is")
+    add_release(parser, "the dstack release of the KMS")
     parser.add_argument(
         "--auth-api-cache",
         action="store_true",
@@ -93,7 +96,7 @@ async def _run_kms(config: KmsConfig, agent: str, arguments: argparse.Namespace)
     await kms.stop()
     waiting.cancel()
     if was_fresh:
-        raise KmsError("Failed to onboard")  # upstream's answer to a signal before there are keys
+        raise KmsError("Failed to onboard")  # what upstream's KMS prints if a signal comes before it has keys
     return 0
 
 

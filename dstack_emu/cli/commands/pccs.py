@@ -16,8 +16,8 @@ from dstack_emu.transport.listen import bind_tcp, serve
 from dstack_emu.transport.ports import PORTS
 
 DESCRIPTION = (
-    "Serve collateral in the shape of Intel's PCS v4 for quotes of every platform of a seed. The state of platforms "
-    "named with --platform is set by the options below; all others are up to date. " + WARNING
+    "Serve collateral for the quotes of every platform of a seed, with the paths and formats of Intel's PCS v4. The "
+    "options below set the state of the platforms named with --platform; all others are up to date. " + WARNING
 )
 
 
@@ -30,9 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help=f"address (127.0.0.1:{PORTS['pccs']})",
     )
-    parser.add_argument("--root-ca", type=Path, metavar="FILE", help="write the root certificate (PEM) here")
+    parser.add_argument("--root-ca", type=Path, metavar="FILE", help="write the root certificate (PEM) to this file")
     parser.add_argument(
-        "--platform", action="append", default=[], metavar="NAME", help="a platform that the options below are for"
+        "--platform",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a platform to which the options below apply; may be repeated",
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
     add_seed(parser)

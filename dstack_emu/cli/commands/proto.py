@@ -8,7 +8,7 @@ from dstack_emu.cli.commands.common import UsageError
 
 DESCRIPTION = (
     "Write the .proto files of the guest agent (packages dstack_guest and dstack.guest.v1) and the KMS (package kms) "
-    "into a folder, to generate clients from. A file of that name with other contents is an error, and is kept."
+    "into a folder, to generate clients from. It is an error if a file of such a name exists with other contents."
 )
 
 
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         for name, text in sources.items():
             path = folder / name
             if path.exists() and path.read_text() != text:
-                raise UsageError(f"{path} is there already, and is another file: name another folder")
+                raise UsageError(f"{path} exists already with other contents: name another folder")
         for name, text in sorted(sources.items()):
             (folder / name).write_text(text)
             print(folder / name)

@@ -17,15 +17,15 @@ from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.trust_domain import KeyProvider
 
 DESCRIPTION = (
-    "Boot an emulated trust domain, quote the given report_data, and write the raw quote, or (--json) what GetQuote "
-    "answers. A PCCS of the same seed (`dstack-emu pccs`) serves its collateral. " + WARNING
+    "Boot an emulated trust domain, quote the given report_data, and write the raw quote, or (--json) the answer of "
+    "GetQuote. A PCCS with the same seed (`dstack-emu pccs`) serves its collateral. " + WARNING
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument(
-        "--report-data", type=hex_bytes, default=b"", metavar="HEX", help="up to 64 bytes, padded with zeros"
+        "--report-data", type=hex_bytes, default=b"", metavar="HEX", help="at most 64 bytes, padded with zeros"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: stdout)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The options that name the root certificate to verify evidence under: `--seed`, `--root`, `--intel`."""
+"""The options that name the root certificate of verification: `--seed`, `--root`, `--intel`."""
 
 import argparse
 from pathlib import Path
@@ -18,9 +18,9 @@ NamedAnchor = tuple[TrustAnchor, str]
 def add_root(parser: argparse.ArgumentParser) -> None:
     """Add the options, of which one may be given."""
     root = parser.add_mutually_exclusive_group()
-    root.add_argument("--seed", metavar="TEXT", help=f"under the emulated root of this seed ({DEFAULT_SEED})")
-    root.add_argument("--root", type=Path, metavar="PEM", help="under the root certificate in this file")
-    root.add_argument("--intel", action="store_true", help="under Intel's production root")
+    root.add_argument("--seed", metavar="TEXT", help=f"trust the emulated root of this seed ({DEFAULT_SEED})")
+    root.add_argument("--root", type=Path, metavar="PEM", help="trust the root certificate in this file")
+    root.add_argument("--intel", action="store_true", help="trust Intel's production root")
 
 
 def chosen_root(arguments: argparse.Namespace) -> NamedAnchor | None:

@@ -16,7 +16,7 @@ from dstack_emu.cli.runbook_report import to_stderr, to_stdout
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.runbook.cases import run_cases
-from dstack_emu.runbook.evidence import Destination, archive, normalised, normalised_log
+from dstack_emu.runbook.evidence import Destination, normalised, normalised_log, pack_evidence
 from dstack_emu.runbook.kms_client import KmsClient, PrpcKmsClient
 from dstack_emu.runbook.runner import RunbookError, RunbookRun
 from dstack_emu.runbook.target import Target, TargetError
@@ -26,8 +26,8 @@ from dstack_emu.stack import Stack
 from dstack_emu.transport.events import LOGGERS
 
 DESCRIPTION = (
-    "Run the five test cases of dstack's runbook for KMS self authorization step by step, on a fresh stack of its own "
-    "or on one that runs elsewhere, through its public interfaces and its two policy files. Exit 0 if every case "
+    "Run the five test cases of dstack's runbook for KMS self authorization, on a fresh stack that the command "
+    "starts, or on one that runs elsewhere, through public interfaces and the two policy files. Exit 0 if every case "
     "passes, 1 if a check fails, 2 if the runbook cannot be run. " + WARNING
 )
 
@@ -47,18 +47,25 @@ TRANSPORTS: Final[Mapping[str, Callable[[], KmsClient]]] = {"prpc": PrpcKmsClien
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="the same text gives the same evidence")
+    where.add_argument(
+        "--seed",
+        default=DEFAULT_SEED,
+        metavar="TEXT",
+        help="the seed of the stack that it starts; the same text gives the same evidence (%(default)s)",
+    )
     where.add_argument(
         "--against",
         type=Path,
         metavar="FILE",
-        help="a fresh stack that runs elsewhere: JSON with the keys of `up --json`, as stack.json in its state folder",
+        help="run it on a fresh stack that runs elsewhere: stack.json in its state folder, or JSON with the same keys",
     )
-    parser.add_argument("--source-url", metavar="URL", help="where kms-dst reaches kms-src, if not at the same URL")
+    parser.add_argument(
+        "--source-url", metavar="URL", help="the URL of kms-src as kms-dst reaches it, if it is another one"
+    )
     parser.add_argument(
         "--wait", type=_seconds, default=PATIENCE, metavar="SECONDS", help="how long to wait for a KMS (%(default)g)"
     )
-    add_release(parser, "the dstack release of its own stack")
+    add_release(parser, "the dstack release of the stack that it starts")
     parser.add_argument(
         "--transport", choices=list(TRANSPORTS), default="prpc", help="how to call the KMS (%(default)s)"
     )
@@ -79,7 +86,7 @@ def _seconds(text: str) -> float:
 def run(arguments: argparse.Namespace) -> int:
     """Run the cases, report them, and write the evidence."""
     if arguments.source_url and not arguments.against:
-        raise UsageError("--source-url: only for a stack that runs elsewhere (--against)")
+        raise UsageError("--source-url is only for a stack that runs elsewhere: give --against, too")
     try:
         destination = Destination(arguments.evidence) if arguments.evidence else None
     except OSError as error:
@@ -157,6 +164,6 @@ def _write(
     files = {**transcript.files, "runbook.json": json.dumps(document, indent=2) + "\n"}
     named = {name: normalised(text, target.names) for name, text in files.items()}
     try:
-        destination.write(archive({**named, **logs}, {**about, "ok": transcript.ok}))
+        destination.write(pack_evidence({**named, **logs}, {**about, "ok": transcript.ok}))
     except OSError as error:
         raise UsageError(f"--evidence: cannot write {destination.path}: {error.strerror}") from error

@@ -14,30 +14,36 @@ from dstack_emu.deployment.errors import StackError
 from dstack_emu.transport.listen import bind_tcp, serve
 
 DESCRIPTION = (
-    "Measure two fresh KMS, allow them and the app in both policy files, bootstrap the source, onboard the target, "
-    "finish both, and wait until the app has its keys: what `dstack-emu up` does, for services in processes or "
-    "containers of their own. A KMS that has keys, and a policy that is not a placeholder, are kept. " + WARNING
+    "Measure two KMS without keys, allow them and the app in both policy files, bootstrap the source, onboard the "
+    "destination, finish both, and wait until the app has its keys, as `dstack-emu up` does, but for services in "
+    "processes or containers of their own. A KMS that has keys already and a policy that was edited stay as they are. "
+    "" + WARNING
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("--kms-src", required=True, metavar="URL", help="the KMS that generates the keys")
-    parser.add_argument("--kms-dst", required=True, metavar="URL", help="the KMS that is onboarded from it")
+    parser.add_argument("--kms-dst", required=True, metavar="URL", help="the KMS that is onboarded from the source")
     parser.add_argument("--app", metavar="URL", help="the guest agent of an app to allow")
     parser.add_argument(
         "--policies", type=Path, required=True, metavar="DIR", help="the folder of auth-src.json and auth-dst.json"
     )
-    parser.add_argument("--source-url", metavar="URL", help="where the target reaches the source (default: --kms-src)")
+    parser.add_argument(
+        "--source-url", metavar="URL", help="the URL of the source as the destination reaches it (default: --kms-src)"
+    )
     parser.add_argument("--fresh", action="store_true", help="only write policies that deny everyone")
     parser.add_argument(
-        "--serve", type=listen_address, metavar="HOST:PORT", help="stay, and answer /health with 200 when all is done"
+        "--serve",
+        type=listen_address,
+        metavar="HOST:PORT",
+        help="keep running, and answer /health with status 200 when everything is done",
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON when done, no more on stdout")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Set everything up, and with --serve stay."""
+    """Set everything up; with --serve, keep running until a signal."""
     return asyncio.run(_run(arguments))
 
 

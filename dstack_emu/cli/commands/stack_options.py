@@ -15,29 +15,51 @@ _PORTS = {**PORTS, **GRPC_PORTS}
 def add_stack_options(parser: argparse.ArgumentParser) -> None:
     """Add the options, except the addresses."""
     parser.add_argument(
-        "--fresh", action="store_true", help="stop at the start of the runbook: KMS without keys, policies that deny"
+        "--fresh",
+        action="store_true",
+        help="start where the runbook begins: KMS without keys, and policies that deny everyone",
     )
-    parser.add_argument("--seed", default=DEFAULT_SEED, metavar="TEXT", help="the same text gives the same bytes")
-    add_release(parser, "the dstack release that everything is of")
+    parser.add_argument(
+        "--seed",
+        default=DEFAULT_SEED,
+        metavar="TEXT",
+        help="the text from which all keys and ids are derived (%(default)s)",
+    )
+    add_release(parser, "the dstack release of all parts")
     parser.add_argument(
         "--auth-api-cache",
         action="store_true",
         help="let each KMS use a webhook's successful answer about itself for a second, as 0.6 does",
     )
-    parser.add_argument("--grpc", action="store_true", help="let agents and KMS also serve gRPC")
+    parser.add_argument("--grpc", action="store_true", help="let agents and KMS serve gRPC, too")
     parser.add_argument(
         "--port",
         action="append",
         default=[],
         type=_port,
         metavar="NAME=PORT",
-        help="another port for one service (0: a free one); names and defaults: "
+        help="the port of one service (0: a free one); may be repeated; names and defaults: "
         + ", ".join(f"{name}={port}" for name, port in _PORTS.items()),
     )
-    parser.add_argument("--state", type=Path, metavar="DIR", help="keep keys, sockets and policies here, and resume")
-    parser.add_argument("--policies", type=Path, metavar="DIR", help="keep auth-src.json and auth-dst.json here")
+    parser.add_argument(
+        "--state",
+        type=Path,
+        metavar="DIR",
+        help="keep keys, sockets and policies in this folder, and resume from it (default: a temporary folder)",
+    )
+    parser.add_argument(
+        "--policies",
+        type=Path,
+        metavar="DIR",
+        help="keep auth-src.json and auth-dst.json in this folder (default: in the state folder)",
+    )
     parser.add_argument("--journal", type=Path, metavar="FILE", help="append a record of each call, as JSON lines")
-    parser.add_argument("--image-dir", type=Path, metavar="DIR", help="boot this OS image instead of the seed's")
+    parser.add_argument(
+        "--image-dir",
+        type=Path,
+        metavar="DIR",
+        help="boot this OS image instead of a generated one (see `dstack-emu image build`)",
+    )
 
 
 def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str = "127.0.0.1") -> StackConfig:

@@ -9,15 +9,15 @@ import time
 
 from dstack_emu.cli.commands.common import WARNING, Interrupted, interruptible, say
 from dstack_emu.cli.commands.stack_options import add_stack_options, stack_config
-from dstack_emu.cli.stack_summary import show
+from dstack_emu.cli.stack_summary import summary
 from dstack_emu.deployment.config import StackConfig
 
 TALKATIVE = ("kms_emu",)
 
 DESCRIPTION = (
-    "Bring up a PCCS, two auth-simple webhooks, two KMS in trust domains of their own, and an app; measure both KMS, "
-    "allow them, bootstrap the source, onboard the destination, and boot the app with keys from the source. It runs "
-    "until Ctrl-C. The two policy files may be edited meanwhile: they are read anew at every request. " + WARNING
+    "Start a PCCS, two auth-simple webhooks, two KMS in trust domains of their own, and an app; measure both KMS, "
+    "allow them, bootstrap the source, onboard the destination, and boot the app with keys from the source. The stack "
+    "runs until Ctrl-C. You may edit the two policy files meanwhile: they are read again at every request. " + WARNING
 )
 
 
@@ -32,19 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the stack until a signal."""
     config = stack_config(arguments, free_ports=arguments.free_ports, host=arguments.listen)
-    with contextlib.suppress(Interrupted):  # it is what ends a stack
+    with contextlib.suppress(Interrupted):  # a signal is the regular end of a stack
         asyncio.run(interruptible(_run_stack(config, as_json=arguments.json)))
     return 0
 
 
 async def _run_stack(config: StackConfig, *, as_json: bool) -> None:
-    from dstack_emu.stack import Stack  # only here: --help need not wait for all that a stack is made of
+    from dstack_emu.stack import Stack  # imported here, because it is slow and --help does not need it
 
     began = time.monotonic()
     async with Stack(config, progress=lambda text: say(f"… {text}")) as stack:
-        # What there is by now stays: the collector need not look at it again for every few hundred calls noted.
+        # All objects so far live as long as the stack: the garbage collector need not examine them again.
         gc.collect()
         gc.freeze()
         description = stack.description()
-        print(json.dumps(description) if as_json else show(description, time.monotonic() - began), flush=True)
+        print(json.dumps(description) if as_json else summary(description, time.monotonic() - began), flush=True)
         await asyncio.get_running_loop().create_future()  # until a signal, or a part that fails

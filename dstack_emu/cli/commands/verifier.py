@@ -33,9 +33,10 @@ from dstack_emu.verifier.service import (
 )
 
 DESCRIPTION = (
-    "Serve POST /verify and GET /health, as dstack-verifier does: quote, runtime events, and whether the registers are "
-    "those of the OS image that the VM config names. Or verify one file and end: exit 0 if it is valid, 1 if not. "
-    f"Upstream's dstack-verifier.toml and its variables ({VARIABLES}…) are read; options go before both. " + WARNING
+    "Serve POST /verify and GET /health, as dstack-verifier does. It verifies the quote, the runtime events, and that "
+    "the registers are those of the OS image that the VM config names. Or verify one file: exit 0 if it is valid, 1 "
+    f"if not. Upstream's dstack-verifier.toml and its variables ({VARIABLES}…) are read; options override "
+    "both. " + WARNING
 )
 
 PCCS = f"http://127.0.0.1:{PORTS['pccs']}"
@@ -121,7 +122,7 @@ async def _serve(verifier: AbstractAsyncContextManager[Verifier], sock: socket.s
 
 
 def _verify_file(path: Path, verifier: AbstractAsyncContextManager[Verifier]) -> int:
-    """Verify a request; whatever happens, stdout has one JSON document, as upstream's."""
+    """Verify a request. Print one JSON document in every case, as upstream's program does."""
 
     async def verify(request: VerificationRequest) -> VerificationResponse:
         async with verifier as opened:
@@ -157,7 +158,7 @@ def _verify_certificate(path: Path, verifier: AbstractAsyncContextManager[Verifi
 
 
 def _write(path: Path, suffix: str, document: dict[str, Any], what: str) -> None:
-    """Write an answer beside the file that it is about, whole or not at all."""
+    """Write an answer beside the request's file; it is written completely or not at all."""
     target = path.with_name(path.name + suffix)
     try:
         replace_file(target, (json.dumps(document, indent=2) + "\n").encode())

@@ -17,7 +17,7 @@ from dcap_qvl import QuoteCollateralV3
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.report_data import pad_report_data
 from dstack_emu.cli.commands.common import UsageError, hex_bytes
-from dstack_emu.cli.commands.inspect import WIDTH, add_input, headline, read_input, show
+from dstack_emu.cli.commands.inspect import WIDTH, add_input, headline, print_text, read_input
 from dstack_emu.cli.commands.root_options import add_root, chosen_root, default_root
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 from dstack_emu.inspection.checks import Check, Collect, Expectations, all_hold, verify_evidence
@@ -27,8 +27,8 @@ from dstack_emu.transport.ports import PORTS
 DESCRIPTION = (
     "Run every check on a quote, a versioned attestation, an RA-TLS certificate, a signing request, or a GetQuote or "
     "Attest answer, in any form that `dstack-emu inspect` reads. Exit 0 if all hold, 1 if one failed, 2 if there is "
-    "nothing to check. That all hold does not say which application it is, and under the emulated root it says "
-    "nothing at all: anybody can forge evidence under that root."
+    "nothing to check. If all checks hold, the evidence is genuine, but its application may be the wrong one. Under "
+    "the emulated root even that proves nothing: anybody can forge evidence under it."
 )
 
 PCCS: Final = f"http://127.0.0.1:{PORTS['pccs']}"
@@ -43,11 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_input(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--pccs", default=PCCS, metavar="URL", help="where to fetch collateral (%(default)s)")
-    source.add_argument("--collateral", type=Path, metavar="FILE", help="collateral as QuoteCollateralV3 JSON instead")
+    source.add_argument(
+        "--collateral",
+        type=Path,
+        metavar="FILE",
+        help="read collateral from this file (QuoteCollateralV3 JSON) instead",
+    )
     add_root(parser)
-    parser.add_argument("--time", type=_moment, metavar="WHEN", help="verify at this time: Unix seconds or ISO 8601")
     parser.add_argument(
-        "--report-data", type=hex_bytes, metavar="HEX", help="the report_data that must be quoted, padded with zeros"
+        "--time", type=_moment, metavar="WHEN", help="verify for this time (now): Unix seconds or ISO 8601"
+    )
+    parser.add_argument(
+        "--report-data", type=hex_bytes, metavar="HEX", help="require this report_data, padded with zeros to 64 bytes"
     )
     parser.add_argument("--strict", action="store_true", help="refuse every TCB status but UpToDate")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -78,20 +85,20 @@ def run(arguments: argparse.Namespace) -> int:
     checks = verify_evidence(found.evidence, collect, policy)
     if arguments.json:
         head = {"ok": all_hold(checks), "what": found.what, "root": policy.root, "time": policy.now}
-        show(json.dumps(head | {"checks": [asdict(check) for check in checks]}))
+        print_text(json.dumps(head | {"checks": [asdict(check) for check in checks]}))
     else:
-        show("\n".join(_render(headline(found, len(data)), checks, policy, wants_colour(sys.stdout))))
+        print_text("\n".join(_render(headline(found, len(data)), checks, policy, wants_colour(sys.stdout))))
     return 0 if all_hold(checks) else 1
 
 
 def _policy(arguments: argparse.Namespace) -> Expectations:
     anchor, root = chosen_root(arguments) or default_root()
     try:
-        wanted = None if arguments.report_data is None else pad_report_data(arguments.report_data)
+        expected = None if arguments.report_data is None else pad_report_data(arguments.report_data)
     except FormatError as error:
         raise UsageError(f"--report-data: {error}") from error
     now = int(time.time()) if arguments.time is None else arguments.time
-    return Expectations(anchor, root, now, wanted, arguments.strict)
+    return Expectations(anchor, root, now, expected, arguments.strict)
 
 
 def _collect(arguments: argparse.Namespace) -> Collect:
@@ -120,7 +127,7 @@ def _read(path: Path) -> QuoteCollateralV3:
 def _render(title: str, checks: Sequence[Check], policy: Expectations, colour: bool) -> Iterator[str]:
     when = datetime.fromtimestamp(policy.now, UTC)
     yield paint(title, BOLD, colour)
-    yield from _wrapped("", printable(f"Judged at {when:%Y-%m-%dT%H:%M:%SZ} under {policy.root}"))
+    yield from _wrapped("", printable(f"Verified at {when:%Y-%m-%dT%H:%M:%SZ} under {policy.root}"))
     yield ""
     width = max(len(check.name) for check in checks)
     for check in checks:
