@@ -1,19 +1,23 @@
 """A guest that boots with keys from a KMS, as dstack-util does it.
 
-It calls GetTempCaCert without checking the CA, makes an RA-TLS certificate under the temporary CA, and connects by
-mTLS, trusting only the KMS's root; the KMS's certificate must have the usage `kms:rpc`. Then it calls GetAppKey, and
-measures the events that record the source of the keys. Source: dstack `dstack-util/src/system_setup.rs:2016-2200` and
-`cert-client/src/lib.rs` at 312dc605; for the additional step of 0.5.x, `system_setup.rs:824-898` at 40eaf35e.
+It tries the URLs of its KMS in turn. It calls GetTempCaCert without checking the CA, makes an RA-TLS certificate under
+the temporary CA, and connects by mTLS, trusting only the KMS's root; the KMS's certificate must have the usage
+`kms:rpc`. Then it calls GetAppKey, and measures the events that record the source of the keys.
+
+Source: dstack `dstack-util/src/system_setup.rs:2016-2200` and `cert-client/src/lib.rs` at 312dc605; for the additional
+step of 0.5.x, `system_setup.rs:824-898` at 40eaf35e; for the error of several KMS in 0.6, a public state of that file
+shortly before release 0.6.0.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
 from google.protobuf.empty_pb2 import Empty
 
+from dstack_emu.attest.app_compose import verify_key_provider_inputs
 from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.certificate import (
     USAGE_KMS_RPC,
@@ -26,6 +30,7 @@ from dstack_emu.attest.csr import SigningRequest
 from dstack_emu.attest.errors import AttestError, VerificationError
 from dstack_emu.attest.kdf import load_p256_pem, p256_from_uniform
 from dstack_emu.attest.proto import kms_pb2 as pb
+from dstack_emu.attest.release import Release
 from dstack_emu.simulator.app_keys import AppKeys
 from dstack_emu.simulator.errors import GuestError, KmsRefusedError, KmsUnreachableError
 from dstack_emu.simulator.guest_files import KmsAccess
@@ -50,8 +55,12 @@ CSR_VERSION: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class KmsIssuer:
-    """Issues certificates through the KMS that released the keys, with the client certificate `identity`. Close it."""
+    """Issues certificates through the KMS that released the keys, with the client certificate `identity`. Close it.
 
+    `url` is that KMS's, with `/prpc`.
+    """
+
+    url: str
     client: RaTlsClient
     vm_config: str
     identity: Identity
@@ -94,12 +103,23 @@ async def kms_issuer(
     client.
     """
     identity = await _identity(domain, access.temp_ca, entropy, now)
-    return KmsIssuer(connect(access.url, identity=identity, root_ca=root_ca), domain.vm_config_json, identity)
+    client = connect(access.url, identity=identity, root_ca=root_ca)
+    return KmsIssuer(access.url, client, domain.vm_config_json, identity)
+
+
+@dataclass(frozen=True, slots=True)
+class _Released:
+    """What one KMS gave: its access, the CA that it names as its root, the keys, and what its certificate measures."""
+
+    access: KmsAccess
+    root_ca: str
+    keys: pb.AppKeyResponse
+    mr_kms: bytes | None
 
 
 async def fetch_keys(
     domain: TrustDomain,
-    kms_url: str,
+    kms_urls: Sequence[str],
     verifier: AttestationVerifier,
     entropy: Entropy,
     now: int,
@@ -107,41 +127,77 @@ async def fetch_keys(
     patience: float = TIMEOUT,
     headers: MoreHeaders | None = None,
 ) -> tuple[AppKeys, KmsIssuer]:
-    """Boot a domain through a KMS (`https://host:port`): fetch its keys, measure their source, and complete the boot.
+    """Boot a domain through the first KMS (`https://host:port`) that gives it keys: measure their source, and complete
+    the boot.
 
     A guest whose release measures the KMS does so if the KMS's certificate contains evidence. `patience` is the timeout
-    of each call to the KMS in seconds, now and later; `headers` are added to each call. Raises `GuestError` with the
-    text of the KMS's refusal, or `KmsUnreachableError` if the KMS sent no answer; the domain then remains as it was
-    before the call.
+    of each call to a KMS in seconds, now and later; `headers` are added to each call. Raises `GuestError` with the
+    refusals of all KMS or of the first one, by release, or `KmsUnreachableError` if no KMS sent an answer; the domain
+    then remains as it was before the call. What the guest refuses once it has keys leads to no other KMS.
     """
-    url = f"{kms_url.rstrip('/')}/prpc"
     connect = functools.partial(RaTlsClient, timeout=patience, headers=headers)
-    check = _KmsCertificateCheck()
-    with _refused_as():
-        temp = await _temp_ca(connect, url)
-        temp_key = load_p256_pem(temp.temp_ca_key, "temporary CA key")
-        access = KmsAccess(url, load_authority(temp.temp_ca_cert, temp_key, "temporary CA certificate"))
-        root = load_pem(temp.ca_cert, "KMS root CA certificate")
-        identity = await _identity(domain, access.temp_ca, entropy, now)
-        client = connect(url, identity=identity, root_ca=temp.ca_cert, verifier=verifier, check_peer=check)
-        request = pb.GetAppKeyRequest(api_version=API_VERSION, vm_config=domain.vm_config_json)
-        try:
-            with _refused_as("Failed to get app key: "):
-                answer = await client.call("GetAppKey", request, pb.AppKeyResponse)
-        finally:
-            await client.close()
-    provider = KeyProvider("kms", certificate_spki(root).hex())
-    domain.complete(provider, os_image_hash=answer.os_image_hash, mr_kms=check.mr_aggregated)
+
+    async def ask(url: str) -> _Released:
+        with _refused_as():
+            temp = await _temp_ca(connect, url)
+            temp_key = load_p256_pem(temp.temp_ca_key, "temporary CA key")
+            access = KmsAccess(url, load_authority(temp.temp_ca_cert, temp_key, "temporary CA certificate"))
+            load_pem(temp.ca_cert, "KMS root CA certificate")
+            identity = await _identity(domain, access.temp_ca, entropy, now)
+            check = _KmsCertificateCheck()
+            client = connect(url, identity=identity, root_ca=temp.ca_cert, verifier=verifier, check_peer=check)
+            request = pb.GetAppKeyRequest(api_version=API_VERSION, vm_config=domain.vm_config_json)
+            try:
+                with _refused_as("Failed to get app key: "):
+                    answer = await client.call("GetAppKey", request, pb.AppKeyResponse)
+            finally:
+                await client.close()
+        return _Released(access, temp.ca_cert, answer, check.mr_aggregated)
+
+    _require_kms_as_provider(domain, kms_urls)
+    released = await _first_that_releases(kms_urls, domain.release, ask)
+    answer = released.keys
+    provider = KeyProvider("kms", certificate_spki(load_pem(released.root_ca, "KMS root CA certificate")).hex())
+    domain.complete(provider, os_image_hash=answer.os_image_hash, mr_kms=released.mr_kms)
     keys = AppKeys(
         disk_crypt_key=answer.disk_crypt_key,
         env_crypt_key=answer.env_crypt_key,
         k256_key=answer.k256_key,
         k256_signature=answer.k256_signature,
         gateway_app_id=answer.gateway_app_id,
-        ca_cert=temp.ca_cert,
+        ca_cert=released.root_ca,
         provider=provider,
     )
-    return keys, await kms_issuer(domain, access, temp.ca_cert, entropy, now, connect=connect)
+    return keys, await kms_issuer(domain, released.access, released.root_ca, entropy, now, connect=connect)
+
+
+def _require_kms_as_provider(domain: TrustDomain, kms_urls: Sequence[str]) -> None:
+    with _refused_as():
+        verify_key_provider_inputs(domain.manifest, kms_urls, domain.release)
+    named = domain.manifest.key_provider
+    if named not in (None, "kms"):
+        raise GuestError(f"app-compose: key_provider: a guest asks a KMS if it is kms or left out, got {named}")
+
+
+async def _first_that_releases(
+    kms_urls: Sequence[str], release: Release, ask: Callable[[str], Awaitable[_Released]]
+) -> _Released:
+    refusals: list[tuple[str, GuestError]] = []
+    for kms_url in kms_urls:
+        url = f"{kms_url.rstrip('/')}/prpc"
+        try:
+            return await ask(url)
+        except GuestError as error:
+            refusals.append((url, error))
+    raise _all_refused(refusals, release)
+
+
+def _all_refused(refusals: Sequence[tuple[str, GuestError]], release: Release) -> GuestError:
+    kind = KmsUnreachableError if all(isinstance(e, KmsUnreachableError) for _, e in refusals) else GuestError
+    if release.reports_every_kms:
+        said = "; ".join(f"{url}: {error}" for url, error in refusals)
+        return kind(f"failed to get app keys from KMS: {said}")
+    return kind(f"Failed to get app keys from KMS: {refusals[0][1]}")
 
 
 async def _temp_ca(connect: Callable[..., RaTlsClient], url: str) -> pb.GetTempCaCertResponse:
@@ -181,4 +237,4 @@ def _refused_as(step: str = "", *, nothing_came: type[GuestError] = GuestError) 
         yield
     except (RaTlsError, AttestError) as error:
         kind = nothing_came if isinstance(error, RaTlsUnreachableError) else GuestError
-        raise kind(f"Failed to get app keys from KMS: {step}{error}") from error
+        raise kind(f"{step}{error}") from error

@@ -1,19 +1,28 @@
-"""The files of a real guest, in their own formats: its keys, its system configuration.
+"""The files of a real guest, in their own formats: its keys, its system configuration, its environment.
 
 Formats: dstack `dstack-types/src/lib.rs` (`AppKeys`, `KeyProvider`, `SysConfig`) at 312dc605; upstream's simulator
-reads the same (`sdk/simulator/appkeys.json`, `sys-config.json`).
+reads the same (`sdk/simulator/appkeys.json`, `sys-config.json`). The environment: `dstack-util/src/system_setup.rs` and
+`dstack-types/src/shared_filenames.rs`.
 """
 
+import contextlib
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from dstack_emu.attest.certificate import CertificateAuthority, load_authority, load_pem
-from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.encrypted_env import MAX_FILE_SIZE, decrypt_env, environment_file
+from dstack_emu.attest.errors import AttestError, FormatError
 from dstack_emu.attest.kdf import load_p256_pem
 from dstack_emu.simulator.app_keys import AppKeys
-from dstack_emu.simulator.trust_domain import KeyProvider
+from dstack_emu.simulator.errors import GuestError
+from dstack_emu.simulator.trust_domain import KeyProvider, TrustDomain
+
+DECRYPTED_ENV: Final = ".decrypted-env"
+DECRYPTED_ENV_JSON: Final = ".decrypted-env.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,55 @@ class KeyFile:
 def load_vm_config(path: Path) -> str:
     """Load the `vm_config` text of a system configuration file; raise `FormatError` that names file and key."""
     return _Object(_read_json(path), str(path)).text("vm_config")
+
+
+def load_encrypted_env(path: Path) -> bytes:
+    """Load the encrypted environment of a deployment: the bytes themselves, or their hex, as deployers' tools print it.
+
+    Raises `FormatError`, which names the file, if it cannot be read or is larger than a guest copies.
+    """
+    try:
+        sealed = path.read_bytes()
+    except OSError as error:
+        raise FormatError(f"encrypted environment {path}: {error.strerror}") from error
+    with contextlib.suppress(ValueError):  # what is not hex is the bytes themselves
+        sealed = bytes.fromhex(sealed.decode("ascii").strip().removeprefix("0x"))
+    require_env_size(sealed, str(path))
+    return sealed
+
+
+def require_env_size(sealed: bytes, where: str) -> None:
+    """Raise `FormatError` if an encrypted environment is larger than a guest copies."""
+    if len(sealed) > MAX_FILE_SIZE:
+        raise FormatError(f"{where}: encrypted environment: at most {MAX_FILE_SIZE} bytes expected, got {len(sealed)}")
+
+
+def decrypt_environment(domain: TrustDomain, sealed: bytes, keys: AppKeys) -> dict[str, str]:
+    """Decrypt a domain's environment with its keys, as its release does; return what its app-compose allows.
+
+    Raises `GuestError`, which ends the boot.
+    """
+    try:
+        return decrypt_env(sealed, keys.env_crypt_key, domain.manifest.allowed_envs, domain.release)
+    except AttestError as error:
+        raise GuestError(str(error)) from error
+
+
+def write_environment(folder: Path, environment: Mapping[str, str]) -> Path:
+    """Write the two files of an app's environment, for their owner alone; return that of systemd's format."""
+    document = json.dumps(environment, separators=(",", ":"), ensure_ascii=False)
+    for name, text in ((DECRYPTED_ENV, environment_file(environment)), (DECRYPTED_ENV_JSON, document)):
+        (folder / name).unlink(missing_ok=True)
+        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+    return folder / DECRYPTED_ENV
+
+
+def remove_environment(folder: Path) -> None:
+    """Remove what `write_environment` wrote, if it did."""
+    for name in (DECRYPTED_ENV, DECRYPTED_ENV_JSON):
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_text(path: Path, what: str) -> str:

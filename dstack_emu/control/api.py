@@ -5,7 +5,7 @@ Each call has taken effect when it returns. A call that is refused changes nothi
 
 import asyncio
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -222,6 +222,7 @@ class Control(PolicyControl):
             "url": guest.url,
             "dstack_sock": str(guest.dstack_sock),
             "tappd_sock": str(guest.tappd_sock),
+            "decrypted_env": None if guest.decrypted_env is None else str(guest.decrypted_env),
         }
 
     async def add_guest(self, name: str, **spec: Any) -> dict[str, Any]:
@@ -237,22 +238,23 @@ class Control(PolicyControl):
             raise ControlError(str(error)) from error
         return self.guest(name)
 
-    async def boot_guest(self, name: str, kms: str = "src") -> dict[str, Any]:
-        """Let a trust domain fetch its keys from a KMS.
+    async def boot_guest(self, name: str, kms: str | Sequence[str] = "src") -> dict[str, Any]:
+        """Let a trust domain fetch its keys from a KMS, or from the first of several that releases them.
 
         If it has keys already, it is power-cycled first. A refusal by the KMS has status 403 and the KMS's text.
         """
         guest = self._known_guest(name)
         if guest.name.startswith("kms-"):
             raise ControlError(f"{name} is the trust domain of a KMS, which gets its keys by onboarding, not by boot")
-        phase = self._known_kms(kms).server.phase
-        if phase != "runtime":
-            raise ControlError(f"kms-{kms} has no keys: it is in its {phase} phase, onboard it first", 409)
+        names = (kms,) if isinstance(kms, str) else tuple(kms)
+        phases = [self._known_kms(each).server.phase for each in names]
+        if "runtime" not in phases:
+            raise ControlError(f"kms-{names[0]} has no keys: it is in its {phases[0]} phase, onboard it first", 409)
         before = guest.domain.capture()
         if guest.agent.has_keys:
             guest.power_cycle()
         try:
-            await self._deployment.boot(guest, kms)
+            await self._deployment.boot(guest, names)
         except (GuestError, FormatError) as error:
             guest.domain.restore(before)
             raise ControlError(str(error), 403) from error

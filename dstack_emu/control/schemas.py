@@ -127,9 +127,9 @@ class SnapshotRequest(RequestBody):
 
 
 class BootRequest(RequestBody):
-    """The KMS from which a trust domain gets its keys."""
+    """The KMS from which a trust domain gets its keys; several are tried in order."""
 
-    kms: Name = "src"
+    kms: Name | Annotated[tuple[Name, ...], Field(min_length=1, max_length=16)] = "src"
 
 
 class OnboardRequest(RequestBody):

@@ -8,7 +8,7 @@ such as the control API, is plugged in as an `Extension`.
 import json
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -256,7 +256,7 @@ class Deployment:
             kms.measured = measured.get(kms.spec.service, kms.measured)
         self._progress("booting the app through kms-src")
         try:
-            await self.boot(self.app, "src")
+            await self.boot(self.app, ("src",))
         except GuestError as error:
             if measured:
                 raise StackError(f"app: {error}") from error
@@ -264,8 +264,11 @@ class Deployment:
             self._progress(f"app: {error}")
             self._progress("the app has no keys; the policy says so. All else is up")
 
-    async def boot(self, guest: RunningGuest, kms: str) -> None:
-        """Let a trust domain fetch its keys from the KMS of that name; raise `GuestError` with the refusal."""
+    async def boot(self, guest: RunningGuest, kms: Sequence[str]) -> None:
+        """Let a trust domain fetch its keys from the KMS of these names, asked in turn.
+
+        Raises `GuestError` with the refusal.
+        """
         await guest.boot(kms, self._app_verifier)
 
     # ---- what there is

@@ -41,13 +41,14 @@ class VirtualMachine:
 
 @dataclass(frozen=True, slots=True)
 class KmsBoot:
-    """The KMS that a guest gets its keys from (`https://host:port`), and for how many seconds it may be unreachable.
+    """The KMS that a guest asks for its keys in turn (`https://host:port`), and for how many seconds all of them may be
+    unreachable.
 
-    With `keeps_asking` it listens at once, without keys,
-    and repeats its request until it gets them, whatever the refusal.
+    With `keeps_asking` it listens at once, without keys, and repeats its request until it gets them, whatever the
+    refusal.
     """
 
-    url: str
+    urls: tuple[str, ...]
     patience: float = 0.0
     keeps_asking: bool = False
 
@@ -56,7 +57,7 @@ class KmsBoot:
 class GuestConfig:
     """Settings of one emulated guest. Its keys are those of `kms`, else of `key_file`, else its own.
     `key_provider` is the provider that a guest with keys of its own names; `release` is the dstack release of the
-    guest.
+    guest. `user_config` is the text of the app's own file, `encrypted_env` the bytes of its encrypted environment.
     """
 
     seed: str = DEFAULT_SEED
@@ -72,6 +73,8 @@ class GuestConfig:
     kms: KmsBoot | None = None
     key_provider: Literal["none", "local-sgx"] = "none"
     allow_emit_event: bool = True
+    user_config: str | None = None
+    encrypted_env: bytes = b""
     release: Release = DEFAULT
 
     @property
@@ -119,6 +122,7 @@ def power_on(intel: Intel, config: GuestConfig) -> TrustDomain:
         claimed_config=machine.config,
         app_id=config.app_id,
         settings=config.settings,
+        user_config=config.user_config,
         release=config.release,
     )
     domain.boot()

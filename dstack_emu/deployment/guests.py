@@ -1,5 +1,6 @@
 """Trust domains of a stack with their agents: those it begins with, and those that are made while it runs."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dstack_emu.attest.errors import FormatError
@@ -14,6 +15,12 @@ from dstack_emu.observability.spans import entered, headers_of
 from dstack_emu.simulator.agent import GuestAgent, ProvidedKeys
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.guest_boot import KmsIssuer, fetch_keys
+from dstack_emu.simulator.guest_files import (
+    DECRYPTED_ENV,
+    decrypt_environment,
+    remove_environment,
+    write_environment,
+)
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.trust_domain import AppCompose, DomainSettings, TrustDomain, TrustDomainState
@@ -41,6 +48,7 @@ def power_on(context: StackContext, spec: GuestSpec) -> TrustDomain:
         vm_config=image.vm_config(spec.cpu_count, spec.memory_size),
         app_id=None if spec.app_id is None else decode_hex(spec.app_id),
         settings=DomainSettings(spec.debug, mr_config_id, spec.quote_version),
+        user_config=spec.user_config,
         release=guest_release,
     )
     domain.boot()
@@ -126,8 +134,8 @@ class RunningGuest:
         if grpc:
             context.grpc[f"{self.service}-grpc"] = self._listeners.grpc_target
 
-    async def boot(self, kms: str, verifier: AttestationVerifier) -> None:
-        """Fetch keys from the KMS of that name, whose evidence `verifier` verifies, and run with them.
+    async def boot(self, kms: Sequence[str], verifier: AttestationVerifier) -> None:
+        """Fetch keys from the KMS of these names, asked in turn, whose evidence `verifier` verifies, and run with them.
 
         Raises `GuestError` with the refusal; the trust domain is then as it was before.
         """
@@ -147,10 +155,11 @@ class RunningGuest:
         finally:
             instrumentation.journal.end(call, status, error)
 
-    async def _fetch_keys(self, kms: str, verifier: AttestationVerifier) -> None:
+    async def _fetch_keys(self, kms: Sequence[str], verifier: AttestationVerifier) -> None:
+        names = {self._context.urls[f"kms-{name}"]: name for name in kms}
         keys, issuer = await fetch_keys(
             self.domain,
-            self._context.urls[f"kms-{kms}"],
+            tuple(names),
             verifier,
             self.streams["boot"],
             self._context.instrumentation.clock.issue(),
@@ -158,11 +167,27 @@ class RunningGuest:
             headers=headers_of(self.name),
         )
         try:
+            environment = decrypt_environment(self.domain, self._encrypted_env, keys)
             await self.agent.provide(keys, issuer)
         except BaseException:
             await issuer.close()
             raise
-        await self._use(issuer, kms)
+        self._write_environment(environment)
+        await self._use(issuer, names[issuer.url.removesuffix("/prpc")])
+
+    @property
+    def _encrypted_env(self) -> bytes:
+        return decode_hex(self.spec.encrypted_env)
+
+    @property
+    def decrypted_env(self) -> Path | None:
+        """The file of its decrypted environment, None if it has none, or no keys yet."""
+        path = self.folder / DECRYPTED_ENV
+        return path if self.spec.encrypted_env and path.exists() else None
+
+    def _write_environment(self, environment: Mapping[str, str]) -> None:
+        if self.spec.encrypted_env:
+            write_environment(self.folder, environment)
 
     def power_cycle(self) -> None:
         """Power it on anew, up to where it needs keys; its agent keeps the keys that it has."""
@@ -179,7 +204,8 @@ class RunningGuest:
             await before.close()
 
     async def close(self) -> None:
-        """Stop listening."""
+        """Stop listening, and remove what must not outlast the trust domain."""
+        remove_environment(self.folder)
         if self._listeners is not None:
             await self._listeners.close()
         await self._use(None, "")
@@ -218,16 +244,19 @@ class RunningGuest:
     async def _restore_keys(self, state: KeysState | None) -> None:
         if state is None:
             self.agent.restore(None)
+            remove_environment(self.folder)
             await self._use(None, "")
             return
+        url = f"{self._context.urls[f'kms-{state.kms}']}/prpc"
         client = RaTlsClient(
-            f"{self._context.urls[f'kms-{state.kms}']}/prpc",
+            url,
             identity=state.identity,
             root_ca=state.keys.ca_cert,
             timeout=self._kms_timeout,
             headers=headers_of(self.name),
         )
-        issuer = KmsIssuer(client, self.domain.vm_config_json, state.identity)
+        self._write_environment(decrypt_environment(self.domain, self._encrypted_env, state.keys))
+        issuer = KmsIssuer(url, client, self.domain.vm_config_json, state.identity)
         self.agent.restore(ProvidedKeys(state.keys, issuer, state.demo_certificate))
         await self._use(issuer, state.kms)
 

@@ -73,11 +73,11 @@ async def _fetch(
     deadline, reported = time.monotonic() + kms.patience, ""
     while True:
         try:
-            return await fetch_keys(domain, kms.url, verifier, entropy, ISSUED_AT)
+            return await fetch_keys(domain, kms.urls, verifier, entropy, ISSUED_AT)
         except KmsUnreachableError as error:
             if time.monotonic() + RETRY_PAUSE > deadline:
                 raise
             if str(error) != reported:
                 reported = str(error)
-                progress(f"waiting up to {kms.patience:g} s for {kms.url}: {error}")
+                progress(f"waiting up to {kms.patience:g} s for {', '.join(kms.urls)}: {error}")
             await asyncio.sleep(RETRY_PAUSE)

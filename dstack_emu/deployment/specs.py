@@ -5,6 +5,7 @@ from typing import Annotated, Any, Final, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from dstack_emu.attest.certificate import EvidenceForm
+from dstack_emu.attest.encrypted_env import MAX_FILE_SIZE
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.hexadecimal import decode_hex
 from dstack_emu.attest.release import release
@@ -28,6 +29,9 @@ class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+LongHex = Annotated[str, StringConstraints(pattern=r"^(0x)?([0-9a-fA-F]{2})*$", max_length=2 * MAX_FILE_SIZE + 2)]
+
+
 class EventSpec(_Spec):
     """One runtime event; `payload` is hex. With `measured` false the log claims it and no register holds it."""
 
@@ -43,7 +47,8 @@ class GuestSpec(_Spec):
     unless given. Without `image` it boots the stack's own, or the `image_version` of it that is given; another image
     has the version of the release unless one is given. `release` is the dstack release of its guest, the stack's unless
     given; the host of that release chooses the `mr_config_id` that is not given. `events` follow the boot's own, before
-    keys are fetched. `instance` tells instances of an app apart.
+    keys are fetched. `instance` tells instances of an app apart. `user_config` is the text of the app's own file,
+    `encrypted_env` the encrypted environment of its deployment, which is decrypted into a file once there are keys.
     """
 
     name: Name
@@ -60,6 +65,8 @@ class GuestSpec(_Spec):
     mr_config_id: Hex | None = None
     quote_version: Annotated[int, Field(ge=4, le=5)] = 4
     events: Annotated[tuple[EventSpec, ...], Field(max_length=1000)] = ()
+    user_config: str | None = None
+    encrypted_env: LongHex = ""
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:

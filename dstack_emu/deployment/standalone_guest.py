@@ -21,7 +21,13 @@ from dstack_emu.deployment.guest_config import GuestConfig, KmsBoot, local_key_p
 from dstack_emu.simulator.agent import GuestAgent
 from dstack_emu.simulator.app_keys import AppKeys, CertificateIssuer, LocalIssuer, OwnKeys
 from dstack_emu.simulator.errors import GuestError
-from dstack_emu.simulator.guest_files import KeyFile, KmsAccess
+from dstack_emu.simulator.guest_files import (
+    DECRYPTED_ENV,
+    KeyFile,
+    KmsAccess,
+    decrypt_environment,
+    write_environment,
+)
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.pccs import pccs_app
 from dstack_emu.simulator.seed import Seed
@@ -65,7 +71,7 @@ class StandaloneGuest:
         self.config, self._listen, self._progress = config, listen or ListenOptions(), progress
         self._given_pccs_url = pccs_url
         self._seed = Seed.of(config.seed).child(f"guest {config.name}")
-        self._kms_url = "" if config.kms is None else config.kms.url.rstrip("/")
+        self._kms_url = "" if config.kms is None else config.kms.urls[0].rstrip("/")
         self._exit = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -97,7 +103,7 @@ class StandaloneGuest:
         self._listeners = await AgentListeners.open(self.agent, addresses)
         self._exit.push_async_callback(self._listeners.close)
         if kms is not None and kms.keeps_asking:
-            requests = asyncio.create_task(self._request_until_provided(kms), name="guest requests its keys")
+            requests = asyncio.create_task(self._request_until_provided(), name="guest requests its keys")
             self._exit.push_async_callback(_cancelled, requests)
 
     def _bind(self) -> AgentAddresses:
@@ -133,11 +139,14 @@ class StandaloneGuest:
 
     async def _provide(self, given: Keys) -> None:
         keys, issuer = given
+        environment = decrypt_environment(self.domain, self.config.encrypted_env, keys)
         if self._kms_url:
             self._kms_ca.write_text(keys.ca_cert)
         await self.agent.provide(keys, issuer)
+        if self.config.encrypted_env:
+            write_environment(self._folder, environment)
 
-    async def _request_until_provided(self, kms: KmsBoot) -> None:
+    async def _request_until_provided(self) -> None:
         given: Keys | None = None
         reported = ""
         while True:
@@ -150,7 +159,7 @@ class StandaloneGuest:
                     self._progress(f"no keys yet: {error}")
                 await asyncio.sleep(RETRY_PAUSE)
             else:
-                self._progress(f"keys from {kms.url}")
+                self._progress(f"keys from {self._kms_url}")
                 return
 
     async def _keys(self) -> Keys:
@@ -168,6 +177,7 @@ class StandaloneGuest:
         entropy = self._seed.stream("boot")  # from its beginning: every attempt gives the same bytes
         keys, issuer = await fetch_keys_patiently(self.domain, kms, collateral, entropy, self._progress)
         self._exit.push_async_callback(issuer.close)
+        self._kms_url = issuer.url.removesuffix("/prpc")
         return keys, issuer
 
     async def _keys_of_file(self, file: KeyFile) -> Keys:
@@ -218,6 +228,7 @@ class StandaloneGuest:
             "os_image_hash": info.os_image_hash.hex(),
             "compose_hash": domain.compose_hash.hex(),
             **self._kms_description(),
+            **({"decrypted_env": str(self._folder / DECRYPTED_ENV)} if self.config.encrypted_env else {}),
             "env": {
                 "DSTACK_SIMULATOR_ENDPOINT": str(self.dstack_sock),
                 "TAPPD_SIMULATOR_ENDPOINT": str(self.tappd_sock),

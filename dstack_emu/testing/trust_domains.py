@@ -1,5 +1,6 @@
 """The trust domains of a test's stack."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 from dstack_emu.testing.access import NamedPart, StackAccess, name_of, raise_refusals
@@ -48,10 +49,14 @@ class LiveTrustDomain:
         """The URL of its agent; `info` has the sockets."""
         return str(self.info["url"])
 
-    def boot(self, kms: NamedPart | str = "src") -> Self:
-        """Fetch keys from a KMS; raise `Refused` with the KMS's text. If it has keys, it is power-cycled first."""
+    def boot(self, kms: NamedPart | str | Sequence[NamedPart | str] = "src") -> Self:
+        """Fetch keys from a KMS, or from the first of several that releases them.
+
+        Raises `Refused` with the KMS's text. If it has keys, it is power-cycled first.
+        """
         __tracebackhide__ = True
-        raise_refusals(lambda: self._access.control.boot_guest(self.name, name_of(kms)))
+        names = [name_of(each) for each in (kms if isinstance(kms, Sequence) and not isinstance(kms, str) else (kms,))]
+        raise_refusals(lambda: self._access.control.boot_guest(self.name, names))
         return self
 
     def emit_event(self, event: str, payload: str = "", *, measured: bool = True) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.cli.commands.common import WARNING, UsageError, listen_address, run_server, say, stop_on_signals
 from dstack_emu.cli.commands.guest_options import (
+    add_encrypted_env,
     add_guest_options,
     add_vendor_options,
+    encrypted_env,
     guest_config,
     load_key_file,
     platform_state,
@@ -62,6 +64,7 @@ def add_listener_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pccs", metavar="URL", help="the PCCS that serves collateral for its quotes (default: start one)"
     )
+    add_encrypted_env(parser)
     parser.add_argument("--upstream-compat", action="store_true", help="refuse EmitEvent as upstream's simulator does")
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
 
@@ -79,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         key_file=load_key_file(arguments.keys),
         key_provider=arguments.key_provider,
         allow_emit_event=not arguments.upstream_compat,
+        encrypted_env=encrypted_env(arguments.encrypted_env),
     )
     return serve_guest(config, arguments)
 

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from dstack_emu.cli.commands.agent import add_listener_options, serve_guest
 from dstack_emu.cli.commands.common import WARNING
-from dstack_emu.cli.commands.guest_options import add_guest_options, guest_config
+from dstack_emu.cli.commands.guest_options import add_guest_options, encrypted_env, guest_config
 from dstack_emu.deployment.guest_config import KmsBoot
 from dstack_emu.simulator.platform import PlatformState
 
@@ -20,13 +20,20 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("--kms", required=True, type=_kms_url, metavar="URL", help="the KMS: https://host:port")
+    parser.add_argument(
+        "--kms",
+        required=True,
+        action="append",
+        type=_kms_url,
+        metavar="URL",
+        help="the KMS: https://host:port; several are tried in order",
+    )
     parser.add_argument(
         "--wait",
         type=_seconds,
         default=0.0,
         metavar="SECONDS",
-        help="repeat calls for so long while the KMS is unreachable (default: do not repeat them)",
+        help="repeat calls for so long while no KMS is reachable (default: do not repeat them)",
     )
     parser.add_argument(
         "--keep-asking",
@@ -40,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Boot the app and run its agent until a signal."""
     kms = KmsBoot(
-        arguments.kms,
+        tuple(arguments.kms),
         patience=arguments.wait,
         keeps_asking=arguments.keep_asking,
     )
@@ -49,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         platform_state=PlatformState(other_root=arguments.other_root),
         kms=kms,
         allow_emit_event=not arguments.upstream_compat,
+        encrypted_env=encrypted_env(arguments.encrypted_env),
     )
     return serve_guest(config, arguments)
 

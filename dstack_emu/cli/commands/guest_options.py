@@ -10,7 +10,7 @@ from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.release import Release
 from dstack_emu.cli.commands.common import UsageError, add_release, hex_bytes
 from dstack_emu.deployment.guest_config import DEFAULT_NAME, GuestConfig, VirtualMachine
-from dstack_emu.simulator.guest_files import KeyFile, load_vm_config, read_text
+from dstack_emu.simulator.guest_files import KeyFile, load_encrypted_env, load_vm_config, read_text
 from dstack_emu.simulator.intel import Dating, VendorState
 from dstack_emu.simulator.platform import PART_STATUSES, TCB_STATUSES, PlatformState
 from dstack_emu.simulator.seed import DEFAULT_SEED
@@ -64,6 +64,12 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     )
     guest.add_argument(
         "--app-compose", type=Path, metavar="FILE", help="the app's app-compose.json (default: a generated one)"
+    )
+    guest.add_argument(
+        "--user-config",
+        type=Path,
+        metavar="FILE",
+        help="the app's user_config, which may contain its launch token (default: none)",
     )
     guest.add_argument(
         "--app-id",
@@ -185,6 +191,7 @@ def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
                 arguments.quote_version,
                 arguments.td15,
             ),
+            user_config=None if arguments.user_config is None else read_text(arguments.user_config, "user-config"),
             release=arguments.release,
             **more,
         )
@@ -215,6 +222,24 @@ def vendor_state(arguments: argparse.Namespace) -> VendorState:
         pck_crl_dating=arguments.pck_crl,
         root_ca_crl_dating=arguments.root_ca_crl,
     )
+
+
+def add_encrypted_env(parser: argparse.ArgumentParser) -> None:
+    """Add --encrypted-env, for the commands whose guest gets keys."""
+    parser.add_argument(
+        "--encrypted-env",
+        type=Path,
+        metavar="FILE",
+        help="the encrypted environment of the deployment, as bytes or hex: decrypted into `decrypted_env`",
+    )
+
+
+def encrypted_env(path: Path | None) -> bytes:
+    """Load the encrypted environment, if one is given."""
+    try:
+        return b"" if path is None else load_encrypted_env(path)
+    except FormatError as error:
+        raise UsageError(str(error)) from error
 
 
 def load_key_file(path: Path | None) -> KeyFile | None:
