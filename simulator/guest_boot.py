@@ -137,7 +137,7 @@ async def fetch_keys(
     """
     connect = functools.partial(RaTlsClient, timeout=patience, headers=headers)
 
-    async def ask(url: str) -> _Released:
+    async def request_keys(url: str) -> _Released:
         with _refused_as():
             temp = await _temp_ca(connect, url)
             temp_key = load_p256_pem(temp.temp_ca_key, "temporary CA key")
@@ -155,7 +155,7 @@ async def fetch_keys(
         return _Released(access, temp.ca_cert, answer, check.mr_aggregated)
 
     _require_kms_as_provider(domain, kms_urls)
-    released = await _first_that_releases(kms_urls, domain.release, ask)
+    released = await _first_that_releases(kms_urls, domain.release, request_keys)
     answer = released.keys
     provider = KeyProvider("kms", certificate_spki(load_pem(released.root_ca, "KMS root CA certificate")).hex())
     domain.complete(provider, os_image_hash=answer.os_image_hash, mr_kms=released.mr_kms)
@@ -176,17 +176,19 @@ def _require_kms_as_provider(domain: TrustDomain, kms_urls: Sequence[str]) -> No
         verify_key_provider_inputs(domain.manifest, kms_urls, domain.release)
     named = domain.manifest.key_provider
     if named not in (None, "kms"):
-        raise GuestError(f"app-compose: key_provider: a guest asks a KMS if it is kms or left out, got {named}")
+        raise GuestError(
+            f"app-compose: key_provider: kms expected, or none at all, got {named}: such a guest gets no keys from a KMS"
+        )
 
 
 async def _first_that_releases(
-    kms_urls: Sequence[str], release: Release, ask: Callable[[str], Awaitable[_Released]]
+    kms_urls: Sequence[str], release: Release, request_keys: Callable[[str], Awaitable[_Released]]
 ) -> _Released:
     refusals: list[tuple[str, GuestError]] = []
     for kms_url in kms_urls:
         url = f"{kms_url.rstrip('/')}/prpc"
         try:
-            return await ask(url)
+            return await request_keys(url)
         except GuestError as error:
             refusals.append((url, error))
     raise _all_refused(refusals, release)

@@ -64,7 +64,7 @@ def denied(stack: LiveStack, *sides: str) -> Iterator[None]:
 
 
 def issuer_of(stack: LiveStack, guest: LiveTrustDomain) -> set[str]:
-    """The KMS that are asked for a certificate."""
+    """The KMS that sign its certificate."""
     stack.journal.start()
     guest.rpc("GetTlsKey", subject="app")
     return {call["service"] for call in stack.journal.find("*SignCert")}
@@ -283,10 +283,14 @@ def test_app_that_pins_another_kms_does_not_boot(stack: LiveStack, release: str)
 
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("provider", ["none", "local"])
-def test_app_that_names_another_key_provider_asks_no_kms(stack: LiveStack, release: str, provider: str) -> None:
+def test_app_that_names_another_key_provider_gets_no_keys_from_a_kms(
+    stack: LiveStack, release: str, provider: str
+) -> None:
     guest = app(stack, release, {**MANIFEST, "key_provider": provider})
     with refused() as refusal:
         guest.boot()
-    words = f"app-compose: key_provider: a guest asks a KMS if it is kms or left out, got {provider}"
+    words = (
+        f"app-compose: key_provider: kms expected, or none at all, got {provider}: such a guest gets no keys from a KMS"
+    )
     assert (refusal.text, guest.has_keys) == (words, False)
     assert app(stack, release, {**MANIFEST, "key_provider": "kms"}).boot().has_keys

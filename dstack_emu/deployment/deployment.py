@@ -265,7 +265,7 @@ class Deployment:
             self._progress("the app has no keys; the policy says so. All else is up")
 
     async def boot(self, guest: RunningGuest, kms: Sequence[str]) -> None:
-        """Let a trust domain fetch its keys from the KMS of these names, asked in turn.
+        """Let a trust domain fetch its keys from the KMS of these names, tried in order.
 
         Raises `GuestError` with the refusal.
         """

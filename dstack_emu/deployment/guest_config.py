@@ -41,7 +41,7 @@ class VirtualMachine:
 
 @dataclass(frozen=True, slots=True)
 class KmsBoot:
-    """The KMS that a guest asks for its keys in turn (`https://host:port`), and for how many seconds all of them may be
+    """The KMS that a guest tries in order (`https://host:port`), and for how many seconds all of them may be
     unreachable.
 
     With `keeps_asking` it listens at once, without keys, and repeats its request until it gets them, whatever the
