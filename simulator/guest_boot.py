@@ -177,7 +177,7 @@ def _require_kms_as_provider(domain: TrustDomain, kms_urls: Sequence[str]) -> No
     named = domain.manifest.key_provider
     if named not in (None, "kms"):
         raise GuestError(
-            f"app-compose: key_provider: kms expected, or none at all, got {named}: such a guest gets no keys from a KMS"
+            f"app-compose: key_provider: kms expected, or none at all, got {named}, whose guest needs no KMS"
         )
 
 

@@ -135,7 +135,7 @@ class RunningGuest:
             context.grpc[f"{self.service}-grpc"] = self._listeners.grpc_target
 
     async def boot(self, kms: Sequence[str], verifier: AttestationVerifier) -> None:
-        """Fetch keys from the KMS of these names, tried in order, whose evidence `verifier` verifies, and run with them.
+        """Fetch keys from these KMS, tried in order, whose evidence `verifier` verifies, and run with them.
 
         Raises `GuestError` with the refusal; the trust domain is then as it was before.
         """
