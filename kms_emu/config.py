@@ -13,6 +13,8 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BeforeValidator, Field
 
 from dstack_emu.attest.certificate import EvidenceForm
+from dstack_emu.attest.release import Release
+from dstack_emu.kms_emu.errors import KmsConfigError
 from dstack_emu.transport.settings import (
     Duration,
     Port,
@@ -114,6 +116,26 @@ class OnboardConfig(Section):
     address: str = "0.0.0.0"  # noqa: S104 - as above
     port: Port = 8000
     quote_enabled: bool = True
+    auth_token: str = Field(default="", repr=False)
+    htpasswd_file: str = ""
+    public_key_handover: bool = True
+
+
+class AdminTls(Section):
+    """[core.admin.tls]: certificate and key of the admin listener, which is plain HTTP without them."""
+
+    key: Path | None = None
+    certs: Path | None = None
+
+    @property
+    def files(self) -> tuple[Path, Path] | None:
+        """Return the files of certificate chain and key; None if neither is given. Raises `KmsConfigError` for one."""
+        if self.key is None and self.certs is None:
+            return None
+        if self.key is None or self.certs is None:
+            missing = "key" if self.key is None else "certs"
+            raise KmsConfigError(f"core.admin.tls has no {missing}: key and certs belong together")
+        return self.certs, self.key
 
 
 class AdminSection(Section):
@@ -122,9 +144,10 @@ class AdminSection(Section):
     enabled: bool = False
     address: str = "127.0.0.1"
     port: Port = 8001
-    auth_token: str = ""
+    auth_token: str = Field(default="", repr=False)
     htpasswd_file: str = ""
     insecure_no_auth: bool = False
+    tls: AdminTls = AdminTls()
 
 
 class Core(Section):
@@ -137,6 +160,7 @@ class Core(Section):
     attest_rpc_cert: bool = True
     sev_snp_key_release: bool = False
     aws_nitro_tpm_key_release: bool = False
+    nitro_enclave_key_release: bool = False
     pccs_url: str = ""
     admin_token_hash: TokenHash = ""
     attestation: AttestationConfig = AttestationConfig()
@@ -186,6 +210,18 @@ class KmsConfig(Section):
         """
         document = read_toml(path)
         return cls.from_document(merge(document, cls.overrides(variables or {})), str(path))
+
+    def require_settings_of(self, release: Release) -> None:
+        """Refuse settings that protect something, and that a release does not know; raise `KmsConfigError`."""
+        onboard, words = self.core.onboard, f"is not known to dstack {release.name}, and would protect nothing"
+        if not release.onboard_token:
+            for name in ("auth_token", "htpasswd_file"):
+                if getattr(onboard, name):
+                    raise KmsConfigError(f"core.onboard.{name} {words}: leave it out, or run another release")
+        if not (release.public_key_handover_option or onboard.public_key_handover):
+            raise KmsConfigError(
+                f"core.onboard.public_key_handover = false {words}: leave it out, or run another release"
+            )
 
     @classmethod
     def overrides(cls, variables: Mapping[str, str]) -> dict[str, Any]:

@@ -37,6 +37,10 @@ class UnavailableError(KmsError):
     """The webhook, the PCCS, the guest agent or the source KMS gave no usable answer: never taken for a yes."""
 
 
+class DisabledError(KmsError):
+    """The configuration has switched it off."""
+
+
 class WrongPhaseError(KmsError):
     """The KMS is past that: bootstrapped, or onboarded, already."""
 

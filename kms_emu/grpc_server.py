@@ -2,7 +2,7 @@
 
 The first port is plain in the onboard phase and serves Onboard; in the runtime phase it serves KMS by the TLS rules of
 `rpc.tls`, so a client certificate may be shown (or must, where that says so). The second one has TLS in the runtime
-phase alone, and demands a certificate under the temporary CA. Admin has a plain port of its own, as over HTTP. A port
+phase alone, and demands a client certificate. Admin has a port of its own, plain unless `core.admin.tls` is set. A port
 is bound from the start on: who connects to it between the phases waits.
 
 Imported only where gRPC is switched on: grpcio costs time and memory. Upstream has no gRPC: this is ours.
@@ -19,21 +19,23 @@ import grpc
 from multidict import CIMultiDict
 
 from dstack_emu.attest.errors import AttestError
-from dstack_emu.kms_emu.admin import REALM, is_admitted
-from dstack_emu.kms_emu.call_log import journaled, log_refusal
+from dstack_emu.kms_emu.admin import admin_table
+from dstack_emu.kms_emu.api_auth import KmsAuth, ListenerAuth
+from dstack_emu.kms_emu.call_log import log_refusal
 from dstack_emu.kms_emu.caller import caller_of
 from dstack_emu.kms_emu.config import KmsConfig
+from dstack_emu.kms_emu.dependencies import KmsDependencies
 from dstack_emu.kms_emu.errors import (
     BootDeniedError,
+    DisabledError,
     InvalidRequestError,
     KmsError,
     NotAttestedError,
     UnavailableError,
     WrongPhaseError,
 )
-from dstack_emu.kms_emu.image_cache import ImageCache, admin_table
+from dstack_emu.kms_emu.runtime_phase import admin_tls_context
 from dstack_emu.kms_emu.service import Caller, KmsService, OnboardService, kms_table, onboard_table
-from dstack_emu.transport.events import EventLog
 from dstack_emu.transport.grpc_server import (
     GrpcPeer,
     GrpcServer,
@@ -41,15 +43,13 @@ from dstack_emu.transport.grpc_server import (
     Listener,
     Statuses,
     absent,
-    anyone,
     serve_grpc,
 )
 from dstack_emu.transport.listen import bind_tcp, reachable
-from dstack_emu.transport.pccs_client import AttestationVerifier
 
 
 class NoCredentialError(KmsError):
-    """A call of Admin without its token, which HTTP answers with a bare 401."""
+    """A call without the credential of its listener, which HTTP answers with a bare 401."""
 
 
 STATUSES: Final[Statuses] = {
@@ -58,6 +58,7 @@ STATUSES: Final[Statuses] = {
     NotAttestedError: grpc.StatusCode.UNAUTHENTICATED,
     BootDeniedError: grpc.StatusCode.PERMISSION_DENIED,
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    DisabledError: grpc.StatusCode.FAILED_PRECONDITION,
     WrongPhaseError: grpc.StatusCode.FAILED_PRECONDITION,
     KmsError: grpc.StatusCode.INTERNAL,
 }
@@ -74,14 +75,14 @@ class KmsGrpcServer:
     def __init__(
         self,
         config: KmsConfig,
-        log: EventLog,
+        deps: KmsDependencies,
+        auth: KmsAuth,
         *,
-        admin_token: str | None = None,
         bound: Mapping[str, socket.socket] = MappingProxyType({}),
         interceptors: Sequence[Any] = (),
     ) -> None:
-        self._config, self._log = config, log
-        self._admin_token, self._interceptors = admin_token, interceptors
+        self._config, self._deps, self._auth, self._interceptors = config, deps, auth, interceptors
+        self._log = deps.log
         self._servers: list[GrpcServer] = []
         self._ports = dict(bound)
         grpc_config = config.emulator.grpc
@@ -105,13 +106,16 @@ class KmsGrpcServer:
 
     async def enter_onboard(self, service: OnboardService) -> None:
         """Serve Onboard in plain."""
-        onboard = GrpcService("kms.Onboard", onboard_table(service), anyone)
-        await self._serve(onboard, absent("kms.KMS", anyone, _not_found), listeners={"port": None})
+
+        async def admitted(peer: GrpcPeer) -> None:
+            await self._require_credential(self._auth.onboard, peer)
+
+        onboard = GrpcService("kms.Onboard", onboard_table(service), admitted)
+        await self._serve(onboard, absent("kms.KMS", admitted, _not_found), listeners={"port": None})
 
     async def enter_runtime(
         self,
         service: KmsService,
-        verifier: AttestationVerifier,
         tls: Callable[[bool], ssl.SSLContext],
         answered: Callable[[str, bool], None],
     ) -> None:
@@ -123,7 +127,7 @@ class KmsGrpcServer:
 
         async def caller(peer: GrpcPeer) -> Caller:
             try:
-                return await caller_of(peer.certificate, verifier)
+                return await caller_of(peer.certificate, self._deps.verifier)
             except (KmsError, AttestError) as error:
                 log_refusal(self._log, error, listener="grpc")
                 raise
@@ -131,9 +135,15 @@ class KmsGrpcServer:
         kms = GrpcService("kms.KMS", kms_table(service), caller)
         listeners = {"port": _with_http2(tls(False)), "mtls_port": _with_http2(tls(True))}
         await self._serve(kms, absent("kms.Onboard", caller, _not_found), listeners=listeners, answered=answered)
+
+        async def admin_caller(peer: GrpcPeer) -> Caller:
+            await self._require_credential(self._auth.admin, peer)
+            return await caller(peer)
+
         if "admin_port" in self._ports:
-            table = journaled(admin_table(ImageCache(self._config.core.image.cache_dir)), self._log)
-            await self._serve(GrpcService("kms.Admin", table, self._require_token), listeners={"admin_port": None})
+            admin_tls = admin_tls_context(self._config.core.admin.tls, self._deps)
+            admin = GrpcService("kms.Admin", admin_table(service), admin_caller)
+            await self._serve(admin, listeners={"admin_port": admin_tls and _with_http2(admin_tls)})
 
     async def leave(self) -> None:
         """End a phase: calls in progress get a short while; the ports stay."""
@@ -152,10 +162,10 @@ class KmsGrpcServer:
         server = await serve_grpc(services, *sockets, statuses=STATUSES, interceptors=self._interceptors, **options)
         self._servers.append(server)
 
-    async def _require_token(self, peer: GrpcPeer) -> None:
-        if not is_admitted(CIMultiDict(peer.metadata), self._admin_token):
-            self._log.info("refused", listener="grpc admin", reason="no valid credential")
-            raise NoCredentialError(f"{REALM}: a token is required")
+    async def _require_credential(self, auth: ListenerAuth, peer: GrpcPeer) -> None:
+        if not await auth.admits(CIMultiDict(peer.metadata)):
+            self._log.info("refused", listener=f"grpc {auth.listener}", reason="no valid credential")
+            raise NoCredentialError(f"{auth.realm}: a token is required")
 
     def _release(self) -> None:
         for sock in self._ports.values():

@@ -12,14 +12,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from string import hexdigits
-from typing import Final
+from typing import Any, Final
 
 from google.protobuf.empty_pb2 import Empty
 
 from dstack_emu.attest.proto import kms_pb2 as pb
 from dstack_emu.attest.proto import kms_v05_pb2 as pb_v05
 from dstack_emu.kms_emu.errors import InvalidRequestError, KmsError, NotAttestedError, context
-from dstack_emu.transport.service import Rpc, ServiceTable, without_context
+from dstack_emu.transport.service import Rpc, without_context
 
 ALL: Final = "all"
 
@@ -64,10 +64,9 @@ class ImageCache:
             raise KmsError(f"failed to remove directory `{path}`: {error.strerror}") from error
 
 
-def admin_table(cache: ImageCache) -> ServiceTable[None]:
-    """Return the RPCs of next's admin listener."""
-    rpc = Rpc("ClearImageCache", pb.ClearImageCacheRequest, Empty, without_context(cache.clear))
-    return ServiceTable("Admin.", {rpc.name: rpc})
+def admin_listener_rpc(cache: ImageCache) -> Rpc[Any, Any, Any]:
+    """Return the RPC of next's admin listener."""
+    return Rpc("ClearImageCache", pb.ClearImageCacheRequest, Empty, without_context(cache.clear))
 
 
 def main_listener_rpc(cache: ImageCache, token_hash: str) -> Rpc[object, pb_v05.ClearImageCacheRequest, Empty]:

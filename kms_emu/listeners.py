@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dstack_emu.kms_emu.admin import admin_app
+from dstack_emu.kms_emu.api_auth import KmsAuth
 from dstack_emu.kms_emu.config import KmsConfig
 from dstack_emu.kms_emu.dependencies import KmsDependencies
-from dstack_emu.kms_emu.image_cache import ImageCache
 from dstack_emu.kms_emu.metrics import AttestationMetrics
 from dstack_emu.kms_emu.onboard_phase import onboard_app
-from dstack_emu.kms_emu.runtime_phase import runtime_app, tls_context
+from dstack_emu.kms_emu.runtime_phase import admin_tls_context, runtime_app, tls_context
 from dstack_emu.kms_emu.service import KmsService, OnboardService
 from dstack_emu.transport.http import Middleware
 from dstack_emu.transport.listen import Server, bind_tcp, serve
@@ -45,14 +45,14 @@ class KmsListeners:
         deps: KmsDependencies,
         *,
         sock: socket.socket | None,
-        admin_token: str | None,
+        auth: KmsAuth,
         grpc_socks: Mapping[str, socket.socket],
         grpc_interceptors: Sequence[Any],
         middlewares: Sequence[Middleware],
     ) -> None:
         self._config, self._deps = config, deps
         self._sock, self._grpc_socks = sock, grpc_socks
-        self._admin_token, self._grpc_interceptors = admin_token, grpc_interceptors
+        self._auth, self._grpc_interceptors = auth, grpc_interceptors
         self._middlewares = middlewares
         self._server: Server | None = None
         self._admin_sock: socket.socket | None = None
@@ -72,7 +72,8 @@ class KmsListeners:
         if self._admin_sock is None:
             return None
         host, port = self._admin_sock.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        scheme = "http" if self._config.core.admin.tls.files is None else "https"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     @property
     def grpc_targets(self) -> dict[str, str]:
@@ -96,8 +97,8 @@ class KmsListeners:
 
             self._grpc = KmsGrpcServer(
                 self._config,
-                self._deps.log,
-                admin_token=self._admin_token,
+                self._deps,
+                self._auth,
                 bound=self._grpc_socks,
                 interceptors=self._grpc_interceptors,
             )
@@ -119,7 +120,8 @@ class KmsListeners:
             service,
             site_name=core.site_name,
             finish=finish,
-            middlewares=self._middlewares,
+            middlewares=(*self._middlewares, self._auth.onboard.middleware(self._deps.log)),
+            takes_source_token=self._deps.release.onboard_token,
             statuses=RpcStatuses.of(self._deps.release),
         )
         if (core.onboard.address, core.onboard.port) == (rpc.address, rpc.port):
@@ -147,10 +149,10 @@ class KmsListeners:
         """Serve the runtime phase over TLS, and the admin listener."""
         tls = self._config.rpc.tls
         context = tls_context(tls, self._deps)
-        await self._serve_admin()
+        await self._serve_admin(service)
         if self._grpc is not None:
             await self._grpc.enter_runtime(
-                service, self._deps.verifier, lambda mandatory: tls_context(tls, self._deps, mandatory), metrics.record
+                service, lambda mandatory: tls_context(tls, self._deps, mandatory), metrics.record
             )
         app = runtime_app(service, self._deps, metrics, self._middlewares)
         self._server = await serve(app, self._rpc_sock, context)
@@ -172,12 +174,9 @@ class KmsListeners:
         assert self._sock is not None  # noqa: S101 - bind() comes first
         return self._sock
 
-    async def _serve_admin(self) -> None:
+    async def _serve_admin(self, service: KmsService) -> None:
         if self._admin_sock is None:
             return
-        log = self._deps.log
-        cache = ImageCache(self._config.core.image.cache_dir)
-        self._admin_server = await serve(
-            admin_app(cache, self._admin_token, log, RpcStatuses.of(self._deps.release)), self._admin_sock
-        )
-        log.info("admin listener", url=self.admin_url)
+        tls = admin_tls_context(self._config.core.admin.tls, self._deps)
+        self._admin_server = await serve(admin_app(service, self._deps, self._auth.admin), self._admin_sock, tls)
+        self._deps.log.info("admin listener", url=self.admin_url)

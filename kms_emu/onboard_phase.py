@@ -18,14 +18,18 @@ def onboard_app(
     *,
     site_name: str,
     finish: Callable[[], None],
+    takes_source_token: bool = False,
     middlewares: Sequence[Middleware] = (),
     statuses: RpcStatuses | None = None,
 ) -> Application:
-    """Make the application of the onboard phase; `finish` is called when `/finish` is requested."""
+    """Make the application of the onboard phase; `finish` is called when `/finish` is requested.
+
+    `takes_source_token` says whether the page has a field for it.
+    """
     app = Application(middlewares=middlewares)
 
     async def index(_request: Request) -> Response:
-        page = Response.of(setup_page(site_name), "text/html")
+        page = Response.of(setup_page(site_name, takes_source_token=takes_source_token), "text/html")
         return replace(page, headers=(*page.headers, ("Content-Security-Policy", content_security_policy())))
 
     async def finish_onboarding(_request: Request) -> Response:

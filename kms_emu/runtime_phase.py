@@ -5,11 +5,12 @@ Source: dstack `kms/src/main.rs` at 312dc605.
 
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
 from dstack_emu.attest.errors import AttestError
 from dstack_emu.kms_emu.call_log import log_refusal
 from dstack_emu.kms_emu.caller import caller_of
-from dstack_emu.kms_emu.config import Tls
+from dstack_emu.kms_emu.config import AdminTls, Tls
 from dstack_emu.kms_emu.dependencies import KmsDependencies
 from dstack_emu.kms_emu.errors import KmsConfigError, KmsError
 from dstack_emu.kms_emu.metrics import AttestationMetrics
@@ -65,11 +66,8 @@ def tls_context(tls: Tls, deps: KmsDependencies, mandatory: bool = False) -> ssl
     carry evidence. Raises `KmsConfigError` if the files cannot be loaded.
     """
     if deps.release.any_client_certificate_issuer:
-        return _attested_clients_context(tls, deps, mandatory)
-    context = ServerTlsContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.num_tickets = 0  # each holds the client's whole certificate, its evidence included
-    context.set_alpn_protocols(["http/1.1"])
+        return _attested_clients_context("rpc.tls", tls.certs, tls.key, deps, mandatory)
+    context = _plain_context()
     try:
         context.load_cert_chain(tls.certs, tls.key)
         context.load_verify_locations(tls.mutual.ca_certs)
@@ -82,7 +80,40 @@ def tls_context(tls: Tls, deps: KmsDependencies, mandatory: bool = False) -> ssl
     return context
 
 
-def _attested_clients_context(tls: Tls, deps: KmsDependencies, mandatory: bool) -> ssl.SSLContext:
+def admin_tls_context(tls: AdminTls, deps: KmsDependencies) -> ssl.SSLContext | None:
+    """Make the TLS settings of `core.admin.tls`; return None without any.
+
+    A client may show a certificate in releases that give something for it. Raises `KmsConfigError` if the files cannot
+    be loaded.
+    """
+    if tls.files is None:
+        return None
+    certs, key = tls.files
+    if deps.release.admin_get_kms_key:
+        return _attested_clients_context("core.admin.tls", certs, key, deps)
+    context = _plain_context()
+    try:
+        context.load_cert_chain(certs, key)
+    except (OSError, ssl.SSLError) as error:
+        raise _not_loaded("core.admin.tls", certs, key, error) from error
+    return context
+
+
+def _plain_context() -> ServerTlsContext:
+    context = ServerTlsContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.num_tickets = 0  # each holds the client's whole certificate, its evidence included
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _not_loaded(setting: str, certs: Path, key: Path, error: Exception) -> KmsConfigError:
+    return KmsConfigError(f"{setting}: cannot load {certs} and {key}: {error}")
+
+
+def _attested_clients_context(
+    setting: str, certs: Path, key: Path, deps: KmsDependencies, mandatory: bool = False
+) -> ssl.SSLContext:
     # Imported only here: it loads a second OpenSSL binding, which a KMS of an earlier release does not need.
     from dstack_emu.transport.ratls_server import attested_clients_context
 
@@ -90,10 +121,8 @@ def _attested_clients_context(tls: Tls, deps: KmsDependencies, mandatory: bool) 
         deps.log.info("refused", phase="handshake", reason=reason)
 
     try:
-        context = attested_clients_context(tls.certs, tls.key, now=deps.clock, refused=refused, required=mandatory)
+        context = attested_clients_context(certs, key, now=deps.clock, refused=refused, required=mandatory)
     except OSError as error:
-        raise KmsConfigError(
-            f"rpc.tls: cannot load {tls.certs} and {tls.key}: {error} (they are the files in core.cert_dir)"
-        ) from error
+        raise _not_loaded(setting, certs, key, error) from error
     context.set_alpn_protocols(["http/1.1"])
     return context

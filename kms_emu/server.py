@@ -9,10 +9,12 @@ import functools
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from dstack_emu.attest.app_info import BootInfo
 from dstack_emu.attest.release import DEFAULT, Release
+from dstack_emu.kms_emu.api_auth import KmsAuth
 from dstack_emu.kms_emu.auth_api import AuthApi
 from dstack_emu.kms_emu.cert_dir import RPC_CERT
 from dstack_emu.kms_emu.config import Core, KmsConfig
@@ -48,10 +50,10 @@ class KmsServer:
     """One KMS. `start` returns when it answers; `wait` until it ended, raising what it ended with; `stop` ends it.
 
     `agent_address` is where its guest agent listens; `clock` is what evidence is verified by, `issue_clock` what
-    certificates are dated by (the same unless given); `sock` a bound socket to serve on; `admin_token` what the admin
-    listener requires; `auth` decides in place of the configured webhook. It closes both `auth` and a verifier that it
-    was given. For gRPC, if it is switched on: `grpc_socks` are sockets that were bound already, by their keys in
-    `emulator.grpc`; `grpc_interceptors` grpc.aio's. `release` is the dstack release that it is.
+    certificates are dated by (the same unless given); `sock` a bound socket to serve on; `environment` may have the
+    tokens of its listeners; `auth` decides in place of the configured webhook. It closes both `auth` and a verifier
+    that it was given. For gRPC, if it is switched on: `grpc_socks` are sockets that were bound already, by their keys
+    in `emulator.grpc`; `grpc_interceptors` grpc.aio's. `release` is the dstack release that it is.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class KmsServer:
         clock: Clock,
         issue_clock: Clock | None = None,
         sock: socket.socket | None = None,
-        admin_token: str | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
         auth: AuthApi | None = None,
         grpc_socks: Mapping[str, socket.socket] | None = None,
         grpc_interceptors: Sequence[Any] = (),
@@ -73,6 +75,8 @@ class KmsServer:
         instruments = instruments or KmsInstruments()
         self.config = config
         self.phase: Phase = "starting"
+        config.require_settings_of(release)
+        self._auth = KmsAuth.of(config.core, environment, release)
         self._deps = KmsDependencies.build(
             config,
             agent_address,
@@ -87,12 +91,11 @@ class KmsServer:
             config,
             self._deps,
             sock=sock,
-            admin_token=admin_token,
+            auth=self._auth,
             grpc_socks=grpc_socks or {},
             grpc_interceptors=grpc_interceptors,
             middlewares=instruments.middlewares,
         )
-        self._admin_is_open = admin_token is None
         self._service: KmsService | None = None
         self._metrics = AttestationMetrics()
         self._leaving: asyncio.Task[None] | None = None
@@ -123,7 +126,7 @@ class KmsServer:
         """Bind, finish or discard what a crash left, and enter the phase that the stored keys call for."""
         self._ended = asyncio.get_running_loop().create_future()
         self._deps.folder.prepare()
-        self._warn(self.config.core)
+        self._warn(self.config.core, self._auth)
         self._listeners.bind()
         await self._enter()
 
@@ -178,18 +181,20 @@ class KmsServer:
         self._listeners.rebind(where)
         await self._enter(onboard)
 
-    def _warn(self, core: Core) -> None:
+    def _warn(self, core: Core, auth: KmsAuth) -> None:
         """Log the settings that make this KMS weaker than it looks."""
         warn = functools.partial(self.log.warning, "weakened")
         if not core.image.verify:
-            reason = "OS images are not measured; os_image_hash is believed as claimed"
+            reason = "os image verification is disabled; os_image_hash is believed as the caller claims it"
             warn(setting="core.image.verify = false", reason=reason)
         if not core.enforce_self_authorization:
-            reason = "trusted RPCs are not gated by this KMS's own attestation"
+            reason = "self-authorization is disabled; trusted RPCs do not depend on this KMS's own attestation"
             warn(setting="core.enforce_self_authorization = false", reason=reason)
         if not core.attest_rpc_cert:
             warn(setting="core.attest_rpc_cert = false", reason="the RPC certificate carries no attestation")
-        if core.admin.enabled and self._admin_is_open:
+        if core.admin_token_hash and not self._deps.release.clear_image_cache_with_token:
+            self.log.warning("no effect", setting="core.admin_token_hash")
+        if core.admin.enabled and auth.admin.is_open:
             warn(setting="core.admin.insecure_no_auth = true", reason="the admin listener asks for no credential")
 
     async def reached_runtime(self) -> None:

@@ -25,7 +25,7 @@ from dstack_emu.kms_emu.auth_cache import ShortLived
 from dstack_emu.kms_emu.call_log import journaled
 from dstack_emu.kms_emu.cert_dir import BOOTSTRAP_INFO, K256_KEY, ROOT_CA_KEY
 from dstack_emu.kms_emu.dependencies import KmsDependencies
-from dstack_emu.kms_emu.errors import InvalidRequestError, UnavailableError, WrongPhaseError, context
+from dstack_emu.kms_emu.errors import DisabledError, InvalidRequestError, UnavailableError, WrongPhaseError, context
 from dstack_emu.kms_emu.gate import Gate, boot_info_of, require_app_id, require_kms_allowed
 from dstack_emu.kms_emu.image_cache import ImageCache, main_listener_rpc
 from dstack_emu.kms_emu.keys import KmsKeys
@@ -87,7 +87,8 @@ class OnboardService:
             if any(deps.folder.exists(name) for name in (ROOT_CA_KEY, K256_KEY)):
                 raise WrongPhaseError("KMS has already been onboarded")
             with context("Failed to onboard"):
-                kms_keys = await deps.receiver.take_keys(request.source_url, domain, deps.issue_clock())
+                token = request.source_token if deps.release.onboard_token else ""
+                kms_keys = await deps.receiver.take_keys(request.source_url, domain, deps.issue_clock(), token)
                 certificate = await issue_rpc_certificate(deps, kms_keys)
             with context("Failed to store keys"):
                 deps.folder.store(kms_keys.files(certificate))
@@ -225,6 +226,12 @@ class KmsService:
         )
 
     async def get_kms_key(self, caller: Caller, request: pb.GetKmsKeyRequest) -> pb.KmsKeyResponse:
+        """Release the root keys to another KMS, unless the configuration leaves that to the admin listener."""
+        if not self.core.onboard.public_key_handover:
+            raise DisabledError("public KMS key handover is disabled; use the admin listener")
+        return await self.hand_over(caller, request)
+
+    async def hand_over(self, caller: Caller, request: pb.GetKmsKeyRequest) -> pb.KmsKeyResponse:
         """Release the root keys to another KMS."""
         of_kms = await self._gate.self_check()
         grant = await self._gate.admit_kms(of_kms, caller.attestation, vm_config=request.vm_config)
@@ -302,6 +309,11 @@ def kms_table(service: KmsService) -> ServiceTable[Caller]:
         *([main_listener_rpc(cache, token_hash)] if token_hash else []),
     )
     return journaled(table, service.log, Caller.fields)
+
+
+def admin_handover_rpc(service: KmsService) -> Rpc[Any, Any, Any]:
+    """Return the RPC of the admin listener that releases the root keys."""
+    return Rpc("GetKmsKey", pb.GetKmsKeyRequest, pb.KmsKeyResponse, service.hand_over)
 
 
 def _table(prefix: str, *rpcs: Rpc[Any, Any, Any]) -> ServiceTable[Any]:

@@ -1,7 +1,8 @@
 """The page a person sees at a fresh KMS: what it measures, and buttons for the calls that set it up.
 
 One HTML file with its script inside (`static/setup.html`): it loads nothing from elsewhere, calls the RPCs that curl
-would, and shows a refusal in the KMS's words. Without JavaScript it shows the curl commands.
+would, and shows a refusal in the KMS's words. A token in the page's own address goes with each call. Without JavaScript
+it shows the curl commands.
 """
 
 import base64
@@ -12,11 +13,17 @@ from importlib import resources
 from typing import Final
 
 _SITE: Final = "<!--site-->"
+_SOURCE: Final = "<!--source-->"
+_SOURCE_FIELD: Final = (
+    "<label>Admin token of the other KMS, if the URL is that of its admin listener "
+    '<input name="source_token" type="password" autocomplete="off"></label>'
+)
 
 
-def setup_page(site_name: str) -> str:
-    """Render the page."""
-    return _template().replace(_SITE, f" at {escape(site_name)}" if site_name else "")
+def setup_page(site_name: str, *, takes_source_token: bool = False) -> str:
+    """Render the page, with a field for the source's token if this KMS takes one."""
+    page = _template().replace(_SITE, f" at {escape(site_name)}" if site_name else "")
+    return page.replace(_SOURCE, _SOURCE_FIELD if takes_source_token else "")
 
 
 def content_security_policy() -> str:

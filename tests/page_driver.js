@@ -1,6 +1,7 @@
 // Runs the script of the KMS's set-up page in node, over as much of a document as it uses: elements with an id, the
 // kinds of children that it looks for, events, a clipboard. It reads one action a line, and answers with what the page
-// shows once nothing is under way any more. Requests go to the KMS whose URL is the first argument.
+// shows once nothing is under way any more. Requests go to the KMS whose URL is the first argument; its query is
+// that of the page's address.
 
 "use strict";
 const fs = require("fs"), readline = require("readline"), vm = require("vm");
@@ -37,10 +38,10 @@ const context = {
   document: {getElementById: (id) => byId[id], createElement: (tag) => new Element(tag)},
   window: {confirm() { asked += 1; return answer; }},
   navigator: {clipboard: {async writeText(text) { clipboard = text; }}},
-  location: {host: new URL(base).host},
+  location: {host: new URL(base).host, search: new URL(base).search},
   FormData: class { get(name) { return fields[name]; } },
-  fetch: (path, options) => fetch(new URL(path, base + "/"), options),
-  Error, JSON,
+  fetch: (path, options) => fetch(new URL(path, new URL("/", base)), options),
+  Error, JSON, URLSearchParams,
 };
 vm.createContext(context);
 underWay.push(vm.runInContext(script, context));  // the value of its last statement: the first measurement

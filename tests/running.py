@@ -66,14 +66,14 @@ class RunningStack:
 
 
 @contextmanager
-def running_kms(config: Path, agent: str, said: dict[str, Any] | None = None) -> Iterator[str]:
+def running_kms(config: Path, agent: str, said: dict[str, Any] | None = None, *arguments: str) -> Iterator[str]:
     """Run `dstack-emu kms` on a kms.toml until the block ends, and yield its URL; the agent's address is upstream's.
 
     The line that it prints when it is ready goes into `said`.
     """
     with tempfile.TemporaryFile("w+") as errors:  # more is logged than a pipe holds
         environment = {"DSTACK_AGENT_ADDRESS": agent}
-        process = start("kms", "--config", str(config), "--json", stderr=errors, environment=environment)
+        process = start("kms", "--config", str(config), "--json", *arguments, stderr=errors, environment=environment)
         try:
             line = process.stdout.readline()
             if not line:

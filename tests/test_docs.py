@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from dstack_emu.attest.version import EMULATOR
 from dstack_emu.cli.main import COMMANDS, parser
-from dstack_emu.kms_emu.admin import TOKEN_VARIABLES
+from dstack_emu.kms_emu.api_auth import ADMIN_VARIABLES, ONBOARD_VARIABLES
 from dstack_emu.kms_emu.config import VARIABLES, KmsConfig
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 from dstack_emu.verifier.config import VerifierConfig
@@ -136,7 +136,7 @@ def test_variables_that_the_code_names_are_documented() -> None:
         and isinstance(node.value, str)
         and re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", node.value)
     }
-    assert {"DSTACK_AGENT_ADDRESS", *TOKEN_VARIABLES} <= named
+    assert {"DSTACK_AGENT_ADDRESS", *ADMIN_VARIABLES, *ONBOARD_VARIABLES} <= named
     assert named - NO_VARIABLES == documented_variables("## Environment variables")
 
 

@@ -212,3 +212,52 @@ def test_admin_asks_for_its_token(stack: RunningStack, tmp_path: Path) -> None:
         assert (bad.code, bad.text) == (INVALID, "failed to clear image cache: invalid cache key")
         assert clear(("authorization", "Bearer s3cret")).value == {}
         assert not (cache / "images" / "ab").exists()
+
+
+def test_onboarding_asks_for_its_token_over_grpc_too(stack: RunningStack, tmp_path: Path) -> None:
+    config = kms_toml(tmp_path, stack, stack.services["auth-dst"])
+    config.write_text(config.read_text().replace("[core.onboard]\n", '[core.onboard]\nauth_token = "s3cret"\n') + GRPC)
+    said: dict[str, Any] = {}
+    with (
+        running_kms(config, stack.services["agent-dst"], said, "--release", "0.6"),
+        reflected(said["grpc"]["port"]) as client,
+    ):
+
+        def measure(*metadata: tuple[str, str]) -> Outcome:
+            return client.call("kms.Onboard/GetAttestationInfo", metadata=metadata)
+
+        for wrong in ((), (("authorization", "Bearer guess"),), (("x-admin-token", "s3cret"),)):
+            refusal = measure(*wrong)
+            assert (refusal.code, refusal.text) == (UNAUTHENTICATED, "dstack-kms onboard: a token is required")
+        for right in (("authorization", "Bearer s3cret"), ("x-onboard-token", "s3cret")):
+            assert measure(right).value["mr_aggregated"]
+
+
+def test_admin_hands_the_root_keys_over_by_grpc(stack: RunningStack, tmp_path: Path) -> None:
+    copied_keys(tmp_path, stack)
+    certs = tmp_path / "certs"
+    more = f"""
+[core.admin]
+enabled = true
+port = 0
+auth_token = "s3cret"
+tls = {{ key = "{certs}/rpc.key", certs = "{certs}/rpc.crt" }}
+"""
+    config = kms_toml(tmp_path, stack, stack.services["auth-src"])
+    handover = "[core.onboard]\npublic_key_handover = false\n"
+    config.write_text(config.read_text().replace("[core.onboard]\n", handover) + more + GRPC)
+    guest, root = Guest.of(stack.services["kms-src"], stack.services["agent-dst"]), (certs / "root-ca.crt").read_text()
+    identity, token = guest.identity(), (("authorization", "Bearer s3cret"),)
+    said: dict[str, Any] = {}
+    with running_kms(config, stack.services["agent-src"], said, "--release", "0.6"):
+        with reflected(said["grpc"]["admin_port"], root, identity) as client:
+            keys = client.call("kms.Admin/GetKmsKey", metadata=token).value["keys"]
+            assert keys[0]["ca_key"] == (certs / "root-ca.key").read_text()
+            assert client.call("kms.Admin/GetKmsKey").code == UNAUTHENTICATED
+        with reflected(said["grpc"]["admin_port"], root) as client:
+            refusal = client.call("kms.Admin/GetKmsKey", metadata=token)
+            assert (refusal.code, refusal.text) == (UNAUTHENTICATED, "No attestation provided")
+        with reflected(said["grpc"]["port"], root, identity) as client:
+            refusal = client.call("kms.KMS/GetKmsKey")
+            disabled = "public KMS key handover is disabled; use the admin listener"
+            assert (refusal.code, refusal.text) == (WRONG_PHASE, disabled)

@@ -121,12 +121,14 @@ def test_admin_listener_takes_the_token_in_a_header(kms: Kms, cache: Path) -> No
     for number, header in enumerate(ascii_only):
         name = (IMAGE, CONFIG)[number]
         assert admin_clear(kms, "-H", header, image_hash=name) == (200, "null")
-    assert admin_clear(kms, "-u", f"{TOKEN}:x", config_hash="all") == (200, "null")
+    assert admin_clear(kms, "-u", f"anyone:{TOKEN}", config_hash=IMAGE) == (200, "null")
+    assert admin_clear(kms, "-u", f"{TOKEN}:", config_hash="all") == (200, "null")
     assert entries(cache) == set()
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("-H", "X-Admin-Token: wrong"), ("-H", b"X-Admin-Token: \xff"), ("-u", "a:b")]
+    "arguments",
+    [(), ("-H", "X-Admin-Token: wrong"), ("-H", b"X-Admin-Token: \xff"), ("-u", "a:b"), ("-u", f"{TOKEN}:x")],
 )
 def test_admin_listener_refuses_another_token(kms: Kms, cache: Path, arguments: tuple[str, ...]) -> None:
     assert admin_clear(kms, *arguments, image_hash="all") == (401, "")

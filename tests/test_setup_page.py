@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
@@ -189,3 +190,62 @@ def test_page_asks_before_it_finishes_without_keys(kms: Kms, browser: Browser) -
     shown = browser.do("finish", confirm=True)
     assert shown["asked"] == 2
     assert kms.process.wait(20) == 1
+
+
+TOKEN = "operator's &+%41 token"
+
+
+def loaded(url: str, text: str, folder: Path) -> Browser:
+    if shutil.which("node") is None:
+        pytest.skip("the page's script needs node to run outside a browser")
+    page = folder / "page.html"
+    page.write_text(text)
+    return Browser(url, page)
+
+
+def test_page_that_was_opened_with_a_token_sends_it_along(world: World, tmp_path: Path) -> None:
+    """A KMS that asks for a token takes the keys of another one's admin listener over, all on its page."""
+    source_folder, folder = tmp_path / "source", tmp_path / "fresh"
+    source_folder.mkdir()
+    folder.mkdir()
+    keys = {
+        "core.onboard.auto_bootstrap_domain": "127.0.0.1",
+        "core.onboard.public_key_handover": "false",
+        "core.admin.enabled": "true",
+        "core.admin.port": "0",
+        "core.admin.auth_token": "admin",
+        "core.admin.tls.key": str(source_folder / "certs" / "rpc.key"),
+        "core.admin.tls.certs": str(source_folder / "certs" / "rpc.crt"),
+    }
+    release = ("--release", "0.6")
+    with (
+        running(source_folder, world, *release, **variables(keys)) as source,
+        running(folder, world, *release, DSTACK_KMS_ONBOARD_TOKEN=TOKEN) as kms,
+    ):
+        address = f"/?{urlencode({'token': TOKEN})}"
+        status, text = kms.curl(address)
+        assert status == 200
+        browser = loaded(kms.url + address, text, tmp_path)
+        try:
+            assert browser.do("loaded")["measured"]["error"] == ""
+            fields = {"source_url": source.description["admin_url"], "domain": "127.0.0.1", "source_token": ""}
+            shown = browser.do("submit", section="onboard", fields=fields)["onboard"]
+            assert "Request failed with status=401 Unauthorized" in shown["error"]
+            shown = browser.do("submit", section="onboard", fields={**fields, "source_token": "admin"})["onboard"]
+            assert (shown["error"], [name for name, _ in shown["values"]]) == ("", ["k256_pubkey"])
+            assert browser.do("finish")["finish"]["error"] == ""
+        finally:
+            browser.process.kill()
+            browser.process.communicate(timeout=10)
+        assert kms.rpc("KMS.GetMeta")[1]["k256_pubkey"] == source.rpc("KMS.GetMeta")[1]["k256_pubkey"]
+
+
+def test_page_without_the_token_is_told_so(world: World, tmp_path: Path) -> None:
+    with running(tmp_path, world, "--release", "0.6", DSTACK_KMS_ONBOARD_TOKEN=TOKEN) as kms:
+        assert kms.curl("/")[0] == 401
+        browser = loaded(kms.url, setup_page(""), tmp_path)
+        try:
+            assert browser.do("loaded")["measured"]["error"].startswith("status 401")
+        finally:
+            browser.process.kill()
+            browser.process.communicate(timeout=10)

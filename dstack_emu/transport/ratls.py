@@ -20,6 +20,7 @@ from dstack_emu.attest.certificate import (
     certificate_spki,
     load_der,
     pem,
+    self_signed,
     spki_der,
     usage_of,
 )
@@ -55,6 +56,16 @@ async def make_identity(
     attestation = await attester(ratls_report_data(spki_der(key.public_key())))
     request = CertificateRequest(public_key=key.public_key(), subject=CLIENT_SUBJECT, attestation=attestation)
     return Identity(pem(temp_ca.issue(request, now)), pkcs8_pem(key))
+
+
+async def make_self_issued_identity(key: ec.EllipticCurvePrivateKey, attester: Attester, now: int) -> Identity:
+    """Make a client certificate that its own key has signed, and that carries evidence bound to that key.
+
+    Servers since 0.6 take one.
+    """
+    attestation = await attester(ratls_report_data(spki_der(key.public_key())))
+    request = CertificateRequest(public_key=key.public_key(), subject=CLIENT_SUBJECT, attestation=attestation)
+    return Identity(self_signed(request, key, now).pem, pkcs8_pem(key))
 
 
 class RaTlsError(Exception):

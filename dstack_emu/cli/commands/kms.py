@@ -10,7 +10,6 @@ from typing import Any
 from dstack_emu.cli import logs
 from dstack_emu.cli.commands.common import WARNING, add_release, listen_address, run_server, say, stop_on_signals
 from dstack_emu.deployment.clock import ISSUED_AT, wall_clock
-from dstack_emu.kms_emu.admin import admin_token
 from dstack_emu.kms_emu.agent_client import DEFAULT_ADDRESS
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
 from dstack_emu.kms_emu.config import VARIABLES, KmsConfig
@@ -68,11 +67,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _kms(config: KmsConfig, agent: str, arguments: argparse.Namespace) -> KmsServer:
-    options: dict[str, Any] = {"entropy": os.urandom, "clock": wall_clock, "release": arguments.release}
+    options: dict[str, Any] = {
+        "entropy": os.urandom,
+        "clock": wall_clock,
+        "environment": os.environ,
+        "release": arguments.release,
+    }
     if arguments.seed is not None:
         options |= {"entropy": Seed.of(arguments.seed).stream("kms"), "issue_clock": lambda: ISSUED_AT}
-    if config.core.admin.enabled:
-        options["admin_token"] = admin_token(config.core.admin, os.environ)
     if arguments.listen is not None:
         options["sock"] = bind_tcp(*arguments.listen, setting="--listen HOST:PORT")
         config = config.listening_at(*arguments.listen)
