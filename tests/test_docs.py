@@ -105,7 +105,7 @@ def test_documented_defaults_of_kms_toml_are_the_programs() -> None:
     written = KmsConfig.from_document(tomllib.loads("\n".join(f"{key} = {value}" for key, value in given)), "docs")
     assert written == KmsConfig()
     unset = [code(key)[0] for key, default, _ in kms_keys() if default == "none"]
-    assert all(key == "default" or key.startswith("core.attestation.root_ca.") for key in unset)
+    assert all(key == "default" or key.startswith(("core.attestation.root_ca.", "core.admin.tls.")) for key in unset)
 
 
 def test_keys_and_defaults_of_dstack_verifier_toml_are_documented() -> None:
