@@ -24,7 +24,8 @@ from dstack_emu.attest.collateral import CollateralKey, CollateralKeys, assemble
 from dstack_emu.attest.eventlog import for_get_quote, log_to_json
 from dstack_emu.attest.os_image import verify_lite
 from dstack_emu.attest.pcs import Document
-from dstack_emu.attest.verify import TrustAnchor, verify_attestation
+from dstack_emu.attest.quote import Quote
+from dstack_emu.attest.verify import TrustAnchor, VerifiedAttestation, VerifiedQuote, verify_attestation
 from dstack_emu.auth.boot_info import parse_json
 from dstack_emu.auth.policy import Policy
 from dstack_emu.deployment.policy_files import DENY_ALL
@@ -76,12 +77,15 @@ def _of_verification() -> Iterator[tuple[str, Work, Work]]:
 def _of_kms() -> Iterator[tuple[str, Work, Work]]:
     """An app instance's keys."""
     _, domain = booted_domain()
-    roots, counter = _kms_keys().roots, itertools.count()
+    roots, counter, evidence = _kms_keys().roots, itertools.count(), domain.attest(bytes(64))
     # What a grant is made of does not count here.
-    boot_info = BootInfo.about(decode_app_info(domain.attest(bytes(64))), "UpToDate", ())
+    boot_info = BootInfo.about(decode_app_info(evidence), "UpToDate", ())
+    quote = VerifiedQuote("UpToDate", (), bytes(16), Quote.parse(evidence.quote).report)
+    verified = VerifiedAttestation(evidence, quote)
 
     def grant(instance: int) -> AppGrant:
-        return AppGrant(SelfGrant(None), replace(boot_info, instance_id=instance.to_bytes(20, "big")), "")
+        own = replace(boot_info, instance_id=instance.to_bytes(20, "big"))
+        return AppGrant(SelfGrant(None), own, "", verified, "")
 
     yield "app_keys", lambda: app_secrets(roots, grant(next(counter))), lambda: app_secrets(roots, grant(0))
 

@@ -12,9 +12,10 @@ import functools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from dstack_emu.attest.app_info import APP_ID_SIZE, BootInfo
+from dstack_emu.attest.app_info import APP_ID_SIZE, AppInfo, BootInfo, require_same_config
 from dstack_emu.attest.cache import Memo
-from dstack_emu.attest.errors import AttestError
+from dstack_emu.attest.errors import AttestError, FormatError
+from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.kms_emu.auth_api import AuthApi
 from dstack_emu.kms_emu.auth_cache import ShortLived
@@ -39,6 +40,13 @@ class AppGrant:
     of_kms: SelfGrant
     boot_info: BootInfo
     gateway_app_id: str
+    evidence: VerifiedAttestation
+    vm_config: str
+    """The config that goes before the one in the evidence; empty if there is none."""
+
+    def app_info(self) -> AppInfo:
+        """Return identity and measurements as they were verified: true device id, authorized OS image."""
+        return self.evidence.app_info(vm_config=self.vm_config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +95,7 @@ class Gate:
     `own_evidence` attests the KMS with zero report_data; it is called once, at the first self check, and its result is
     `own_boot_info` from then on. `images` verifies the OS image of a caller that the webhook allowed; without it the
     os_image_hash that the webhook saw is believed as claimed. `allowed` keeps the success of a self check, if anything
-    is to keep it.
+    is to keep it. `release` says whether a request's VM config may differ from the one in the evidence.
     """
 
     def __init__(
@@ -98,9 +106,11 @@ class Gate:
         enforce_self: bool = True,
         images: ImageStore | None = None,
         allowed: ShortLived[None] | None = None,
+        release: Release = DEFAULT,
     ) -> None:
         self._auth, self._own_evidence, self._enforce_self = auth, own_evidence, enforce_self
         self._images, self._allowed = images, allowed
+        self._config_must_match = release.vm_config_must_match
         self._boot_info = Memo(_boot_info_of, _size, max_entries=256, max_bytes=8 << 20)
         self.own_boot_info: BootInfo | None = None
 
@@ -127,22 +137,33 @@ class Gate:
     ) -> AppGrant:
         """Request whether the caller may have its app's keys, or a certificate (`boot_time`)."""
         evidence = _require(caller)
+        vm_config = self._config(evidence, vm_config)
         boot_info = self._boot_info((evidence, vm_config, boot_time))
         decision = await self._auth.decide(boot_info, is_kms=False)
         if decision.is_allowed is not True:
             raise BootDeniedError(f"Boot denied: {decision.reason}")
         await self._require_image(evidence, vm_config)
-        return AppGrant(of_kms, boot_info, decision.gateway_app_id)
+        return AppGrant(of_kms, boot_info, decision.gateway_app_id, evidence, vm_config)
 
     async def admit_kms(self, of_kms: SelfGrant, caller: VerifiedAttestation | None, *, vm_config: str) -> KmsGrant:
         """Request whether the caller may become a KMS with the same root keys."""
         evidence = _require(caller)
+        vm_config = self._config(evidence, vm_config)
         boot_info = self._boot_info((evidence, vm_config, False))
         decision = await self._auth.decide(boot_info, is_kms=True)
         if decision.is_allowed is not True:
             raise BootDeniedError(f"Boot denied: {decision.reason}")
         await self._require_image(evidence, vm_config)
         return KmsGrant(of_kms, boot_info)
+
+    def _config(self, evidence: VerifiedAttestation, requested: str) -> str:
+        """Return the VM config that goes before the one in the evidence, which the release may not allow."""
+        if not self._config_must_match:
+            return requested
+        try:
+            return require_same_config(requested, evidence.attestation.config)
+        except FormatError as error:
+            raise InvalidRequestError(str(error)) from error
 
     async def _require_image(self, evidence: VerifiedAttestation, vm_config: str) -> None:
         """Refuse a caller that did not boot the image of its config, which the webhook was told of."""

@@ -234,9 +234,18 @@ def root_secrets(roots: RootKeys, grant: KmsGrant) -> RootSecrets:
 
 
 def sign_certificate(
-    roots: RootKeys, grant: AppGrant, request: SigningRequest, now: int, *, keeps_log_digests: bool = False
+    roots: RootKeys,
+    grant: AppGrant,
+    request: SigningRequest,
+    now: int,
+    *,
+    keeps_log_digests: bool = False,
+    has_verified_app_info: bool = False,
 ) -> list[str]:
-    """Issue an app's certificate: leaf, app CA, root CA (PEM). The log in its evidence may keep the events' digests."""
+    """Issue an app's certificate: leaf, app CA, root CA (PEM). The log in its evidence may keep the events' digests.
+
+    App info, if it is requested, is what the evidence says of itself, or the identity that was verified.
+    """
     app_id = grant.boot_info.app_id
     key = derive_p256(roots.root_scalar, [app_id, b"app-ca"])
     ca_request = cert.CertificateRequest(
@@ -249,6 +258,8 @@ def sign_certificate(
     )
     app_ca = cert.CertificateAuthority(roots.root_ca.issue(ca_request, now), key)
     leaf_request = request.certificate_request(usage=cert.USAGE_APP_LEAF, app_id=app_id)
+    if has_verified_app_info and leaf_request.app_info is not None:
+        leaf_request = replace(leaf_request, app_info=grant.app_info())
     leaf = app_ca.issue(replace(leaf_request, keeps_log_digests=keeps_log_digests), now)
     return [cert.pem(leaf), app_ca.pem, roots.root_ca.pem]
 

@@ -169,6 +169,7 @@ class KmsService:
             enforce_self=deps.core.enforce_self_authorization,
             images=deps.images,
             allowed=self._self_allowed,
+            release=deps.release,
         )
 
     def forget_answers(self) -> None:
@@ -268,6 +269,7 @@ class KmsService:
                 csr,
                 self._deps.issue_clock(),
                 keeps_log_digests=self.release.certificate_log_has_digests,
+                has_verified_app_info=self.release.certificate_app_info_is_verified,
             )
         return pb.SignCertResponse(certificate_chain=chain)
 

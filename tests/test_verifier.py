@@ -4,6 +4,7 @@ import datetime
 import http.client
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.eventlog import log_to_json, replay_runtime
 from dstack_emu.attest.image import Registers
 from dstack_emu.attest.os_image import cache_key, encode_cache_entry
+from dstack_emu.attest.release import release
 from dstack_emu.attest.report_data import APP_DATA, report_data
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.cli.main import main
@@ -86,9 +88,24 @@ class Service:
 
 @pytest.fixture
 async def service(tmp_path: Path) -> AsyncIterator[Service]:
+    """A verifier of release 0.5, which answers as the recorded one."""
+    async with serving_verifier(tmp_path, "0.5") as found:
+        yield found
+
+
+@pytest.fixture
+async def service_0_6(tmp_path: Path) -> AsyncIterator[Service]:
+    async with serving_verifier(tmp_path, "0.6") as found:
+        yield found
+
+
+@asynccontextmanager
+async def serving_verifier(tmp_path: Path, release_name: str) -> AsyncIterator[Service]:
+    """Run a verifier of a release, and a PCCS for it."""
     pccs_server = await serve(pccs_app(INTEL), bind_tcp("127.0.0.1", 0))
     pccs, images = PccsClient(pccs_server.url), ImageStore(tmp_path / "cache", NO_SERVER, 5)
-    judge = Verifier(AttestationVerifier(pccs, TrustAnchor.of(INTEL.root), wall_clock), images)
+    evidence = AttestationVerifier(pccs, TrustAnchor.of(INTEL.root), wall_clock)
+    judge = Verifier(evidence, images, release(release_name))
     server = await serve(verifier_app(judge), bind_tcp("127.0.0.1", 0))
     yield Service(server.url, tmp_path / "cache", judge)
     await server.close()
@@ -247,6 +264,55 @@ async def test_image_says_what_it_is_though_registers_differ(service: Service) -
     assert answer["details"]["acpi_tables_verified"] is False
 
 
+# ---- a verifier of 0.6
+
+
+async def test_lite_guest_has_verified_acpi_tables_in_0_6(service: Service, service_0_6: Service) -> None:
+    request = _attestation_request(domain().attest(HARDWARE_LIKE))
+    old, new = await service.verify(**request), await service_0_6.verify(**request)
+    assert (old["details"].pop("acpi_tables_verified"), new["details"].pop("acpi_tables_verified")) == (False, True)
+    assert old == new
+    assert (new["is_valid"], list(new["details"])[-1]) == (True, "boot_info")
+
+
+async def test_acpi_tables_of_another_image_are_not_verified_in_0_6(service_0_6: Service) -> None:
+    answer = await service_0_6.verify(**_attestation_request(domain("{}").attest(HARDWARE_LIKE)))
+    assert (answer["is_valid"], answer["details"]["acpi_tables_verified"]) == (False, False)
+    assert "boot_info" not in answer["details"]
+
+
+async def test_config_beside_an_attestation_must_be_the_same_in_0_6(service_0_6: Service) -> None:
+    evidence = domain().attest(HARDWARE_LIKE)
+    request = _attestation_request(evidence)
+    valid = await service_0_6.verify(**request)
+    assert valid["is_valid"]
+    wrapped = json.dumps({"vm_config": evidence.config})
+    for same in ("", None, evidence.config, wrapped):
+        assert await service_0_6.verify(**request, vm_config=same) == valid
+    for other in ("{}", evidence.config + " ", wrapped + "}"):
+        answer = await service_0_6.verify(**request, vm_config=other)
+        said = "vm_config of the request does not match the one in the attestation"
+        assert (answer["is_valid"], answer["reason"]) == (False, f"OS image hash verification failed: {said}")
+        assert (answer["details"]["quote_verified"], answer["details"]["os_image_hash_verified"]) == (True, False)
+
+
+async def test_config_beside_a_quote_counts_in_0_6(service_0_6: Service) -> None:
+    evidence = domain().attest(HARDWARE_LIKE)
+    assert (await service_0_6.verify(**_quote_request(evidence)))["is_valid"]
+    answer = await service_0_6.verify(**_quote_request(evidence) | {"vm_config": "{}"})
+    assert answer["reason"].startswith("OS image hash verification failed: ")
+    bare = _attestation_request(replace(evidence, config=""))
+    assert (await service_0_6.verify(**bare, vm_config=evidence.config))["is_valid"]
+
+
+async def test_answers_do_not_tell_the_version(service: Service, service_0_6: Service) -> None:
+    """The real verifier sends no X-App-Version, unlike the KMS and the agent."""
+    async with aiohttp.ClientSession() as session:
+        for found in (service, service_0_6):
+            async with session.get(f"{found.url}/health") as response:
+                assert "X-App-Version" not in response.headers
+
+
 # ---- what is no request
 
 
@@ -319,6 +385,13 @@ def test_service_answers_as_a_command(pccs: str) -> None:
         connection = http.client.HTTPConnection(urlsplit(description["url"]).netloc, timeout=20)
         connection.request("POST", "/verify", json.dumps(_attestation_request(domain().attest(HARDWARE_LIKE))))
         assert json.loads(connection.getresponse().read())["is_valid"] is True
+
+
+def test_command_is_a_verifier_of_the_named_release(pccs: str, tmp_path: Path) -> None:
+    request = _attestation_request(domain().attest(HARDWARE_LIKE)) | {"vm_config": "{}"}
+    file = written(tmp_path / "request.json", request)
+    for name, status in (("0.5", 0), ("0.6", 1)):
+        assert run_command("verifier", "--release", name, "--pccs", pccs, "--verify", file).returncode == status
 
 
 def test_one_file_is_judged_and_the_answer_written_beside_it(pccs: str, tmp_path: Path) -> None:
@@ -411,6 +484,17 @@ async def test_self_signed_certificate_is_judged(service: Service) -> None:
     assert details["public_key_der"] == foreign.spki_of(KEY).hex()
     assert details["app_info"]["os_image_hash"] == IMAGE.os_image_hash.hex()
     assert details["app_info"]["os_image_hash_verified"] is True
+
+
+async def test_certificate_with_evidence_of_the_guest_api_v1_is_judged_by_0_6(service_0_6: Service) -> None:
+    def evidence(spki: bytes) -> bytes:
+        return domain().attest(report_data("ratls-cert", spki)).as_v1().stripped(keep_digests=True).encode()
+
+    pem = certificate(evidence, KEY).public_bytes(Encoding.PEM)
+    assert (await service_0_6.judge.verify_certificate(pem, wall_clock))["is_valid"]
+    of_a_guest = certificate(evidence, KEY, signer=OTHER).public_bytes(Encoding.PEM)
+    with pytest.raises(FormatError, match="^certificate self-signature verification failed$"):
+        await service_0_6.judge.verify_certificate(of_a_guest, wall_clock)
 
 
 async def test_image_of_the_legacy_variant_is_not_downloaded_for_a_certificate(service: Service) -> None:

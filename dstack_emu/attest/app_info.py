@@ -179,13 +179,32 @@ def vm_config_of(config: str) -> VmConfig:
     """
     if not config:
         return VmConfig()
+    return VmConfig.parse(_unwrapped(config))
+
+
+def require_same_config(requested: str, attested: str) -> str:
+    """Return the VM config of a request that counts beside the one in its evidence: empty, if the latter does.
+
+    A request need not have one, and evidence of the legacy form has none. Otherwise both have to be the same text, each
+    by itself or inside a larger config: a caller could otherwise be authorized by one and be issued the other. Raises
+    `FormatError`.
+    """
+    if not requested or not attested:
+        return requested
+    if requested != attested and _unwrapped(requested) != _unwrapped(attested):
+        raise FormatError("vm_config of the request does not match the one in the attestation")
+    return ""
+
+
+def _unwrapped(config: str) -> str:
+    """Return the `vm_config` text inside a larger config; any other text as it is."""
     try:
         document = json.loads(config)
     except (ValueError, RecursionError):
-        document = None  # VmConfig.parse says what is wrong with it
+        return config  # VmConfig.parse says what is wrong with it
     if isinstance(document, dict) and isinstance(document.get("vm_config"), str):
-        config = document["vm_config"]
-    return VmConfig.parse(config)
+        return str(document["vm_config"])
+    return config
 
 
 def _init_script_hashes(attestation: Attestation) -> tuple[bytes, ...]:

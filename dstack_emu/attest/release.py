@@ -97,6 +97,8 @@ class Release:
     """SignCert writes app info from the verified identity: the true device id, the authorized OS image hash."""
     vm_config_must_match: bool
     """A request's vm_config has to equal the one in the attestation; otherwise it takes its place."""
+    lite_acpi_tables_verified: bool
+    """A verifier says of the lite variant, too, that ACPI tables were verified."""
 
     # Webhooks.
     identity_widths_are_checked: bool
@@ -153,6 +155,7 @@ _0_5: Final = Release(
     auth_api_cache_seconds=0,
     certificate_app_info_is_verified=False,
     vm_config_must_match=False,
+    lite_acpi_tables_verified=False,
     identity_widths_are_checked=False,
     boot_info_variant_members=("teeVariant", "attestationMode"),
     auth_contract="readme",
@@ -191,6 +194,7 @@ _0_6: Final = Release(
     auth_api_cache_seconds=1,
     certificate_app_info_is_verified=True,
     vm_config_must_match=True,
+    lite_acpi_tables_verified=True,
     identity_widths_are_checked=True,
     boot_info_variant_members=("teeVariant",),
     auth_contract="0.6",

@@ -176,7 +176,7 @@ class Deployment:
         verifier = self.context.verifier("verifier")
         self._exit.push_async_callback(verifier.pccs.close)
         observer = verdict_recorder(self.context.instrumentation.journal)
-        app = verifier_app(Verifier(verifier, images), observer=observer)
+        app = verifier_app(Verifier(verifier, images, self.context.release_of(None)), observer=observer)
         self._close_at_end(await self.context.serve("verifier", app))
 
     def _place_policies(self) -> None:

@@ -19,13 +19,14 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from dstack_emu.attest.app_info import TEE_VARIANT_TDX, AppInfo
+from dstack_emu.attest.app_info import TEE_VARIANT_TDX, AppInfo, require_same_config
 from dstack_emu.attest.attestation import Attestation, decode, from_quote_and_log
 from dstack_emu.attest.certificate import attestation_of, certificate_spki, load_der
 from dstack_emu.attest.errors import AttestError, FormatError
 from dstack_emu.attest.hexadecimal import decode_hex
 from dstack_emu.attest.os_image import ImageInfo, decode_vm_config
 from dstack_emu.attest.quote import TdReport
+from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.attest.strict_json import ConstantError, DuplicateMemberError, StrictJson
 from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.transport.image_store import ImageStore
@@ -54,7 +55,8 @@ class InputError(Exception):
 class VerificationRequest:
     """What to verify: an attestation, or a quote with its event log (JSON text) and VM config. All of it may be absent.
 
-    Beside an attestation the others do not count: nothing that was not quoted may change its verdict.
+    Beside an attestation the others do not count: nothing that was not quoted may change its verdict. A VM config that
+    differs from the attestation's is refused by a verifier whose release demands that they match.
     """
 
     attestation: bytes | None = None
@@ -146,10 +148,10 @@ class VerificationResponse:
 
 
 class Verifier:
-    """Verifies requests, with one PCCS and root, and one cache of images."""
+    """Verifies requests as a dstack release does, with one PCCS and root, and one cache of images."""
 
-    def __init__(self, evidence: AttestationVerifier, images: ImageStore) -> None:
-        self._evidence, self._images = evidence, images
+    def __init__(self, evidence: AttestationVerifier, images: ImageStore, release: Release = DEFAULT) -> None:
+        self._evidence, self._images, self._release = evidence, images, release
 
     async def verify(self, request: VerificationRequest) -> VerificationResponse:
         """Verify the quote and its runtime events, then the OS image, then the identity; raise `InputError`."""
@@ -165,11 +167,13 @@ class Verifier:
         details.advisory_ids = list(verified.quote.advisory_ids)
         details.report_data = attestation.report_data.hex()
         try:
+            if self._release.vm_config_must_match:
+                vm_config = require_same_config(request.vm_config or "", attestation.config)
             verdict = await self._images.verify(verified, vm_config, on_image=details.record_image)
         except AttestError as error:
             return VerificationResponse(False, details, f"OS image hash verification failed: {error}")
         details.os_image_hash_verified = True
-        details.acpi_tables_verified = verdict.acpi_tables_verified
+        details.acpi_tables_verified = verdict.acpi_tables_verified or self._release.lite_acpi_tables_verified
         try:
             info, boot_info = verified.app_info(vm_config=vm_config), verified.boot_info(vm_config=vm_config)
         except AttestError as error:

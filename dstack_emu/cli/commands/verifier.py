@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dstack_emu.attest.errors import AttestError, FormatError
+from dstack_emu.attest.release import Release
 from dstack_emu.attest.verify import TrustAnchor
-from dstack_emu.cli.commands.common import WARNING, UsageError, listen_address, say, stop_on_signals
+from dstack_emu.cli.commands.common import WARNING, UsageError, add_release, listen_address, say, stop_on_signals
 from dstack_emu.cli.commands.root_options import NamedAnchor, add_root, chosen_root, default_root
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.transport.files import replace_file
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pccs", metavar="URL", help=f"where to fetch collateral ({PCCS})")
     add_root(parser)
+    add_release(parser, "the dstack release that the verifier is")
     once = parser.add_mutually_exclusive_group()
     once.add_argument(
         "--verify",
@@ -72,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = VerifierConfig.load(arguments.config, os.environ)
     anchor, root = _anchor(arguments, config)
     pccs_url: str = arguments.pccs or config.attestation.urls.pccs or PCCS
-    verifier = _verifier(config, pccs_url, anchor)
+    verifier = _verifier(config, pccs_url, anchor, arguments.release)
     if arguments.verify is not None:
         return _verify_file(arguments.verify, verifier)
     if arguments.verify_cert is not None:
@@ -94,13 +96,15 @@ def _anchor(arguments: argparse.Namespace, config: VerifierConfig) -> NamedAncho
 
 
 @asynccontextmanager
-async def _verifier(config: VerifierConfig, pccs_url: str, anchor: TrustAnchor) -> AsyncIterator[Verifier]:
+async def _verifier(
+    config: VerifierConfig, pccs_url: str, anchor: TrustAnchor, release: Release
+) -> AsyncIterator[Verifier]:
     pccs = PccsClient(pccs_url, ttl=config.attestation.collateral_ttl)
     images = ImageStore(
         Path(config.image_cache_dir), config.image_download_url, float(config.image_download_timeout_secs)
     )
     try:
-        yield Verifier(AttestationVerifier(pccs, anchor, wall_clock), images)
+        yield Verifier(AttestationVerifier(pccs, anchor, wall_clock), images, release)
     finally:
         await images.close()
         await pccs.close()
