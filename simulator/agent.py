@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
+from coincurve import PrivateKey
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from google.protobuf.empty_pb2 import Empty
@@ -146,7 +147,7 @@ class GuestAgent:
         algorithm = _known(request.algorithm or "secp256k1", ("secp256k1", "ed25519"))
         key, public_key = self._derive(request.path, algorithm)
         message = f"{request.purpose}:{public_key.hex()}".encode()
-        signature = sign_recoverable(k256_key(self.keys.k256_key), message)
+        signature = sign_recoverable(_parse_k256(self.keys.k256_key, "app k256 key"), message)
         return pb.GetKeyResponse(key=key, signature_chain=[signature, self.keys.k256_signature])
 
     async def derive_k256_key(self, request: pb.GetKeyArgs) -> pb.DeriveK256KeyResponse:
@@ -219,7 +220,7 @@ class GuestAgent:
         key = derive_key(self.keys.k256_key, [path.encode()])
         if algorithm == "ed25519":
             return key, ed25519.Ed25519PrivateKey.from_private_bytes(key).public_key().public_bytes_raw()
-        return key, k256_key(key).public_key.format()
+        return key, _parse_k256(key, "k256 key").public_key.format()
 
     # ---- signatures
 
@@ -314,6 +315,14 @@ def _known(algorithm: str, known: tuple[str, ...]) -> str:
     if algorithm not in known:
         raise FormatError("Unsupported algorithm")
     return algorithm
+
+
+def _parse_k256(secret: bytes, what: str) -> PrivateKey:
+    """Load a secp256k1 key; raise `FormatError`, in upstream's words, if it is no scalar."""
+    try:
+        return k256_key(secret)
+    except FormatError as error:
+        raise FormatError(f"Failed to parse {what}: signature error") from error
 
 
 def _verify_ed25519(request: pb.VerifyRequest) -> bool:

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -65,6 +65,24 @@ class KmsIssuer:
     vm_config: str
     identity: Identity
 
+    @classmethod
+    def of(
+        cls,
+        domain: TrustDomain,
+        url: str,
+        identity: Identity,
+        root_ca: str,
+        *,
+        connect: Callable[..., RaTlsClient] = RaTlsClient,
+    ) -> Self:
+        """Make a domain's access to the KMS at `url` (with `/prpc`), under its root (PEM). Makes no request.
+
+        Like upstream's agent, it does not verify the KMS's evidence again; by release it verifies its usage.
+        """
+        check = _require_kms_usage if domain.release.verifies_usage_of_issuer else None
+        client = connect(url, identity=identity, root_ca=root_ca, check_peer=check)
+        return cls(url, client, domain.vm_config_json, identity)
+
     async def sign(self, request: SigningRequest, signature: bytes) -> list[str]:
         """Call the KMS's SignCert; return leaf, app CA and root CA.
 
@@ -99,12 +117,10 @@ async def kms_issuer(
 ) -> KmsIssuer:
     """Make a booted domain's access to SignCert: a new certificate under the temporary CA, and the KMS's root (PEM).
 
-    Makes no request. Like upstream's agent, the issuer does not verify the KMS's evidence again. `connect` makes the
-    client.
+    Makes no request. `connect` makes the client.
     """
     identity = await _identity(domain, access.temp_ca, entropy, now)
-    client = connect(access.url, identity=identity, root_ca=root_ca)
-    return KmsIssuer(access.url, client, domain.vm_config_json, identity)
+    return KmsIssuer.of(domain, access.url, identity, root_ca, connect=connect)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +234,14 @@ async def _identity(domain: TrustDomain, temp_ca: CertificateAuthority, entropy:
     return await make_identity(temp_ca, p256_from_uniform(entropy(48)), attest, now)
 
 
+def _require_kms_usage(peer: AttestedServer) -> None:
+    """Raise `VerificationError` if a server's certificate is none of a KMS: a KMS's root signs those of apps, too."""
+    if peer.usage is None:
+        raise VerificationError("missing server cert usage")
+    if peer.usage != USAGE_KMS_RPC:
+        raise VerificationError(f"Invalid server cert usage: {peer.usage}")
+
+
 class _KmsCertificateCheck:
     """Accepts a server as a KMS by the usage in its certificate, and keeps its mr_aggregated."""
 
@@ -225,10 +249,7 @@ class _KmsCertificateCheck:
         self.mr_aggregated: bytes | None = None
 
     def __call__(self, peer: AttestedServer) -> None:
-        if peer.usage is None:
-            raise VerificationError("missing server cert usage")
-        if peer.usage != USAGE_KMS_RPC:
-            raise VerificationError(f"Invalid server cert usage: {peer.usage}")
+        _require_kms_usage(peer)
         if peer.attestation is not None:
             self.mr_aggregated = peer.attestation.app_info().mr_aggregated
 

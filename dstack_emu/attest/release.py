@@ -73,6 +73,8 @@ class Release:
     """The key provider `tpm` exists."""
     reports_every_kms: bool
     """If no KMS gives keys, the error has the answer of each URL; otherwise the first one's alone."""
+    verifies_usage_of_issuer: bool
+    """A guest requires the usage kms:rpc of the KMS that signs its certificates, and not only of one that gives keys."""
     refuses_encrypted_env_without_key: bool
     """An encrypted environment that cannot be decrypted for want of a key ends the boot."""
 
@@ -144,6 +146,7 @@ _0_5: Final = Release(
     manifest_3_members=False,
     tpm_key_provider=False,
     reports_every_kms=False,
+    verifies_usage_of_issuer=False,
     refuses_encrypted_env_without_key=False,
     any_client_certificate_issuer=False,
     get_meta_has_os_image_verification=False,
@@ -183,6 +186,7 @@ _0_6: Final = Release(
     manifest_3_members=True,
     tpm_key_provider=True,
     reports_every_kms=True,
+    verifies_usage_of_issuer=True,
     refuses_encrypted_env_without_key=True,
     any_client_certificate_issuer=True,
     get_meta_has_os_image_verification=True,

@@ -1,5 +1,6 @@
 """Trust domains of a stack with their agents: those it begins with, and those that are made while it runs."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -248,15 +249,9 @@ class RunningGuest:
             await self._use(None, "")
             return
         url = f"{self._context.urls[f'kms-{state.kms}']}/prpc"
-        client = RaTlsClient(
-            url,
-            identity=state.identity,
-            root_ca=state.keys.ca_cert,
-            timeout=self._kms_timeout,
-            headers=headers_of(self.name),
-        )
+        connect = functools.partial(RaTlsClient, timeout=self._kms_timeout, headers=headers_of(self.name))
         self._write_environment(decrypt_environment(self.domain, self._encrypted_env, state.keys))
-        issuer = KmsIssuer(url, client, self.domain.vm_config_json, state.identity)
+        issuer = KmsIssuer.of(self.domain, url, state.identity, state.keys.ca_cert, connect=connect)
         self.agent.restore(ProvidedKeys(state.keys, issuer, state.demo_certificate))
         await self._use(issuer, state.kms)
 
