@@ -74,7 +74,7 @@ class Release:
     reports_every_kms: bool
     """If no KMS gives keys, the error has the answer of each URL; otherwise the first one's alone."""
     verifies_usage_of_issuer: bool
-    """A guest requires the usage kms:rpc of the KMS that signs its certificates, and not only of one that gives keys."""
+    """A guest requires the usage kms:rpc of a KMS that signs its certificates, and not only of one that gives keys."""
     refuses_encrypted_env_without_key: bool
     """An encrypted environment that cannot be decrypted for want of a key ends the boot."""
 
