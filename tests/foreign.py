@@ -139,11 +139,15 @@ class Authority:
         return self.issue_with(key, {} if attestation is None else {OID_ATTESTATION: attestation})
 
     def issue_with(self, key: ec.EllipticCurvePrivateKey, values: dict[x509.ObjectIdentifier, bytes]) -> Identity:
-        """Make a client certificate with any of dstack's extensions."""
+        """Make a client certificate with any of dstack's extensions, each value in an OCTET STRING as they have it."""
+        return self.issue_raw(key, {oid: der_octet_string(value) for oid, value in values.items()})
+
+    def issue_raw(self, key: ec.EllipticCurvePrivateKey, values: dict[x509.ObjectIdentifier, bytes]) -> Identity:
+        """Make a client certificate with any extensions, each value as it is given."""
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "foreign client")])
         builder = _certificate(subject, self.certificate.subject, key)
         for oid, value in values.items():
-            extension = x509.UnrecognizedExtension(oid, der_octet_string(value))
+            extension = x509.UnrecognizedExtension(oid, value)
             builder = builder.add_extension(extension, critical=False)
         return Identity(builder.sign(self.key, hashes.SHA256()), key)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from cryptography import x509
 
 from dstack_emu import Stack, StackConfig, StackError
 from tests import foreign
@@ -59,6 +60,23 @@ def test_evidence_of_another_key_is_refused_by_the_call(guest: Guest) -> None:
     identity = Authority.invent("a stranger").issue(foreign.new_key(), evidence)
     assert guest.get_app_key(identity).error.startswith("invalid quote: ")
     assert guest.get_app_key().status == 200
+
+
+def test_extension_that_is_no_octet_string_ends_the_handshake_if_it_is_the_evidence(guest: Guest) -> None:
+    key = foreign.new_key()
+    evidence = foreign.der_octet_string(foreign.attest(guest.agent, foreign.spki_of(key)))
+    authority = Authority.invent("a stranger")
+    with pytest.raises((ssl.SSLError, ConnectionError)) as refusal:
+        guest.get_app_key(authority.issue_raw(key, {foreign.OID_ATTESTATION: evidence + b"\0"}))
+    assert "HANDSHAKE_FAILURE" in str(refusal.value).upper()
+    app_info = x509.ObjectIdentifier("1.3.6.1.4.1.62397.1.9")
+    for value, said in (
+        (b"{}", "Failed to get extension for [1, 3, 6, 1, 4, 1, 62397, 1, 9]: "),
+        (foreign.der_octet_string(b"{}"), "Failed to decode app info as json: "),
+    ):
+        identity = authority.issue_raw(key, {foreign.OID_ATTESTATION: evidence, app_info: value})
+        assert guest.get_app_key(identity).error.startswith(said)
+    assert guest.get_app_key(authority.issue_raw(key, {foreign.OID_ATTESTATION: evidence})).status == 200
 
 
 # ---- answers

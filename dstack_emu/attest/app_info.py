@@ -7,7 +7,9 @@ Neither is proof: build them from evidence that `attest.verify` accepted. Source
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, Self
 
 import msgpack
@@ -15,6 +17,7 @@ import msgpack
 from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.eventlog import BOOT_MR_DONE, INIT_SCRIPT_HASH, SYSTEM_READY, find_payload, replay_runtime
+from dstack_emu.attest.msgpack_struct import member, octets_or_text, sequence, unpack
 from dstack_emu.attest.quote import Quote, TdReport
 from dstack_emu.attest.release import DEFAULT
 from dstack_emu.attest.vmconfig import VmConfig
@@ -24,6 +27,9 @@ UNKNOWN_DEVICE_ID: Final = hashlib.sha256(b"").digest()
 
 TEE_VARIANT_TDX: Final = "dstack-tdx"
 APP_ID_SIZE: Final = 20
+HASH_SIZE: Final = 32
+MAX_INIT_SCRIPTS: Final = 5
+"""How many init scripts an app can have."""
 _ZERO_48: Final = bytes(48)
 
 
@@ -60,6 +66,52 @@ class AppInfo:
             ]
         )
         return packed
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Read the certificate extension as upstream does; raise `FormatError`.
+
+        An array of eight or nine, or a map by the names of the fields; bytes after it are not looked at. Without
+        init_script_hashes, or with nil there, there are none.
+        """
+        document, _ = unpack(data)
+        if isinstance(document, list):
+            if not len(_APP_INFO) - 1 <= len(document) <= len(_APP_INFO):
+                raise FormatError(f"app info: array of {len(_APP_INFO)} expected, got {len(document)}")
+            document = dict(zip(_APP_INFO, document, strict=False))
+        found = {name: member(document, name, read) for name, read in _APP_INFO.items() if name != _INIT_SCRIPT_HASHES}
+        return cls(**found, init_script_hashes=member(document, _INIT_SCRIPT_HASHES, _read_pins, ()))
+
+
+def _read_hash(value: Any) -> bytes:
+    data = octets_or_text(value)
+    if len(data) != HASH_SIZE:
+        raise FormatError(f"{HASH_SIZE} bytes expected, got {len(data)}")
+    return data
+
+
+def _read_pins(value: Any) -> tuple[bytes, ...]:
+    pins = [] if value is None else sequence(value)
+    if len(pins) > MAX_INIT_SCRIPTS:
+        raise FormatError(f"init_script_hashes supports at most {MAX_INIT_SCRIPTS} hashes")
+    return tuple(_read_hash(pin) for pin in pins)
+
+
+_INIT_SCRIPT_HASHES: Final = "init_script_hashes"
+_APP_INFO: Final[Mapping[str, Callable[[Any], Any]]] = MappingProxyType(
+    {
+        "app_id": octets_or_text,
+        "compose_hash": octets_or_text,
+        "instance_id": octets_or_text,
+        "device_id": octets_or_text,
+        "mr_system": _read_hash,
+        "mr_aggregated": _read_hash,
+        "os_image_hash": octets_or_text,
+        "key_provider_info": octets_or_text,
+        _INIT_SCRIPT_HASHES: _read_pins,
+    }
+)
+"""How each field of app info is read, in the order of the array."""
 
 
 @dataclass(frozen=True, slots=True)

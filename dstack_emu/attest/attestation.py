@@ -5,7 +5,6 @@ with version 2 events or a pod payload). Source: dstack `dstack-attest/src/{atte
 another platform's evidence is a `FormatError` here. Decoding proves nothing; `attest.verify` does.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, Self
 
@@ -13,13 +12,25 @@ import msgpack
 
 from dstack_emu.attest import scale
 from dstack_emu.attest.cache import Latest
-from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.errors import FormatError, VerificationError
 from dstack_emu.attest.eventlog import RuntimeEvent, TdxEvent, check_version, log_from_json, strip
+from dstack_emu.attest.msgpack_struct import (
+    mapping,
+    member,
+    octets,
+    octets_or_text,
+    optional_text,
+    sequence,
+    text,
+    unpack,
+    unsigned,
+)
 from dstack_emu.attest.quote import Quote
 from dstack_emu.attest.scale import Decoder
 
 MAX_SIZE: Final = 10 * 1024 * 1024
 REPORT_DATA_SIZE: Final = 64
+_unsigned_64: Final = unsigned(64)
 EVENT_SIZE: Final = 512
 """Bytes of memory that an event of a log takes, roughly."""
 _PACKED_OCTETS: Final[tuple[bytes, ...]] = tuple(msgpack.packb(octet) for octet in range(256))
@@ -29,6 +40,8 @@ _PACKED_OCTETS: Final[tuple[bytes, ...]] = tuple(msgpack.packb(octet) for octet 
 class Attestation:
     """Evidence: a quote, the log behind its registers, and the configuration the VM was started with.
 
+    `report_data` has 64 bytes in V0. V1 can carry any number of them: `require_report_data` refuses others where the
+    evidence is verified, as upstream does.
     `report_data_payload` is set for the kind `dstack-pod` alone, whose report_data is the `app-data` hash of that text.
     `wire` is the form it came in, or goes out in: 0 (SCALE) or 1 (msgpack).
     """
@@ -45,6 +58,12 @@ class Attestation:
     def size(self) -> int:
         """Return roughly how many bytes of memory it takes, for a cache's bound."""
         return len(self.quote) + len(self.config) + EVENT_SIZE * len(self.event_log)
+
+    def require_report_data(self) -> bytes:
+        """Return report_data if it has 64 bytes; raise `VerificationError` with upstream's words."""
+        if len(self.report_data) != REPORT_DATA_SIZE:
+            raise VerificationError(f"stack.report_data must be {REPORT_DATA_SIZE} bytes")
+        return self.report_data
 
     def encode(self) -> bytes:
         """Encode in its wire form; raise `FormatError` for what V0 cannot say (pod payloads, version 2 events)."""
@@ -146,17 +165,12 @@ def _read_event(decoder: Decoder) -> TdxEvent:
 
 
 def _decode_v1(data: bytes) -> Attestation:
-    unpacker = msgpack.Unpacker(max_buffer_size=MAX_SIZE)
-    unpacker.feed(data)
     try:
-        document = unpacker.unpack()
-    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
-        raise FormatError(f"failed to decode attestation from msgpack: {error or type(error).__name__}") from error
-    try:
+        document, rest = unpack(data)
         attestation = _from_document(document)
     except FormatError as error:
         raise FormatError(f"failed to decode attestation from msgpack: {error}") from error
-    if rest := len(data) - unpacker.tell():
+    if rest:
         raise FormatError(f"trailing bytes after attestation msgpack: {rest}")
     if document["version"] != 1:
         raise FormatError(f"unsupported attestation version: expected 1, got {document['version']}")
@@ -164,32 +178,29 @@ def _decode_v1(data: bytes) -> Attestation:
 
 
 def _from_document(document: Any) -> Attestation:
-    _field(document, "version", _integer)
-    platform, stack = _field(document, "platform", _mapping), _field(document, "stack", _mapping)
-    kind = _field(platform, "kind", _text)
+    member(document, "version", unsigned(64))
+    platform, stack = member(document, "platform", mapping), member(document, "stack", mapping)
+    kind = member(platform, "kind", text)
     if kind != "tdx":
         raise FormatError(f"platform kind `tdx` expected, got `{kind:.40}`")
-    evidence = _field(platform, "data", _mapping)
-    stack_kind, claims = _field(stack, "kind", _text), _field(stack, "data", _mapping)
+    evidence = member(platform, "data", mapping)
+    stack_kind, claims = member(stack, "kind", text), member(stack, "data", mapping)
     if stack_kind not in ("dstack", "dstack-pod"):
         raise FormatError(f"stack kind `dstack` or `dstack-pod` expected, got `{stack_kind:.40}`")
-    report_data = _field(claims, "report_data", _octets)
-    if len(report_data) != REPORT_DATA_SIZE:
-        raise FormatError("stack.report_data must be 64 bytes")
     return Attestation(
-        quote=_field(evidence, "quote", _octets),
-        event_log=tuple(_event_from_msgpack(item) for item in _field(evidence, "event_log", _sequence)),
+        quote=member(evidence, "quote", octets),
+        event_log=tuple(_event_from_msgpack(item) for item in member(evidence, "event_log", sequence)),
         runtime_events=tuple(
             RuntimeEvent(
-                _field(item, "event", _text),
-                _field(item, "payload", _octets),
-                _field(item, "version", _event_version, 1),
+                member(item, "event", text),
+                member(item, "payload", octets_or_text),
+                member(item, "version", _event_version, 1),
             )
-            for item in _field(claims, "runtime_events", _sequence)
+            for item in member(claims, "runtime_events", sequence)
         ),
-        report_data=report_data,
-        config=_field(claims, "config", _text),
-        report_data_payload=_field(claims, "report_data_payload", _text) if stack_kind == "dstack-pod" else None,
+        report_data=member(claims, "report_data", octets),
+        config=member(claims, "config", text),
+        report_data_payload=member(claims, "report_data_payload", text) if stack_kind == "dstack-pod" else None,
         wire=1,
     )
 
@@ -305,68 +316,15 @@ def _versioned(out: dict[str, Any], version: int) -> dict[str, Any]:
 
 def _event_from_msgpack(item: Any) -> TdxEvent:
     return TdxEvent(
-        imr=_field(item, "imr", _integer),
-        event_type=_field(item, "event_type", _integer),
-        digest=_field(item, "digest", _octets, b""),
-        event=_field(item, "event", _text),
-        event_payload=_field(item, "event_payload", _octets),
-        version=_field(item, "version", _event_version, 1),
-        preimage=_field(item, "preimage", _optional_text, None),
+        imr=member(item, "imr", unsigned(32)),
+        event_type=member(item, "event_type", unsigned(32)),
+        digest=member(item, "digest", octets_or_text, b""),
+        event=member(item, "event", text),
+        event_payload=member(item, "event_payload", octets_or_text),
+        version=member(item, "version", _event_version, 1),
+        preimage=member(item, "preimage", optional_text, None),
     )
 
 
-_MISSING: Final[Any] = object()
-
-
-def _field(container: Any, key: str, read: Callable[[Any], Any], default: Any = _MISSING) -> Any:
-    """Read one key of a map with the given reader, naming the key in the refusal."""
-    if not isinstance(container, dict):
-        raise FormatError(f"map with `{key}` expected, got {type(container).__name__}")
-    value = container.get(key, default)
-    if value is default and default is not _MISSING:
-        return default
-    if value is _MISSING:
-        raise FormatError(f"missing field `{key}`")
-    try:
-        return read(value)
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{key}: {read.__name__[1:]} expected, got {type(value).__name__}") from error
-
-
-def _integer(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**64:
-        raise TypeError
-    return value
-
-
 def _event_version(value: Any) -> int:
-    return check_version(_integer(value))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _optional_text(value: Any) -> str | None:
-    return None if value is None else _text(value)
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError
-    return value
-
-
-def _sequence(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError
-    return value
-
-
-def _octets(value: Any) -> bytes:
-    """Read an array of integers, or bin: real programs write both."""
-    if not isinstance(value, list | bytes):
-        raise TypeError
-    return bytes(value)
+    return check_version(_unsigned_64(value))

@@ -184,7 +184,11 @@ def extension_payload(certificate: x509.Certificate, oid: x509.ObjectIdentifier)
     value = extension.value
     if not isinstance(value, x509.UnrecognizedExtension):
         raise FormatError(f"extension {oid.dotted_string}: raw value expected")
-    return der.read_octet_string(value.value, f"extension {oid.dotted_string}")
+    try:
+        return der.read_octet_string(value.value, "extension")
+    except FormatError as error:
+        arcs = ", ".join(oid.dotted_string.split("."))
+        raise FormatError(f"Failed to get extension for [{arcs}]: {error}") from error
 
 
 def attestation_of(certificate: x509.Certificate) -> Attestation | None:
@@ -231,9 +235,26 @@ def _deflate_log(log: bytes) -> bytes:
 
 
 def usage_of(certificate: x509.Certificate) -> str | None:
-    """Read the special usage of a certificate (`kms:rpc`, `app:ca`, `app:custom`)."""
+    """Read the special usage of a certificate (`kms:rpc`, `app:ca`, `app:custom`); raise `FormatError`."""
     payload = extension_payload(certificate, OID_USAGE)
-    return None if payload is None else payload.decode(errors="replace")
+    try:
+        return None if payload is None else payload.decode()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"Failed to decode special usage as utf8: {error}") from error
+
+
+def app_id_of(certificate: x509.Certificate) -> bytes | None:
+    """Read the app id of a certificate; raise `FormatError`."""
+    return extension_payload(certificate, OID_APP_ID)
+
+
+def app_info_of(certificate: x509.Certificate) -> AppInfo | None:
+    """Read the app info of a certificate; raise `FormatError`. It is what the issuer says, and no evidence."""
+    payload = extension_payload(certificate, OID_APP_INFO)
+    try:
+        return None if payload is None else AppInfo.decode(payload)
+    except FormatError as error:  # it is msgpack; "json" is upstream's word
+        raise FormatError(f"Failed to decode app info as json: {error}") from error
 
 
 def _name(request: CertificateRequest) -> x509.Name:

@@ -71,6 +71,8 @@ def span(data: bytes, offset: int, what: str) -> tuple[int, int]:
         if not 1 <= count <= 4 or len(data) < start + count:
             raise FormatError(f"{what}: definite DER length of at most 4 bytes expected, got first byte {size:#04x}")
         start, size = start + count, int.from_bytes(data[start : start + count], "big")
+        if size < 0x80 or size.bit_length() <= 8 * (count - 1):
+            raise FormatError(f"{what}: the shortest form of a DER length expected, got {size} in {count} bytes")
     if len(data) < start + size:
         raise FormatError(f"{what}: {size} bytes of content announced, {len(data) - start} present")
     return start, start + size

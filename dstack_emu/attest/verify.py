@@ -110,8 +110,8 @@ def verify_attestation(
     Success proves that the quoted domain measured these runtime events and quoted this report_data. What report_data
     binds (a TLS key, a nonce) the caller must check: `require_bound_to_key` does it for certificates.
     """
-    payload = attestation.report_data_payload
-    if payload is not None and report_data(APP_DATA, payload.encode()) != attestation.report_data:
+    claimed, payload = attestation.require_report_data(), attestation.report_data_payload
+    if payload is not None and report_data(APP_DATA, payload.encode()) != claimed:
         raise VerificationError("report_data does not match report_data_payload")
     try:
         verified = verify_quote(attestation.quote, collateral, anchor, now)
@@ -128,7 +128,7 @@ def verify_attestation(
     if replayed != report.rt_mr3:
         raise VerificationError(f"RTMR3 mismatch, quoted: {report.rt_mr3.hex()}, replayed: {replayed.hex()}")
     require_unambiguous(attestation.runtime_events)
-    if report.report_data != attestation.report_data:
+    if report.report_data != claimed:
         raise VerificationError("tdx report_data mismatch")
     try:
         validate_preimages(attestation.event_log)
@@ -140,7 +140,8 @@ def verify_attestation(
 def require_bound_to_key(attestation: Attestation, spki: bytes) -> None:
     """Refuse evidence whose report_data is not the `ratls-cert` hash of this key (SPKI DER).
 
-    It compares what the evidence claims: only together with `verify_attestation` does it prove anything.
+    It compares what the evidence claims: only together with `verify_attestation` does it prove anything. Evidence whose
+    report_data is not of 64 bytes is refused for that.
     """
-    if attestation.report_data != ratls_report_data(spki):
+    if attestation.require_report_data() != ratls_report_data(spki):
         raise VerificationError("report data mismatch")

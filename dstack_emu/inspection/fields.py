@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, Final
 
-import msgpack
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -492,26 +491,14 @@ def _describe_extensions(certificate: x509.Certificate) -> Description:
     return out | {"extensions": table}
 
 
-def _app_id(certificate: x509.Certificate) -> bytes | None:
-    return certificates.extension_payload(certificate, certificates.OID_APP_ID)
-
-
-def _app_info(certificate: x509.Certificate) -> Description | bytes:
-    """Describe an array of nine: eight byte strings, and an array of byte strings."""
-    packed = certificates.extension_payload(certificate, certificates.OID_APP_INFO) or b""
-    try:
-        *single, scripts = msgpack.unpackb(packed)
-    except (ValueError, TypeError, msgpack.UnpackException):
-        return packed
-    if len(single) != 8 or not isinstance(scripts, list) or not all(isinstance(v, bytes) for v in (*single, *scripts)):
-        return packed
-    names = (field.name for field in fields(AppInfo))
-    return _describe_app_info(AppInfo(**dict(zip(names, (*single, tuple(scripts)), strict=True))))
+def _app_info(certificate: x509.Certificate) -> Description | None:
+    info = certificates.app_info_of(certificate)
+    return None if info is None else _describe_app_info(info)
 
 
 _OWN: Final[dict[x509.ObjectIdentifier, tuple[str, Callable[[x509.Certificate], Any]]]] = {
     certificates.OID_USAGE: ("usage", certificates.usage_of),
-    certificates.OID_APP_ID: ("app_id", _app_id),
+    certificates.OID_APP_ID: ("app_id", certificates.app_id_of),
     certificates.OID_APP_INFO: ("app_info", _app_info),
 }
 

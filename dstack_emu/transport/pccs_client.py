@@ -17,7 +17,7 @@ from dcap_qvl import QuoteCollateralV3
 
 from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.cache import BoundedCache, Memo
-from dstack_emu.attest.certificate import attestation_of, load_der, spki_of_der
+from dstack_emu.attest.certificate import app_id_of, app_info_of, attestation_of, load_der, spki_of_der
 from dstack_emu.attest.collateral import CollateralKey, CollateralKeys, assemble
 from dstack_emu.attest.errors import AttestError, UnverifiableError, VerificationError
 from dstack_emu.attest.pcs import (
@@ -207,8 +207,14 @@ CertificateEvidence = tuple[bytes, Attestation | None]
 
 
 def read_certificate(der: bytes) -> CertificateEvidence:
-    """Read a certificate: what it says, not whether it holds. Raises `FormatError`."""
-    return spki_of_der(der), attestation_of(load_der(der))
+    """Read a client's certificate: what it says, not whether it holds.
+
+    Raises `FormatError`, for extensions that are no evidence, too, and in upstream's order.
+    """
+    certificate = load_der(der)
+    app_id_of(certificate)
+    app_info_of(certificate)
+    return spki_of_der(der), attestation_of(certificate)
 
 
 def _size_of_certificate(der: bytes, evidence: CertificateEvidence) -> int:
@@ -230,7 +236,7 @@ class AttestationVerifier:
         self._verdicts.clear()
 
     def read_certificate(self, der: bytes) -> "CertificateEvidence":
-        """Read the certificate of a client or server, which it shows in each handshake; raise `FormatError`."""
+        """Read the certificate that a client shows in each handshake; raise `FormatError`."""
         return self._certificates(der)
 
     async def verify(self, attestation: Attestation) -> VerifiedAttestation:

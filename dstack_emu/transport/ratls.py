@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final, TypeVar
 
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf.message import Message
 
@@ -16,6 +17,7 @@ from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.certificate import (
     CertificateAuthority,
     CertificateRequest,
+    app_id_of,
     attestation_of,
     certificate_spki,
     load_der,
@@ -37,6 +39,7 @@ CLIENT_SUBJECT: Final = "RA-TLS TEMP Cert"
 TIMEOUT: Final = 60.0
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 Attester = Callable[[bytes], Awaitable[Attestation]]
 """Quotes 64 bytes of report_data: a guest agent, or the trust domain itself."""
 
@@ -143,14 +146,25 @@ async def peer_of(certificate_der: bytes | None, verifier: AttestationVerifier |
     if certificate_der is None:
         raise VerificationError("No TLS info in response")
     certificate = load_der(certificate_der)
-    attestation = attestation_of(certificate)
-    if attestation is None or verifier is None:
-        return AttestedServer(None, usage_of(certificate))
+    usage = _read("Failed to get special usage", usage_of, certificate)
+    _read("Failed to get app id", app_id_of, certificate)
+    if verifier is None:
+        return AttestedServer(None, usage)
+    attestation = _read("Failed to parse attestation", attestation_of, certificate)
+    if attestation is None:
+        return AttestedServer(None, usage)
     try:
         verified = await verifier.verify_bound(attestation, certificate_spki(certificate))
     except AttestError as error:
         raise _within("failed to verify the attestation report presented by the server", error) from error
-    return AttestedServer(verified, usage_of(certificate))
+    return AttestedServer(verified, usage)
+
+
+def _read(text: str, read: Callable[[x509.Certificate], T], certificate: x509.Certificate) -> T:
+    try:
+        return read(certificate)
+    except FormatError as error:
+        raise FormatError(f"{text}: {error}") from error
 
 
 def _within(text: str, error: AttestError) -> VerificationError:
