@@ -6,7 +6,7 @@ at 312dc605); with a KMS they come from GetAppKey.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 from dstack_emu.attest.certificate import (
@@ -19,6 +19,7 @@ from dstack_emu.attest.certificate import (
 )
 from dstack_emu.attest.csr import SigningRequest
 from dstack_emu.attest.kdf import derive_key, derive_p256, pkcs8_der
+from dstack_emu.attest.release import Release
 from dstack_emu.attest.report_data import ratls_report_data
 from dstack_emu.simulator.trust_domain import KeyProvider, TrustDomain
 
@@ -53,11 +54,16 @@ class LocalIssuer:
 
     authority: CertificateAuthority
     clock: Callable[[], int]
+    release: Release
 
     async def sign(self, request: SigningRequest, signature: bytes) -> list[str]:
         """Issue a certificate under the app's CA; return leaf and CA."""
         request.verify_signature(signature)
-        leaf = self.authority.issue(request.certificate_request(usage=USAGE_APP_LEAF), self.clock())
+        leaf_request = replace(
+            request.certificate_request(usage=USAGE_APP_LEAF),
+            keeps_log_digests=self.release.certificate_log_has_digests,
+        )
+        leaf = self.authority.issue(leaf_request, self.clock())
         return [pem(leaf), self.authority.pem]
 
 
@@ -78,6 +84,7 @@ class OwnKeys:
             subject="App Root Cert",
             ca_path_length=1,
             attestation=domain.attest(ratls_report_data(spki_der(key.public_key()))),
+            keeps_log_digests=domain.release.certificate_log_has_digests,
         )
         authority = self_signed(request, key, clock())
         keys = AppKeys(
@@ -89,4 +96,4 @@ class OwnKeys:
             ca_cert=authority.pem,
             provider=provider,
         )
-        return cls(keys, LocalIssuer(authority, clock))
+        return cls(keys, LocalIssuer(authority, clock, domain.release))

@@ -231,7 +231,8 @@ async def _identity(domain: TrustDomain, temp_ca: CertificateAuthority, entropy:
     async def attest(report_data: bytes) -> Attestation:
         return domain.attest(report_data)
 
-    return await make_identity(temp_ca, p256_from_uniform(entropy(48)), attest, now)
+    key, keeps_digests = p256_from_uniform(entropy(48)), domain.release.certificate_log_has_digests
+    return await make_identity(temp_ca, key, attest, now, keeps_log_digests=keeps_digests)
 
 
 def _require_kms_usage(peer: AttestedServer) -> None:

@@ -282,6 +282,34 @@ def test_app_that_pins_another_kms_does_not_boot(stack: LiveStack, release: str)
 
 
 @pytest.mark.parametrize("release", RELEASES)
+def test_unknown_file_system_ends_the_boot(stack: LiveStack, release: str) -> None:
+    guest = app(stack, release, {**MANIFEST, "storage_fs": "btrfs"})
+    with refused() as refusal:
+        guest.boot()
+    words = "Failed to parse kernel cmdline: Failed to parse storage_fs: Invalid filesystem type: btrfs, "
+    assert (refusal.text, guest.has_keys) == (f"{words}supported types: zfs, ext4", False)
+    assert app(stack, release, {**MANIFEST, "storage_fs": "EXT4"}).boot().has_keys
+
+
+def test_scripts_and_a_log_of_version_2_are_measured_and_admitted(stack: LiveStack) -> None:
+    scripts = ["echo one", "echo two"]
+    compose = {**MANIFEST, "manifest_version": "3", "init_script": scripts, "event_log_version": 2}
+    guest = app(stack, "0.6", compose).boot()
+    answer = guest.rpc("GetQuote", report_data="")
+    log = [event for event in json.loads(answer["event_log"]) if event["imr"] == 3]
+    hashes = [hashlib.sha256(script.encode()).hexdigest() for script in scripts]
+    assert [event["event_payload"] for event in log if event["event"] == "init-script-hash"] == hashes
+    rtmr3 = bytes(48)
+    for event in log:
+        line = {"name": event["event"], "payload": event["event_payload"], "type": 0x08000001}
+        digest = hashlib.sha384(json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode()).digest()
+        assert (event["version"], event["digest"]) == (2, digest.hex())
+        rtmr3 = hashlib.sha384(rtmr3 + digest).digest()
+    assert bytes.fromhex(answer["quote"])[376 + 144 : 424 + 144] == rtmr3
+    assert guest.rpc("Attest", report_data="")["attestation"].startswith("83a776657273696f6e01"), "msgpack, version 1"
+
+
+@pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("provider", ["none", "local"])
 def test_app_that_names_another_key_provider_gets_no_keys_from_a_kms(
     stack: LiveStack, release: str, provider: str

@@ -43,6 +43,14 @@ def test_documented_commands_are_the_programs() -> None:
     assert [code(name)[0] for name, _ in rows(text, "command")] == [f"dstack-emu {name}" for name in COMMANDS]
 
 
+def test_each_documented_check_names_a_test_that_exists() -> None:
+    table = rows(section(document("docs/fidelity.md"), "## What is checked before keys are released"), "by")
+    named = [code(row[-1])[0].split("::") for row in table]
+    assert len(named) > 25
+    for file, name in named:
+        assert re.search(rf"def {name}\(", (ROOT / "tests" / file).read_text()), f"{file}::{name}"
+
+
 def options(command: str) -> set[str]:
     """Return the option strings of a command."""
     (commands,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))

@@ -113,6 +113,19 @@ def test_certificate_without_dates_is_valid_from_1975_for_ten_years_from_now(age
     assert leaf.not_valid_after_utc - issued == datetime.timedelta(days=10 * 365)
 
 
+def test_log_in_a_certificate_has_digests_in_0_6(agent: dict[str, Any]) -> None:
+    measured = json.loads(ask(agent["dstack_sock"], "/GetQuote", {"report_data": ""})[1]["event_log"])
+    digests = [bytes.fromhex(event["digest"]) for event in measured if event["imr"] == 3]
+    request = {"subject": "app", "usage_ra_tls": True}
+    leaf = x509.load_pem_x509_certificate(
+        ask(agent["dstack_sock"], "/GetTlsKey", request)[1]["certificate_chain"][0].encode()
+    )
+    (evidence,) = (e.value for e in leaf.extensions if e.oid.dotted_string == "1.3.6.1.4.1.62397.1.8")
+    assert isinstance(evidence, x509.UnrecognizedExtension)
+    is_0_6 = ask(agent["dstack_sock"], "/Version", {})[1]["version"] == "0.6.0"
+    assert [digest in evidence.value for digest in digests] == [is_0_6] * len(digests)
+
+
 # ---- v1, as upstream's Rust suite runs it
 
 

@@ -197,14 +197,14 @@ def require_unambiguous(events: Iterable[RuntimeEvent]) -> None:
 def strip(log: Sequence[TdxEvent], *, keep_digests: bool = False) -> tuple[TdxEvent, ...]:
     """Cut a log to what a certificate carries: the ACPI events whole, and every event of RTMR3.
 
-    Boot events lose their payload, runtime events their digest unless it is kept, as 0.6 does. A runtime event of
-    version 2 without digest is refused by every verifier.
+    Boot events lose their payload, runtime events their digest unless it is kept, as 0.6 does. That of an event of
+    version 2 is always kept: every verifier refuses one without.
     """
     return tuple(_stripped(event, keep_digests) for event in log if event.is_acpi_data or event.imr == 3)
 
 
 def _stripped(event: TdxEvent, keep_digest: bool) -> TdxEvent:
-    if event.is_acpi_data or (event.is_runtime and keep_digest):
+    if event.is_acpi_data or (event.is_runtime and (keep_digest or event.version > 1)):
         return event
     return replace(event, digest=b"") if event.is_runtime else replace(event, event_payload=b"")
 

@@ -183,7 +183,7 @@ class StandaloneGuest:
     async def _keys_of_file(self, file: KeyFile) -> Keys:
         if not isinstance(file.issuer, KmsAccess):
             self.domain.complete(file.keys.provider)
-            return file.keys, LocalIssuer(file.issuer, lambda: ISSUED_AT)
+            return file.keys, LocalIssuer(file.issuer, lambda: ISSUED_AT, self.config.release)
         self._kms_url = file.issuer.url.removesuffix("/prpc")
         # A KMS answers with the keys the hash that the guest claims.
         claimed = os_image_hash(self.domain.vm_config_json)

@@ -53,11 +53,20 @@ class AttestedServer:
 
 
 async def make_identity(
-    temp_ca: CertificateAuthority, key: ec.EllipticCurvePrivateKey, attester: Attester, now: int
+    temp_ca: CertificateAuthority,
+    key: ec.EllipticCurvePrivateKey,
+    attester: Attester,
+    now: int,
+    *,
+    keeps_log_digests: bool = False,
 ) -> Identity:
     """Make a client certificate under a KMS's temporary CA that carries evidence bound to its key."""
-    attestation = await attester(ratls_report_data(spki_der(key.public_key())))
-    request = CertificateRequest(public_key=key.public_key(), subject=CLIENT_SUBJECT, attestation=attestation)
+    request = CertificateRequest(
+        public_key=key.public_key(),
+        subject=CLIENT_SUBJECT,
+        attestation=await attester(ratls_report_data(spki_der(key.public_key()))),
+        keeps_log_digests=keeps_log_digests,
+    )
     return Identity(pem(temp_ca.issue(request, now)), pkcs8_pem(key))
 
 
