@@ -50,7 +50,7 @@ class OnboardService:
 
     def __init__(self, deps: KmsDependencies, finish: Callable[[], None]) -> None:
         self._deps, self._finish = deps, finish
-        self.log = deps.log
+        self.log, self.release = deps.log, deps.release
         self._lock = asyncio.Lock()
 
     async def bootstrap(self, request: pb.BootstrapRequest) -> pb.BootstrapResponse:
@@ -289,7 +289,13 @@ def onboard_table(service: OnboardService) -> ServiceTable[None]:
         "Onboard.",
         Rpc("Bootstrap", pb.BootstrapRequest, pb.BootstrapResponse, without_context(service.bootstrap)),
         Rpc("Onboard", pb.OnboardRequest, pb.OnboardResponse, without_context(service.onboard)),
-        Rpc("GetAttestationInfo", Empty, pb.AttestationInfoResponse, without_arguments(service.attestation_info)),
+        Rpc(
+            "GetAttestationInfo",
+            Empty,
+            pb.AttestationInfoResponse,
+            without_arguments(service.attestation_info),
+            old_spellings=service.release.attestation_mode_alias,
+        ),
         Rpc("Finish", Empty, Empty, without_arguments(service.finish)),
     )
     return journaled(table, service.log)

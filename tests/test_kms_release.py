@@ -93,6 +93,17 @@ def test_meta_says_whether_os_images_are_verified_in_0_6_alone(stack: RunningSta
     assert "os_image_verification" not in ready_stack.rpc("kms-src", "KMS.GetMeta")[1]
 
 
+@pytest.mark.parametrize(("release", "names"), [("0.5", {"tee_variant", "attestation_mode"}), ("0.6", {"tee_variant"})])
+def test_measurements_name_the_variant_as_the_release_does(stack: RunningStack, release: str, names: set[str]) -> None:
+    name = f"fresh-{release.replace('.', '-')}"
+    answer = control(stack, "/kms", {"name": name, "webhook": "src", "release": release})
+    stack.services[f"kms-{name}"] = answer["url"]
+    status, info = stack.rpc(f"kms-{name}", "Onboard.GetAttestationInfo")
+    assert status == 200
+    assert {member for member in ("tee_variant", "attestation_mode") if info.get(member) == "dstack-tdx"} == names
+    assert len(info) == 7 + len(names)
+
+
 def test_header_tells_the_version(stack: RunningStack, ready_stack: RunningStack) -> None:
     for running, version in ((stack, "v0.6.0 "), (ready_stack, "v0.5.11 ")):
         with foreign.kms(running.services["kms-src"]) as connection:

@@ -151,7 +151,7 @@ def assert_as_expected(folder: Path, stack: RunningStack) -> None:
 
     for side in ("src", "dst"):
         info = left(f"kms-{side}-attestation")
-        assert {"device_id", "mr_aggregated", "os_image_hash", "attestation_mode"} <= set(info)
+        assert {"device_id", "mr_aggregated", "os_image_hash", "tee_variant"} <= set(info)
         assert info == stack.description["kms"][side]
     # Case 1
     assert left("bootstrap-src-denied") == {

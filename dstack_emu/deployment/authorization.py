@@ -73,7 +73,8 @@ class KmsOnboarding:
     """The onboard phase of one KMS: its RPCs, each of which raises `StackError` with the refusal.
 
     `name` is used in messages, `url` may be of either scheme, `domain` is the name that its certificate gets. `headers`
-    are added to each request.
+    are added to each request. With `old_spellings` its measurements have renamed members under their old names, too, as
+    it answers them itself.
     """
 
     name: str
@@ -81,11 +82,12 @@ class KmsOnboarding:
     domain: str
     phases: PhaseSource
     headers: MoreHeaders | None = None
+    old_spellings: bool = False
 
     async def measure(self) -> Measurements:
         """Return what it measures."""
         info = await self._call("GetAttestationInfo", Empty(), pb.AttestationInfoResponse)
-        measured: Measurements = json.loads(encode_json(info))
+        measured: Measurements = json.loads(encode_json(info, old_spellings=self.old_spellings))
         return measured
 
     async def bootstrap(self) -> None:

@@ -172,7 +172,8 @@ class RunningKms:
     @property
     def onboarding(self) -> KmsOnboarding:
         """Its onboard phase, by its public interface."""
-        return KmsOnboarding(self.spec.service, self.url, KMS_DOMAIN, self, headers_of("stack"))
+        has_alias = self._context.release_of(self.spec.release).attestation_mode_alias
+        return KmsOnboarding(self.spec.service, self.url, KMS_DOMAIN, self, headers_of("stack"), has_alias)
 
     async def current(self) -> Phase:
         """Return its phase; raise `StackError` if it runs no more."""

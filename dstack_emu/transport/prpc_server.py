@@ -144,7 +144,7 @@ class PrpcMount(Generic[C]):
             rpc = self._rpc(name)
             message = decode_query(rpc.request_type, query) if is_query else _decode(rpc.request_type, body, as_json)
             reply = await rpc.handler(context, message)
-            given = encode_json(reply) if as_json else encode_binary(reply)
+            given = encode_json(reply, old_spellings=rpc.old_spellings) if as_json else encode_binary(reply)
         except self.refusals as error:
             status, given = self.statuses.of_error(error), error_body(str(error), as_json)
         except Exception as error:  # the server's edge

@@ -18,12 +18,16 @@ A = TypeVar("A", bound=Message)
 
 @dataclass(frozen=True, slots=True)
 class Rpc(Generic[C, Q, A]):
-    """One RPC. The handler raises the service's own errors, whose text is meant for the caller."""
+    """One RPC. The handler raises the service's own errors, whose text is meant for the caller.
+
+    With `old_spellings` its answer in JSON has renamed fields under their old names, too.
+    """
 
     name: str
     request_type: type[Q]
     response_type: type[A]
     handler: Callable[[C, Q], Awaitable[A]]
+    old_spellings: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,14 +18,17 @@ M = TypeVar("M", bound=Message)
 # ---- Writing
 
 
-def encode_json(message: Message) -> bytes:
-    """Encode an answer (or a request) as compact ASCII JSON with every field present; Empty is `null`."""
+def encode_json(message: Message, *, old_spellings: bool = False) -> bytes:
+    """Encode an answer (or a request) as compact ASCII JSON with every field present; Empty is `null`.
+
+    With `old_spellings`, a field that was renamed stands under its old name, too, behind the new one.
+    """
     if isinstance(message, Empty):
         return b"null"
-    return _write_message(table_of(message), message).encode("ascii")
+    return _write_message(table_of(message), message, old_spellings).encode("ascii")
 
 
-def _write_message(table: MessageTable, message: Message) -> str:
+def _write_message(table: MessageTable, message: Message, old_spellings: bool) -> str:
     # Joined by hand: a JSON encoder would look at every digit of the hex for something to escape.
     parts = []
     for field in table.fields:
@@ -33,21 +36,22 @@ def _write_message(table: MessageTable, message: Message) -> str:
         is_absent = field.presence and not message.HasField(field.name)
         if field.omitted_when_empty and (is_absent if field.presence else not value):
             continue
-        text = "null" if is_absent else _write_field(field, value)
-        for key in field.keys:
-            parts.append(key + text)
+        text = "null" if is_absent else _write_field(field, value, old_spellings)
+        parts.append(field.key + text)
+        if old_spellings:
+            parts += [key + text for key in field.old_keys]
     return "{" + ",".join(parts) + "}"
 
 
-def _write_field(field: Field, value: Any) -> str:
+def _write_field(field: Field, value: Any, old_spellings: bool) -> str:
     if field.repeated:
-        return "[" + ",".join([_write_value(field, item) for item in value]) + "]"
-    return _write_value(field, value)
+        return "[" + ",".join([_write_value(field, item, old_spellings) for item in value]) + "]"
+    return _write_value(field, value, old_spellings)
 
 
-def _write_value(field: Field, value: Any) -> str:
+def _write_value(field: Field, value: Any, old_spellings: bool) -> str:
     if field.message is not None:
-        return _write_message(field.message, value)
+        return _write_message(field.message, value, old_spellings)
     assert field.scalar is not None  # noqa: S101 - it is one or the other
     return field.scalar.write(value)
 

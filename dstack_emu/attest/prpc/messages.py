@@ -13,7 +13,8 @@ from dstack_emu.attest.proto import dstack_guest_pb2, dstack_guest_v1_pb2, kms_p
 from dstack_emu.attest.prpc.scalars import SCALARS, Scalar
 
 OLD_SPELLINGS: Final[Mapping[str, str]] = {"kms.AttestationInfoResponse.tee_variant": "attestation_mode"}
-"""Fields that were renamed, and the name they had. JSON carries both; of both, the new one is read."""
+"""Fields that were renamed, and the name they had. JSON is read under both, and the new name counts more than the old
+one; it is written under both by a service whose release is to serve clients of either."""
 
 OMITTED_WHEN_EMPTY: Final = frozenset(
     {"dstack_guest.GetQuoteResponse.attestation", "kms.GetMetaResponse.os_image_verification"}
@@ -32,8 +33,10 @@ class Field:
     number: int
     spellings: tuple[str, ...]
     """The names that JSON has for it."""
-    keys: tuple[str, ...]
-    """The spellings as a JSON object has them, quotes and colon included."""
+    key: str
+    """The name as a JSON object has it, quotes and colon included."""
+    old_keys: tuple[str, ...]
+    """The old spellings in the same form."""
     scalar: Scalar | None
     message: "MessageTable | None"
     is_string: bool
@@ -77,7 +80,8 @@ def _describe_field(field: FieldDescriptor) -> Field:
         name=field.name,
         number=field.number,
         spellings=spellings,
-        keys=tuple(f'"{spelling}":' for spelling in spellings),
+        key=f'"{field.name}":',
+        old_keys=tuple(f'"{spelling}":' for spelling in spellings[1:]),
         scalar=SCALARS[field.type] if message is None else None,
         message=message,
         is_string=field.type == FieldDescriptor.TYPE_STRING,
