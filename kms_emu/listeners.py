@@ -1,8 +1,9 @@
 """The sockets of one KMS, and what each phase serves on them.
 
 The RPC socket is bound once and survives the change of phases, so a client that connects in between waits for the
-handshake and is not refused. The admin port is bound at the start, so that a port that is taken is known, and answers
-once there are keys. gRPC listeners are optional.
+handshake and is not refused. If the onboard phase has a port of its own, nobody listens on the RPC port before that
+phase ends. The admin port is bound at the start, so that a port that is taken is known, and answers once there are
+keys. gRPC listeners are optional.
 """
 
 import socket
@@ -83,7 +84,8 @@ class KmsListeners:
     def bind(self) -> None:
         """Bind the RPC socket, unless it was given; raise `ListenError`."""
         if self._sock is None:
-            self._sock = bind_tcp(self._config.rpc.address, self._config.rpc.port, setting=_RPC_SETTING)
+            rpc = self._config.rpc
+            self._sock = bind_tcp(rpc.address, rpc.port, setting=_RPC_SETTING, listen=self._has_one_port)
 
     def bind_optional(self) -> None:
         """Bind the admin and gRPC ports that the configuration enables; raise `ListenError`."""
@@ -110,12 +112,12 @@ class KmsListeners:
 
     def rebind(self, where: Addresses) -> None:
         """Bind the RPC and gRPC sockets again, once they are closed; raise `ListenError`."""
-        self._sock = bind_tcp(*where.rpc, setting=_RPC_SETTING)
+        self._sock = bind_tcp(*where.rpc, setting=_RPC_SETTING, listen=self._has_one_port)
         self._grpc_socks = {key: bind_tcp(*at, setting=f"emulator.grpc.{key}") for key, at in where.grpc.items()}
 
     async def enter_onboard(self, service: OnboardService, finish: Callable[[], None]) -> None:
         """Serve the onboard phase; `finish` is called when its end is requested."""
-        core, rpc = self._config.core, self._config.rpc
+        core = self._config.core
         app = onboard_app(
             service,
             site_name=core.site_name,
@@ -124,7 +126,7 @@ class KmsListeners:
             takes_source_token=self._deps.release.onboard_token,
             statuses=RpcStatuses.of(self._deps.release),
         )
-        if (core.onboard.address, core.onboard.port) == (rpc.address, rpc.port):
+        if self._has_one_port:
             sock = self._rpc_sock.dup()
         else:
             sock = bind_tcp(core.onboard.address, core.onboard.port, setting="core.onboard")
@@ -133,9 +135,10 @@ class KmsListeners:
             await self._grpc.enter_onboard(service)
 
     def stop_listening(self) -> None:
-        """Accept no connection from now on: clients that connect wait for the next phase."""
+        """Accept no connection from now on: clients that connect to the RPC port wait for the next phase."""
         if self._server is not None:
             self._server.stop_listening()
+            self._rpc_sock.listen()
 
     async def leave_onboard(self) -> None:
         """End what the onboard phase serves, after the answers in progress."""
@@ -168,6 +171,12 @@ class KmsListeners:
         for sock in (self._sock, self._admin_sock):
             if sock is not None:
                 sock.close()
+
+    @property
+    def _has_one_port(self) -> bool:
+        """Return whether both phases are at one address."""
+        onboard, rpc = self._config.core.onboard, self._config.rpc
+        return (onboard.address, onboard.port) == (rpc.address, rpc.port)
 
     @property
     def _rpc_sock(self) -> socket.socket:

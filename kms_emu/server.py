@@ -6,6 +6,7 @@
 
 import asyncio
 import functools
+import ipaddress
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -240,6 +241,10 @@ class KmsServer:
     # ---- the phases
 
     async def _enter_onboard(self) -> None:
+        onboard = self.config.core.onboard
+        if self._deps.release.onboard_token and self._auth.onboard.is_open and not _is_loopback(onboard.address):
+            reason = f"whoever reaches {onboard.address} can bootstrap this KMS or end its onboard phase"
+            self.log.warning("weakened", setting="core.onboard.auth_token is not set", reason=reason)
         await self._listeners.enter_onboard(OnboardService(self._deps, self._finish), self._finish)
         self.phase = "onboard"
         self.log.info("onboard phase", url=self.url)
@@ -269,6 +274,14 @@ class KmsServer:
         self.phase = "runtime"
         self._runtime.set()
         self.log.info("runtime phase", url=self.url, domain=kms_keys.domain)
+
+
+def _is_loopback(address: str) -> bool:
+    """Return whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 def _keys(files: Mapping[str, bytes]) -> dict[str, bytes]:

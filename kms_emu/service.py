@@ -23,7 +23,7 @@ from dstack_emu.kms_emu import keys
 from dstack_emu.kms_emu.auth_api import AuthInfo
 from dstack_emu.kms_emu.auth_cache import ShortLived
 from dstack_emu.kms_emu.call_log import journaled
-from dstack_emu.kms_emu.cert_dir import BOOTSTRAP_INFO, K256_KEY, ROOT_CA_KEY
+from dstack_emu.kms_emu.cert_dir import BOOTSTRAP_INFO, K256_KEY, REQUIRED, ROOT_CA_KEY
 from dstack_emu.kms_emu.dependencies import KmsDependencies
 from dstack_emu.kms_emu.errors import DisabledError, InvalidRequestError, UnavailableError, WrongPhaseError, context
 from dstack_emu.kms_emu.gate import Gate, boot_info_of, require_app_id, require_kms_allowed
@@ -73,6 +73,7 @@ class OnboardService:
     async def auto_bootstrap(self, domain: str) -> None:
         """Bootstrap without a request, as `auto_bootstrap_domain` demands; no bootstrap info is written then."""
         validate_domain(domain)
+        self._require_no_root_keys()
         with context("KMS is not allowed to auto-bootstrap"):
             await self._require_self_allowed()
         kms_keys, files = await self._generate(domain)
@@ -127,6 +128,17 @@ class OnboardService:
         """End the onboard phase once this answer is out."""
         self._finish()
         return Empty()
+
+    def _require_no_root_keys(self) -> None:
+        """Refuse to make keys where one is left of others: whoever lost a file restores it."""
+        folder = self._deps.folder
+        found = [name for name in (ROOT_CA_KEY, K256_KEY) if folder.exists(name)]
+        if found:
+            missing = ", ".join(name for name in REQUIRED if not folder.exists(name))
+            raise WrongPhaseError(
+                f"KMS has already been bootstrapped: {folder.path} has {' and '.join(found)}, but not {missing}; "
+                "restore what is missing, or move the folder away"
+            )
 
     async def _require_self_allowed(self) -> None:
         if not self._deps.core.enforce_self_authorization:

@@ -141,6 +141,40 @@ def test_kms_without_a_credential_is_open(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("address", "release", "token", "is_said"),
+    [
+        ("0.0.0.0", "0.6", "", True),
+        ("0.0.0.0", "0.6", TOKEN, False),
+        ("127.0.0.1", "0.6", "", False),
+        ("0.0.0.0", "0.5", "", False),
+    ],
+)
+def test_open_onboard_phase_is_said_if_others_reach_it(
+    world: World, tmp_path: Path, address: str, release: str, token: str, is_said: bool
+) -> None:
+    where = {"listen": f"{address}:0", "DSTACK_KMS_ONBOARD_TOKEN": token}
+    with running(tmp_path, world, "--release", release, **where) as kms:
+        said = [line for line in kms.log() if 'weakened setting="core.onboard.auth_token is not set"' in line]
+    assert bool(said) is is_said
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"core.image.verify": "false"}, "os image verification is disabled"),
+        ({"core.enforce_self_authorization": "false"}, "self-authorization is disabled"),
+    ],
+)
+@pytest.mark.parametrize("release", ["0.5", "0.6"])
+def test_verification_that_is_switched_off_is_said_at_the_start(
+    world: World, tmp_path: Path, release: str, keys: dict[str, str], said: str
+) -> None:
+    for values, is_said in ((keys, True), (dict.fromkeys(keys, "true"), False)):
+        with running(tmp_path, world, "--release", release, **variables(values)) as kms:
+            assert bool([line for line in kms.log() if "weakened " in line and said in line]) is is_said
+
+
+@pytest.mark.parametrize(
     ("key", "value", "said"),
     [
         ("core.onboard.auth_token", TOKEN, "core.onboard.auth_token is not known to dstack 0.5"),

@@ -36,6 +36,7 @@ from dstack_emu.transport.status import status_line
 from dstack_emu.transport.tls import Identity, client_context
 
 CLIENT_SUBJECT: Final = "RA-TLS TEMP Cert"
+SELF_ISSUED_SUBJECT: Final = "RA-TLS Self-Signed Cert"
 TIMEOUT: Final = 60.0
 
 M = TypeVar("M", bound=Message)
@@ -76,7 +77,9 @@ async def make_self_issued_identity(key: ec.EllipticCurvePrivateKey, attester: A
     Servers since 0.6 take one.
     """
     attestation = await attester(ratls_report_data(spki_der(key.public_key())))
-    request = CertificateRequest(public_key=key.public_key(), subject=CLIENT_SUBJECT, attestation=attestation)
+    request = CertificateRequest(
+        public_key=key.public_key(), subject=SELF_ISSUED_SUBJECT, client_auth=True, attestation=attestation
+    )
     return Identity(self_signed(request, key, now).pem, pkcs8_pem(key))
 
 
