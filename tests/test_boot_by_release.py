@@ -281,6 +281,19 @@ def test_app_that_pins_another_kms_does_not_boot(stack: LiveStack, release: str)
         assert refusal.text == f"Failed to verify app: {of_host if bound is None else pinned}"
 
 
+def test_what_an_app_keeps_private_is_hidden_outside_in_both_versions(stack: LiveStack) -> None:
+    guest = app(stack, "0.6", {**MANIFEST, "public_tcbinfo": False}).boot()
+    outside = {version: ask(guest.url, f"/prpc/{version}/Info", {})[1] for version in ("v0", "v1")}
+    hidden = {version: [name for name, value in answer.items() if value == ""] for version, answer in outside.items()}
+    cloud = ["cloud_vendor", "cloud_product"]
+    assert hidden == {
+        "v0": ["tcb_info", "vm_config", *cloud],
+        "v1": ["app_compose", "vm_config", "key_provider_info", *cloud],
+    }
+    inside = ask(guest.url, "/v1/Info", {})[1]
+    assert [name for name, value in inside.items() if value == ""] == cloud
+
+
 @pytest.mark.parametrize("release", RELEASES)
 def test_unknown_file_system_ends_the_boot(stack: LiveStack, release: str) -> None:
     guest = app(stack, release, {**MANIFEST, "storage_fs": "btrfs"})

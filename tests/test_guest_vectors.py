@@ -1,6 +1,7 @@
 """Published vectors and texts of the guest agent, over its sockets; the health file; and a server that is no KMS."""
 
 import datetime
+import http.client
 import json
 import threading
 from collections.abc import Iterator
@@ -43,6 +44,14 @@ def agent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def reported(quote: str) -> bytes:
     """The report_data in a quote of version 4 (at 568, 64 bytes)."""
     return bytes.fromhex(quote)[568:632]
+
+
+def evidence_of(certificate: x509.Certificate) -> bytes:
+    """The evidence in a certificate, which is an OCTET STRING in an extension."""
+    (found,) = (e.value for e in certificate.extensions if e.oid.dotted_string == "1.3.6.1.4.1.62397.1.8")
+    assert isinstance(found, x509.UnrecognizedExtension)
+    assert found.value[:2] == b"\x04\x82", "more than 255 and less than 65536 bytes"
+    return found.value[4:]
 
 
 # ---- v0
@@ -120,10 +129,9 @@ def test_log_in_a_certificate_has_digests_in_0_6(agent: dict[str, Any]) -> None:
     leaf = x509.load_pem_x509_certificate(
         ask(agent["dstack_sock"], "/GetTlsKey", request)[1]["certificate_chain"][0].encode()
     )
-    (evidence,) = (e.value for e in leaf.extensions if e.oid.dotted_string == "1.3.6.1.4.1.62397.1.8")
-    assert isinstance(evidence, x509.UnrecognizedExtension)
+    evidence = evidence_of(leaf)
     is_0_6 = ask(agent["dstack_sock"], "/Version", {})[1]["version"] == "0.6.0"
-    assert [digest in evidence.value for digest in digests] == [is_0_6] * len(digests)
+    assert [digest in evidence for digest in digests] == [is_0_6] * len(digests)
 
 
 # ---- v1, as upstream's Rust suite runs it
@@ -166,6 +174,47 @@ def test_v1_answers_as_upstreams_python_suite_expects(tmp_path: Path) -> None:
             v1("GetKey", domain="a", algorithm="secp256k1")[1]["key"]
             != ask(agent["dstack_sock"], "/GetKey", {"path": "a"})[1]["key"]
         )
+
+
+def test_last_certificate_is_the_apps_own_root_with_evidence_in_scale() -> None:
+    with serving("agent", "--release", "0.6") as agent:
+        for path in ("/v1/IssueCert", "/GetTlsKey"):
+            chain = ask(agent["dstack_sock"], path, {"subject": "a", "usage_ra_tls": True})[1]["certificate_chain"]
+            leaf, root = (x509.load_pem_x509_certificate(pem.encode()) for pem in chain)
+            assert root.subject.rfc4514_string() == "CN=App Root Cert"
+            forms = [evidence_of(certificate)[:1].hex() for certificate in (leaf, root)]
+            # A map of MessagePack begins with 8_, the version of the SCALE form is 0.
+            assert forms == [("83" if path.startswith("/v1") else "00"), "00"]
+
+
+def test_v1_is_served_in_every_encoding_and_refuses_what_is_none(tmp_path: Path) -> None:
+    with serving("agent", "--release", "0.6", "--keys", key_file(tmp_path, APP_KEY)) as agent:
+        port = int(agent["dstack_url"].rpartition(":")[2])
+
+        def call(method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, str, bytes]:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            try:
+                connection.request(method, path, body or None, {k.replace("_", "-"): v for k, v in headers.items()})
+                answer = connection.getresponse()
+                return answer.status, answer.getheader("Content-Type", ""), answer.read()
+            finally:
+                connection.close()
+
+        wallet = next(row for row in KEYS if row[:3] == (APP_KEY, "wallet", "ed25519"))
+        fields = b"\x0a\x06wallet\x12\x07ed25519"  # protobuf: 1 domain, 2 algorithm
+        status, _, answer = call("POST", "/v1/GetKey", fields)
+        assert (status, answer[:34]) == (200, b"\x0a\x20" + bytes.fromhex(wallet[3]))
+        for path in ("/v1/GetKey?json", "/v1/GetKey?json=1", "/v1/GetKey?json=true"):
+            status, kind, answer = call("POST", path, b'{"domain":"wallet","algorithm":"ed25519"}')
+            assert (status, kind, json.loads(answer)["key"]) == (200, "application/json", wallet[3])
+        status, kind, answer = call("GET", "/v1/GetKey?domain=wallet&algorithm=ed25519")
+        assert (status, kind, json.loads(answer)["key"]) == (200, "application/json", wallet[3])
+        assert call("POST", "/v1/GetKey", b"\xff\xff")[0] == 400
+        status, kind, answer = call("POST", "/v1/GetKey?json", b"no JSON")
+        assert (status, kind, list(json.loads(answer))) == (400, "application/json", ["error"])
+        assert call("POST", "/v2/GetKey", Accept="application/json")[:2] == (404, "application/json")
+        assert call("POST", "/v2/GetKey", Accept="text/html")[1].startswith("text/html")
+        assert call("POST", "/v1/Nothing?json")[::2] == (404, b'{\n  "error": "Service not found: Nothing"\n}')
 
 
 def test_agent_of_0_5_has_no_v1() -> None:
