@@ -53,7 +53,7 @@ class Choice:
 
 BOOLEAN: Final = Choice((ABSENT, True, False), ("yes", 1, None))
 MEMBERS: Final[Mapping[str, Choice]] = {
-    "manifest_version": Choice((1, 2), (ABSENT, None, True, 2.5, -1), ("2", "3"), (3, "03", "4", "", "0", 0)),
+    "manifest_version": Choice((1, 2), (ABSENT, None, True, 2.5, -1, "03", "4", "", "0"), ("2", "3"), (3, 0)),
     "name": Choice(("app", ""), (ABSENT, 1, None)),
     "runner": Choice(("docker-compose", "bash"), (ABSENT, ["bash"], None)),
     "docker_compose_file": Choice((ABSENT, None, "services: {}"), ({}, 1)),
