@@ -75,7 +75,7 @@ def timeless(report: Report) -> list[AnswerCheck]:
 async def test_right_webhook_passes_without_a_warning() -> None:
     report = await report_on()
     assert [finding for finding in timeless(report) if finding.level != "ok"] == []
-    assert len(report.findings) == 24
+    assert len(report.findings) == 26
 
 
 def test_auth_simple_of_a_stack_allows_the_requests_for_its_kms_and_app(dstack_stack: LiveStack) -> None:
@@ -95,7 +95,7 @@ def test_auth_mock_passes_with_warnings_that_it_allows_everyone() -> None:
         shown = run_command("check-webhook", mock["url"])
     report = json.loads(done.stdout)
     assert (done.returncode, report["ok"], report["url"]) == (0, True, mock["url"])
-    assert Counter(check["level"] for check in report["checks"] if check["name"] != "time") == {"ok": 19, "warning": 4}
+    assert Counter(check["level"] for check in report["checks"] if check["name"] != "time") == {"ok": 21, "warning": 4}
     assert set(report["checks"][0]) == {"name", "level", "said", "breaks", "hint"}
     assert b"it allows a KMS, and so releases the root keys, whatever its measurements are" in shown.stdout
     assert b"\nNothing here breaks a KMS; " in shown.stdout
@@ -280,6 +280,12 @@ BROKEN: dict[str, tuple[Answer, list[str], str, str]] = {
         "returned 400 Bad Request: no",
         "accept the request as it is",
     ),
+    "no launch ticket": (
+        unless(lambda request, asked: "launchTicketHash" not in asked, 422),
+        ["kms, as 0.6.5 sends it: launchTicketHash", "app, as 0.6.5 sends it: launchTicketHash"],
+        "returned 422 Unprocessable Entity: no",
+        "fields that are new or empty",
+    ),
     "an empty instance id": (
         unless(lambda request, asked: asked["instanceId"] != "", 400),
         ["app without instance id and key provider"],
@@ -364,7 +370,7 @@ async def test_info_that_breaks_get_meta_is_named_and_the_rest_is_asked(
     assert (finding.name, finding.breaks.partition(" ")[0]) == ("GET /", "GetMeta")
     assert words in finding.said
     assert hint in finding.hint
-    assert len(report.findings) == 24
+    assert len(report.findings) == 26
 
 
 # ---- what is understood, and hardly meant
@@ -384,7 +390,7 @@ def flipping() -> Answer:
 @pytest.mark.parametrize(
     ("answer", "name", "said"),
     [
-        (answering(reason=""), "reasons", "bootAuth/kms and 12 more: denied without a reason"),
+        (answering(reason=""), "reasons", "bootAuth/kms and 14 more: denied without a reason"),
         (answering(reason="x" * 1001), "reasons", "a reason of more than 1000 characters"),
         (answering(isAllowed=True), "unknown app", "allowed: it allows an app that nobody can"),
         (answering(isAllowed=True), "kms, TCB out of date, with advisories", "allowed: it allows a platform whose TCB"),

@@ -150,6 +150,12 @@ class _Checker:
                 f"with a KMS of next: {breaks}",
             )
             yield _RequestCase(
+                f"{who}, as 0.6.5 sends it: launchTicketHash",
+                is_kms,
+                Variation.of(boot_info, more=f'{{"launchTicketHash": "{bytes(32).hex()}"}}'),
+                f"with a KMS of 0.6.5 or later: {breaks}",
+            )
+            yield _RequestCase(
                 f"{who}, with fields of a later release",
                 is_kms,
                 Variation.of(boot_info, more='{"somethingNew": "00", "alsoNew": {"nested": [1, null]}}'),
