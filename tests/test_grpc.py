@@ -394,7 +394,7 @@ def test_written_proto_files_make_a_client(stack: RunningStack, guest: Guest, tm
 def test_proto_files_that_are_others_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "kms.proto").write_text("mine")
     assert usage_error("proto", str(tmp_path)) == (
-        f"{tmp_path / 'kms.proto'} is there already, and is another file: name another folder"
+        f"{tmp_path / 'kms.proto'} exists already with other contents: name another folder"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["kms.proto"]
 

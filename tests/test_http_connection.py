@@ -5,7 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstack_emu.transport.http.body import BodyBrokenError, BodyError, BodyTooLargeError
-from dstack_emu.transport.http.connection import MAX_HEAD, MAX_HEADERS, IncomingRequest, Refusal, ServerConnection
+from dstack_emu.transport.http.connection import (
+    MAX_HEAD,
+    MAX_HEADERS,
+    IncomingRequest,
+    InvalidRequest,
+    ServerConnection,
+)
 
 LIMIT = 100
 POST = b"POST /Echo?json HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc"
@@ -19,7 +25,7 @@ def reading(*pieces: bytes) -> ServerConnection:
     return connection
 
 
-def requests(connection: ServerConnection) -> list[IncomingRequest | Refusal]:
+def requests(connection: ServerConnection) -> list[IncomingRequest | InvalidRequest]:
     found = []
     while (following := connection.next_request()) is not None:
         found.append(following)
@@ -32,10 +38,10 @@ def the_request(*pieces: bytes) -> IncomingRequest:
     return request
 
 
-def the_refusal(*pieces: bytes) -> Refusal:
+def the_refusal(*pieces: bytes) -> InvalidRequest:
     connection = reading(*pieces)
     (refusal,) = requests(connection)
-    assert isinstance(refusal, Refusal)
+    assert isinstance(refusal, InvalidRequest)
     assert connection.is_over
     return refusal
 
@@ -240,7 +246,7 @@ def test_refused_request_ends_the_connection_after_those_before_it(name: str) ->
     first, refusal = requests(connection)
     assert isinstance(first, IncomingRequest)
     assert first.body.take() == b"abc"
-    assert isinstance(refusal, Refusal)
+    assert isinstance(refusal, InvalidRequest)
     assert not connection.can_continue
 
 
@@ -300,7 +306,7 @@ def test_head_without_end_is_refused_before_it_ends() -> None:
         connection.receive(b"a" * 1000)
         sent += 1000
     assert sent <= MAX_HEAD + 1000
-    assert [refusal.status for refusal in requests(connection) if isinstance(refusal, Refusal)] == [431]
+    assert [refusal.status for refusal in requests(connection) if isinstance(refusal, InvalidRequest)] == [431]
 
 
 def test_target_without_end_is_refused() -> None:
@@ -404,7 +410,7 @@ def _told(pieces: list[bytes]) -> list[object]:
     connection.receive_eof()
     said: list[object] = []
     for each in requests(connection):
-        if isinstance(each, Refusal):
+        if isinstance(each, InvalidRequest):
             said.append(each.status)
             continue
         try:

@@ -18,7 +18,7 @@ from dstack_emu.cli.main import main
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.image_files import archive, load_image
 from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
-from dstack_emu.transport.image_archive import Limits, admit, unpack
+from dstack_emu.transport.image_archive import Limits, unpack, verify_image_files
 from tests.commands import serving
 from tests.test_image import pe_kernel
 
@@ -282,4 +282,4 @@ def test_served_archive_is_what_verifiers_download(image: Image, tmp_path: Path)
     listed = subprocess.run(["tar", "tzf", tmp_path / "image.tar.gz"], capture_output=True, text=True, check=True)
     assert set(listed.stdout.split()) == {path.name for path in (tmp_path / "a").iterdir()}
     unpack(tmp_path / "image.tar.gz", tmp_path / "unpacked", Limits(), lambda: False)
-    admit(tmp_path / "unpacked", name, lambda: False)
+    verify_image_files(tmp_path / "unpacked", name, lambda: False)

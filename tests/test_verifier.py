@@ -608,7 +608,7 @@ def test_upstreams_file_is_read_and_variables_go_before_it(tmp_path: Path) -> No
         ('image_download_url = "ftp://h/{OS_IMAGE_HASH}"', "image_download_url must use http or https"),
         ("unknown = 1", "unknown: Extra inputs are not permitted"),
         ("[attestation]\nunknown = 1", "attestation.unknown: Extra inputs are not permitted"),
-        ("port", "is no TOML"),
+        ("port", "is not TOML"),
     ],
 )
 def test_config_refused_naming_the_key(text: str, reason: str, tmp_path: Path) -> None:

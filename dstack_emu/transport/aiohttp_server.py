@@ -1,9 +1,9 @@
-"""Serving an aiohttp application: the webhooks, the PCCS, control, and pages for people.
+"""Serves aiohttp applications: the webhooks, the PCCS, the control API, and pages for people.
 
-Imported only when one is served, because aiohttp's server takes time to import. Connections are aiohttp's in all but
-one thing: the Content-Encoding of a request is not undone, as upstream ignores it. aiohttp closes a connection whose
-client shuts down its sending side, and refuses repeated headers of some names; what speaks dstack's protocols is served
-by `transport.http`, which does neither.
+Import this module only if such an application is served, because aiohttp's server takes time to import. The connections
+are aiohttp's, except that a request's Content-Encoding is not decoded: upstream ignores it. aiohttp closes a connection
+if the client shuts down its sending side, and refuses some repeated headers. Services that speak dstack's protocols are
+served by `transport.http`, which does neither.
 """
 
 from typing import Final
@@ -11,11 +11,11 @@ from typing import Final
 from aiohttp import web
 
 SHUTDOWN_STEPS: Final = 2
-"""aiohttp waits for handlers to finish, and then as long for them to end once they are cancelled."""
+"""aiohttp waits this many times: for handlers to finish, and then for cancelled handlers to end."""
 
 
 class AiohttpServer:
-    """Serves one application. asyncio calls it for the protocol of each new connection, once it is set up."""
+    """Serves one application. After `set_up`, asyncio calls it to make the protocol of each new connection."""
 
     def __init__(self, app: web.Application, grace: float) -> None:
         self._runner = web.AppRunner(
@@ -23,7 +23,7 @@ class AiohttpServer:
         )
 
     async def set_up(self) -> None:
-        """Run what the application does at its start."""
+        """Run the application's start-up handlers."""
         await self._runner.setup()
 
     def __call__(self) -> web.RequestHandler:
@@ -31,5 +31,5 @@ class AiohttpServer:
         return self._runner.server()
 
     async def close(self) -> None:
-        """Close every connection, those in progress once they are answered or the grace is over."""
+        """Close every connection; requests in progress are answered first, within the grace period."""
         await self._runner.cleanup()

@@ -1,9 +1,9 @@
 """A pRPC client: calls an RPC by name over HTTP, HTTPS or a unix socket, in JSON.
 
-Like upstream's own client it POSTs `<method>?json` without a Content-Type. It follows no redirects, uses no
-proxy from the environment and keeps connections open between calls.
+Like upstream's own client, it POSTs to `<method>?json` without a Content-Type. It follows no redirects, uses no proxy
+from the environment, and keeps connections open between calls.
 
-Not here: retries, TLS settings (an ssl.SSLContext is the caller's), what an answer means.
+Not here: retries, TLS settings (the caller passes an ssl.SSLContext), and the meaning of an answer.
 
 Source of truth: Dstack-TEE/dstack, branch next at 312dc605, dstack/ra-rpc/src/client.rs and
 dstack/http-client/src/prpc.rs.
@@ -25,20 +25,20 @@ from dstack_emu.transport.http_client import HttpClient
 A = TypeVar("A", bound=Message)
 
 MAX_RESPONSE: Final = 10 * 1024 * 1024
-"""Bytes of an answer that are read at most."""
+"""The maximum length of an answer in bytes."""
 
 CheckServer = Callable[[bytes | None], Awaitable[None]]
 MoreHeaders = Callable[[], Mapping[str, str]]
-"""Headers that a client adds to a request, asked for at each one, in the context of who makes it."""
+"""Returns the headers to add to a request. It is called for each request, in the context of the caller."""
 
-KEPT_IDLE: Final = 15.0
-"""Seconds that a connection may be idle and be used again: servers of dstack keep one for much longer."""
+PRPC_KEPT_IDLE: Final = 15.0
+"""Seconds for which an idle connection is kept for the next call; dstack's servers keep one for much longer."""
 
 
 class RpcError(Exception):
-    """An answer with another status than 200.
+    """An answer with a status other than 200.
 
-    `text` is the error's text where the body is pRPC's JSON, else the body itself; `body` is always the body.
+    `text` is the text of the error if the body is pRPC's JSON, otherwise the body; `body` is the body in both cases.
     """
 
     def __init__(self, status: int, text: str, body: str) -> None:
@@ -51,13 +51,12 @@ class RpcError(Exception):
 class PrpcClient:
     """Calls the RPCs of one address. Close it, or use it in `async with`.
 
-    `address` is `http://host:port` or `https://…`, with a path where the service has a mount, or a socket
-    file as `unix:/path` or `/path`. `timeout` is for a whole call, in seconds.
+    `address` is `http://host:port` or `https://…`, with a path if the service has a mount, or a socket file as
+    `unix:/path` or `/path`. `timeout` is for a whole call, in seconds. `headers` are added to each request.
 
-    `check_server` is awaited after every answer, before its status is looked at, with the leaf certificate (DER)
-    that the server of this very connection presented, or None without TLS; what it raises ends the call. That is where
-    a server's attestation is verified. The request has been sent by then.
-    `headers` are added to each request.
+    `check_server` is awaited after every answer, before its status is read. Its argument is the leaf certificate (DER)
+    that the server of this connection presented, or None without TLS. If it raises, the call ends with that error. A
+    server's attestation is verified there; the request has already been sent by then.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class PrpcClient:
         self._base = "http://localhost" if self._socket is not None else address.rstrip("/")
         self._check_server, self._headers = check_server, headers
         self._client = HttpClient(
-            timeout=timeout, max_answer=MAX_RESPONSE, kept_idle=KEPT_IDLE, tls=ssl, unix=self._socket
+            timeout=timeout, max_answer=MAX_RESPONSE, kept_idle=PRPC_KEPT_IDLE, tls=ssl, unix=self._socket
         )
 
     async def __aenter__(self) -> "PrpcClient":
@@ -91,10 +90,10 @@ class PrpcClient:
         await self._client.close()
 
     async def call(self, method: str, request: Message, response_type: type[A]) -> A:
-        """Call `method` (with its path where the address has none: `prpc/Tappd.Info`) and return its answer.
+        """Call `method` (with its path if the address has none, such as `prpc/Tappd.Info`) and return its answer.
 
-        TransportError where no answer came, RpcError where it has another status than 200, FormatError where
-        it is not a `response_type`; and what `check_server` raises.
+        Raises `TransportError` if no answer came, `RpcError` if its status is not 200, `FormatError` if it is not a
+        `response_type`, and the errors of `check_server`.
         """
         url = f"{self._base}/{method}?json"
         shown = url if self._socket is None else f"unix:{self._socket}:/{method}?json"

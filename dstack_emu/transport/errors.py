@@ -1,8 +1,8 @@
-"""What can go wrong with a connection, apart from the code that makes one: who only catches needs no HTTP library."""
+"""The errors of connections and configurations, in a module that imports no HTTP library."""
 
 
 class TransportError(Exception):
-    """A call that got no usable answer: which URL, and why."""
+    """A call got no usable answer: the text has the URL and the cause."""
 
     def __init__(self, url: str, cause: str) -> None:
         super().__init__(f"error sending request for url ({url}): {cause}")
@@ -11,7 +11,7 @@ class TransportError(Exception):
 
 
 class ListenError(Exception):
-    """An address that cannot be listened on: which, why, and the setting that names it where one is known."""
+    """A server cannot listen on an address: the text has the address, the cause, and the setting if it is known."""
 
     def __init__(self, address: str, cause: str, setting: str = "") -> None:
         super().__init__(f"cannot listen on {address}: {cause}" + (f" (set by {setting})" if setting else ""))
@@ -21,4 +21,4 @@ class ListenError(Exception):
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be used; the text names the file or variable, and the key."""
+    """A configuration is invalid: the text names the file or variable, and the key."""

@@ -1,7 +1,7 @@
-"""What a service logs: named events with fields, not sentences.
+"""Log events: a name with fields, in place of a sentence.
 
-An event is one log record of the standard library, whose message is `name key=value …` to whoever formats it as text;
-`dstack_emu/cli/logs.py` writes its fields as JSON too. Not here: where logs go, and which are shown.
+An event is the message of a log record of the standard library; as text it is `name key=value …`. `cli.logs` can also
+write its fields as JSON. Not here: where logs go, and which are shown.
 """
 
 import json
@@ -10,13 +10,13 @@ import re
 from typing import Final
 
 LOGGERS: Final = "dstack_emu."
-"""What the name of every logger of the project begins with; where logs are shown it is left out."""
+"""The prefix of the name of every logger of the project; logs omit it."""
 
 _PLAIN: Final = re.compile(r"[^\s\"=\x00-\x1f\x7f-\x9f]+")
 
 
 class Event:
-    """A name and its fields; as text `name key=value …`, with values quoted where they are more than one word."""
+    """A name and its fields; as text `name key=value …`, with values in quotes if they are more than one word."""
 
     __slots__ = ("fields", "name")
 
@@ -33,34 +33,34 @@ def _shown(value: object) -> str:
 
 
 def logger_name(record: logging.LogRecord) -> str:
-    """Name a record's logger as logs show it."""
+    """Return the name of a record's logger without the prefix."""
     return record.name.removeprefix(LOGGERS)
 
 
 class EventLog:
-    """Logs events of one part, each with the fields that say which part it is. Secrets are the caller's not to pass."""
+    """Logs the events of one part, with fields that identify the part. Callers must not pass secrets."""
 
     def __init__(self, logger: str, **always: object) -> None:
         self._logger, self._always = logging.getLogger(logger), always
 
     def debug(self, name: str, **fields: object) -> None:
-        """Log what happens at every call."""
+        """Log an event that happens at every call."""
         self._log(logging.DEBUG, name, fields)
 
     def info(self, name: str, **fields: object) -> None:
-        """Log what changes something, or refuses it."""
+        """Log an event that changes something, or a refusal."""
         self._log(logging.INFO, name, fields)
 
     def warning(self, name: str, **fields: object) -> None:
-        """Log what an operator should look at."""
+        """Log an event that an operator should look at."""
         self._log(logging.WARNING, name, fields)
 
     def error(self, name: str, **fields: object) -> None:
-        """Log what ends the part."""
+        """Log the error that ends the part."""
         self._log(logging.ERROR, name, fields)
 
     def is_debug(self) -> bool:
-        """Whether `debug` is heard: what only it needs can be spared otherwise."""
+        """Return whether `debug` logs anything, so that a caller can omit work that only it needs."""
         return self._logger.isEnabledFor(logging.DEBUG)
 
     def _log(self, level: int, name: str, fields: dict[str, object]) -> None:

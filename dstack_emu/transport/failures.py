@@ -1,4 +1,4 @@
-"""Why a request got no answer, in words that do not depend on a library, an event loop or a release of Python."""
+"""The errors of a request without an answer, with texts that do not depend on library, event loop or Python version."""
 
 import os
 import socket
@@ -6,19 +6,19 @@ import ssl
 
 
 class NoAnswerError(Exception):
-    """A request that got no answer that can be read; the text says why."""
+    """A request got no readable answer; the text says why."""
 
 
 class NoAnswerInTimeError(NoAnswerError, TimeoutError):
-    """A request whose answer did not come in time."""
+    """The answer to a request did not come in time."""
 
 
 class AnswerTooLongError(Exception):
-    """An answer with a longer body than is read; the text says which length that is."""
+    """The body of an answer is longer than the limit; the text has the limit."""
 
 
 def describe_failure(error: Exception, timeout: float) -> str:
-    """Name what went wrong; `timeout` is how many seconds were waited for the whole."""
+    """Return the text of a failure; `timeout` is the timeout of the whole request in seconds."""
     if isinstance(error, ssl.SSLError):
         return f"TLS: {error}"
     if isinstance(error, socket.gaierror):
@@ -27,6 +27,6 @@ def describe_failure(error: Exception, timeout: float) -> str:
         return os.strerror(error.errno)
     if isinstance(error, TimeoutError):
         return f"no answer within {timeout:g} s"
-    if isinstance(error, ConnectionError):  # an event loop's own, which has no number
+    if isinstance(error, ConnectionError):  # raised by an event loop, without an errno
         return "TLS: connection closed within the handshake"
     return str(error) if isinstance(error, NoAnswerError) else f"{type(error).__name__}: {error}"

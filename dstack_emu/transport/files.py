@@ -1,18 +1,18 @@
-"""Files that are replaced at once: whoever reads one finds the old content or the new, never half of it."""
+"""Atomic replacement of files: a reader finds the old content or the new one, never a part of it."""
 
 import os
 from pathlib import Path
 from typing import Final
 
 UNFINISHED: Final = ".*.new"
-"""The pattern of files that a crash may leave beside the ones they were to replace."""
+"""The pattern of the temporary files that a crash may leave behind."""
 
 
 def replace_file(path: Path, data: bytes, *, like_folder: bool = False) -> None:
-    """Write a file beside its place and move it there; raise `OSError`.
+    """Write a temporary file and rename it to `path`; raise `OSError`.
 
-    With `like_folder` it gets the owner of its folder, if this process may give files away. It is not made durable: a
-    power failure may undo it.
+    With `like_folder` it gets the owner of its folder if this process is root. It is not synchronized to the disk: a
+    power failure may undo the change.
     """
     temporary = beside(path)
     temporary.write_bytes(data)
@@ -23,7 +23,10 @@ def replace_file(path: Path, data: bytes, *, like_folder: bool = False) -> None:
 
 
 def replace_file_durably(path: Path, data: bytes, mode: int) -> None:
-    """Do the same, and return once it outlasts a power failure; `mode` is the file's. Raises `OSError`."""
+    """Replace a file and synchronize it to the disk, so that it survives a power failure.
+
+    `mode` is the mode of the file. Raises `OSError`.
+    """
     temporary = beside(path)
     write_durably(temporary, data, mode)
     temporary.replace(path)
@@ -31,7 +34,7 @@ def replace_file_durably(path: Path, data: bytes, mode: int) -> None:
 
 
 def write_durably(path: Path, data: bytes, mode: int) -> None:
-    """Write a file and have it stored."""
+    """Write a file and synchronize it to the disk; raise `OSError`."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with open(descriptor, "wb") as file:
         file.write(data)
@@ -40,7 +43,7 @@ def write_durably(path: Path, data: bytes, mode: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder stored."""
+    """Synchronize the names in a folder to the disk; raise `OSError`."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,5 +52,5 @@ def sync_folder(folder: Path) -> None:
 
 
 def beside(path: Path) -> Path:
-    """Return where a file's new content is written first."""
+    """Return the path of the temporary file for a file."""
     return path.with_name(f".{path.name}.new")

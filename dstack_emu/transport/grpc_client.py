@@ -1,12 +1,11 @@
-"""A gRPC client for single calls: each has a connection of its own, so it finds a server in whichever phase it is.
+"""A gRPC client for single calls. Each call has its own connection, so it works in whichever phase the server is.
 
-Over TLS the server's certificate is looked up first, and then is what grpcio trusts: like `curl -k` this believes any
-server, which grpcio itself cannot be told to. What a server proves by its certificate is the caller's to verify.
+grpcio has no option like `curl -k`. Therefore the server's certificate is fetched first, and grpcio is told to trust
+it: any server is accepted. The caller must verify what the certificate proves.
 
-Whoever makes many calls keeps grpcio running between them by `running`: it starts its threads with the first of its
-objects and stops them with the last, which would be once a call.
+A caller of many calls uses `running`: otherwise grpcio starts and stops its threads for each call.
 
-Not here: retries, connections that are kept. Upstream has no gRPC: this is ours.
+Not here: retries and kept connections. Upstream has no gRPC; this is an addition of the emulator.
 """
 
 import asyncio
@@ -31,7 +30,7 @@ A = TypeVar("A", bound=Message)
 Options = tuple[tuple[str, object], ...]
 
 _OPTIONS: Final[Options] = (
-    ("grpc.use_local_subchannel_pool", 1),  # grpcio shares connections among channels otherwise
+    ("grpc.use_local_subchannel_pool", 1),  # otherwise grpcio shares connections between channels
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", MAX_RESPONSE),
@@ -39,15 +38,15 @@ _OPTIONS: Final[Options] = (
 
 
 SLACK: Final = 1.0
-"""Seconds beyond a call's deadline in which grpcio must have ended it."""
+"""Seconds after a call's deadline in which grpcio must have ended the call."""
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""How a client of HTTP/2 begins, with settings that change nothing (RFC 9113, section 3.4)."""
+"""The first bytes of an HTTP/2 client, with empty settings (RFC 9113, section 3.4)."""
 
 
 @contextlib.contextmanager
 def running() -> Iterator[None]:
-    """Keep grpcio's threads until the block ends, however many calls are made in it, one after another or at once."""
+    """Keep grpcio's threads running until the block ends."""
     grpc.aio.init_grpc_aio()
     try:
         yield
@@ -56,7 +55,7 @@ def running() -> Iterator[None]:
 
 
 class StatusError(Exception):
-    """A refusal: the name of its status, and its details as the text."""
+    """The server refused a call: `code` is the name of the status, the text its details."""
 
     def __init__(self, code: str, text: str) -> None:
         super().__init__(text)
@@ -75,7 +74,7 @@ async def call(
 ) -> A:
     """Call `package.Service/Method` at `host:port`, over TLS if `secure`, with a client certificate if one is given.
 
-    Raises `StatusError` where the server refuses, `TransportError` where no answer came.
+    Raises `StatusError` if the server refuses, `TransportError` if no answer came.
     """
     credentials: grpc.ChannelCredentials | None = None
     options: Options = ()
@@ -90,7 +89,7 @@ async def call(
         async with _within(seconds, target, "connection"):
             await _require_listener(target)
     answer_to = f"answer to {method}"
-    # grpcio keeps the deadline of the call; the one around it is for a grpcio that does not.
+    # grpcio enforces the deadline of the call; the outer deadline is for the case that it does not.
     async with (
         _within(seconds + SLACK, target, answer_to),
         _channel(target, credentials, (*_OPTIONS, *options)) as channel,
@@ -104,13 +103,13 @@ async def call(
             code, text = error.code(), error.details() or ""
             if code is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise TransportError(target, _late(answer_to, seconds)) from error
-            # A server that answered UNAVAILABLE is still there; where grpcio says it of itself, it is not.
+            # If the server itself answered UNAVAILABLE, the channel is connected; if grpcio made it up, it is not.
             connected = channel.get_state() is grpc.ChannelConnectivity.READY
             if code is grpc.StatusCode.UNAVAILABLE and not connected:
                 raise TransportError(target, text) from error
             raise StatusError(code.name, text) from error
-        if received is None:  # so grpc.aio tells of bytes that are no message
-            raise TransportError(target, "the answer is no message")
+        if received is None:  # grpc.aio returns None for bytes that it cannot parse
+            raise TransportError(target, "the answer is not a message")
         return received
 
 
@@ -121,11 +120,11 @@ async def certificate_of(target: str, *, seconds: float) -> bytes:
 
 
 async def is_demanded(target: str, *, seconds: float) -> bool:
-    """Return whether a server's TLS refuses a client without a certificate; raise `TransportError` if there is none."""
+    """Return whether a server refuses clients without a certificate; raise `TransportError` if it has no TLS."""
     async with _within(seconds, target, "TLS handshake and answer to the HTTP/2 preface"):
         reader, writer = await asyncio.open_connection(*split(target), ssl=client_context())
         try:
-            writer.write(PREFACE)  # which a server of HTTP/2 answers
+            writer.write(PREFACE)  # an HTTP/2 server answers it
             await reader.read(1)
         except ssl.SSLError as error:
             return error.reason is not None and "CERTIFICATE_REQUIRED" in error.reason
@@ -136,7 +135,7 @@ async def is_demanded(target: str, *, seconds: float) -> bool:
 
 @contextlib.asynccontextmanager
 async def _within(seconds: float, target: str, awaited: str) -> AsyncIterator[None]:
-    """Give the block a deadline and raise what fails in it as `TransportError`; `awaited` names what it waits for."""
+    """Give a block a deadline, and raise its failures as `TransportError`; `awaited` names what it waits for."""
     try:
         async with asyncio.timeout(seconds):
             yield
@@ -166,13 +165,13 @@ async def _require_listener(target: str) -> None:
 
 
 def split(target: str) -> tuple[str, int]:
-    """Host and port of `host:port`; an IPv6 address is in brackets."""
+    """Return host and port of `host:port`; an IPv6 address is in brackets."""
     host, _, port = target.rpartition(":")
     return host.strip("[]"), int(port)
 
 
 def _trusting(certificate: bytes, identity: Identity | None) -> tuple[grpc.ChannelCredentials, Options]:
-    """TLS settings that take this certificate, and the name in it, for good."""
+    """Return TLS settings that trust this certificate and the name in it; raise `FormatError`."""
     read = load_der(certificate)
     names: list[str] = []
     with contextlib.suppress(x509.ExtensionNotFound, ValueError):

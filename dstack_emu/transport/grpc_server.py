@@ -1,15 +1,15 @@
-"""gRPC: serves the RPCs of service tables, from the very handlers that pRPC has.
+"""The gRPC server: serves the RPCs of service tables, with the same handlers as pRPC.
 
-The order of a call is pRPC's: context (who asks), decode, handler, encode. A refusal is a status whose details are
-the text that pRPC answers; which status, says one table from error class to code. Beside the tables there are
-reflection and `grpc.health.v1`. A call that is cancelled, or over its deadline, ends its handler where it stands.
+A call has the same steps as with pRPC: context (who calls), decode, handler, encode. A refusal is a status whose
+details are pRPC's error text; a table maps error classes to status codes. The server also serves reflection and
+`grpc.health.v1`. If a call is cancelled or its deadline passes, its handler is cancelled.
 
-grpcio listens on a socket file alone; ports are ours, and `transport.relay` carries their connections there, TLS taken
-off. For a KMS grpcio's own TLS will not do: it knows no optional client certificate, and a client whose certificate is
-longer than some 8 KB (with evidence it always is) loses its connection, since BoringSSL puts the certificate into two
-session tickets, which grpcio's buffer of 17 KB does not hold.
+grpcio listens only on a socket file. The ports belong to `transport.relay`, which terminates TLS and forwards the
+connections to that file. grpcio's own TLS is unsuitable for a KMS: it has no optional client certificates, and it drops
+a client whose certificate has more than about 8 KB, which every certificate with evidence has: BoringSSL puts it into
+two session tickets, and they do not fit into grpcio's buffer of 17 KB.
 
-Not here: which services there are, who may call, and TLS settings. Upstream has no gRPC: this is ours.
+Not here: the services, who may call, and TLS settings. Upstream has no gRPC; this is an addition of the emulator.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ from dstack_emu.transport.service import Rpc, ServiceTable
 C = TypeVar("C")
 
 Statuses = Mapping[type[Exception], grpc.StatusCode]
-"""Which code an error is answered with: the entry of its own class, else of the nearest one above."""
+"""The status code of each class of errors; for other classes, that of the nearest base class."""
 
 ATTEST_STATUSES: Final[Statuses] = {
     UnverifiableError: grpc.StatusCode.UNAVAILABLE,
@@ -50,19 +50,19 @@ ATTEST_STATUSES: Final[Statuses] = {
     FormatError: grpc.StatusCode.INVALID_ARGUMENT,
     AttestError: grpc.StatusCode.INTERNAL,
 }
-"""The codes of the protocol package's own errors."""
+"""The status codes of the errors of `attest`."""
 
 MAX_DETAILS: Final = 6 * 1024
-"""Bytes of a status's details as they go over the wire; clients take 8 KiB of trailers unless told otherwise."""
+"""The maximum size of a status's details on the wire, in bytes; by default clients accept 8 KiB of trailers."""
 
 MAX_STREAMS: Final = 100
-"""Calls at once on one connection; more wait at the client."""
+"""The maximum number of simultaneous calls on a connection; further ones wait in the client."""
 
 MAX_PENDING: Final = 10_000
-"""Calls that may wait for their handler to start, over all connections; grpcio resets some beyond it."""
+"""The number of calls that may wait for their handler, over all connections; above it, grpcio resets some."""
 
 STOP_TIMEOUT: Final = 5.0
-"""Seconds for which the end of grpcio's server is waited for."""
+"""Seconds to wait for grpcio's server to stop."""
 
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_BODY),
@@ -77,7 +77,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class GrpcPeer:
-    """Who is at the other end of a call: the certificate it showed (DER), if any, and the call's metadata."""
+    """The client of a call: its certificate (DER), None if it has none, and the call's metadata."""
 
     certificate: bytes | None
     metadata: Mapping[str, str]
@@ -85,7 +85,7 @@ class GrpcPeer:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A bound socket to serve on, which the server owns from there on, with TLS or in plain."""
+    """A bound socket to serve on, with TLS or without; the server takes ownership of it."""
 
     sock: socket.socket
     tls: ssl.SSLContext | None = None
@@ -93,9 +93,9 @@ class Listener:
 
 @dataclass(frozen=True, slots=True)
 class GrpcService(Generic[C]):
-    """A table under its full name, such as `kms.KMS`. `context` is awaited first, as pRPC's.
+    """A service table under its full name, such as `kms.KMS`. `context` is awaited before the request is decoded.
 
-    Where it is not `serving`, its health says so, reflection does not list it, and the table's handlers say why.
+    If it is not `serving`, its health is NOT_SERVING, reflection does not list it, and its handlers refuse every call.
     """
 
     name: str
@@ -105,11 +105,11 @@ class GrpcService(Generic[C]):
 
 
 async def anyone(peer: GrpcPeer) -> None:
-    """The context of a service to which it is all the same who calls."""
+    """Return no context, for a service that does not distinguish its callers."""
 
 
 class GrpcServer:
-    """Services being served. Made by `serve_grpc`."""
+    """A running server; `serve_grpc` makes it."""
 
     def __init__(self, server: Any, health_servicer: Any, calls: "_Calls", path: str, folder: str | None) -> None:
         self._server, self._health, self._calls = server, health_servicer, calls
@@ -117,22 +117,22 @@ class GrpcServer:
         self._relays: list[Relay] = []
 
     async def listen(self, listener: Listener) -> str:
-        """Let clients in on one more socket, and return what one on this machine connects to: `host:port`."""
+        """Listen on another socket; return its address for clients on this machine, `host:port`."""
         relay = await start_relay(listener.sock, self._path, self._calls.certificates, listener.tls)
         self._relays.append(relay)
         return relay.target
 
     async def close(self) -> None:
-        """Stop listening, let calls in progress finish (see GRACE), end the streams.
+        """Stop listening, let calls in progress finish (see GRACE), and end the streams.
 
-        grpcio may take STOP_TIMEOUT seconds to end, and as long again once all connections are cut.
+        grpcio gets STOP_TIMEOUT seconds to stop, and the same time again after all connections are closed.
         """
         for relay in self._relays:
             relay.stop_listening()
         await self._health.enter_graceful_shutdown()
         stopping = asyncio.create_task(self._server.stop(GRACE / 2))
         await self._calls.over(GRACE / 2)
-        # Who watches health, or holds a stream of reflection, would never leave.
+        # A client that watches health, or has an open reflection stream, would never disconnect by itself.
         ends = (stopping, asyncio.create_task(self._server.stop(None)))
         _, late = await asyncio.wait(ends, timeout=STOP_TIMEOUT)
         for relay in self._relays:
@@ -143,7 +143,7 @@ class GrpcServer:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _abandon(self, late: Iterable[asyncio.Task[None]]) -> None:
-        """Wait once more for grpcio to end, now that there is no connection; then leave it as it is."""
+        """Wait again for grpcio to stop, now without connections; if it does not, log an error."""
         _, late = await asyncio.wait(late, timeout=STOP_TIMEOUT)
         for task in late:
             task.cancel()
@@ -161,9 +161,9 @@ async def serve_grpc(
 ) -> GrpcServer:
     """Serve on bound sockets, and on a socket file whose `path` was reserved (`transport.listen.reserve_unix`).
 
-    `statuses` adds to ATTEST_STATUSES; an error of neither is logged with its traceback and answered INTERNAL, with its
-    type's name alone. `interceptors` are grpc.aio's. `answered` is told of each call of a table when it is over: its
-    full name without the package (`KMS.GetMeta`), and whether it was refused.
+    `statuses` adds to ATTEST_STATUSES; any other error is logged with its traceback and answered as INTERNAL with
+    only the name of its type. `interceptors` are grpc.aio's. `answered` is called after each call of a table, with its
+    name and its service's (`KMS.GetMeta`) and whether it was refused.
     """
     calls = _Calls({**ATTEST_STATUSES, **statuses}, answered)
     server = grpc.aio.server(options=_OPTIONS, interceptors=list(interceptors))
@@ -195,7 +195,7 @@ async def serve_grpc(
 
 
 class _Calls:
-    """The calls under way, and how each ends."""
+    """The calls in progress, and the handlers that end them."""
 
     def __init__(self, statuses: Statuses, answered: Callable[[str, bool], None] | None) -> None:
         self._statuses, self._answered = statuses, answered
@@ -205,15 +205,16 @@ class _Calls:
         self._none.set()
 
     async def over(self, seconds: float) -> None:
-        """Wait until no call is under way, at most so long."""
+        """Wait until no call is in progress, at most so many seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._none.wait()
 
     def handlers(self, service: GrpcService[Any]) -> Any:
-        """Make grpcio's handlers of one service; messages come and go as bytes, so that refusals are ours to word."""
+        """Make grpcio's handlers of one service; messages stay bytes, so that our own decoder words the refusals."""
         methods = {
-            rpc.name: grpc.unary_unary_rpc_method_handler(self._handler(service, rpc)) for rpc in _promised(service)
+            rpc.name: grpc.unary_unary_rpc_method_handler(self._handler(service, rpc))
+            for rpc in _declared_rpcs(service)
         }
         return grpc.method_handlers_generic_handler(service.name, methods)
 
@@ -236,12 +237,12 @@ class _Calls:
                 if self._answered is not None:
                     self._answered(name, refused)
             await call.abort(code, text)
-            raise AssertionError("abort raises")  # for the type checker, to which grpcio is unknown
+            raise AssertionError("abort raises")  # for the type checker: grpcio has no types
 
         return handle
 
     def _peer(self, call: Any) -> GrpcPeer:
-        # A connection that is gone meanwhile is one of nobody; its call is about to be cancelled.
+        # If the connection has ended meanwhile there is no certificate; the call is about to be cancelled.
         certificate = self.certificates.get(call.peer())
         return GrpcPeer(
             certificate, {key: value for key, value in call.invocation_metadata() if isinstance(value, str)}
@@ -261,9 +262,9 @@ class _Calls:
 
 
 def details(text: str) -> str:
-    """Make a text fit for the details of a status: UTF-8, cut where it would be longer than clients take.
+    """Return a text as the details of a status: UTF-8, truncated to MAX_DETAILS bytes on the wire.
 
-    On the wire each byte beyond printable ASCII is three (`%0A`).
+    On the wire each byte that is not printable ASCII takes three (`%0A`).
     """
     data = text.encode("utf-8", "replace")
     size = 0
@@ -275,9 +276,9 @@ def details(text: str) -> str:
 
 
 def absent(name: str, context: Callable[[GrpcPeer], Awaitable[C]], error: Callable[[str], Exception]) -> GrpcService[C]:
-    """Make the stand-in for a service that this server knows and does not serve now.
+    """Make a service that this server knows, but does not serve now.
 
-    Each call of it is refused with the error that `error` makes of its name (`KMS.GetMeta`).
+    Each call is refused with the error that `error` returns for its name (`KMS.GetMeta`).
     """
     descriptor = default_pool().FindServiceByName(name)
 
@@ -299,10 +300,10 @@ def absent(name: str, context: Callable[[GrpcPeer], Awaitable[C]], error: Callab
     return GrpcService(name, ServiceTable(f"{descriptor.name}.", rpcs), context, serving=False)
 
 
-def _promised(service: GrpcService[Any]) -> list[Rpc[Any, Any, Any]]:
-    """Return the RPCs of a table that the .proto file names, which is what reflection tells clients.
+def _declared_rpcs(service: GrpcService[Any]) -> list[Rpc[Any, Any, Any]]:
+    """Return the RPCs of a table that the .proto file declares, which reflection shows to clients.
 
-    A table may have older ones, too. It may lack some that its release does not have: they are UNIMPLEMENTED.
+    A table may have older ones, too. Those that its release does not have are missing, and are UNIMPLEMENTED.
     """
     rpcs = []
     for method in default_pool().FindServiceByName(service.name).methods:

@@ -1,9 +1,9 @@
-"""An HTTP client for short requests to one server or several, with bounds.
+"""An HTTP client for short requests, with a deadline for each request and a limit for the length of an answer.
 
-Connections are kept between requests. Every request has one deadline for all of it, and an answer's length is bounded.
-Redirects are followed only if that is wanted; proxies, cookies and compression that nobody asked for are not used.
+Connections are kept between requests. Redirects are followed only on request. There are no proxies and no cookies, and
+the client does not offer to accept compression.
 
-Not here: what an answer means; how it is read (`transport/http/answer.py`).
+Not here: the meaning of an answer; parsing it (`transport.http.answer`).
 """
 
 import asyncio
@@ -20,11 +20,11 @@ from dstack_emu.transport.failures import NoAnswerError, NoAnswerInTimeError, de
 from dstack_emu.transport.http.answer import AnswerReader
 from dstack_emu.transport.http.client_connection import ClientConnection
 from dstack_emu.transport.http.headers import Headers
-from dstack_emu.transport.http.origin import Origin, Target
+from dstack_emu.transport.http.origin import Origin, RequestTarget
 
 KEPT_IDLE: Final = 2.0
-"""Seconds that a connection may be idle and be used again. Servers keep one for longer (Node for 5 s): a request that
-meets the end of its connection is lost."""
+"""Seconds for which an idle connection is kept for the next request. Servers keep one for longer (Node for 5 s);
+otherwise a request could be lost on a connection that the server is closing."""
 MAX_REDIRECTS: Final = 10
 
 _REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
@@ -33,9 +33,9 @@ _WITH_BODY: Final = frozenset(("POST", "PUT", "PATCH"))
 
 @dataclass(frozen=True, slots=True)
 class HttpAnswer:
-    """What a server answered; header names are compared without regard to case.
+    """An answer; the names of its headers are case-insensitive.
 
-    `certificate` is the server's (DER), None without TLS.
+    `certificate` is that of the server (DER), None without TLS.
     """
 
     status: int
@@ -47,10 +47,10 @@ class HttpAnswer:
 class HttpClient:
     """Sends requests. Close it; a later request opens new connections.
 
-    `timeout` is for a whole request, in seconds; `max_answer` the longest body that is read, in bytes, uncompressed;
-    `headers` go with every request; `kept_idle` is how many seconds a connection may be idle and be used again. `tls`
-    are the settings for https (None: servers are verified by the system's authorities). With `unix` every request goes
-    to that socket file, whatever host its URL names.
+    `timeout` is for a whole request, in seconds. `max_answer` is the maximum length of a body in bytes, uncompressed.
+    `headers` are sent with every request. `kept_idle` is the time in seconds for which an idle connection is kept.
+    `tls` are the settings for https (None: the system's authorities verify servers). With `unix`, every request goes to
+    that socket file, and the host in its URL is ignored. With `unpacks` false, a compressed body is returned as it is.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class HttpClient:
         self.timeout, self._max_answer, self._kept_idle = timeout, max_answer, kept_idle
         self._headers = _lines({"User-Agent": f"dstack-emu/{EMULATOR}", **(headers or {}), "Accept": "*/*"})
         self._tls, self._unix, self._unpacks = tls, unix, unpacks
-        self._target = Memo(Target.parse, lambda url, target: 3 * len(url), max_entries=64, max_bytes=1 << 16)
+        self._target = Memo(RequestTarget.parse, lambda url, target: 3 * len(url), max_entries=64, max_bytes=1 << 16)
         self._idle: dict[Origin, list[ClientConnection]] = {}
         self._open: set[ClientConnection] = set()
 
@@ -81,10 +81,10 @@ class HttpClient:
         follow_redirects: bool = False,
         write: Callable[[bytes], object] | None = None,
     ) -> HttpAnswer:
-        """Send a request and read the answer, whatever its status; with `write` the pieces of its body go there.
+        """Send a request and return the answer, whatever its status is.
 
-        Raises `NoAnswerError`, whose text says why there is none, and `AnswerTooLongError`. A GET that is lost with its
-        connection is sent once more, a POST never.
+        With `write`, the pieces of a successful answer's body are passed to it. Raises `NoAnswerError`, whose text says
+        why, and `AnswerTooLongError`. If the connection ends before the answer, a GET is sent once more, a POST is not.
         """
         try:
             async with asyncio.timeout(self.timeout):
@@ -100,7 +100,7 @@ class HttpClient:
         raise NoAnswerError(f"more than {MAX_REDIRECTS} redirects")
 
     async def close(self) -> None:
-        """Close the connections, those in use, too."""
+        """Close all connections, including those in use."""
         for connection in tuple(self._open):
             connection.abort()
         self._idle.clear()
@@ -140,7 +140,7 @@ class HttpClient:
     # ---- connections
 
     def _take(self, origin: Origin) -> ClientConnection | None:
-        """Take the connection that became idle last, if there is one."""
+        """Take the connection that became idle last; return None if there is none."""
         idle = self._idle.get(origin)
         while idle:
             connection = idle.pop()
@@ -187,7 +187,7 @@ class HttpClient:
 
 
 def _was_lost(error: Exception) -> bool:
-    """Return whether a request met the end of its connection before an answer began."""
+    """Return whether the connection ended before the answer began."""
     return isinstance(error, ConnectionError) or str(error) == "connection closed before the answer"
 
 

@@ -1,9 +1,9 @@
-"""Unpacking an OS image's archive, which comes from the network, into a folder of its own, and checking it there.
+"""Unpacks the archive of an OS image, which comes from the network, into a folder, and verifies the files.
 
-An archive holds plain files and folders. Whatever else one can put into a tar ends it: a path that leaves the folder,
-links, devices, a file of two owners, more than was agreed on. Nothing is executed, and no permission is taken over.
+An archive may contain plain files and folders. Anything else is refused: a path outside the folder, links, devices, a
+duplicate entry, or more than the limits. Nothing is executed, and no permissions are applied.
 
-All of it blocks, so it belongs into a thread; `stopped` is asked at every piece, and ends it.
+The functions block, so call them in a thread. They call `stopped` for every piece, and stop if it returns true.
 
 Source of truth: `extract_image_archive` and `download_image` of dstack `dstack/verifier/src/verification.rs` at
 312dc605. The bounds and the refusal of duplicates are this emulator's.
@@ -24,11 +24,11 @@ from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.os_image import CHECKSUM_FILE, METADATA_FILE, ManifestLine, parse_manifest, require_checksums
 
 PIECE: Final = 256 * 1024
-"""Bytes that are read at a time."""
+"""The number of bytes that are read at a time."""
 
-_MAX_ADDITION: Final = 64 * 1024  # bytes of what a tar says about an entry before its header: long names
+_MAX_ADDITION: Final = 64 * 1024  # bytes of an extension before an entry's header, such as a long name
 _ADDITIONS: Final = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-_MAX_DEPTH: Final = 16  # folders within one another: an image has none
+_MAX_DEPTH: Final = 16  # nested folders; an image has none
 _MAX_TEXT: Final = 1024 * 1024  # of sha256sum.txt
 
 Stopped = Callable[[], bool]
@@ -36,7 +36,7 @@ Stopped = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How large an image may be: bytes of the archive, bytes of all files in it, and how many entries."""
+    """The limits of an image: bytes of the archive, bytes of all files in it, and number of entries."""
 
     archive: int = 1 << 30
     unpacked: int = 2 << 30
@@ -44,21 +44,21 @@ class Limits:
 
 
 class StoppedError(Exception):
-    """The unpacking was given up from outside."""
+    """The caller has stopped the work."""
 
 
 class _Stream:
-    """The bytes inside a gzip file, so many at most."""
+    """The uncompressed bytes of a gzip file, up to a limit."""
 
     def __init__(self, gzip: GzipFile, limit: int, stopped: Stopped) -> None:
         self._gzip, self._limit, self._left, self._stopped = gzip, limit, limit, stopped
 
     def exactly(self, size: int) -> bytes:
-        """Read so many bytes, or raise."""
+        """Read exactly `size` bytes; raise `FormatError` if there are fewer, or `StoppedError`."""
         return b"".join(self.pieces(size))
 
     def pieces(self, size: int) -> Iterator[bytes]:
-        """Read so many bytes piece by piece, or raise."""
+        """Yield exactly `size` bytes in pieces; raise `FormatError` if there are fewer, or `StoppedError`."""
         if size > self._left:
             raise FormatError(f"image archive unpacks to more than {self._limit} bytes")
         self._left -= size
@@ -72,14 +72,14 @@ class _Stream:
             yield piece
 
     def padding(self, size: int) -> None:
-        """Skip what fills an entry of that size up to whole blocks."""
+        """Skip the padding after an entry of that size."""
         self.exactly(-size % tarfile.BLOCKSIZE)
 
 
 def unpack(archive: Path, folder: Path, limits: Limits, stopped: Stopped) -> None:
     """Unpack a tar.gz into an empty folder; raise `FormatError` naming the entry that is wrong."""
     files: set[PurePosixPath] = set()
-    # Beside the files: headers and padding, and what is said about an entry before it.
+    # In addition to the files: headers, padding, and the extensions before entries.
     overhead = limits.entries * (4 * tarfile.BLOCKSIZE + _MAX_ADDITION) + tarfile.RECORDSIZE
     try:
         with GzipFile(archive) as gzip:
@@ -94,15 +94,15 @@ def unpack(archive: Path, folder: Path, limits: Limits, stopped: Stopped) -> Non
                 _unpack_entry(stream, entry, folder, files)
     except (tarfile.TarError, BadGzipFile, EOFError, zlib.error) as error:
         raise FormatError(f"Failed to read image archive: {error}") from error
-    except (OSError, ValueError) as error:  # a name that no file can have is either
+    except (OSError, ValueError) as error:  # an impossible file name raises either
         cause = error.strerror if isinstance(error, OSError) else error
         raise FormatError(f"Failed to extract image archive entry: {cause}") from error
 
 
 def _entries(stream: _Stream) -> Iterator[tarfile.TarInfo]:
-    """Read headers, with long names applied; whoever takes one reads its content and padding before the next.
+    """Yield the headers, with long names applied; the caller reads content and padding before it takes the next one.
 
-    `tarfile` parses a header; it does not read the stream, for it would take sparse maps of any size into memory.
+    `tarfile` parses single headers only: if it read the stream, it would load sparse maps of any size into memory.
     """
     name, size = "", -1
     while True:
@@ -121,14 +121,14 @@ def _entries(stream: _Stream) -> Iterator[tarfile.TarInfo]:
                 name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
             elif entry.type == tarfile.XHDTYPE:
                 name, size = _pax(content)
-            continue  # a link's long target: what follows is refused as a link; global records say nothing of ours
+            continue  # the long target of a link, which is refused below; global records are not needed
         entry.name, entry.size = name or entry.name, entry.size if size < 0 else size
         name, size = "", -1
         yield entry
 
 
 def _pax(content: bytes) -> tuple[str, int]:
-    """Name and size out of an entry's pax records; empty and -1 where they say none."""
+    """Return name and size in an entry's pax records; empty and -1 if they are not there."""
     name, size = "", -1
     while content:
         length, space, _ = content.partition(b" ")
@@ -155,7 +155,7 @@ def _unpack_entry(stream: _Stream, entry: tarfile.TarInfo, folder: Path, files: 
         raise FormatError(f"image archive contains unsafe path {shown}")
     target = folder / path
     if entry.type == tarfile.DIRTYPE:
-        for _ in stream.pieces(entry.size):  # nobody writes any, but it could be said
+        for _ in stream.pieces(entry.size):  # a folder has no content, but its header could state a size
             pass
         target.mkdir(parents=True, exist_ok=True)
     elif entry.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
@@ -171,10 +171,10 @@ def _unpack_entry(stream: _Stream, entry: tarfile.TarInfo, folder: Path, files: 
     stream.padding(entry.size)
 
 
-def admit(folder: Path, os_image_hash: str, stopped: Stopped) -> None:
-    """Judge an unpacked image: every listed file has its checksum, the list has the image's hash (hex).
+def verify_image_files(folder: Path, os_image_hash: str, stopped: Stopped) -> None:
+    """Verify an unpacked image: every listed file has its checksum, and the list has the image's hash (hex).
 
-    What is not listed is deleted. Raises `FormatError` with upstream's words.
+    Files that are not listed are deleted. Raises `FormatError` with upstream's text.
     """
     checksum_file = _read_text(folder / CHECKSUM_FILE)
     manifest = parse_manifest(checksum_file)
@@ -205,7 +205,7 @@ def _sha256(path: Path, stopped: Stopped) -> bytes | None:
                 if stopped():
                     raise StoppedError
                 digest.update(piece)
-    except OSError:  # none, or a folder
+    except OSError:  # missing, or a folder
         return None
     return digest.digest()
 

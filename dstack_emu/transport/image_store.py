@@ -1,11 +1,12 @@
-"""Judging evidence by its OS image: the one check behind a KMS's keys and behind a verifier's answer.
+"""Verifies evidence against its OS image, for the KMS and for the verifier.
 
-The lite variant needs nothing but the evidence. The legacy variant needs the image, which is downloaded by a URL
-template and kept, and the registers of that machine, which only QEMU's ACPI tables give: they have to lie in the cache
-of measurements already, for there is no QEMU here.
+The lite variant needs only the evidence. The legacy variant needs the image, which is downloaded and kept, and the
+registers of the VM, which depend on QEMU's ACPI tables. There is no QEMU here, so the registers must be in the cache of
+measurements already.
 
-The cache has upstream's layout, so that either can use the other's: `images/<os_image_hash>/` with an image's files,
-`images/tmp/` for what is being downloaded, and `measurements/<key>.json`. It only grows: who runs it clears it.
+The cache has upstream's layout, so that both programs can use it: `images/<os_image_hash>/` contains an image's files,
+`images/tmp/` the downloads in progress, and `measurements/<key>.json` registers. Nothing is ever deleted from it: that
+is up to the operator.
 
 Source of truth: `CvmVerifier` of dstack `dstack/verifier/src/verification.rs` at 312dc605.
 """
@@ -39,14 +40,14 @@ from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.attest.vmconfig import VmConfig
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
-from dstack_emu.transport.image_archive import Limits, Stopped, StoppedError, admit, unpack
+from dstack_emu.transport.image_archive import Limits, Stopped, StoppedError, unpack, verify_image_files
 from dstack_emu.transport.status import status_line
 
 PLACEHOLDER: Final = "{OS_IMAGE_HASH}"
-"""What a download URL must contain: the image's hash, in hex, takes its place."""
+"""The part of a download URL that is replaced by the image's hash in hex."""
 
 _HASH_SIZE: Final = 32
-_AT_ONCE: Final = 4  # downloads under way: whoever calls names an image, and must not fill the disk with many
+_AT_ONCE: Final = 4  # simultaneous downloads: a caller chooses the image, and must not fill the disk
 _MAX_CACHED: Final = 1024 * 1024
 
 log = logging.getLogger(__name__)
@@ -56,22 +57,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ImageVerdict:
-    """The registers are those of the image that this config names; in the legacy variant with ACPI tables and all."""
+    """The registers are those of the image in this VM config; in the legacy variant ACPI tables are verified, too."""
 
     vm_config: VmConfig
     acpi_tables_verified: bool
 
 
 def _read_config(text: str) -> tuple[VmConfig, ImageMeasurement | None]:
-    """Read a VM config, and of the lite variant the measurement document in it, which is None of the legacy one."""
+    """Parse a VM config and its measurement document, which is None for the legacy variant."""
     config = decode_vm_config(text)
     return config, lite_measurement(config) if config.tdx_attestation_variant == "lite" else None
 
 
 class ImageStore:
-    """Verifies boots by their images, with a cache in one folder. Close it, for its connections.
+    """Verifies boots against their images, with a cache in a folder. Close it to close its connections.
 
-    `download_url` contains PLACEHOLDER; `timeout` is what a download may take in all, in seconds.
+    `download_url` contains PLACEHOLDER; `timeout` is for a whole download, in seconds.
     """
 
     def __init__(self, cache_dir: Path, download_url: str, timeout: float, limits: Limits | None = None) -> None:
@@ -80,9 +81,9 @@ class ImageStore:
         self._limits = limits or Limits()
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._coming: dict[str, asyncio.Lock] = {}
-        # The deadline is the caller's; what is served as gzip is an archive, and is not to be unpacked here.
+        # An archive may be served with Content-Encoding gzip; the client must not decompress it.
         self._client = HttpClient(timeout=timeout, max_answer=self._limits.archive, unpacks=False)
-        # Of machines that boot one image alike there are many, and each calls often.
+        # Many VMs boot one image in the same way, and each calls often.
         self._read_config = Memo(_read_config, lambda text, _: 3 * len(text), max_entries=256, max_bytes=4 << 20)
         self._lite_registers = Memo(
             self._compute, lambda boot, _: len(boot[0]) + 512, max_entries=256, max_bytes=4 << 20
@@ -99,10 +100,10 @@ class ImageStore:
         *,
         on_image: Callable[[ImageInfo], None] = lambda info: None,
     ) -> ImageVerdict:
-        """Recompute MRTD and RTMR0 to 2; `vm_config`, a request's, goes before the evidence's own.
+        """Verify MRTD and RTMR0 to 2 by computing them; a request's `vm_config` overrides that of the evidence.
 
-        `on_image` is called with what the image says of itself, once it is there, whatever the result. Raises
-        `VerificationError` with upstream's words.
+        `on_image` is called with the image's metadata once it is available, whatever the result is. Raises
+        `VerificationError` with upstream's text.
         """
         text = vm_config or evidence.attestation.config
         config, measurement = self._read_config(text)
@@ -137,10 +138,10 @@ class ImageStore:
         return registers
 
     async def _image(self, wanted: bytes) -> tuple[ImageInfo, bytes]:
-        """Have an image at hand; return what it says of itself, and the hash of its checksum file as it lies there."""
+        """Download an image if it is not in the cache; return its metadata, and the hash of its checksum file there."""
         name = wanted.hex()
         folder = self._images / name
-        # A hash of another size has no folder of its own (the empty one would be all images'), and no image.
+        # A hash of another size names no image; an empty one would be the folder of all images.
         if len(wanted) != _HASH_SIZE:
             raise VerificationError(
                 f"Failed to download image {name:.80}: os_image_hash does not match sha256({CHECKSUM_FILE})"
@@ -165,7 +166,7 @@ class ImageStore:
     # ---- downloading
 
     async def _download_in_time(self, name: str, folder: Path) -> None:
-        lock = self._coming.setdefault(name, asyncio.Lock())  # who wants the same image waits for it
+        lock = self._coming.setdefault(name, asyncio.Lock())  # calls for the same image wait for it
         try:
             async with asyncio.timeout(self._timeout), lock, self._turns:
                 if (folder / METADATA_FILE).exists():
@@ -192,7 +193,7 @@ class ImageStore:
     def _put_in_place(self, archive: Path, unpacked: Path, name: str, folder: Path, stopped: Stopped) -> None:
         unpacked.mkdir()
         unpack(archive, unpacked, self._limits, stopped)
-        admit(unpacked, name, stopped)
+        verify_image_files(unpacked, name, stopped)
         if folder.exists():
             shutil.rmtree(folder)
         unpacked.rename(folder)
@@ -211,7 +212,7 @@ class ImageStore:
 
 
 async def _in_thread(work: Callable[[Stopped], T]) -> T:
-    """Do blocking work; when cancelled, wait until it has noticed, so that nothing is written any more afterwards."""
+    """Run blocking work in a thread; if cancelled, wait until it has stopped, so that it writes nothing afterwards."""
     stop = threading.Event()
     task = asyncio.ensure_future(asyncio.to_thread(work, stop.is_set))
     try:
@@ -220,11 +221,11 @@ async def _in_thread(work: Callable[[Stopped], T]) -> T:
         stop.set()
         await asyncio.wait((task,))
         raise
-    except StoppedError as error:  # which nobody asked for then
+    except StoppedError as error:  # although nobody stopped it
         raise FormatError("unpacking was given up") from error
 
 
 def _read(path: Path) -> bytes:
-    """Read a file of the cache, so much of it as one of ours can have."""
+    """Read a file of the cache, at most as many bytes as a valid one has."""
     with path.open("rb") as file:
         return file.read(_MAX_CACHED)

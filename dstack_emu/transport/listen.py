@@ -1,13 +1,13 @@
-"""Listening sockets, and serving an application on one.
+"""Binds sockets, and serves applications on them.
 
-Binding stands apart from serving: a bound socket already listens, so its address is known and clients may
-connect before the application is up, and a port that is taken is known before anything else is started.
+Binding is separate from serving. A bound socket already listens, so its address is known and clients may connect before
+the application runs; and a port that is in use is an error before anything else is started.
 
 An application is one of our own (`transport.http`) or aiohttp's. Closing does not wait for clients that keep their
 connections open.
 
-Not here: connections (`transport.http.protocol`, `transport.aiohttp_server`), TLS settings (an ssl.SSLContext is the
-caller's), file permissions (the caller's umask).
+Not here: connections (`transport.http.protocol`, `transport.aiohttp_server`), TLS settings (the caller passes an
+ssl.SSLContext), file permissions (the umask of the process).
 """
 
 import asyncio
@@ -32,15 +32,16 @@ AnyApplication: TypeAlias = "Application | web.Application"
 """An application of our own kind, or aiohttp's."""
 
 GRACE: Final = 2.0
-"""Seconds that closing a server takes at most; calls in progress get half of them to finish."""
+"""The maximum time in seconds to close a server; calls in progress get half of it to finish."""
 
 _BACKLOG: Final = 1024
 
 
 def bind_tcp(host: str, port: int, *, setting: str = "", listen: bool = True) -> socket.socket:
-    """Bind and listen on a TCP address; port 0 takes a free one. Errors name `setting`, if given.
+    """Bind and listen on a TCP address; port 0 takes a free one.
 
-    Without `listen` the port is taken, but clients are turned away until something is served on it.
+    If `listen` is false, the port is bound, but clients are refused until something is served on it. Raises
+    `ListenError`, which names `setting` if it is given.
     """
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if not 0 <= port <= 65535:  # getaddrinfo would cut it to 16 bits
@@ -63,10 +64,10 @@ def bind_tcp(host: str, port: int, *, setting: str = "", listen: bool = True) ->
 
 
 def bind_unix(path: str | os.PathLike[str], *, setting: str = "") -> socket.socket:
-    """Bind and listen on a socket file.
+    """Bind and listen on a socket file, in a folder that exists.
 
-    A socket file that nobody listens on any more is replaced. One that answers, or a file of another kind, is
-    left alone and refused. The folder has to exist.
+    A socket file without a listener is replaced. If another process listens there, or it is not a socket, raise
+    `ListenError`, which names `setting` if it is given.
     """
     path = os.path.abspath(path)
     address = f"unix:{path}"
@@ -82,15 +83,15 @@ def bind_unix(path: str | os.PathLike[str], *, setting: str = "") -> socket.sock
 
 
 def reachable(sock: socket.socket) -> str:
-    """Where a client on this machine reaches a bound TCP socket: `host:port`."""
+    """Return the address of a bound TCP socket for clients on this machine: `host:port`."""
     host, port = sock.getsockname()[:2]
-    # An unspecified address is one to listen on, not one to connect to.
+    # A server can listen on an unspecified address, but a client cannot connect to one.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
     return f"{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def reset(transport: asyncio.WriteTransport) -> None:
-    """End a connection at once: over TCP with a reset, not an orderly close."""
+    """End a connection at once; over TCP with a reset instead of an orderly close."""
     sock = None if transport.is_closing() else transport.get_extra_info("socket")
     if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -98,9 +99,9 @@ def reset(transport: asyncio.WriteTransport) -> None:
 
 
 def reserve_unix(path: str | os.PathLike[str], *, setting: str = "") -> str:
-    """Check that a socket file can be made there, by `bind_unix`'s rules, and return its path; leave nothing there.
+    """Check by the rules of `bind_unix` that a socket file can be created, and return its path.
 
-    For a server that can only bind by itself, such as grpcio's.
+    No file is left there. Use it for a server that can only bind by itself, such as grpcio's.
     """
     path = os.path.abspath(path)
     bind_unix(path, setting=setting).close()
@@ -144,17 +145,17 @@ def _why(error: OSError) -> str:
 
 
 class _Connections(Protocol):
-    """An application's connections: called for the protocol of a new one, and closed at the end."""
+    """The connections of an application: it makes the protocol of a new one, and closes all."""
 
     def __call__(self) -> asyncio.BaseProtocol: ...
 
     async def close(self) -> None:
-        """Close them all, after the answers in progress."""
+        """Close all connections, after the answers in progress."""
         ...
 
 
 class Server:
-    """An application being served. Made by `serve`."""
+    """A running server; `serve` makes it."""
 
     def __init__(self, sock: socket.socket, secure: bool, listener: asyncio.Server, connections: _Connections) -> None:
         self._listener, self._connections = listener, connections
@@ -168,11 +169,11 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where a client on this machine reaches it: `http(s)://host:port` or `unix:/path`."""
+        """The URL for clients on this machine: `http(s)://host:port` or `unix:/path`."""
         return self._url
 
     def stop_listening(self) -> None:
-        """Accept nobody from here on, at once; `close` does the rest."""
+        """Accept no further connections; `close` does the rest."""
         self._listener.close()
 
     async def close(self) -> None:
@@ -182,12 +183,12 @@ class Server:
         if self._file is not None:
             path, inode = self._file
             with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_ino == inode:  # not the one that another server put there since
+                if path.stat().st_ino == inode:  # not a file that another server has created meanwhile
                     path.unlink()
 
 
 async def serve(app: AnyApplication, sock: socket.socket, ssl_context: ssl.SSLContext | None = None) -> Server:
-    """Start an application, of our own kind or of aiohttp's, on a bound socket, which it owns from here on."""
+    """Serve an application, our own or aiohttp's, on a bound socket; take ownership of the socket."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted ones inherit it
     connections: _Connections | None = None
     try:
@@ -206,7 +207,7 @@ async def serve(app: AnyApplication, sock: socket.socket, ssl_context: ssl.SSLCo
 async def _connections(app: AnyApplication) -> _Connections:
     if isinstance(app, Application):
         return HttpServer(app, grace=GRACE)
-    # Imported only here: a server of our own kind of application has no use for aiohttp's.
+    # Imported here, because a server of our own applications does not need aiohttp's.
     from dstack_emu.transport.aiohttp_server import AiohttpServer
 
     server = AiohttpServer(app, GRACE)
@@ -219,12 +220,12 @@ async def _connections(app: AnyApplication) -> _Connections:
 
 
 # ---- TLS alerts --------------------------------------------------------------------------------------------
-# asyncio closes a connection whose handshake failed without sending what OpenSSL has to say about it, so a client with
-# another CA's certificate would see its connection end and not why.
+# If a handshake fails, asyncio closes the connection without sending OpenSSL's alert, so a client with a certificate of
+# another CA would see the end of its connection, but no reason.
 
 
 class _AlertingSslObject(ssl.SSLObject):
-    """Lets the alert of a failed handshake out before the failure is reported."""
+    """Sends the alert of a failed handshake before it reports the failure."""
 
     outgoing: ssl.MemoryBIO
     _failure: ssl.SSLError | None = None
@@ -240,14 +241,14 @@ class _AlertingSslObject(ssl.SSLObject):
             if not self.outgoing.pending:
                 raise
             self._failure = error
-            # Asked to read on, asyncio first sends what is written; the client, having the alert, ends the connection.
+            # asyncio sends pending bytes before it reads again; the client gets the alert and ends the connection.
             raise ssl.SSLWantReadError from error
 
 
 class ServerTlsContext(ssl.SSLContext):
-    """A context for `serve`, whose failed handshakes end with OpenSSL's alert."""
+    """A context for `serve` that ends failed handshakes with OpenSSL's alert."""
 
-    sslobject_class = _AlertingSslObject  # a documented attribute, meant for this
+    sslobject_class = _AlertingSslObject  # a documented attribute for this purpose
 
     def wrap_bio(
         self,
@@ -257,7 +258,7 @@ class ServerTlsContext(ssl.SSLContext):
         server_hostname: str | bytes | None = None,
         session: ssl.SSLSession | None = None,
     ) -> ssl.SSLObject:
-        """Wrap as the standard library does, and remember where alerts are written to."""
+        """Wrap as the standard library does, and keep the BIO that alerts are written to."""
         wrapped = super().wrap_bio(incoming, outgoing, server_side, server_hostname, session)
         if isinstance(wrapped, _AlertingSslObject):
             wrapped.outgoing = outgoing

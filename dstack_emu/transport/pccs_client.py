@@ -1,11 +1,11 @@
-"""Fetching collateral from a PCCS, and verifying evidence with it.
+"""Fetches collateral from a PCCS, and verifies evidence with it.
 
-Four requests for each verification, as the real KMS makes them, so a platform that is revoked at the PCCS is refused at
-the very next call. An ETag makes the answer to an unchanged document short, and a PCCS of ours is asked after all four
-at once, by the ETag of those that are held; whatever it answers but "not modified" leads to the four requests. Callers
-that come while requests are under way share those that follow: nobody is verified by collateral that was requested
-before the call. Nothing is trusted for having been cached: `attest.verify` checks signatures and dates, once a second
-where neither the evidence nor a document changed. Source: `dcap-qvl` src/collateral.rs at 0.7.0; dstack
+Each verification makes four requests, as the real KMS does, so a platform that is revoked at the PCCS is refused at the
+next call. With ETags, the answer for an unchanged document is short. The emulated PCCS can confirm all four documents
+in one request, by their combined ETag; after any answer but "not modified", the four requests are made. Calls that come
+while requests are in progress share the requests that follow: no call is verified with collateral that was requested
+before it came. Cached documents are not trusted: `attest.verify` verifies signatures and dates, but at most once a
+second if neither the evidence nor a document has changed. Source: `dcap-qvl` src/collateral.rs at 0.7.0; dstack
 `dstack-attest/src/attestation.rs:181` at 312dc605.
 """
 
@@ -34,19 +34,20 @@ from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError, NoA
 from dstack_emu.transport.http_client import HttpAnswer, HttpClient
 
 Clock = Callable[[], int]
-"""Unix seconds, now."""
+"""Returns the time in Unix seconds."""
 
 DEFAULT_TIMEOUT = 10.0
 MAX_DOCUMENT = 1024 * 1024
 SHOWN = 200
+"""Characters of an error page in a message."""
 PATIENCE = 0.1
-"""Seconds that callers wait for requests under way before they ask on their own."""
+"""Seconds for which a call waits for requests in progress before it makes its own."""
 _ISSUER_HEADERS = (PCK_CRL_ISSUER_HEADER, *TCB_INFO_ISSUER_HEADERS, QE_IDENTITY_ISSUER_HEADER)
 
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """A document as it was last answered; `revalidation` is where the PCCS says it may be asked after all four."""
+    """A document from its last answer; `revalidation` is the PCCS's URL to confirm all four documents at once."""
 
     document: Document
     etag: str
@@ -56,20 +57,20 @@ class _Held:
 
 @dataclass(frozen=True, slots=True)
 class _Assembled:
-    """Collateral made of four documents; `revalidation` is where to ask after them at once, if anywhere."""
+    """Collateral of four documents; `revalidation` is the URL to confirm them at once, empty if there is none."""
 
     documents: tuple[Document, ...]
     collateral: QuoteCollateralV3
     revalidation: str
     etag: str
-    """The four ETags as one."""
+    """The combined ETag of the four documents."""
 
 
 class PccsClient:
-    """One PCCS, asked over kept-alive connections. Close it.
+    """A client of one PCCS, with kept connections. Close it.
 
-    `ttl` is how many seconds a document is used that came without an ETag; with 0 it is asked for each time. `headers`
-    are added to each question for a document.
+    `ttl` is the time in seconds for which a document without an ETag is used; with 0 it is requested each time.
+    `headers` are added to each request for a document.
     """
 
     def __init__(
@@ -80,39 +81,39 @@ class PccsClient:
         self._more_headers = headers
         self._client = HttpClient(timeout=timeout, max_answer=MAX_DOCUMENT)
         self.keys = CollateralKeys()
-        # Whoever calls names a platform: that must not fill memory.
+        # Callers choose the platform, so the caches need a limit.
         self._documents: BoundedCache[str, _Held] = BoundedCache(1024, 16 << 20)
         self._assembled: BoundedCache[CollateralKey, _Assembled] = BoundedCache(256, 16 << 20)
         self._coming: dict[CollateralKey, asyncio.Task[QuoteCollateralV3]] = {}
         self._under_way: dict[CollateralKey, asyncio.Task[QuoteCollateralV3]] = {}
 
     async def collateral(self, quote: bytes) -> QuoteCollateralV3:
-        """Ask for what this quote needs.
+        """Fetch the collateral for a quote.
 
-        Raises `TransportError` naming the URL, or `FormatError` for an answer that is none.
+        Raises `TransportError`, which names the URL, or `FormatError` if an answer is not a document.
         """
         return await self.collateral_of(self.keys.of_quote(quote))
 
     async def collateral_of(self, key: CollateralKey) -> QuoteCollateralV3:
-        """Ask for what the quotes of a platform need; raise as `collateral` does."""
-        question = self._coming.get(key)
-        if question is None:
-            question = self._coming[key] = asyncio.create_task(self._ask_in_turn(key, self._under_way.get(key)))
-        return await asyncio.shield(question)  # which others may be waiting for
+        """Fetch the collateral for the quotes of a platform; raise the errors of `collateral`."""
+        task = self._coming.get(key)
+        if task is None:
+            task = self._coming[key] = asyncio.create_task(self._fetch_in_turn(key, self._under_way.get(key)))
+        return await asyncio.shield(task)  # other calls may be waiting for it
 
-    async def _ask_in_turn(
+    async def _fetch_in_turn(
         self, key: CollateralKey, before: "asyncio.Task[QuoteCollateralV3] | None"
     ) -> QuoteCollateralV3:
         if before is not None:
             await asyncio.wait((before,), timeout=PATIENCE)
-        question = self._under_way[key] = self._coming.pop(key)  # who comes from here on is too late for this one
+        task = self._under_way[key] = self._coming.pop(key)  # calls from here on do not share these requests
         try:
-            return await self._ask(key)
+            return await self._fetch_collateral(key)
         finally:
-            if self._under_way.get(key) is question:
+            if self._under_way.get(key) is task:
                 del self._under_way[key]
 
-    async def _ask(self, key: CollateralKey) -> QuoteCollateralV3:
+    async def _fetch_collateral(self, key: CollateralKey) -> QuoteCollateralV3:
         known = self._assembled.get(key)
         if known is not None and known.revalidation and await self._is_current(known):
             return known.collateral
@@ -125,14 +126,14 @@ class PccsClient:
         return collateral
 
     def forget(self) -> None:
-        """Forget every document: the next question for each is answered in full."""
+        """Forget every document, so that the next request for each is answered in full."""
         self._documents.clear()
         self._assembled.clear()
 
     def _revalidation(self, held: tuple[_Held, ...]) -> tuple[str, str]:
-        """Where to ask after these documents at once, and by which ETag; nothing where a server did not say so itself.
+        """Return the URL to confirm these documents at once, and their combined ETag; empty texts if there is none.
 
-        An address elsewhere was meant for another client, such as a proxy that gave its own answers before this one.
+        A URL at another server was meant for another client, such as a proxy in front of the PCCS, and is not used.
         """
         url = next((h.revalidation for h in held if h.revalidation), "")
         if not url.startswith(f"{self.base_url}/") or not all(h.etag for h in held):
@@ -142,23 +143,23 @@ class PccsClient:
     async def _is_current(self, known: _Assembled) -> bool:
         try:
             answer = await self._client.send("GET", known.revalidation, headers={"If-None-Match": known.etag})
-        except NoAnswerInTimeError as error:  # of a server that hangs enough was waited for
+        except NoAnswerInTimeError as error:  # the server hangs: waiting for four more requests would not help
             raise TransportError(known.revalidation, str(error)) from error
         except (NoAnswerError, AnswerTooLongError):
-            return False  # what is wrong shows when the documents are asked for
+            return False  # the requests for the documents will report the error
         return answer.status == 304
 
     async def close(self) -> None:
-        """Close the connections, and give up what is under way."""
-        questions = {*self._coming.values(), *self._under_way.values()}
-        for question in questions:
-            question.cancel()
-        await asyncio.gather(*questions, return_exceptions=True)
+        """Close the connections, and cancel requests in progress."""
+        tasks = {*self._coming.values(), *self._under_way.values()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._coming.clear()
         await self._client.close()
 
     async def _fetch_all(self, paths: Iterable[str]) -> tuple[_Held, ...]:
-        """Fetch documents at once; raise the error of the first path that has one, whichever failed first."""
+        """Fetch documents simultaneously; if some fail, raise the error of the first of these paths."""
         fetched = await asyncio.gather(*map(self._fetch, paths), return_exceptions=True)
         for document in fetched:
             if isinstance(document, BaseException):
@@ -190,8 +191,8 @@ class PccsClient:
 
 def _document(url: str, answer: HttpAnswer) -> Document:
     if answer.status != 200:
-        said = answer.body[:SHOWN].decode(errors="replace")
-        raise TransportError(url, f"PCCS status {answer.status}, 200 expected: {said}")
+        text = answer.body[:SHOWN].decode(errors="replace")
+        raise TransportError(url, f"PCCS status {answer.status}, 200 expected: {text}")
     chain = next((answer.headers[name] for name in _ISSUER_HEADERS if name in answer.headers), "")
     return Document(answer.body, chain)
 
@@ -203,13 +204,13 @@ class _Verdict:
 
 
 CertificateEvidence = tuple[bytes, Attestation | None]
-"""The public key of a certificate (SPKI DER), and the evidence that it carries, if any."""
+"""The public key of a certificate (SPKI DER), and the evidence in it, None if there is none."""
 
 
 def read_certificate(der: bytes) -> CertificateEvidence:
-    """Read a client's certificate: what it says, not whether it holds.
+    """Parse a client's certificate without verifying it.
 
-    Raises `FormatError`, for extensions that are no evidence, too, and in upstream's order.
+    Raises `FormatError` for any of dstack's extensions, in upstream's order.
     """
     certificate = load_der(der)
     app_id_of(certificate)
@@ -222,7 +223,7 @@ def _size_of_certificate(der: bytes, evidence: CertificateEvidence) -> int:
 
 
 class AttestationVerifier:
-    """Verifies evidence under one root, with collateral of one PCCS, at the time of one clock."""
+    """Verifies evidence under a root certificate, with the collateral of a PCCS, at the time of a clock."""
 
     def __init__(self, pccs: PccsClient, anchor: TrustAnchor, clock: Clock) -> None:
         self.pccs, self.anchor, self.clock = pccs, anchor, clock
@@ -236,14 +237,14 @@ class AttestationVerifier:
         self._verdicts.clear()
 
     def read_certificate(self, der: bytes) -> "CertificateEvidence":
-        """Read the certificate that a client shows in each handshake; raise `FormatError`."""
+        """Parse the certificate that a client shows in each handshake, with a cache; raise `FormatError`."""
         return self._certificates(der)
 
     async def verify(self, attestation: Attestation) -> VerifiedAttestation:
         """Verify evidence.
 
-        Raises `VerificationError`, its cause in upstream's words; a PCCS that is down, or answers no collateral, is a
-        `UnverifiableError`.
+        Raises `VerificationError` with upstream's text, or `UnverifiableError` if the PCCS does not answer, or not with
+        collateral.
         """
         try:
             key = self.pccs.keys.of_quote(attestation.quote)
@@ -253,7 +254,7 @@ class AttestationVerifier:
             collateral = await self.pccs.collateral_of(key)
             return self._verify_once(attestation, collateral)
         except VerificationError:
-            # A document that was damaged on the way would be kept under the ETag of the good one.
+            # Otherwise a document that was damaged on its way would stay in the cache under the right ETag.
             self.pccs.forget()
             raise
         except (TransportError, AttestError) as error:
@@ -261,7 +262,7 @@ class AttestationVerifier:
             raise UnverifiableError(f"failed to verify TDX quote: {error}") from error
 
     def _verify_once(self, attestation: Attestation, collateral: QuoteCollateralV3) -> VerifiedAttestation:
-        """Verify, unless the very same evidence was, under the very same collateral, within this second."""
+        """Verify, unless the same evidence was verified with the same collateral within this second."""
         now = self.clock()
         if now != self._second:
             self._second = now
@@ -274,6 +275,6 @@ class AttestationVerifier:
         return verified
 
     async def verify_bound(self, attestation: Attestation, spki: bytes) -> VerifiedAttestation:
-        """Verify evidence that must bind a TLS key (SPKI DER): the binding first, then the evidence, as upstream."""
+        """Verify that evidence binds a TLS key (SPKI DER), and then the evidence, in the order of upstream."""
         require_bound_to_key(attestation, spki)
         return await self.verify(attestation)

@@ -1,6 +1,7 @@
-"""Where the emulator's services listen by default: one table, so that no two of them want the same port.
+"""The default ports of the emulator's services, in one table, so that no two are equal.
 
-The ports of the two KMS, their webhooks and agents are the authorization runbook's, so its commands work unchanged.
+The ports of the two KMS, their webhooks and agents are those of the authorization runbook, so that its commands work
+unchanged.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ PORTS: Final[Mapping[str, int]] = MappingProxyType(
         "control": 8070,
     }
 )
-"""Services in the order they are bound, and their ports."""
+"""The services in the order in which they are bound, and their ports."""
 
 GRPC_PORTS: Final[Mapping[str, int]] = MappingProxyType(
     {
@@ -34,9 +35,9 @@ GRPC_PORTS: Final[Mapping[str, int]] = MappingProxyType(
         "app-grpc": 8190,
     }
 )
-"""The gRPC listeners, which exist only if they are asked for."""
+"""The gRPC listeners, which exist only if gRPC is enabled."""
 
 IMAGE_PORT: Final = 8089
-"""Where `dstack-emu image serve` listens."""
+"""The port of `dstack-emu image serve`."""
 IMAGE_URL: Final = f"http://127.0.0.1:{IMAGE_PORT}/mr_{{OS_IMAGE_HASH}}.tar.gz"
-"""Where images of the legacy variant are downloaded from; those of the lite variant need no download."""
+"""The URL from which images of the legacy variant are downloaded; the lite variant needs no download."""

@@ -1,10 +1,10 @@
-"""pRPC over HTTP: puts the RPCs of a service table under a path of an application.
+"""pRPC over HTTP: serves the RPCs of a service table under a path of an application.
 
-One order for every call, as upstream: context (who asks; for a KMS that verifies the client certificate's
-attestation), body, name, decode, handler, encode. What the caller may know is an HTTP 400 with the text of
-the error, whatever went wrong; the rest is logged here and answered without details.
+Every call has the same steps, as upstream: context (who calls; a KMS verifies the attestation in the client certificate
+here), body, name, decode, handler, encode. An error that the caller may see becomes an HTTP 400 with its text. Any
+other error is logged, and answered without details.
 
-Not here: HTTP (dstack_emu/transport/http), encodings (dstack_emu/attest/prpc.py), and any service.
+Not here: HTTP (`transport.http`), encodings (`attest.prpc`), and the services.
 
 Source of truth: Dstack-TEE/dstack, branch next at 312dc605, dstack/ra-rpc/src/rocket_helper.rs, and recorded
 answers of the real programs.
@@ -41,10 +41,10 @@ C = TypeVar("C")
 _log = logging.getLogger(__name__)
 
 Context = Callable[[Request], Awaitable[C]]
-"""Says who calls, before the body is read."""
+"""Returns the context of a call (who calls), before the body is read; it may refuse the call."""
 
 Answered = Callable[[str, bool], None]
-"""Is told of every call that was answered: its name in the path, and whether it was refused."""
+"""Is called after every call, with its name in the path, and whether it was refused."""
 
 _VERBS: Final = ("GET", "HEAD", "POST")
 _HEADERS: Final = {True: (("Content-Type", JSON_TYPE),), False: (("Content-Type", BINARY_TYPE),)}
@@ -52,9 +52,9 @@ _HEADERS: Final = {True: (("Content-Type", JSON_TYPE),), False: (("Content-Type"
 
 @dataclass(frozen=True, slots=True)
 class RpcStatuses:
-    """The HTTP statuses of refused calls: of those that reach no handler, and of errors that have one of their own.
+    """The HTTP statuses of refused calls: those that reach no handler, and errors with a status of their own.
 
-    Any other refusal is a 400. What differs by dstack release comes from its table.
+    The status of any other refusal is 400. The release table has the statuses that differ between releases.
     """
 
     unknown_method: int = HTTPStatus.BAD_REQUEST
@@ -77,15 +77,15 @@ class RpcStatuses:
 
 
 class _CallError(Exception):
-    """A call that reaches no handler; the text is for the caller."""
+    """A call that reaches no handler; the caller gets the text."""
 
 
 class _UnknownMethodError(_CallError):
-    """A method that the mount does not have."""
+    """The mount has no such method."""
 
 
 class _OversizeError(_CallError):
-    """A body that is longer than the application reads."""
+    """The body is longer than the application's limit."""
 
 
 def add_prpc(
@@ -101,12 +101,13 @@ def add_prpc(
 ) -> None:
     """Serve `table` at POST and GET `<mount>/<Method>`; `mount` is empty or starts with a slash.
 
-    `context` is awaited first, before the body is read. An exception of `errors`, or an AttestError, from it
-    or from a handler becomes an HTTP 400, or what `statuses` says, with its text; any other is logged with its
-    traceback and answered by its type's name alone. Without `trim`, names that carry the table's prefix are unknown.
+    `context` is awaited before the body is read. If it or a handler raises an exception of `errors`, or an
+    `AttestError`, the answer has status 400, or that in `statuses`, and the exception's text. Any other exception is
+    logged with its traceback, and answered with only the name of its type. If `trim` is false, names with the table's
+    prefix are unknown.
 
-    Names that are unknown, percent-encoded or behind several slashes are found by the mount, too, and a mount without
-    a method is a 422. A page of the owner's own at `<mount>/` goes before it.
+    The mount also answers names that are unknown, percent-encoded, or after several slashes; a path without a method
+    gets status 422, unless the application has a page there.
     """
     prefix = table.prefix if trim else ""
     refusals: tuple[type[Exception], ...] = (_CallError, AttestError, *errors)
@@ -120,7 +121,7 @@ def add_prpc(
 
 @dataclass(frozen=True, slots=True)
 class PrpcMount(Generic[C]):
-    """A service table at one path: `prefix` is trimmed from names, `refusals` are the errors whose text is answered."""
+    """A service table at a path; `prefix` is removed from names, `refusals` are the errors whose text is answered."""
 
     mount: str
     prefix: str
@@ -131,7 +132,7 @@ class PrpcMount(Generic[C]):
     statuses: RpcStatuses
 
     async def answer(self, request: Request) -> Response:
-        """Answer one call, whatever becomes of it."""
+        """Answer one call; this raises nothing."""
         name = self._rest_of(request.path).lstrip("/")
         is_query, query = request.method != "POST", request.query
         verb = "GET" if is_query else "POST"
@@ -155,11 +156,11 @@ class PrpcMount(Generic[C]):
         return Response(status, given, _HEADERS[as_json])
 
     def find(self, request: Request) -> Handler | None:
-        """Find who answers a request below the mount that is no RPC by its exact path."""
+        """Return the handler of a request below the mount whose path is not exactly that of an RPC."""
         if not request.path.startswith(f"{self.mount}/"):
             return None
         rest = request.path[len(self.mount) + 1 :]
-        name = rest.lstrip("/")  # slashes before the name count once, however many there are
+        name = rest.lstrip("/")  # several slashes before the name are one
         if request.method in _VERBS and name and "/" not in name:
             return self.answer
         if self.answered is not None:
@@ -167,7 +168,7 @@ class PrpcMount(Generic[C]):
         return _no_method if request.method in _VERBS and not rest else None
 
     def _rest_of(self, path: str) -> str:
-        """Return what follows the mount's slash, percent-decoded."""
+        """Return the path after the mount's slash, percent-decoded."""
         rest = path[len(self.mount) + 1 :]
         return unquote(rest) if "%" in rest else rest
 

@@ -1,6 +1,6 @@
-"""RA-TLS from the client's side: a certificate that carries evidence, and a server whose evidence is verified.
+"""RA-TLS clients: make a certificate with evidence, and verify the evidence of a server.
 
-What dstack-util does when a guest fetches keys, and what a KMS does when it onboards from another. Source: dstack
+dstack-util does this when a guest fetches keys, and a KMS when it is onboarded from another one. Source: dstack
 `ra-rpc/src/client.rs` and `ra-tls/src/cert.rs` (`generate_ra_cert`) at 312dc605.
 """
 
@@ -42,12 +42,12 @@ TIMEOUT: Final = 60.0
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 Attester = Callable[[bytes], Awaitable[Attestation]]
-"""Quotes 64 bytes of report_data: a guest agent, or the trust domain itself."""
+"""Returns evidence with 64 bytes of report_data, from a guest agent or from the trust domain itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttestedServer:
-    """What a server proved of itself by its certificate; `attestation` is None where it carries no evidence."""
+    """What a server's certificate proves; `attestation` is None if it has no evidence."""
 
     attestation: VerifiedAttestation | None
     usage: str | None
@@ -61,7 +61,7 @@ async def make_identity(
     *,
     keeps_log_digests: bool = False,
 ) -> Identity:
-    """Make a client certificate under a KMS's temporary CA that carries evidence bound to its key."""
+    """Make a client certificate under a KMS's temporary CA, with evidence that binds its key."""
     request = CertificateRequest(
         public_key=key.public_key(),
         subject=CLIENT_SUBJECT,
@@ -84,26 +84,26 @@ async def make_self_issued_identity(key: ec.EllipticCurvePrivateKey, attester: A
 
 
 class RaTlsError(Exception):
-    """No usable answer of a server: nothing came, it refused, or what came cannot be read.
+    """A server gave no usable answer: none came, it refused, or the answer cannot be parsed.
 
-    Texts as upstream's client has them.
+    The texts are those of upstream's client.
     """
 
 
 class RefusedError(RaTlsError):
-    """A server that understood, and refused: its words are in the text."""
+    """A server refused the call; its error is in the text."""
 
 
 class RaTlsUnreachableError(RaTlsError):
-    """Nothing came: the server is not there, or speaks no TLS."""
+    """No answer came: the server cannot be reached, or does not speak TLS."""
 
 
 class RaTlsClient:
     """pRPC over TLS to one server. Close it.
 
-    `root_ca` (PEM) pins the server's issuer and checks its name; without it any certificate is accepted, and only
-    `check_peer` decides: it is called with every answer's peer before the answer is looked at, its HTTP status
-    included.
+    `root_ca` (PEM) must be the issuer of the server's certificate, whose name is checked, too. Without it any
+    certificate is accepted, and `check_peer` alone decides: it is called with the server of every answer, before the
+    answer and its status are read.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class RaTlsClient:
         self._client = PrpcClient(url, timeout=timeout, ssl=tls, check_server=check, headers=headers)
 
     async def call(self, method: str, request: Message, answer: type[M]) -> M:
-        """Ask one method and read its answer.
+        """Call a method and return its answer.
 
         Raises `RaTlsError`, or `VerificationError` if the server's evidence does not hold or `check_peer` refuses.
         """
@@ -142,7 +142,7 @@ class RaTlsClient:
         except TransportError as error:
             raise RaTlsUnreachableError(f"Failed to send request: {error}") from error
         except RpcError as error:
-            # All that pRPC refuses is a 400.
+            # pRPC's refusals have status 400.
             kind = RefusedError if error.status == HTTPStatus.BAD_REQUEST else RaTlsError
             raise kind(f"Request failed with status={status_line(error.status)}, error={error.body}") from error
         except FormatError as error:
@@ -154,7 +154,7 @@ class RaTlsClient:
 
 
 async def peer_of(certificate_der: bytes | None, verifier: AttestationVerifier | None) -> AttestedServer:
-    """What a server proves by its certificate; raise `AttestError` where its evidence does not hold."""
+    """Return what a server's certificate proves; raise `AttestError` if its evidence does not hold."""
     if certificate_der is None:
         raise VerificationError("No TLS info in response")
     certificate = load_der(certificate_der)
@@ -180,6 +180,6 @@ def _read(text: str, read: Callable[[x509.Certificate], T], certificate: x509.Ce
 
 
 def _within(text: str, error: AttestError) -> VerificationError:
-    """Return an error of verifying a server, with one more outer context."""
+    """Return an error of the verification of a server, with `text` before its own."""
     kind = UnverifiableError if isinstance(error, UnverifiableError) else VerificationError
     return kind(f"{text}: {error}")

@@ -1,13 +1,13 @@
-"""RA-TLS from the server's side: a client certificate of any issuer, which has to carry evidence.
+"""RA-TLS servers: accept client certificates of any issuer, if they contain evidence.
 
-A client may show no certificate. One that is shown must parse, be inside its validity and carry an attestation that
-decodes; otherwise the handshake ends with the alert handshake_failure. That the client has the certificate's key is
-proven by the handshake itself. That the evidence holds, and is bound to that key, is not: verify both on each request.
+A client may show no certificate. If it shows one, the certificate must be parsable and valid at the present time, and
+contain an attestation that decodes; otherwise the handshake ends with the alert handshake_failure. The handshake proves
+that the client has the certificate's key. It does not prove that the evidence holds or binds that key: verify both for
+each request.
 
-The standard library can only check issuers, so this is pyOpenSSL between memory buffers, in the shape of the standard
-library's `ssl.SSLObject`: asyncio and uvloop drive it as they drive that one. docs/decisions/client-certificates.md
-has the alternatives and the measurements. Import this module only where such a server is wanted: it loads a second
-OpenSSL binding.
+The standard library can only verify issuers. Therefore this is pyOpenSSL between memory buffers, with the interface of
+the standard library's `ssl.SSLObject`, which asyncio and uvloop use. docs/decisions/client-certificates.md has the
+alternatives and the measurements. Import this module only for such a server: it loads a second OpenSSL binding.
 
 Not here: resumed sessions (each connection shows its certificate anew), renegotiation and early data.
 Source: dstack `ra-rpc/src/ratls_client_verifier.rs` at 3d5f600e.
@@ -28,11 +28,11 @@ _TLS12_CIPHERS: Final = b"ECDHE+AESGCM:ECDHE+CHACHA20"
 """rustls's suites; those of TLS 1.3 are the same in both libraries."""
 _SECRET_LABEL: Final = b"SERVER_TRAFFIC_SECRET_0"
 _RECORD_SIZE: Final = 16 * 1024
-"""Bytes of plaintext in a TLS record, and so in one read, at most."""
+"""The maximum number of plaintext bytes in a TLS record, and so in one read."""
 _TLS12_OVERHEAD: Final = 21
-"""Bytes that a record has beside its plaintext at least: header and tag (ChaCha20-Poly1305's; AES-GCM's has more)."""
+"""The minimum overhead of a record in bytes: header and tag (ChaCha20-Poly1305; AES-GCM has more)."""
 _TLS13_OVERHEAD: Final = 22
-"""The same in TLS 1.3, where the content type is inside."""
+"""The overhead in TLS 1.3, where the content type is encrypted, too."""
 _HEADER_SIZE: Final = 5
 """Bytes of a record's header: content type, version (2), length (2)."""
 _CONTENT_TYPES: Final = range(20, 24)
@@ -53,23 +53,23 @@ def attested_clients_context(
 ) -> ssl.SSLContext:
     """Make a server's context from its certificate chain and key (PEM files).
 
-    `now` gives the time that validity is checked at, in Unix seconds; `refused` is called with the reason for each
-    client certificate that is turned away. `required` also turns away clients without one. Of the standard library's
-    settings, `set_alpn_protocols` takes effect and the others do not.
+    `now` returns the time of the validity check in Unix seconds. `refused` is called with the reason for each client
+    certificate that is refused. With `required`, clients without a certificate are refused, too. Of the standard
+    library's settings, only `set_alpn_protocols` has an effect.
 
     Raises `OSError` (`ssl.SSLError` is one) if the files cannot be loaded or do not fit together.
     """
     context = _Context(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)  # its errors say what is wrong, pyOpenSSL's hardly do
+    context.load_cert_chain(certificate, key)  # for its errors, which are clearer than pyOpenSSL's
     context.openssl = _openssl_context(certificate, key, required)
     context.now, context.refused = now, refused
     return context
 
 
 def verify_client_certificate(certificate_der: bytes, now: float) -> None:
-    """Verify what the handshake demands of a client certificate, at a time in Unix seconds.
+    """Verify the requirements of the handshake on a client certificate, at a time in Unix seconds.
 
-    Raises `VerificationError` with upstream's words. Success proves neither an issuer nor the evidence.
+    Raises `VerificationError` with upstream's text. Success proves neither the issuer nor the evidence.
     """
     try:
         certificate = load_der(certificate_der)
@@ -94,7 +94,7 @@ def _openssl_context(certificate: str | os.PathLike[str], key: str | os.PathLike
     context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)
-    context.set_verify(SSL.VERIFY_PEER | (SSL.VERIFY_FAIL_IF_NO_PEER_CERT if required else 0), _take_any_issuer)
+    context.set_verify(SSL.VERIFY_PEER | (SSL.VERIFY_FAIL_IF_NO_PEER_CERT if required else 0), _accept_any_issuer)
     context.set_keylog_callback(_keep_secret)
     try:
         context.use_certificate_chain_file(os.fspath(certificate))
@@ -104,13 +104,13 @@ def _openssl_context(certificate: str | os.PathLike[str], key: str | os.PathLike
     return context
 
 
-def _take_any_issuer(_connection: object, _certificate: object, _error: int, _depth: int, _ok: int) -> bool:
-    """Overrule OpenSSL's own checks; `verify_client_certificate` has ours once the handshake's proofs are in."""
+def _accept_any_issuer(_connection: object, _certificate: object, _error: int, _depth: int, _ok: int) -> bool:
+    """Override OpenSSL's own checks; `verify_client_certificate` is called after the handshake."""
     return True
 
 
 def _keep_secret(connection: SSL.Connection, line: bytes) -> None:
-    """Keep what an alert must be encrypted with, from a line of the NSS key log format."""
+    """Keep the secret that encrypts an alert, from a line in the NSS key log format."""
     label, _, secret = line.split(b" ")
     if label == _SECRET_LABEL:
         connection.get_app_data()[label] = bytes.fromhex(secret.decode())
@@ -122,7 +122,7 @@ class _Context(ssl.SSLContext):
     refused: Callable[[str], None]
 
     def set_alpn_protocols(self, alpn_protocols: Iterable[str]) -> None:
-        """Offer these protocols, the preferred one first; a client that knows none of them is served without."""
+        """Offer these protocols, the preferred one first; a client without any of them is served all the same."""
         ours = [name.encode() for name in alpn_protocols]
 
         def choose(_connection: SSL.Connection, offered: list[bytes]) -> Any:
@@ -140,14 +140,14 @@ class _Context(ssl.SSLContext):
     ) -> ssl.SSLObject:
         """Make the TLS side of one accepted connection."""
         if not server_side:
-            raise ValueError("this context is a server's")
+            raise ValueError("this context is for servers only")
         return _ServerSide(self, incoming, outgoing)
 
 
 class _ServerSide(ssl.SSLObject):
-    """One connection's TLS, with those methods of `ssl.SSLObject` that event loops and servers use.
+    """The TLS side of one connection, with the methods of `ssl.SSLObject` that event loops and servers use.
 
-    Bytes come from `incoming` and go to `outgoing`, which are the event loop's.
+    It reads from `incoming` and writes to `outgoing`, which belong to the event loop.
     """
 
     def __init__(self, context: _Context, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO) -> None:
@@ -159,7 +159,7 @@ class _ServerSide(ssl.SSLObject):
         self._partial = b""
         """The beginning of a record that has not come whole."""
         self._unread = 0
-        """Bytes that OpenSSL was given and may not have decrypted yet: at least as many as it has not."""
+        """An upper bound of the bytes that were passed to OpenSSL and are not decrypted yet."""
         self._overhead = _TLS12_OVERHEAD
         self._peer: bytes | None = None
         self._failure: ssl.SSLError | None = None
@@ -167,7 +167,7 @@ class _ServerSide(ssl.SSLObject):
     # ---- the handshake
 
     def do_handshake(self) -> None:
-        """Go on with the handshake; raise `SSLWantReadError` while it lasts, `SSLError` if it fails."""
+        """Continue the handshake; raise `SSLWantReadError` while it needs more bytes, `SSLError` if it fails."""
         if self._failure is not None:
             raise self._failure
         self._feed()
@@ -198,7 +198,7 @@ class _ServerSide(ssl.SSLObject):
         return der
 
     def _fail(self, error: SSL.Error) -> None:
-        """End a handshake that OpenSSL ended, with the alert that it wrote."""
+        """End a handshake that failed in OpenSSL, with OpenSSL's alert."""
         reason = _reason(error)
         if _ASN1_ERRORS in str(error) and self._connection.get_peer_certificate() is None:
             self._refuse(f"failed to parse client certificate: {reason}")
@@ -206,9 +206,9 @@ class _ServerSide(ssl.SSLObject):
         self._end(reason)
 
     def _refuse(self, reason: str) -> None:
-        """End a handshake whose client certificate is turned away."""
+        """End a handshake whose client certificate is refused, with our alert."""
         self._owner.refused(reason)
-        self._take_outgoing()  # OpenSSL's alert, or its last words of a handshake that it deems complete
+        self._take_outgoing()  # drop OpenSSL's alert, or the last message of a handshake that it considers complete
         self._outgoing.write(self._alert())
         self._end(reason)
 
@@ -222,22 +222,22 @@ class _ServerSide(ssl.SSLObject):
         self._failure = ssl.SSLError(ssl.SSL_ERROR_SSL, reason)
         if not self._outgoing.pending:
             raise self._failure
-        # Asked to read on, the event loop first sends what is written. The client has the alert then, and closes.
+        # The event loop sends pending bytes before it reads again. The client gets the alert and closes.
         raise ssl.SSLWantReadError
 
-    # ---- what event loops and servers ask
+    # ---- information for event loops and servers
 
     def getpeercert(self, binary_form: bool = False) -> Any:
-        """Return the client's certificate in DER, or None.
+        """Return the client's certificate in DER, or None if it showed none.
 
-        In the form of a dict it is empty, as the standard library has it for one whose issuer was not verified.
+        If `binary_form` is false, return an empty dict, as the standard library does if the issuer is not verified.
         """
         if self._peer is None or binary_form:
             return self._peer
         return {}
 
     def selected_alpn_protocol(self) -> str | None:
-        """Return the application protocol that was agreed on."""
+        """Return the negotiated application protocol, None if there is none."""
         return self._connection.get_alpn_proto_negotiated().decode() or None
 
     def version(self) -> str | None:
@@ -258,15 +258,15 @@ class _ServerSide(ssl.SSLObject):
     # ---- data
 
     def pending(self) -> int:
-        """Return how many bytes may be waiting to be read.
+        """Return an upper bound of the bytes that can be read; uvloop does not read if it is 0.
 
-        uvloop does not read without them. Not only decrypted ones count: a request that came along with the end of
-        the handshake is still encrypted and already out of `incoming`.
+        Encrypted bytes count, too: a request that came together with the end of the handshake is still encrypted, but
+        no longer in `incoming`.
         """
         return max(self._unread, self._connection.pending())
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
-        """Read at most so many bytes, into a buffer if there is one: then return how many. None are the end."""
+        """Read at most `len` bytes; return them, or with `buffer` their number. No bytes mean the end."""
         self._feed()
         try:
             data = self._connection.recv(min(len, _RECORD_SIZE))
@@ -285,12 +285,12 @@ class _ServerSide(ssl.SSLObject):
         return size
 
     def _count_as_read(self, data: bytes) -> None:
-        """Spare an event loop the read that only says that nothing is left: raising that costs more than reading."""
+        """Count decrypted bytes, so that an event loop omits a read that would only raise `SSLWantReadError`."""
         record_is_over = not self._connection.pending()
         self._unread -= memoryview(data).nbytes + (self._overhead if record_is_over else 0)
 
     def write(self, data: Any) -> int:
-        """Write all of the data, and return how many bytes that is."""
+        """Write all of the data, and return its length in bytes."""
         view = memoryview(data)
         try:
             self._connection.sendall(view)
@@ -300,7 +300,7 @@ class _ServerSide(ssl.SSLObject):
         return view.nbytes
 
     def unwrap(self) -> None:
-        """Say close_notify, and wait for the client's by `SSLWantReadError`."""
+        """Send close_notify; raise `SSLWantReadError` until the client has sent its own."""
         self._feed()
         try:
             over = self._connection.shutdown() or self._connection.shutdown()
@@ -363,6 +363,6 @@ def _end_of_whole_records(data: bytes) -> int:
 
 
 def _reason(error: SSL.Error) -> str:
-    """Write an error of OpenSSL: its stack has the reason last in each entry."""
+    """Return the reasons in an error of OpenSSL."""
     entries = error.args[0] if error.args and isinstance(error.args[0], list) else []
     return "; ".join(entry[-1] for entry in entries) or str(error) or type(error).__name__

@@ -1,10 +1,10 @@
-"""Carrying connections from a listening socket to a server on a socket file, TLS taken off on the way.
+"""Forwards connections from a listening socket to a server on a socket file, and terminates TLS.
 
-For a server that cannot take a bound socket, or whose TLS will not do. Who reads slowly slows down who writes: nothing
-piles up here. What each client showed as its certificate is noted under the name that its connection has at the
-server; a name is used once.
+It is for a server that cannot use a bound socket, or whose TLS is unsuitable. A slow reader slows down the writer, so
+that nothing accumulates here. The certificate of each client is recorded under the name that its connection has at the
+server; a name is used only once.
 
-Not here: TLS settings (an ssl.SSLContext is the caller's), and any look into what is carried.
+Not here: TLS settings (the caller passes an ssl.SSLContext). The forwarded bytes are not examined.
 """
 
 import asyncio
@@ -20,16 +20,16 @@ from weakref import WeakValueDictionary
 from dstack_emu.transport.listen import reachable, reset
 
 HANDSHAKE_TIMEOUT: Final = 20.0
-"""Seconds that a client may take for its TLS handshake."""
+"""The timeout of a client's TLS handshake in seconds."""
 
 _log = logging.getLogger(__name__)
 
 _by_name: Final[WeakValueDictionary[str, "_Client"]] = WeakValueDictionary()
-"""Every connection that this process carries, by its name at the server."""
+"""Every forwarded connection of this process, by its name at the server."""
 
 
 def reset_connection(name: str) -> bool:
-    """Reset a client's connection, by the name that it has at the server; return whether it is one carried here."""
+    """Reset the client's connection with that name at the server; return whether there is one."""
     client = _by_name.get(name)
     if client is None or client.transport is None:
         return False
@@ -38,7 +38,7 @@ def reset_connection(name: str) -> bool:
 
 
 class Relay:
-    """Connections being carried. Made by `start_relay`."""
+    """A running relay; `start_relay` makes it."""
 
     def __init__(self, path: str, certificates: MutableMapping[str, bytes | None]) -> None:
         self._path, self._certificates = path, certificates
@@ -48,10 +48,10 @@ class Relay:
         self._none = asyncio.Event()
         self._none.set()
         self.target = ""
-        """What a client on this machine connects to: `host:port`."""
+        """The address for clients on this machine: `host:port`."""
 
     async def start(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
-        """Listen on a bound socket, which is the relay's from here on."""
+        """Listen on a bound socket, and take ownership of it."""
         self.target = reachable(sock)
         self._listening = await asyncio.get_running_loop().create_server(
             lambda: _Client(self),
@@ -62,12 +62,12 @@ class Relay:
         )
 
     def stop_listening(self) -> None:
-        """Take no more connections; those that are there go on."""
+        """Accept no further connections; existing ones continue."""
         if self._listening is not None:
             self._listening.close()
 
     async def close(self, seconds: float) -> None:
-        """Stop listening, wait at most so long until every connection has ended, and cut the rest."""
+        """Stop listening, wait at most so many seconds until every connection has ended, and abort the rest."""
         self.stop_listening()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -76,14 +76,14 @@ class Relay:
             client.abort()
 
     def connect(self, client: "_Client", certificate: bytes | None) -> socket.socket:
-        """Connect one client to the server, and note its certificate under a new name."""
+        """Connect a client to the server, and record its certificate under a new name; raise `OSError`."""
         self._count += 1
         name = f"dstack-emu-{self._token}-{self._count}"
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
             sock.bind(f"\0{name}")  # no file: an abstract name
-            sock.connect(self._path)  # at once, or the server's backlog is full
+            sock.connect(self._path)  # it connects at once, or fails because the backlog is full
         except OSError:
             sock.close()
             raise
@@ -109,10 +109,10 @@ async def start_relay(
     certificates: MutableMapping[str, bytes | None],
     tls: ssl.SSLContext | None = None,
 ) -> Relay:
-    """Carry the connections of a bound socket to the socket file at `path`.
+    """Forward the connections of a bound socket to the socket file at `path`.
 
-    `certificates` has the certificate (DER) of each connection while it lasts, or None for one without, by the name of
-    its peer address as grpcio writes it: `unix-abstract:…`.
+    While a connection lasts, `certificates` has its client certificate (DER), or None, under the peer address that
+    grpcio reports for it: `unix-abstract:…`.
     """
     relay = Relay(path, certificates)
     try:
@@ -124,7 +124,7 @@ async def start_relay(
 
 
 class _Side(asyncio.Protocol):
-    """One of the two ends of a carried connection."""
+    """One of the two ends of a forwarded connection."""
 
     other: "_Side | None" = None
     transport: asyncio.Transport | None = None
@@ -144,7 +144,7 @@ class _Side(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.transport = None
         if self.other is not None and self.other.transport is not None:
-            self.other.transport.close()  # after what is still to be written
+            self.other.transport.close()  # after the pending bytes are written
 
 
 class _Server(_Side):
@@ -162,12 +162,12 @@ class _Client(_Side):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a stream's
         self.transport = transport
-        transport.pause_reading()  # until there is somewhere to write
+        transport.pause_reading()  # until the server is connected
         channel = transport.get_extra_info("ssl_object")
         try:
             sock = self._relay.connect(self, None if channel is None else channel.getpeercert(binary_form=True))
         except OSError as error:
-            _log.error("a connection cannot be carried: %s", error)
+            _log.error("a connection cannot be forwarded: %s", error)
             transport.abort()
             return
         self._connecting = asyncio.create_task(self._connect(sock))
@@ -175,7 +175,7 @@ class _Client(_Side):
     async def _connect(self, sock: socket.socket) -> None:
         _, server = await asyncio.get_running_loop().create_unix_connection(_Server, sock=sock)
         self.other, server.other = server, self
-        if self.transport is None:  # gone meanwhile
+        if self.transport is None:  # the client has disconnected meanwhile
             assert server.transport is not None  # noqa: S101 - just connected
             server.transport.close()
         else:
@@ -186,7 +186,7 @@ class _Client(_Side):
         self._relay.ended(self)
 
     def abort(self) -> None:
-        """Cut the connection."""
+        """Abort both ends."""
         for side in (self, self.other):
             if side is not None and side.transport is not None:
                 side.transport.abort()

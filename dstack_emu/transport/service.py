@@ -1,8 +1,8 @@
-"""A service as a table: what each RPC is called, what it takes and gives, and who answers it.
+"""Service tables: the name, the message types and the handler of each RPC of a service.
 
-A table names no transport: `transport.prpc_server` serves it over HTTP, and `transport.grpc_server` serves the same
-table from the same message types. It holds no state either: what differs from call to call (who asks, over which
-connection) is the context `C`, which the server makes and the handler receives.
+A table does not depend on a transport: `transport.prpc_server` serves it over HTTP, `transport.grpc_server` over gRPC.
+It has no state: what differs between calls (the caller, the connection) is the context `C`, which the server makes and
+the handler receives.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -32,10 +32,9 @@ class Rpc(Generic[C, Q, A]):
 
 @dataclass(frozen=True, slots=True)
 class ServiceTable(Generic[C]):
-    """The RPCs of one mount, by the name they are called with.
+    """The RPCs of one mount, by the name in a call after `prefix` (with its dot, such as `KMS.`) is removed.
 
-    That is the RPC's own name, after `prefix` (with its dot, such as `KMS.`) was trimmed. A mount that serves
-    two services keys the second one's RPCs with their prefix: `Worker.Info`.
+    If a mount serves two services, the names of the second one include its prefix: `Worker.Info`.
     """
 
     prefix: str
@@ -43,7 +42,7 @@ class ServiceTable(Generic[C]):
 
 
 def without_context(method: Callable[[Q], Awaitable[A]]) -> Callable[[Any, Q], Awaitable[A]]:
-    """Make a handler of a method to which it is all the same who calls."""
+    """Make a handler from a method that does not need the context."""
 
     async def handle(_context: Any, request: Q) -> A:
         return await method(request)
@@ -52,7 +51,7 @@ def without_context(method: Callable[[Q], Awaitable[A]]) -> Callable[[Any, Q], A
 
 
 def without_arguments(method: Callable[[], Awaitable[A]]) -> Callable[[Any, Message], Awaitable[A]]:
-    """Make a handler of a method that takes nothing and to which it is all the same who calls."""
+    """Make a handler from a method that needs neither the context nor the request."""
 
     async def handle(_context: Any, _request: Message) -> A:
         return await method()

@@ -1,6 +1,6 @@
 """Configuration files in TOML, and the environment variables that override their keys.
 
-A file is read into a pydantic model that knows every key; an unknown key is an error that names it. Variables are an
+A file is parsed into a pydantic model with every key; an unknown key is an error that names it. The variables are an
 argument: nothing here reads the environment of the process.
 """
 
@@ -23,7 +23,7 @@ _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def _seconds(value: Any) -> Any:
-    """Read `2m`, `500ms`, `5s`, or a bare number of seconds."""
+    """Parse `2m`, `500ms`, `5s`; leave a number of seconds as it is."""
     if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)", value)):
         return float(match[1]) * _UNITS[match[2]]
     return value
@@ -57,17 +57,17 @@ class Section(BaseModel):
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file; raise `ConfigError` naming it."""
+    """Read a TOML file; raise `ConfigError`, which names it."""
     try:
         return tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is no TOML: {error}") from error
+        raise ConfigError(f"{path} is not TOML: {error}") from error
 
 
 def validate(model: type[M], document: Any, source: str) -> M:
-    """Check a parsed document; raise `ConfigError` naming `source` and each key that is wrong."""
+    """Validate a parsed document; raise `ConfigError`, which names `source` and each wrong key."""
     try:
         return model.model_validate(document)
     except ValidationError as error:
@@ -75,7 +75,7 @@ def validate(model: type[M], document: Any, source: str) -> M:
 
 
 def merge(document: Any, over: Mapping[str, Any]) -> Any:
-    """Return a document with another laid over it. A section that is no table stays as it is, to be refused later."""
+    """Return a document whose keys are overridden by another; what is not a table stays, and is refused later."""
     if not isinstance(document, dict):
         return document
     merged = dict(document)
@@ -84,16 +84,16 @@ def merge(document: Any, over: Mapping[str, Any]) -> Any:
     return merged
 
 
-# ---- environment variables: a prefix, then the key in capitals with __ for the dot
+# ---- environment variables: a prefix, then the key in capitals with __ in place of the dot
 
 ReadValue = Callable[[str, Sequence[str], str], Any]
-"""Read the value of a variable: its name, the key as its parts, its text."""
+"""Parses the value of a variable, from its name, the parts of its key, and its text."""
 
 
 def overrides(variables: Mapping[str, str], prefix: str, read: ReadValue) -> dict[str, Any]:
-    """Return the document that the variables with this prefix make; the others do not count.
+    """Return the document of the variables with this prefix; other variables are ignored.
 
-    Raises `ConfigError` naming the variable.
+    Raises `ConfigError`, which names the variable.
     """
     document: dict[str, Any] = {}
     for name in sorted(name for name in variables if name.startswith(prefix)):
@@ -102,13 +102,13 @@ def overrides(variables: Mapping[str, str], prefix: str, read: ReadValue) -> dic
         for part in sections:
             section = section.setdefault(part, {})
             if not isinstance(section, dict):
-                raise ConfigError(f"{name}: {part} is no section")
+                raise ConfigError(f"{name}: {part} is not a section")
         section[key] = read(name, path, variables[name])
     return document
 
 
 def toml_value(_name: str, _path: Sequence[str], text: str) -> int | str:
-    """Read a number or a truth value as TOML writes it, anything else as the text itself."""
+    """Parse a number or a boolean in TOML's syntax; anything else is the text itself."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -117,10 +117,10 @@ def toml_value(_name: str, _path: Sequence[str], text: str) -> int | str:
 
 
 def typed_value(model: type[BaseModel], file: str) -> ReadValue:
-    """Return a reader of values by the type that `model` gives their key; `file` names the model in errors.
+    """Return a parser of values by the type of their key in `model`; `file` names the model in errors.
 
-    Booleans are `true` or `false`, all else is written as in the file, without quotes. A variable that names no key, or
-    whose value does not have the key's type, is refused.
+    Booleans are `true` or `false`; other values are written as in the file, without quotes. The parser raises
+    `ConfigError` if a variable names no key, or its value does not have the key's type.
     """
 
     def read(name: str, path: Sequence[str], text: str) -> Any:

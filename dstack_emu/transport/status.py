@@ -1,7 +1,7 @@
-"""HTTP statuses in words, as upstream's programs have them, whichever Python this is.
+"""The reason phrases of HTTP statuses in upstream's programs, independent of the Python version.
 
-Source: Rust's `http` crate, src/status.rs at 1.3.1. Python's own words are the same but for a few, some of which later
-versions of it changed.
+Source: Rust's `http` crate, src/status.rs at 1.3.1. Python's phrases differ for a few statuses, some of them only in
+later versions.
 """
 
 from http import HTTPStatus
@@ -19,7 +19,7 @@ UNKNOWN: Final = "<unknown status code>"
 
 
 def reason_phrase(status: int) -> str:
-    """What a status is called; `UNKNOWN` where it has no name."""
+    """Return the phrase of a status; `UNKNOWN` if it has none."""
     try:
         return _OTHERWISE.get(status) or HTTPStatus(status).phrase
     except ValueError:
@@ -27,5 +27,5 @@ def reason_phrase(status: int) -> str:
 
 
 def status_line(status: int) -> str:
-    """Number and name, as upstream's errors show a status."""
+    """Return number and phrase, as upstream's errors show a status."""
     return f"{status} {reason_phrase(status)}"

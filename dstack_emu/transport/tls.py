@@ -1,7 +1,7 @@
-"""A client's TLS settings: which certificate it shows, and what it checks of the server.
+"""TLS settings of clients: the client certificate, and how the server is verified.
 
-A server of dstack proves itself by the evidence in its certificate, or is pinned by the root of its KMS; no public
-authority is ever trusted here.
+A server of dstack is verified by the evidence in its certificate, or by the root certificate of its KMS. No public
+authority is trusted here.
 """
 
 import ssl
@@ -12,20 +12,20 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A client certificate and its key, both PEM."""
+    """A client certificate and its key, both in PEM."""
 
     certificate: str
     key: str
 
 
 def client_context(identity: Identity | None = None, root_ca: str | None = None) -> ssl.SSLContext:
-    """Make a client's settings: show `identity`, if given; verify the server under `root_ca` (PEM).
+    """Make the settings of a client that shows `identity`, if given, and verifies the server under `root_ca` (PEM).
 
-    Without a root nothing of the server is verified: the caller reads the evidence in its certificate, or asks nothing
-    that depends on who answers.
+    Without `root_ca`, the server is not verified: the caller must verify the evidence in its certificate, unless it
+    does not matter which server answers.
     """
-    # Not ssl.create_default_context(): from Python 3.13 it asks for authority key identifiers, which dstack's
-    # certificates, ours as upstream's, do not carry.
+    # Not ssl.create_default_context(): from Python 3.13 on it requires authority key identifiers, which
+    # dstack's certificates, upstream's and ours, do not have.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if root_ca is None:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -37,7 +37,7 @@ def client_context(identity: Identity | None = None, root_ca: str | None = None)
 
 
 def _load_identity(context: ssl.SSLContext, identity: Identity) -> None:
-    # OpenSSL reads a certificate chain from files alone; the folder is the process's own (mode 0700) and short-lived.
+    # OpenSSL reads a certificate chain only from files; the folder has mode 0700 and is deleted at once.
     with tempfile.TemporaryDirectory(prefix="dstack-emu-") as folder:
         certificate, key = Path(folder, "client.crt"), Path(folder, "client.key")
         certificate.write_text(identity.certificate)

@@ -1,8 +1,8 @@
 """The TLS record that ends a server's handshake with the alert handshake_failure.
 
-OpenSSL derives its alert from its own reason for refusing a certificate, and pyOpenSSL cannot give it another reason.
-So this record takes the place of OpenSSL's. It is the first one under the keys that are in force once the client's
-certificate has come: none in TLS 1.2, the server's application traffic keys in TLS 1.3 (without early data).
+OpenSSL derives its alert from its own reason to refuse a certificate, and pyOpenSSL cannot set another reason.
+Therefore this record replaces OpenSSL's. It is the first record under the keys that apply once the client's certificate
+has arrived: no encryption in TLS 1.2, the server's application traffic keys in TLS 1.3 (without early data).
 
 Not here: any other alert, and a second record under the same keys.
 Source: RFC 8446, sections 5.2, 6, 7.1, 7.3 and B.4; RFC 5246, section 7.2.
@@ -41,14 +41,14 @@ _SUITES: Final = {
 
 
 def plain_record() -> bytes:
-    """Return the alert as a TLS 1.2 server sends it before its ChangeCipherSpec."""
+    """Return the alert of a TLS 1.2 server, which is sent before its ChangeCipherSpec."""
     return _record(_TYPE_ALERT, ALERT)
 
 
 def protected_record(suite_name: str, traffic_secret: bytes) -> bytes:
     """Return the alert as the first record under a TLS 1.3 server's application traffic secret.
 
-    `suite_name` is one of the three suites that RFC 8446 names for every use.
+    `suite_name` is one of the suites in `_SUITES`, those of RFC 8446 for general use.
     """
     suite = _SUITES[suite_name]
     key = _expand_label(suite, traffic_secret, b"key", suite.key_size)
@@ -59,7 +59,7 @@ def protected_record(suite_name: str, traffic_secret: bytes) -> bytes:
 
 
 def _expand_label(suite: _Suite, secret: bytes, label: bytes, size: int) -> bytes:
-    """HKDF-Expand-Label of RFC 8446 with an empty context."""
+    """Compute HKDF-Expand-Label of RFC 8446 with an empty context."""
     full = b"tls13 " + label
     info = size.to_bytes(2, "big") + bytes([len(full)]) + full + b"\0"
     return HKDFExpand(suite.hash, size, info).derive(secret)

@@ -1,6 +1,6 @@
-"""The root certificate that evidence is verified under, and where collateral comes from: the section `attestation`.
+"""The section `attestation` of a configuration file: the root certificate of verification, and the PCCS.
 
-The KMS and the verifier have the same section in their configuration files. Source: dstack `kms/src/config.rs` and
+The KMS and the verifier have the same section. Source: dstack `kms/src/config.rs` and
 `verifier/src/main.rs` at 40eaf35e. `collateral_ttl` is this emulator's own key.
 """
 
@@ -23,7 +23,7 @@ class AttestationUrls(Section):
 
 
 class RootCaPaths(Section):
-    """[attestation.root_ca]: only `tdx` has a meaning here."""
+    """[attestation.root_ca]; only `tdx` has an effect."""
 
     tdx: Path | None = None
     gcp_tpm: Path | None = None
@@ -35,7 +35,7 @@ class RootCaPaths(Section):
 
 
 class AttestationConfig(Section):
-    """[attestation]: another root than Intel's needs the insecure opt-in; `collateral_ttl` is in seconds."""
+    """[attestation]; a root other than Intel's needs the insecure opt-in; `collateral_ttl` is in seconds."""
 
     insecure_allow_external_trust_anchors: bool = False
     collateral_ttl: Annotated[Seconds, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -44,9 +44,9 @@ class AttestationConfig(Section):
 
 
 def trust_anchor(attestation: AttestationConfig, section: str = "") -> TrustAnchor:
-    """Return Intel's own root, or read the configured one, which needs the insecure opt-in.
+    """Return Intel's root, or the configured one, which needs the insecure opt-in.
 
-    `section` is what stands before `attestation` in the names of its keys, such as `core.`. Raises `ConfigError`, which
+    `section` is the prefix of `attestation` in the names of the keys, such as `core.`. Raises `ConfigError`, which
     names the key.
     """
     roots = attestation.root_ca
@@ -62,7 +62,7 @@ def trust_anchor(attestation: AttestationConfig, section: str = "") -> TrustAnch
 
 
 def _read_certificate(path: Path, key: str) -> x509.Certificate:
-    """Read a certificate in PEM or DER; `key` is the setting that names the file."""
+    """Read a certificate in PEM or DER; raise `ConfigError`, which names the setting `key`."""
     try:
         data = path.read_bytes()
         if b"-----BEGIN" in data:

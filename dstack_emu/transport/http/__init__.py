@@ -1,6 +1,6 @@
-"""HTTP/1.1 for what speaks dstack's protocols: a connection core without I/O, an asyncio protocol, an application.
+"""The HTTP/1.1 server of dstack's protocols: a connection core without I/O, an asyncio protocol, and applications.
 
-docs/decisions/http.md says why it is here, and what it accepts that aiohttp's server does not.
+docs/decisions/http.md explains why it exists, and what it accepts that aiohttp's server refuses.
 """
 
 from dstack_emu.transport.http.application import Application, Handler, Middleware

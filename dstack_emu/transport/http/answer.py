@@ -1,9 +1,9 @@
-"""One answer of a server as bytes, without I/O: pieces come in, and the answer is complete or broken.
+"""Parses one answer of a server from its bytes, without I/O.
 
-llhttp (through httptools) reads the bytes, in its strict mode. What a client must not accept and llhttp does is refused
-here: lines and heads over the limits, an answer in another protocol, a body that is longer than is read.
+llhttp (through httptools) parses the bytes in its strict mode. What llhttp accepts and a client must not accept is
+refused here: lines, heads and bodies over the limits, and an answer in another protocol.
 
-Not here: sockets, time, redirects, and what an answer means. Source of the form: RFC 9112.
+Not here: sockets, time, redirects, and the meaning of an answer. Source of the format: RFC 9112.
 """
 
 import zlib
@@ -15,9 +15,9 @@ import httptools
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 
 MAX_LINE: Final = 8190
-"""Bytes of a header of an answer, its name included."""
+"""The maximum length of a header with its name, in bytes."""
 MAX_HEAD: Final = 64 * 1024
-"""Bytes of a head, and of the framing between two pieces of a body."""
+"""The maximum length of a head, and of the framing between two pieces of a body, in bytes."""
 NOT_HTTP: Final = "the answer is not HTTP"
 
 _WITHOUT_BODY: Final = frozenset((204, 304))
@@ -25,12 +25,11 @@ _GZIP, _ZLIB, _RAW = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS, -zlib.MAX_WBITS
 
 
 class AnswerReader:
-    """Reads the answer to one request. Pieces of its body are kept.
+    """Parses the answer to one request, and keeps its body.
 
-    With `write` they go there instead if the status says success, and are dropped if not.
-
-    `max_body` is the longest body that is read, in bytes; with `unpacks` it counts, and is given, uncompressed. The
-    methods `on_…` are httptools' callbacks.
+    With `write`, the pieces of a successful answer's body are passed to it instead, and other bodies are dropped.
+    `max_body` is the maximum length of the body in bytes. With `unpacks`, a compressed body is decompressed, and the
+    limit applies to the result. The methods `on_…` are callbacks of httptools.
     """
 
     _take: Callable[[bytes], object]
@@ -48,15 +47,15 @@ class AnswerReader:
         self.headers: list[tuple[bytes, bytes]] = []
         self.is_complete = False
         self.is_reusable = False
-        """Whether the connection may serve another request: the answer is complete, and nothing came behind it."""
+        """Whether the connection can be used again: the answer is complete, and nothing came after it."""
 
     @property
     def body(self) -> bytes:
-        """Return the body of a complete answer, unless it was written elsewhere."""
+        """The body of a complete answer; empty if it was passed to `write`."""
         return b"".join(self._pieces) if len(self._pieces) != 1 else self._pieces[0]
 
     def receive(self, data: bytes) -> None:
-        """Read bytes; raise `NoAnswerError` or `AnswerTooLongError`, after which nothing more may be read."""
+        """Parse bytes; raise `NoAnswerError` or `AnswerTooLongError`, after which the reader must not be used again."""
         self._unsettled += len(data)
         try:
             self._parser.feed_data(data)
@@ -70,7 +69,7 @@ class AnswerReader:
             raise NoAnswerError(NOT_HTTP)
 
     def receive_eof(self) -> None:
-        """Take note that the server has ended the connection; raise `NoAnswerError` if its answer is not complete."""
+        """Handle the end of the connection; raise `NoAnswerError` if the answer is not complete."""
         self.is_reusable = False
         if self.is_complete:
             return
@@ -83,20 +82,20 @@ class AnswerReader:
     # ---- httptools' callbacks
 
     def on_message_begin(self) -> None:
-        """Take note of an answer that nobody asked for."""
+        """Refuse a second answer."""
         if self.is_complete:
             self.is_reusable = False
             raise NoAnswerError(NOT_HTTP)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header; a trailer is dropped."""
+        """Add a header; drop a trailer."""
         if len(name) + len(value) > MAX_LINE:
             raise self._failed(NoAnswerError(NOT_HTTP))
         if not self._has_head:
             self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        """Take the head, unless it is that of an informational answer, which another one follows."""
+        """Handle the end of the head; drop an informational one, which the final answer follows."""
         self.status, self._unsettled = self._parser.get_status_code(), 0
         if self.status < 200:
             self.headers = []
@@ -108,11 +107,11 @@ class AnswerReader:
             self._take = self._write if 200 <= self.status < 300 else _drop
         if self._unpacks and packed in (b"gzip", b"x-gzip", b"deflate"):
             self._decoder = _Decoder(is_gzip=packed != b"deflate")
-        if self.status in _WITHOUT_BODY:  # whatever length the head names
+        if self.status in _WITHOUT_BODY:  # even if the head states a length
             self._complete()
 
     def on_body(self, piece: bytes) -> None:
-        """Take a piece of the body."""
+        """Add a piece of the body."""
         self._unsettled = 0
         if self.is_complete:
             self.is_reusable = False
@@ -128,7 +127,7 @@ class AnswerReader:
         self._take(piece)
 
     def on_message_complete(self) -> None:
-        """End the answer, unless it was an informational one."""
+        """Complete the answer, unless it was an informational one."""
         if self._has_head and not self.is_complete:
             self._complete()
 
@@ -147,14 +146,14 @@ def _drop(_piece: bytes) -> None: ...
 
 
 class _Decoder:
-    """Unpacks a body. Servers mean two things by `deflate`: zlib's format, or the bare one."""
+    """Decompresses a body. Servers use `deflate` for two formats: zlib's, and raw deflate."""
 
     def __init__(self, *, is_gzip: bool) -> None:
         self._is_gzip = is_gzip
         self._unpacker: zlib._Decompress | None = None
 
     def decode(self, piece: bytes, most: int) -> bytes:
-        """Unpack a piece to at most so many bytes; raise `zlib.error`."""
+        """Decompress a piece to at most `most` bytes; raise `zlib.error`."""
         if self._unpacker is None and piece:
             self._unpacker = zlib.decompressobj(_GZIP if self._is_gzip else _ZLIB if piece[0] & 0xF == 8 else _RAW)
         return b"" if self._unpacker is None else self._unpacker.decompress(piece, most)

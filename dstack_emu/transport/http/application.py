@@ -1,4 +1,4 @@
-"""An application: who answers which request. Exact paths first, then what a finder finds in the path, then a 404."""
+"""Applications: route requests to handlers, by exact path, then by finders; otherwise the answer is 404."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from http import HTTPStatus
@@ -8,19 +8,19 @@ from dstack_emu.transport.http.message import HeaderPairs, Request, Response
 from dstack_emu.transport.http.pages import status_page
 
 MAX_BODY: Final = 10 * 1024 * 1024
-"""Bytes of a request's body: so many are accepted, one more is not."""
+"""The maximum length of a request's body in bytes."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 Middleware = Callable[[Request, Handler], Awaitable[Response]]
 Finder = Callable[[Request], Handler | None]
-"""Finds who answers a request whose path is none of the application's own; None if it knows nobody."""
+"""Returns the handler of a request without an exact route, None if it has none."""
 
 
 class Application:
-    """Routes requests to handlers; `headers` go with every answer, `max_body` is the longest body in bytes.
+    """Routes requests to handlers; `headers` are added to every answer, `max_body` is the limit of a body in bytes.
 
-    `middlewares` go around every request, the first one outermost. A request of the method HEAD goes to the handler
-    for GET; the server sends the head of its answer alone.
+    `middlewares` wrap every request; the first one is the outermost. A HEAD request goes to the handler for GET, and
+    the server sends only the head of the answer.
     """
 
     def __init__(
@@ -32,18 +32,18 @@ class Application:
         self._finders: list[Finder] = []
 
     def add(self, method: str, path: str, handler: Handler) -> None:
-        """Let a handler answer requests of one method for one path, as it is sent."""
+        """Add a route: method and path, which is compared as it is sent."""
         self._routes[method, path] = handler
 
     def add_finder(self, finder: Finder) -> None:
-        """Ask a finder about requests that have no handler of their own, after those that were added before."""
+        """Add a finder, which is called for requests without a route, after the finders added before."""
         self._finders.append(finder)
 
     def handler(self) -> Handler:
-        """Return what answers every request, with the middlewares as they are now."""
+        """Return the handler of all requests, with the present middlewares."""
         handler: Handler = self._answer
         for middleware in reversed(self.middlewares):
-            handler = _around(middleware, handler)
+            handler = _wrapped(middleware, handler)
         return handler
 
     async def _answer(self, request: Request) -> Response:
@@ -59,7 +59,7 @@ class Application:
         return _not_found
 
 
-def _around(middleware: Middleware, handler: Handler) -> Handler:
+def _wrapped(middleware: Middleware, handler: Handler) -> Handler:
     def call(request: Request) -> Awaitable[Response]:
         return middleware(request, handler)
 

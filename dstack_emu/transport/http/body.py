@@ -1,24 +1,24 @@
-"""The body of a request while it arrives: complete, still coming, or never to be complete. No I/O."""
+"""The body of a request while it arrives, without I/O."""
 
 from collections.abc import Callable
 
 
 class BodyError(Exception):
-    """A body that cannot be read; the text says why."""
+    """A body cannot be read; the text says why."""
 
 
 class BodyTooLargeError(BodyError):
-    """A body that is longer than the application reads."""
+    """A body is longer than the application's limit."""
 
 
 class BodyBrokenError(BodyError):
-    """A body that ended early, or whose framing was broken."""
+    """A body ended early, or its framing is invalid."""
 
 
 class Body:
     """Collects the pieces of one body, up to `limit` bytes.
 
-    A longer one fails with `BodyTooLargeError` as soon as that is known, and what still comes of it is dropped.
+    A longer one fails with `BodyTooLargeError` as soon as that is known, and the rest of it is dropped.
     """
 
     __slots__ = ("_limit", "_on_settled", "_pieces", "_size", "error", "has_ended", "is_settled")
@@ -29,12 +29,12 @@ class Body:
         self._on_settled: Callable[[], None] | None = None
         self.error: BodyError | None = None
         self.is_settled = False
-        """Whether it can be taken: it is complete, or it is known that it will not be."""
+        """Whether it is complete or has failed, so that `take` may be called."""
         self.has_ended = False
-        """Whether nothing of it is still to come."""
+        """Whether all of it has arrived."""
 
     def expect(self, length: int) -> None:
-        """Take note of the length that the head announces; fail if it is over the limit."""
+        """Handle the length that the head announces: fail if it is over the limit."""
         if length > self._limit:
             self.fail(BodyTooLargeError(f"the body is longer than {self._limit} bytes"))
 
@@ -49,26 +49,26 @@ class Body:
             self._pieces.append(piece)
 
     def end(self) -> None:
-        """Take note that nothing more comes."""
+        """Complete the body."""
         self.has_ended = True
         self._settle()
 
     def fail(self, error: BodyError) -> None:
-        """Give the body up; the first error stays. Pieces that came, and those that still come, are dropped."""
+        """Fail the body, unless it has ended; the first error counts. All pieces, also later ones, are dropped."""
         if self.error is None and not self.has_ended:
             self.error = error
             self._pieces.clear()
             self._settle()
 
     def when_settled(self, call: Callable[[], None]) -> None:
-        """Call a function once the body can be taken, at once if it can be already."""
+        """Call a function when the body is settled, or at once if it is."""
         if self.is_settled:
             call()
         else:
             self._on_settled = call
 
     def take(self) -> bytes:
-        """Return a settled body's bytes; raise its `BodyError` if it has none."""
+        """Return the bytes of a settled body; raise its `BodyError` if it has failed."""
         if self.error is not None:
             raise self.error
         if len(self._pieces) > 1:

@@ -1,4 +1,4 @@
-"""A connection of the HTTP client: one request at a time, and its answer."""
+"""A connection of the HTTP client, with one request at a time."""
 
 import asyncio
 import ssl
@@ -12,9 +12,9 @@ _IN_USE: Final = "a connection has one request at a time"
 
 
 class ClientConnection(asyncio.Protocol):
-    """An open connection to one server. It is idle between requests; whatever comes then ends it.
+    """A connection to a server. Between requests it is idle; bytes that come then end it.
 
-    `on_lost` is called once it is closed, whoever closed it.
+    `on_lost` is called when it is closed, by either side.
     """
 
     def __init__(self, on_lost: Callable[["ClientConnection"], None]) -> None:
@@ -24,7 +24,7 @@ class ClientConnection(asyncio.Protocol):
         self._answered: asyncio.Future[None] | None = None
         self._idle: asyncio.TimerHandle | None = None
         self.certificate: bytes | None = None
-        """The server's certificate (DER), if there is TLS."""
+        """The server's certificate (DER), None without TLS."""
 
     @property
     def is_open(self) -> bool:
@@ -34,7 +34,7 @@ class ClientConnection(asyncio.Protocol):
     async def exchange(self, request: bytes, reader: AnswerReader) -> None:
         """Send a request and read its answer; raise `NoAnswerError`, `AnswerTooLongError` or `OSError`.
 
-        Whoever is cancelled meanwhile, or gets an error, takes the connection along.
+        If this fails or is cancelled, the connection is aborted.
         """
         assert self._transport is not None  # noqa: S101 - it was made
         assert self._answered is None, _IN_USE  # noqa: S101
@@ -51,7 +51,7 @@ class ClientConnection(asyncio.Protocol):
             self.close()
 
     def wait_idle(self, seconds: float) -> None:
-        """Close in so many seconds, unless it is used before."""
+        """Close the connection in so many seconds, unless it is used before."""
         self._idle = asyncio.get_running_loop().call_later(seconds, self.close)
 
     def wake(self) -> None:
@@ -61,43 +61,43 @@ class ClientConnection(asyncio.Protocol):
             self._idle = None
 
     def close(self) -> None:
-        """Close after what was sent."""
+        """Close the connection after pending bytes are sent."""
         if self._transport is not None:
             self._transport.close()
 
     def abort(self) -> None:
-        """Close at once."""
+        """Close the connection at once."""
         if self._transport is not None:
             self._transport.abort()
 
     # ---- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the connection; TLS is established by now."""
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's are of no class of asyncio's
+        """Store the transport and the server's certificate; the TLS handshake is complete."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's class does not derive from asyncio's
         channel: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
         if channel is not None:
             self.certificate = channel.getpeercert(binary_form=True)
 
     def data_received(self, data: bytes) -> None:
-        """Read an answer."""
+        """Parse a part of the answer."""
         if self._reader is None or self._answered is None:
-            self.abort()  # nobody asked
+            self.abort()  # there is no request
             return
         try:
             self._reader.receive(data)
-        except Exception as error:  # whoever waits gets it: a sink of bodies may raise what it likes
+        except Exception as error:  # passed on to the caller; `write` may raise anything
             self._fail(error)
         else:
             if self._reader.is_complete and not self._answered.done():
                 self._answered.set_result(None)
 
     def eof_received(self) -> None:
-        """Take the end of the answer, or of the connection."""
+        """Handle the end of the server's bytes."""
         self._end(None)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Take note of the end."""
+        """Handle the end of the connection."""
         self.wake()
         self._end(error)
         self._on_lost(self)

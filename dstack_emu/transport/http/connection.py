@@ -1,14 +1,14 @@
-"""One client's connection as bytes, without I/O: what it sends comes in, requests and refusals go out in its order.
+"""Parses the requests of one client's connection from its bytes, without I/O.
 
-llhttp (through httptools) reads the bytes, in its strict mode. What it accepts and a server must not is refused here:
-another version than 1.0 and 1.1; Transfer-Encoding twice, in HTTP/1.0, or not ending in chunks; heads over the limits.
-A refused connection is not read any further: after bytes that are no HTTP nobody knows where the next request begins.
+llhttp (through httptools) parses the bytes in its strict mode. What llhttp accepts and a server must not accept is
+refused here: versions other than 1.0 and 1.1; Transfer-Encoding that is repeated, in HTTP/1.0, or not chunked at last;
+heads over the limits. After a refusal nothing more is read: the beginning of the next request is not known.
 
-Limits and statuses are hyper's, which the real programs are served by: at most 100 headers, and 431 if there are more.
-hyper's limit for a whole head is about 400 KiB; here it is 64 KiB.
+Limits and statuses are those of hyper, the server of the real programs: at most 100 headers, and status 431 if there
+are more. hyper's limit for a whole head is about 400 KiB; here it is 64 KiB.
 
-Not here: sockets, time, and what is answered.
-Source of the form: RFC 9112. Source of the statuses: recorded answers of the real programs.
+Not here: sockets, time, and the answers.
+Source of the format: RFC 9112. Source of the statuses: recorded answers of the real programs.
 """
 
 from collections import deque
@@ -21,18 +21,18 @@ from dstack_emu.transport.http.body import Body, BodyBrokenError
 from dstack_emu.transport.http.headers import Headers
 
 MAX_HEAD: Final = 64 * 1024
-"""Bytes of a request's head: request line and headers."""
+"""The maximum length of a request's head (request line and headers) in bytes."""
 MAX_HEADERS: Final = 100
-"""Headers of a request."""
+"""The maximum number of a request's headers."""
 
 _CONTINUE: Final = b"100-continue"
 _LINE_OVERHEAD: Final = 4
-"""Bytes of a header's line beside name and value: a colon, a space, CR and LF."""
+"""Bytes of a header's line in addition to name and value: a colon, a space, CR and LF."""
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """Something that is no request: the status that is answered before the connection is closed, and why."""
+class InvalidRequest:
+    """Bytes that are not a valid request: the status of the answer, the last on its connection, and the reason."""
 
     status: int
     reason: str
@@ -40,10 +40,10 @@ class Refusal:
 
 @dataclass(slots=True, eq=False)
 class IncomingRequest:
-    """A request whose head came whole; its body may be still on its way.
+    """A request whose head has arrived; its body may still be arriving.
 
-    `path` and `query` are as they were sent, without percent-decoding; of an absolute target (`http://host/path`) they
-    are what follows the host. `is_kept_alive` says whether the client wants the connection to go on.
+    `path` and `query` are as they were sent, without percent-decoding; those of an absolute target
+    (`http://host/path`) are the part after the host. `is_kept_alive`: the client wants to keep the connection.
     """
 
     method: str
@@ -57,60 +57,60 @@ class IncomingRequest:
 
 
 class _RefusedError(Exception):
-    """Ends the parser's work; its refusal is in the connection."""
+    """Stops the parser; the connection has the reason."""
 
 
 class ServerConnection:
-    """Reads one connection; `max_body` is the longest body in bytes that is kept.
+    """Parses the bytes of one connection; `max_body` is the limit of a body in bytes.
 
-    `receive` takes bytes, `receive_eof` the client's end of file; `next_request` gives what is to be answered next, in
-    the order of the requests (pipelining). After an answer `can_continue` says whether another may follow.
-    The methods `on_…` are httptools' callbacks.
+    `receive` takes bytes, `receive_eof` the client's end of file. `next_request` returns the next request to answer, in
+    their order (pipelining). After an answer, `can_continue` is whether another request may follow. The methods `on_…`
+    are callbacks of httptools.
     """
 
     def __init__(self, max_body: int) -> None:
         self._max_body = max_body
         self._parser = httptools.HttpRequestParser(self)
-        self._waiting: deque[IncomingRequest | Refusal] = deque()
+        self._waiting: deque[IncomingRequest | InvalidRequest] = deque()
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._current: IncomingRequest | None = None
         self._is_in_head = False
         self._unsettled = 0
-        """Bytes that came since the last thing that was complete: part of a head, or of a body's framing."""
+        """Bytes of an incomplete head or of a body's framing that have arrived so far."""
         self._feeding = 0
-        """The same of the bytes that the parser has in hand."""
+        """Such bytes among those that the parser is processing."""
         self._upgrade_body = 0
-        """Bytes of a body that are still to come behind a head that asked for another protocol."""
-        self._refusal: Refusal | None = None
+        """Bytes of a body that are still to come after a head that requests another protocol."""
+        self._invalid: InvalidRequest | None = None
         self.is_over = False
-        """Whether nothing more is read: after an end of file, a refusal, or a request that ends the connection."""
+        """Whether nothing more is read: after the end of file, an invalid request, or the last request."""
 
-    # ---- what its owner asks
+    # ---- state
 
     @property
     def is_waiting(self) -> bool:
-        """Whether there is something to answer."""
+        """Whether a request waits for its answer."""
         return bool(self._waiting)
 
     @property
     def is_within_request(self) -> bool:
-        """Whether the client has begun a request and not ended it."""
+        """Whether a request has begun and is not complete."""
         return self._is_in_head or self._current is not None
 
     @property
     def can_continue(self) -> bool:
-        """Whether there is, or may still come, something else to answer."""
+        """Whether another request waits or may still come."""
         return self.is_waiting or not self.is_over
 
-    def next_request(self) -> IncomingRequest | Refusal | None:
-        """Return what is to be answered next, if anything has come."""
+    def next_request(self) -> IncomingRequest | InvalidRequest | None:
+        """Return the next request to answer, None if there is none."""
         return self._waiting.popleft() if self._waiting else None
 
-    # ---- what comes in
+    # ---- input
 
     def receive(self, data: bytes) -> None:
-        """Read bytes, whatever they are."""
+        """Parse bytes; this raises nothing."""
         if self.is_over:
             return
         self._feeding = len(data)
@@ -119,15 +119,15 @@ class ServerConnection:
         try:
             self._feed(data)
         except httptools.HttpParserError as error:
-            if not self.is_over:  # what follows the last request is nobody's
-                self._refuse(self._refusal or Refusal(400, str(error)))
+            if not self.is_over:  # bytes after the last request are ignored
+                self._refuse(self._invalid or InvalidRequest(400, str(error)))
             return
         self._unsettled += self._feeding
         if self._unsettled > MAX_HEAD and not self.is_over:
-            self._refuse(Refusal(431, f"head or framing longer than {MAX_HEAD} bytes"))
+            self._refuse(InvalidRequest(431, f"head or framing longer than {MAX_HEAD} bytes"))
 
     def receive_eof(self) -> None:
-        """Read no more. A request that did not come whole is not answered, and its body fails."""
+        """Handle the client's end of file. An incomplete request is not answered, and its body fails."""
         self.is_over = True
         current, self._current = self._current, None
         if current is not None:
@@ -145,9 +145,9 @@ class ServerConnection:
                 return
 
     def _take_upgrade_body(self, data: bytes) -> bytes:
-        """Read a body that llhttp does not: it takes what follows a request to upgrade for another protocol.
+        """Take the body after a request to upgrade, which llhttp considers another protocol; return the rest.
 
-        No other protocol is spoken here, so the request is answered as if it had not asked for one, as hyper does.
+        There is no other protocol here, so the request to upgrade is ignored, as hyper does.
         """
         taken, rest = data[: self._upgrade_body], data[self._upgrade_body :]
         if self._upgrade_body and self._current is not None:
@@ -157,32 +157,32 @@ class ServerConnection:
                 self._end_request()
         return rest
 
-    def _refuse(self, refusal: Refusal) -> None:
-        """End the connection: a request that has begun is broken, and what is no request is answered by a status."""
+    def _refuse(self, invalid: InvalidRequest) -> None:
+        """End the connection: fail the body of a request whose head is complete, or let the status be answered."""
         current, self._current = self._current, None
         self.is_over = True
         if current is None:
-            self._waiting.append(refusal)
+            self._waiting.append(invalid)
         else:
-            current.body.fail(BodyBrokenError(refusal.reason))
+            current.body.fail(BodyBrokenError(invalid.reason))
 
     # ---- httptools' callbacks
 
     def on_message_begin(self) -> None:
-        """Take note that a head has begun."""
+        """Handle the beginning of a head."""
         self._is_in_head = True
 
     def on_url(self, part: bytes) -> None:
-        """Take a part of the target."""
+        """Add a part of the target."""
         self._target += part
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header; a trailer is dropped."""
+        """Add a header; drop a trailer."""
         if self._is_in_head:
             self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        """Make a request of the head."""
+        """Make a request from the head."""
         headers, self._headers = self._headers, []
         target, self._target = self._target, b""
         if self._unsettled + self._feeding > MAX_HEAD and _size(target, headers) > MAX_HEAD:
@@ -195,13 +195,13 @@ class ServerConnection:
         self._unsettled = self._feeding = 0
 
     def on_body(self, piece: bytes) -> None:
-        """Take a part of the body."""
+        """Add a part of the body."""
         if self._current is not None:
             self._current.body.add(piece)
         self._unsettled = self._feeding = 0
 
     def on_message_complete(self) -> None:
-        """End the request, unless its body is still to be taken past llhttp."""
+        """End the request, unless its body comes after a request to upgrade."""
         if not self._upgrade_body:
             self._end_request()
 
@@ -211,7 +211,7 @@ class ServerConnection:
         names = [name for name, _ in headers]
         version = self._parser.get_http_version()
         if version not in ("1.0", "1.1"):
-            raise self._refused(400, f"HTTP/{version} is not spoken here")
+            raise self._refused(400, f"HTTP/{version} is not supported, 1.0 or 1.1 expected")
         is_http_10, is_chunked = version == "1.0", b"transfer-encoding" in names
         if is_chunked and (is_http_10 or names.count(b"transfer-encoding") > 1 or not _ends_in_chunks(headers)):
             raise self._refused(400, "Transfer-Encoding that is repeated, in HTTP/1.0, or not chunked")
@@ -220,7 +220,7 @@ class ServerConnection:
         body.expect(length)
         if self._parser.should_upgrade():
             if is_chunked:
-                raise self._refused(400, "a body in chunks cannot go with a request to upgrade")
+                raise self._refused(400, "a request to upgrade cannot have a chunked body")
             self._upgrade_body = length
         method, (path, query) = self._parser.get_method(), self._split(target)
         return IncomingRequest(
@@ -235,12 +235,12 @@ class ServerConnection:
         )
 
     def _split(self, target: bytes) -> tuple[str, str]:
-        """Return a target's path and query; RFC 9112 wants an absolute target to be accepted by every server."""
+        """Return path and query of a target; RFC 9112 requires every server to accept an absolute target."""
         if not target.startswith((b"/", b"*")) and b"://" in target:
             try:
                 url = httptools.parse_url(target)
             except httptools.HttpParserInvalidURLError as error:
-                raise self._refused(400, "the target is no URL") from error
+                raise self._refused(400, "the target is not a URL") from error
             path, query = url.path or b"/", url.query or b""
         else:
             path, _, query = target.partition(b"#")[0].partition(b"?")
@@ -254,20 +254,20 @@ class ServerConnection:
             self.is_over = self.is_over or not current.is_kept_alive
 
     def _refused(self, status: int, reason: str) -> _RefusedError:
-        self._refusal = Refusal(status, reason)
+        self._invalid = InvalidRequest(status, reason)
         return _RefusedError(reason)
 
 
 def _size(target: bytes, headers: list[tuple[bytes, bytes]]) -> int:
-    """Count a head's bytes, less the method and the version."""
+    """Return the length of a head in bytes, without method and version."""
     return len(target) + sum(len(name) + len(value) + _LINE_OVERHEAD for name, value in headers)
 
 
 def _last(headers: list[tuple[bytes, bytes]], name: bytes) -> bytes:
-    """Return the last value of a header that is there."""
+    """Return the last value of an existing header."""
     return next(value for each, value in reversed(headers) if each == name)
 
 
 def _ends_in_chunks(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Tell whether the last transfer coding is chunked: without that nobody knows where a request's body ends."""
+    """Return whether the last transfer coding is chunked; otherwise the end of a request's body is unknown."""
     return _last(headers, b"transfer-encoding").lower().rpartition(b",")[2].strip(b" \t") == b"chunked"

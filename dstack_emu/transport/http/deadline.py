@@ -1,4 +1,4 @@
-"""How long a server waits for a client, and the one timer that each connection has for it."""
+"""The deadlines of a server's waits for a client, with one timer for each connection."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,35 +6,35 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 Awaited = Literal["nothing", "request", "head", "body", "reading", "end"]
-"""What a connection waits for: see `Deadlines`."""
+"""What a connection waits for; `Deadlines` explains each."""
 
 NEVER: Final = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """How long a server waits for a client, in seconds."""
+    """The timeouts of a server's waits for a client, in seconds."""
 
     request: float = 75.0
-    """For the next request on a kept connection; then the connection is closed."""
+    """For the next request on an idle connection; then the connection is closed."""
     head: float = 30.0
     """For the whole head of a request, from its first byte; then the answer is 408."""
     body: float = 60.0
-    """For the next bytes of a body; then it counts as broken."""
+    """For the next bytes of a body; then the body fails."""
     reading: float = 60.0
-    """For the client to read what it is answered; then the connection is reset."""
+    """For the client to read its answer; then the connection is reset."""
     end: float = 0.5
-    """For more of what nobody reads, after the last answer; closing earlier could take the answer along."""
+    """For further bytes after the last answer, which are dropped; closing earlier could lose the answer."""
 
     def of(self, awaited: Awaited) -> float:
-        """Return the seconds for one wait."""
+        """Return the timeout of one wait."""
         return NEVER if awaited == "nothing" else float(getattr(self, awaited))
 
 
 class Deadline:
-    """The deadline of one connection; `expired` is called with what was waited for in vain.
+    """The deadline of one connection; if it passes, `expired` is called with the kind of the wait.
 
-    A wait that is ended or renewed costs no new timer: the one that runs looks when it fires, and is set anew.
+    Ending or renewing a wait does not change the timer: it checks the deadline when it fires, and is set again.
     """
 
     __slots__ = ("_at", "_deadlines", "_expired", "_loop", "_timer", "awaited")
@@ -47,14 +47,14 @@ class Deadline:
         self.awaited: Awaited = "nothing"
 
     def begin(self, awaited: Awaited) -> None:
-        """Wait for this from now on, and no longer for anything else."""
+        """Begin a wait, which replaces the present one."""
         self.awaited = awaited
         self._at = self._loop.time() + self._deadlines.of(awaited)
         if self._at != NEVER and (self._timer is None or self._timer.when() > self._at):
             self._set_timer()
 
     def close(self) -> None:
-        """Wait for nothing any more."""
+        """End the present wait, and cancel the timer."""
         self.awaited, self._at = "nothing", NEVER
         if self._timer is not None:
             self._timer.cancel()

@@ -1,15 +1,15 @@
-"""The headers of a request: names are compared without regard to case, and one name may be there several times."""
+"""The headers of a request: names are case-insensitive, and may be repeated."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
-"""Names in lower case and values, in the order in which they were sent."""
+"""Pairs of name, in lower case, and value, in the order in which they were sent."""
 
 
 class Headers(Mapping[str, str]):
     """Headers by name; the first value counts if a name is repeated, as in Rust's `http` crate.
 
-    Values are decoded as UTF-8; bytes that are none become surrogate escapes.
+    Values are decoded as UTF-8; invalid bytes become surrogate escapes.
     """
 
     __slots__ = ("_raw",)
@@ -18,15 +18,15 @@ class Headers(Mapping[str, str]):
         self._raw = raw
 
     def __getitem__(self, name: str) -> str:
-        wanted = name.lower().encode()
+        key = name.lower().encode()
         for each, value in self._raw:
-            if each == wanted:
+            if each == key:
                 return value.decode(errors="surrogateescape")
         raise KeyError(name)
 
     def __contains__(self, name: object) -> bool:
-        wanted = name.lower().encode() if isinstance(name, str) else b""
-        return any(each == wanted for each, _ in self._raw)
+        key = name.lower().encode() if isinstance(name, str) else b""
+        return any(each == key for each, _ in self._raw)
 
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys(each.decode(errors="surrogateescape") for each, _ in self._raw))
@@ -36,5 +36,5 @@ class Headers(Mapping[str, str]):
 
     def get_all(self, name: str) -> list[str]:
         """Return every value of one name, in the order in which they were sent."""
-        wanted = name.lower().encode()
-        return [value.decode(errors="surrogateescape") for each, value in self._raw if each == wanted]
+        key = name.lower().encode()
+        return [value.decode(errors="surrogateescape") for each, value in self._raw if each == key]

@@ -1,4 +1,4 @@
-"""What a handler is given and what it gives: a request, a response; and a response's head as bytes."""
+"""The request that a handler gets, the response that it returns, and the encoding of a response's head."""
 
 import asyncio
 import functools
@@ -18,13 +18,13 @@ SERVER: Final = "dstack-emu"
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 BODILESS: Final = (204, 304)
-"""Statuses whose answers have neither a body nor, here, a length."""
+"""Statuses whose answers have no body; here they have no Content-Length either."""
 
 HeaderPairs = tuple[tuple[str, str], ...]
 
 
 class Request:
-    """One request, and the connection that it came on.
+    """A request, and its connection.
 
     `path` and `query` are as they were sent, without percent-decoding.
     """
@@ -43,13 +43,13 @@ class Request:
 
     @property
     def client_certificate(self) -> bytes | None:
-        """The certificate that the client showed, in DER; None without TLS, or if it showed none."""
+        """The client's certificate (DER); None without TLS, or if it showed none."""
         return self._certificate()
 
     async def read(self) -> bytes:
-        """Wait for the whole body and return it; raise `BodyError` if it is too long, or ends early.
+        """Wait for the whole body and return it; raise `BodyError` if it is too long or ends early.
 
-        A client that waits to be asked for it (`Expect: 100-continue`) is asked.
+        If the client has sent `Expect: 100-continue`, it is told to continue.
         """
         body = self._incoming.body
         if self._incoming.awaits_continue:
@@ -66,8 +66,8 @@ class Request:
 class Response:
     """An answer: its status, its headers in order, and its body.
 
-    A body that is made while it is sent has a `length` if it is known beforehand, else it goes in chunks.
-    Content-Length, Date, Server and Connection are the server's to write.
+    A streamed body is sent in chunks, unless `length` is given. The server adds Content-Length, Date, Server and
+    Connection.
     """
 
     status: int = 200
@@ -77,7 +77,7 @@ class Response:
 
     @classmethod
     def of(cls, body: bytes | str, content_type: str, status: int = 200, **headers: str) -> "Response":
-        """Make an answer of one type; a text is sent as UTF-8, and its type says so."""
+        """Make an answer with a content type; a text is encoded in UTF-8, and the type says so."""
         if isinstance(body, str):
             body, content_type = body.encode(), f"{content_type}; charset=utf-8"
         more = tuple((name.replace("_", "-"), value) for name, value in headers.items())
@@ -85,13 +85,13 @@ class Response:
 
     @property
     def content_length(self) -> int | None:
-        """The body's length in bytes, if it is known."""
+        """The length of the body in bytes, None if it is not known."""
         return len(self.body) if isinstance(self.body, bytes) else self.length
 
 
 @dataclass(frozen=True, slots=True)
 class Framing:
-    """How an answer is sent on one connection, apart from what it says; `headers` are those of every answer there."""
+    """How answers are sent on a connection; `headers` are added to every answer."""
 
     is_http_10: bool = False
     is_kept_alive: bool = True
@@ -99,25 +99,25 @@ class Framing:
 
 
 def is_chunked(response: Response, framing: Framing) -> bool:
-    """Whether an answer goes in chunks: it has no length, and the client knows of chunks."""
+    """Return whether an answer is sent in chunks: its length is unknown, and the client supports chunks."""
     return response.content_length is None and not framing.is_http_10
 
 
 def response_head(response: Response, framing: Framing) -> bytes:
-    """Write an answer's head, its empty line included."""
+    """Encode the head of an answer, with the empty line at its end."""
     length = response.content_length
     before, after = _fixed_parts(response.status, response.headers, framing, length is None)
     counted = b"" if length is None or response.status in BODILESS else b"Content-Length: %d\r\n" % length
     return b"%b%bDate: %b\r\n%b" % (before, counted, _date(int(time.time())), after)
 
 
-@functools.lru_cache(maxsize=64)  # a program has few kinds of answers
+@functools.lru_cache(maxsize=64)  # there are few different heads
 def _fixed_parts(status: int, headers: HeaderPairs, framing: Framing, has_no_length: bool) -> tuple[bytes, bytes]:
-    """Write what comes before the length, and what after the date."""
+    """Encode the part of a head before the length, and the part after the date."""
     last: HeaderPairs = (("Server", SERVER), *framing.headers)
     if has_no_length and not framing.is_http_10:
         last += (("Transfer-Encoding", "chunked"),)
-    if framing.is_kept_alive == framing.is_http_10:  # other than the version's default
+    if framing.is_kept_alive == framing.is_http_10:  # not the version's default
         last += (("Connection", "keep-alive" if framing.is_kept_alive else "close"),)
     version = "HTTP/1.0" if framing.is_http_10 else "HTTP/1.1"
     first = f"{version} {status_line(status)}\r\n{_lines(headers)}"

@@ -1,4 +1,4 @@
-"""Where a URL leads: the server to connect to, and what a request to it begins with."""
+"""Parses a URL into the server to connect to and the parts of a request to it."""
 
 import base64
 import string
@@ -16,7 +16,7 @@ _PRINTABLE: Final = frozenset(string.printable) - set(string.whitespace)
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """A server: its name or address, its port, and whether it speaks TLS."""
+    """A server: its name or address, its port, and whether it uses TLS."""
 
     host: str
     port: int
@@ -24,17 +24,17 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """A URL as a request names it: `path` is percent-encoded, with its query; `lines` are the headers that follow."""
+class RequestTarget:
+    """The target of a request: `path` is percent-encoded and includes the query; `lines` are the first headers."""
 
     origin: Origin
     path: bytes
     lines: bytes
-    """Host, and the credentials of a URL that has some."""
+    """The header Host, and Authorization if the URL has credentials."""
 
     @classmethod
-    def parse(cls, url: str) -> "Target":
-        """Read an http or https URL; raise `NoAnswerError` if it is none."""
+    def parse(cls, url: str) -> "RequestTarget":
+        """Parse an http or https URL; raise `NoAnswerError` if it is not one."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname or "", parts.port

@@ -1,4 +1,4 @@
-"""Answers by a status alone, as upstream's web server (Rocket) gives them."""
+"""Answers that consist of a status, as upstream's web server (Rocket) gives them."""
 
 import json
 from http import HTTPStatus
@@ -11,7 +11,7 @@ _JSON: Final = "application/json"
 
 
 def status_page(status: HTTPStatus, request: Request) -> Response:
-    """Answer by a status alone: a page, or JSON if Accept prefers it."""
+    """Return the answer for a status: a page, or JSON if the header Accept prefers it."""
     reason = reason_phrase(status)
     if _prefers_json(request.headers.get("Accept", "")):
         error = {"code": status.value, "reason": reason, "description": status.description}
@@ -22,7 +22,7 @@ def status_page(status: HTTPStatus, request: Request) -> Response:
 
 
 def _prefers_json(accept: str) -> bool:
-    """Tell whether JSON is the first choice of an Accept header: highest q, then no wildcard, then first named."""
+    """Return whether JSON is the first choice of an Accept header: by q, then without wildcards, then by position."""
     best, best_rank = "", (0.0, 0)
     for choice in accept.split(","):
         kind, *parameters = (part.strip().lower() for part in choice.split(";"))

@@ -1,10 +1,10 @@
-"""Serving an application: an asyncio protocol on the connection core, one for each client.
+"""Serves an application: an asyncio protocol for each client, on the connection core.
 
-A connection has one request in progress. Those that the client sends meanwhile wait, and while some wait nothing more
-is read. A client that shuts down its sending side still gets the answers to what it asked in full; over TLS it does
-not, because asyncio knows no half-closed TLS connections. Every wait for a client has a deadline.
+A connection has one request in progress. Requests that arrive meanwhile wait, and while one waits nothing more is read.
+A client that shuts down its sending side still gets the answers to its complete requests; over TLS it does not, because
+asyncio has no half-closed TLS connections. Every wait for a client has a deadline.
 
-Not here: sockets to listen on (`transport.listen`), and what is answered.
+Not here: listening sockets (`transport.listen`), and the handlers.
 """
 
 import asyncio
@@ -14,23 +14,23 @@ from http import HTTPStatus
 from typing import Final, cast
 
 from dstack_emu.transport.http.application import Application
-from dstack_emu.transport.http.connection import IncomingRequest, Refusal, ServerConnection
+from dstack_emu.transport.http.connection import IncomingRequest, InvalidRequest, ServerConnection
 from dstack_emu.transport.http.deadline import Awaited, Deadline, Deadlines
 from dstack_emu.transport.http.message import Framing, Request, Response, response_head
 from dstack_emu.transport.http.writer import ResponseWriter
 from dstack_emu.transport.status import status_line
 
 MAX_DROPPED: Final = 64 * 1024 * 1024
-"""Bytes that a client may send after its last answer before the connection is closed all the same."""
+"""The number of bytes after the last answer that are dropped before the connection is closed."""
 
 log = logging.getLogger(__name__)
 
 
 class HttpServer:
-    """Serves one application on any number of connections. asyncio calls it for the protocol of each new one.
+    """Serves one application on any number of connections; asyncio calls it to make the protocol of each one.
 
-    `grace` is how many seconds requests in progress have at the end: half to finish, half to end after they are
-    cancelled.
+    `grace` is the time in seconds that requests in progress have when the server closes: half of it to finish, half to
+    end after they are cancelled.
     """
 
     def __init__(self, app: Application, *, grace: float = 0.0, deadlines: Deadlines | None = None) -> None:
@@ -39,7 +39,7 @@ class HttpServer:
         self.max_body = app.max_body
         self.deadlines = deadlines or Deadlines()
         self.connections: set[HttpProtocol] = set()
-        """Those that are open, and those whose handler is still at work."""
+        """The open connections, and those whose handler still runs."""
         self._framings = {
             (is_http_10, is_kept_alive): Framing(is_http_10, is_kept_alive, app.headers)
             for is_http_10 in (False, True)
@@ -50,11 +50,11 @@ class HttpServer:
         return HttpProtocol(self)
 
     def framing(self, is_http_10: bool, is_kept_alive: bool) -> Framing:
-        """Return how answers of one kind are framed."""
+        """Return the framing of an answer."""
         return self._framings[is_http_10, is_kept_alive]
 
     async def close(self) -> None:
-        """Close every connection: idle ones at once, others once their request in progress is answered."""
+        """Close every connection: idle ones at once, others when their request is answered or the grace is over."""
         for connection in list(self.connections):
             connection.finish()
         await self._handlers_end(self._grace / 2)
@@ -80,20 +80,20 @@ class HttpProtocol(asyncio.Protocol):
         self._core = ServerConnection(server.max_body)
         self._deadline = Deadline(server.deadlines, self._expired)
         self._request: IncomingRequest | None = None
-        """What is being answered, by `task`."""
+        """The request that `task` answers."""
         self.task: asyncio.Task[None] | None = None
         self._certificate: bytes | None = None
         self._is_open = self._is_reading = True
         self._is_finishing = False
         """Whether the answer in progress is the last one."""
         self._is_lingering = False
-        """Whether the last answer is out, and what the client still sends is dropped."""
+        """Whether the last answer is sent, and further bytes of the client are dropped."""
         self._dropped = 0
 
     # ---- asyncio's callbacks
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to wait for a request."""
+        """Wait for the first request."""
         self._transport = cast(asyncio.Transport, transport)
         self._tls = transport.get_extra_info("ssl_object")
         self._writer = ResponseWriter(self._transport)
@@ -101,7 +101,7 @@ class HttpProtocol(asyncio.Protocol):
         self._deadline.begin("request")
 
     def data_received(self, data: bytes) -> None:
-        """Read what the client sends, and answer what has come."""
+        """Parse the client's bytes, and answer complete requests."""
         if self._is_lingering:
             self._drop(data)
             return
@@ -113,7 +113,7 @@ class HttpProtocol(asyncio.Protocol):
         self._choose_reading()
 
     def eof_received(self) -> bool:
-        """Keep the connection (True) while something that was asked in full waits for its answer."""
+        """Handle the client's end of file; return True, to keep the connection, if a request must still be answered."""
         is_cut_off = self._is_within_body()
         self._core.receive_eof()
         if self._is_lingering or is_cut_off or self._tls is not None:
@@ -121,7 +121,7 @@ class HttpProtocol(asyncio.Protocol):
         return self.task is not None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of the connection; a handler at work may finish, since its answer may not be all that it does."""
+        """Handle the end of the connection. A handler that runs may finish: it may do more than answer."""
         self._is_open = False
         self._core.receive_eof()
         self._deadline.close()
@@ -130,25 +130,25 @@ class HttpProtocol(asyncio.Protocol):
             self._server.connections.discard(self)
 
     def pause_writing(self) -> None:
-        """Wait until the client has read some of what it is answered."""
+        """Stop writing until the client has read more."""
         self._writer.pause()
         self._wait()
 
     def resume_writing(self) -> None:
-        """Write on."""
+        """Continue to write."""
         self._writer.resume()
         self._wait()
 
-    # ---- the server's end
+    # ---- closing the server
 
     def finish(self) -> None:
-        """Close, after the request in progress is answered if there is one."""
+        """Close the connection, after the request in progress is answered."""
         self._is_finishing = True
         if self.task is None:
             self._transport.close()
 
     def abandon(self) -> None:
-        """Close without another answer."""
+        """Close the connection without another answer."""
         if self.task is not None:
             self.task.cancel()
         self._transport.close()
@@ -156,12 +156,12 @@ class HttpProtocol(asyncio.Protocol):
     # ---- requests
 
     def _go_on(self) -> None:
-        """Take up what comes next, with no request in progress."""
+        """Begin to answer the next request; there is none in progress."""
         following = None if self._is_finishing else self._core.next_request()
         if isinstance(following, IncomingRequest):
             self._request = following
             self.task = self._loop.create_task(self._answer(following))
-        elif isinstance(following, Refusal):
+        elif isinstance(following, InvalidRequest):
             self._refuse(following)
         elif self._is_finishing or self._core.is_over:
             self._transport.close()
@@ -177,7 +177,7 @@ class HttpProtocol(asyncio.Protocol):
         except ConnectionError as error:
             log.debug("%s %s: %s", incoming.method, incoming.path, error)
             self._transport.abort()
-        except Exception:  # the server's edge: an answer that has begun can only be broken off
+        except Exception:  # the server's edge: an answer that has begun can only be aborted
             log.exception("Error within the answer to %s", incoming.path)
             self._transport.abort()
         finally:
@@ -200,8 +200,8 @@ class HttpProtocol(asyncio.Protocol):
     async def _receive_rest(self, incoming: IncomingRequest) -> None:
         """Wait for the rest of a body that the handler did not read, so that the connection stays usable.
 
-        A body over the limit is settled already, and one that the client holds back until it is told to continue is
-        not requested.
+        A body over the limit is settled already. A body that the client sends only when it is told to continue is not
+        requested.
         """
         if incoming.is_kept_alive and not (incoming.awaits_continue or incoming.body.is_settled):
             settled = asyncio.Event()
@@ -218,9 +218,9 @@ class HttpProtocol(asyncio.Protocol):
         if is_last and not is_read:
             self._linger()
 
-    def _refuse(self, refusal: Refusal) -> None:
-        log.debug("refused with %d: %s", refusal.status, refusal.reason)
-        self._transport.write(response_head(Response(refusal.status), self._server.framing(False, False)))
+    def _refuse(self, invalid: InvalidRequest) -> None:
+        log.debug("refused with %d: %s", invalid.status, invalid.reason)
+        self._transport.write(response_head(Response(invalid.status), self._server.framing(False, False)))
         self._linger()
 
     def _client_certificate(self) -> bytes | None:
@@ -228,10 +228,10 @@ class HttpProtocol(asyncio.Protocol):
             self._certificate = self._tls.getpeercert(binary_form=True)
         return self._certificate
 
-    # ---- the end of a connection
+    # ---- closing a connection
 
     def _linger(self) -> None:
-        """Close once the client stops sending: closing before could take the answer along."""
+        """Close the connection when the client stops sending; closing it before could lose the answer."""
         self._is_finishing = self._is_lingering = True
         if self._transport.can_write_eof():  # TLS cannot
             self._transport.write_eof()
@@ -239,7 +239,7 @@ class HttpProtocol(asyncio.Protocol):
         self._choose_reading()
 
     def _drop(self, data: bytes) -> None:
-        """Read on after the last answer, to the end of a body if there is one."""
+        """Drop bytes after the last answer, up to the end of a body."""
         self._dropped += len(data)
         was_over = self._core.is_over
         self._core.receive(data)
@@ -248,24 +248,24 @@ class HttpProtocol(asyncio.Protocol):
         else:
             self._wait()
 
-    # ---- what is waited for, and what is read
+    # ---- waiting and reading
 
     def _is_within_body(self) -> bool:
         return self._request is not None and not self._request.body.is_settled
 
     def _choose_reading(self) -> None:
-        """Read nothing while something waits to be answered, so that it cannot fill the memory."""
-        wanted = self._is_lingering or not (self._core.is_waiting or self._core.is_over)
-        if wanted == self._is_reading or self._transport.is_closing():
+        """Read nothing while a request waits, so that waiting requests cannot fill the memory."""
+        is_reading = self._is_lingering or not (self._core.is_waiting or self._core.is_over)
+        if is_reading == self._is_reading or self._transport.is_closing():
             return
-        self._is_reading = wanted
-        if wanted:
+        self._is_reading = is_reading
+        if is_reading:
             self._transport.resume_reading()
         else:
             self._transport.pause_reading()
 
     def _wait(self) -> None:
-        """Set the deadline of what the connection waits for now."""
+        """Set the deadline of the present wait."""
         awaited = self._awaited()
         if awaited != "head" or self._deadline.awaited != "head":
             self._deadline.begin(awaited)
@@ -280,12 +280,12 @@ class HttpProtocol(asyncio.Protocol):
         return "head" if self._core.is_within_request else "request"
 
     def _expired(self, awaited: Awaited) -> None:
-        """Give up what was waited for."""
+        """Handle a deadline that has passed."""
         log.debug("waited %g s for: %s", self._server.deadlines.of(awaited), awaited)
         match awaited:
             case "head":
                 self._core.receive_eof()
-                self._refuse(Refusal(HTTPStatus.REQUEST_TIMEOUT, "the head did not come in time"))
+                self._refuse(InvalidRequest(HTTPStatus.REQUEST_TIMEOUT, "the head did not come in time"))
             case "body":
                 self._core.receive_eof()
             case "reading":

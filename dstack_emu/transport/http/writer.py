@@ -1,4 +1,4 @@
-"""Writing answers to one client, no faster than it reads them."""
+"""Writes answers to one client, no faster than the client reads them."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ from dstack_emu.transport.http.message import BODILESS, Framing, Response, is_ch
 
 
 class ResponseWriter:
-    """Writes to one transport; its protocol passes on when the transport's buffer is full and when it is not."""
+    """Writes to a transport; the protocol calls `pause` and `resume` when the transport's buffer is full or not."""
 
     __slots__ = ("_loop", "_transport", "_writable")
 
@@ -16,15 +16,15 @@ class ResponseWriter:
 
     @property
     def is_blocked(self) -> bool:
-        """Whether the client has to read before more is written."""
+        """Whether the client must read before more is written."""
         return self._writable is not None
 
     def pause(self) -> None:
-        """Let nobody write on."""
+        """Block further writes."""
         self._writable = self._loop.create_future()
 
     def resume(self, error: ConnectionError | None = None) -> None:
-        """Let who waits write on, or tell it that nobody reads any more."""
+        """Unblock the write that waits; with `error`, let it fail because the client has disconnected."""
         writable, self._writable = self._writable, None
         if writable is None or writable.done():
             return
@@ -32,10 +32,10 @@ class ResponseWriter:
             writable.set_result(None)
         else:
             writable.set_exception(error)
-            writable.exception()  # asked for here: nobody has to be waiting
+            writable.exception()  # mark it as retrieved: perhaps nothing waits for it
 
     async def send(self, response: Response, framing: Framing, *, head_only: bool) -> None:
-        """Write a whole answer; raise `ConnectionError` if the client goes away meanwhile."""
+        """Write a whole answer; raise `ConnectionError` if the client disconnects meanwhile."""
         head = response_head(response, framing)
         if head_only or response.status in BODILESS:
             self._transport.write(head)
@@ -48,7 +48,7 @@ class ResponseWriter:
             await self._writable
 
     async def _send_pieces(self, response: Response, chunked: bool) -> None:
-        assert not isinstance(response.body, bytes)  # noqa: S101 - `send` looked
+        assert not isinstance(response.body, bytes)  # noqa: S101 - `send` has checked it
         async for piece in response.body:
             if self._transport.is_closing():
                 raise ConnectionResetError("the client went away")

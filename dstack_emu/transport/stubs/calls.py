@@ -1,4 +1,4 @@
-"""The types of a client's methods, since grpcio has none."""
+"""The types of a gRPC client's methods, because grpcio has no types."""
 
 from collections.abc import Awaitable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -21,7 +21,7 @@ class UnaryUnary(Protocol[Q, A]):
         wait_for_ready: bool | None = None,
         compression: Any = None,
     ) -> A:
-        """Call, and wait for the answer, `timeout` seconds at most."""
+        """Call, and wait for the answer, at most `timeout` seconds."""
         ...
 
 
