@@ -36,6 +36,7 @@ from dstack_emu.attest.image import (
     os_image_hash,
     sha256sum_txt,
 )
+from dstack_emu.attest.release import DEFAULT
 from dstack_emu.attest.vmconfig import TdxMeasurement, VmConfig
 
 GIB = 1 << 30
@@ -105,7 +106,7 @@ class OsImage:
         cls,
         derive: Callable[[str, int], bytes],
         name: str = "dstack-emu",
-        version: str = "0.5.11",
+        version: str = DEFAULT.version,
         given: ImageParts | None = None,
     ) -> Self:
         """Make an image; `derive(label, n)` returns n bytes, always the same ones for the same label.

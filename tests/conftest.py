@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dstack_emu.attest.release import DEFAULT, RELEASES
 from tests.running import RunningStack, running_stack
 
 # A background job of a script, or of nohup, is started with these ignored, and so would be what the tests start here.
@@ -54,6 +55,13 @@ def shared_stack() -> Iterator[RunningStack]:
 
 
 @pytest.fixture(scope="session")
+def shared_stack_0_5() -> Iterator[RunningStack]:
+    """The ready stack of release 0.5 of this worker; `ready_stack_0_5` has it as it began."""
+    with running_stack("--release", "0.5") as stack:
+        yield stack
+
+
+@pytest.fixture(scope="session")
 def shared_fresh_stack() -> Iterator[RunningStack]:
     """The stack without keys of this worker; `fresh_stack` has it as it began."""
     with running_stack("--fresh") as stack:
@@ -65,6 +73,22 @@ def ready_stack(shared_stack: RunningStack) -> RunningStack:
     """A ready stack for the tests of a file; a test that changes a policy restores it."""
     shared_stack.reset()
     return shared_stack
+
+
+@pytest.fixture(scope="module")
+def ready_stack_0_5(shared_stack_0_5: RunningStack) -> RunningStack:
+    """A ready stack of release 0.5, for what it does differently."""
+    shared_stack_0_5.reset()
+    return shared_stack_0_5
+
+
+@pytest.fixture(scope="module", params=list(RELEASES))
+def each_ready_stack(request: pytest.FixtureRequest) -> RunningStack:
+    """A ready stack of each release, one after the other."""
+    shared = "shared_stack" if request.param == DEFAULT.name else "shared_stack_0_5"
+    stack: RunningStack = request.getfixturevalue(shared)
+    stack.reset()
+    return stack
 
 
 @pytest.fixture

@@ -285,6 +285,13 @@ class Guest:
         key = new_key()
         return self.temp_ca.issue(key, attest(self.agent, spki_of(key)))
 
+    def identity_without_vm_config(self) -> Identity:
+        """A new key, attested as old releases did: quote and event log, so a request's vm_config is the only one."""
+        key = new_key()
+        answer = ask_agent(self.agent, "GetQuote", {"report_data": binding_of(spki_of(key)).hex()})
+        values = {OID_QUOTE: bytes.fromhex(answer["quote"]), OID_EVENT_LOG: answer["event_log"].encode()}
+        return self.temp_ca.issue_with(key, values)
+
     def get_app_key(self, identity: Identity | None = None, **arguments: Any) -> Answer:
         """GetAppKey over a connection of its own, with the KMS's root pinned; a fresh identity unless one is given."""
         with kms(self.kms_url, identity=identity or self.identity(), root_ca=self.root_ca) as connection:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from dstack_emu.attest.release import RELEASES
 from tests.processes import Command, start
 
 READY_TIMEOUT = 30
@@ -19,6 +20,7 @@ class RunningStack:
     def __init__(self, description: dict[str, Any], process: Command, errors: IO[str]) -> None:
         self.description, self.process, self._errors = description, process, errors
         self.services: dict[str, str] = description["services"]
+        self.release = RELEASES[description["release"]]
         self.policies = {side: Path(path) for side, path in description["policies"].items()}
 
     def curl(self, url: str, *arguments: str) -> tuple[int, str]:

@@ -107,7 +107,7 @@ def test_ratio_compares_neighbouring_rounds() -> None:
 def test_load_generator_refuses_an_answer_that_is_no_success(ready_stack: RunningStack) -> None:
     path = ready_stack.description["app"]["dstack_sock"]
     connection = Connection(connect_unix(path), post("/Nothing", b"{}"))
-    with pytest.raises(LoadError, match="400 Bad Request"):
+    with pytest.raises(LoadError, match="404 Not Found"):
         closed_loop([connection])(0.01)
     connection.close()
 

@@ -108,31 +108,33 @@ BOOT = ["system-preparing", "app-id", "compose-hash", "instance-id", "boot-mr-do
 AFTER = ["os-image-hash", "key-provider", "storage-fs", "system-ready"]
 
 
-def test_events_record_where_the_keys_came_from(booted: dict[str, Any]) -> None:
+OF_0_5 = ("--release", "0.5", "--image-version", "0.6.0")
+"""A guest of 0.5 with the image that the policy has."""
+
+
+def test_events_record_the_gpu_policy_and_where_the_keys_came_from(booted: dict[str, Any]) -> None:
     measured = events(booted)
-    assert [name for name, _ in measured] == [*BOOT, "mr-kms", *AFTER]
+    assert [name for name, _ in measured] == [*BOOT[:3], "gpu-policy-hash", *BOOT[3:], *AFTER]
+    assert dict(measured)["gpu-policy-hash"] == hashlib.sha256(b"{}").hexdigest()
     assert dict(measured)["os-image-hash"] == booted["os_image_hash"]
 
 
-def test_release_0_6_measures_the_gpu_policy_and_not_the_kms(ready_stack: RunningStack, booted: dict[str, Any]) -> None:
-    allowed_image = ("--image-version", "0.5.11")  # the policy has this one
-    url = ready_stack.services["kms-src"]
-    with serving("boot", "--kms", url, "--release", "0.6", *allowed_image) as new:
-        measured = events(new)
-        assert [name for name, _ in measured] == [*BOOT[:3], "gpu-policy-hash", *BOOT[3:], *AFTER]
-        assert dict(measured)["gpu-policy-hash"] == hashlib.sha256(b"{}").hexdigest()
-        assert new["mr_aggregated"] != booted["mr_aggregated"]
-        assert ask(new["dstack_sock"], "/GetTlsKey", {"subject": "new"})[0] == 200
-
-
-def test_release_0_5_measures_the_kms(ready_stack: RunningStack, booted: dict[str, Any], tmp_path: Path) -> None:
-    assert dict(events(booted))["mr-kms"] == ready_stack.description["kms"]["src"]["mr_aggregated"]
+def test_release_0_5_measures_the_kms_and_no_gpu_policy(
+    ready_stack: RunningStack, booted: dict[str, Any], tmp_path: Path
+) -> None:
+    with serving("boot", "--kms", ready_stack.services["kms-src"], *OF_0_5) as old:
+        measured = events(old)
+        assert [name for name, _ in measured] == [*BOOT, "mr-kms", *AFTER]
+        assert dict(measured)["os-image-hash"] == old["os_image_hash"] == booted["os_image_hash"]
+        assert dict(measured)["mr-kms"] == ready_stack.description["kms"]["src"]["mr_aggregated"]
+        assert old["mr_aggregated"] != booted["mr_aggregated"]
+        assert ask(old["dstack_sock"], "/GetTlsKey", {"subject": "old"})[0] == 200
     # Where the KMS's certificate says nothing of what it measures, there is nothing to record.
     copy_keys(tmp_path, ready_stack)
     silent = write_kms_toml(tmp_path, ready_stack, webhook=ready_stack.services["auth-src"], attests=False)
     with (
         running_kms(silent, ready_stack.services["agent-src"]) as url,
-        serving("boot", "--kms", url, "--release", "0.5") as unaware,
+        serving("boot", "--kms", url, *OF_0_5) as unaware,
     ):
         assert [name for name, _ in events(unaware)] == BOOT + AFTER
 

@@ -4,6 +4,7 @@ The gRPC client is `tests.reflected`, the pRPC one `tests.foreign`; neither has 
 """
 
 import json
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -151,8 +152,14 @@ def test_agent_answers_the_same_over_both(stack: RunningStack, where: str) -> No
             path = method if service == "DstackGuest" else f"prpc/{service}.{method}"
             by_prpc = foreign.ask_agent(stack.services["app"], path, arguments)
             by_grpc = client.call(f"dstack_guest.{name}", **arguments).value
-            assert by_grpc == {field: value for field, value in by_prpc.items() if field in by_grpc}, name
-        assert client.call("dstack_guest.DstackGuest/EmitEvent", event="demo", payload="00").value == {}
+            given = {field: value for field, value in by_grpc.items() if field in by_prpc or value}
+            assert given == {field: value for field, value in by_prpc.items() if field in by_grpc}, name
+        connection = foreign.KmsConnection(stack.services["app"])
+        refusal = foreign.ask(connection._http, "/EmitEvent", {"event": "demo", "payload": "00"}).error
+        connection.close()
+        outcome = client.call("dstack_guest.DstackGuest/EmitEvent", event="demo", payload="00")
+        assert (outcome.code, outcome.text) == (WRONG_PHASE, refusal)
+        assert refusal.startswith("EmitEvent was removed in dstack 0.6.0; ")
 
 
 AGENT_REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -234,12 +241,9 @@ def broken(guest: Guest) -> Identity:
 IDENTITIES: dict[str, tuple[Callable[[Guest], Identity | None], str, str]] = {
     "none": (lambda guest: None, "KMS.GetAppKey", "App not allowed: No attestation provided"),
     "none, as a KMS": (lambda guest: None, "KMS.GetKmsKey", "No attestation provided"),
-    "no attestation": (without_attestation, "KMS.GetAppKey", "App not allowed: No attestation provided"),
     "another key's": (stolen, "KMS.GetAppKey", "invalid quote: report data mismatch"),
     "another key's, where nobody asks for one": (stolen, "KMS.GetMeta", "invalid quote: report data mismatch"),
-    "rubbish": (rubbish, "KMS.GetMeta", "Failed to decode attestation from cert extension: Unknown attestation"),
     "a changed quote": (forged, "KMS.GetAppKey", "invalid quote: failed to verify TDX quote: ISV enclave report sig"),
-    "cut off": (broken, "KMS.GetAppKey", "Failed to decode attestation from cert extension: "),
 }
 
 
@@ -250,6 +254,36 @@ def test_bad_evidence_is_refused_as_unauthenticated(stack: RunningStack, guest: 
     code, said = kms_of(stack, shown).refused(method, shown)
     assert code == UNAUTHENTICATED
     assert said.startswith(text)
+
+
+@pytest.mark.parametrize("make", [without_attestation, rubbish, broken])
+def test_certificate_without_readable_evidence_ends_the_handshake(
+    stack: RunningStack, guest: Guest, make: Callable[[Guest], Identity]
+) -> None:
+    kms, shown = kms_of(stack, make(guest)), make(guest)
+    ended = pytest.raises(ssl.SSLError, match="ALERT_HANDSHAKE_FAILURE")
+    with foreign.kms(kms.prpc_url, identity=shown, root_ca=kms.root_ca) as connection, ended:
+        connection.call("GetMeta")
+    with reflected(kms.grpc_target, kms.root_ca, shown) as client, pytest.raises(grpc.RpcError) as error:
+        client.channel.unary_unary("/kms.KMS/GetMeta")(b"", timeout=foreign.TIMEOUT)
+    assert error.value.code().name == UNAVAILABLE
+
+
+def test_bad_evidence_is_refused_by_a_kms_of_0_5_in_its_words() -> None:
+    decoding = "Failed to decode attestation from cert extension: "
+    with running_stack("--grpc", "--release", "0.5") as stack:
+        guest = Guest.of(stack.services["kms-src"], stack.description["app"]["dstack_sock"])
+        for make, method, text in (
+            (without_attestation, "KMS.GetAppKey", "App not allowed: No attestation provided"),
+            (rubbish, "KMS.GetMeta", f"{decoding}Unknown attestation"),
+            (broken, "KMS.GetAppKey", decoding),
+        ):
+            shown = make(guest)
+            code, said = kms_of(stack, shown).refused(method, shown)
+            assert (code, said.startswith(text)) == (UNAUTHENTICATED, True)
+        with reflected(stack.description["grpc"]["app-grpc"]) as client:
+            assert client.call("dstack_guest.DstackGuest/EmitEvent", event="demo", payload="00").value == {}
+            assert client.call("dstack_guest.DstackGuest/GetQuote", report_data="00").value["attestation"]
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -301,8 +335,11 @@ def test_bad_argument_is_refused_as_such(stack: RunningStack, name: str) -> None
     assert (code, said.startswith(text)) == (INVALID, True)
 
 
-def test_bad_vm_config_is_a_bad_argument(stack: RunningStack, identity: Identity) -> None:
-    code, text = kms_of(stack, identity).refused("KMS.GetAppKey", identity, api_version=1, vm_config="{")
+def test_bad_vm_config_is_a_bad_argument(stack: RunningStack, guest: Guest, identity: Identity) -> None:
+    other = kms_of(stack, identity).refused("KMS.GetAppKey", identity, api_version=1, vm_config="{")
+    assert other == (INVALID, "App not allowed: vm_config of the request does not match the one in the attestation")
+    old = guest.identity_without_vm_config()
+    code, text = kms_of(stack, old).refused("KMS.GetAppKey", old, api_version=1, vm_config="{")
     assert code == INVALID
     assert text.startswith("App not allowed: Failed to decode app info: ")
 
@@ -345,7 +382,7 @@ def test_rpc_of_the_other_phase_is_refused_as_such(stack: RunningStack) -> None:
         kms = Both.of(stack)
         with foreign.kms(kms.prpc_url) as connection:
             connection._service = "Onboard"
-            assert connection.call(method).error == refusal[1]
+            assert connection.call(method) == foreign.Answer(404, {"error": refusal[1]})
         # Reflection does not offer it, so the client has to know.
         with reflected(kms.grpc_target, kms.root_ca) as client:
             with pytest.raises(grpc.RpcError) as error:

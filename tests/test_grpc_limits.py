@@ -53,7 +53,7 @@ def test_text_too_long_for_a_status_is_cut_and_says_so(strict_agent: str, letter
 @pytest.fixture(scope="module")
 def strict_agent() -> Iterator[str]:
     """An agent that repeats to whom it refuses what he asked for."""
-    with serving("agent", "--upstream-compat", "--grpc", "127.0.0.1:0") as agent:
+    with serving("agent", "--release", "0.5", "--upstream-compat", "--grpc", "127.0.0.1:0") as agent:
         yield agent["grpc_target"]
 
 

@@ -33,7 +33,7 @@ INFO = "dstack_guest.DstackGuest/Info"
 async def running() -> AsyncIterator[Stack]:
     """One ready stack that serves gRPC, too."""
     async with own_stack(grpc=True) as stack:
-        stack.control.set_clock(freeze="2026-06-01")
+        stack.control.set_clock(freeze=True)
         stack.control.snapshot()
         yield stack
 

@@ -9,17 +9,24 @@ import pytest
 
 from dstack_emu.attest.eventlog import log_from_json, replay_register
 from dstack_emu.attest.quote import Quote
+from dstack_emu.attest.release import RELEASES, Release
 from tests.commands import ask, serving, usage_error
 from tests.hardware import APP_KEYS, LITE_GET_QUOTE, boot
 from tests.recorded import external_path, golden
 
 
+@pytest.fixture(scope="module", params=list(RELEASES))
+def release(request: pytest.FixtureRequest) -> Release:
+    """Each release."""
+    return RELEASES[request.param]
+
+
 @pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """An agent with the key file that upstream's answers were recorded on."""
+def agent(release: Release, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """An agent of each release with the key file that upstream's answers were recorded on: 0.6 did not change them."""
     keys = tmp_path_factory.mktemp("keys") / "appkeys.json"
     keys.write_text(json.dumps(golden("guest-agent-keys.json")["appkeys"]))
-    with serving("agent", "--keys", str(keys)) as description:
+    with serving("agent", "--release", release.name, "--keys", str(keys)) as description:
         yield description
 
 
@@ -110,14 +117,15 @@ def test_key_file_of_upstreams_simulator_loads() -> None:
         assert (status, len(answer["certificate_chain"])) == (200, 2)
 
 
-def test_one_port_serves_every_service(agent: dict[str, Any]) -> None:
+def test_one_port_serves_every_service(release: Release, agent: dict[str, Any]) -> None:
     url = agent["dstack_url"]
     assert agent["tappd_url"] == url
     for path in ("/Info", "/prpc/Info", "/prpc/Tappd.Info", "/prpc/Worker.Info"):
         status, info = ask(url, path, {})
         assert (status, info["app_id"]) == (200, agent["app_id"])
     assert ask(url, "/prpc/TdxQuote", {}) == ask(url, "/prpc/Tappd.TdxQuote", {})
-    assert ask(url, "/prpc/Worker.GetKey", {})[0] == 400
+    unknown = {"error": "Service not found: GetKey"}
+    assert ask(url, "/prpc/Worker.GetKey", {}) == (release.unknown_method_status, unknown)
 
 
 def test_info_says_what_the_command_printed(agent: dict[str, Any]) -> None:
@@ -130,8 +138,8 @@ def test_info_says_what_the_command_printed(agent: dict[str, Any]) -> None:
     assert [replay_register(log, imr).hex() for imr in range(4)] == [tcb_info[f"rtmr{imr}"] for imr in range(4)]
 
 
-def test_emitted_event_extends_rtmr3_and_mr_aggregated() -> None:
-    with serving("agent") as agent:
+def test_emitted_event_extends_rtmr3_and_mr_aggregated_in_0_5() -> None:
+    with serving("agent", "--release", "0.5") as agent:
         _, before = _dstack(agent, "GetQuote", {})
         assert _dstack(agent, "EmitEvent", {"event": "mine", "payload": "0102"}) == (200, None)
         _, after = _dstack(agent, "GetQuote", {})
@@ -141,10 +149,24 @@ def test_emitted_event_extends_rtmr3_and_mr_aggregated() -> None:
         assert _dstack(agent, "Info", {})[1]["mr_aggregated"] != agent["mr_aggregated"]
 
 
-def test_emit_event_is_refused_with_upstream_compat() -> None:
-    with serving("agent", "--upstream-compat") as agent:
-        refusal = {"error": "runtime event emission is unavailable in simulator mode: mine"}
-        assert _dstack(agent, "EmitEvent", {"event": "mine", "payload": ""}) == (400, refusal)
+SIMULATOR = "runtime event emission is unavailable in simulator mode: mine"
+REMOVED = "EmitEvent was removed in dstack 0.6.0; runtime RTMR3 events are system-owned and cannot be extended by apps"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--release", "0.5", "--upstream-compat"), SIMULATOR),
+        (("--release", "0.6"), REMOVED),
+        (("--release", "0.6", "--upstream-compat"), REMOVED),
+    ],
+)
+def test_emit_event_is_refused_with_upstream_compat_and_in_0_6(arguments: tuple[str, ...], text: str) -> None:
+    with serving("agent", *arguments) as agent:
+        assert _dstack(agent, "EmitEvent", {"event": "mine", "payload": ""}) == (400, {"error": text})
+        _, quote = _dstack(agent, "GetQuote", {})
+        assert "mine" not in quote["event_log"]
+        assert _dstack(agent, "Info", {})[1]["mr_aggregated"] == agent["mr_aggregated"]
 
 
 def test_app_compose_and_sys_config_load_as_they_are(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dstack_emu.attest.release import RELEASES, Release
 from tests.commands import serving
 from tests.kms_process import Kms, World, running, variables
 
@@ -25,7 +26,7 @@ def world() -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def kms(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kms]:
-    """A KMS in its runtime phase, whose configuration opens both doors."""
+    """A KMS of 0.5 in its runtime phase, whose configuration opens both doors."""
     folder = tmp_path_factory.mktemp("kms")
     keys = {
         "core.admin_token_hash": hashlib.sha256(TOKEN.encode()).hexdigest().upper(),
@@ -35,7 +36,7 @@ def kms(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kms]
         "core.admin.port": "0",
         "core.admin.auth_token": TOKEN,
     }
-    with running(folder, world, **variables(keys)) as started:
+    with running(folder, world, "--release", "0.5", **variables(keys)) as started:
         yield started
 
 
@@ -139,9 +140,11 @@ def test_admin_listener_refuses_another_token(kms: Kms, cache: Path, arguments: 
     assert not any(TOKEN in line for line in kms.log())
 
 
-def test_main_listener_without_a_hash_knows_no_such_call(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("release", RELEASES.values(), ids=lambda each: each.name)
+def test_main_listener_without_a_hash_knows_no_such_call(world: World, tmp_path: Path, release: Release) -> None:
     domain = variables({"core.onboard.auto_bootstrap_domain": "kms.example.test"})
-    with running(tmp_path, world, **domain) as kms:
+    with running(tmp_path, world, "--release", release.name, **domain) as kms:
         unknown = {"error": "Service not found: ClearImageCache"}
-        assert kms.rpc("KMS.ClearImageCache", {"token": "", "image_hash": "all"}) == (400, unknown)
+        answer = kms.rpc("KMS.ClearImageCache", {"token": "", "image_hash": "all"})
+        assert answer == (release.unknown_method_status, unknown)
         assert kms.description["admin_url"] is None

@@ -65,7 +65,7 @@ def failed(done: tuple[int, str, str]) -> str:
 
 
 def test_built_directory_is_the_stacks_image_and_passes_sha256sum(image: Image, tmp_path: Path) -> None:
-    folder = tmp_path / "new" / "dstack-emu-0.5.11"
+    folder = tmp_path / "new" / "dstack-emu-0.6.0"
     answer = built(image, folder)
     expected = OsImage.from_seed(Seed.of(DEFAULT_SEED).derive)
     assert answer == {"path": str(folder), "os_image_hash": expected.os_image_hash.hex()}
@@ -73,7 +73,7 @@ def test_built_directory_is_the_stacks_image_and_passes_sha256sum(image: Image, 
     check = subprocess.run(["sha256sum", "-c", "sha256sum.txt"], cwd=folder, capture_output=True, check=False)
     assert check.returncode == 0
     assert load_image(folder) == expected
-    assert [path.name for path in folder.parent.iterdir()] == ["dstack-emu-0.5.11"]
+    assert [path.name for path in folder.parent.iterdir()] == ["dstack-emu-0.6.0"]
 
 
 def test_image_of_files_carries_them(image: Image, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_diff_of_what_nobody_measures_says_so(image: Image, tmp_path: Path) -> N
     built(image, a)
     shutil.copytree(a, b)
     metadata = (a / "metadata.json").read_bytes()
-    (b / "metadata.json").write_bytes(metadata.replace(b"0.5.11", b"0.5.12"))
+    (b / "metadata.json").write_bytes(metadata.replace(b"0.6.0", b"0.6.1"))
     listed = (a / "sha256sum.txt").read_text()
     for folder, text in ((a, metadata), (b, (b / "metadata.json").read_bytes())):
         (folder / "sha256sum.txt").write_text(

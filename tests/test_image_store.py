@@ -126,7 +126,7 @@ async def test_image_is_downloaded_checked_and_kept(host: Host, store: ImageStor
     verdict = await store.verify(evidence(LEGACY), on_image=noted.append)
     assert verdict.acpi_tables_verified
     assert verdict.vm_config == LEGACY
-    assert noted == [ImageInfo("0.5.11", False)]
+    assert noted == [ImageInfo("0.6.0", False)]
     assert host.asked == [f"/mr_{HASH}.tar.gz"]
     folder = tmp_path / "images" / HASH
     kept = {"ovmf.fd", "bzImage", "initramfs.cpio.gz", "metadata.json", "measurement.tdx.cbor", "sha256sum.txt"}
@@ -218,7 +218,7 @@ async def test_other_registers_are_refused_and_the_image_stays(host: Host, store
         await store.verify(evidence(LEGACY), on_image=noted.append)
     quoted = registers.rtmr1.hex()
     assert str(refused.value) == f"MRs do not match: RTMR1 mismatch: expected={'00' * 48}, actual={quoted}"
-    assert noted == [ImageInfo("0.5.11", False)]
+    assert noted == [ImageInfo("0.6.0", False)]
     assert (tmp_path / "images" / HASH / "metadata.json").exists()
 
 

@@ -104,8 +104,8 @@ def test_guest_of_the_image_it_names_gets_keys_and_is_valid(
         "quote_verified",
         "event_log_verified",
         "os_image_hash_verified",
+        "acpi_tables_verified",
     ]
-    assert details["acpi_tables_verified"] is False
     assert details["boot_info"]["osImageHash"] == GOOD.os_image_hash.hex()
     registers, _ = GOOD.boot(GOOD.vm_config())
     assert details["app_info"]["rtmr1"] == registers.rtmr1.hex()
@@ -261,13 +261,18 @@ CLAIMS = {
 
 @pytest.mark.parametrize(("claim", "said"), CLAIMS.values(), ids=CLAIMS.keys())
 def test_false_config_is_refused_by_both(claim: str, said: str, ready_stack: RunningStack, guest: Guest) -> None:
-    assert guest.get_app_key(vm_config=claim).error == OF_APP + said
+    assert guest.get_app_key(guest.identity_without_vm_config(), vm_config=claim).error == OF_APP + said
     evidence = foreign.ask_agent(ready_stack.services["app"], "GetQuote", {"report_data": ""})
     request = {"quote": evidence["quote"], "event_log": evidence["event_log"], "vm_config": claim}
     answer = verify(ready_stack, **request)
     assert (answer["is_valid"], answer["reason"]) == (False, OF_VERIFIER + said)
-    # Beside an attestation a config of the request does not count.
-    assert verify(ready_stack, **request, attestation=evidence["attestation"])["is_valid"]
+    # Beside an attestation it must be the attestation's own.
+    attestation = foreign.ask_agent(ready_stack.services["app"], "v1/Attest", {"report_data": ""})["attestation"]
+    answer = verify(ready_stack, **request, attestation=attestation)
+    mismatch = "vm_config of the request does not match the one in the attestation"
+    assert (answer["is_valid"], answer["reason"]) == (False, OF_VERIFIER + mismatch)
+    request["vm_config"] = evidence["vm_config"]
+    assert verify(ready_stack, **request, attestation=attestation)["is_valid"]
 
 
 def test_log_without_its_acpi_events_is_refused(ready_stack: RunningStack, guest: Guest) -> None:

@@ -4,7 +4,6 @@ import json
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,13 +13,13 @@ from dstack_emu import Stack, StackConfig, StackError
 from tests import foreign
 from tests.commands import serving
 from tests.foreign import Authority, Guest
-from tests.running import RunningStack, running_stack
+from tests.running import RunningStack
 
 
 @pytest.fixture(scope="module")
-def stack() -> Iterator[RunningStack]:
-    with running_stack("--release", "0.6") as running:
-        yield running
+def stack(ready_stack: RunningStack) -> RunningStack:
+    assert ready_stack.description["release"] == "0.6"
+    return ready_stack
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +28,11 @@ def guest(stack: RunningStack) -> Guest:
 
 
 def control(stack: RunningStack, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    request = urllib.request.Request(
-        stack.services["control"] + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
-    )
+    return post(stack.services["control"] + path, body)
+
+
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         parsed: dict[str, Any] = json.load(answer)
         return parsed
@@ -82,15 +83,17 @@ def test_extension_that_is_no_octet_string_ends_the_handshake_if_it_is_the_evide
 # ---- answers
 
 
-def test_unknown_method_is_404_in_0_6_and_400_in_0_5(stack: RunningStack, ready_stack: RunningStack) -> None:
+def test_unknown_method_is_404_in_0_6_and_400_in_0_5(stack: RunningStack, ready_stack_0_5: RunningStack) -> None:
     refusal = {"error": "Service not found: Nothing"}
     assert stack.rpc("kms-src", "KMS.Nothing") == (404, refusal)
-    assert ready_stack.rpc("kms-src", "KMS.Nothing") == (400, refusal)
+    assert ready_stack_0_5.rpc("kms-src", "KMS.Nothing") == (400, refusal)
 
 
-def test_meta_says_whether_os_images_are_verified_in_0_6_alone(stack: RunningStack, ready_stack: RunningStack) -> None:
+def test_meta_says_whether_os_images_are_verified_in_0_6_alone(
+    stack: RunningStack, ready_stack_0_5: RunningStack
+) -> None:
     assert stack.rpc("kms-src", "KMS.GetMeta")[1]["os_image_verification"] is True
-    assert "os_image_verification" not in ready_stack.rpc("kms-src", "KMS.GetMeta")[1]
+    assert "os_image_verification" not in ready_stack_0_5.rpc("kms-src", "KMS.GetMeta")[1]
 
 
 @pytest.mark.parametrize(("release", "names"), [("0.5", {"tee_variant", "attestation_mode"}), ("0.6", {"tee_variant"})])
@@ -104,8 +107,8 @@ def test_measurements_name_the_variant_as_the_release_does(stack: RunningStack, 
     assert len(info) == 7 + len(names)
 
 
-def test_header_tells_the_version(stack: RunningStack, ready_stack: RunningStack) -> None:
-    for running, version in ((stack, "v0.6.0 "), (ready_stack, "v0.5.11 ")):
+def test_header_tells_the_version(stack: RunningStack, ready_stack_0_5: RunningStack) -> None:
+    for running, version in ((stack, "v0.6.0 "), (ready_stack_0_5, "v0.5.11 ")):
         with foreign.kms(running.services["kms-src"]) as connection:
             header = connection.header("/health", "X-App-Version")
         assert header is not None
@@ -132,6 +135,19 @@ def test_kms_of_either_release_takes_the_keys_of_one_of_0_6_over(stack: RunningS
     stack.services[f"kms-{name}"] = onboarded["url"]
     ours, theirs = (stack.rpc(service, "KMS.GetMeta")[1]["k256_pubkey"] for service in (f"kms-{name}", "kms-src"))
     assert ours == theirs
+
+
+@pytest.mark.parametrize(("release", "reason"), [(0.5, "not up to date"), ("0.6", "not allowed")])
+def test_own_webhook_of_a_kms_has_the_contract_of_its_release(
+    stack: RunningStack, release: object, reason: str
+) -> None:
+    name = f"own-{str(release).replace('.', '-')}"
+    control(stack, "/kms", {"name": name, "webhook": "own", "release": release})
+    with urllib.request.urlopen(f"{stack.services['control']}/stack", timeout=30) as answer:
+        url = json.load(answer)["services"][f"auth-{name}"]
+    measured = ("mrAggregated", "osImageHash", "appId", "composeHash", "instanceId", "deviceId")
+    boot_info = {**dict.fromkeys(measured, "0xaa"), "tcbStatus": "OutOfDate"}
+    assert post(f"{url}/bootAuth/kms", boot_info)["reason"] == f"TCB status is {reason}"
 
 
 @pytest.mark.parametrize("path", ["/guests", "/kms"])

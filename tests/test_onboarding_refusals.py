@@ -260,7 +260,7 @@ def _(world: World) -> Iterator[tuple[str, str]]:
 @case("the source's TCB is out of date")
 def _(world: World) -> Iterator[tuple[str, str]]:
     with world.pccs.says(SOURCE_PLATFORM, PlatformState(tcb_status="OutOfDate")):
-        yield world.source, "Source KMS is not allowed for onboarding: boot denied: TCB status is not up to date"
+        yield world.source, "Source KMS is not allowed for onboarding: boot denied: TCB status is not allowed"
 
 
 @case("the source's TCB is revoked")

@@ -17,7 +17,7 @@ from tests.live_pccs import LivePccs, live_pccs
 from tests.running import RunningStack, running_kms
 
 APP_PLATFORM, KMS_PLATFORM = "host of app", "host of kms-src"
-DENIED = "Boot denied: TCB status is not up to date"
+DENIED = "Boot denied: TCB status is not allowed"
 INVALID = "failed to verify TDX quote: TCB status is invalid: Revoked"
 REVOKED = "failed to verify TDX quote: Failed to verify certificate chain: CertRevoked"
 

@@ -6,7 +6,6 @@ takes a request's config in place of the evidence's and certifies what the evide
 
 import hashlib
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import msgpack
@@ -15,22 +14,21 @@ from cryptography import x509
 
 from tests import foreign
 from tests.foreign import Answer, Guest
-from tests.running import RunningStack, running_stack
+from tests.running import RunningStack
 from tests.test_sign_cert import head, sign_cert, signed, vec, version_1
 
 OID_APP_INFO = x509.ObjectIdentifier("1.3.6.1.4.1.62397.1.9")
 REFUSAL = "vm_config of the request does not match the one in the attestation"
 
 
-@pytest.fixture(scope="module", params=["0.5", "0.6"])
-def release(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(scope="module")
+def stack(each_ready_stack: RunningStack) -> RunningStack:
+    return each_ready_stack
 
 
 @pytest.fixture(scope="module")
-def stack(release: str) -> Iterator[RunningStack]:
-    with running_stack("--release", release) as running:
-        yield running
+def release(stack: RunningStack) -> str:
+    return stack.release.name
 
 
 @pytest.fixture

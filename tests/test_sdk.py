@@ -1,4 +1,4 @@
-"""The published Python SDK, unmodified, before the app of a ready stack: over its sockets and over TCP.
+"""The published Python SDK, unmodified, before the app of a ready stack of each release: over its sockets and over TCP.
 
 What the SDK gets is checked with what its users check with: dcap-qvl, eth-keys, openssl.
 """
@@ -39,6 +39,20 @@ from tests.foreign import Guest
 from tests.running import RunningStack
 
 ZERO = "00" * 48
+
+_IDENTITY = ["system-preparing", "app-id", "compose-hash"]
+_INSTANCE, _KEYS = ["instance-id", "boot-mr-done"], ["os-image-hash", "key-provider", "storage-fs", "system-ready"]
+EVENTS = {
+    "0.5": [*_IDENTITY, *_INSTANCE, "mr-kms", *_KEYS],
+    "0.6": [*_IDENTITY, "gpu-policy-hash", *_INSTANCE, *_KEYS],
+}
+"""What a guest of each release measures into RTMR3."""
+
+
+@pytest.fixture(scope="module")
+def ready_stack(each_ready_stack: RunningStack) -> RunningStack:
+    """A stack of each release: the SDK is older than both, and works with both."""
+    return each_ready_stack
 
 
 @pytest.fixture(scope="module", params=["unix socket", "tcp"])
@@ -126,6 +140,18 @@ def test_info_agrees_with_the_quote_and_the_log(client: DstackClient) -> None:
 # ---- evidence
 
 
+def require_event_refused(client: DstackClient, event: str, payload: str | bytes) -> None:
+    """Emit an event that release 0.6 refuses, and compare the registers before and after."""
+    before = quoted_rtmrs(client.get_quote(b"before"))
+    with pytest.raises(httpx.HTTPStatusError, match="400") as refusal:
+        client.emit_event(event, payload)
+    removed = (
+        "EmitEvent was removed in dstack 0.6.0; runtime RTMR3 events are system-owned and cannot be extended by apps"
+    )
+    assert json.loads(refusal.value.response.text) == {"error": removed}
+    assert quoted_rtmrs(client.get_quote(b"after")) == before
+
+
 @pytest.mark.parametrize("report_data", ["text", b"bytes", b"\0", bytes(range(64))])
 async def test_quote_holds_and_replays(
     ready_stack: RunningStack, client: DstackClient, intel_root: bytes, report_data: str | bytes
@@ -138,8 +164,7 @@ async def test_quote_holds_and_replays(
     assert rtmrs == quoted_rtmrs(quote)
     assert ZERO not in rtmrs.values()
     events = [event.event for event in quote.decode_event_log() if event.imr == 3]
-    identity = ["system-preparing", "app-id", "compose-hash", "instance-id", "boot-mr-done"]
-    assert events[:10] == [*identity, "mr-kms", "os-image-hash", "key-provider", "storage-fs", "system-ready"]
+    assert events[: len(EVENTS[ready_stack.release.name])] == EVENTS[ready_stack.release.name]
     collateral = await dcap_qvl.get_collateral(ready_stack.services["pccs"], quote.decode_quote())
     verified = dcap_qvl.verify_with_root_ca(quote.decode_quote(), collateral, intel_root, int(time.time()))
     assert verified.status == "UpToDate"
@@ -151,7 +176,12 @@ def test_attestation_has_the_quote_in_it(client: DstackClient) -> None:
     assert quote[568:632] == b"attested".ljust(64, b"\0")
 
 
-def test_emitted_event_extends_rtmr3(client: DstackClient) -> None:
+def test_emitted_event_extends_rtmr3_in_0_5_and_is_refused_in_0_6(
+    ready_stack: RunningStack, client: DstackClient
+) -> None:
+    if ready_stack.release.emit_event_removed:
+        require_event_refused(client, "deployed", "version 2")
+        return
     before = client.get_quote(b"before")
     client.emit_event("deployed", "version 2")
     after = client.get_quote(b"after")
@@ -163,8 +193,11 @@ def test_emitted_event_extends_rtmr3(client: DstackClient) -> None:
     assert client.info().tcb_info.rtmr3 == expected
 
 
-def test_app_still_gets_certificates_after_an_event(client: DstackClient) -> None:
-    client.emit_event("another", b"")
+def test_app_still_gets_certificates_after_an_event(ready_stack: RunningStack, client: DstackClient) -> None:
+    if ready_stack.release.emit_event_removed:
+        require_event_refused(client, "another", b"")
+    else:
+        client.emit_event("another", b"")
     assert len(client.get_tls_key(subject="after", usage_ra_tls=True).certificate_chain) == 3
 
 

@@ -250,7 +250,7 @@ async def test_legacy_guest_is_valid_by_a_cache_that_was_filled_before(service: 
     assert (answer["is_valid"], answer["reason"]) == (True, None)
     assert answer["details"]["acpi_tables_verified"] is True
     assert answer["details"]["os_image_is_dev"] is False
-    assert answer["details"]["os_image_version"] == "0.5.11"
+    assert answer["details"]["os_image_version"] == "0.6.0"
 
 
 async def test_image_says_what_it_is_though_registers_differ(service: Service) -> None:
@@ -260,7 +260,7 @@ async def test_image_says_what_it_is_though_registers_differ(service: Service) -
     assert answer["reason"].startswith(
         "OS image hash verification failed: MRs do not match: MRTD mismatch: expected=00"
     )
-    assert answer["details"]["os_image_version"] == "0.5.11"
+    assert answer["details"]["os_image_version"] == "0.6.0"
     assert answer["details"]["acpi_tables_verified"] is False
 
 

@@ -206,7 +206,7 @@ _0_6: Final = Release(
 
 RELEASES: Final[Mapping[str, Release]] = MappingProxyType({each.name: each for each in (_0_5, _0_6)})
 
-DEFAULT: Final = _0_5
+DEFAULT: Final = _0_6
 """The release that is meant if none is named."""
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NoReturn, get_args
 
 from dstack_emu.attest.errors import AttestError
-from dstack_emu.attest.version import EMULATOR, UPSTREAM
+from dstack_emu.attest.release import DEFAULT, RELEASES
+from dstack_emu.attest.version import EMULATOR
 from dstack_emu.cli import logs
 from dstack_emu.cli.commands.common import WARNING, UsageError, say
 from dstack_emu.deployment.errors import PartEndedError, StackError
@@ -90,14 +91,18 @@ def parser(commands: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
 
 
 def _top() -> tuple["_Parser", "argparse._SubParsersAction[_Parser]"]:
+    others = ", ".join(f"or {each.version} with --release {each.name}" for each in RELEASES.values() if each != DEFAULT)
     top = _Parser(
         prog="dstack-emu",
         description="A local simulated TDX stack for dstack "
-        f"{UPSTREAM}: guest agent, KMS, PCCS and auth webhooks. {WARNING}",
+        f"{DEFAULT.version}: guest agent, KMS, PCCS and auth webhooks. {WARNING}",
         epilog="First steps: `dstack-emu up` starts everything; `dstack-emu up --fresh` starts a stack as the KMS "
-        "authorization runbook expects it. `dstack-emu COMMAND --help` explains a command.",
+        f"authorization runbook expects it. Everything is of dstack {DEFAULT.version}, {others}. "
+        "`dstack-emu COMMAND --help` explains a command.",
     )
-    top.add_argument("--version", action="version", version=f"dstack-emu {EMULATOR} (dstack {UPSTREAM})")
+    top.add_argument(
+        "--version", action="version", version=f"dstack-emu {EMULATOR} (dstack {DEFAULT.version}, {others})"
+    )
     return top, top.add_subparsers(dest="command", title="commands", required=True, metavar="COMMAND")
 
 

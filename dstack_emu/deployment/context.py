@@ -83,12 +83,12 @@ class StackContext:
         for suffix in ("grpc", "grpc-mtls"):
             self.grpc.pop(f"{service}-{suffix}", None)
 
-    async def serve_webhook(self, kms: str) -> Server:
-        """Serve auth-simple over the policy of the KMS of that name."""
+    async def serve_webhook(self, kms: str, release_name: str | None = None) -> Server:
+        """Serve auth-simple over the policy of the KMS of that name, under the contract of its release."""
         path = str(self.policies.paths[kms])
         return await self.serve(
             f"auth-{kms}",
-            simple_app(path, contract=self.release_of(None).auth_contract, observer=decision_recorder(path)),
+            simple_app(path, contract=self.release_of(release_name).auth_contract, observer=decision_recorder(path)),
         )
 
     def scrub(self, text: str) -> str:

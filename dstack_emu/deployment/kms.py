@@ -156,7 +156,7 @@ class RunningKms:
         service = f"auth-{self.name if wanted == 'own' else wanted}"
         if wanted == "own" and service not in context.urls:
             context.policies.add(self.name)
-            server = await context.serve_webhook(self.name)
+            server = await context.serve_webhook(self.name, self.spec.release)
             self._exit.push_async_callback(server.close)
         if service not in context.urls:
             raise StackError(f"webhook: own, the name of a KMS, or a URL expected, got {wanted!r:.100}")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Final, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from dstack_emu.attest.certificate import EvidenceForm
 from dstack_emu.attest.encrypted_env import MAX_FILE_SIZE
@@ -13,14 +13,14 @@ from dstack_emu.attest.release import release
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 
 
-def _release_name(text: str) -> str:
+def _release_name(text: object) -> str:
     try:
-        return release(text).name
+        return release(str(text)).name  # in JSON `0.5` may be a number, too: a shell has no quotes for it
     except FormatError as error:
         raise ValueError(str(error)) from error
 
 
-ReleaseName = Annotated[str, AfterValidator(_release_name)]
+ReleaseName = Annotated[str, BeforeValidator(_release_name)]
 Hex = Annotated[str, StringConstraints(pattern=r"^(0x)?([0-9a-fA-F]{2})*$", max_length=20_000)]
 GIB: Final = 1024**3
 

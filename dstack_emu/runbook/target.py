@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dstack_emu.attest.certificate import load_pem
 from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.release import Release, release
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.transport.validation import problems
 
@@ -38,7 +39,15 @@ def _http(url: str) -> str:
     return url.rstrip("/")
 
 
+def _known_release(name: str) -> str:
+    try:
+        return release(name).name
+    except FormatError as error:
+        raise ValueError(str(error)) from error
+
+
 Url = Annotated[str, AfterValidator(_http)]
+ReleaseName = Annotated[str, AfterValidator(_known_release)]
 
 
 class _Services(BaseModel):
@@ -69,6 +78,7 @@ class _Description(BaseModel):
     root_ca: Path | None = None
     runtime: _Runtime = _Runtime()
     source_url: Url | None = None
+    release: ReleaseName | None = None
     grpc: dict[str, str] = {}
 
 
@@ -91,9 +101,10 @@ class TargetKms:
 class Target:
     """A stack to run the runbook on.
 
-    `source_url` is the URL by which kms-dst reaches kms-src. Without a `pccs` no evidence can be verified, without an
-    `app` (a guest agent, as URL or socket) there is no attested client, without a `verifier` there is no second
-    verdict. In the evidence, `names` replace addresses and folders, which differ from run to run.
+    `source_url` is the URL by which kms-dst reaches kms-src. `release` is the dstack release, if the description names
+    it. Without a `pccs` no evidence can be verified, without an `app` (a guest agent, as URL or socket) there is no
+    attested client, without a `verifier` there is no second verdict. In the evidence, `names` replace addresses and
+    folders, which differ from run to run.
     """
 
     kms: Mapping[str, TargetKms]
@@ -103,6 +114,7 @@ class Target:
     pccs: str | None = None
     app: str | None = None
     verifier: str | None = None
+    release: Release | None = None
     names: Mapping[str, str] = field(default_factory=lambda: _NO_NAMES)
 
     @classmethod
@@ -160,6 +172,7 @@ class Target:
             pccs=services.pccs,
             app=services.app,
             verifier=services.verifier,
+            release=None if found.release is None else release(found.release),
             names=names,
         )
 

@@ -112,13 +112,17 @@ class LiveStack:
         self.control.add_platform(platform.name)
         return platform.set(**state) if state else platform
 
-    def image(self, name: str | None = None, version: str = "0.5.11") -> LiveImage:
-        """Return an OS image; without a name, the one that all parts boot that name none."""
+    def image(self, name: str | None = None, version: str | None = None) -> LiveImage:
+        """Return an OS image; without a name, the one that all parts boot that name none.
+
+        Its version is that of the stack's release unless another is given.
+        """
 
         def made(stack: Stack) -> LiveImage:
             context = stack.context
-            image = context.image if name is None else OsImage.from_seed(context.seed.derive, name, version)
-            return LiveImage(name, version, image.os_image_hash.hex())
+            made_of = version or context.release_of(None).version
+            image = context.image if name is None else OsImage.from_seed(context.seed.derive, name, made_of)
+            return LiveImage(name, image.version, image.os_image_hash.hex())
 
         return self.in_thread(made)
 

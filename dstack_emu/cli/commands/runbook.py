@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from dstack_emu.attest.version import EMULATOR, UPSTREAM
+from dstack_emu.attest.version import EMULATOR
 from dstack_emu.cli.commands.common import WARNING, Interrupted, UsageError, add_release, interruptible, say
 from dstack_emu.cli.runbook_report import to_stderr, to_stdout
 from dstack_emu.deployment.clock import wall_clock
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wait", type=_seconds, default=PATIENCE, metavar="SECONDS", help="how long to wait for a KMS (%(default)g)"
     )
-    add_release(parser, "the dstack release of the stack that it starts")
+    add_release(parser, "the dstack release of the stack, unless the one that runs elsewhere says its own")
     parser.add_argument(
         "--transport", choices=list(TRANSPORTS), default="prpc", help="how to call the KMS (%(default)s)"
     )
@@ -105,10 +105,11 @@ def run(arguments: argparse.Namespace) -> int:
 async def _run(arguments: argparse.Namespace, destination: Destination | None) -> int:
     report = to_stderr() if arguments.json else to_stdout()
     transcript = Transcript(report.case, report.step)
-    about: dict[str, Any] = {"emulator": EMULATOR, "upstream": UPSTREAM, "transport": arguments.transport}
+    about: dict[str, Any] = {"emulator": EMULATOR, "transport": arguments.transport}
     by_grpc = arguments.transport == "grpc"
     if arguments.against:
         target = Target.load(arguments.against, source_url=arguments.source_url, by_grpc=by_grpc)
+        about["upstream"] = (target.release or arguments.release).version
         await _run_cases(arguments, target, transcript, os.urandom)
         logs: dict[str, str] = {}
     else:
