@@ -16,6 +16,7 @@ from dstack_emu.transport.client import MoreHeaders
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.status import status_line
+from dstack_emu.transport.urls import shown_url
 
 TIMEOUT: Final = 10.0
 """Seconds that a KMS waits for its webhook, if `core.auth_api.webhook.timeout` says nothing else."""
@@ -149,20 +150,20 @@ class WebhookAuth:
         await self._client.close()
 
     async def _ask(self, method: str, url: str, body: bytes | None = None) -> "_Answer":
-        headers = {} if body is None else dict(_JSON_TYPE)
+        headers, shown_at = {} if body is None else dict(_JSON_TYPE), shown_url(url)
         if self._more_headers is not None:
             headers |= self._more_headers()
         try:
             answer = await self._client.send(method, url, body, headers)
         except AnswerTooLongError as error:
-            raise UnavailableError(f"auth api {url} answered more than {MAX_ANSWER} bytes") from error
+            raise UnavailableError(f"auth api {shown_at} answered more than {MAX_ANSWER} bytes") from error
         except NoAnswerError as error:
-            raise UnavailableError(f"error sending request for url ({url}): {error}") from error
+            raise UnavailableError(f"error sending request for url ({shown_at}): {error}") from error
         data, status = answer.body, answer.status
         shown = data[:SHOWN].decode(errors="replace")
         if not 200 <= status < 300:
-            raise UnavailableError(f"auth api {url} returned {status_line(status)}: {shown}")
-        return _Answer(f"failed to decode response from {url}, status={status_line(status)}, body={shown}", data)
+            raise UnavailableError(f"auth api {shown_at} returned {status_line(status)}: {shown}")
+        return _Answer(f"failed to decode response from {shown_at}, status={status_line(status)}, body={shown}", data)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from dstack_emu.kms_emu.keys import KmsKeys
 from dstack_emu.kms_emu.onboarding import ZERO_REPORT_DATA, own_evidence
 from dstack_emu.kms_emu.rpc_certificate import issue_rpc_certificate
 from dstack_emu.transport.service import Rpc, ServiceTable, without_arguments, without_context
+from dstack_emu.transport.urls import shown_url
 
 
 def validate_domain(domain: str) -> str:
@@ -94,7 +95,7 @@ class OnboardService:
             with context("Failed to store keys"):
                 deps.folder.store(kms_keys.files(certificate))
         k256_pubkey = kms_keys.roots.k256_pubkey
-        self.log.info("onboarded", source=request.source_url, domain=domain, k256_pubkey=k256_pubkey.hex())
+        self.log.info("onboarded", source=shown_url(request.source_url), domain=domain, k256_pubkey=k256_pubkey.hex())
         return pb.OnboardResponse(k256_pubkey=k256_pubkey)
 
     async def attestation_info(self) -> pb.AttestationInfoResponse:

@@ -48,6 +48,7 @@ from dstack_emu.transport.ratls import (
     make_identity,
 )
 from dstack_emu.transport.tls import Identity
+from dstack_emu.transport.urls import shown_url
 
 API_VERSION: Final = 1
 CSR_VERSION: Final = 2
@@ -213,7 +214,7 @@ async def _first_that_releases(
 def _all_refused(refusals: Sequence[tuple[str, GuestError]], release: Release) -> GuestError:
     kind = KmsUnreachableError if all(isinstance(e, KmsUnreachableError) for _, e in refusals) else GuestError
     if release.reports_every_kms:
-        said = "; ".join(f"{url}: {error}" for url, error in refusals)
+        said = "; ".join(f"{shown_url(url)}: {error}" for url, error in refusals)
         return kind(f"failed to get app keys from KMS: {said}")
     return kind(f"Failed to get app keys from KMS: {refusals[0][1]}")
 

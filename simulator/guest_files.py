@@ -20,6 +20,7 @@ from dstack_emu.attest.kdf import load_p256_pem
 from dstack_emu.simulator.app_keys import AppKeys
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.trust_domain import KeyProvider, TrustDomain
+from dstack_emu.transport.urls import shown_url
 
 DECRYPTED_ENV: Final = ".decrypted-env"
 DECRYPTED_ENV_JSON: Final = ".decrypted-env.json"
@@ -53,7 +54,9 @@ class KeyFile:
             load_pem(ca_cert, f"{path}: ca_cert")
             url = provider.text("url")
             if not url.startswith("https://"):
-                raise FormatError(f"{path}: key_provider.Kms.url: https://host:port/prpc expected, got {url!r:.200}")
+                raise FormatError(
+                    f"{path}: key_provider.Kms.url: https://host:port/prpc expected, got {shown_url(url)!r:.200}"
+                )
             issuer = KmsAccess(url, temp_ca)
             named = KeyProvider("kms", provider.octets("pubkey").hex())
         elif kind in ("None", "Local", "Tpm"):

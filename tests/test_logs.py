@@ -189,7 +189,7 @@ def test_kms_logs_a_webhook_that_does_not_answer_as_a_warning(world: World, tmp_
     assert " warn kms_emu: refused rpc=Bootstrap kind=Unavailable reason=" in said
     assert ' warn kms_emu: "failed to get auth api info" ' not in said
     assert " warn kms_emu: failed to get auth api info reason=" in said
-    assert "http://…@127.0.0.1:1" in said
+    assert "error sending request for url (http://127.0.0.1:1/bootAuth/kms)" in said
     assert "SECRET" not in said
 
 

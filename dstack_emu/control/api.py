@@ -28,6 +28,7 @@ from dstack_emu.observability.journal import Journal
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.intel import VendorState
 from dstack_emu.simulator.platform import Platform, PlatformState
+from dstack_emu.transport.urls import shown_url
 from dstack_emu.transport.validation import describe
 
 B = TypeVar("B", bound=BaseModel)
@@ -320,7 +321,7 @@ class Control(PolicyControl):
             "name": name,
             "phase": kms.server.phase,
             "url": kms.url,
-            "webhook": kms.spec.webhook,
+            "webhook": shown_url(kms.spec.webhook),
             "policy": str(policies[name]) if name in policies else None,
             "certs": str(kms.cert_dir),
             "guest": self.guest(kms.guest.name),

@@ -18,6 +18,7 @@ from dstack_emu.simulator.guest_boot import KmsIssuer, fetch_keys
 from dstack_emu.simulator.seed import Entropy
 from dstack_emu.simulator.trust_domain import TrustDomain
 from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
+from dstack_emu.transport.urls import shown_url
 
 RETRY_PAUSE: Final = 0.5
 """Seconds between two requests to a KMS that does not answer, or does not give keys, yet."""
@@ -79,5 +80,5 @@ async def _fetch(
                 raise
             if str(error) != reported:
                 reported = str(error)
-                progress(f"waiting up to {kms.patience:g} s for {', '.join(kms.urls)}: {error}")
+                progress(f"waiting up to {kms.patience:g} s for {', '.join(map(shown_url, kms.urls))}: {error}")
             await asyncio.sleep(RETRY_PAUSE)

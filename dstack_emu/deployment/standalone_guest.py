@@ -33,6 +33,7 @@ from dstack_emu.simulator.pccs import pccs_app
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.trust_domain import KeyProvider
 from dstack_emu.transport.listen import bind_tcp, serve
+from dstack_emu.transport.urls import shown_url
 
 RETRY_PAUSE: Final = 0.5
 """Seconds between two requests to a KMS that does not give keys yet."""
@@ -159,7 +160,7 @@ class StandaloneGuest:
                     self._progress(f"no keys yet: {error}")
                 await asyncio.sleep(RETRY_PAUSE)
             else:
-                self._progress(f"keys from {self._kms_url}")
+                self._progress(f"keys from {shown_url(self._kms_url)}")
                 return
 
     async def _keys(self) -> Keys:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dstack_emu.deployment.clock import ISSUED_AT
+from dstack_emu.transport.urls import without_credentials
 
 FOLDER: Final = "kms-self-auth"
 MANIFEST: Final = "manifest.json"
@@ -25,10 +26,10 @@ _DURATION: Final = re.compile(r"\b\d+(\.\d+)? ?(ms|µs|s)\b")
 
 
 def normalised(text: str, names: Mapping[str, str]) -> str:
-    """Return a text with a stack's own addresses and folders replaced by names."""
+    """Return a text with a stack's own addresses and folders replaced by names, and without credentials in URLs."""
     for address, name in sorted(names.items(), key=lambda item: -len(item[0])):
         text = text.replace(address, name)
-    return text
+    return without_credentials(text)
 
 
 def normalised_log(lines: list[str], names: Mapping[str, str]) -> str:

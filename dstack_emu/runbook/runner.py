@@ -26,6 +26,7 @@ from dstack_emu.simulator.seed import Entropy
 from dstack_emu.transport.pccs_client import AttestationVerifier, Clock, PccsClient
 from dstack_emu.transport.ratls import AttestedServer
 from dstack_emu.transport.tls import Identity
+from dstack_emu.transport.urls import shown_url
 
 PAUSE: Final = 0.2
 """Seconds between two calls to a KMS that does not answer yet."""
@@ -116,6 +117,8 @@ class RunbookRun:
         """Call an RPC of a KMS, compare the answer with what is expected, and keep it as evidence."""
         kms, given = self.target.kms[side], arguments or {}
         answer = await self.kms_client.call(kms, method, given, identity)
+        if "source_url" in given:
+            given = {**given, "source_url": shown_url(given["source_url"])}
         request = f"kms-{side} {method}({arguments_of(given)}){f', {by}' if by else ''}"
         self._record(request, answer, expected, keep or method, given)
         before = {"Onboard.Bootstrap": self.bootstrap, "Onboard.Onboard": self.onboarded}

@@ -1,10 +1,13 @@
 """The errors of connections and configurations, in a module that imports no HTTP library."""
 
+from dstack_emu.transport.urls import shown_url
+
 
 class TransportError(Exception):
-    """A call got no usable answer: the text has the URL and the cause."""
+    """A call got no usable answer: the text has the URL, without user and password, and the cause."""
 
     def __init__(self, url: str, cause: str) -> None:
+        url = shown_url(url)
         super().__init__(f"error sending request for url ({url}): {cause}")
         self.url = url
         self.cause = cause

@@ -42,6 +42,7 @@ from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.image_archive import Limits, Stopped, StoppedError, unpack, verify_image_files
 from dstack_emu.transport.status import status_line
+from dstack_emu.transport.urls import shown_url
 
 PLACEHOLDER: Final = "{OS_IMAGE_HASH}"
 """The part of a download URL that is replaced by the image's hash in hex."""
@@ -199,16 +200,17 @@ class ImageStore:
         unpacked.rename(folder)
 
     async def _fetch(self, url: str, archive: Path) -> None:
+        shown = shown_url(url)
         try:
             with archive.open("wb") as file:
                 answer = await self._client.send("GET", url, follow_redirects=True, write=file.write)
         except NoAnswerError as error:
-            raise FormatError(f"Failed to download image: error sending request for url ({url}): {error}") from error
+            raise FormatError(f"Failed to download image: error sending request for url ({shown}): {error}") from error
         except AnswerTooLongError as error:
             longest = self._limits.archive
-            raise FormatError(f"Failed to download image: it is longer than {longest} bytes, url: {url}") from error
+            raise FormatError(f"Failed to download image: it is longer than {longest} bytes, url: {shown}") from error
         if not 200 <= answer.status < 300:
-            raise FormatError(f"Failed to download image: HTTP status {status_line(answer.status)}, url: {url}")
+            raise FormatError(f"Failed to download image: HTTP status {status_line(answer.status)}, url: {shown}")
 
 
 async def _in_thread(work: Callable[[Stopped], T]) -> T:

@@ -34,6 +34,7 @@ from dstack_emu.transport.client import MoreHeaders, PrpcClient, RpcError, Trans
 from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.status import status_line
 from dstack_emu.transport.tls import Identity, client_context
+from dstack_emu.transport.urls import shown_url
 
 CLIENT_SUBJECT: Final = "RA-TLS TEMP Cert"
 SELF_ISSUED_SUBJECT: Final = "RA-TLS Self-Signed Cert"
@@ -118,7 +119,9 @@ class RaTlsClient:
         headers: MoreHeaders | None = None,
     ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise RaTlsError(f"Failed to send request: builder error: http(s) URL expected, got {url!r:.200}")
+            raise RaTlsError(
+                f"Failed to send request: builder error: http(s) URL expected, got {shown_url(url)!r:.200}"
+            )
         self.url = url
 
         async def check(certificate: bytes | None) -> None:
@@ -127,7 +130,7 @@ class RaTlsClient:
             try:
                 check_peer(await peer_of(certificate, verifier))
             except AttestError as error:
-                raise _within(f"failed to validate the server attestation of {url}", error) from error
+                raise _within(f"failed to validate the server attestation of {shown_url(url)}", error) from error
 
         tls = client_context(identity, root_ca)
         self._client = PrpcClient(url, timeout=timeout, ssl=tls, check_server=check, headers=headers)

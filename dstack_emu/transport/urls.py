@@ -1,0 +1,36 @@
+"""URLs as texts may show them: a user and a password in one are for the server that it names, and for nobody else."""
+
+import re
+from typing import Final
+from urllib.parse import urlsplit
+
+_SCHEME: Final = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*:)?//")
+_IN_TEXT: Final = re.compile(r"(://)[^/@\s\"'<>]+@")
+
+
+def shown_url(url: str) -> str:
+    """Return a URL without user and password, as the real programs' HTTP library shows it.
+
+    Of what is no URL, all between a scheme and the last `@` is left out: a password may be why it is none.
+    """
+    if "@" not in url:
+        return url
+    scheme = match[0] if (match := _SCHEME.match(url)) else ""
+    rest = url[len(scheme) :]
+    if not scheme or not _is_url(url):
+        return scheme + rest.rpartition("@")[2]
+    authority, slash, path = re.split("([/?#]|$)", rest, maxsplit=1)
+    return scheme + authority.rpartition("@")[2] + slash + path
+
+
+def without_credentials(text: str) -> str:
+    """Return a text in which no URL has a user or a password."""
+    return _IN_TEXT.sub(r"\1", text) if "@" in text else text
+
+
+def _is_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
