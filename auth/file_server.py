@@ -19,6 +19,7 @@ from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo
 from dstack_emu.auth.errors import MalformedJsonError, MistypedBootInfoError
 from dstack_emu.auth.file import FileAuth
 from dstack_emu.transport.http import (
+    ROCKET_HEADERS,
     Application,
     BodyBrokenError,
     BodyTooLargeError,
@@ -42,7 +43,7 @@ def file_app(config_path: Path | str) -> Application:
     Logs upstream's line for each decision to `auth.file`, and a warning for a file that cannot be used.
     """
     service = FileAuth(config_path)
-    app = Application(max_body=MAX_ALLOWLIST_BODY_SIZE)
+    app = Application(headers=ROCKET_HEADERS, max_body=MAX_ALLOWLIST_BODY_SIZE)
     app.add("GET", "/", _always(service.info()))
     app.add("GET", "/health", _always({"status": "ok"}))
     app.add("GET", "/openapi.json", _always(openapi.allowlist_document(_TITLE)))

@@ -12,14 +12,14 @@ from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.kms_emu.image_cache import ImageCache, admin_listener_rpc
 from dstack_emu.kms_emu.runtime_phase import caller
 from dstack_emu.kms_emu.service import Caller, KmsService, admin_handover_rpc
-from dstack_emu.transport.http import Application
+from dstack_emu.transport.http import ROCKET_HEADERS, Application
 from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
 from dstack_emu.transport.service import ServiceTable
 
 
 def admin_app(service: KmsService, deps: KmsDependencies, auth: ListenerAuth) -> Application:
     """Make the listener's application."""
-    app = Application(middlewares=[auth.middleware(deps.log)])
+    app = Application(headers=ROCKET_HEADERS, middlewares=[auth.middleware(deps.log)])
     who, statuses = caller(deps.verifier, deps.log), RpcStatuses.of(deps.release)
     add_prpc(app, "/prpc", admin_table(service), who, errors=(KmsError,), statuses=statuses)
     return app

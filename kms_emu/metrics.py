@@ -27,9 +27,9 @@ class AttestationMetrics:
         """Answer in Prometheus' text format."""
         name = "dstack_kms_attestation"
         return Response.of(
-            f"# HELP {name}_requests_total Calls of RPCs that judge evidence.\n"
+            f"# HELP {name}_requests_total Total number of KMS attestation requests.\n"
             f"# TYPE {name}_requests_total counter\n{name}_requests_total {self.requests}\n"
-            f"# HELP {name}_failures_total Those of them that were refused.\n"
+            f"# HELP {name}_failures_total Total number of failed KMS attestation requests.\n"
             f"# TYPE {name}_failures_total counter\n{name}_failures_total {self.failures}\n",
             "text/plain",
         )

@@ -9,7 +9,7 @@ from dataclasses import replace
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.kms_emu.service import OnboardService, onboard_table
 from dstack_emu.kms_emu.setup_page import content_security_policy, setup_page
-from dstack_emu.transport.http import Application, Middleware, Request, Response
+from dstack_emu.transport.http import ROCKET_HEADERS, Application, Middleware, Request, Response
 from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
 
 
@@ -26,7 +26,7 @@ def onboard_app(
 
     `takes_source_token` says whether the page has a field for it.
     """
-    app = Application(middlewares=middlewares)
+    app = Application(headers=ROCKET_HEADERS, middlewares=middlewares)
 
     async def index(_request: Request) -> Response:
         page = Response.of(setup_page(site_name, takes_source_token=takes_source_token), "text/html")

@@ -17,7 +17,7 @@ from dstack_emu.kms_emu.metrics import AttestationMetrics
 from dstack_emu.kms_emu.onboard_phase import health
 from dstack_emu.kms_emu.service import Caller, KmsService, kms_table
 from dstack_emu.transport.events import EventLog
-from dstack_emu.transport.http import Application, Middleware, Request
+from dstack_emu.transport.http import ROCKET_HEADERS, Application, Middleware, Request
 from dstack_emu.transport.listen import ServerTlsContext
 from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
@@ -29,7 +29,7 @@ def runtime_app(
     """Make the application of the runtime phase; `metrics` counts its calls."""
     release = deps.release
     version = ("X-App-Version", f"v{release.version} ({release.revision})")
-    app = Application(headers=(version,), middlewares=middlewares)
+    app = Application(headers=(*ROCKET_HEADERS, version), middlewares=middlewares)
     app.add("GET", "/health", health)
     if deps.core.metrics.enabled:
         app.add("GET", "/metrics", metrics.render)

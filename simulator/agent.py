@@ -99,11 +99,11 @@ class GuestAgent:
         return pb.AttestResponse(attestation=self.domain.attest(pad_report_data(request.report_data)).encode())
 
     async def emit_event(self, request: pb.EmitEventArgs) -> Empty:
-        """Extend RTMR3 with an event of the application, as hardware does; upstream's simulator refuses it."""
+        """Extend RTMR3 with an event of the application, as hardware does; next's simulator has no such method."""
         if self.domain.release.emit_event_removed:
             raise GuestError(EMIT_EVENT_REMOVED)
         if not self._allow_emit_event:
-            raise GuestError(f"runtime event emission is unavailable in simulator mode: {request.event}")
+            raise GuestError("Service not found: EmitEvent")
         self.domain.measure(request.event, request.payload)
         return Empty()
 

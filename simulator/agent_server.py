@@ -16,7 +16,7 @@ from dstack_emu.attest.errors import AttestError
 from dstack_emu.simulator.agent import GuestAgent, combined_table, dstack_table, tappd_table, worker_table
 from dstack_emu.simulator.agent_v1 import GuestApiV1, guest_v1_table, worker_v1_table
 from dstack_emu.simulator.errors import GpuUnavailableError, GuestError
-from dstack_emu.transport.http import Application, Request, Response
+from dstack_emu.transport.http import ROCKET_HEADERS, Application, Request, Response
 from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
 from dstack_emu.transport.service import ServiceTable
 
@@ -26,21 +26,21 @@ ERROR_STATUSES: Final[Mapping[type[Exception], int]] = {GpuUnavailableError: HTT
 
 def dstack_app(agent: GuestAgent) -> Application:
     """Make the application of dstack.sock: DstackGuest at `/`; a service prefix is not removed there."""
-    app = Application()
+    app = Application(headers=ROCKET_HEADERS)
     _add_guest(app, agent)
     return app
 
 
 def tappd_app(agent: GuestAgent) -> Application:
     """Make the application of tappd.sock: Tappd at `/prpc`."""
-    app = Application()
+    app = Application(headers=ROCKET_HEADERS)
     _add(app, agent, "/prpc", tappd_table(agent))
     return app
 
 
 def tcp_app(agent: GuestAgent) -> Application:
     """Make the application of the TCP port: every service, and the page."""
-    app = Application(headers=_version_header(agent))
+    app = Application(headers=(*ROCKET_HEADERS, *_version_header(agent)))
 
     async def index(_request: Request) -> Response:
         return Response.of(await _page(agent), "text/html")

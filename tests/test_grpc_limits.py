@@ -30,30 +30,33 @@ def stack() -> Iterator[RunningStack]:
 # ---- texts and messages
 
 
-@pytest.mark.parametrize("event", ["short", "a\nb\tc", "100 % größer: ✓ 𝄞", "\x00\x7f"])
-def test_text_of_any_kind_arrives_as_it_is(strict_agent: str, event: str) -> None:
-    with reflected(strict_agent) as client:
-        refusal = client.call("dstack_guest.DstackGuest/EmitEvent", event=event)
-    assert refusal.code == WRONG_PHASE
-    assert refusal.text == f"runtime event emission is unavailable in simulator mode: {event}"
+SAID = ("unsupported algorithm `", "`, use `secp256k1` or `ed25519`")
+"""What GetKey of the guest API v1 says before and after the name that it does not know."""
+
+
+@pytest.mark.parametrize("name", ["short", "a\nb\tc", "100 % größer: ✓ 𝄞", "\x00\x7f"])
+def test_text_of_any_kind_arrives_as_it_is(repeating_agent: str, name: str) -> None:
+    with reflected(repeating_agent) as client:
+        refusal = client.call("dstack.guest.v1.DstackGuest/GetKey", algorithm=name)
+    assert (refusal.code, refusal.text) == (INVALID, name.join(SAID))
 
 
 @pytest.mark.parametrize("letter", ["x", "ü", "✓", "\n"])
-def test_text_too_long_for_a_status_is_cut_and_says_so(strict_agent: str, letter: str) -> None:
-    with reflected(strict_agent) as client:
-        refusal = client.call("dstack_guest.DstackGuest/EmitEvent", event=letter * 100_000)
-    assert refusal.code == WRONG_PHASE
+def test_text_too_long_for_a_status_is_cut_and_says_so(repeating_agent: str, letter: str) -> None:
+    with reflected(repeating_agent) as client:
+        refusal = client.call("dstack.guest.v1.DstackGuest/GetKey", algorithm=letter * 100_000)
+    assert refusal.code == INVALID
     head, found, tail = refusal.text.partition("…")
     assert found
-    assert head.removeprefix("runtime event emission is unavailable in simulator mode: ").strip(letter) == ""
-    size = len(b"runtime event emission is unavailable in simulator mode: ") + 100_000 * len(letter.encode())
+    assert head.removeprefix(SAID[0]).strip(letter) == ""
+    size = len("".join(SAID)) + 100_000 * len(letter.encode())
     assert tail == f" ({size} bytes, cut)"
 
 
 @pytest.fixture(scope="module")
-def strict_agent() -> Iterator[str]:
-    """An agent that repeats to whom it refuses what he asked for."""
-    with serving("agent", "--release", "0.5", "--upstream-compat", "--grpc", "127.0.0.1:0") as agent:
+def repeating_agent() -> Iterator[str]:
+    """An agent that repeats what it refuses, which only the guest API v1 does."""
+    with serving("agent", "--release", "0.6", "--grpc", "127.0.0.1:0") as agent:
         yield agent["grpc_target"]
 
 

@@ -149,7 +149,7 @@ def test_emitted_event_extends_rtmr3_and_mr_aggregated_in_0_5() -> None:
         assert _dstack(agent, "Info", {})[1]["mr_aggregated"] != agent["mr_aggregated"]
 
 
-SIMULATOR = "runtime event emission is unavailable in simulator mode: mine"
+SIMULATOR = "Service not found: EmitEvent"
 REMOVED = "EmitEvent was removed in dstack 0.6.0; runtime RTMR3 events are system-owned and cannot be extended by apps"
 
 

@@ -5,6 +5,7 @@ parser or the operating system speaks.
 """
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -162,6 +163,8 @@ def test_metrics_count_calls_that_judge_evidence_however_they_come(world: World,
 
     with running(with_keys, world) as kms:
         assert counted() == count(0)
+        (recorded,) = (row["response"]["body"] for row in golden("wire.json") if row["name"] == "metrics_end")
+        assert kms.curl("/metrics")[1] == re.sub(r"(?m) \d+$", " 0", recorded)
         assert kms.rpc("KMS.GetMeta")[0] == 200
         assert kms.rpc("KMS.GetTempCaCert")[0] == 200
         assert counted() == count(0)

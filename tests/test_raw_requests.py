@@ -38,6 +38,12 @@ READY = [
     Place("kms-src", "/prpc/GetTempCaCert?json"),
     Place("verifier", "/verify"),
 ]
+ROCKET = (
+    ("x-content-type-options", "nosniff"),
+    ("x-frame-options", "SAMEORIGIN"),
+    ("permissions-policy", "interest-cohort=()"),
+)
+"""As recorded in wire.json (http-edge, `pipelined`)."""
 FRESH = [Place("kms-src", "/prpc/Onboard.GetAttestationInfo"), Place("agent-src", "/Info"), Place("app", "/Info")]
 
 
@@ -63,6 +69,38 @@ def _answer(sock: socket.socket) -> tuple[int, str | None, bytes]:
     response = http.client.HTTPResponse(sock)
     response.begin()
     return response.status, response.getheader("content-type"), response.read()
+
+
+def _check_rocket_headers(stack: RunningStack, listener: str) -> None:
+    """Request a page that is there and one that is not: Rocket marks both."""
+    for path in ("/health", "/nowhere"):
+        with _connect(stack, listener) as sock:
+            sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            response = http.client.HTTPResponse(sock)
+            response.begin()
+            for name, value in ROCKET:
+                assert response.headers.get_all(name) == [value]
+
+
+@pytest.mark.parametrize("listener", sorted({place.listener for place in READY}))
+def test_answers_of_a_ready_stack_have_the_headers_of_rocket(ready_stack: RunningStack, listener: str) -> None:
+    _check_rocket_headers(ready_stack, listener)
+
+
+@pytest.mark.parametrize("listener", sorted({place.listener for place in FRESH}))
+def test_answers_of_a_fresh_stack_have_the_headers_of_rocket(fresh_stack: RunningStack, listener: str) -> None:
+    _check_rocket_headers(fresh_stack, listener)
+
+
+@pytest.mark.parametrize("service", ["auth-src", "pccs", "control"])
+def test_programs_that_are_no_rocket_do_not_have_them(ready_stack: RunningStack, service: str) -> None:
+    parts = urlsplit(ready_stack.services[service])
+    connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=TIMEOUT)
+    connection.request("GET", "/health")
+    response = connection.getresponse()
+    assert response.read()
+    connection.close()
+    assert not {name for name, _ in ROCKET} & {name.lower() for name in response.headers}
 
 
 def _check_sdk_forms(stack: RunningStack, place: Place, form: str) -> None:

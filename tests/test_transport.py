@@ -212,6 +212,9 @@ async def test_head_answers_as_get_without_a_body() -> None:
     [
         ("GET", "/prpc/", 422),
         ("POST", "/prpc/", 422),
+        ("POST", "/prpc//", 422),
+        ("GET", "/prpc///", 422),
+        ("PUT", "/prpc//", 404),
         ("PUT", "/prpc/", 404),
         ("GET", "/prpc", 404),
         ("DELETE", "/prpc/GetMeta", 404),

@@ -338,6 +338,9 @@ async def test_unreadable_evidence_is_an_internal_error(service: Service, reques
         (b"", 400),
         (b"[]", 422),
         (b'{"quote": "0"}', 422),
+        (b'{"quote": "0x00"}', 422),
+        (b'{"attestation": "0x00"}', 422),
+        (b'{"quote": "00 00"}', 422),
         (b'{"quote": 1}', 422),
         (b'{"debug": "yes"}', 422),
         (b'{"quote": "00", "quote": "00"}', 422),
@@ -348,6 +351,17 @@ async def test_unreadable_evidence_is_an_internal_error(service: Service, reques
 async def test_what_is_no_request_gets_a_page(service: Service, body: bytes, status: int) -> None:
     got, kind, _ = await service.post(body)
     assert (got, kind) == (status, "text/html")
+
+
+async def test_hex_of_either_case_is_read(service: Service) -> None:
+    evidence = domain().attest(HARDWARE_LIKE)
+    request = _quote_request(evidence)
+    log = json.loads(request["event_log"])
+    digests = json.dumps([event | {"digest": event["digest"].upper()} for event in log])
+    assert (await service.verify(**request | {"quote": request["quote"].upper(), "event_log": digests}))["is_valid"]
+    for spoilt in ({"digest": "0x" + log[0]["digest"]}, {"digest": log[0]["digest"] + " "}, {"event_payload": "0 0"}):
+        answer = await service.verify(**request | {"event_log": json.dumps([log[0] | spoilt, *log[1:]])})
+        assert (answer["is_valid"], answer["reason"]) == (False, "Internal error: Failed to create attestation")
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: f'{{"event_log": "{text}"}}'.encode()))

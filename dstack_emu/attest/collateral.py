@@ -5,6 +5,7 @@ identity, and two CRLs. Fetching them is a client's business; `attest.pcs` names
 puts the answers together. Source: Intel PCS API v4; `dcap-qvl` src/collateral.rs at 0.7.0.
 """
 
+import binascii
 import datetime
 import json
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def assemble(pck_crl: Document, tcb_info: Document, qe_identity: Document, root_
     tcb, tcb_signature = _signed(tcb_info, "tcbInfo", "TCB info")
     qe, qe_signature = _signed(qe_identity, "enclaveIdentity", "QE identity")
     try:
-        root_crl = bytes.fromhex(root_ca_crl.body.decode())
+        root_crl = binascii.unhexlify(root_ca_crl.body)
     except ValueError as error:
         raise FormatError(f"root CA CRL: hex text expected, got {root_ca_crl.body[:40]!r}") from error
     pck_chain, tcb_chain = _chain(pck_crl, "PCK CRL"), _chain(tcb_info, "TCB info")
@@ -120,7 +121,7 @@ def _drop_number(cause: str) -> str:
 def _signed(document: Document, key: str, what: str) -> tuple[str, bytes]:
     try:
         outer = json.loads(document.body)
-        inner, signature = outer[key], bytes.fromhex(outer["signature"])
+        inner, signature = outer[key], binascii.unhexlify(outer["signature"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{what}: {{{key}, signature}} expected ({type(error).__name__}: {error})") from error
     return json.dumps(inner, separators=(",", ":"), ensure_ascii=False), signature

@@ -4,6 +4,7 @@ Boot events come from the firmware with their digests; runtime events are dstack
 name and payload. Source: dstack `cc-eventlog/src/{tdx,runtime_events}.rs` at 312dc605.
 """
 
+import binascii
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -225,7 +226,7 @@ def validate_preimages(log: Sequence[TdxEvent]) -> None:
         if event.preimage is None:
             raise VerificationError(f"V2 runtime event {index} is missing its digest preimage")
         try:
-            preimage = bytes.fromhex(event.preimage)
+            preimage = binascii.unhexlify(event.preimage)
         except ValueError as error:
             raise VerificationError(f"V2 runtime event {index} has a malformed digest preimage") from error
         if hashlib.sha384(preimage).digest() != event.digest:
@@ -272,6 +273,6 @@ def _text(value: dict[str, Any], key: str) -> str:
 def _hex(value: dict[str, Any], key: str, default: str | None = None) -> bytes:
     text = value.get(key, default)
     try:
-        return bytes.fromhex(text)  # type: ignore[arg-type]  # a non-text is the TypeError below
+        return binascii.unhexlify(text)  # type: ignore[arg-type]  # a non-text is the TypeError below
     except (TypeError, ValueError) as error:
         raise FormatError(f"event: {key}: hex text expected, got {text!r:.40}") from error

@@ -177,6 +177,8 @@ class QuoteSignature:
     signature r, s[64] by the attestation key over header and body; attestation key X, Y[64]; u16 type 6, u32 size;
     QE report[384]; its signature r, s[64] by the PCK key; u16 size and QE authentication data; u16 type 5, u32 size and
     the PCK certificate chain in PEM, leaf first.
+
+    The first type may be any number: nothing signs it, and dcap-qvl does not look at it.
     """
 
     signature: bytes
@@ -185,6 +187,7 @@ class QuoteSignature:
     qe_report_signature: bytes
     qe_authentication_data: bytes
     pck_chain: bytes
+    certification_type: int = CERTIFICATION_QE_REPORT
 
     def encode(self) -> bytes:
         """Encode with the leading u32 length."""
@@ -202,7 +205,7 @@ class QuoteSignature:
             (
                 self.signature,
                 self.attestation_key,
-                struct.pack("<HI", CERTIFICATION_QE_REPORT, len(certification)),
+                struct.pack("<HI", self.certification_type, len(certification)),
                 certification,
             )
         )
@@ -213,11 +216,7 @@ class QuoteSignature:
         """Parse exactly the bytes after the u32 length; raise `FormatError` if one is missing or left over."""
         reader = _Reader(data, "quote signature data")
         signature, key = reader.take(64), reader.take(64)
-        kind, size = struct.unpack("<HI", reader.take(6))
-        if kind != CERTIFICATION_QE_REPORT:
-            raise FormatError(
-                f"quote certification data: type {CERTIFICATION_QE_REPORT} (QE report) expected, got {kind}"
-            )
+        certification_type, size = struct.unpack("<HI", reader.take(6))
         inner = _Reader(reader.take(size), "quote certification data")
         reader.end()
         report, report_signature = inner.take(QE_REPORT_SIZE), inner.take(64)
@@ -229,7 +228,7 @@ class QuoteSignature:
             )
         chain = inner.take(size)
         inner.end()
-        return cls(signature, key, report, report_signature, auth_data, chain)
+        return cls(signature, key, report, report_signature, auth_data, chain, certification_type)
 
 
 @dataclass(frozen=True, slots=True)

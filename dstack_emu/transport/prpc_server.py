@@ -107,7 +107,7 @@ def add_prpc(
     prefix are unknown.
 
     The mount also answers names that are unknown, percent-encoded, or after several slashes; a path without a method
-    gets status 422, unless the application has a page there.
+    gets status 422, whatever the number of slashes, unless the application has a page there.
     """
     prefix = table.prefix if trim else ""
     refusals: tuple[type[Exception], ...] = (_CallError, AttestError, *errors)
@@ -165,7 +165,7 @@ class PrpcMount(Generic[C]):
             return self.answer
         if self.answered is not None:
             self.answered(self._rest_of(request.path), True)
-        return _no_method if request.method in _VERBS and not rest else None
+        return _no_method if request.method in _VERBS and not name else None
 
     def _rest_of(self, path: str) -> str:
         """Return the path after the mount's slash, percent-decoded."""

@@ -11,6 +11,7 @@ from http import HTTPStatus
 from typing import Final
 
 from dstack_emu.transport.http import (
+    ROCKET_HEADERS,
     Application,
     BodyBrokenError,
     BodyError,
@@ -56,7 +57,7 @@ def verifier_app(verifier: Verifier, *, observer: Observer | None = None) -> App
             observer(response)
         return _json(response.to_document())
 
-    app = Application(max_body=MAX_BODY)
+    app = Application(headers=ROCKET_HEADERS, max_body=MAX_BODY)
     app.add("POST", "/verify", verify)
     app.add("GET", "/health", _health)
     return app

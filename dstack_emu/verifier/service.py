@@ -10,6 +10,7 @@ register-by-register comparison of upstream's `debug` (there is no QEMU).
 Source of truth: dstack `verifier/src/{main,types,verification}.rs` at 312dc605, and recorded answers of that program.
 """
 
+import binascii
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Self
@@ -23,7 +24,6 @@ from dstack_emu.attest.app_info import TEE_VARIANT_TDX, AppInfo, require_same_co
 from dstack_emu.attest.attestation import Attestation, decode, from_quote_and_log
 from dstack_emu.attest.certificate import attestation_of, certificate_spki, load_der
 from dstack_emu.attest.errors import AttestError, FormatError
-from dstack_emu.attest.hexadecimal import decode_hex
 from dstack_emu.attest.os_image import ImageInfo, decode_vm_config
 from dstack_emu.attest.quote import TdReport
 from dstack_emu.attest.release import DEFAULT, Release
@@ -318,6 +318,6 @@ def _octets(document: dict[str, Any], name: str) -> bytes | None:
     if text is None:
         return None
     try:
-        return decode_hex(text)
+        return binascii.unhexlify(text)
     except ValueError as error:
         raise RequestTypeError(f"{name}: hex expected: {error}") from error

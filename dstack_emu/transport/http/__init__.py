@@ -5,11 +5,12 @@ docs/decisions/http.md explains why it exists, and what it accepts that aiohttp'
 
 from dstack_emu.transport.http.application import Application, Handler, Middleware
 from dstack_emu.transport.http.body import BodyBrokenError, BodyError, BodyTooLargeError
-from dstack_emu.transport.http.headers import Headers
+from dstack_emu.transport.http.headers import ROCKET_HEADERS, Headers
 from dstack_emu.transport.http.message import HeaderPairs, Request, Response
 from dstack_emu.transport.http.pages import status_page
 
 __all__ = [
+    "ROCKET_HEADERS",
     "Application",
     "BodyBrokenError",
     "BodyError",

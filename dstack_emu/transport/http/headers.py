@@ -1,6 +1,14 @@
 """The headers of a request: names are case-insensitive, and may be repeated."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+ROCKET_HEADERS: Final = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "SAMEORIGIN"),
+    ("Permissions-Policy", "interest-cohort=()"),
+)
+"""What Rocket adds to every answer, and so KMS, guest agent, verifier and dstack-auth."""
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
 """Pairs of name, in lower case, and value, in the order in which they were sent."""
