@@ -149,6 +149,12 @@ def _of_version_2(guest: TrustDomain) -> Attestation:
     return replace(told, quote=guest.platform.quote(report, 4))
 
 
+def _without_digests(evidence: Attestation) -> Attestation:
+    """The same evidence, whose runtime events have no digest: so next's certificates had those of version 2, too."""
+    log = tuple(replace(event, digest=b"") if event.imr == 3 else event for event in evidence.event_log)
+    return replace(evidence, event_log=log)
+
+
 def _tampered(guest: TrustDomain) -> Json:
     request = _quote_request(guest.attest(HARDWARE_LIKE))
     quote = bytearray.fromhex(request["quote"])
@@ -161,7 +167,7 @@ REQUESTS: dict[str, Callable[[TrustDomain], Json]] = {
     "verify_att_id1_v1-ev2": lambda guest: _attestation_request(_of_version_2(guest)),
     "verify_att_id1_v1-pod": _pod,
     "verify_att_stripped": lambda guest: _attestation_request(guest.attest(HARDWARE_LIKE).as_v1().stripped()),
-    "verify_att_stripped_ev2": lambda guest: _attestation_request(_of_version_2(guest).stripped()),
+    "verify_att_stripped_ev2": lambda guest: _attestation_request(_without_digests(_of_version_2(guest).stripped())),
     "verify_quote": lambda guest: _quote_request(guest.attest(HARDWARE_LIKE)),
     "verify_quote_tampered": _tampered,
 }
