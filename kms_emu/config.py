@@ -17,9 +17,9 @@ from dstack_emu.attest.release import Release
 from dstack_emu.kms_emu.errors import KmsConfigError
 from dstack_emu.transport.settings import (
     Duration,
+    FilePath,
     Port,
-    Seconds,
-    Section,
+    StrictSection,
     merge,
     overrides,
     read_toml,
@@ -49,22 +49,22 @@ def _token_hash(value: Any) -> Any:
 TokenHash = Annotated[str, BeforeValidator(_token_hash)]
 
 
-class MutualTls(Section):
+class MutualTls(StrictSection):
     """[rpc.tls.mutual]: who may issue client certificates."""
 
-    ca_certs: Path = Path("/etc/kms/certs/tmp-ca.crt")
+    ca_certs: FilePath = Path("/etc/kms/certs/tmp-ca.crt")
     mandatory: bool = False
 
 
-class Tls(Section):
+class Tls(StrictSection):
     """[rpc.tls]."""
 
-    key: Path = Path("/etc/kms/certs/rpc.key")
-    certs: Path = Path("/etc/kms/certs/rpc.crt")
+    key: FilePath = Path("/etc/kms/certs/rpc.key")
+    certs: FilePath = Path("/etc/kms/certs/rpc.crt")
     mutual: MutualTls = MutualTls()
 
 
-class RpcSection(Section):
+class RpcSection(StrictSection):
     """[rpc]: where the runtime phase listens."""
 
     address: str = "0.0.0.0"  # noqa: S104 - upstream's default; the emulator's own commands bind loopback
@@ -72,35 +72,35 @@ class RpcSection(Section):
     tls: Tls = Tls()
 
 
-class ImageSection(Section):
+class ImageSection(StrictSection):
     """[core.image]."""
 
     verify: bool = True
-    cache_dir: Path = Path("/usr/share/dstack/images")
+    cache_dir: FilePath = Path("/usr/share/dstack/images")
     download_url: str = "http://localhost:8000/{OS_IMAGE_HASH}.tar.gz"
-    download_timeout: Seconds = 120.0
+    download_timeout: Duration = 120.0
 
 
-class Metrics(Section):
+class Metrics(StrictSection):
     """[core.metrics]."""
 
     enabled: bool = True
 
 
-class Webhook(Section):
+class Webhook(StrictSection):
     """[core.auth_api.webhook]."""
 
     url: str = "http://auth-api:8000"
     timeout: Duration = 10.0
 
 
-class Dev(Section):
+class Dev(StrictSection):
     """[core.auth_api.dev]."""
 
     gateway_app_id: str = "any"
 
 
-class AuthApiConfig(Section):
+class AuthApiConfig(StrictSection):
     """[core.auth_api]."""
 
     type: Literal["webhook", "dev"] = "webhook"
@@ -108,7 +108,7 @@ class AuthApiConfig(Section):
     dev: Dev = Dev()
 
 
-class OnboardConfig(Section):
+class OnboardConfig(StrictSection):
     """[core.onboard]: where the onboard phase listens (upstream: the same port as [rpc])."""
 
     enabled: bool = True
@@ -121,11 +121,11 @@ class OnboardConfig(Section):
     public_key_handover: bool = True
 
 
-class AdminTls(Section):
+class AdminTls(StrictSection):
     """[core.admin.tls]: certificate and key of the admin listener, which is plain HTTP without them."""
 
-    key: Path | None = None
-    certs: Path | None = None
+    key: FilePath | None = None
+    certs: FilePath | None = None
 
     @property
     def files(self) -> tuple[Path, Path] | None:
@@ -138,7 +138,7 @@ class AdminTls(Section):
         return self.certs, self.key
 
 
-class AdminSection(Section):
+class AdminSection(StrictSection):
     """[core.admin] (next)."""
 
     enabled: bool = False
@@ -150,10 +150,10 @@ class AdminSection(Section):
     tls: AdminTls = AdminTls()
 
 
-class Core(Section):
+class Core(StrictSection):
     """[core]."""
 
-    cert_dir: Path = Path("/etc/kms/certs")
+    cert_dir: FilePath = Path("/etc/kms/certs")
     subject_postfix: str = ".dstack"
     site_name: str = ""
     enforce_self_authorization: bool = True
@@ -176,7 +176,7 @@ class Core(Section):
         return self.attestation.urls.pccs or self.pccs_url
 
 
-class Grpc(Section):
+class Grpc(StrictSection):
     """[emulator.grpc]: where gRPC is served, if it is."""
 
     enabled: bool = False
@@ -186,7 +186,7 @@ class Grpc(Section):
     admin_port: Port = 8004
 
 
-class Emulator(Section):
+class Emulator(StrictSection):
     """[emulator], our own: what no upstream KMS of today does, and none minds in its file."""
 
     rpc_cert_evidence: EvidenceForm = "versioned"
@@ -194,7 +194,7 @@ class Emulator(Section):
     grpc: Grpc = Grpc()
 
 
-class KmsConfig(Section):
+class KmsConfig(StrictSection):
     """The whole file. `default` is the web server's own section upstream: known, and without effect here."""
 
     default: dict[str, Any] = Field(default_factory=dict)

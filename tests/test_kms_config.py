@@ -1,5 +1,6 @@
 """kms.toml and the variables that override it: every key by its name, every mistake by its variable."""
 
+import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,8 @@ def leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 KEYS = dict(leaves(KmsConfig()))
-WEBHOOK_TIMEOUT = "core.auth_api.webhook.timeout"
+DURATIONS = {"core.auth_api.webhook.timeout": "10s", "core.image.download_timeout": "2m"}
+"""The keys with a duration as upstream writes it, and their defaults."""
 
 
 def as_text(value: Any) -> str:
@@ -50,7 +52,7 @@ def durations(text: str) -> float:
 @pytest.mark.parametrize("key", [key for key in KEYS if key != "default"])
 def test_every_key_can_be_set_by_a_variable(key: str) -> None:
     default = KEYS[key]
-    said = "10s" if key == WEBHOOK_TIMEOUT else as_text(default)
+    said = DURATIONS.get(key) or as_text(default)
     assert configured(variables({key: said})) == KmsConfig()
     other: Any
     match default:
@@ -58,7 +60,7 @@ def test_every_key_can_be_set_by_a_variable(key: str) -> None:
             other, text = not default, as_text(not default)
         case int():
             other, text = 4711, "4711"
-        case float() if key == WEBHOOK_TIMEOUT:
+        case float() if key in DURATIONS:
             other, text = 180.0, "3m"
         case float():
             other, text = 0.25, "250ms"
@@ -103,7 +105,7 @@ def test_other_variables_are_left_alone() -> None:
         ("CORE__IMAGE__VERIFY", "yes", "true or false expected, got 'yes'"),
         ("CORE__IMAGE__VERIFY", "True", "true or false expected, got 'True'"),
         ("CORE__AUTH_API__TYPE", "eth", "Input should be 'webhook' or 'dev', got 'eth'"),
-        ("CORE__IMAGE__DOWNLOAD_TIMEOUT", "2 minutes", "Input should be a valid number"),
+        ("CORE__IMAGE__DOWNLOAD_TIMEOUT", "2 minutes", "Value error, a duration such as 10s, 2m, 1h or 1d, or never,"),
         ("CORE__ADMIN_TOKEN_HASH", "abc", "Value error, the SHA-256 of the token in hex expected: 64 digits"),
     ],
 )
@@ -130,7 +132,7 @@ def test_duration_without_one_of_its_units_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         durations(text)
     said = "a duration such as 10s, 2m, 1h or 1d, or never, expected, got "
-    assert str(refusal.value).startswith(f"kms.toml: {WEBHOOK_TIMEOUT}: Value error, {said}")
+    assert str(refusal.value).startswith(f"kms.toml: core.auth_api.webhook.timeout: Value error, {said}")
 
 
 def test_file_whose_section_is_no_table_is_refused_by_key() -> None:
@@ -154,3 +156,40 @@ def test_listening_at_sets_both_phases_and_nothing_else() -> None:
     changed = dict(leaves(KmsConfig().listening_at("127.0.0.1", 1)))
     both = {"rpc.address": "127.0.0.1", "core.onboard.address": "127.0.0.1", "rpc.port": 1, "core.onboard.port": 1}
     assert changed == {**KEYS, **both}
+
+
+TYPED = {
+    "core.enforce_self_authorization": ("off", "no", 0, 1, "false", [False]),
+    "core.image.verify": ("off", "true", 1.0),
+    "core.attestation.insecure_allow_external_trust_anchors": ("yes", "on", 1),
+    "core.onboard.public_key_handover": ("no", 0),
+    "core.admin.insecure_no_auth": ("on", 1),
+    "rpc.port": ("8000", 8000.0, True),
+    "core.admin.auth_token": (12345, True),
+    "core.site_name": (1, True),
+    "core.cert_dir": (1, True),
+    "rpc.tls.key": (False, 7),
+    "core.image.download_timeout": (120, "500ms", "-1"),
+    "core.attestation.collateral_ttl": (True, "soon", -1),
+    "core.admin.tls.key": (1,),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in TYPED.items() for value in values])
+def test_value_of_another_type_is_refused_by_its_key(key: str, value: object) -> None:
+    *sections, name = key.split(".")
+    wrong, right = (
+        f"[{'.'.join(sections)}]\n{name} = {json.dumps(each, default=str)}\n" for each in (value, KEYS[key])
+    )
+    with pytest.raises(ConfigError) as refusal:
+        configured({}, wrong)
+    assert str(refusal.value).startswith(f"kms.toml: {key}: ")
+    assert "12345" not in str(refusal.value)
+    if KEYS[key] is not None and key not in DURATIONS:
+        assert configured({}, right) == KmsConfig()
+
+
+def test_value_of_a_token_is_in_no_error() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        configured(variables({"core.admin_token_hash": "the token itself"}))
+    assert str(refusal.value).endswith("the SHA-256 of the token in hex expected: 64 digits")

@@ -19,12 +19,12 @@ from dstack_emu.transport.validation import problems
 
 M = TypeVar("M", bound=BaseModel)
 
-_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_UNITS: Final = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def _seconds(value: Any) -> Any:
-    """Parse `2m`, `500ms`, `5s`; leave a number of seconds as it is."""
-    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)", value)):
+    """Parse `2m`, `500ms`, `5s`, `5`; leave a number of seconds as it is."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|)", value)):
         return float(match[1]) * _UNITS[match[2]]
     return value
 
@@ -54,6 +54,19 @@ class Section(BaseModel):
     """A section of a configuration file: unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StrictSection(Section):
+    """A section in which a value must have its key's type: `"off"` is no boolean, `"8000"` no port.
+
+    dstack's own reader is as strict. Source: figment's providers for TOML, and serde, at 312dc605.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+
+FilePath = Annotated[Path, Field(strict=False)]
+"""A path in a strict section, where TOML has text."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -154,7 +167,8 @@ def _typed(name: str, field: FieldInfo, text: str) -> Any:
     try:
         value = TypeAdapter(kind).validate_strings(text)
     except ValidationError as error:
-        raise ConfigError(f"{name}: {error.errors()[0]['msg']}, got {text!r:.80}") from error
+        got = "" if "TOKEN" in name else f", got {text!r:.80}"  # it may be the token itself, in place of its hash
+        raise ConfigError(f"{name}: {error.errors()[0]['msg']}{got}") from error
     # What a validator of ours has read it shall read again, with the rest of the file: from the text.
     return text if any(isinstance(part, BeforeValidator) for part in field.metadata) else value
 

@@ -12,29 +12,29 @@ from pydantic import Field
 
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.transport.errors import ConfigError
-from dstack_emu.transport.settings import Seconds, Section
+from dstack_emu.transport.settings import FilePath, Seconds, StrictSection
 
 
-class AttestationUrls(Section):
+class AttestationUrls(StrictSection):
     """[attestation.urls]."""
 
     pccs: str = ""
     amd_kds: str = ""
 
 
-class RootCaPaths(Section):
+class RootCaPaths(StrictSection):
     """[attestation.root_ca]; only `tdx` has an effect."""
 
-    tdx: Path | None = None
-    gcp_tpm: Path | None = None
-    aws_nitro_enclave: Path | None = None
-    aws_nitro_tpm: Path | None = None
-    sev_snp_milan: Path | None = None
-    sev_snp_genoa: Path | None = None
-    sev_snp_turin: Path | None = None
+    tdx: FilePath | None = None
+    gcp_tpm: FilePath | None = None
+    aws_nitro_enclave: FilePath | None = None
+    aws_nitro_tpm: FilePath | None = None
+    sev_snp_milan: FilePath | None = None
+    sev_snp_genoa: FilePath | None = None
+    sev_snp_turin: FilePath | None = None
 
 
-class AttestationConfig(Section):
+class AttestationConfig(StrictSection):
     """[attestation]; a root other than Intel's needs the insecure opt-in; `collateral_ttl` is in seconds."""
 
     insecure_allow_external_trust_anchors: bool = False
