@@ -53,7 +53,8 @@ async def _serve_constant(body: bytes) -> None:
 async def _serve_kms(description: bytes) -> None:
     inner = Inner(**json.loads(description))
     etags: dict[str, str] = {}
-    async with aiohttp.ClientSession() as session:
+    # A KMS takes no decision from a connection that was used before: docs/decisions/http.md.
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
 
         async def ask(url: str, body: str) -> None:
             async with session.post(url, data=body, headers={"Content-Type": "application/json"}) as response:

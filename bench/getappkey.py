@@ -1,7 +1,8 @@
 """GetAppKey over kept-alive mTLS connections, against a bare aiohttp server that makes the same inner calls.
 
 Every call revalidates the collateral at the PCCS, and requests two decisions of the webhook. The reference makes the
-same three requests by an aiohttp session, and does nothing else; the KMS also derives and signs keys.
+same three requests by an aiohttp session, each over a connection of its own, and does nothing else; the KMS also
+derives and signs keys.
 """
 
 from collections.abc import Iterator

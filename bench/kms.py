@@ -47,6 +47,7 @@ ca_certs = "{certs}/tmp-ca.crt"
 cert_dir = "{certs}"
 [core.attestation]
 insecure_allow_external_trust_anchors = true
+emulated_pccs = true
 [core.attestation.urls]
 pccs = "{pccs}"
 [core.attestation.root_ca]

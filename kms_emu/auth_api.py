@@ -109,7 +109,7 @@ class IdentityCheckedAuth:
 
 
 class WebhookAuth:
-    """auth_api `webhook`, over connections that are kept open; `headers` are added to each request. Close it."""
+    """auth_api `webhook`, each request over a connection of its own; `headers` are added to each request. Close it."""
 
     def __init__(
         self,

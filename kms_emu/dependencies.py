@@ -100,7 +100,8 @@ class KmsDependencies:
         auth = auth or _auth_api(core, release)
         if release.identity_widths_are_checked:
             auth = IdentityCheckedAuth(auth)
-        pccs = PccsClient(core.pccs, ttl=core.attestation.collateral_ttl)
+        attestation = core.attestation
+        pccs = PccsClient(core.pccs, ttl=attestation.collateral_ttl, revalidates_at_once=attestation.emulated_pccs)
         verifier = instruments.verifier or AttestationVerifier(pccs, anchor, clock)
         return cls(
             core=core,

@@ -1,17 +1,16 @@
 """The PCCS of the emulated platform: collateral over HTTP, in the shape of Intel's PCS v4.
 
 It answers from the platforms' present state, with an ETag over the content, so that a verifier can revalidate documents
-at little cost. The header `REVALIDATION_HEADER`, an addition of this emulator, names one URL that revalidates all four
-documents of a platform; a middleware that changes a document must handle that URL, too. The `/sgx/` paths of older
-clients and both names of the TCB chain header are supported. Source: Intel PCS API v4.
+at little cost. `REVALIDATION_PATH`, an addition of this emulator, revalidates all four documents of a platform for a
+client that was told to use it; a middleware that changes a document must handle that path, too. The `/sgx/` paths of
+older clients and both names of the TCB chain header are supported. Source: Intel PCS API v4.
 """
 
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Final
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -21,7 +20,7 @@ from dstack_emu.attest.pcs import (
     PCK_CRL_PATH,
     QE_IDENTITY_ISSUER_HEADER,
     QE_IDENTITY_PATH,
-    REVALIDATION_HEADER,
+    REVALIDATION_PATH,
     ROOT_CA_CRL_PATH,
     TCB_INFO_ISSUER_HEADERS,
     TCB_INFO_PATH,
@@ -33,7 +32,6 @@ from dstack_emu.transport.http import Application, Handler, HeaderPairs, Request
 
 SGX_TCB_INFO_PATH = TCB_INFO_PATH.replace("/tdx/", "/sgx/")
 SGX_QE_IDENTITY_PATH = QE_IDENTITY_PATH.replace("/tdx/", "/sgx/")
-REVALIDATION_PATH = "/collateral/revalidation"
 
 _JSON, _DER, _TEXT, _PEM = "application/json", "application/pkix-crl", "text/plain", "application/x-pem-file"
 _CERTIFICATE = "application/pkix-cert"
@@ -70,11 +68,7 @@ def pccs_app(intel: Intel) -> Application:
         return handle
 
     def tcb_info(request: Request, number: bytes) -> Response:
-        response = _answer(request, intel.tcb_info(number), _JSON, *TCB_INFO_ISSUER_HEADERS)
-        if not _is_direct(request):
-            return response
-        url = f"http://{request.headers['Host']}{REVALIDATION_PATH}?ca=platform&fmspc={number.hex()}"
-        return replace(response, headers=(*response.headers, (REVALIDATION_HEADER, url)))
+        return _answer(request, intel.tcb_info(number), _JSON, *TCB_INFO_ISSUER_HEADERS)
 
     def revalidation(request: Request, number: bytes) -> Response:
         documents = (intel.pck_crl, intel.tcb_info(number), intel.qe_identity, root_ca_crl_document())
@@ -134,16 +128,6 @@ def _answer(request: Request, document: Document, content_type: str, *chain_head
 
 def _etag(document: Document) -> str:
     return f'"{hashlib.sha256(document.issuer_chain.encode() + document.body).hexdigest()[:32]}"'
-
-
-def _is_direct(request: Request) -> bool:
-    """Return whether the client addressed this port; a client behind a proxy must use the proxy for every URL."""
-    name = request.transport.get_extra_info("sockname")
-    try:
-        port = urlsplit(f"http://{request.headers.get('Host', '')}").port or 80
-    except ValueError:  # an invalid Host
-        return False
-    return isinstance(name, tuple) and port == name[1]
 
 
 def _refuse(status: int, text: str) -> Response:

@@ -1,15 +1,18 @@
-"""The HTTP client against a server that writes bytes: which answers are read, and which connections are kept."""
+"""The HTTP client against a server that writes bytes: which answers are read, and that each has its own connection."""
 
 import asyncio
 import gzip
 import zlib
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import aiohttp
 import pytest
 
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
+from dstack_emu.transport.http.answer import AnswerReader
+from dstack_emu.transport.http.client_connection import ClientConnection
 from dstack_emu.transport.http_client import HttpAnswer, HttpClient
 
 MAX = 1000
@@ -81,56 +84,53 @@ def chunked(body: bytes) -> bytes:
 
 PLAIN = http("200 OK", BODY, "Content-Type: application/json", 'ETag: "one"')
 
-READABLE: dict[str, tuple[list[bytes | None], int, bytes, bool]] = {
-    "plain": ([PLAIN], 200, BODY, True),
+READABLE: dict[str, tuple[list[bytes | None], int, bytes]] = {
+    "plain": ([PLAIN], 200, BODY),
     "plain, as Node has it": (
         [http("200 OK", BODY, "Connection: keep-alive", "Keep-Alive: timeout=5")],
         200,
         BODY,
-        True,
     ),
-    "without a reason": ([http("200 ", BODY)], 200, BODY, True),
-    "empty": ([http("200 OK")], 200, b"", True),
-    "not modified": ([http("304 Not Modified", length=False)], 304, b"", True),
+    "without a reason": ([http("200 ", BODY)], 200, BODY),
+    "empty": ([http("200 OK")], 200, b""),
+    "not modified": ([http("304 Not Modified", length=False)], 304, b""),
     "not modified, with the length of the document": (
         [http("304 Not Modified", b"", "Content-Length: 500", length=False)],
         304,
         b"",
-        True,
     ),
-    "no content": ([http("204 No Content", length=False)], 204, b"", True),
-    "a refusal": ([http("500 Internal Server Error", b"oops")], 500, b"oops", True),
-    "a redirection": ([http("302 Found", b"", "Location: /other")], 302, b"", True),
-    "in two segments": ([PLAIN[:40], PLAIN[40:]], 200, BODY, True),
-    "head and body": ([PLAIN[: -len(BODY)], BODY], 200, BODY, True),
-    "byte by byte": ([bytes([byte]) for byte in PLAIN], 200, BODY, True),
-    "in chunks": ([chunked(BODY)], 200, BODY, True),
+    "no content": ([http("204 No Content", length=False)], 204, b""),
+    "a refusal": ([http("500 Internal Server Error", b"oops")], 500, b"oops"),
+    "a redirection": ([http("302 Found", b"", "Location: /other")], 302, b""),
+    "in two segments": ([PLAIN[:40], PLAIN[40:]], 200, BODY),
+    "head and body": ([PLAIN[: -len(BODY)], BODY], 200, BODY),
+    "byte by byte": ([bytes([byte]) for byte in PLAIN], 200, BODY),
+    "in chunks": ([chunked(BODY)], 200, BODY),
     "packed": (
         [http("200 OK", gzip.compress(BODY), "Content-Encoding: gzip")],
         200,
         BODY,
-        True,
     ),
-    "deflated": ([http("200 OK", zlib.compress(BODY), "Content-Encoding: deflate")], 200, BODY, True),
-    "after an informational one": ([http("103 Early Hints", length=False) + PLAIN], 200, BODY, True),
-    "then it closes": ([http("200 OK", BODY, "Connection: close")], 200, BODY, False),
-    "HTTP/1.0": ([PLAIN.replace(b"HTTP/1.1", b"HTTP/1.0", 1)], 200, BODY, False),
-    "until it closes": ([http("200 OK", BODY, length=False), None], 200, BODY, False),
-    "a header twice": ([http("200 OK", BODY, "X: 1", "X: 2")], 200, BODY, True),
-    "a header in UTF-8": ([http("200 OK", BODY, "X: ü")], 200, BODY, True),
+    "deflated": ([http("200 OK", zlib.compress(BODY), "Content-Encoding: deflate")], 200, BODY),
+    "after an informational one": ([http("103 Early Hints", length=False) + PLAIN], 200, BODY),
+    "then it closes": ([http("200 OK", BODY, "Connection: close")], 200, BODY),
+    "HTTP/1.0": ([PLAIN.replace(b"HTTP/1.1", b"HTTP/1.0", 1)], 200, BODY),
+    "until it closes": ([http("200 OK", BODY, length=False), None], 200, BODY),
+    "a header twice": ([http("200 OK", BODY, "X: 1", "X: 2")], 200, BODY),
+    "a header in UTF-8": ([http("200 OK", BODY, "X: ü")], 200, BODY),
 }
 
 
 @pytest.mark.parametrize("name", READABLE)
-async def test_any_answer_is_read_and_the_connection_kept_where_it_may_be(
+async def test_any_answer_is_read_and_each_has_its_own_connection(
     server: Server, client: HttpClient, name: str
 ) -> None:
-    pieces, status, body, kept = READABLE[name]
+    pieces, status, body = READABLE[name]
     server.answers = [pieces, [PLAIN], pieces]
     for expected_status, expected in ((status, body), (200, BODY), (status, body)):
         answer = await client.send("POST", server.url, b"{}")
         assert (answer.status, answer.body) == (expected_status, expected)
-    assert server.connections == (1 if kept else 2)
+    assert server.connections == 3
 
 
 async def test_headers_are_found_by_their_names_in_lower_case(server: Server, client: HttpClient) -> None:
@@ -158,9 +158,7 @@ UNREADABLE: dict[str, tuple[list[bytes | None], str]] = {
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-async def test_what_cannot_be_read_is_an_error_and_the_next_question_has_another_connection(
-    server: Server, client: HttpClient, name: str
-) -> None:
+async def test_what_cannot_be_read_is_an_error(server: Server, client: HttpClient, name: str) -> None:
     pieces, said = UNREADABLE[name]
     server.answers = [[PLAIN], pieces, [PLAIN]]
     await client.send("POST", server.url, b"{}")
@@ -168,7 +166,6 @@ async def test_what_cannot_be_read_is_an_error_and_the_next_question_has_another
         await client.send("POST", server.url, b"{}")
     assert str(refused.value) == said
     assert (await client.send("POST", server.url, b"{}")).body == BODY
-    assert server.connections == 2
 
 
 @pytest.mark.parametrize(
@@ -190,14 +187,32 @@ async def test_an_answer_of_the_greatest_length_is_read_and_one_byte_more_is_not
         await client.send("POST", server.url)
 
 
-async def test_an_answer_that_nobody_asked_for_is_no_answer(server: Server, client: HttpClient) -> None:
+async def test_an_answer_that_nobody_requested_is_no_answer(server: Server, client: HttpClient) -> None:
     forged = http("200 OK", b"forged")
-    server.answers = [[PLAIN, forged], [PLAIN], [PLAIN + forged], [PLAIN]]
-    bodies = [(await client.send("POST", server.url)).body]
-    await server.left.wait()  # the client hangs up as soon as it hears of it
-    bodies += [(await client.send("POST", server.url)).body for _ in range(3)]
-    assert bodies == [BODY] * 4
-    assert server.connections == 3
+    server.answers = [[PLAIN, forged], [PLAIN + forged], [PLAIN], [PLAIN[:40], PLAIN[40:] + forged], [PLAIN]]
+    bodies = [(await client.send("POST", server.url)).body for _ in range(5)]
+    assert bodies == [BODY] * 5
+
+
+async def test_server_that_speaks_before_it_is_sent_the_request_gives_no_answer() -> None:
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(PLAIN)
+        with suppress(ConnectionError):
+            await reader.read()
+        left.set()
+        writer.close()
+
+    left = asyncio.Event()
+    listener = await asyncio.start_server(speak, "127.0.0.1", 0)
+    connections: set[ClientConnection] = set()
+    address = listener.sockets[0].getsockname()
+    _, connection = await asyncio.get_running_loop().create_connection(lambda: ClientConnection(connections), *address)
+    assert connections == {connection}
+    await asyncio.wait_for(left.wait(), 5)  # the client ends the connection
+    with pytest.raises(NoAnswerError) as refused:
+        await connection.exchange(b"GET / HTTP/1.1\r\n\r\n", AnswerReader(MAX))
+    assert str(refused.value) == "the server spoke before it was sent the request"
+    listener.close()
 
 
 @pytest.mark.parametrize("says", [[], [PLAIN[:40]], [chunked(BODY)[:60]]], ids=["nothing", "a head", "a chunk"])
@@ -221,14 +236,13 @@ async def test_a_caller_that_gives_up_takes_its_connection_along(server: Server,
     assert gone.cancelled()
 
 
-async def test_a_get_that_is_lost_with_its_connection_is_sent_again_and_a_post_is_not(
-    server: Server, client: HttpClient
-) -> None:
-    server.answers = [[None], [PLAIN], [None], [PLAIN]]
-    assert (await client.send("GET", server.url)).status == 200
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_request_that_is_lost_is_not_repeated(server: Server, client: HttpClient, method: str) -> None:
+    server.answers = [[None], [PLAIN]]
     with pytest.raises(NoAnswerError, match="^connection closed before the answer$"):
-        await client.send("POST", server.url)
-    assert len(server.requests) == 3
+        await client.send(method, server.url)
+    assert len(server.requests) == 1
+    assert (await client.send(method, server.url)).status == 200
 
 
 async def test_questions_at_the_same_time_have_connections_of_their_own(server: Server, client: HttpClient) -> None:
@@ -236,7 +250,7 @@ async def test_questions_at_the_same_time_have_connections_of_their_own(server: 
     answers = await asyncio.gather(*(client.send("POST", server.url, b"x") for _ in range(10)))
     answers += await asyncio.gather(*(client.send("POST", server.url, b"x") for _ in range(10)))
     assert answers == [HttpAnswer(200, answers[0].headers, BODY)] * 20
-    assert server.connections == 10
+    assert server.connections == 20
 
 
 async def test_what_is_sent_is_what_a_session_of_aiohttp_sends(server: Server, client: HttpClient) -> None:
@@ -244,7 +258,7 @@ async def test_what_is_sent_is_what_a_session_of_aiohttp_sends(server: Server, c
     server.answers = [[PLAIN], [PLAIN]]
     await client.send("POST", url, b'{"a":1}', {"Content-Type": "application/json"})
     async with aiohttp.ClientSession(
-        headers={"User-Agent": "test/1"}, skip_auto_headers=("Accept-Encoding",)
+        headers={"User-Agent": "test/1", "Connection": "close"}, skip_auto_headers=("Accept-Encoding",)
     ) as session:
         await session.post(url, data=b'{"a":1}', headers={"Content-Type": "application/json"})
 
@@ -271,27 +285,3 @@ async def test_a_server_that_is_not_there_is_an_error(server: Server, client: Ht
     with pytest.raises(NoAnswerError) as refused:
         await client.send("POST", f"http://127.0.0.1:{port}")
     assert str(refused.value) == "Connection refused"
-
-
-async def test_idle_connection_is_closed_in_time_and_not_used_again(server: Server) -> None:
-    client = HttpClient(timeout=5, max_answer=MAX, kept_idle=0.05)
-    try:
-        server.answers = [[PLAIN], [PLAIN], [PLAIN]]
-        for _ in range(2):
-            assert (await client.send("GET", server.url)).body == BODY
-        assert server.connections == 1
-        await asyncio.wait_for(server.left.wait(), 5)  # the client hangs up, with nobody asking
-        assert (await client.send("GET", server.url)).body == BODY
-        assert server.connections == 2
-    finally:
-        await client.close()
-
-
-async def test_questions_at_once_have_a_connection_each_and_the_last_ones_are_used_again(
-    server: Server, client: HttpClient
-) -> None:
-    server.answers = [[PLAIN] for _ in range(6)]
-    for _ in range(2):
-        answers = await asyncio.gather(*(client.send("POST", server.url, b"{}") for _ in range(3)))
-        assert [answer.body for answer in answers] == [BODY] * 3
-    assert server.connections == 3

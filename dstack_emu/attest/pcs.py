@@ -18,8 +18,8 @@ PCK_CRL_ISSUER_HEADER: Final = "SGX-PCK-CRL-Issuer-Chain"
 TCB_INFO_ISSUER_HEADERS: Final = ("TCB-Info-Issuer-Chain", "SGX-TCB-Info-Issuer-Chain")
 QE_IDENTITY_ISSUER_HEADER: Final = "SGX-Enclave-Identity-Issuer-Chain"
 
-REVALIDATION_HEADER: Final = "Dstack-Emu-Revalidation"
-"""The header in which a PCCS of ours names the page that says whether one of a platform's four documents changed."""
+REVALIDATION_PATH: Final = "/collateral/revalidation"
+"""Where a PCCS of this emulator says whether one of a platform's four documents changed: 304 to their combined ETag."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,10 @@ class Instrumentation:
 
     def verifier(self, caller: str, pccs_url: str, anchor: TrustAnchor) -> RecordingVerifier:
         """Make the verifier of one part of the stack; the part closes it and drops it at its end."""
-        pccs = PccsClient(pccs_url, timeout=self.patience or DEFAULT_TIMEOUT, headers=headers_of(caller))
+        patience, headers = self.patience or DEFAULT_TIMEOUT, headers_of(caller)
+        pccs = PccsClient(
+            pccs_url, timeout=patience, headers=headers, revalidates_at_once=True
+        )  # it is the stack's own
         made = self._verifiers[caller] = RecordingVerifier(pccs, anchor, self.clock, self.journal)
         return made
 

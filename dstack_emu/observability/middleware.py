@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any, Final
 
+from dstack_emu.attest.pcs import REVALIDATION_PATH
 from dstack_emu.observability.fault_effects import DroppedError, Stale, apply_fault
 from dstack_emu.observability.fault_rules import FaultRules, Met
 from dstack_emu.observability.http_call import DirectCall, HttpCall, RefusedByHandlerError
 from dstack_emu.observability.journal import Journal
 from dstack_emu.observability.spans import HEADER, CallSpan, enter, forget_request, leave, read_header
-from dstack_emu.simulator.pccs import REVALIDATION_PATH
 from dstack_emu.transport.http import Handler, Request, Response
 
 UNRECORDED_PATHS: Final = frozenset(("/health", "/metrics", REVALIDATION_PATH))

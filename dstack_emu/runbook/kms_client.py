@@ -15,7 +15,7 @@ from google.protobuf.empty_pb2 import Empty
 from dstack_emu.attest.errors import VerificationError
 from dstack_emu.attest.proto import kms_pb2 as pb
 from dstack_emu.runbook.target import TargetKms
-from dstack_emu.transport.client import MAX_RESPONSE, PRPC_KEPT_IDLE
+from dstack_emu.transport.client import MAX_RESPONSE
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.pccs_client import AttestationVerifier
@@ -178,7 +178,5 @@ class PrpcKmsClient:
         """Return the HTTP client with this client certificate; it does not verify servers."""
         if identity not in self._clients:
             tls = client_context(identity)
-            self._clients[identity] = HttpClient(
-                timeout=TIMEOUT, max_answer=MAX_RESPONSE, kept_idle=PRPC_KEPT_IDLE, tls=tls
-            )
+            self._clients[identity] = HttpClient(timeout=TIMEOUT, max_answer=MAX_RESPONSE, tls=tls)
         return self._clients[identity]

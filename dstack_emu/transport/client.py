@@ -1,7 +1,7 @@
 """A pRPC client: calls an RPC by name over HTTP, HTTPS or a unix socket, in JSON.
 
-Like upstream's own client, it POSTs to `<method>?json` without a Content-Type. It follows no redirects, uses no proxy
-from the environment, and keeps connections open between calls.
+Like upstream's own client, it POSTs to `<method>?json` without a Content-Type. It follows no redirects, and uses no
+proxy from the environment. Each call has a connection of its own.
 
 Not here: retries, TLS settings (the caller passes an ssl.SSLContext), and the meaning of an answer.
 
@@ -30,9 +30,6 @@ MAX_RESPONSE: Final = 10 * 1024 * 1024
 CheckServer = Callable[[bytes | None], Awaitable[None]]
 MoreHeaders = Callable[[], Mapping[str, str]]
 """Returns the headers to add to a request. It is called for each request, in the context of the caller."""
-
-PRPC_KEPT_IDLE: Final = 15.0
-"""Seconds for which an idle connection is kept for the next call; dstack's servers keep one for much longer."""
 
 
 class RpcError(Exception):
@@ -73,9 +70,7 @@ class PrpcClient:
             raise TransportError(address, "neither an http(s) URL nor a socket path")
         self._base = "http://localhost" if self._socket is not None else address.rstrip("/")
         self._check_server, self._headers = check_server, headers
-        self._client = HttpClient(
-            timeout=timeout, max_answer=MAX_RESPONSE, kept_idle=PRPC_KEPT_IDLE, tls=ssl, unix=self._socket
-        )
+        self._client = HttpClient(timeout=timeout, max_answer=MAX_RESPONSE, tls=ssl, unix=self._socket)
 
     async def __aenter__(self) -> "PrpcClient":
         return self
@@ -86,7 +81,7 @@ class PrpcClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections. A later call opens new ones."""
+        """Close the connections. A later call still works."""
         await self._client.close()
 
     async def call(self, method: str, request: Message, response_type: type[A]) -> A:

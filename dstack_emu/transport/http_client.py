@@ -1,7 +1,9 @@
 """An HTTP client for short requests, with a deadline for each request and a limit for the length of an answer.
 
-Connections are kept between requests. Redirects are followed only on request. There are no proxies and no cookies, and
-the client does not offer to accept compression.
+Every request has a connection of its own, so that an answer cannot belong to an earlier request: nothing in HTTP/1.1
+ties the two together, and what arrives on a kept connection after a request was written may have been sent before it.
+docs/decisions/http.md has the reasons, and what it costs. Redirects are followed only on request. There are no proxies
+and no cookies, and the client does not offer to accept compression.
 
 Not here: the meaning of an answer; parsing it (`transport.http.answer`).
 """
@@ -22,9 +24,6 @@ from dstack_emu.transport.http.client_connection import ClientConnection
 from dstack_emu.transport.http.headers import Headers
 from dstack_emu.transport.http.origin import Origin, RequestTarget
 
-KEPT_IDLE: Final = 2.0
-"""Seconds for which an idle connection is kept for the next request. Servers keep one for longer (Node for 5 s);
-otherwise a request could be lost on a connection that the server is closing."""
 MAX_REDIRECTS: Final = 10
 
 _REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
@@ -45,12 +44,12 @@ class HttpAnswer:
 
 
 class HttpClient:
-    """Sends requests. Close it; a later request opens new connections.
+    """Sends requests, each over a connection of its own. Close it; later requests still work.
 
     `timeout` is for a whole request, in seconds. `max_answer` is the maximum length of a body in bytes, uncompressed.
-    `headers` are sent with every request. `kept_idle` is the time in seconds for which an idle connection is kept.
-    `tls` are the settings for https (None: the system's authorities verify servers). With `unix`, every request goes to
-    that socket file, and the host in its URL is ignored. With `unpacks` false, a compressed body is returned as it is.
+    `headers` are sent with every request. `tls` are the settings for https (None: the system's authorities verify
+    servers). With `unix`, every request goes to that socket file, and the host in its URL is ignored. With `unpacks`
+    false, a compressed body is returned as it is.
     """
 
     def __init__(
@@ -59,16 +58,15 @@ class HttpClient:
         timeout: float,
         max_answer: int,
         headers: Mapping[str, str] | None = None,
-        kept_idle: float = KEPT_IDLE,
         tls: ssl.SSLContext | None = None,
         unix: str | None = None,
         unpacks: bool = True,
     ) -> None:
-        self.timeout, self._max_answer, self._kept_idle = timeout, max_answer, kept_idle
-        self._headers = _lines({"User-Agent": f"dstack-emu/{EMULATOR}", **(headers or {}), "Accept": "*/*"})
+        self.timeout, self._max_answer = timeout, max_answer
+        always = {"Accept": "*/*", "Connection": "close"}
+        self._headers = _lines({"User-Agent": f"dstack-emu/{EMULATOR}", **(headers or {}), **always})
         self._tls, self._unix, self._unpacks = tls, unix, unpacks
         self._target = Memo(RequestTarget.parse, lambda url, target: 3 * len(url), max_entries=64, max_bytes=1 << 16)
-        self._idle: dict[Origin, list[ClientConnection]] = {}
         self._open: set[ClientConnection] = set()
 
     async def send(
@@ -84,7 +82,7 @@ class HttpClient:
         """Send a request and return the answer, whatever its status is.
 
         With `write`, the pieces of a successful answer's body are passed to it. Raises `NoAnswerError`, whose text says
-        why, and `AnswerTooLongError`. If the connection ends before the answer, a GET is sent once more, a POST is not.
+        why, and `AnswerTooLongError`. No request is repeated.
         """
         try:
             async with asyncio.timeout(self.timeout):
@@ -103,7 +101,6 @@ class HttpClient:
         """Close all connections, including those in use."""
         for connection in tuple(self._open):
             connection.abort()
-        self._idle.clear()
         await asyncio.sleep(0)  # their transports close in the loop's next turn
 
     async def _send(
@@ -120,34 +117,10 @@ class HttpClient:
             *(method.encode(), target.path, target.lines),
             *(self._headers, _lines(headers), length),
         )
-        request = head + (body or b"")
-        try:
-            return await self._exchange(target.origin, request, write)
-        except (NoAnswerError, ConnectionError) as error:
-            if method != "GET" or not _was_lost(error):
-                raise
-        return await self._exchange(target.origin, request, write)
-
-    async def _exchange(self, origin: Origin, request: bytes, write: Callable[[bytes], object] | None) -> HttpAnswer:
-        connection = self._take(origin) or await self._connect(origin)
+        connection = await self._connect(target.origin)
         reader = AnswerReader(self._max_answer, write, unpacks=self._unpacks)
-        await connection.exchange(request, reader)
-        if connection.is_open:
-            connection.wait_idle(self._kept_idle)
-            self._idle.setdefault(origin, []).append(connection)
+        await connection.exchange(head + (body or b""), reader)
         return HttpAnswer(reader.status, Headers(reader.headers), reader.body, connection.certificate)
-
-    # ---- connections
-
-    def _take(self, origin: Origin) -> ClientConnection | None:
-        """Take the connection that became idle last; return None if there is none."""
-        idle = self._idle.get(origin)
-        while idle:
-            connection = idle.pop()
-            connection.wake()
-            if connection.is_open:
-                return connection
-        return None
 
     async def _connect(self, origin: Origin) -> ClientConnection:
         loop = asyncio.get_running_loop()
@@ -156,10 +129,10 @@ class HttpClient:
             return connection
         tls = self._settings() if origin.is_secure else None
         failure: OSError = socket.gaierror(f"no address of {origin.host}")
-        for *_, address in await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM):
+        for host in (origin.host,) if origin.is_address else await _addresses(origin):
             try:
                 _, connection = await loop.create_connection(
-                    self._new, str(address[0]), origin.port, ssl=tls, server_hostname=origin.host if tls else None
+                    self._new, host, origin.port, ssl=tls, server_hostname=origin.host if tls else None
                 )
             except ssl.SSLError:
                 raise
@@ -170,15 +143,7 @@ class HttpClient:
         raise failure
 
     def _new(self) -> ClientConnection:
-        connection = ClientConnection(self._lost)
-        self._open.add(connection)
-        return connection
-
-    def _lost(self, connection: ClientConnection) -> None:
-        self._open.discard(connection)
-        for idle in self._idle.values():
-            if connection in idle:
-                idle.remove(connection)
+        return ClientConnection(self._open)
 
     def _settings(self) -> ssl.SSLContext:
         if self._tls is None:
@@ -186,9 +151,9 @@ class HttpClient:
         return self._tls
 
 
-def _was_lost(error: Exception) -> bool:
-    """Return whether the connection ended before the answer began."""
-    return isinstance(error, ConnectionError) or str(error) == "connection closed before the answer"
+async def _addresses(origin: Origin) -> list[str]:
+    found = await asyncio.get_running_loop().getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+    return [str(address[0]) for *_, address in found]
 
 
 def _lines(headers: Mapping[str, str]) -> bytes:

@@ -1,12 +1,14 @@
 """Fetches collateral from a PCCS, and verifies evidence with it.
 
 Each verification makes four requests, as the real KMS does, so a platform that is revoked at the PCCS is refused at the
-next call. With ETags, the answer for an unchanged document is short. The emulated PCCS can confirm all four documents
-in one request, by their combined ETag; after any answer but "not modified", the four requests are made. Calls that come
-while requests are in progress share the requests that follow: no call is verified with collateral that was requested
-before it came. Cached documents are not trusted: `attest.verify` verifies signatures and dates, but at most once a
-second if neither the evidence nor a document has changed. Source: `dcap-qvl` src/collateral.rs at 0.7.0; dstack
-`dstack-attest/src/attestation.rs:181` at 312dc605.
+next call. With ETags, the answer for an unchanged document is short. A PCCS of this emulator can confirm all four
+documents in one request, by their combined ETag; after any answer but "not modified", the four requests are made. Only
+the client's owner can say that its PCCS is such a one: no answer of a server can.
+
+Calls that come while requests are in progress share the requests that follow: no call is verified with collateral that
+was requested before it came. Cached documents are not trusted: `attest.verify` verifies signatures and dates, but at
+most once a second if neither the evidence nor a document has changed. Source: `dcap-qvl` src/collateral.rs at 0.7.0;
+dstack `dstack-attest/src/attestation.rs:181` at 312dc605.
 """
 
 import asyncio
@@ -23,7 +25,7 @@ from dstack_emu.attest.errors import AttestError, UnverifiableError, Verificatio
 from dstack_emu.attest.pcs import (
     PCK_CRL_ISSUER_HEADER,
     QE_IDENTITY_ISSUER_HEADER,
-    REVALIDATION_HEADER,
+    REVALIDATION_PATH,
     TCB_INFO_ISSUER_HEADERS,
     Document,
     combined_etag,
@@ -47,37 +49,41 @@ _ISSUER_HEADERS = (PCK_CRL_ISSUER_HEADER, *TCB_INFO_ISSUER_HEADERS, QE_IDENTITY_
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """A document from its last answer; `revalidation` is the PCCS's URL to confirm all four documents at once."""
+    """A document from its last answer."""
 
     document: Document
     etag: str
-    revalidation: str
     at: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Assembled:
-    """Collateral of four documents; `revalidation` is the URL to confirm them at once, empty if there is none."""
+    """Collateral of four documents; `etag` is their combined one, empty if they cannot be confirmed at once."""
 
     documents: tuple[Document, ...]
     collateral: QuoteCollateralV3
-    revalidation: str
     etag: str
-    """The combined ETag of the four documents."""
 
 
 class PccsClient:
-    """A client of one PCCS, with kept connections. Close it.
+    """A client of one PCCS. Close it.
 
     `ttl` is the time in seconds for which a document without an ETag is used; with 0 it is requested each time.
-    `headers` are added to each request for a document.
+    `headers` are added to each request for a document. `revalidates_at_once` says that the PCCS is one of this
+    emulator, and that nothing before it changes a document.
     """
 
     def __init__(
-        self, base_url: str, *, timeout: float = DEFAULT_TIMEOUT, ttl: float = 0, headers: MoreHeaders | None = None
+        self,
+        base_url: str,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        ttl: float = 0,
+        headers: MoreHeaders | None = None,
+        revalidates_at_once: bool = False,
     ) -> None:
         self.base_url = base_url.rstrip("/")
-        self._ttl = ttl
+        self._ttl, self._revalidates_at_once = ttl, revalidates_at_once
         self._more_headers = headers
         self._client = HttpClient(timeout=timeout, max_answer=MAX_DOCUMENT)
         self.keys = CollateralKeys()
@@ -115,14 +121,13 @@ class PccsClient:
 
     async def _fetch_collateral(self, key: CollateralKey) -> QuoteCollateralV3:
         known = self._assembled.get(key)
-        if known is not None and known.revalidation and await self._is_current(known):
+        if known is not None and known.etag and await self._is_current(key, known.etag):
             return known.collateral
         held = await self._fetch_all(key.requests())
         documents = tuple(h.document for h in held)
         collateral = known.collateral if known is not None and known.documents == documents else assemble(*documents)
-        url, etag = self._revalidation(held)
         size = sum(len(document.body) for document in documents)
-        self._assembled.put(key, _Assembled(documents, collateral, url, etag), size)
+        self._assembled.put(key, _Assembled(documents, collateral, self._combined_etag(held)), size)
         return collateral
 
     def forget(self) -> None:
@@ -130,21 +135,17 @@ class PccsClient:
         self._documents.clear()
         self._assembled.clear()
 
-    def _revalidation(self, held: tuple[_Held, ...]) -> tuple[str, str]:
-        """Return the URL to confirm these documents at once, and their combined ETag; empty texts if there is none.
+    def _combined_etag(self, held: tuple[_Held, ...]) -> str:
+        if not self._revalidates_at_once or not all(h.etag for h in held):
+            return ""
+        return combined_etag([h.etag for h in held])
 
-        A URL at another server was meant for another client, such as a proxy in front of the PCCS, and is not used.
-        """
-        url = next((h.revalidation for h in held if h.revalidation), "")
-        if not url.startswith(f"{self.base_url}/") or not all(h.etag for h in held):
-            return "", ""
-        return url, combined_etag([h.etag for h in held])
-
-    async def _is_current(self, known: _Assembled) -> bool:
+    async def _is_current(self, key: CollateralKey, etag: str) -> bool:
+        url = f"{self.base_url}{REVALIDATION_PATH}?ca={key.ca}&fmspc={key.fmspc}"
         try:
-            answer = await self._client.send("GET", known.revalidation, headers={"If-None-Match": known.etag})
+            answer = await self._client.send("GET", url, headers={"If-None-Match": etag})
         except NoAnswerInTimeError as error:  # the server hangs: waiting for four more requests would not help
-            raise TransportError(known.revalidation, str(error)) from error
+            raise TransportError(url, str(error)) from error
         except (NoAnswerError, AnswerTooLongError):
             return False  # the requests for the documents will report the error
         return answer.status == 304
@@ -178,10 +179,9 @@ class PccsClient:
             answer = await self._client.send("GET", url, headers=headers, follow_redirects=True)
         except (NoAnswerError, AnswerTooLongError) as error:
             raise TransportError(url, str(error)) from error
-        etag, revalidation = answer.headers.get("ETag", ""), answer.headers.get(REVALIDATION_HEADER, "")
         if answer.status == 304 and held and held.etag:
-            return self._hold(path, _Held(held.document, held.etag, revalidation, now))
-        return self._hold(path, _Held(_document(url, answer), etag, revalidation, now))
+            return self._hold(path, _Held(held.document, held.etag, now))
+        return self._hold(path, _Held(_document(url, answer), answer.headers.get("ETag", ""), now))
 
     def _hold(self, path: str, held: _Held) -> _Held:
         if held.etag or self._ttl > 0:

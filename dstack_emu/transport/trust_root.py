@@ -1,7 +1,7 @@
 """The section `attestation` of a configuration file: the root certificate of verification, and the PCCS.
 
 The KMS and the verifier have the same section. Source: dstack `kms/src/config.rs` and
-`verifier/src/main.rs` at 40eaf35e. `collateral_ttl` is this emulator's own key.
+`verifier/src/main.rs` at 40eaf35e. `collateral_ttl` and `emulated_pccs` are this emulator's own keys.
 """
 
 from pathlib import Path
@@ -35,10 +35,14 @@ class RootCaPaths(StrictSection):
 
 
 class AttestationConfig(StrictSection):
-    """[attestation]; a root other than Intel's needs the insecure opt-in; `collateral_ttl` is in seconds."""
+    """[attestation]; a root other than Intel's needs the insecure opt-in; `collateral_ttl` is in seconds.
+
+    `emulated_pccs` says that the PCCS is one of this emulator, whose documents are revalidated at once.
+    """
 
     insecure_allow_external_trust_anchors: bool = False
     collateral_ttl: Annotated[Seconds, Field(ge=0, allow_inf_nan=False)] = 0.0
+    emulated_pccs: bool = False
     urls: AttestationUrls = AttestationUrls()
     root_ca: RootCaPaths = RootCaPaths()
 

@@ -99,7 +99,8 @@ def _anchor(arguments: argparse.Namespace, config: VerifierConfig) -> NamedAncho
 async def _verifier(
     config: VerifierConfig, pccs_url: str, anchor: TrustAnchor, release: Release
 ) -> AsyncIterator[Verifier]:
-    pccs = PccsClient(pccs_url, ttl=config.attestation.collateral_ttl)
+    attestation = config.attestation
+    pccs = PccsClient(pccs_url, ttl=attestation.collateral_ttl, revalidates_at_once=attestation.emulated_pccs)
     images = ImageStore(
         Path(config.image_cache_dir), config.image_download_url, float(config.image_download_timeout_secs)
     )

@@ -46,8 +46,8 @@ class AnswerReader:
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
         self.is_complete = False
-        self.is_reusable = False
-        """Whether the connection can be used again: the answer is complete, and nothing came after it."""
+        self.is_last = False
+        """Whether the server said that it ends the connection after this answer."""
 
     @property
     def body(self) -> bytes:
@@ -64,13 +64,11 @@ class AnswerReader:
         except httptools.HttpParserError as error:
             if not self.is_complete:
                 raise self._error or NoAnswerError(NOT_HTTP) from error
-            self.is_reusable = False
         if self._unsettled > MAX_HEAD and not self.is_complete:
             raise NoAnswerError(NOT_HTTP)
 
     def receive_eof(self) -> None:
         """Handle the end of the connection; raise `NoAnswerError` if the answer is not complete."""
-        self.is_reusable = False
         if self.is_complete:
             return
         if not self._has_head:
@@ -84,7 +82,6 @@ class AnswerReader:
     def on_message_begin(self) -> None:
         """Refuse a second answer."""
         if self.is_complete:
-            self.is_reusable = False
             raise NoAnswerError(NOT_HTTP)
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -101,7 +98,7 @@ class AnswerReader:
             self.headers = []
             return
         self._has_head = True
-        self.is_reusable = self._parser.should_keep_alive()
+        self.is_last = not self._parser.should_keep_alive()
         packed = self._header(b"content-encoding").lower()
         if self._write is not None:
             self._take = self._write if 200 <= self.status < 300 else _drop
@@ -114,7 +111,6 @@ class AnswerReader:
         """Add a piece of the body."""
         self._unsettled = 0
         if self.is_complete:
-            self.is_reusable = False
             return
         if self._decoder is not None:
             try:

@@ -1,44 +1,46 @@
-"""A connection of the HTTP client, with one request at a time."""
+"""A connection of the HTTP client, for one request."""
 
 import asyncio
 import ssl
-from collections.abc import Callable
 from typing import Final, cast
 
 from dstack_emu.transport.failures import NoAnswerError
 from dstack_emu.transport.http.answer import AnswerReader
 
-_IN_USE: Final = "a connection has one request at a time"
+_IN_USE: Final = "a connection has one request"
+EARLY: Final = "the server spoke before it was sent the request"
+LINGER: Final = 1.0
+"""Seconds that a server which says that it ends the connection has to do so. The side that ends it first is left with a
+port that cannot be used for a minute: of a client that ends thousands of connections there would be none left."""
 
 
 class ClientConnection(asyncio.Protocol):
-    """A connection to a server. Between requests it is idle; bytes that come then end it.
+    """A connection to a server, for one request. Bytes that come before the request is sent end it.
 
-    `on_lost` is called when it is closed, by either side.
+    It is a member of `connections` while it is open.
     """
 
-    def __init__(self, on_lost: Callable[["ClientConnection"], None]) -> None:
-        self._on_lost = on_lost
+    def __init__(self, connections: "set[ClientConnection]") -> None:
+        self._connections = connections
         self._transport: asyncio.Transport | None = None
         self._reader: AnswerReader | None = None
         self._answered: asyncio.Future[None] | None = None
-        self._idle: asyncio.TimerHandle | None = None
+        self._lingering: asyncio.TimerHandle | None = None
+        self._spoke_early = False
         self.certificate: bytes | None = None
         """The server's certificate (DER), None without TLS."""
 
-    @property
-    def is_open(self) -> bool:
-        """Return whether another request may be sent."""
-        return self._transport is not None and not self._transport.is_closing()
-
     async def exchange(self, request: bytes, reader: AnswerReader) -> None:
-        """Send a request and read its answer; raise `NoAnswerError`, `AnswerTooLongError` or `OSError`.
+        """Send the request and read its answer; raise `NoAnswerError`, `AnswerTooLongError` or `OSError`.
 
-        If this fails or is cancelled, the connection is aborted.
+        If this fails or is cancelled, the connection is aborted. It cannot be used for another request.
         """
         assert self._transport is not None  # noqa: S101 - it was made
         assert self._answered is None, _IN_USE  # noqa: S101
-        self._reader, self._answered = reader, asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._reader, self._answered = reader, loop.create_future()
+        if self._transport.is_closing():
+            raise NoAnswerError(EARLY if self._spoke_early else "connection closed before the answer")
         self._transport.write(request)
         try:
             await self._answered
@@ -46,19 +48,11 @@ class ClientConnection(asyncio.Protocol):
             self.abort()
             raise
         finally:
-            self._reader = self._answered = None
-        if not reader.is_reusable:
+            self._reader = None
+        if not reader.is_last:
             self.close()
-
-    def wait_idle(self, seconds: float) -> None:
-        """Close the connection in so many seconds, unless it is used before."""
-        self._idle = asyncio.get_running_loop().call_later(seconds, self.close)
-
-    def wake(self) -> None:
-        """End the wait of `wait_idle`."""
-        if self._idle is not None:
-            self._idle.cancel()
-            self._idle = None
+        elif not self._transport.is_closing():
+            self._lingering = loop.call_later(LINGER, self.close)
 
     def close(self) -> None:
         """Close the connection after pending bytes are sent."""
@@ -75,6 +69,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Store the transport and the server's certificate; the TLS handshake is complete."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's class does not derive from asyncio's
+        self._connections.add(self)
         channel: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
         if channel is not None:
             self.certificate = channel.getpeercert(binary_form=True)
@@ -82,6 +77,7 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Parse a part of the answer."""
         if self._reader is None or self._answered is None:
+            self._spoke_early = self._answered is None
             self.abort()  # there is no request
             return
         try:
@@ -98,9 +94,10 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """Handle the end of the connection."""
-        self.wake()
+        if self._lingering is not None:
+            self._lingering.cancel()
         self._end(error)
-        self._on_lost(self)
+        self._connections.discard(self)
 
     def _end(self, error: Exception | None) -> None:
         if self._reader is None or self._answered is None or self._answered.done():

@@ -1,6 +1,7 @@
 """Parses a URL into the server to connect to and the parts of a request to it."""
 
 import base64
+import ipaddress
 import string
 from dataclasses import dataclass
 from typing import Final
@@ -21,6 +22,8 @@ class Origin:
     host: str
     port: int
     is_secure: bool
+    is_address: bool = False
+    """The host is an address, which needs not be resolved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,16 @@ class RequestTarget:
         authority = named if port in (None, _PORTS[parts.scheme]) else f"{named}:{port}"
         path = quote(parts.path or "/", _IN_PATH) + (f"?{quote(parts.query, _IN_QUERY)}" if parts.query else "")
         lines = f"Host: {authority}\r\n{_credentials(parts.username, parts.password)}"
-        origin = Origin(host, port or _PORTS[parts.scheme], parts.scheme == "https")
+        origin = Origin(host, port or _PORTS[parts.scheme], parts.scheme == "https", _is_address(host))
         return cls(origin, path.encode(), lines.encode())
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _credentials(user: str | None, password: str | None) -> str:
