@@ -1,8 +1,9 @@
-"""app-compose.json: what a guest reads of it, and what it refuses before it asks for keys.
+"""app-compose.json: the members that a guest reads, and what it refuses before it requests keys.
 
-`AppManifest.parse` refuses what is no app-compose of a release: absent and mistyped members, manifest versions.
-`verify_policy` refuses what this guest must not run: what needs a newer manifest version, and each requirement.
-Only bytes count for the compose hash: nothing is normalized. Members that no guest reads are ignored, also mistyped.
+`AppManifest.parse` refuses a file that is not an app-compose of a release: absent and mistyped members, manifest
+versions. `verify_policy` refuses an app that this guest must not run: one that needs a newer manifest version, or whose
+requirements do not hold. The compose hash is over the bytes of the file: nothing is normalized. Members that no guest
+reads are ignored, even if they are mistyped.
 
 Not here: the interpretation of Rego, and the rules of the runners.
 
@@ -53,7 +54,7 @@ REQUIREMENTS_MANIFEST: Final = 3
 """The manifest version from which there are requirements, nerdctl-compose and several init scripts."""
 LAUNCH_TOKEN_DOMAIN: Final = "dstack-launch-token/v1:"  # noqa: S105 - a prefix
 LAUNCH_TOKEN_MIN_SIZE: Final = 32
-"""Bytes: the token's hash is public, so a short token could be guessed."""
+"""The minimum length of a token in bytes: its hash is public, so a short token could be guessed."""
 
 FileSystem = Literal["zfs", "ext4"]
 _FILE_SYSTEMS: Final[Mapping[str, FileSystem]] = MappingProxyType({"zfs": "zfs", "ext4": "ext4"})
@@ -62,7 +63,7 @@ EventLogVersion = Literal[1, 2]
 
 @dataclass(frozen=True, slots=True)
 class GpuPolicy:
-    """What an app demands of GPUs. A guest without a GPU measures it and has nothing else to do with it."""
+    """The requirements of an app on GPUs. A guest without a GPU only measures them."""
 
     attest_gpu: bool = True
     rego: str | None = None
@@ -73,7 +74,7 @@ class GpuPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """What an app demands of the guest that runs it; None demands nothing, and no platforms at all admit none."""
+    """The requirements of an app on its guest; None requires nothing, an empty `platforms` admits no platform."""
 
     os_version: str | None = None
     platforms: tuple[str, ...] | None = None
@@ -86,7 +87,7 @@ class Requirements:
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A port of the app; `pp` asks the gateway for the PROXY protocol."""
+    """A port of the app; with `pp` the gateway uses the PROXY protocol."""
 
     port: int
     pp: bool = False
@@ -102,7 +103,7 @@ class PortPolicy:
 
 @dataclass(frozen=True, slots=True)
 class VerityVolume:
-    """A volume that is attached read-only: a file's name, its dm-verity root (32 bytes), an absolute path."""
+    """A read-only volume: the name of a file, its dm-verity root (32 bytes), an absolute path."""
 
     source: str
     verity_root: bytes
@@ -111,9 +112,9 @@ class VerityVolume:
 
 @dataclass(frozen=True, slots=True)
 class AppManifest:
-    """An app-compose.json as a guest of one release reads it; `text` is the file, to the byte.
+    """An app-compose.json as a guest of a release reads it; `text` is the exact content of the file.
 
-    `gpu_policy_hash` (32 bytes) is over the policy as it is written. `swap_size` is in bytes.
+    `gpu_policy_hash` (32 bytes) is the hash of the policy as it is written. `swap_size` is in bytes.
     """
 
     text: str
@@ -146,7 +147,7 @@ class AppManifest:
 
     @classmethod
     def parse(cls, text: str, release: Release) -> Self:
-        """Read the file as a guest of this release does; raise `FormatError`, which names the wrong member."""
+        """Parse the file as a guest of this release does; raise `FormatError`, which names the wrong member."""
         try:
             document = read_object(parse_json(text))
             version = _version_reader(release)
@@ -167,7 +168,7 @@ class AppManifest:
 
     @property
     def key_provider_kind(self) -> KeyProviderKind:
-        """Return what gives the app its keys: `key_provider`, or what the older switches say."""
+        """Return the kind of the key provider: `key_provider`, or that of the older switches."""
         if self.key_provider is not None:
             return self.key_provider
         if self.kms_enabled:
@@ -176,7 +177,7 @@ class AppManifest:
 
     @property
     def has_gateway(self) -> bool:
-        """Return whether the app registers at a gateway, by the switch or one of its older forms."""
+        """Return whether the app registers with a gateway, by the switch or one of its older forms."""
         return self.gateway_enabled or self.tproxy_enabled or "tproxy-net" in self.features
 
     def file_system(self) -> FileSystem:
@@ -192,10 +193,10 @@ class AppManifest:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a guest knows of itself when it checks requirements.
+    """The facts about a guest that requirements are verified against.
 
     `os_version` is VERSION_ID of its os-release, `vm_config` the text in its sys-config, `user_config` the text of that
-    file if there is one.
+    file, None if there is none.
     """
 
     os_version: str
@@ -205,10 +206,10 @@ class Machine:
 
 
 def verify_policy(manifest: AppManifest, machine: Machine, release: Release) -> None:
-    """Refuse, as a guest does before anything is measured, what this machine must not run.
+    """Verify that this machine may run an app, as a guest does before it measures anything.
 
-    Raises `VerificationError` with upstream's chain of words, as the host hears them. Success proves nothing to others:
-    what was refused never attests, that is all.
+    Raises `VerificationError` with upstream's chain of errors, which the host sees. Success proves nothing to
+    others: it only means that the guest was not refused.
     """
     try:
         _verify_manifest_version(manifest, release)
@@ -223,10 +224,10 @@ def verify_policy(manifest: AppManifest, machine: Machine, release: Release) -> 
 
 
 def verify_gpu_policy(manifest: AppManifest) -> None:
-    """Refuse, as a guest does while it measures itself, a GPU policy that does not hold without a GPU.
+    """Verify that a GPU policy holds without a GPU, as a guest does while it measures itself.
 
-    Upstream evaluates a policy in Rego then, over no claims at all. Here it cannot be evaluated, so it counts as one
-    that does not hold. Raises `VerificationError`.
+    Upstream evaluates a policy in Rego with no claims. It cannot be evaluated here, so it counts as one that does not
+    hold. Raises `VerificationError`.
     """
     if manifest.requirements is not None and manifest.requirements.gpu_policy.rego is not None:
         raise VerificationError(
@@ -236,7 +237,7 @@ def verify_gpu_policy(manifest: AppManifest) -> None:
 
 
 def verify_key_provider_inputs(manifest: AppManifest, kms_urls: Sequence[str], release: Release) -> None:
-    """Refuse, before a guest asks for keys, a key provider that it cannot ask; raise `VerificationError`."""
+    """Verify, before a guest requests keys, that it can reach the key provider; raise `VerificationError`."""
     kind = manifest.key_provider_kind
     if kind == "kms" and not kms_urls:
         raise VerificationError("Failed to request app keys: No KMS URLs are set")
@@ -245,7 +246,7 @@ def verify_key_provider_inputs(manifest: AppManifest, kms_urls: Sequence[str], r
 
 
 def verify_key_provider_id(manifest: AppManifest, provider_id: bytes) -> None:
-    """Refuse a key provider other than the one the app pins; raise `VerificationError`.
+    """Verify that a key provider is the one that the app pins, if any; raise `VerificationError`.
 
     `provider_id` is the SPKI (DER) of a KMS's root CA, or the MR of a local provider.
     """
@@ -255,7 +256,7 @@ def verify_key_provider_id(manifest: AppManifest, provider_id: bytes) -> None:
 
 
 def launch_token_hash(token: str) -> bytes:
-    """Hash a launch token as `requirements.launch_token_hash` has it: 32 bytes."""
+    """Return the hash of a launch token for `requirements.launch_token_hash`, 32 bytes."""
     return hashlib.sha256(f"{LAUNCH_TOKEN_DOMAIN}{token}".encode()).digest()
 
 
@@ -318,7 +319,7 @@ _UNITS: Final[Mapping[str, int]] = MappingProxyType({"k": 1 << 10, "m": 1 << 20,
 
 
 def _read_size(value: Any) -> int:
-    """Read a number of bytes, or text: decimal, 0x hexadecimal, or decimal with the unit K, M, G or T."""
+    """Parse a number of bytes, or text: decimal, 0x hexadecimal, or decimal with the unit K, M, G or T."""
     size = _parse_size(value.strip()) if isinstance(value, str) else value
     number: int = unsigned(64)(size)
     return number
@@ -431,7 +432,7 @@ _MEMBERS: Final[Mapping[str, Reader]] = MappingProxyType(
         "port_policy": _read_port_policy,
     }
 )
-"""What a guest of every release reads, but for the manifest version."""
+"""The members that guests of every release read, except the manifest version."""
 
 _MANIFEST_3_MEMBERS: Final[Mapping[str, Reader]] = MappingProxyType(
     {
@@ -490,7 +491,7 @@ def _verify_health_check(manifest: AppManifest) -> None:
 def _verify_os_version(requirements: Requirements, machine: Machine) -> None:
     if requirements.os_version is None:
         return
-    # Imported here: few apps ask for it, and every guest starts with this module.
+    # Imported here, because few apps require it, and every guest imports this module.
     from dstack_emu.attest.semver import Version, VersionRequirement
 
     try:
@@ -559,11 +560,11 @@ def _verify_launch_token(requirements: Requirements, machine: Machine) -> None:
 
 
 _USER_CONFIG: Final = StrictJson(members=None)
-"""The app's own file, read as serde reads any value: of two members of one name the last counts."""
+"""Parses the app's own file as serde parses any value: of two members of one name, the last one counts."""
 
 
 def _launch_token(user_config: str | None) -> str:
-    """Return `dstack.launch_token` of a user config; the errors never show what the config says."""
+    """Return `dstack.launch_token` of a user config; the errors never show its content."""
     if user_config is None:
         raise VerificationError("failed to read user_config for requirements.launch_token_hash: there is none")
     try:
@@ -597,4 +598,4 @@ _REQUIREMENTS: Final[tuple[Callable[[Requirements, Machine], None], ...]] = (
     _verify_acpi_tables,
     _verify_launch_token,
 )
-"""The requirements in the order in which a guest checks them."""
+"""The requirements in the order in which a guest verifies them."""

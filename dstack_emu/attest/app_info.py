@@ -1,7 +1,7 @@
-"""What evidence says about the application: identity from its events, measurements from its registers.
+"""Facts about an application in its evidence: its identity, from events, and its measurements, from registers.
 
-`AppInfo` is what a certificate carries and an agent answers; `BootInfo` is the request to an auth webhook.
-Neither is proof: build them from evidence that `attest.verify` accepted. Source: dstack
+`AppInfo` is in certificates and in agents' answers; `BootInfo` is the request to an auth webhook. Neither proves
+anything: make them only from evidence that `attest.verify` has accepted. Source: dstack
 `dstack-attest/src/attestation.rs` (`decode_app_info_ex`) and `kms/src/main_service/upgrade_authority.rs` at 312dc605.
 """
 
@@ -23,7 +23,7 @@ from dstack_emu.attest.release import DEFAULT
 from dstack_emu.attest.vmconfig import VmConfig
 
 UNKNOWN_DEVICE_ID: Final = hashlib.sha256(b"").digest()
-"""What upstream calls the device where nobody verified a quote: SHA-256 of nothing."""
+"""Upstream's device id if no quote was verified: the SHA-256 of no bytes."""
 
 TEE_VARIANT_TDX: Final = "dstack-tdx"
 APP_ID_SIZE: Final = 20
@@ -51,7 +51,7 @@ class AppInfo:
     init_script_hashes: tuple[bytes, ...] = ()
 
     def encode(self) -> bytes:
-        """Encode as the certificate extension has it: a msgpack array of nine, in the order of the fields."""
+        """Encode for the certificate extension: a msgpack array of nine elements, in the order of the fields."""
         packed: bytes = msgpack.packb(
             [
                 self.app_id,
@@ -116,7 +116,7 @@ _APP_INFO: Final[Mapping[str, Callable[[Any], Any]]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class BootInfo:
-    """The request to an auth webhook: what boots, on which platform, in which state."""
+    """The request to an auth webhook: the app or KMS that boots, its platform, and the platform's state."""
 
     mr_aggregated: bytes
     os_image_hash: bytes
@@ -149,7 +149,7 @@ class BootInfo:
     def to_json(self, *, variant_members: tuple[str, ...] = DEFAULT.boot_info_variant_members) -> bytes:
         """Encode the webhook's request: camelCase, bytes as lowercase hex, in the order of dstack's PolicyBootInfo.
 
-        `variant_members` name the TEE variant and come first; a release has its own.
+        `variant_members` are the members with the TEE variant, which come first; they depend on the release.
         """
         document: dict[str, Any] = dict.fromkeys(variant_members, self.tee_variant) | {
             "mrAggregated": self.mr_aggregated.hex(),
@@ -176,15 +176,15 @@ def decode_app_info(
 ) -> AppInfo:
     """Read identity and measurements from evidence.
 
-    `vm_config` (a request's) goes before the evidence's own config. `boot_time` measures RTMR3 up to and including
-    `boot-mr-done` and leaves the key provider out, as SignCert does. `verified` is the quote's report where the
-    evidence was verified, so that nothing is parsed or replayed twice. Raises `FormatError`.
+    `vm_config`, that of a request, overrides the config in the evidence. With `boot_time`, RTMR3 is replayed only up to
+    and including `boot-mr-done`, and the key provider is omitted, as in SignCert. `verified` is the report of verified
+    evidence; then nothing is parsed or replayed again. Raises `FormatError`.
     """
     report = verified or Quote.parse(attestation.quote).report
     events = attestation.runtime_events
     key_provider = b"" if boot_time else find_payload(events, "key-provider")
     if verified is not None and not boot_time:
-        rtmr3 = verified.rt_mr3  # verified means that the events replay to it
+        rtmr3 = verified.rt_mr3  # the verification has replayed the events to it
     else:
         rtmr3 = replay_runtime(events, BOOT_MR_DONE if boot_time else None)
     return AppInfo(
@@ -194,7 +194,7 @@ def decode_app_info(
         device_id=device_id,
         mr_system=mr_system(report, key_provider),
         mr_aggregated=mr_aggregated(report, rtmr3),
-        os_image_hash=os_image_hash(vm_config or attestation.config),
+        os_image_hash=claimed_image_hash(vm_config or attestation.config),
         key_provider_info=key_provider,
         init_script_hashes=_init_script_hashes(attestation),
     )
@@ -213,10 +213,10 @@ def mr_aggregated(report: TdReport, rtmr3: bytes) -> bytes:
     return hashlib.sha256(b"".join((report.mr_td, *report.rtmrs[:3], rtmr3, *counted))).digest()
 
 
-def os_image_hash(config: str) -> bytes:
-    """Read the OS image hash from a VM config, or from the `vm_config` text inside a larger config.
+def claimed_image_hash(config: str) -> bytes:
+    """Return the OS image hash in a VM config, or in the `vm_config` text inside a larger config.
 
-    Empty where neither names one. Raises `FormatError`.
+    It is empty if there is none. Raises `FormatError`.
     """
     try:
         return vm_config_of(config).os_image_hash
@@ -225,9 +225,9 @@ def os_image_hash(config: str) -> bytes:
 
 
 def vm_config_of(config: str) -> VmConfig:
-    """Read a VM config, or the `vm_config` text inside a larger config; the empty text is the default config.
+    """Parse a VM config, or the `vm_config` text inside a larger config; the empty text is the default config.
 
-    Raises `FormatError`. The check of an image and the request to the webhook read the config by this.
+    Raises `FormatError`. The verification of an image and the request to the webhook both use this function.
     """
     if not config:
         return VmConfig()
@@ -253,7 +253,7 @@ def _unwrapped(config: str) -> str:
     try:
         document = json.loads(config)
     except (ValueError, RecursionError):
-        return config  # VmConfig.parse says what is wrong with it
+        return config  # VmConfig.parse reports the error
     if isinstance(document, dict) and isinstance(document.get("vm_config"), str):
         return str(document["vm_config"])
     return config

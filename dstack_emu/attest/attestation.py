@@ -1,7 +1,7 @@
 """dstack's versioned attestation: the evidence of a trust domain in one byte string.
 
-Two wire forms of the same thing: V0 is SCALE (real hardware), V1 is msgpack (agents of the simulators, and everything
-with version 2 events or a pod payload). Source: dstack `dstack-attest/src/{attestation,v1}.rs` at 312dc605. TDX only:
+There are two wire forms: V0 is SCALE (real hardware), V1 is msgpack (agents of the simulators, and all evidence with
+version 2 events or a pod payload). Source: dstack `dstack-attest/src/{attestation,v1}.rs` at 312dc605. TDX only:
 another platform's evidence is a `FormatError` here. Decoding proves nothing; `attest.verify` does.
 """
 
@@ -32,7 +32,7 @@ MAX_SIZE: Final = 10 * 1024 * 1024
 REPORT_DATA_SIZE: Final = 64
 _unsigned_64: Final = unsigned(64)
 EVENT_SIZE: Final = 512
-"""Bytes of memory that an event of a log takes, roughly."""
+"""The approximate memory of an event in a log, in bytes."""
 _PACKED_OCTETS: Final[tuple[bytes, ...]] = tuple(msgpack.packb(octet) for octet in range(256))
 
 
@@ -56,7 +56,7 @@ class Attestation:
 
     @property
     def size(self) -> int:
-        """Return roughly how many bytes of memory it takes, for a cache's bound."""
+        """The approximate memory that it takes in bytes, for the limit of a cache."""
         return len(self.quote) + len(self.config) + EVENT_SIZE * len(self.event_log)
 
     def require_report_data(self) -> bytes:
@@ -66,18 +66,18 @@ class Attestation:
         return self.report_data
 
     def encode(self) -> bytes:
-        """Encode in its wire form; raise `FormatError` for what V0 cannot say (pod payloads, version 2 events)."""
+        """Encode in its wire form; raise `FormatError` for pod payloads and version 2 events in V0."""
         return V1Encoder().encode(self) if self.wire == 1 else self._encode_v0()
 
     def stripped(self, *, keep_digests: bool = False) -> Self:
-        """Return the form that goes into certificates: the event log cut down, all else unchanged.
+        """Return the form for certificates, with a reduced event log.
 
-        `keep_digests` is for the log's runtime events, whose digests follow from their content.
+        With `keep_digests` its runtime events keep their digests, which can be computed from their content.
         """
         return replace(self, event_log=strip(self.event_log, keep_digests=keep_digests))
 
     def as_v1(self) -> Self:
-        """Return the same evidence, to be sent in the msgpack form."""
+        """Return the same evidence in the msgpack form."""
         return replace(self, wire=1)
 
     def _encode_v0(self) -> bytes:
@@ -102,7 +102,7 @@ class Attestation:
 
 
 def decode(data: bytes) -> Attestation:
-    """Decode either wire form, consuming every byte; raise `FormatError` with upstream's words for the outer cases."""
+    """Decode either wire form, with no bytes left over; raise `FormatError`, with upstream's text if it has one."""
     if len(data) > MAX_SIZE:
         raise FormatError(f"attestation bytes too large: {len(data)} > {MAX_SIZE}")
     if not data:
@@ -116,7 +116,7 @@ def decode(data: bytes) -> Attestation:
 
 
 def from_quote_and_log(quote: bytes, event_log_json: bytes) -> Attestation:
-    """Make evidence of a bare quote and its JSON event log (legacy certificates, CSR version 1): no config is known."""
+    """Make evidence from a quote and its JSON event log (legacy certificates, CSR version 1), without a config."""
     try:
         log = log_from_json(event_log_json)
     except FormatError as error:
@@ -206,10 +206,10 @@ def _from_document(document: Any) -> Attestation:
 
 
 class V1Encoder:
-    """Writes evidence in the msgpack form.
+    """Encodes evidence in the msgpack form.
 
-    A guest agent keeps one: much of a quote and all of a trust domain's log are the same as in the quote before, and
-    are packed once.
+    A guest agent keeps one encoder: most of a quote and all of the log are equal to those of the previous quote, and
+    are encoded only once.
     """
 
     def __init__(self) -> None:
@@ -218,7 +218,7 @@ class V1Encoder:
         self._pack_config = Latest(_pack)
 
     def encode(self, attestation: Attestation) -> bytes:
-        """Encode evidence, whichever form it came in."""
+        """Encode evidence of either wire form."""
         payload = attestation.report_data_payload
         parts = [
             *(_V1_START, _array_header(len(attestation.quote)), self._pack_quote(attestation.quote)),
@@ -233,7 +233,7 @@ class V1Encoder:
         return b"".join(parts)
 
     def _pack_quote(self, quote: bytes) -> bytes:
-        """Pack a quote's octets: what differs from one quote to the next is about its middle."""
+        """Encode a quote; quotes of one trust domain differ only in the middle."""
         start, middle, end = quote[:_FIRST_FIELDS], quote[_FIRST_FIELDS:_SIGNED], quote[_SIGNED:]
         return self._pack_quote_start(start) + _pack_octets(middle) + self._pack_quote_end(end)
 
@@ -254,11 +254,11 @@ def _array_header(size: int) -> bytes:
 
 
 def _pack_octets(data: bytes) -> bytes:
-    """Pack the elements of an array of integers, as upstream writes a Vec<u8>."""
+    """Encode the elements of an array of integers, which is upstream's form of a Vec<u8>."""
     return b"".join([_PACKED_OCTETS[octet] for octet in data])
 
 
-# Between the parts that differ stand the same bytes each time: headers of maps, and their keys.
+# The bytes between the variable parts are constant: headers of maps, and their keys.
 _V1_START: Final = (
     _map_header(3)
     + (_pack("version") + _pack(1) + _pack("platform") + _map_header(2))
@@ -279,9 +279,9 @@ _V1_CONFIG: Final = _pack("config")
 _V1_PAYLOAD: Final = _pack("report_data_payload")
 
 _FIRST_FIELDS: Final = 568
-"""Bytes of a quote before report_data: its header and most of its report."""
+"""The offset of report_data in a quote, after its header and most of its report."""
 _SIGNED: Final = 768
-"""Bytes after which no quote of one platform differs: the signature of the report lies before."""
+"""The offset from which all quotes of a platform are equal; the signature of the report is before it."""
 
 
 def _pack_event_log(log: tuple[TdxEvent, ...]) -> bytes:

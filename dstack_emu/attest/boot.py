@@ -1,11 +1,12 @@
-"""How an app boots: its identity, what its host binds it to, and what its guest measures into RTMR3, in order.
+"""The boot of an app: its identity, the mr_config_id that its host sets, and the events that its guest measures.
 
     before keys   system-preparing, app-id, compose-hash, init-script-hash (one each), gpu-policy-hash, instance-id,
                   boot-mr-done
     from a KMS    mr-kms, os-image-hash
     with keys     gpu-attestation, key-provider, storage-fs, storage-encrypted, system-ready
 
-A release leaves some of them out. Nothing is measured here: a sequence is events for a register to be extended by.
+Some releases omit some of these events. Nothing is measured here: the functions return events to extend RTMR3 with, in
+their order.
 
 Source: dstack `dstack-util/src/system_setup.rs` and `vmm/src/app/mr_config.rs` at 312dc605, 40eaf35e (0.5.11), and a
 public state of the former shortly before release 0.6.0; a capture of real hardware with 0.6.0.
@@ -32,13 +33,13 @@ from dstack_emu.attest.release import Release
 APP_ID_SIZE: Final = 20
 NO_GPU_POLICY_HASH: Final = hashlib.sha256(b"{}").digest()
 
-Measured = tuple[str, bytes]
-"""An event's name and payload."""
+MeasuredEvent = tuple[str, bytes]
+"""The name and the payload of an event."""
 
 
 @dataclass(frozen=True, slots=True)
 class AppIdentity:
-    """What a guest measures of its app before there are keys.
+    """The facts about an app that its guest measures before it has keys.
 
     `app_id` has 20 bytes, `instance_id` 20 or none, each hash 32.
     """
@@ -50,7 +51,7 @@ class AppIdentity:
     gpu_policy_hash: bytes = NO_GPU_POLICY_HASH
 
     def observed(self, key_provider: KeyProviderKind, key_provider_id: bytes) -> ObservedConfig:
-        """Return what an mr_config_id is held against, once the keys have come from this provider."""
+        """Return what an mr_config_id is compared with after keys have come from this provider."""
         return ObservedConfig(
             compose_hash=self.compose_hash,
             app_id=self.app_id,
@@ -64,7 +65,7 @@ class AppIdentity:
 
 @dataclass(frozen=True, slots=True)
 class LaunchConfig:
-    """What a host binds a domain to: the mr_config_id (48 bytes), and its document if that has version 3."""
+    """The mr_config_id (48 bytes) that a host sets for a domain, and its document if it has version 3."""
 
     mr_config_id: bytes = NOTHING_BOUND
     document: str | None = None
@@ -73,7 +74,7 @@ class LaunchConfig:
 def guest_app_id(compose_hash: bytes, given: bytes, key_provider: KeyProviderKind, release: Release) -> bytes:
     """Return the app id of a guest: the given one, or the first 20 bytes of the compose hash.
 
-    Raises `FormatError`, in upstream's words, if what is given has not 20 bytes.
+    Raises `FormatError`, with upstream's text, if the given one does not have 20 bytes.
     """
     if given and len(given) != APP_ID_SIZE:
         raise FormatError(f"Invalid app id length: expected {APP_ID_SIZE} bytes, got {len(given)}")
@@ -82,12 +83,12 @@ def guest_app_id(compose_hash: bytes, given: bytes, key_provider: KeyProviderKin
 
 
 def guest_instance_id(seed: bytes, app_id: bytes) -> bytes:
-    """Return the instance id of 20 bytes that an instance's seed gives for an app."""
+    """Derive the instance id (20 bytes) from an instance's seed and the app id."""
     return hashlib.sha256(seed + app_id).digest()[:20]
 
 
 def launch_config(identity: AppIdentity, manifest: AppManifest, release: Release) -> LaunchConfig:
-    """Choose what a host of this release binds an app to, as its VMM does."""
+    """Return the launch config of an app, as the VMM of this release chooses it."""
     if not manifest.key_provider_id:
         return LaunchConfig(compose_hash_config_id(identity.compose_hash))
     if release.pinned_mr_config_id_version == 3:
@@ -108,8 +109,8 @@ def _document_launch(identity: AppIdentity, manifest: AppManifest) -> LaunchConf
     return LaunchConfig(document_config_id(document), document)
 
 
-def events_before_keys(identity: AppIdentity, release: Release) -> tuple[Measured, ...]:
-    """Return what is measured before a guest asks for keys."""
+def events_before_keys(identity: AppIdentity, release: Release) -> tuple[MeasuredEvent, ...]:
+    """Return the events before a guest requests keys."""
     scripts = identity.init_script_hashes if release.measures_init_scripts else ()
     policies = (identity.gpu_policy_hash,) if release.measures_gpu_policy else ()
     return (
@@ -123,10 +124,10 @@ def events_before_keys(identity: AppIdentity, release: Release) -> tuple[Measure
     )
 
 
-def events_from_kms(os_image_hash: bytes, mr_kms: bytes | None, release: Release) -> tuple[Measured, ...]:
-    """Return what is measured once a KMS has given keys.
+def events_from_kms(os_image_hash: bytes, mr_kms: bytes | None, release: Release) -> tuple[MeasuredEvent, ...]:
+    """Return the events after a KMS has given keys.
 
-    `os_image_hash` is its answer's, `mr_kms` the mr_aggregated of its certificate's evidence, if there is any.
+    `os_image_hash` is that of its answer, `mr_kms` the mr_aggregated in its certificate's evidence, None without any.
     """
     kms = (("mr-kms", mr_kms),) if release.measures_kms and mr_kms is not None else ()
     return (*kms, ("os-image-hash", os_image_hash))
@@ -139,8 +140,8 @@ def events_with_keys(
     storage_fs: str = "zfs",
     is_storage_encrypted: bool = True,
     gpu_attestation: bytes | None = None,
-) -> tuple[Measured, ...]:
-    """Return what is measured once there are keys, and the guest has accepted their provider.
+) -> tuple[MeasuredEvent, ...]:
+    """Return the events after the guest has keys and has accepted their provider.
 
     `key_provider` and `gpu_attestation` are the events' JSON.
     """

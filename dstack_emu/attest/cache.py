@@ -1,7 +1,7 @@
-"""Results that are kept because working them out again costs more: at most so many, and at most so many bytes.
+"""Caches with a limit of entries and of bytes.
 
-A cache belongs to an object that has a lifetime, such as a client or a service, and ends with it. docs/caches.md lists
-each one with its bounds and what it saves.
+A cache belongs to an object with a lifetime, such as a client or a service, and ends with it. docs/caches.md lists all
+caches with their limits and the time that they save.
 """
 
 from collections import OrderedDict
@@ -13,10 +13,10 @@ V = TypeVar("V")
 
 
 class BoundedCache(Generic[K, V]):
-    """Values by key. If there is no room, those that were used longest ago make some.
+    """Values by key; if a limit is exceeded, the least recently used ones are dropped.
 
-    `max_entries` is how many are kept, `max_bytes` how much they may take together, by what `put` is told. An entry
-    that is larger than `max_bytes` is not kept: a sender of data must not be able to fill memory.
+    `max_entries` is the limit of entries, `max_bytes` the limit of their total size, as passed to `put`. An entry that
+    is larger than `max_bytes` is not kept, so that a sender of data cannot fill the memory.
     """
 
     def __init__(self, max_entries: int, max_bytes: int) -> None:
@@ -29,11 +29,11 @@ class BoundedCache(Generic[K, V]):
 
     @property
     def size(self) -> int:
-        """Return how many bytes the entries take together."""
+        """The total size of the entries in bytes."""
         return self._bytes
 
     def get(self, key: K) -> V | None:
-        """Return a value, or None if there is none."""
+        """Return the value of a key, None if there is none."""
         found = self._entries.get(key)
         if found is None:
             return None
@@ -41,7 +41,7 @@ class BoundedCache(Generic[K, V]):
         return found[0]
 
     def put(self, key: K, value: V, size: int) -> None:
-        """Keep a value that takes `size` bytes with its key, in place of an older one."""
+        """Set the value of a key; value and key together take `size` bytes."""
         self.discard(key)
         if size > self._max_bytes:
             return
@@ -51,21 +51,21 @@ class BoundedCache(Generic[K, V]):
             self._bytes -= self._entries.popitem(last=False)[1][1]
 
     def discard(self, key: K) -> None:
-        """Forget a value, if it is there."""
+        """Drop the value of a key, if there is one."""
         dropped = self._entries.pop(key, None)
         if dropped is not None:
             self._bytes -= dropped[1]
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all values."""
         self._entries.clear()
         self._bytes = 0
 
 
 class Memo(Generic[K, V]):
-    """A pure function of one hashable argument, whose latest results are kept.
+    """A pure function of one hashable argument whose latest results are kept.
 
-    `size_of` says how many bytes an argument and its result take. What raises is worked out anew each time.
+    `size_of` returns the size of an argument and its result in bytes. Exceptions are not kept.
     """
 
     def __init__(
@@ -88,9 +88,9 @@ R = TypeVar("R")
 
 
 class Latest(Generic[A, R]):
-    """A pure function whose last result is kept for as long as its argument is the same.
+    """A pure function whose last result is kept as long as its argument is the same.
 
-    For what hardly ever changes, such as a trust domain's log: it is one tuple until something more is measured.
+    It is for arguments that hardly ever change, such as the log of a trust domain.
     """
 
     def __init__(self, function: Callable[[A], R]) -> None:

@@ -1,4 +1,4 @@
-"""JSON in its canonical form (JCS, RFC 8785): one byte string for a value, whatever order and spacing it came in.
+"""The canonical form of JSON (JCS, RFC 8785): one byte string for a value, independent of order and spacing.
 
 dstack hashes this form of version 2 events, of `requirements.gpu_policy` and of mr_config documents (upstream's crate
 `serde_jcs`). Numbers are those of JavaScript: integers beyond 2^53 have no canonical form here.
@@ -15,8 +15,8 @@ JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping
 
 
 def canonical_json(value: JsonValue) -> bytes:
-    """Encode a JSON value canonically, as UTF-8; raise `FormatError` for numbers and texts that have no such form."""
+    """Encode a JSON value canonically, in UTF-8; raise `FormatError` for numbers and texts without such a form."""
     try:
         return rfc8785.dumps(value)
-    except (ValueError, RecursionError) as error:  # of rfc8785, and of a member's name that is no text
+    except (ValueError, RecursionError) as error:  # from rfc8785, and for a member name that is not text
         raise FormatError(f"canonical JSON: {error or type(error).__name__}") from error

@@ -1,8 +1,8 @@
 """dstack's X.509 certificates: what the KMS and agents issue, and the RA-TLS extensions inside.
 
 Each extension's value is the payload in a DER OCTET STRING, not critical. Names, serial numbers, validity, key usage
-and the order of extensions follow what upstream's `ra-tls/src/cert.rs` (312dc605, over rcgen) writes. Certificates of
-Intel's hierarchy are the simulator's business. Reading a certificate proves nothing about its signature.
+and the order of extensions follow what upstream's `ra-tls/src/cert.rs` (312dc605, over rcgen) writes. The
+simulator makes certificates of Intel's hierarchy. Parsing a certificate does not verify its signature.
 """
 
 import datetime
@@ -51,14 +51,14 @@ _CRL_SIGN: Final = 0x02
 
 _VERSION_TAG: Final = 0xA0
 _FIELDS_BEFORE_SPKI: Final = 5
-"""Serial number, signature algorithm, issuer, validity, subject; before them the version, where there is one."""
+"""Serial number, signature algorithm, issuer, validity, subject; an optional version precedes them."""
 
 EvidenceForm = Literal["versioned", "legacy", "legacy-gzip"]
-"""How evidence stands in a certificate."""
+"""The form of the evidence in a certificate."""
 
 GZIP_MAGIC: Final = b"ELGZv1"
 MAX_INFLATED_LOG: Final = 16 * 1024
-"""Bytes that a compressed event log inflates to at most."""
+"""The maximum size of a decompressed event log in bytes."""
 
 UNREADABLE: Final = (
     ValueError,
@@ -68,12 +68,12 @@ UNREADABLE: Final = (
     x509.InvalidVersion,
     x509.UnsupportedGeneralNameType,
 )
-"""What `cryptography` raises for X.509 that it cannot read, on loading it or only when a field is used."""
+"""The exceptions that `cryptography` raises for invalid X.509, when it is loaded or when a field is used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CertificateRequest:
-    """What a CA is to certify. Times are Unix seconds; without `not_after` the issuer's time plus ten years counts."""
+    """The contents of a certificate to issue. Times are Unix seconds; `not_after` is ten years from now by default."""
 
     public_key: ec.EllipticCurvePublicKey
     subject: str
@@ -110,7 +110,7 @@ class CertificateAuthority:
 
 
 def self_signed(request: CertificateRequest, key: ec.EllipticCurvePrivateKey, now: int) -> CertificateAuthority:
-    """Make a CA: sign the request with the key that it is for."""
+    """Make a CA: sign the request with its own key."""
     return CertificateAuthority(_sign(request, _name(request), key, now), key)
 
 
@@ -120,7 +120,7 @@ def spki_der(key: ec.EllipticCurvePublicKey) -> bytes:
 
 
 def load_spki(data: bytes) -> ec.EllipticCurvePublicKey:
-    """Load a P-256 public key from SubjectPublicKeyInfo DER; raise `FormatError` when it is none."""
+    """Load a P-256 public key from SubjectPublicKeyInfo DER; raise `FormatError`."""
     try:
         key = load_der_public_key(data)
     except UNREADABLE as error:
@@ -136,7 +136,7 @@ def pem(certificate: x509.Certificate) -> str:
 
 
 def load_pem(text: str, what: str) -> x509.Certificate:
-    """Load one certificate from PEM; raise `FormatError` naming `what` when it is none."""
+    """Load one certificate from PEM; raise `FormatError`, which names `what`."""
     try:
         return x509.load_pem_x509_certificate(text.encode())
     except UNREADABLE as error:
@@ -144,7 +144,7 @@ def load_pem(text: str, what: str) -> x509.Certificate:
 
 
 def load_der(data: bytes) -> x509.Certificate:
-    """Load a certificate from DER; raise `FormatError` when it is none."""
+    """Load a certificate from DER; raise `FormatError` if it is invalid."""
     try:
         return x509.load_der_x509_certificate(data)
     except UNREADABLE as error:
@@ -152,7 +152,7 @@ def load_der(data: bytes) -> x509.Certificate:
 
 
 def load_authority(certificate_pem: str, key: ec.EllipticCurvePrivateKey, what: str) -> CertificateAuthority:
-    """Put a CA together from its parts; raise `FormatError` when the certificate is another key's."""
+    """Make a CA from its parts; raise `FormatError` if the certificate is for another key."""
     certificate = load_pem(certificate_pem, what)
     if certificate_spki(certificate) != spki_der(key.public_key()):
         raise FormatError("CA certificate does not match private key")
@@ -160,12 +160,12 @@ def load_authority(certificate_pem: str, key: ec.EllipticCurvePrivateKey, what: 
 
 
 def certificate_spki(certificate: x509.Certificate) -> bytes:
-    """Return the SubjectPublicKeyInfo DER of a certificate's key, as its issuer wrote it."""
+    """Return the SubjectPublicKeyInfo (DER) in a certificate, byte for byte."""
     return spki_of_der(certificate.public_bytes(Encoding.DER))
 
 
 def spki_of_der(data: bytes) -> bytes:
-    """Do the same for a certificate in DER (RFC 5280, section 4.1), of which nothing else is read."""
+    """Return the SubjectPublicKeyInfo in a certificate in DER (RFC 5280, section 4.1); nothing else is parsed."""
     tbs, _ = der.span(data, 0, "certificate")
     at, _ = der.span(data, tbs, "certificate")
     for _ in range(_FIELDS_BEFORE_SPKI + (data[at] == _VERSION_TAG)):
@@ -194,7 +194,7 @@ def extension_payload(certificate: x509.Certificate, oid: x509.ObjectIdentifier)
 def attestation_of(certificate: x509.Certificate) -> Attestation | None:
     """Read the evidence inside a certificate: the versioned attestation, else the legacy pair of quote and event log.
 
-    Unverified: hold it against the certificate's key and the verifier before believing it.
+    Nothing is verified: verify the evidence, and that it binds the certificate's key, before you rely on it.
     """
     if (data := extension_payload(certificate, OID_ATTESTATION)) is not None:
         try:
@@ -214,7 +214,7 @@ def attestation_of(certificate: x509.Certificate) -> Attestation | None:
 
 
 def inflate_log(data: bytes) -> bytes:
-    """Open a legacy event log that is gzip after the magic word; give any other back as it is."""
+    """Decompress a legacy event log that is gzip after the magic word; return any other one unchanged."""
     if not data.startswith(GZIP_MAGIC):
         return data
     inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
@@ -230,7 +230,9 @@ def inflate_log(data: bytes) -> bytes:
 
 
 def _deflate_log(log: bytes) -> bytes:
-    packer = zlib.compressobj(level=9, wbits=zlib.MAX_WBITS | 16)  # writes no time of day: the same log, the same bytes
+    packer = zlib.compressobj(
+        level=9, wbits=zlib.MAX_WBITS | 16
+    )  # gzip without a time, so that equal logs have equal bytes
     return GZIP_MAGIC + packer.compress(log) + packer.flush()
 
 
@@ -265,9 +267,9 @@ def _name(request: CertificateRequest) -> x509.Name:
 
 
 def _attribute(oid: x509.ObjectIdentifier, text: str) -> x509.NameAttribute[str]:
-    """Make an attribute of any text, as upstream: empty ones and those over X.520's 64 characters included."""
+    """Make an attribute from any text, as upstream does, also if it is empty or has more than X.520's 64 characters."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # cryptography's about the length
+        warnings.simplefilter("ignore", UserWarning)  # cryptography warns about the length
         return x509.NameAttribute(oid, text, _validate=False)
 
 

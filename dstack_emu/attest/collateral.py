@@ -1,8 +1,8 @@
-"""Collateral: what a verifier needs beside a quote, in the shape of Intel's PCS v4.
+"""Collateral: the documents that a verifier needs in addition to a quote, in the format of Intel's PCS v4.
 
 Four documents of a provisioning certificate caching service (PCCS), each signed under the Intel-like root: TCB info, QE
-identity, and two CRLs. Fetching them is a client's business; `attest.pcs` names the endpoints once, and this module
-puts the answers together. Source: Intel PCS API v4; `dcap-qvl` src/collateral.rs at 0.7.0.
+identity, and two CRLs. `transport.pccs_client` fetches them from the endpoints in `attest.pcs`, and this module
+assembles the answers. Source: Intel PCS API v4; `dcap-qvl` src/collateral.rs at 0.7.0.
 """
 
 import binascii
@@ -29,14 +29,14 @@ from dstack_emu.attest.quote import Quote
 
 @dataclass(frozen=True, slots=True)
 class CollateralKey:
-    """What a quote's platform needs: which CA's CRL (`platform` or `processor`) and which FMSPC (12 hex digits)."""
+    """What identifies the collateral of a platform: its CA (`platform` or `processor`) and FMSPC (12 hex digits)."""
 
     ca: str
     fmspc: str
 
     @classmethod
     def of_quote(cls, quote: bytes) -> "CollateralKey":
-        """Read CA and FMSPC from a quote's PCK certificate; raise `FormatError` when it is no quote or has none."""
+        """Return the key for a quote, from its PCK certificate; raise `FormatError` if the quote is invalid."""
         try:
             parsed = parse_quote(quote)
             return cls(parsed.ca(), parsed.fmspc())
@@ -54,17 +54,17 @@ class CollateralKey:
 
 
 class CollateralKeys:
-    """Says what quotes need. A platform's quotes all have one certificate chain, which is read once."""
+    """Returns the keys of quotes. All quotes of a platform have the same certificate chain, which is parsed once."""
 
     def __init__(self) -> None:
         self._by_chain: BoundedCache[bytes, CollateralKey] = BoundedCache(64, 1 << 20)
 
     def of_quote(self, quote: bytes) -> CollateralKey:
-        """Do as `CollateralKey.of_quote` does."""
+        """Return the result of `CollateralKey.of_quote`, from a cache; raise `FormatError`."""
         try:
             chain = Quote.parse(quote).signature.pck_chain
         except FormatError:
-            return CollateralKey.of_quote(quote)  # the library says what is wrong, if anything is
+            return CollateralKey.of_quote(quote)  # the library reports the error
         known = self._by_chain.get(chain)
         if known is None:
             known = CollateralKey.of_quote(quote)
@@ -73,7 +73,7 @@ class CollateralKeys:
 
 
 def assemble(pck_crl: Document, tcb_info: Document, qe_identity: Document, root_ca_crl: Document) -> QuoteCollateralV3:
-    """Put four answers together for `dcap-qvl`; raise `FormatError` naming the one that is not what it should be."""
+    """Assemble four answers for `dcap-qvl`; raise `FormatError`, which names the invalid one."""
     tcb, tcb_signature = _signed(tcb_info, "tcbInfo", "TCB info")
     qe, qe_signature = _signed(qe_identity, "enclaveIdentity", "QE identity")
     try:
@@ -91,7 +91,7 @@ def assemble(pck_crl: Document, tcb_info: Document, qe_identity: Document, root_
 
 
 def earliest_expiry(collateral: QuoteCollateralV3) -> int:
-    """Return the Unix seconds of the first nextUpdate among the four documents: keep none of them past it."""
+    """Return the earliest nextUpdate of the four documents in Unix seconds; do not use them after it."""
     dates = []
     for text, what in ((collateral.tcb_info, "TCB info"), (collateral.qe_identity, "QE identity")):
         dates.append(_next_update(text, what))
@@ -106,7 +106,7 @@ def earliest_expiry(collateral: QuoteCollateralV3) -> int:
 
 
 def error_chain(error: BaseException) -> str:
-    """Give `dcap-qvl`'s message as dstack prints it: prefix dropped, causes joined by `: `."""
+    """Return the message of `dcap-qvl` as dstack prints it: without its prefix, with causes joined by `: `."""
     lines = [line.strip() for line in str(error).removeprefix("Verification failed: ").splitlines()]
     causes = [line.removeprefix("Caused by:").strip() for line in lines]
     numbered = [_drop_number(cause) for cause in causes]

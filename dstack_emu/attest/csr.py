@@ -1,8 +1,8 @@
 """dstack's own certificate signing request: SCALE, with the requester's evidence.
 
 Source: dstack `ra-tls/src/cert.rs:134-330` at 312dc605. Version 2 carries a versioned attestation, version 1 a bare
-quote and its event log. A good signature proves that the asker holds the key; whether its evidence holds and binds that
-key is `attest.verify`'s business.
+quote and its event log. A valid signature proves that the requester has the key. It does not prove that the evidence
+holds or binds that key: `attest.verify` verifies this.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ CONFIRM: Final = "please sign cert:"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CertificateConfig:
-    """What the certificate shall be. Times are Unix seconds (u64). Version 1 lacks the last three."""
+    """The requested contents of the certificate. Times are Unix seconds (u64). Version 1 has no last three fields."""
 
     subject: str
     organization: str | None = None
@@ -39,7 +39,7 @@ class CertificateConfig:
 
 @dataclass(frozen=True, slots=True)
 class SigningRequest:
-    """A decoded request; `encoded` is what was signed."""
+    """A decoded request; `encoded` are the signed bytes."""
 
     confirm: str
     public_key: bytes
@@ -86,7 +86,7 @@ class SigningRequest:
             encoded = data
         else:
             quote, event_log = decoder.vec("quote"), decoder.vec("event_log")
-            # SCALE stops at the end of the structure: what follows is neither read nor signed.
+            # SCALE stops at the end of the structure: bytes after it are neither parsed nor signed.
             encoded = data[: decoder.offset]
             attestation = from_quote_and_log(quote, event_log)
         config = CertificateConfig(
@@ -103,7 +103,7 @@ class SigningRequest:
         return cls(confirm, public_key, config, attestation, encoded)
 
     def certificate_request(self, *, usage: str, app_id: bytes | None = None) -> CertificateRequest:
-        """Return what a CA that grants this request issues; the app info comes from the evidence, verified before."""
+        """Return the certificate to issue for this request; its evidence must have been verified before."""
         config = self.config
         return CertificateRequest(
             public_key=load_spki(self.public_key),
@@ -121,11 +121,11 @@ class SigningRequest:
         )
 
     def sign(self, key: ec.EllipticCurvePrivateKey) -> bytes:
-        """Sign with the key that the certificate is for: DER ECDSA, SHA-256, RFC 6979."""
+        """Sign with the key of the certificate: DER ECDSA, SHA-256, RFC 6979."""
         return key.sign(self.encoded, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
 
     def verify_signature(self, signature: bytes) -> None:
-        """Check signature and confirm word; raise `VerificationError` with upstream's words."""
+        """Verify the signature and the confirm word; raise `VerificationError` with upstream's text."""
         key = load_spki(self.public_key)
         try:
             key.verify(signature, self.encoded, ec.ECDSA(hashes.SHA256()))

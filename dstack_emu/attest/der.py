@@ -1,7 +1,7 @@
-"""As much DER as the protocol needs beside X.509: the PCK extension and the RA-TLS extension values.
+"""The part of DER that the protocol needs in addition to X.509: the PCK extension and the RA-TLS extensions.
 
-Certificates and CRLs themselves go through `cryptography`; this module only writes and reads the few primitive types
-inside their custom extensions. Definite lengths only, as DER demands (X.690 section 10.1).
+`cryptography` encodes and parses certificates and CRLs; this module has the few primitive types in their custom
+extensions. Lengths are definite, as DER requires (X.690 section 10.1).
 """
 
 from dstack_emu.attest.errors import FormatError
@@ -51,9 +51,9 @@ def oid(dotted: str) -> bytes:
 
 
 def read(data: bytes, tag: int, what: str) -> tuple[bytes, bytes]:
-    """Read one element of the given tag; return its content and what follows it.
+    """Parse one element with the given tag; return its content and the bytes after it.
 
-    Raises `FormatError` naming `what` when the tag differs, the length is indefinite or the content is cut short.
+    Raises `FormatError`, which names `what`, if the tag differs, the length is indefinite or the content is truncated.
     """
     if data and data[0] != tag:
         raise FormatError(f"{what}: DER tag {tag:#04x} expected, got {data[0]:#04x}")
@@ -62,7 +62,7 @@ def read(data: bytes, tag: int, what: str) -> tuple[bytes, bytes]:
 
 
 def span(data: bytes, offset: int, what: str) -> tuple[int, int]:
-    """Return where the content of the element at an offset begins and ends; raise `FormatError` as `read` does."""
+    """Return the start and end of the content of the element at an offset; raise `FormatError` as `read` does."""
     if len(data) < offset + 2:
         raise FormatError(f"{what}: DER element expected, got {len(data) - offset} bytes")
     size, start = data[offset + 1], offset + 2
@@ -79,7 +79,7 @@ def span(data: bytes, offset: int, what: str) -> tuple[int, int]:
 
 
 def read_octet_string(data: bytes, what: str) -> bytes:
-    """Read one OCTET STRING that is all of `data`."""
+    """Parse an OCTET STRING without bytes after it; raise `FormatError`."""
     content, rest = read(data, OCTET_STRING, what)
     if rest:
         raise FormatError(f"{what}: {len(rest)} bytes after the OCTET STRING")

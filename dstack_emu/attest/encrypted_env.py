@@ -1,12 +1,12 @@
-"""The encrypted environment of an app: what a deployer sealed for it, opened with the key that the KMS gave.
+"""The encrypted environment of an app: a deployer encrypts it, and the guest decrypts it with a key from the KMS.
 
     offset  size
     0       32    ephemeral X25519 public key
     32      12    IV
     44      -     ciphertext and tag (16 bytes) of AES-256-GCM; its key is the shared secret itself, no associated data
 
-The plain text is `{"env": [{"key": …, "value": …}, …]}`. Opening it proves only that somebody knew the app's public
-key: who sealed it is unknown. Errors never show a value.
+The plain text is `{"env": [{"key": …, "value": …}, …]}`. Decryption proves only that the sender knew the app's
+public key: the sender is unknown. Errors never show a value.
 
 Source: dstack `dstack-util/src/{crypto,parse_env_file,system_setup}.rs` at 312dc605 and 40eaf35e (0.5.11).
 """
@@ -27,7 +27,7 @@ from dstack_emu.attest.release import Release
 KEY_SIZE: Final = 32
 IV_OFFSET, CIPHERTEXT_OFFSET = 32, 44
 MAX_FILE_SIZE: Final = 256 * 1024
-"""Bytes of the sealed file that a guest copies."""
+"""The maximum size of the encrypted file in bytes."""
 MAX_VARIABLES: Final = 1024
 MAX_NAME_SIZE: Final = 255
 MAX_VALUE_SIZE: Final = 128 * 1024

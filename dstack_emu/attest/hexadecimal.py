@@ -1,7 +1,7 @@
-"""Hex text as most of dstack's parsers read it: digits of either case, with a leading 0x or without, no blanks.
+"""Hex text as most of dstack's parsers accept it: digits of either case, with or without a leading 0x, no blanks.
 
-Formats with rules of their own have readers of their own: a pRPC field (every leading 0x is dropped, and the wrong
-digit is named), an event log and a request to the verifier (no 0x).
+Formats with other rules have their own parsers: pRPC fields (every leading 0x is removed, and an error names the wrong
+digit), event logs and requests to the verifier (no 0x).
 """
 
 import binascii

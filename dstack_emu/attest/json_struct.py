@@ -1,10 +1,10 @@
-"""JSON documents read as serde reads them into a struct: exact types, no member twice, absent members defaulted.
+"""Parses JSON documents as serde parses them into a struct: exact types, no repeated member, defaults for absent ones.
 
-A struct is a table from member to reader. A reader takes a parsed value and returns what the struct holds, or raises
-`ValueError`; `read_members` adds the member's name. The words are ours where serde's would name a position.
+A struct is a table from member to reader. A reader takes a parsed value and returns that of the struct, or raises
+`ValueError`; `read_members` adds the name of the member. If serde's error would name a position, the text is ours.
 
-Two rules are stricter than serde's: an array is no struct, and no member, known or not, may be named twice (see
-`attest.strict_json`).
+Two rules are stricter than serde's: an array is not accepted as a struct, and no member, known or not, may be repeated
+(see `attest.strict_json`).
 """
 
 import base64
@@ -32,7 +32,7 @@ def parse_json(text: str) -> Any:
 def read_members(
     value: Any, members: Mapping[str, Reader], *, required: Collection[str] = (), refuse_unknown: bool = False
 ) -> dict[str, Any]:
-    """Read the known members of a JSON object that are there; raise `ValueError`, which names the one that is wrong."""
+    """Read the known members of a JSON object; raise `ValueError`, which names the wrong one."""
     document = read_object(value)
     if refuse_unknown and (unknown := next((name for name in document if name not in members), None)) is not None:
         raise ValueError(f"unknown field `{unknown}`, expected one of {', '.join(f'`{name}`' for name in members)}")
@@ -42,7 +42,7 @@ def read_members(
 
 
 def read_member(name: str, reader: Reader, value: Any) -> Any:
-    """Read one value, and name the member if it is not what the reader takes."""
+    """Read one value; raise `ValueError`, which names the member."""
     try:
         return reader(value)
     except ValueError as error:
@@ -50,34 +50,34 @@ def read_member(name: str, reader: Reader, value: Any) -> Any:
 
 
 def read_object(value: Any) -> dict[str, Any]:
-    """Take a JSON object."""
+    """Accept a JSON object; raise `ValueError` for anything else."""
     if not isinstance(value, dict):
         raise ValueError(f"object expected, got {shown(value)}")
     return value
 
 
 def read_boolean(value: Any) -> bool:
-    """Take true or false."""
+    """Accept true or false; raise `ValueError` for anything else."""
     if not isinstance(value, bool):
         raise ValueError(f"true or false expected, got {shown(value)}")
     return value
 
 
 def read_text(value: Any) -> str:
-    """Take text that UTF-8 can carry."""
+    """Accept text that UTF-8 can encode; raise `ValueError` for anything else."""
     if not isinstance(value, str):
         raise ValueError(f"text expected, got {shown(value)}")
-    value.encode()  # a lone surrogate is no text
+    value.encode()  # fails for a lone surrogate
     return value
 
 
 def read_hex(value: Any) -> bytes:
-    """Decode hex text of either case; no 0x and no blanks (`bytes.fromhex` would skip blanks)."""
+    """Decode hex of either case, without 0x and without blanks, which `bytes.fromhex` would accept."""
     return binascii.unhexlify(read_text(value))
 
 
 def read_base64(value: Any) -> bytes:
-    """Decode standard base64 with its padding, part of it or none, and no stray bits in the last letter."""
+    """Decode standard base64 with complete, partial or no padding; unused bits of the last letter must be zero."""
     text = read_text(value)
     body = text.rstrip("=")
     decoded = base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
@@ -109,12 +109,12 @@ def one_of(*names: str) -> Reader:
 
 
 def optional(reader: Reader) -> Reader:
-    """Make a reader that takes null for None."""
+    """Make a reader that accepts null, too, and returns None for it."""
     return lambda value: None if value is None else reader(value)
 
 
 def list_of(reader: Reader) -> Reader:
-    """Make a reader of a JSON array, which gives a tuple."""
+    """Make a reader of a JSON array, which returns a tuple."""
 
     def read(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list):
@@ -125,5 +125,5 @@ def list_of(reader: Reader) -> Reader:
 
 
 def shown(value: Any) -> str:
-    """Show a value in an error: the beginning of its JSON."""
+    """Return the beginning of a value's JSON, for an error."""
     return f"{json.dumps(value):.40}"

@@ -1,7 +1,7 @@
 """Key derivation from the KMS root keys, bit for bit.
 
-Source: dstack `ra-tls/src/kdf.rs` and `kms/src/crypto.rs` at 312dc605. Derivation alone: who may have which key is
-`kms_emu.gate`'s business.
+Source: dstack `ra-tls/src/kdf.rs` and `kms/src/crypto.rs` at 312dc605. Keys are derived here;
+`kms_emu.gate` decides who receives them.
 """
 
 import hashlib
@@ -15,21 +15,21 @@ from dstack_emu.attest.errors import FormatError
 
 SALT = b"RATLS"
 P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
-"""Order of the group of NIST P-256 (FIPS 186-5): a scalar is below it and not zero."""
+"""The order of the group of NIST P-256 (FIPS 186-5): a scalar is less than it and not zero."""
 
 
 def derive_key(material: bytes, context: list[bytes], size: int = 32) -> bytes:
-    """Derive `size` bytes by HKDF-SHA256 with salt `RATLS`; info is the context items run together.
+    """Derive `size` bytes by HKDF-SHA256 with salt `RATLS`; info is the concatenation of the context items.
 
-    The items are not separated: [`a`, `bc`] and [`ab`, `c`] give the same bytes, as upstream.
+    As upstream, the items are not separated: [`a`, `bc`] and [`ab`, `c`] give the same bytes.
     """
     return HKDF(algorithm=hashes.SHA256(), length=size, salt=SALT, info=b"".join(context)).derive(material)
 
 
 def p256_key(scalar: bytes) -> ec.EllipticCurvePrivateKey:
-    """Make a P-256 private key of a 32-byte big-endian scalar.
+    """Make a P-256 private key from a scalar, 32 bytes, big-endian.
 
-    Raises `FormatError` when it is zero or not below the order.
+    Raises `FormatError` if it is zero or not less than the order.
     """
     value = int.from_bytes(scalar, "big")
     if len(scalar) != 32 or not 0 < value < P256_ORDER:
@@ -40,12 +40,12 @@ def p256_key(scalar: bytes) -> ec.EllipticCurvePrivateKey:
 
 
 def p256_from_uniform(data: bytes) -> ec.EllipticCurvePrivateKey:
-    """Make a P-256 key of 48 uniform bytes: reduced modulo the order, they leave no visible bias (FIPS 186-5 A.2.1)."""
+    """Make a P-256 key from 48 uniform bytes, reduced modulo the order: the bias is negligible (FIPS 186-5 A.2.1)."""
     return ec.derive_private_key(int.from_bytes(data, "big") % (P256_ORDER - 1) + 1, ec.SECP256R1())
 
 
 def p256_scalar(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """Give the 32-byte big-endian scalar of a P-256 key."""
+    """Return the scalar of a P-256 key, 32 bytes, big-endian."""
     return key.private_numbers().private_value.to_bytes(32, "big")
 
 
@@ -75,7 +75,7 @@ def pkcs8_pem(key: ec.EllipticCurvePrivateKey) -> str:
 
 
 def load_p256_pem(pem: str, what: str) -> ec.EllipticCurvePrivateKey:
-    """Load a P-256 private key from PEM; raise `FormatError` naming `what` when it is none."""
+    """Load a P-256 private key from PEM; raise `FormatError`, which names `what`."""
     try:
         key = load_pem_private_key(pem.encode(), None)
     except (ValueError, TypeError) as error:

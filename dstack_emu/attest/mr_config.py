@@ -1,4 +1,4 @@
-"""mr_config_id: the 48 bytes by which a host binds a TDX guest to the configuration it launched it with.
+"""mr_config_id: 48 bytes by which a host binds a TDX guest to its launch configuration.
 
     byte 0   bytes 1 to 32, the rest is zero
     0        all zero: nothing is bound
@@ -6,8 +6,8 @@
     2        keccak256(compose_hash, app_id, kind of the key provider (1 byte), key_provider_id)
     3        SHA-256("dstack-mr-config-v3:", 00, document); the document is in the guest's sys-config
 
-A guest holds it against what it observed itself, once it has keys. It binds what the host claimed; that the guest did
-compare is proved by the image, not by these bytes.
+When a guest has keys, it compares the mr_config_id with its own observations. The bytes bind what the host claimed.
+That the guest has compared them is proved by its image, not by these bytes.
 
 Source: dstack `dstack-types/src/mr_config.rs` and `dstack-util/src/system_setup/config_id_verifier.rs` at 312dc605.
 """
@@ -39,13 +39,13 @@ DOCUMENT_DOMAIN: Final = b"dstack-mr-config-v3:\0"
 MAX_INIT_SCRIPTS: Final = 5
 
 KeyProviderKind = Literal["none", "local", "kms", "tpm"]
-"""How an app-compose names a key provider; the event `key-provider` says `local-sgx` for `local`."""
+"""The kinds of key providers in an app-compose; `local` is `local-sgx` in the event `key-provider`."""
 KEY_PROVIDER_CODES: Final[Mapping[KeyProviderKind, int]] = MappingProxyType({"none": 0, "local": 1, "kms": 2, "tpm": 3})
 
 
 @dataclass(frozen=True, slots=True)
 class ObservedConfig:
-    """What a guest knows of itself once it has keys: what an mr_config_id is held against.
+    """What a guest with keys has observed about itself; an mr_config_id is compared with it.
 
     `compose_hash`, `gpu_policy_hash` and each of `init_script_hashes` have 32 bytes, `app_id` 20, `instance_id` 20 or
     none. `key_provider_id` is the SPKI of a KMS's root CA, the MR of a local provider, or empty.
@@ -62,7 +62,7 @@ class ObservedConfig:
 
 @dataclass(frozen=True, slots=True)
 class MrConfigDocument:
-    """The document of version 3. What is None is not pinned; an empty `init_script_hashes` pins that there are none."""
+    """The document of version 3. None means not pinned; an empty `init_script_hashes` means that there are none."""
 
     compose_hash: bytes
     key_provider: KeyProviderKind
@@ -74,13 +74,13 @@ class MrConfigDocument:
     version: int = 3
 
     def to_json(self) -> str:
-        """Write the document as a VMM does: canonically, without what is not pinned."""
+        """Encode the document as a VMM does: canonically, and only with what is pinned."""
         document = {name: _to_json(getattr(self, name)) for name in _MEMBERS}
         return canonical_json({name: value for name, value in document.items() if value is not None}).decode()
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read a document in any JSON form; raise `FormatError` for unknown, absent and mistyped members."""
+        """Parse a document in any JSON form; raise `FormatError` for unknown, absent and mistyped members."""
         try:
             members = read_members(parse_json(text), _MEMBERS, required=_REQUIRED, refuse_unknown=True)
         except ValueError as error:
@@ -102,16 +102,16 @@ def key_provider_config_id(
 
 
 def document_config_id(document: str) -> bytes:
-    """Make the mr_config_id of version 3 for the very text of a document, canonical or not."""
+    """Make the mr_config_id of version 3 for the exact text of a document, canonical or not."""
     return _config_id(3, hashlib.sha256(DOCUMENT_DOMAIN + document.encode()).digest())
 
 
 def verify_mr_config_id(
     mr_config_id: bytes, observed: ObservedConfig, release: Release, *, document: str | None = None
 ) -> None:
-    """Hold an mr_config_id (48 bytes) against what a guest observed; `document` is its sys-config's, for version 3.
+    """Compare an mr_config_id (48 bytes) with what a guest observed; version 3 needs the `document` of its sys-config.
 
-    Raises `VerificationError` with upstream's words. All zero passes, whatever was observed.
+    Raises `VerificationError` with upstream's text. An mr_config_id that is all zero always passes.
     """
     if mr_config_id == NOTHING_BOUND:
         return
@@ -122,7 +122,7 @@ def verify_mr_config_id(
 
 
 def verify_document(text: str, observed: ObservedConfig) -> None:
-    """Hold what a document of version 3 pins against what a guest observed; raise `VerificationError`."""
+    """Compare what a document of version 3 pins with what a guest observed; raise `VerificationError`."""
     try:
         document = MrConfigDocument.parse(text)
     except FormatError as error:
@@ -148,7 +148,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _init_script_hashes(value: Any) -> tuple[bytes, ...]:
-    """Read a JSON array of at most five hashes of 32 bytes."""
+    """Parse a JSON array of at most five hashes of 32 bytes."""
     hashes: tuple[bytes, ...] = list_of(read_hex)(value)
     if len(hashes) > MAX_INIT_SCRIPTS:
         raise ValueError(f"init_script_hashes supports at most {MAX_INIT_SCRIPTS} hashes")
@@ -202,4 +202,4 @@ _COMPARED: Final = (
     "key_provider",
     "key_provider_id",
 )
-"""The members that are compared, in upstream's order: of several that differ, the first is named."""
+"""The members that are compared, in upstream's order; the error names the first one that differs."""

@@ -1,11 +1,11 @@
-"""Whether a quote's registers are those of the OS image that its VM config claims: what needs no network and no disk.
+"""Verifies that a quote's registers are those of the OS image in its VM config, without network and disk.
 
-The lite variant is verified here from end to end: the config carries the image's measurement document, whose hash is
-the image's. Of the legacy variant, which measures a downloaded image, here are the parts that are about bytes alone:
-its manifest, its metadata, and what a cache of measurements holds; `transport.image_store` does the rest.
+The lite variant is completely verified here: the config contains the image's measurement document, which is bound by
+the image's hash. The legacy variant measures a downloaded image; its manifest, its metadata and the entries of a
+measurement cache are parsed here, and `transport.image_store` does the rest.
 
-What success does not prove: that the ACPI tables are harmless (the lite variant takes their digests from the event log,
-which is the host's word), or that anybody should trust this image (a webhook decides, by its hash).
+Success does not prove that the ACPI tables are harmless (the lite variant takes their digests from the event log, which
+the host controls), or that the image is trustworthy (a webhook decides by its hash).
 
 Source of truth: dstack `verifier/src/verification.rs`, `dstack-types/src/lib.rs`, `dstack-mr/src/tdx.rs` at 312dc605;
 order and texts were seen on a real dstack-verifier. `sha256sum -c` is that of GNU coreutils.
@@ -38,11 +38,11 @@ CHECKSUM_FILE: Final = "sha256sum.txt"
 METADATA_FILE: Final = "metadata.json"
 
 CACHE_VERSION: Final = 3
-"""What entries of a measurement cache say they are; others are passed over."""
+"""The version of entries of a measurement cache; entries of other versions are ignored."""
 
 
 def decode_vm_config(text: str) -> VmConfig:
-    """Read a request's config, or an evidence's; raise `VerificationError`."""
+    """Parse the VM config of a request or of evidence; raise `VerificationError`."""
     try:
         return vm_config_of(text)
     except FormatError as error:
@@ -50,13 +50,13 @@ def decode_vm_config(text: str) -> VmConfig:
 
 
 def require_registers(expected: Registers, report: TdReport) -> None:
-    """Compare computed with quoted registers, MRTD first; raise `VerificationError` for the first that differs."""
+    """Compare computed and quoted registers, MRTD first; raise `VerificationError` for the first one that differs."""
     quoted = Registers(report.mr_td, *report.rtmrs[:3])
     for name in ("mrtd", "rtmr0", "rtmr1", "rtmr2"):
-        want, got = getattr(expected, name), getattr(quoted, name)
-        if want != got:
+        computed, got = getattr(expected, name), getattr(quoted, name)
+        if computed != got:
             raise VerificationError(
-                f"MRs do not match: {name.upper()} mismatch: expected={want.hex()}, actual={got.hex()}"
+                f"MRs do not match: {name.upper()} mismatch: expected={computed.hex()}, actual={got.hex()}"
             )
 
 
@@ -64,19 +64,19 @@ def require_registers(expected: Registers, report: TdReport) -> None:
 
 
 def verify_lite(vm_config: VmConfig, event_log: Sequence[TdxEvent], report: TdReport) -> None:
-    """Verify a boot by the measurement document in its VM config; raise `VerificationError` for what is wrong first.
+    """Verify a boot by the measurement document in its VM config; raise `VerificationError` for the first failure.
 
-    The checks and their order are upstream's: there is a document, it is the named image's, it can be read, the log has
-    three named ACPI digests, registers can be computed, they are the quoted ones. Nothing else in the log counts.
+    Checks and order are upstream's: there is a document, it belongs to the named image, it can be parsed, the log has
+    three named ACPI digests, registers can be computed, and they are the quoted ones. The rest of the log is ignored.
     """
     measurement = lite_measurement(vm_config)
     require_registers(lite_registers(measurement, vm_config, acpi_digests(event_log)), report)
 
 
 def lite_measurement(vm_config: VmConfig) -> ImageMeasurement:
-    """Read the measurement document in a VM config; raise `VerificationError` if there is none, or not the image's.
+    """Return the measurement document in a VM config; raise `VerificationError` if there is none for its image.
 
-    The one OVMF variant there is was compared with the config's by parsing.
+    Parsing the config has already verified the OVMF variant: there is only one.
     """
     document = vm_config.tdx_measurement
     if document is None:
@@ -92,7 +92,7 @@ def lite_measurement(vm_config: VmConfig) -> ImageMeasurement:
 
 
 def require_document(claimed_hash: bytes, document: TdxMeasurement) -> None:
-    """Refuse a measurement document that is not the image's of that hash; raise `FormatError`."""
+    """Verify that a measurement document belongs to the image with that hash; raise `FormatError`."""
     actual = os_image_hash(document.checksum_file)
     if actual != claimed_hash:
         raise FormatError(
@@ -105,7 +105,7 @@ def require_document(claimed_hash: bytes, document: TdxMeasurement) -> None:
 
 
 def lite_registers(measurement: ImageMeasurement, vm_config: VmConfig, digests: AcpiDigests) -> Registers:
-    """Compute the registers that such a boot has; raise `VerificationError` if they cannot be."""
+    """Compute the registers of a boot; raise `VerificationError` if that is not possible."""
     try:
         return measure(measurement, vm_config, digests)
     except FormatError as error:
@@ -115,7 +115,7 @@ def lite_registers(measurement: ImageMeasurement, vm_config: VmConfig, digests: 
 
 
 def acpi_digests(event_log: Sequence[TdxEvent]) -> AcpiDigests:
-    """Pick the digests of QEMU's ACPI blobs by the names that the guest gave the events; raise `VerificationError`."""
+    """Return the digests of QEMU's ACPI blobs, by the names of the events; raise `VerificationError`."""
     found = {}
     candidates = [event for event in event_log if event.is_acpi_data]
     if len(candidates) != len(ACPI_EVENT_NAMES):
@@ -141,19 +141,19 @@ def _no_acpi_digests(cause: str) -> VerificationError:
     return VerificationError(f"TDX lite attestation is missing named RTMR0 ACPI DATA digests: {cause}")
 
 
-# ---- The legacy variant: what an unpacked image says
+# ---- The legacy variant: the files of an unpacked image
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """What metadata.json says of an image; the version is empty where it says none."""
+    """The facts about an image in metadata.json; the version is empty if there is none."""
 
     version: str
     is_dev: bool
 
     @classmethod
     def parse(cls, text: bytes) -> Self:
-        """Read metadata.json; raise `FormatError` if upstream could not use it."""
+        """Parse metadata.json; raise `FormatError` if upstream could not use it."""
         try:
             document = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -171,7 +171,7 @@ class ImageInfo:
 
 @dataclass(frozen=True, slots=True)
 class ManifestLine:
-    """One line of sha256sum.txt: the file that is checked, its 32-byte hash, and the word that lists it."""
+    """A line of sha256sum.txt: the name of the file, its 32-byte hash, and the word that lists it."""
 
     name: str
     digest: bytes
@@ -179,10 +179,9 @@ class ManifestLine:
 
 
 def parse_manifest(checksum_file: bytes) -> tuple[ManifestLine, ...]:
-    """Read a manifest as an image's must be: flat names, a checksum line each, no file twice; raise `FormatError`.
+    """Parse the manifest of an image: flat names, only checksum lines, no file twice; raise `FormatError`.
 
-    Stricter than upstream, whose `sha256sum -c` passes over lines that are no checksum lines, and which takes a file
-    that is listed twice.
+    This is stricter than upstream, whose `sha256sum -c` ignores other lines and accepts a file that is listed twice.
     """
     try:
         text = checksum_file.decode()
@@ -219,7 +218,7 @@ def parse_manifest(checksum_file: bytes) -> tuple[ManifestLine, ...]:
 
 
 def require_checksums(manifest: Sequence[ManifestLine], found: Mapping[str, bytes | None]) -> None:
-    """Compare what was hashed (None: no such file) with the manifest, in the words of `sha256sum -c`."""
+    """Compare hashes (None: no such file) with the manifest; raise `FormatError` with the text of `sha256sum -c`."""
     missing = [line.name for line in manifest if found[line.name] is None]
     wrong = sum(found[line.name] not in (None, line.digest) for line in manifest)
     said = [f"sha256sum: {name}: No such file or directory" for name in missing]
@@ -233,24 +232,24 @@ def require_checksums(manifest: Sequence[ManifestLine], found: Mapping[str, byte
         raise FormatError("Checksum verification failed: " + "\n".join(said) + "\n")
 
 
-# ---- The legacy variant: measurements that somebody computed before
+# ---- The legacy variant: measurements that were computed before
 
 
 def cache_key(vm_config: VmConfig) -> str:
-    """Name the entry of a measurement cache: SHA-256, in hex, of the config as upstream's types write it again."""
+    """Return the name of a cache entry: the SHA-256, in hex, of the config as upstream's types encode it."""
     document = json.loads(vm_config.to_json())
-    del document["spec_version"]  # the VMM's addition, which upstream's reader drops
+    del document["spec_version"]  # added by the VMM, and dropped by upstream's parser
     return hashlib.sha256(json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
 
 
 def encode_cache_entry(registers: Registers) -> bytes:
-    """Write an entry of a measurement cache."""
+    """Encode an entry of a measurement cache."""
     measurements = {name: value.hex() for name, value in asdict(registers).items()}
     return json.dumps({"version": CACHE_VERSION, "measurements": measurements}, separators=(",", ":")).encode()
 
 
 def decode_cache_entry(data: bytes) -> Registers | None:
-    """Read an entry of a measurement cache; None if it is of another version, or unreadable: then it is no entry."""
+    """Parse an entry of a measurement cache; return None if it has another version or is invalid."""
     try:
         document = json.loads(data)
         measurements = document["measurements"]

@@ -1,7 +1,7 @@
 """The SGX extension of a PCK certificate: which platform, at which security versions.
 
-OID 1.2.840.113741.1.13.1, not critical, a SEQUENCE of {OID, value}. Reading it proves nothing about the certificate: a
-quote's chain is verified by `attest.verify`. Source: Intel PCK Certificate and CRL Profile Specification 1.5, section
+OID 1.2.840.113741.1.13.1, not critical, a SEQUENCE of {OID, value}. Parsing it does not verify the certificate:
+`attest.verify` verifies the chain of a quote. Source: Intel PCK Certificate and CRL Profile Specification 1.5, section
 1.3.5.
 """
 
@@ -68,10 +68,10 @@ class PckExtension:
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """Parse the extension's value; raise `FormatError` naming the entry that is missing, repeated or malformed.
+        """Parse the extension's value; raise `FormatError`, which names the missing, repeated or malformed entry.
 
-        Entries may stand in any order, and unknown ones are passed over: the format is Intel's to extend. The component
-        SVNs may be left out, as in certificates of upstream's mock platform: TCB matching does not read them.
+        Entries may have any order, and unknown ones are ignored, because Intel may extend the format. Component
+        SVNs may be absent, as in certificates of upstream's mock platform: TCB matching does not use them.
         """
         top = _Entries(data, "SGX extension")
         tcb = _Entries(top.value("2"), "SGX extension TCB")
@@ -105,7 +105,7 @@ def pck_extension_of(certificate: x509.Certificate) -> PckExtension:
 
 
 def device_id(ppid: bytes) -> bytes:
-    """Return what dstack calls a platform: SHA-256 of its 16-byte PPID."""
+    """Return dstack's id of a platform: the SHA-256 of its 16-byte PPID."""
     return hashlib.sha256(ppid).digest()
 
 
@@ -118,7 +118,7 @@ def _entry(suffix: str, value: bytes) -> bytes:
 
 
 class _Entries:
-    """A SEQUENCE of {OID, value}, looked up by what follows the extension's own OID; values are still DER."""
+    """A SEQUENCE of {OID, value}, by the part of the OID after that of the extension; values are DER."""
 
     __slots__ = ("_values", "_what")
 

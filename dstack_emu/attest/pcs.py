@@ -1,6 +1,6 @@
-"""Intel's provisioning certification service (PCS v4), as a PCCS speaks it: paths, headers, and what an answer is.
+"""The interface of Intel's provisioning certification service (PCS v4) and of a PCCS: paths, headers, answers.
 
-A server of these documents needs no more than this; `attest.collateral` puts them together for a verifier. Source:
+`attest.collateral` assembles the answers for a verifier. Source:
 Intel PCS API v4; `dcap-qvl` src/collateral.rs at 0.7.0.
 """
 
@@ -19,21 +19,21 @@ TCB_INFO_ISSUER_HEADERS: Final = ("TCB-Info-Issuer-Chain", "SGX-TCB-Info-Issuer-
 QE_IDENTITY_ISSUER_HEADER: Final = "SGX-Enclave-Identity-Issuer-Chain"
 
 REVALIDATION_PATH: Final = "/collateral/revalidation"
-"""Where a PCCS of this emulator says whether one of a platform's four documents changed: 304 to their combined ETag."""
+"""The emulated PCCS's path to confirm all four documents of a platform: 304 if their combined ETag is unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One answer of a PCCS: the body, and the issuer chain from its header (percent-encoded PEM; empty without one)."""
+    """An answer of a PCCS: its body, and the issuer chain in its header (percent-encoded PEM; empty without one)."""
 
     body: bytes
     issuer_chain: str = ""
 
 
 def combined_etag(etags: Sequence[str]) -> str:
-    """Make the ETag of documents together from theirs, in the order of `CollateralKey.requests`.
+    """Make the combined ETag of documents from their ETags, in the order of `CollateralKey.requests`.
 
-    The client makes it of what it holds, the server of what there is now: if both are equal, nothing has changed.
+    The client makes it from its documents, the server from the present ones; if both are equal, nothing has changed.
     """
     lines = "\n".join(etags).encode(errors="surrogateescape")
     return f'"{hashlib.sha256(lines).hexdigest()}"'

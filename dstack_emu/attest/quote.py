@@ -1,8 +1,8 @@
 """A TDX quote, version 4 or 5: header, TD report, signature data.
 
 Layout: Intel TDX DCAP Quote Generation Library 4.0, appendix A.3; checked against `dcap-qvl` src/quote.rs and quotes of
-real hardware. Encoding and parsing only: whether a quote proves anything is `attest.verify`'s business, and goes
-through `dcap-qvl`, never through our own reading of our own quotes.
+real hardware. This module only encodes and parses. `attest.verify` verifies quotes with `dcap-qvl`, which
+does not use this parser.
 """
 
 import hashlib
@@ -85,7 +85,7 @@ class TdReport:
     report_data: bytes
 
     def encode(self) -> bytes:
-        """Encode to 584 bytes; raise `FormatError` naming the field whose size is off."""
+        """Encode to 584 bytes; raise `FormatError`, which names the field with a wrong size."""
         parts = [getattr(self, name) for name, _ in TD10_FIELDS]
         body = b"".join(parts)
         if len(body) != TD10_SIZE:
@@ -140,7 +140,7 @@ class TdReport15(TdReport):
         tail = self.tee_tcb_svn2 + self.mr_service_td
         if len(tail) != TD15_SIZE - TD10_SIZE:
             raise FormatError(f"TD report: tee_tcb_svn2 and mr_service_td are {len(tail)} bytes, 64 expected")
-        # Not super(): a slotted dataclass is a new class, which zero-argument super() does not know.
+        # Not super(): it does not work without arguments in a slotted dataclass, which is a new class.
         return TdReport.encode(self) + tail
 
     @classmethod
@@ -157,7 +157,7 @@ class TdReport15(TdReport):
 
 
 def encode_body(report: TdReport, version: int) -> bytes:
-    """Encode a report as a quote of that version carries it: version 5 puts body type (u16) and size (u32) before it.
+    """Encode a report for a quote of that version; in version 5, body type (u16) and size (u32) precede it.
 
     Raises `FormatError` for another version, and for a TD15 report in version 4.
     """
@@ -213,7 +213,7 @@ class QuoteSignature:
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """Parse exactly the bytes after the u32 length; raise `FormatError` if one is missing or left over."""
+        """Parse exactly the bytes after the u32 length; raise `FormatError` if bytes are missing or left over."""
         reader = _Reader(data, "quote signature data")
         signature, key = reader.take(64), reader.take(64)
         certification_type, size = struct.unpack("<HI", reader.take(6))
@@ -233,7 +233,7 @@ class QuoteSignature:
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """A quote: header, body, signature data, and whatever bytes follow (hardware pads; verifiers accept them)."""
+    """A quote: header, body, signature data, and the bytes after it (hardware adds padding, which verifiers accept)."""
 
     header: QuoteHeader
     report: TdReport
@@ -241,13 +241,13 @@ class Quote:
     trailing: bytes = b""
 
     def encode(self) -> bytes:
-        """Encode to the very bytes that `parse` read."""
+        """Encode to exactly the bytes that `parse` has read."""
         body = encode_body(self.report, self.header.version)
         return b"".join((self.header.encode(), body, self.signature.encode(), self.trailing))
 
     @classmethod
     def parse(cls, data: bytes) -> Self:
-        """Parse a TDX quote of version 4 or 5; raise `FormatError` for anything else or anything cut short."""
+        """Parse a TDX quote of version 4 or 5; raise `FormatError` if it is another one or truncated."""
         reader = _Reader(data, "quote")
         header = QuoteHeader.parse(reader.take(HEADER_SIZE))
         if header.version not in (4, 5) or header.tee_type != TEE_TYPE_TDX:
@@ -279,7 +279,7 @@ def qe_report_data(attestation_key: bytes, qe_authentication_data: bytes) -> byt
 
 
 class _Reader:
-    """Exact reads from a byte string, each refusal naming what was read and where."""
+    """Reads exact numbers of bytes; an error names what was read, and the offset."""
 
     __slots__ = ("data", "offset", "what")
 

@@ -1,4 +1,4 @@
-"""What a quote's 64 bytes of report_data say: a tag and a hash of some content.
+"""report_data, 64 bytes in a quote: a hash of a tag and some content.
 
 Source: dstack `dstack-attest/src/attestation.rs:540` (`to_report_data_with_hash`) and `kms/src/onboard_service.rs:730`
 (the bootstrap binding) at 312dc605.
