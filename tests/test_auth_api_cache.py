@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dstack_emu import Stack, StackConfig, StackError
+from dstack_emu.control.schemas import ControlError
 from dstack_emu.kms_emu.auth_cache import ShortLived
 from dstack_emu.testing import LiveStack
 from tests import foreign
@@ -160,6 +161,12 @@ async def test_stack_of_0_5_has_no_such_cache() -> None:
     with pytest.raises(StackError, match="auth_api_cache: a KMS of dstack 0.5 keeps no answer of its webhook"):
         async with Stack(StackConfig.on_free_ports(release="0.5", auth_api_cache=True)):
             pass
+
+
+def test_added_kms_of_0_5_has_no_such_cache(live: LiveStack) -> None:
+    with pytest.raises(ControlError, match="^kms-old: emulator.auth_api_cache: false expected, since a KMS of "):
+        live.kms("old", release="0.5", auth_api_cache=True)
+    assert live.kms("old", release="0.5").rpc("GetAttestationInfo")["mr_aggregated"], "the stack's option is not for it"
 
 
 def test_kms_of_0_5_has_no_such_cache(tmp_path: Path) -> None:

@@ -346,6 +346,19 @@ async def test_kms_of_an_older_release_is_a_source_that_carries_its_evidence_in_
     assert stack.app.agent.keys.k256_key == before
 
 
+async def test_kms_waits_for_its_webhook_as_long_as_its_settings_say(control: Control) -> None:
+    timeout = {"auth_api": {"webhook": {"timeout": "1s"}}}
+    await control.add_kms("impatient", webhook="src", settings=timeout)
+    control.add_fault(service="auth-src", kind="hang")
+    with pytest.raises(ControlError, match=r"error sending request for url \(.*/bootAuth/kms\): no answer within 1 s"):
+        await control.onboard_kms("impatient", None)
+    for wrong in ("500ms", 30):
+        settings = {"auth_api": {"webhook": {"timeout": wrong}}}
+        said = f"kms-hasty: kms.toml: core.auth_api.webhook.timeout: .* expected, got {wrong!r}"
+        with pytest.raises(ControlError, match=said):
+            await control.add_kms("hasty", webhook="src", settings=settings)
+
+
 async def test_webhook_of_somebody_else_is_noted_and_is_sent_no_header_of_ours(control: Control) -> None:
     seen: list[set[str]] = []
 

@@ -73,7 +73,7 @@ class RunningKms:
         grpc_socks = self._grpc_sockets()
         instrumentation, release = context.instrumentation, context.release_of(self.spec.release)
         try:
-            config = KmsConfig.from_document(self._document(webhook, sock, grpc=bool(grpc_socks)), service)
+            config = KmsConfig.from_document(self._document(webhook, sock, grpc=bool(grpc_socks)), "kms.toml")
             timeout = config.core.auth_api.webhook.timeout
             self.server = KmsServer(
                 config,
