@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Final, Self
 from urllib.parse import parse_qsl, unquote_plus
 
+import bcrypt
+
 from dstack_emu.attest.release import Release
 from dstack_emu.kms_emu.config import AdminSection, Core, OnboardConfig
 from dstack_emu.kms_emu.errors import KmsConfigError
@@ -208,9 +210,6 @@ def _read_htpasswd(path: Path, key: str) -> tuple[tuple[str, str], ...]:
 
 def _is_password(password: str, hashed: str) -> bool:
     """Return whether a password has this hash: milliseconds to seconds of work, so it runs in a thread."""
-    # Imported only here: a KMS whose operators use tokens does not need it.
-    import bcrypt
-
     try:
         return bcrypt.checkpw(password.encode()[:MAX_PASSWORD], hashed.encode())
     except ValueError:  # a cost that bcrypt does not have

@@ -20,7 +20,7 @@ from dstack_emu.kms_emu.onboard_phase import onboard_app
 from dstack_emu.kms_emu.runtime_phase import admin_tls_context, runtime_app, tls_context
 from dstack_emu.kms_emu.service import KmsService, OnboardService
 from dstack_emu.transport.http import Middleware
-from dstack_emu.transport.listen import Server, bind_tcp, serve
+from dstack_emu.transport.listen import Server, bind_tcp, reachable, serve
 from dstack_emu.transport.prpc_server import RpcStatuses
 
 if TYPE_CHECKING:
@@ -80,6 +80,11 @@ class KmsListeners:
     def grpc_targets(self) -> dict[str, str]:
         """Return where the gRPC listeners are, by their keys in `emulator.grpc`; empty if they are switched off."""
         return {} if self._grpc is None else self._grpc.targets
+
+    @property
+    def runtime_address(self) -> str:
+        """Return where a client on this machine reaches the RPC listener in the runtime phase: `host:port`."""
+        return reachable(self._rpc_sock)
 
     def bind(self) -> None:
         """Bind the RPC socket, unless it was given; raise `ListenError`."""

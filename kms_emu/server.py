@@ -114,6 +114,11 @@ class KmsServer:
         return self._listeners.url
 
     @property
+    def runtime_address(self) -> str:
+        """Return where it answers in the runtime phase, from its start on: `host:port`."""
+        return self._listeners.runtime_address
+
+    @property
     def grpc_targets(self) -> dict[str, str]:
         """Return where its gRPC listeners are, by their keys in `emulator.grpc`; empty if they are switched off."""
         return self._listeners.grpc_targets

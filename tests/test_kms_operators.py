@@ -4,7 +4,10 @@ admin listener. Beside each, what a KMS of 0.5 makes of the same configuration."
 import json
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -109,6 +112,27 @@ def test_refusals_are_logged_and_secrets_are_not(guarded: Kms) -> None:
     assert [line for line in guarded.log() if "refused listener=onboard" in line and "path=/finish" in line]
     for secret in (TOKEN, WRONG, PASSWORD, USERS[7:-1]):
         assert says_nothing_of(secret, guarded)
+
+
+def test_token_is_in_no_refusal_and_no_log_of_any_detail(world: World, tmp_path: Path) -> None:
+    """Requests that cannot be read, and everything that is logged at the highest level."""
+    secret = "s3cret-of-the-source"
+    with running(tmp_path, world, *RELEASE, "-vv", DSTACK_KMS_ONBOARD_TOKEN=TOKEN) as kms:
+        header = ("-H", f"X-Onboard-Token: {TOKEN}")
+        for body in (
+            f'{{"source_token":["{secret}"]}}',
+            f'{{"source_token":{{"{secret}":1}}}}',
+            f'{{"source_token":"{secret}"',
+            f'{{"source_token":"{secret}","{secret}":1,"domain":""}}',
+            f'["", "", "{secret}", 1]',
+            f'"{secret}"',
+        ):
+            status, answer = kms.curl("/prpc/Onboard.Onboard?json", "-d", body, *header)
+            assert (status, secret in answer) == (400, False), answer
+        for path in (f"/?token={TOKEN}", f"/nothing?token={TOKEN}", f"/prpc/Onboard.Onboard?token={TOKEN}&domain=%"):
+            assert TOKEN not in kms.curl(path)[1]
+        for each in (secret, TOKEN):
+            assert says_nothing_of(each, kms)
 
 
 def test_token_of_the_environment_admits_and_goes_behind_the_files(world: World, tmp_path: Path) -> None:
@@ -307,6 +331,53 @@ def test_fresh_kms_takes_the_keys_over_by_the_admin_listener(world: World, sourc
         for each in (kms, source):
             assert says_nothing_of(TOKEN, each)
             assert says_nothing_of(WRONG, each)
+
+
+@contextmanager
+def denying_webhook() -> Iterator[tuple[str, list[dict[str, object]]]]:
+    """Deny whatever is asked; yield its URL and the requests."""
+    asked: list[dict[str, object]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            body = b'{"isAllowed":false,"reason":"not this one","gatewayAppId":""}'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        server.shutdown()
+
+
+def test_source_that_the_webhook_denies_gives_no_keys(world: World, source: Kms, tmp_path: Path) -> None:
+    with denying_webhook() as (url, asked):
+        keys = {"core.auth_api.type": "webhook", "core.auth_api.webhook.url": url}
+        with running(tmp_path, world, *RELEASE, **variables(keys)) as kms:
+            status, answer = onboard(kms, source.description["admin_url"], source_token=TOKEN)
+            said = "Failed to onboard: Source KMS is not allowed for onboarding: boot denied: not this one"
+            assert (status, answer) == (400, {"error": said})
+            assert [request["osImageHash"] for request in asked] == [world.os_image_hash]
+            assert not any((kms.certs / name).exists() for name in ROOT_KEYS)
+
+
+def test_source_without_evidence_gives_no_keys(world: World, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "fresh").mkdir()
+    keys = {**handover(tmp_path / "source"), "core.attest_rpc_cert": "false"}
+    with (
+        running(tmp_path / "source", world, *RELEASE, **variables(keys)) as kms,
+        running(tmp_path / "fresh", world, *RELEASE) as fresh,
+    ):
+        status, answer = onboard(fresh, kms.description["admin_url"], source_token=TOKEN)
+        assert status == 400
+        assert answer["error"].endswith("Source KMS certificate does not contain attestation")
+        assert not any((fresh.certs / name).exists() for name in ROOT_KEYS)
 
 
 def test_kms_of_0_5_does_not_send_the_token(world: World, source: Kms, tmp_path: Path) -> None:

@@ -176,6 +176,7 @@ def test_rpc_port_turns_clients_away_until_the_onboard_phase_has_ended(
         assert kms.rpc("Onboard.Bootstrap", {"domain": DOMAIN})[0] == 200
         require_refusal()
         assert kms.curl("/finish") == (200, "OK")
-        assert kms.curl("/health", url=f"https://{rpc[0]}:{rpc[1]}") == (200, "OK")
+        assert kms.runtime_url == f"https://{rpc[0]}:{rpc[1]}"
+        assert kms.curl("/health", url=kms.runtime_url) == (200, "OK")
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", int(kms.url.rpartition(":")[2])), 20)

@@ -103,12 +103,12 @@ async def _run_kms(config: KmsConfig, agent: str, arguments: argparse.Namespace)
 
 
 def _description(kms: KmsServer) -> dict[str, Any]:
-    """Return what `--json` prints for programs. The port stays the same in the runtime phase."""
+    """Return what `--json` prints for programs."""
     cert_dir = kms.config.core.cert_dir.absolute()
     return {
         "url": kms.url,
         "phase": kms.phase,
-        "address": kms.url.partition("://")[2],
+        "address": kms.runtime_address,
         "admin_url": kms.admin_url,
         "grpc": kms.grpc_targets,
         "cert_dir": str(cert_dir),
