@@ -25,6 +25,7 @@ from dstack_emu.attest.boot import (
     events_before_keys,
     events_from_kms,
     events_with_keys,
+    guest_app_id,
     guest_instance_id,
     launch_config,
 )
@@ -146,7 +147,9 @@ class TrustDomain:
         self.settings = settings or DomainSettings()
         self.vm_config = vm_config or image.vm_config()
         self.vm_config_json = self.vm_config.to_json() if claimed_config is None else claimed_config
-        self.app_id = app_id if app_id is not None else self.compose_hash[:20]
+        # An app-compose that names no key provider serves with any; see docs/fidelity.md.
+        provider = self.manifest.key_provider or "kms"
+        self.app_id = guest_app_id(self.compose_hash, app_id or b"", provider, release)
         self.instance_id = b"" if self.manifest.no_instance_id else guest_instance_id(instance_seed, self.app_id)
         self.launch_config = self._launch_config()
         registers, log = image.boot(self.vm_config)

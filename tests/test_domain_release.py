@@ -138,6 +138,27 @@ def test_given_mr_config_id_that_does_not_fit_ends_the_boot(config_id: bytes, wo
     assert names(guest)[-1] == "os-image-hash"
 
 
+# ---- The app id ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("release", [V0_5, V0_6], ids=lambda each: each.name)
+def test_given_app_id_counts_unless_a_guest_of_0_5_gets_no_keys_from_a_kms(release: Release) -> None:
+    given = b"\xcd" * 20
+
+    def app_id(**members: Any) -> bytes:
+        document = {"manifest_version": 2, "name": "app", "runner": "docker-compose"} | members
+        compose = AppCompose(json.dumps(document))
+        guest = TrustDomain(
+            INTEL.platform("host"), IMAGE, compose, instance_seed=b"instance", app_id=given, release=release
+        )
+        guest.boot()
+        return next(event.payload for event in guest.runtime_events if event.event == "app-id")
+
+    assert app_id() == app_id(kms_enabled=True) == app_id(key_provider="kms") == given
+    local = app_id(key_provider="local")
+    assert (local == given) is (release is V0_6)
+
+
 # ---- Refusals ----------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """A running stack for a test. Its methods return the part of a name, and add it if it does not exist."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -132,8 +132,13 @@ class LiveStack:
 
     # ---- actions
 
-    def boot(self, app: LiveTrustDomain | str | None = None, kms: LiveKms | str = "src") -> LiveTrustDomain:
-        """Let an app (by default the stack's own) fetch keys from a KMS; raise `Refused` with the KMS's text."""
+    def boot(
+        self, app: LiveTrustDomain | str | None = None, kms: LiveKms | str | Sequence[LiveKms | str] = "src"
+    ) -> LiveTrustDomain:
+        """Let an app (by default the stack's own) fetch keys from a KMS, or the first of several that releases them.
+
+        Raises `Refused` with the KMS's text.
+        """
         return (self.app(app) if app is None or isinstance(app, str) else app).boot(kms)
 
     def fault(self, **fields: Any) -> LiveFault:
