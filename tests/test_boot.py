@@ -286,10 +286,7 @@ def test_refusal_is_in_the_kms_s_words(ready_stack: RunningStack) -> None:
 
 def test_guest_of_another_seed_is_told_so(ready_stack: RunningStack) -> None:
     kms, pccs = ready_stack.services["kms-src"], ready_stack.services["pccs"]
-    hint = (
-        " (the guest is of the seed 'other': it and the KMS must be of one seed, "
-        "and the PCCS of each a PCCS of that seed)"
-    )
+    hint = " (the guest is of the seed 'other': guest, KMS and PCCS must have the same seed; set it by --seed)"
     with_own = refusal("--kms", kms, "--seed", "other")
     assert f"failed to validate the server attestation of {kms}/prpc: failed to verify the attestation" in with_own
     assert "PCCS status 404, 200 expected" in with_own

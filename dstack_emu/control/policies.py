@@ -47,7 +47,7 @@ class PolicyControl:
     def _changed(self, kms: str, change: Any, name: str, this_device_only: bool) -> dict[str, Any]:
         guest = self._known_guest(name)
         info = guest.agent.app_info()
-        measured = policy_files.Measured(
+        measured = policy_files.MeasuredDomain(
             is_kms=name.startswith("kms-"),
             app_id=info.app_id.hex(),
             compose_hash=info.compose_hash.hex(),

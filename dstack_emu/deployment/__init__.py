@@ -1,4 +1,4 @@
-"""Composition: the whole emulated deployment in one process.
+"""Composition of the whole emulated deployment in one process.
 
-The lowest room that knows both what makes evidence (`simulator`) and what verifies it (`kms_emu`).
+It is the lowest package that imports both `simulator`, which makes evidence, and `kms_emu`, which verifies it.
 """

@@ -1,4 +1,4 @@
-"""The listeners of one guest agent: two socket files, a TCP port with every service, and gRPC if it is wanted."""
+"""The listeners of a guest agent: two socket files, a TCP port with every service, and optionally gRPC."""
 
 import socket
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from dstack_emu.transport.listen import bind_unix, reachable, reserve_unix, serv
 
 @dataclass(frozen=True, slots=True)
 class SocketFile:
-    """The path of a Unix socket, and the command's option that sets it, which an error names."""
+    """The path of a Unix socket, and the option that sets it, for error messages."""
 
     path: Path
     option: str
@@ -23,7 +23,7 @@ class SocketFile:
 
 @dataclass(frozen=True, slots=True)
 class AgentAddresses:
-    """Where an agent listens. TCP sockets are bound already; socket files are bound when the agent starts to listen."""
+    """The addresses of an agent. TCP sockets are already bound, socket files are bound when the agent starts."""
 
     tcp: socket.socket
     dstack_sock: SocketFile
@@ -34,16 +34,16 @@ class AgentAddresses:
 
 @dataclass(frozen=True, slots=True)
 class Instruments:
-    """What is put around an agent's listeners: around each HTTP application, and grpc.aio's interceptors."""
+    """The instruments of an agent's listeners: a function that wraps each HTTP application, and gRPC interceptors."""
 
     instrument: Callable[[Application], Application] = lambda app: app
     interceptors: Sequence[Any] = ()
 
 
 class AgentListeners:
-    """A guest agent that listens, until `close`.
+    """The open listeners of a guest agent. Close them.
 
-    `url` is the TCP port's; `grpc_target` (`host:port`) and `grpc_sock` (a path) are empty if gRPC is not served there.
+    `url` is that of the TCP port; `grpc_target` (`host:port`) and `grpc_sock` (a path) are empty without gRPC there.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class AgentListeners:
     async def open(
         cls, agent: GuestAgent, addresses: AgentAddresses, instruments: Instruments | None = None
     ) -> "AgentListeners":
-        """Let an agent listen; raise `ListenError`, with the TCP sockets closed, if a socket file cannot be bound."""
+        """Start to listen; if a socket file cannot be bound, close the TCP sockets and raise `ListenError`."""
         listeners = cls()
         try:
             await listeners._open(agent, addresses, instruments or Instruments())
@@ -80,7 +80,9 @@ class AgentListeners:
         return server.url
 
     async def _serve_grpc(self, agent: GuestAgent, addresses: AgentAddresses, interceptors: Sequence[Any]) -> None:
-        from dstack_emu.simulator.agent_grpc import serve_agent  # grpcio costs time and memory: only if it is wanted
+        from dstack_emu.simulator.agent_grpc import (
+            serve_agent,
+        )  # grpcio costs time and memory: import it only if needed
 
         if (file := addresses.grpc_sock) is not None:
             self.grpc_sock = reserve_unix(file.path, setting=file.option)

@@ -1,7 +1,7 @@
 """The authorization flow of two KMS: measure, allow, bootstrap, onboard, finish.
 
-It uses nothing but the KMS's public interface, and the policy files of their webhooks; so it is the same for a stack's
-own KMS, for KMS in processes or containers, and for real ones. A KMS that has keys already is left as it is.
+It uses only the public interface of the KMS, and the policy files of their webhooks. Therefore it works with the KMS of
+a stack, with KMS in processes or containers, and with real ones. A KMS that has keys already is not changed.
 """
 
 import asyncio
@@ -29,17 +29,17 @@ from dstack_emu.transport.tls import client_context
 
 TIMEOUT: Final = 30.0
 PAUSE: Final = 0.1
-"""Seconds between two requests to a service that is not there yet."""
+"""Seconds between two requests to a service that does not answer yet."""
 
 Phase = Literal["onboard", "runtime"]
 Progress = Callable[[str], None]
 Measurements = dict[str, Any]
-"""What a KMS answers to GetAttestationInfo, as JSON."""
+"""The answer of a KMS to GetAttestationInfo, as JSON."""
 M = TypeVar("M", bound=Message)
 
 
 def plain_url(url: str) -> str:
-    """Return the URL of a KMS in its onboard phase, which is plain HTTP."""
+    """Return the URL of a KMS in its onboard phase, which uses plain HTTP."""
     return "http://" + url.rstrip("/").partition("://")[2]
 
 
@@ -49,7 +49,7 @@ def tls_url(url: str) -> str:
 
 
 class PhaseSource(Protocol):
-    """Tells the phase of one KMS."""
+    """Finds the phase of a KMS."""
 
     async def current(self) -> Phase:
         """Return its phase; raise `StackError` if it does not answer."""
@@ -61,7 +61,7 @@ class PhaseSource(Protocol):
 
 
 class AppToAllow(Protocol):
-    """The app that the policies are to allow."""
+    """The app that the policies will allow."""
 
     async def rule(self) -> Mapping[policy_files.AppRule, str]:
         """Return its rule, and the hash of its OS image (hex)."""
@@ -85,18 +85,18 @@ class KmsOnboarding:
     old_spellings: bool = False
 
     async def measure(self) -> Measurements:
-        """Return what it measures."""
+        """Return the measurements of the KMS."""
         info = await self._call("GetAttestationInfo", Empty(), pb.AttestationInfoResponse)
         measured: Measurements = json.loads(encode_json(info, old_spellings=self.old_spellings))
         return measured
 
     async def bootstrap(self) -> None:
-        """Let it make keys, and end its onboard phase."""
+        """Let the KMS generate keys, and end its onboard phase."""
         await self._call("Bootstrap", pb.BootstrapRequest(domain=self.domain), pb.BootstrapResponse)
         await self._finish()
 
     async def onboard(self, source_url: str) -> None:
-        """Let it take over the keys of the KMS at `source_url`, as seen from where it runs, and end the phase."""
+        """Let the KMS receive the keys of the one at `source_url`, as it reaches that, and end its onboard phase."""
         request = pb.OnboardRequest(source_url=f"{source_url}/prpc", domain=self.domain)
         await self._call("Onboard", request, pb.OnboardResponse)
         await self._finish()
@@ -119,8 +119,8 @@ class KmsOnboarding:
 class Authorization:
     """The flow for a source and a target KMS.
 
-    `policies` are the files of their webhooks; only one that is still the placeholder is written. `source_url` is where
-    the target finds the source, `https://host:port`.
+    `policies` are the files of their webhooks; a file is only written if it is still the placeholder. `source_url` is
+    the URL of the source as the target reaches it, `https://host:port`.
     """
 
     source: KmsOnboarding
@@ -131,9 +131,9 @@ class Authorization:
     progress: Progress
 
     async def carry_out(self, known: Mapping[str, Measurements] | None = None) -> dict[str, Measurements]:
-        """Give each fresh KMS its keys; return what those measured, by name.
+        """Give keys to each KMS that has none; return the measurements of these KMS, by name.
 
-        `known` is what KMS measured when they were fresh; they are allowed, too. Raises `StackError`.
+        `known` are measurements from earlier, which are allowed, too. Raises `StackError`.
         """
         fresh = [kms for kms in (self.source, self.target) if await kms.phases.current() == "onboard"]
         measured = await self._measure_and_allow(fresh, known or {}) if fresh else {}
@@ -159,20 +159,20 @@ class Authorization:
 
 
 async def _health(client: HttpClient, url: str) -> int:
-    """Return the status that a service's page `/health` has."""
+    """Return the status of a service's page `/health`."""
     return (await client.send("GET", f"{url}/health", follow_redirects=True)).status
 
 
 @dataclass(frozen=True, slots=True)
 class PolledPhase:
-    """The phase of a KMS by whether it answers /health with TLS or without."""
+    """Finds the phase of a KMS: whether it answers /health with TLS or without."""
 
     name: str
     url: str
 
     async def current(self) -> Phase:
         """Return its phase; raise `StackError` if it answers neither way."""
-        # Nothing is verified: only whether it answers is of interest.
+        # The certificate is not verified: only the status matters here.
         client = HttpClient(timeout=TIMEOUT, max_answer=MAX_RESPONSE, tls=client_context())
         try:
             with contextlib.suppress(NoAnswerError):  # a TLS port does not answer plain HTTP
@@ -209,7 +209,7 @@ def remote_kms(name: str, url: str, domain: str) -> KmsOnboarding:
 
 @dataclass(frozen=True, slots=True)
 class RemoteApp:
-    """An app that runs elsewhere and waits for its keys, by the URL of its guest agent."""
+    """An app that runs elsewhere and waits for its keys; `url` is that of its guest agent."""
 
     url: str
 

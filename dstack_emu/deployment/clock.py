@@ -1,8 +1,8 @@
-"""The clock of a stack: evidence is verified, and certificates are dated, at its time.
+"""The clock of a stack: the time at which evidence is verified and certificates are issued.
 
-It follows the wall clock until it is set, advanced or frozen. Until then certificates are dated `ISSUED_AT`, so a seed
-gives the same bytes on any day; after that they are dated by the clock. One thing does not follow it: OpenSSL checks
-the dates of a TLS peer's certificate by the wall clock.
+It follows the wall clock until it is set, advanced or frozen. Until then certificates have the date `ISSUED_AT`, so
+that a seed gives the same bytes on any day; after that they have the clock's date. OpenSSL does not use this clock: it
+checks the dates of a TLS peer's certificate by the wall clock.
 """
 
 import time
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 ISSUED_AT: Final = 1_767_225_600
-"""2026-01-01T00:00:00Z: the date of certificates of a stack whose clock was not touched."""
+"""2026-01-01T00:00:00Z: the date of certificates of a stack whose clock was never changed."""
 
 LATEST: Final = 253_402_300_799
 """9999-12-31T23:59:59Z: no certificate can be dated later."""
@@ -23,14 +23,14 @@ def wall_clock() -> int:
 
 
 class ClockError(ValueError):
-    """A time that the clock cannot show."""
+    """The clock cannot be set to this time."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClockState:
-    """The state of a clock: the moment it is frozen at, or by how many seconds it is ahead of the wall clock.
+    """The state of a clock: the time at which it is frozen, or the seconds by which it is ahead of the wall clock.
 
-    A stack begins with neither (`frozen_at` None, `ahead` 0), and not `touched`.
+    In the beginning it is neither (`frozen_at` None, `ahead` 0), and not `touched`.
     """
 
     frozen_at: float | None = None
@@ -41,14 +41,14 @@ class ClockState:
         if self.frozen_at is not None and not 0 <= self.frozen_at <= LATEST:
             raise ClockError(f"time: Unix seconds from 0 to {LATEST} expected, got {self.frozen_at:g}")
         if abs(self.ahead) > LATEST:
-            raise ClockError(f"clock: at most {LATEST} seconds from the wall's expected, got {self.ahead:g}")
+            raise ClockError(f"clock: at most {LATEST} seconds from the wall clock expected, got {self.ahead:g}")
 
 
 class StackClock:
-    """The time of one stack. Call it for Unix seconds."""
+    """The clock of one stack. Call it to get the time in Unix seconds."""
 
     now: Callable[[], float]
-    """Unix seconds with their fraction. (While the clock is not set, the wall's own function: it is called often.)"""
+    """Returns Unix seconds with a fraction. While the clock is not set, it is the wall clock's function, for speed."""
 
     def __init__(self, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
@@ -62,7 +62,7 @@ class StackClock:
         return self._state
 
     def restore(self, state: ClockState) -> None:
-        """Put a captured state back."""
+        """Restore a captured state."""
         self._state = state
         self.now = self._wall if state.frozen_at is None and not state.ahead else self._set_now
 
@@ -76,7 +76,7 @@ class StackClock:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether time stands still."""
+        """Whether the clock is frozen."""
         return self._state.frozen_at is not None
 
     @property
@@ -85,25 +85,25 @@ class StackClock:
         return self._state.touched
 
     def set(self, moment: float) -> None:
-        """Set it to a moment (Unix seconds); it runs on from there, unless it is frozen."""
+        """Set the clock to a time in Unix seconds; it continues from there, unless it is frozen."""
         self._put(moment, frozen=self.is_frozen)
 
     def advance(self, seconds: float) -> None:
-        """Set it forward, or back by a negative number."""
+        """Advance the clock; a negative number sets it back."""
         self._put(self.now() + seconds, frozen=self.is_frozen)
 
     def freeze(self, moment: float | None = None) -> None:
-        """Stop it, at a moment or at its present time."""
+        """Freeze the clock, at a time or at its present time."""
         self._put(self.now() if moment is None else moment, frozen=True)
 
     def resume(self) -> None:
-        """Let it run on from the time that it shows."""
+        """Let a frozen clock continue from its present time."""
         self._put(self.now(), frozen=False)
 
     def follow_the_wall(self) -> None:
-        """Make it follow the wall clock again, as at the stack's start."""
+        """Let the clock follow the wall clock again, as when the stack started."""
         self.restore(ClockState())
 
     def _put(self, moment: float, *, frozen: bool) -> None:
-        stands = ClockState(frozen_at=moment, touched=True)  # which also checks the moment
-        self.restore(stands if frozen else ClockState(ahead=moment - self._wall(), touched=True))
+        frozen_state = ClockState(frozen_at=moment, touched=True)  # this also validates the time
+        self.restore(frozen_state if frozen else ClockState(ahead=moment - self._wall(), touched=True))

@@ -13,13 +13,13 @@ from dstack_emu.simulator.seed import DEFAULT_SEED
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 
 JOURNAL_SIZE: Final = 2000
-"""Calls that the journal of a stack keeps in memory; older ones are dropped."""
+"""The number of calls that a stack's journal keeps in memory; older ones are dropped."""
 
 DESCRIPTION_FILE: Final = "stack.json"
-"""The stack's description, in its state folder."""
+"""The file with the stack's description, in its state folder."""
 
 LOCAL_SERVICES: Final = frozenset({"control"})
-"""Services that listen on 127.0.0.1 whatever `StackConfig.host` is: whoever reaches them controls the whole stack."""
+"""Services that always listen on 127.0.0.1, because whoever reaches them controls the whole stack."""
 
 
 @dataclass(frozen=True, slots=True)

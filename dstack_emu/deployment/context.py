@@ -1,4 +1,4 @@
-"""What the parts of one stack share. Each part is given it; none of them knows the deployment that starts them."""
+"""The objects that the parts of a stack share. Each part gets them; none refers to the deployment that starts it."""
 
 import socket
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from dstack_emu.transport.listen import Server, bind_tcp, serve
 
 
 class ServicePorts:
-    """The TCP sockets of the services: those of the services that a stack begins with are bound before any starts."""
+    """The TCP sockets of the services. Those of a stack's first services are bound before any of them starts."""
 
     def __init__(self, host: str) -> None:
         self._host = host
@@ -32,18 +32,18 @@ class ServicePorts:
         self._bound[service] = bind_tcp(host or self._host, port, setting=setting)
 
     def take(self, service: str) -> socket.socket:
-        """Hand the bound socket of a service over, or a new one on a free port; whoever takes it closes it."""
+        """Return the bound socket of a service, or a new one on a free port; the caller closes it."""
         return self._bound.pop(service, None) or bind_tcp(self._host, 0)
 
     def close(self) -> None:
-        """Close the sockets that nobody took."""
+        """Close the sockets that were not taken."""
         for sock in self._bound.values():
             sock.close()
 
 
 @dataclass(frozen=True, slots=True)
 class StackContext:
-    """One stack as its parts see it: settings, trust root, instruments, and where each service answers.
+    """One stack as its parts see it: settings, trust root, instruments, and the addresses of its services.
 
     `urls` has the URL of each service, `grpc` the `host:port` of each gRPC listener, both by name.
     """
@@ -78,7 +78,7 @@ class StackContext:
         return server
 
     def withdraw(self, service: str) -> None:
-        """Forget where a service answered that has ended."""
+        """Remove the addresses of a service that has ended."""
         self.urls.pop(service, None)
         for suffix in ("grpc", "grpc-mtls"):
             self.grpc.pop(f"{service}-{suffix}", None)
@@ -92,11 +92,11 @@ class StackContext:
         )
 
     def scrub(self, text: str) -> str:
-        """Put names in place of what differs from run to run: ports, and the state folder."""
+        """Replace what differs from run to run by names: ports, and the state folder."""
         for name, url in self.urls.items():
             text = text.replace(url.partition("://")[2], name)
         return text.replace(str(self.state), "STATE")
 
     def verifier(self, caller: str) -> RecordingVerifier:
-        """Make the verifier of one part."""
+        """Make the verifier of a part."""
         return self.instrumentation.verifier(caller, self.urls["pccs"], TrustAnchor(self.intel.root_der))

@@ -1,8 +1,8 @@
 """The whole deployment in one process: PCCS, verifier, two webhooks, two KMS in their trust domains, and an app's.
 
-Everything talks over real sockets, by the public interfaces that a real deployment has: the KMS are measured by a
-request to them, allowed by their policy files, and the app gets its keys by GetAppKey. What else belongs to a stack,
-such as the control API, is plugged in as an `Extension`.
+All parts communicate over real sockets and the public interfaces of a real deployment: the KMS state their measurements
+on request, policy files allow them, and the app gets its keys by GetAppKey. Other services, such as the control API,
+are added as an `Extension`.
 """
 
 import json
@@ -40,7 +40,7 @@ from dstack_emu.verifier.server import verifier_app
 from dstack_emu.verifier.service import Verifier
 
 IMAGE_TIMEOUT: Final = 30.0
-"""Seconds that the download of an OS image may take."""
+"""The timeout of the download of an OS image in seconds."""
 
 SERVICES: Final = frozenset(
     {"pccs", "verifier", "auth-src", "auth-dst", "agent-src", "agent-dst", "kms-src", "kms-dst", "app"}
@@ -53,22 +53,22 @@ log = logging.getLogger("dstack_emu.stack")
 
 
 class Extension(Protocol):
-    """A service that is plugged into a deployment. Its port, `name` in `transport.ports.PORTS`, is bound for it."""
+    """An additional service of a deployment, which binds the port `name` in `transport.ports.PORTS` for it."""
 
     name: str
 
     async def start(self, sock: socket.socket) -> Server:
-        """Serve it on a bound socket, before the authorization flow begins; the deployment closes the server."""
+        """Serve the extension on a bound socket, before the authorization flow; the deployment closes the server."""
         ...
 
     def became_ready(self) -> None:
-        """Take notice that the deployment is ready."""
+        """Handle that the deployment is ready."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _OwnApp:
-    """The deployment's own app, as the policies are to allow it."""
+    """The deployment's own app, for the policies."""
 
     domain: TrustDomain
 
@@ -97,7 +97,7 @@ class Deployment:
         self._supervisor: Supervisor | None = None
 
     def extend(self, extension: Extension) -> None:
-        """Plug a service in, before the deployment is entered."""
+        """Add an extension, before the deployment is entered."""
         self._extensions.append(extension)
 
     async def __aenter__(self) -> Self:
@@ -136,7 +136,7 @@ class Deployment:
         self._exit.push_async_callback(self._close_parts)
         await self._start_parts(remembered.get("kms") or {})
         await self._start_extensions()
-        # Before anything closes: a server waits for its calls, and they would wait for the fault to be lifted.
+        # Lift all faults before anything closes: a server waits for its calls, and a fault could block them.
         self._exit.callback(self.context.instrumentation.faults.clear)
         if self.config.fresh:
             await self._measure_fresh_kms()
@@ -190,7 +190,7 @@ class Deployment:
         for name in PERMANENT:
             self._progress(f"starting kms-{name}")
             kms = await self.start_kms(KmsSpec(name=name))
-            # Only a fresh KMS tells what it measures; what an earlier run of this state measured is remembered.
+            # A KMS with keys does not state its measurements; those of an earlier run are in the state folder.
             kms.measured = measured.get(name)
         self._progress("starting the app's trust domain")
         self.app = await self.start_guest(GuestSpec(name="app"))
@@ -245,7 +245,7 @@ class Deployment:
                 kms.measured = await kms.onboarding.measure()
 
     async def _authorize(self) -> None:
-        """Carry the flow out to its end: measure, allow, bootstrap, onboard, finish, boot the app."""
+        """Carry out the whole flow: measure, allow, bootstrap, onboard, finish, and boot the app."""
         source, target = (self.kms[name].onboarding for name in PERMANENT)
         flow = Authorization(
             source, target, _OwnApp(self.app.domain), list(self.policies.values()), tls_url(source.url), self._progress
@@ -260,9 +260,9 @@ class Deployment:
         except GuestError as error:
             if measured:
                 raise StackError(f"app: {error}") from error
-            # A resumed stack keeps the policy that it was left with, and runs, so that the policy can be changed.
+            # A resumed stack keeps its policy, and runs all the same, so that the policy can be changed.
             self._progress(f"app: {error}")
-            self._progress("the app has no keys; the policy says so. All else is up")
+            self._progress("the app has no keys, because the policy does not allow it; everything else runs")
 
     async def boot(self, guest: RunningGuest, kms: Sequence[str]) -> None:
         """Let a trust domain fetch its keys from the KMS of these names, tried in order.
@@ -271,7 +271,7 @@ class Deployment:
         """
         await guest.boot(kms, self._app_verifier)
 
-    # ---- what there is
+    # ---- its description
 
     @property
     def state(self) -> Path:
@@ -310,7 +310,7 @@ class Deployment:
 
     @property
     def kms_info(self) -> dict[str, dict[str, Any]]:
-        """What each KMS measures, as it answers GetAttestationInfo."""
+        """The answer of each KMS to GetAttestationInfo."""
         return {name: kms.measured for name, kms in self.kms.items() if kms.measured is not None}
 
     def description(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The environment variables by which a program finds a running stack. docs/configuration.md lists them."""
+"""The environment variables that name the services of a running stack. docs/configuration.md lists them."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The errors of a deployment that cannot start, or that ends while it runs."""
+"""The errors of a deployment that does not start, or that ends while it runs."""
 
 
 class StackError(Exception):

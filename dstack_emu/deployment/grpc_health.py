@@ -13,13 +13,13 @@ MTLS: Final = "-mtls"
 
 
 async def check_listener(name: str, targets: Mapping[str, str], seconds: float) -> str | None:
-    """Return the problem of the listener of that name: empty if it serves, None if it does not have to yet."""
+    """Return the problem of a listener: empty if it serves, None if it does not serve yet, as expected."""
     target = targets[name]
     try:
         if name.endswith(MTLS):
             if not await _speaks_tls(targets[name.removesuffix(MTLS)], seconds):
                 return None
-            # There is no client certificate here: that it demands one is all that can be checked.
+            # Without a client certificate, one can only check that the listener demands one.
             demanded = await is_demanded(target, seconds=seconds)
             return "" if demanded else f"{name} at {target} demands no client certificate"
         return await _check(name, target, await _speaks_tls(target, seconds), seconds)

@@ -1,7 +1,7 @@
-"""The settings of one emulated guest, and its trust domain powered on by them.
+"""The settings of one emulated guest, and the boot of its trust domain.
 
-`dstack-emu agent`, `boot` and `quote` are made of this. It starts no server; a stack's trust domains have their own
-description, `deployment.specs`.
+`dstack-emu agent`, `boot` and `quote` use this module. It starts no server. The trust domains of a stack are described
+by `deployment.specs`.
 """
 
 from dataclasses import dataclass, field
@@ -99,7 +99,7 @@ def local_key_provider(seed: Seed, name: str) -> KeyProvider:
 
 
 def power_on(intel: Intel, config: GuestConfig) -> TrustDomain:
-    """Boot a trust domain of that configuration, up to where it needs keys; raise `FormatError` if it cannot boot."""
+    """Boot a trust domain until it needs keys; raise `FormatError` if its configuration is invalid."""
     seed, machine = Seed.of(config.seed), config.machine
     platform = intel.platform(config.platform)
     platform.state, intel.state = config.platform_state, config.vendor_state

@@ -1,4 +1,4 @@
-"""Trust domains of a stack with their agents: those it begins with, and those that are made while it runs."""
+"""The trust domains of a stack and their agents, including those that are added while it runs."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -30,11 +30,11 @@ from dstack_emu.transport.ratls import TIMEOUT as KMS_TIMEOUT
 from dstack_emu.transport.ratls import RaTlsClient
 
 _OPTION = "--state DIR"
-"""What decides where a stack's socket files are."""
+"""The option that sets the folder of a stack's socket files."""
 
 
 def power_on(context: StackContext, spec: GuestSpec) -> TrustDomain:
-    """Boot a trust domain up to where it needs keys.
+    """Boot a trust domain until it needs keys.
 
     Raises `FormatError` if its VM or its app-compose is invalid.
     """
@@ -73,9 +73,9 @@ def _image(context: StackContext, spec: GuestSpec, guest_release: Release) -> Os
 
 
 class RunningGuest:
-    """A trust domain whose agent answers. `boot` gets it keys of a KMS; `close` ends it.
+    """A trust domain whose agent runs. `boot` fetches keys from a KMS; `close` stops the agent.
 
-    `service` is the name under which its agent is known in the stack; `streams` are its sources of randomness.
+    `service` is the name of its agent's service in the stack; `streams` are its random streams.
     """
 
     def __init__(self, context: StackContext, spec: GuestSpec, service: str, domain: TrustDomain, seed: Seed) -> None:
@@ -89,7 +89,7 @@ class RunningGuest:
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Its name."""
         return self.spec.name
 
     @property
@@ -115,7 +115,7 @@ class RunningGuest:
     # ---- running
 
     async def listen(self) -> None:
-        """Let the agent listen: on two socket files and a TCP port, and by gRPC if the stack serves it."""
+        """Let the agent listen on two socket files and a TCP port, and for gRPC if the stack serves it."""
         context, grpc = self._context, self._context.config.grpc
         self.folder.mkdir(exist_ok=True, mode=0o700)
         addresses = AgentAddresses(
@@ -138,7 +138,7 @@ class RunningGuest:
     async def boot(self, kms: Sequence[str], verifier: AttestationVerifier) -> None:
         """Fetch keys from these KMS, tried in order, whose evidence `verifier` verifies, and run with them.
 
-        Raises `GuestError` with the refusal; the trust domain is then as it was before.
+        Raises `GuestError` with the refusal; then the trust domain is unchanged.
         """
         instrumentation = self._context.instrumentation
         before, position = self.domain.capture(), self.streams["boot"].capture()
@@ -191,7 +191,7 @@ class RunningGuest:
             write_environment(self.folder, environment)
 
     def power_cycle(self) -> None:
-        """Power it on anew, up to where it needs keys; its agent keeps the keys that it has."""
+        """Boot the trust domain again until it needs keys; its agent keeps its keys."""
         self.domain.restore(power_on(self._context, self.spec).capture())
 
     @property
@@ -199,7 +199,7 @@ class RunningGuest:
         return self._context.instrumentation.patience or KMS_TIMEOUT
 
     async def _use(self, issuer: KmsIssuer | None, kms: str) -> None:
-        """Use the issuer of a KMS from here on, and close the connections of the one before."""
+        """Use the issuer of a KMS from now on, and close the connections of the previous one."""
         before, self._issuer, self._kms = self._issuer, issuer, kms
         if before is not None and before is not issuer:
             await before.close()
@@ -214,7 +214,7 @@ class RunningGuest:
     # ---- state
 
     def capture(self) -> GuestState:
-        """Return the state as it is now."""
+        """Return the present state."""
         domain = self.domain.capture()
         streams = {name: stream.capture() for name, stream in self.streams.items()}
         keys = self._captured_keys()
@@ -223,7 +223,7 @@ class RunningGuest:
         )
 
     def _captured_keys(self) -> KeysState | None:
-        """Return the keys that a KMS gave it; those that it made itself grow from the seed."""
+        """Return the keys from a KMS; keys that were generated here are determined by the seed."""
         provided = self.agent.capture()
         if provided is None or self._issuer is None:
             return None
@@ -235,7 +235,7 @@ class RunningGuest:
         )
 
     async def restore(self, state: GuestState) -> None:
-        """Put a captured state of a trust domain of the same description back."""
+        """Restore a captured state of a trust domain with the same specification."""
         self.domain.restore(TrustDomainState(state.rtmr3, state.events))
         for name, stream in self.streams.items():
             stream.restore(state.streams.get(name, 0))
@@ -257,9 +257,9 @@ class RunningGuest:
 
 
 async def start_guest(context: StackContext, spec: GuestSpec, service: str, seed: Seed | None = None) -> RunningGuest:
-    """Power a trust domain on and let its agent answer; raise `GuestError` if it cannot boot.
+    """Boot a trust domain and start its agent; raise `GuestError` if it cannot boot.
 
-    Its randomness grows from `seed`, by default one of its own.
+    Its random streams are derived from `seed`, by default from a seed of its own.
     """
     try:
         domain = power_on(context, spec)

@@ -1,4 +1,4 @@
-"""Health of a running stack: a request to each of its services, by the description in its state folder."""
+"""Checks the health of a running stack by a request to each service in its description."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from dstack_emu.transport.tls import client_context
 
 TIMEOUT: Final = 5.0
 MAX_PAGE: Final = 1024 * 1024
-"""Bytes of a page that are read at most."""
+"""The maximum length of a page in bytes."""
 
 
 async def check_health(state: Path) -> list[str]:
@@ -31,7 +31,7 @@ async def check_health(state: Path) -> list[str]:
 
 async def check_services(services: Mapping[str, str]) -> dict[str, str]:
     """Check services by name and URL; return the problem of each, empty if it answers."""
-    # Nothing is verified: only whether it answers is of interest.
+    # Certificates are not verified: only the status matters here.
     client = HttpClient(timeout=TIMEOUT, max_answer=MAX_PAGE, tls=client_context())
     try:
         answers = await asyncio.gather(*(_check(client, name, url) for name, url in services.items()))
@@ -43,7 +43,7 @@ async def check_services(services: Mapping[str, str]) -> dict[str, str]:
 async def check_grpc(targets: Mapping[str, str]) -> dict[str, str]:
     """Check gRPC listeners by name and target (grpc.health.v1); return the problem of each, empty if it serves.
 
-    The second port of a KMS is in the answer once there is TLS; before that, nothing is served there.
+    The second port of a KMS is only checked when the KMS uses TLS; before that, nothing is served there.
     """
     if not targets:
         return {}
@@ -55,7 +55,7 @@ async def check_grpc(targets: Mapping[str, str]) -> dict[str, str]:
 
 async def _check(client: HttpClient, name: str, url: str) -> str:
     problem = await _check_at(client, name, url)
-    if problem and name.startswith("kms-"):  # whose phase, and with it the scheme, may be another one by now
+    if problem and name.startswith("kms-"):  # its phase, and so the scheme, may have changed
         scheme, _, rest = url.partition("://")
         other = "https" if scheme == "http" else "http"
         return await _check_at(client, name, f"{other}://{rest}") and problem

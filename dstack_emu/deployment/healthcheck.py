@@ -1,11 +1,11 @@
 #!/opt/venv/bin/python -IS
-"""The health check of one service: a program of one file, for containers, that starts in no time.
+"""The health check of one service: a program of one file, for containers, that starts fast.
 
-    healthcheck http://127.0.0.1:8081/health      that URL has to answer with status 200
-    healthcheck kms:127.0.0.1:9301                a KMS, which speaks TLS only once it has keys
+    healthcheck http://127.0.0.1:8081/health      that URL must answer with status 200
+    healthcheck kms:127.0.0.1:9301                a KMS, which uses TLS only when it has keys
 
-It imports nothing of the project, and no HTTP library either: a container runs it every few seconds. Certificates are
-not verified: only whether the service answers is of interest.
+A container runs it every few seconds, so it imports nothing of the project, and no HTTP library. Certificates are not
+verified: only the status matters here.
 """
 
 import socket
@@ -37,11 +37,11 @@ def check(target: str) -> str:
 
 
 def _get(address: tuple[str, int], path: str, *, secure: bool) -> str:
-    """GET a page; return the status in the first line of the answer, empty if that is no HTTP."""
+    """GET a page; return the status in the first line of the answer, empty if it is not HTTP."""
     with socket.create_connection(address, TIMEOUT) as plain:
         stream: socket.socket = plain
         if secure:
-            import ssl  # which the plain services need not wait for
+            import ssl  # slow to import, and only needed for https
 
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

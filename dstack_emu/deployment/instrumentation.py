@@ -1,4 +1,4 @@
-"""One stack's clock, journal and faults, and how its services are instrumented with them."""
+"""The clock, the journal and the faults of a stack, and the functions that instrument its services with them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -29,7 +29,7 @@ App = TypeVar("App", Application, web.Application)
 
 
 class Instrumentation:
-    """The instruments of one stack; `patience` is the seconds that its services wait (None: as long as upstream's)."""
+    """The instruments of a stack; `patience` is the timeout of its services in seconds (None: that of upstream)."""
 
     def __init__(
         self, seed: Seed, *, patience: float | None = None, kept: int = JOURNAL_SIZE, journal_file: Path | None = None
@@ -41,7 +41,7 @@ class Instrumentation:
         self._verifiers: dict[str, RecordingVerifier] = {}
 
     def instrument(self, service: str, app: App, *, stale: Stale | None = None) -> App:
-        """Put journal and faults around the application of a service, which is not served yet."""
+        """Add journal and faults to the application of a service, before it is served."""
         instruments = HttpInstruments(service, self.journal, self.faults, stale=stale)
         if isinstance(app, Application):
             app.middlewares.insert(0, instruments.middleware)
@@ -50,8 +50,8 @@ class Instrumentation:
         return app
 
     def interceptors(self, service: str) -> "list[CallInterceptor]":
-        """Make the interceptors that do the same for what a service serves by gRPC."""
-        from dstack_emu.observability.interceptor import CallInterceptor  # grpcio costs time and memory: only if wanted
+        """Make the interceptors that add journal and faults to a service's gRPC."""
+        from dstack_emu.observability.interceptor import CallInterceptor  # grpcio costs time and memory
 
         return [CallInterceptor(service, self.journal, self.faults)]
 
@@ -61,9 +61,9 @@ class Instrumentation:
         return KmsInstruments((middleware,), verifier, headers_of(service), self.patience, now=lambda: self.clock.now())
 
     def webhook_client(self, caller: str, url: str, *, own: bool, release: Release, timeout: float) -> AuthApi:
-        """Make the client of a webhook, as a KMS of that release has it.
+        """Make the client of a webhook for a KMS of that release.
 
-        A webhook is the stack's `own`, or a foreign one, which is sent no header of ours. `timeout` is the KMS's, in
+        Only the stack's `own` webhooks get the header that connects calls in the journal. `timeout` is the KMS's, in
         seconds; nobody waits for longer than the stack's patience.
         """
         timeout = min(timeout, self.patience or timeout)
@@ -74,7 +74,7 @@ class Instrumentation:
     # ---- verifiers
 
     def verifier(self, caller: str, pccs_url: str, anchor: TrustAnchor) -> RecordingVerifier:
-        """Make the verifier of one part of the stack; the part closes it and drops it at its end."""
+        """Make the verifier of a part; the part must close and drop it when it ends."""
         patience, headers = self.patience or DEFAULT_TIMEOUT, headers_of(caller)
         pccs = PccsClient(
             pccs_url, timeout=patience, headers=headers, revalidates_at_once=True
@@ -83,7 +83,7 @@ class Instrumentation:
         return made
 
     def drop_verifier(self, caller: str) -> None:
-        """Forget the verifier of a part that has ended."""
+        """Remove the verifier of a part that has ended."""
         self._verifiers.pop(caller, None)
 
     def clear_caches(self) -> None:

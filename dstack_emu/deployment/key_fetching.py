@@ -1,6 +1,6 @@
-"""How a guest of `dstack-emu boot` gets its keys: from a KMS that runs elsewhere, and may not be there yet.
+"""Fetches the keys of a guest of `dstack-emu boot` from a KMS that runs elsewhere, and may not run yet.
 
-A module of its own, because it needs verification, which an agent with keys of its own does not.
+It is a separate module because it imports verification, which an agent with generated keys does not need.
 """
 
 import asyncio
@@ -21,15 +21,15 @@ from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
 from dstack_emu.transport.urls import shown_url
 
 RETRY_PAUSE: Final = 0.5
-"""Seconds between two requests to a KMS that does not answer, or does not give keys, yet."""
+"""Seconds between two requests to a KMS that does not answer yet."""
 
 _OF_ANOTHER_SEED: Final = ("PCCS status 404", "InvalidCrlSignatureForPublicKey")
-"""What verifiers say of evidence of another seed: no PCCS knows the platform, or collateral is under another root."""
+"""Parts of verifiers' errors for evidence of another seed: an unknown platform, or collateral under another root."""
 
 
 @dataclass(frozen=True, slots=True)
 class CollateralSource:
-    """Where collateral for the KMS's evidence comes from: a PCCS, under a root certificate (DER), of a seed."""
+    """The source of collateral for the KMS's evidence: a PCCS, its root certificate (DER), and its seed."""
 
     pccs_url: str
     root_der: bytes
@@ -43,9 +43,9 @@ async def fetch_keys_patiently(
     entropy: Entropy,
     progress: Callable[[str], None],
 ) -> tuple[AppKeys, KmsIssuer]:
-    """Fetch a booted domain's keys, and try again for as long as the KMS may be unreachable.
+    """Fetch the keys of a booted domain; repeat this for as long as the KMS may be unreachable.
 
-    The caller closes the issuer. Raises `GuestError` with the refusal in the KMS's own words.
+    The caller closes the issuer. Raises `GuestError` with the text of the KMS's refusal.
     """
     pccs = PccsClient(collateral.pccs_url)
     verifier = AttestationVerifier(pccs, TrustAnchor(collateral.root_der), wall_clock)
@@ -57,8 +57,8 @@ async def fetch_keys_patiently(
         if not any(sign in str(error) for sign in _OF_ANOTHER_SEED):
             raise
         raise GuestError(
-            f"{error} (the guest is of the seed {collateral.seed!r}: it and the KMS must be of one seed, "
-            "and the PCCS of each a PCCS of that seed)"
+            f"{error} (the guest is of the seed {collateral.seed!r}: guest, KMS and PCCS must have the "
+            "same seed; set it by --seed)"
         ) from error
     finally:
         await pccs.close()

@@ -1,4 +1,4 @@
-"""KMS of a stack, each in a trust domain of its own: the two it begins with, and those that are made while it runs."""
+"""The KMS of a stack, each in its own trust domain, including those that are added while it runs."""
 
 import shutil
 import socket
@@ -26,16 +26,16 @@ from dstack_emu.transport.ports import IMAGE_URL
 from dstack_emu.transport.settings import merge
 
 PERMANENT: Final = ("src", "dst")
-"""The KMS that a stack begins with. The state folder keeps their files; other KMS start without any."""
+"""The KMS of every stack. The state folder keeps their files; other KMS start without files."""
 
 KMS_DOMAIN: Final = "127.0.0.1"
-"""The name in the KMS's certificates, an IP address: the printed URLs verify under the KMS's root."""
+"""The name in the KMS's certificates, an IP address, so that the printed URLs are valid under the KMS's root."""
 
 
 class RunningKms:
-    """A KMS that answers, with what belongs to it alone.
+    """A running KMS, with its own webhook and gRPC listeners if it has any.
 
-    `measured` is what it answered to GetAttestationInfo in its onboard phase, None if it has not been asked.
+    `measured` is its answer to GetAttestationInfo in the onboard phase, None if that was not requested.
     """
 
     server: KmsServer
@@ -64,7 +64,7 @@ class RunningKms:
     # ---- starting and stopping
 
     async def start(self, entropy_seed: Seed) -> None:
-        """Serve it; raise `StackError` if it does not start."""
+        """Start the KMS; raise `StackError` if it does not start."""
         context, service = self._context, self.spec.service
         self.guest.streams["kms"] = entropy = entropy_seed.stream("kms")
         webhook, is_own = await self._webhook()
@@ -96,7 +96,7 @@ class RunningKms:
         self._publish_url()
 
     def _publish_url(self) -> None:
-        """Publish where it answers: the scheme follows its phase."""
+        """Publish its URL, whose scheme depends on its phase."""
         self._context.urls[self.spec.service] = self.server.url
 
     def _document(self, webhook: str, sock: socket.socket, *, grpc: bool) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class RunningKms:
         return socks
 
     async def _webhook(self) -> tuple[str, bool]:
-        """Return the URL of its webhook, started if it is to have its own, and whether it is part of the stack."""
+        """Return the URL of its webhook, and whether that is part of the stack; start the webhook if it is its own."""
         context, wanted = self._context, self.spec.webhook
         if wanted.startswith(("http://", "https://")):
             return wanted, wanted.rstrip("/") in context.urls.values()
@@ -163,7 +163,7 @@ class RunningKms:
         return context.urls[service], True
 
     async def close(self) -> None:
-        """Stop it, and a webhook of its own. Its trust domain goes on."""
+        """Stop the KMS and its own webhook. Its trust domain continues."""
         await self._exit.aclose()
         self._context.instrumentation.drop_verifier(self.spec.service)
 
@@ -171,19 +171,19 @@ class RunningKms:
 
     @property
     def onboarding(self) -> KmsOnboarding:
-        """Its onboard phase, by its public interface."""
+        """The public interface of its onboard phase."""
         has_alias = self._context.release_of(self.spec.release).attestation_mode_alias
         return KmsOnboarding(self.spec.service, self.url, KMS_DOMAIN, self, headers_of("stack"), has_alias)
 
     async def current(self) -> Phase:
-        """Return its phase; raise `StackError` if it runs no more."""
+        """Return its phase; raise `StackError` if it does not run."""
         phase = self.server.phase
         if phase not in ("onboard", "runtime"):
             raise StackError(f"{self.spec.service} is {phase}")
         return phase
 
     async def reached_runtime(self) -> None:
-        """Wait until it answers over TLS; raise `StackError` if it ends before."""
+        """Wait until the KMS answers over TLS; raise `StackError` if it ends before."""
         try:
             await self.server.reached_runtime()
         except KmsError as error:
@@ -193,7 +193,7 @@ class RunningKms:
     # ---- state
 
     def capture(self) -> KmsState:
-        """Return the state as it is now; raise `StackError` if it runs no more."""
+        """Return the present state; raise `StackError` if it does not run."""
         try:
             server = self.server.capture()
         except KmsError as error:
@@ -209,7 +209,7 @@ class RunningKms:
         )
 
     async def restore(self, state: KmsState) -> None:
-        """Put a captured state of a KMS of the same description back; raise `KmsError` if it does not start again."""
+        """Restore a captured state of a KMS with the same specification; raise `KmsError` if it does not start."""
         await self.server.restore(
             KmsServerState(state.phase, state.files, state.own_boot_info, state.requests, state.failures)
         )
@@ -218,7 +218,7 @@ class RunningKms:
 
 
 async def start_kms(context: StackContext, spec: KmsSpec) -> RunningKms:
-    """Start a KMS in a trust domain with keys of a local key provider, as production KMS have them.
+    """Start a KMS in a trust domain with keys of a local key provider, as a production KMS has.
 
     Raises `StackError` if it does not start.
     """
@@ -259,7 +259,7 @@ async def stop_kms(context: StackContext, kms: RunningKms) -> None:
 
 
 def delete_files(context: StackContext, spec: KmsSpec) -> None:
-    """Delete the keys of a KMS that was made while the stack ran, and a policy of its own."""
+    """Delete the keys of a KMS that was added while the stack ran, and its own policy."""
     shutil.rmtree(context.state / spec.service / "certs", ignore_errors=True)
     if spec.webhook == "own":
         context.policies.remove(spec.name)

@@ -1,6 +1,7 @@
-"""The auth-simple policy files of a stack, each replaced as a whole, so that nobody ever reads half of one.
+"""The policy files of a stack's auth-simple webhooks.
 
-Plain JSON that may be edited while the stack runs: auth-simple reads it anew for every request.
+They are JSON and may be edited while the stack runs: auth-simple reads them at every request. A file is always replaced
+atomically, so that no reader finds a part of one.
 """
 
 import json
@@ -22,7 +23,7 @@ DENY_ALL: Final[dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class AppRule:
-    """An app that a policy allows: id and compose hash as hex without 0x."""
+    """An app that a policy allows: its id and compose hash, as hex without 0x."""
 
     app_id: str
     compose_hash: str
@@ -42,7 +43,7 @@ def allow(os_images: list[str], mr_aggregated: list[str], apps: list[AppRule]) -
 
 
 def is_placeholder(path: Path) -> bool:
-    """Return whether a policy is still the placeholder that a stack wrote."""
+    """Return whether a policy file is still the placeholder that a stack has written."""
     try:
         policy: object = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -58,7 +59,7 @@ def admit(
 ) -> None:
     """Write policies that allow KMS and apps into the files that are still the placeholder.
 
-    `measured` is what the KMS answered to GetAttestationInfo; `apps` has the OS image's hash (hex) of each app.
+    `measured` are the answers of the KMS to GetAttestationInfo; `apps` has the OS image's hash (hex) of each app.
     """
     infos = list(measured)
     policy = allow(
@@ -74,7 +75,7 @@ def admit(
 
 
 def place(paths: Iterable[Path]) -> None:
-    """Write the placeholder into the files that do not exist yet, and make their folders."""
+    """Write the placeholder into the files that do not exist yet, and create their folders."""
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -87,17 +88,17 @@ def write(path: Path, policy: dict[str, Any]) -> None:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Replace the content of a policy file as a whole."""
-    # As root, in a container: whoever owns the folder has to be able to edit the policies in it.
+    """Replace the content of a policy file atomically; raise `OSError`."""
+    # If this runs as root, in a container, the owner of the folder must be able to edit the policies in it.
     replace_file(path, content, like_folder=True)
 
 
 PolicyContents = dict[str, bytes | None]
-"""What is in each policy file, by KMS; None if there is no file."""
+"""The content of each policy file, by KMS; None if there is no file."""
 
 
 class PolicyFiles:
-    """The policy files of one stack, in one folder, by the name of the KMS whose webhook reads each."""
+    """The policy files of a stack, in one folder, by the name of the KMS whose webhook reads them."""
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
         self.folder = folder
@@ -107,7 +108,7 @@ class PolicyFiles:
         return self.folder / f"auth-{name}.json"
 
     def add(self, name: str) -> Path:
-        """Write a policy that denies everyone for a KMS that is new."""
+        """Write a policy that denies everyone, for a new KMS."""
         path = self.paths[name] = self._path(name)
         write(path, DENY_ALL)
         return path
@@ -122,7 +123,7 @@ class PolicyFiles:
         return {name: _content(path) for name, path in self.paths.items()}
 
     def restore(self, state: PolicyContents) -> None:
-        """Put captured contents back into the files that there are."""
+        """Restore captured contents."""
         for name, content in state.items():
             path = self.paths[name]
             if content is None:
@@ -139,8 +140,8 @@ def _content(path: Path) -> bytes | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """A trust domain as a policy names it, in hex without 0x; with `device_id` None on any device."""
+class MeasuredDomain:
+    """A trust domain as a policy names it, in hex without 0x; `device_id` None allows any device."""
 
     is_kms: bool
     app_id: str
@@ -150,7 +151,7 @@ class Measured:
     device_id: str | None = None
 
 
-def allowing(policy: dict[str, Any], measured: Measured) -> dict[str, Any]:
+def allowing(policy: dict[str, Any], measured: MeasuredDomain) -> dict[str, Any]:
     """Return a policy that allows one more trust domain, and all that this one allows."""
     images = _with(policy.get("osImages", []), measured.os_image_hash)
     if measured.is_kms:
@@ -164,7 +165,7 @@ def allowing(policy: dict[str, Any], measured: Measured) -> dict[str, Any]:
     return {**policy, "osImages": images, "apps": {**apps, app_id: _on_device(app, measured.device_id)}}
 
 
-def denying(policy: dict[str, Any], measured: Measured) -> dict[str, Any]:
+def denying(policy: dict[str, Any], measured: MeasuredDomain) -> dict[str, Any]:
     """Return a policy that allows one trust domain less: without a KMS's measurement, or an app's whole entry."""
     if measured.is_kms:
         kms = dict(policy.get("kms", {}))

@@ -1,8 +1,8 @@
 """The logs of a stack by service, kept in memory while it runs.
 
-The services of one process share their loggers. The context in which a record is logged tells its service: a server
-that is started inside `ServiceLogs.of` handles every request in a copy of that context. Levels are not changed: what
-the loggers let through is kept here, and reaches all other handlers, too.
+The services of a process share their loggers. The service of a record is found by the context in which it is logged: a
+server that is started inside `ServiceLogs.of` handles every request in a copy of that context. The levels of loggers
+are not changed, and all other handlers receive the records, too.
 """
 
 import logging
@@ -15,7 +15,7 @@ from typing import Final
 from dstack_emu.transport.events import logger_name
 
 KEPT: Final = 10_000
-"""Records that are kept of each service; older ones are dropped."""
+"""The number of records that are kept of each service; older ones are dropped."""
 
 _current: "ContextVar[tuple[ServiceLogs, str] | None]" = ContextVar("service of a stack", default=None)
 
@@ -32,12 +32,12 @@ class ServiceLogs(logging.Handler):
         logging.getLogger().addHandler(self)
 
     def detach(self) -> None:
-        """Receive no more records. Those that were kept stay."""
+        """Receive no further records; keep those received so far."""
         logging.getLogger().removeHandler(self)
 
     @contextmanager
     def of(self, service: str) -> Iterator[None]:
-        """Assign what is logged in the block, in this context and in copies of it, to a service."""
+        """Assign the records of a block, in this context and in copies of it, to a service."""
         token = _current.set((self, service))
         try:
             yield
@@ -51,10 +51,10 @@ class ServiceLogs(logging.Handler):
             self._records.setdefault(current[1], deque(maxlen=KEPT)).append(record)
 
     def records(self, service: str) -> list[logging.LogRecord]:
-        """Return what a service has logged so far, oldest first."""
+        """Return the records of a service so far, oldest first."""
         return list(self._records.get(service, ()))
 
     def lines(self, service: str, level: int = logging.NOTSET) -> list[str]:
-        """Return the same as text, from a level on: level, logger and message, without times."""
+        """Return the records of a level or above as text: level, logger and message, without times."""
         found = (record for record in self.records(service) if record.levelno >= level)
         return [f"{record.levelname} {logger_name(record)}: {record.getMessage()}" for record in found]

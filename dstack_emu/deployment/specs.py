@@ -1,4 +1,4 @@
-"""The description of a stack's trust domains and KMS, as the control API takes them and a saved state holds them."""
+"""The specifications of a stack's trust domains and KMS, in the control API and in saved states."""
 
 from typing import Annotated, Any, Final, Self
 
@@ -33,7 +33,7 @@ LongHex = Annotated[str, StringConstraints(pattern=r"^(0x)?([0-9a-fA-F]{2})*$", 
 
 
 class EventSpec(_Spec):
-    """One runtime event; `payload` is hex. With `measured` false the log claims it and no register holds it."""
+    """A runtime event; `payload` is hex. With `measured` false it is in the log, but no register is extended."""
 
     event: Annotated[str, Field(min_length=1, max_length=200)]
     payload: Hex = ""

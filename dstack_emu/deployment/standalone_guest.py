@@ -1,7 +1,7 @@
-"""One trust domain with its agent and, unless another is named, a PCCS of its own: what `agent` and `boot` run.
+"""One trust domain with its agent and, unless another is named, its own PCCS, for `dstack-emu agent` and `boot`.
 
-`dstack-emu agent` has keys of its own or of a file, as upstream's simulator; `dstack-emu boot` gets them from a KMS
-that runs elsewhere. The whole authorization flow in one process is `deployment.deployment`.
+`dstack-emu agent` has generated keys or those of a file, as upstream's simulator; `dstack-emu boot` gets them from a
+KMS that runs elsewhere. `deployment.deployment` has the whole authorization flow in one process.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from dstack_emu.transport.listen import bind_tcp, serve
 from dstack_emu.transport.urls import shown_url
 
 RETRY_PAUSE: Final = 0.5
-"""Seconds between two requests to a KMS that does not give keys yet."""
+"""Seconds between two requests to a KMS that refuses keys."""
 
 Keys = tuple[AppKeys, CertificateIssuer]
 
@@ -45,9 +45,9 @@ log = logging.getLogger("dstack_emu.stack")
 
 @dataclass(frozen=True, slots=True)
 class ListenOptions:
-    """Where a guest listens, by the command's options; a socket file that is None is in a temporary folder.
+    """The listening options of the commands; a socket file that is None is in a temporary folder.
 
-    `grpc` is host and port of a gRPC listener, `grpc_sock` its socket file; neither means no gRPC.
+    `grpc` is host and port of a gRPC listener, `grpc_sock` a socket file; without both there is no gRPC.
     """
 
     host: str = "127.0.0.1"
@@ -59,7 +59,7 @@ class ListenOptions:
 
 
 class StandaloneGuest:
-    """A guest on its own. Enter it to start; leaving it stops every listener."""
+    """A single guest. Enter it to start it; leaving it stops every listener."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class StandaloneGuest:
             self._exit.push_async_callback(_cancelled, requests)
 
     def _bind(self) -> AgentAddresses:
-        """Bind the TCP ports first, so that one that is taken is known before anything runs."""
+        """Bind the TCP ports first, so that a port in use is an error before anything runs."""
         listen = self._listen
         tcp = bind_tcp(listen.host, listen.port, setting="--listen HOST:PORT")
         self._exit.callback(tcp.close)
@@ -164,7 +164,7 @@ class StandaloneGuest:
                 return
 
     async def _keys(self) -> Keys:
-        """Get the keys, and measure where they came from; an issuer's connections are closed with the guest."""
+        """Get the keys, and measure their provider; an issuer's connections are closed with the guest."""
         if self.config.kms is not None:
             return await self._keys_of_kms(self.config.kms)
         if self.config.key_file is not None:
@@ -175,7 +175,7 @@ class StandaloneGuest:
         from dstack_emu.deployment.key_fetching import CollateralSource, fetch_keys_patiently  # needs verification
 
         collateral = CollateralSource(self.pccs_url, self.intel.root_der, self.config.seed)
-        entropy = self._seed.stream("boot")  # from its beginning: every attempt gives the same bytes
+        entropy = self._seed.stream("boot")  # from its beginning, so that every attempt has the same bytes
         keys, issuer = await fetch_keys_patiently(self.domain, kms, collateral, entropy, self._progress)
         self._exit.push_async_callback(issuer.close)
         self._kms_url = issuer.url.removesuffix("/prpc")
