@@ -35,12 +35,12 @@ _JSON_CONTENT_TYPE: Final = re.compile(
 _LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
-Observer = Callable[[ReceivedBootInfo, bool, PolicyDecision], None]
+DecisionObserver = Callable[[ReceivedBootInfo, bool, PolicyDecision], None]
 """Called after each decision with the boot info, whether it was about a KMS, and the decision."""
 
 
 def simple_app(
-    config_path: Path | str, *, contract: Contract = DEFAULT_CONTRACT, observer: Observer | None = None
+    config_path: Path | str, *, contract: Contract = DEFAULT_CONTRACT, observer: DecisionObserver | None = None
 ) -> web.Application:
     """Build auth-simple over one config file; raises `AuthConfigError` for an unknown `contract`.
 

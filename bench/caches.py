@@ -1,4 +1,4 @@
-"""What each cache of docs/caches.md saves: the CPU time of working a result out, less that of finding it again.
+"""The CPU time that each cache of docs/caches.md saves: the time to compute a result minus that to look it up.
 
 Each figure is for one use; docs/caches.md says how often a call uses which.
 """
@@ -101,12 +101,12 @@ def _of_simulator() -> Iterator[tuple[str, Work, Work]]:
 
 
 def _attest(domain: TrustDomain) -> Attestation:
-    """Quote other data each time, as who asks an agent does."""
+    """Quote other data each time, as an agent's clients do."""
     return domain.attest(next(_COUNTER).to_bytes(64, "big"))
 
 
 def _documents(intel: Intel, domain: TrustDomain, *, changes: bool) -> Work:
-    """Ask for all four documents; if the state changes before, each is signed anew."""
+    """Request all four documents; after a change of the state, each is signed again."""
 
     def ask() -> None:
         if changes:

@@ -62,7 +62,7 @@ _ACPI_FIELDS = {
 }
 
 
-def made_up_digest(label: str, content: bytes) -> bytes:
+def placeholder_digest(label: str, content: bytes) -> bytes:
     """Return a synthetic measurement (48 bytes) of bytes whose format cannot be measured."""
     return hashlib.sha384(f"dstack-emu {label}\0".encode() + content).digest()
 
@@ -74,7 +74,7 @@ def is_bootable(kernel: bytes) -> bool:
 
 def kernel_digest(kernel: bytes, initrd_size: int) -> bytes:
     """Return a kernel's digest, synthetic unless it is a PE; raise FormatError for a PE that cannot be measured."""
-    return kernel_authenticode(kernel, initrd_size) if is_bootable(kernel) else made_up_digest("kernel", kernel)
+    return kernel_authenticode(kernel, initrd_size) if is_bootable(kernel) else placeholder_digest("kernel", kernel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class OsImage:
 
         kernel = content("bzImage", 4096) if given.kernel is None else given.kernel
         initrd = content("initramfs.cpio.gz", 4096) if given.initrd is None else given.initrd
-        made_up = f"console=ttyS0 dstack.rootfs_hash={content('rootfs', 32).hex()} dstack.rootfs_size=4096"
+        cmdline = f"console=ttyS0 dstack.rootfs_hash={content('rootfs', 32).hex()} dstack.rootfs_size=4096"
         return cls.build(
             name=name,
             version=version,
@@ -129,7 +129,7 @@ class OsImage:
             kernel=kernel,
             kernel_authenticode=kernel_digest(kernel, len(initrd)),
             initrd=initrd,
-            cmdline=made_up if given.cmdline is None else given.cmdline,
+            cmdline=cmdline if given.cmdline is None else given.cmdline,
             git_revision=content("git", 20).hex(),
         )
 
@@ -148,15 +148,15 @@ class OsImage:
     ) -> Self:
         """Assemble an image directory from its parts and measure it.
 
-        `kernel_authenticode` is 48 bytes: `attest.image.kernel_authenticode` of a real kernel, `made_up_digest` of
+        `kernel_authenticode` is 48 bytes: `attest.image.kernel_authenticode` of a real kernel, `placeholder_digest` of
         anything else. MRTDs are always synthetic.
         """
         measurement = ImageMeasurement(
             cmdline_sha384=cmdline_sha384(cmdline),
             kernel_authenticode=kernel_authenticode,
             initrd_sha384=initrd_sha384(initrd),
-            mrtd_single_pass=made_up_digest("mrtd single pass", firmware),
-            mrtd_two_pass=made_up_digest("mrtd two pass", firmware),
+            mrtd_single_pass=placeholder_digest("mrtd single pass", firmware),
+            mrtd_two_pass=placeholder_digest("mrtd two pass", firmware),
             td_hob=TD_HOB_WITNESS.encode(),
         )
         metadata = {
@@ -237,7 +237,7 @@ class OsImage:
     def acpi_digests(vm_config: VmConfig) -> AcpiDigests:
         """Return synthetic digests of QEMU's ACPI blobs, a function of the VM's devices and not of the image."""
         devices = json.dumps({name: getattr(vm_config, name) for name in _ACPI_FIELDS}, sort_keys=True).encode()
-        loader, rsdp, tables = (made_up_digest(name, devices) for name in ACPI_EVENT_NAMES)
+        loader, rsdp, tables = (placeholder_digest(name, devices) for name in ACPI_EVENT_NAMES)
         return loader, rsdp, tables
 
     def boot(self, vm_config: VmConfig) -> tuple[Registers, tuple[TdxEvent, ...]]:

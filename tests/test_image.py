@@ -34,7 +34,7 @@ from dstack_emu.attest.image import (
 )
 from dstack_emu.attest.quote import TdReport
 from dstack_emu.attest.vmconfig import VmConfig
-from dstack_emu.simulator.image import GIB, OsImage, made_up_digest
+from dstack_emu.simulator.image import GIB, OsImage, placeholder_digest
 from tests.hardware import LEGACY, LITE, LITE_GET_QUOTE, boot
 from tests.recorded import tdx_lite_steps
 
@@ -695,7 +695,7 @@ def test_one_changed_byte_of_the_image_shows_in_its_register_and_hash(part: str,
             "cmdline": "c",
             "git_revision": "g",
         } | change
-        digest = made_up_digest("kernel", parts["kernel"])
+        digest = placeholder_digest("kernel", parts["kernel"])
         return OsImage.build(name="n", version="1.2.3", kernel_authenticode=digest, **parts)
 
     before = build()

@@ -43,11 +43,11 @@ class EventSpec(_Spec):
 class GuestSpec(_Spec):
     """The identity of a trust domain: everything that is measured, and the platform it runs on.
 
-    `app_id` is the first 20 bytes of the compose hash unless given; `compose` the text of its app-compose.json, made up
-    unless given. Without `image` it boots the stack's own, or the `image_version` of it that is given; another image
-    has the version of the release unless one is given. `release` is the dstack release of its guest, the stack's unless
-    given; the host of that release chooses the `mr_config_id` that is not given. `events` follow the boot's own, before
-    keys are fetched. `instance` tells instances of an app apart. `user_config` is the text of the app's own file,
+    By default `app_id` is the first 20 bytes of the compose hash, and `compose` (the text of its app-compose.json) is
+    generated. Without `image` it boots the stack's image, or that of `image_version`; another image has the version of
+    the release by default. `release` is the dstack release of its guest, by default that of the stack; the host of that
+    release chooses an `mr_config_id` that is not given. `events` are measured after the boot's own events, before keys
+    are fetched. `instance` distinguishes instances of an app. `user_config` is the text of the app's own file,
     `encrypted_env` the encrypted environment of its deployment, which is decrypted into a file once there are keys.
     """
 

@@ -6,7 +6,7 @@ from typing import Any, Final
 from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo
 from dstack_emu.auth.errors import AuthError
 from dstack_emu.auth.policy import accepted_tcb_statuses
-from dstack_emu.auth.server import Observer
+from dstack_emu.auth.server import DecisionObserver
 from dstack_emu.auth.simple import SimpleAuth
 from dstack_emu.observability.spans import CallSpan, current
 
@@ -26,7 +26,7 @@ _CACHED: Final = 256
 """Entries of the cache below."""
 
 
-def decision_recorder(policy_path: str) -> Observer:
+def decision_recorder(policy_path: str) -> DecisionObserver:
     """Make the observer of an auth-simple, which records each decision on the span of its call."""
     auth = SimpleAuth(policy_path)
     cached: dict[tuple[Any, ...], dict[str, Any]] = {}

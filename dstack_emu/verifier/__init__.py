@@ -1,1 +1,1 @@
-"""The verifier: evidence verified for any client over HTTP, or for one file, as dstack-verifier does it."""
+"""The verifier: verifies evidence for any client over HTTP, or in one file, as dstack-verifier does."""

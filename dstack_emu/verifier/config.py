@@ -17,11 +17,11 @@ from dstack_emu.transport.settings import merge, overrides, read_toml, toml_valu
 from dstack_emu.transport.trust_root import AttestationConfig
 
 VARIABLES: Final = "DSTACK_VERIFIER_"
-"""What variables begin with that set a key: DSTACK_VERIFIER_PORT, or with __ for the dot of a nested one."""
+"""The prefix of variables that set a key, such as DSTACK_VERIFIER_PORT; __ replaces the dot of a nested key."""
 
 
 class VerifierConfig(BaseModel):
-    """The whole file. Where it says nothing the defaults are this emulator's: loopback, and a port of its own."""
+    """The whole file. Two defaults are this emulator's own: the loopback address, and the port."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -59,7 +59,7 @@ class VerifierConfig(BaseModel):
 
     @classmethod
     def load(cls, path: Path | None, environment: Mapping[str, str]) -> Self:
-        """Read the file, if one is named, and the variables, which go before it; raise `ConfigError`."""
+        """Read the file, if one is named, and the variables, which override it; raise `ConfigError`."""
         document = read_toml(path) if path is not None else {}
         document = merge(document, overrides(environment, VARIABLES, toml_value))
         return validate(cls, document, str(path or "the environment"))

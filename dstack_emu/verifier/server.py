@@ -30,17 +30,17 @@ from dstack_emu.verifier.service import (
 )
 
 MAX_BODY: Final = 1024 * 1024
-"""Bytes of a request: what Rocket takes as JSON."""
+"""The maximum length of a request in bytes, which is Rocket's limit for JSON."""
 
 log = logging.getLogger(__name__)
 
 
-Observer = Callable[[VerificationResponse], None]
-"""Told of each verdict."""
+VerdictObserver = Callable[[VerificationResponse], None]
+"""Is called with each verdict."""
 
 
-def verifier_app(verifier: Verifier, *, observer: Observer | None = None) -> Application:
-    """Make the service's application; `observer` is told of each verdict before it is answered."""
+def verifier_app(verifier: Verifier, *, observer: VerdictObserver | None = None) -> Application:
+    """Make the service's application; `observer` is called with each verdict before it is answered."""
 
     async def verify(request: Request) -> Response:
         try:
@@ -69,7 +69,7 @@ _STATUSES: Final[dict[type[Exception], HTTPStatus]] = {
     RequestSyntaxError: HTTPStatus.BAD_REQUEST,
     RequestTypeError: HTTPStatus.UNPROCESSABLE_ENTITY,
 }
-"""What is answered to a request that is none."""
+"""The answer to an invalid request."""
 
 
 async def _health(_request: Request) -> Response:

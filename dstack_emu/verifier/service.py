@@ -36,15 +36,15 @@ _JSON: Final = StrictJson()
 
 
 class RequestSyntaxError(Exception):
-    """A request that is no JSON."""
+    """The request is not JSON."""
 
 
 class RequestTypeError(Exception):
-    """A request that is JSON, but no request."""
+    """The request is JSON, but has wrong members."""
 
 
 class InputError(Exception):
-    """Evidence that cannot be read: the outer words, which HTTP answers, and the cause, which a terminal is told."""
+    """Evidence cannot be parsed: the outer text is the answer over HTTP, the command also prints the cause."""
 
     def __init__(self, outer: str, cause: Exception | None = None) -> None:
         super().__init__(outer if cause is None else f"{outer}: {cause}")
@@ -67,7 +67,7 @@ class VerificationRequest:
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
-        """Read the JSON; raise RequestSyntaxError or RequestTypeError. Unknown members are let pass."""
+        """Read the JSON; raise RequestSyntaxError or RequestTypeError. Unknown members are ignored."""
         try:
             document = _JSON.parse(body.decode())
         except DuplicateMemberError as error:
@@ -87,7 +87,7 @@ class VerificationRequest:
         )
 
     def evidence(self) -> tuple[Attestation, str]:
-        """Return the evidence, and the VM config that goes before its own; raise InputError."""
+        """Return the evidence, and the VM config that overrides its own; raise InputError."""
         if self.attestation is not None:
             try:
                 return decode(self.attestation), ""
@@ -105,7 +105,7 @@ class VerificationRequest:
 
 @dataclass(slots=True)
 class Details:
-    """What was found so far, in the order of the answer's members."""
+    """The results so far, in the order of the answer's members."""
 
     quote_verified: bool = False
     event_log_verified: bool = False
@@ -122,13 +122,13 @@ class Details:
     boot_info: dict[str, Any] | None = None
 
     def record_image(self, info: ImageInfo) -> None:
-        """Record what a downloaded image says of itself."""
+        """Record the metadata of a downloaded image."""
         self.os_image_is_dev, self.os_image_version = info.is_dev, info.version or None
 
 
 @dataclass(frozen=True, slots=True)
 class VerificationResponse:
-    """The answer: valid or not, what was found, and the reason where it is not."""
+    """The answer: whether the evidence is valid, the results, and the reason if it is not valid."""
 
     is_valid: bool
     details: Details = field(default_factory=Details)
@@ -136,7 +136,7 @@ class VerificationResponse:
 
     @classmethod
     def internal_error(cls, text: str) -> Self:
-        """Return the answer to what could not be verified."""
+        """Return the answer for evidence that could not be verified."""
         return cls(False, reason=f"Internal error: {text}")
 
     def to_document(self) -> dict[str, Any]:
@@ -240,7 +240,7 @@ _OF_CERT: Final = (
 
 
 def require_profile(certificate: x509.Certificate, now: int) -> None:
-    """Refuse a certificate that a server or client could not use for itself; raise `FormatError`, in upstream's order.
+    """Verify that a server or client could use a certificate; raise `FormatError`, in upstream's order.
 
     It must be signed by its own key, valid now, for digital signatures, for TLS, and name whom it is for.
     """
@@ -281,7 +281,7 @@ def _load_certificate(data: bytes) -> x509.Certificate:
 
 
 def _app_info(info: AppInfo, report: TdReport) -> dict[str, Any]:
-    """Return the identity as upstream's code writes it, with the registers that its README promises beside."""
+    """Return the identity as upstream's code writes it, and the registers that its README documents."""
     registers = dict(zip(("mrtd", "rtmr0", "rtmr1", "rtmr2", "rtmr3"), (report.mr_td, *report.rtmrs), strict=True))
     return {
         "app_id": info.app_id.hex(),
