@@ -71,7 +71,7 @@ def boot_info_of(evidence: VerifiedAttestation, *, vm_config: str = "", boot_tim
     except AttestError as error:
         # The evidence was verified; a config that a request brought goes before its own.
         kind = InvalidRequestError if vm_config else NotAttestedError
-        raise kind(f"Failed to decode app info: {error}") from error
+        raise kind(str(error)) from error
     require_app_id(info.app_id, NotAttestedError)
     return info
 

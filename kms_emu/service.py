@@ -11,7 +11,7 @@ from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 
-from dstack_emu.attest.csr import SigningRequest
+from dstack_emu.attest.csr import parse_request, require_validity_order
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.eventlog import find_payload
 from dstack_emu.attest.pck import device_id
@@ -113,7 +113,8 @@ class OnboardService:
             eth_rpc_url, kms_contract_address = info.eth_rpc_url or "", info.kms_contract_address or ""
         except UnavailableError as error:
             self.log.warning("failed to get auth api info", reason=error)
-        boot_info = boot_info_of(verified, vm_config=vm_config)
+        with context("Failed to decode app info"):
+            boot_info = boot_info_of(verified, vm_config=vm_config)
         return pb.AttestationInfoResponse(
             device_id=device_id(verified.quote.ppid),
             mr_aggregated=boot_info.mr_aggregated,
@@ -268,14 +269,18 @@ class KmsService:
         if request.api_version not in (1, 2):
             raise InvalidRequestError(f"Unsupported API version: {request.api_version}")
         with context("Failed to parse csr", InvalidRequestError):
-            csr = SigningRequest.parse(request.csr, request.api_version)
+            signed = parse_request(request.csr, request.api_version)
         with context("Failed to verify csr signature", InvalidRequestError):
-            csr.verify_signature(request.signature)
+            signed.verify_signature(request.signature)
+        with context("Failed to upgrade csr v1 to v2", InvalidRequestError):
+            csr = signed.upgrade()
         with context("Quote verification failed"):
             require_bound_to_key(csr.attestation, csr.public_key)
             evidence = await self._deps.verifier.verify(csr.attestation)
         grant = await self._gate.admit_app(of_kms, evidence, vm_config=request.vm_config, boot_time=True)
         with context("Failed to sign certificate", InvalidRequestError):
+            if self.release.refuses_reversed_validity:
+                require_validity_order(csr.config.not_before, csr.config.not_after)
             chain = keys.sign_certificate(
                 self._keys.roots,
                 grant,

@@ -18,7 +18,7 @@ from dstack_emu.attest.app_info import AppInfo, decode_app_info
 from dstack_emu.attest.attestation import V1Encoder
 from dstack_emu.attest.cache import Latest
 from dstack_emu.attest.certificate import spki_der
-from dstack_emu.attest.csr import CertificateConfig, SigningRequest
+from dstack_emu.attest.csr import CertificateConfig, SigningRequest, require_validity_order
 from dstack_emu.attest.errors import AttestError, FormatError
 from dstack_emu.attest.eventlog import TdxEvent, for_get_quote, log_to_json
 from dstack_emu.attest.kdf import derive_key, derive_p256, pkcs8_pem
@@ -335,12 +335,6 @@ def _verify_ed25519(request: pb.VerifyRequest) -> bool:
     except (InvalidSignature, ValueError):
         return False
     return True
-
-
-def require_validity_order(not_before: int | None, not_after: int | None) -> None:
-    """Raise `FormatError` if a certificate is asked for that would end before it begins (Unix seconds)."""
-    if not_before is not None and not_after is not None and not_before >= not_after:
-        raise FormatError("not_before must be earlier than not_after")
 
 
 # ---- service tables

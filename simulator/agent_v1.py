@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from dstack_emu.attest.app_info import AppInfo
-from dstack_emu.attest.csr import CertificateConfig
+from dstack_emu.attest.csr import CertificateConfig, require_validity_order
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.guest_keys_v1 import derive_guest_key, sign_claim
 from dstack_emu.attest.kdf import derive_p256, pkcs8_pem
 from dstack_emu.attest.proto import dstack_guest_v1_pb2 as pb
 from dstack_emu.attest.report_data import pad_report_data
-from dstack_emu.simulator.agent import GuestAgent, require_validity_order
+from dstack_emu.simulator.agent import GuestAgent
 from dstack_emu.simulator.app_health import NO_CONTAINER, UnhealthyError, read_health
 from dstack_emu.simulator.errors import GpuUnavailableError, GuestError
 from dstack_emu.transport.service import Rpc, ServiceTable, without_context

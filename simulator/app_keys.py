@@ -18,6 +18,7 @@ from dstack_emu.attest.certificate import (
     spki_der,
 )
 from dstack_emu.attest.csr import SigningRequest
+from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.kdf import derive_key, derive_p256, pkcs8_der
 from dstack_emu.attest.release import Release
 from dstack_emu.attest.report_data import ratls_report_data
@@ -57,13 +58,16 @@ class LocalIssuer:
     release: Release
 
     async def sign(self, request: SigningRequest, signature: bytes) -> list[str]:
-        """Issue a certificate under the app's CA; return leaf and CA."""
+        """Issue a certificate under the app's CA; return leaf and CA. Raises `AttestError`."""
         request.verify_signature(signature)
-        leaf_request = replace(
-            request.certificate_request(usage=USAGE_APP_LEAF),
-            keeps_log_digests=self.release.certificate_log_has_digests,
-        )
-        leaf = self.authority.issue(leaf_request, self.clock())
+        try:
+            leaf_request = replace(
+                request.certificate_request(usage=USAGE_APP_LEAF),
+                keeps_log_digests=self.release.certificate_log_has_digests,
+            )
+            leaf = self.authority.issue(leaf_request, self.clock())
+        except FormatError as error:
+            raise FormatError(f"Failed to sign certificate: {error}") from error
         return [pem(leaf), self.authority.pem]
 
 

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dstack_emu.attest import attestation, certificate, collateral, der, eventlog, image, scale
-from dstack_emu.attest.app_info import claimed_image_hash, decode_app_info
+from dstack_emu.attest.app_info import decode_app_info, vm_config_of
 from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.csr import CertificateConfig, SigningRequest
 from dstack_emu.attest.errors import AttestError
@@ -457,7 +457,7 @@ def test_mutated_pck_extensions_raise_only_own_errors(data: bytes) -> None:
 @given(mutated(lambda: [world().domain.vm_config_json.encode()]))
 def test_mutated_vm_configs_raise_only_own_errors(data: bytes) -> None:
     text = data.decode(errors="surrogateescape")
-    assert_only_own_errors(lambda: VmConfig.parse(text).to_json().encode(), lambda: claimed_image_hash(text))
+    assert_only_own_errors(lambda: VmConfig.parse(text).to_json().encode(), lambda: vm_config_of(text))
 
 
 @THOROUGH
@@ -466,7 +466,7 @@ def test_vm_configs_of_odd_structure_raise_only_own_errors(document: Any) -> Non
     text = json.dumps(document)
     assert_only_own_errors(
         lambda: VmConfig.parse(text).to_json().encode(),
-        lambda: claimed_image_hash(text),
+        lambda: vm_config_of(text),
         lambda: use_measurement(text),
     )
 

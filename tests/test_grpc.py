@@ -341,7 +341,7 @@ def test_bad_vm_config_is_a_bad_argument(stack: RunningStack, guest: Guest, iden
     old = guest.identity_without_vm_config()
     code, text = kms_of(stack, old).refused("KMS.GetAppKey", old, api_version=1, vm_config="{")
     assert code == INVALID
-    assert text.startswith("App not allowed: Failed to decode app info: ")
+    assert text.startswith("App not allowed: decode app info: Failed to decode os image hash: ")
 
 
 def test_signing_request_is_judged_by_what_is_wrong_with_it(stack: RunningStack, guest: Guest) -> None:

@@ -59,7 +59,63 @@ def get_app_key(guest: Guest, vm_config: str) -> Answer:
 def test_config_of_the_evidence_gets_the_keys(guest: Guest, vm_config: str) -> None:
     keys = get_app_key(guest, "").value
     assert get_app_key(guest, vm_config).value == keys
-    assert get_app_key(guest, json.dumps({"vm_config": vm_config})).value == keys
+
+
+def test_config_inside_a_larger_one_names_no_image(
+    stack: RunningStack, release: str, guest: Guest, vm_config: str
+) -> None:
+    larger = json.dumps({"vm_config": vm_config})
+    denied = "App not allowed: Boot denied: OS image is not allowed"
+    assert get_app_key(guest, larger).error == (f"App not allowed: {REFUSAL}" if release == "0.6" else denied)
+    key = foreign.new_key()
+    bare = without_config(foreign.attest(guest.agent, foreign.spki_of(key)), vm_config)
+    nested = guest.temp_ca.issue(key, bare[: -len(vec(b""))] + vec(larger.encode()))
+    assert guest.get_app_key(nested).error == denied
+    with stack.policy_changed("src", lambda policy: policy["osImages"].append("0x")):
+        text = guest.get_app_key(nested).error
+    assert text.startswith("App not allowed: Failed to verify os image hash: ")
+    identity = guest.temp_ca.issue(key, bare)
+    assert guest.get_app_key(identity, vm_config=larger).error == denied
+    assert guest.get_app_key(identity, vm_config=vm_config).status == 200
+
+
+UNREADABLE = ("{", "[]", '{"cpu_count": -1}', '{"os_image_hash": "0x00"}', '{"os_image_hash": 7}')
+
+
+@pytest.mark.parametrize("config", UNREADABLE)
+@pytest.mark.parametrize("place", ["request", "evidence"])
+def test_config_that_cannot_be_read_is_refused_by_each_rpc_with_its_text(
+    stack: RunningStack, guest: Guest, vm_config: str, place: str, config: str
+) -> None:
+    key = foreign.new_key()
+    bare = without_config(foreign.attest(guest.agent, foreign.spki_of(key)), vm_config)
+    evidence = bare if place == "request" else bare[: -len(vec(b""))] + vec(config.encode())
+    requested = config if place == "request" else ""
+    text = "decode app info: Failed to decode os image hash: Failed to parse vm config: "
+    before = requests_about_apps(stack)
+    with foreign.kms(guest.kms_url, identity=guest.temp_ca.issue(key, evidence), root_ca=guest.root_ca) as connection:
+        said = connection.call("GetAppKey", api_version=1, vm_config=requested).error
+        assert said.startswith(f"App not allowed: {text}")
+        assert connection.call("GetKmsKey", vm_config=requested).error.startswith(text)
+    request = request_of_version_2(key, evidence, vm_config=requested)
+    assert sign_cert(guest, request).error.startswith(text)
+    assert requests_about_apps(stack) == before
+
+
+def test_config_of_evidence_that_cannot_be_read_is_overridden_in_0_5(
+    release: str, guest: Guest, vm_config: str
+) -> None:
+    key = foreign.new_key()
+    bare = without_config(foreign.attest(guest.agent, foreign.spki_of(key)), vm_config)
+    evidence = bare[: -len(vec(b""))] + vec(b"{")
+    answer = sign_cert(guest, request_of_version_2(key, evidence, vm_config=vm_config))
+    with_app_info = sign_cert(guest, request_of_version_2(key, evidence, app_info=True, vm_config=vm_config))
+    if release == "0.6":
+        assert (answer.error, with_app_info.error) == (REFUSAL, REFUSAL)
+    else:
+        assert answer.status == 200
+        text = "Failed to sign certificate: decode app info: Failed to decode os image hash: "
+        assert with_app_info.error.startswith(text)
 
 
 @pytest.mark.parametrize("change", [lambda text: "{}", lambda text: text.replace('"cpu_count":2', '"cpu_count":3')])

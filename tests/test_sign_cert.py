@@ -1,13 +1,14 @@
 """SignCert over the wire: requests of version 1, dates that no certificate can hold, and what else a request can be."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tests import foreign
@@ -102,15 +103,19 @@ def test_request_of_version_1_is_refused_for_each_thing_that_is_wrong(guest: Gue
         ({"word": b"please sign this:"}, "Failed to verify csr signature: Invalid confirm word"),
         ({"event_log": b"[]"}, "Quote verification failed: RTMR3 mismatch, quoted: "),
         ({"event_log": lie}, "Quote verification failed: RTMR3 mismatch, quoted: "),
-        ({"event_log": b"no JSON"}, "Failed to parse csr: "),
-        ({"quote": b"no quote"}, "Failed to parse csr: "),
-        ({"quote": b""}, "Failed to parse csr: "),
+        ({"event_log": b"no JSON"}, "Failed to upgrade csr v1 to v2: Failed to parse tdx_event_log: "),
+        ({"event_log": b"{}"}, "Failed to upgrade csr v1 to v2: Failed to parse tdx_event_log: "),
+        ({"event_log": b"no JSON", "quote": b""}, "Failed to upgrade csr v1 to v2: Failed to parse tdx_event_log: "),
+        ({"quote": b"no quote"}, "Failed to upgrade csr v1 to v2: Invalid TDX quote: "),
+        ({"quote": b""}, "Failed to upgrade csr v1 to v2: Invalid TDX quote: "),
         (stolen, "Quote verification failed: report data mismatch"),
     ):
         assert sign_cert(guest, signed(key, version_1(guest, key, **changed), 1)).error.startswith(said)
     request = signed(key, version_1(guest, key), 1)
-    forged = {**request, "signature": signed(other, bytes.fromhex(request["csr"]), 1)["signature"]}
-    assert sign_cert(guest, forged).error == "Failed to verify csr signature: Invalid signature"
+    unreadable = signed(key, version_1(guest, key, event_log=b"no JSON", quote=b""), 1)
+    for arguments in (request, unreadable):  # the signature comes before quote and event log
+        forged = {**arguments, "signature": signed(other, bytes.fromhex(arguments["csr"]), 1)["signature"]}
+        assert sign_cert(guest, forged).error == "Failed to verify csr signature: Invalid signature"
     for end in (0, 10, 200, -1):
         assert sign_cert(guest, signed(key, version_1(guest, key)[:end], 1)).error.startswith("Failed to parse csr: ")
 
@@ -133,9 +138,9 @@ LAST = 253_402_300_799
 @pytest.mark.parametrize("date", [LAST + 1, 2**63 - 1, 2**63, 2**64 - 1])
 @pytest.mark.parametrize("name", ["not_before", "not_after"])
 def test_date_that_x509_cannot_hold_is_an_error_answer(guest: Guest, name: str, date: int) -> None:
-    answer = dated(guest, date if name == "not_before" else None, date if name == "not_after" else LAST)
+    answer = dated(guest, date if name == "not_before" else None, date if name == "not_after" else None)
     expected = f"a time that X.509 can hold expected (before the year 10000), got {date}"
-    assert answer.error == f"Failed to sign certificate: {name}: {expected}"
+    assert answer.error == f"Failed to sign certificate: Failed to sign certificate: {name}: {expected}"
     with foreign.kms(guest.kms_url, root_ca=guest.root_ca) as connection:
         assert connection.get("/health").status == 200, "the process goes on"
 
@@ -148,8 +153,112 @@ def test_dates_that_x509_can_hold_are_written_as_asked(guest: Guest) -> None:
         assert leaf.not_valid_after_utc.timestamp() == not_after
 
 
-def test_end_before_the_beginning_is_an_error_answer(guest: Guest) -> None:
-    assert dated(guest, 2_000_000_000, 1_000_000_000).error.startswith("Failed to sign certificate: ")
+def test_end_before_the_beginning_is_issued_in_0_5_alone(each_ready_stack: RunningStack, tmp_path: Path) -> None:
+    guest = Guest.of(each_ready_stack.services["kms-src"], each_ready_stack.description["app"]["dstack_sock"])
+    for not_before, not_after in ((2_000_000_000, 1_000_000_000), (4_000_000_000, 4_000_000_000), (LAST, 0)):
+        answer = dated(guest, not_before, not_after)
+        if each_ready_stack.release.name == "0.6":
+            assert answer.error == "Failed to sign certificate: not_before must be earlier than not_after"
+            continue
+        leaf, app_ca, _ = (x509.load_pem_x509_certificate(pem.encode()) for pem in answer.value["certificate_chain"])
+        leaf.verify_directly_issued_by(app_ca)
+        dates = (leaf.not_valid_before_utc.timestamp(), leaf.not_valid_after_utc.timestamp())
+        assert dates == (not_before, not_after)
+        (tmp_path / "leaf.pem").write_bytes(leaf.public_bytes(Encoding.PEM))
+        (tmp_path / "ca.pem").write_bytes(app_ca.public_bytes(Encoding.PEM))
+        # openssl reads it, holds the signature for good, and the dates for bad.
+        verify = ("openssl", "verify", "-partial_chain", "-CAfile", "ca.pem")
+        said = subprocess.run((*verify, "leaf.pem"), cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert said.returncode
+        assert ("has expired" in said.stderr) or ("not yet valid" in said.stderr)
+        timeless = subprocess.run(
+            (*verify, "-no_check_time", "leaf.pem"), cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert timeless.returncode == 0, timeless.stderr
+    assert dated(guest, 1_000_000_000, 2_000_000_000).status == 200
+
+
+# ---- keys and names
+
+
+def request_for(guest: Guest, key: Any, spki: bytes, alt_name: bytes = NAME.encode(), subject: str = NAME) -> Answer:
+    """Ask for a certificate for a key as it is encoded there, with an alternative name, by a request of version 2."""
+    config = b"\0" + vec(subject.encode()) + compact(1) + vec(alt_name) + b"\1\0\1\0\0\0"
+    csr = vec(WORD) + vec(spki) + config + foreign.attest(guest.agent, spki)
+    if isinstance(key, ec.EllipticCurvePrivateKey):
+        signature = key.sign(csr, ec.ECDSA(hashes.SHA256()))
+    elif isinstance(key, rsa.RSAPrivateKey):
+        signature = key.sign(csr, padding.PKCS1v15(), hashes.SHA256())
+    else:
+        signature = key.sign(csr)
+    return sign_cert(guest, {"api_version": 2, "csr": csr.hex(), "signature": signature.hex()})
+
+
+def spki_of(key: Any) -> bytes:
+    encoded: bytes = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return encoded
+
+
+def compressed(spki: bytes) -> bytes:
+    """The same P-256 key with a compressed point, which ring does not read."""
+    point = spki[-65:]
+    return (
+        bytes.fromhex("3039301306072a8648ce3d020106082a8648ce3d030107032200") + bytes([2 + point[-1] % 2]) + point[1:33]
+    )
+
+
+@pytest.mark.parametrize("curve", [ec.SECP384R1, ec.SECP521R1, ec.SECP256K1, ec.BrainpoolP256R1])
+def test_key_of_another_curve_has_an_invalid_signature(guest: Guest, curve: type[ec.EllipticCurve]) -> None:
+    key = ec.generate_private_key(curve())
+    assert request_for(guest, key, spki_of(key)).error == "Failed to verify csr signature: Invalid signature"
+
+
+def test_key_is_refused_for_what_it_is(guest: Guest) -> None:
+    key = foreign.new_key()
+    good = spki_of(key)
+    others = (rsa.generate_private_key(65537, 2048), ed25519.Ed25519PrivateKey.generate())
+    for other in others:
+        assert (
+            request_for(guest, other, spki_of(other)).error == "Failed to verify csr signature: Unsupported algorithm"
+        )
+    assert serialization.load_der_public_key(compressed(good)) == key.public_key()
+    assert request_for(guest, key, compressed(good)).error == "Failed to verify csr signature: Invalid signature"
+    for spki in (b"", b"\x30", good[:-1], b"\x31" + good[1:], b"no key"):
+        assert request_for(guest, key, spki).error.startswith(
+            "Failed to verify csr signature: Failed to parse pubkey: "
+        )
+    # What follows the key is bound by the evidence and signed, so the certificate is where it is refused.
+    said = "Failed to sign certificate: Failed to parse signature: "
+    assert request_for(guest, key, good + b"\0").error.startswith(said)
+    assert request_for(guest, key, good).status == 200
+
+
+@pytest.mark.parametrize("name", ["bücher.example", "✓", "a\u00a0b"])
+def test_alternative_name_has_to_be_ascii(guest: Guest, name: str) -> None:
+    key = foreign.new_key()
+    answer = request_for(guest, key, spki_of(key), name.encode())
+    said = "Failed to sign certificate: Failed to sign certificate: Invalid IA5String"
+    assert answer.error.startswith(said)
+    pem = request_for(guest, key, spki_of(key), subject=name).value["certificate_chain"][0]
+    leaf = x509.load_pem_x509_certificate(pem.encode())
+    assert leaf.subject.rfc4514_string() == f"CN={name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("10.0.0.1", x509.IPAddress),
+        ("fe80::1", x509.IPAddress),
+        ("fe80::1%eth0", x509.DNSName),
+        ("1.2.3", x509.DNSName),
+    ],
+)
+def test_alternative_name_is_an_address_if_it_is_one_for_rust(guest: Guest, name: str, kind: type[Any]) -> None:
+    key = foreign.new_key()
+    pem = request_for(guest, key, spki_of(key), name.encode()).value["certificate_chain"][0]
+    leaf = x509.load_pem_x509_certificate(pem.encode())
+    (found,) = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert (type(found), str(found.value)) == (kind, name)
 
 
 # ---- GetTempCaCert

@@ -293,9 +293,9 @@ async def test_config_beside_an_attestation_must_be_the_same_in_0_6(service_0_6:
     valid = await service_0_6.verify(**request)
     assert valid["is_valid"]
     wrapped = json.dumps({"vm_config": evidence.config})
-    for same in ("", None, evidence.config, wrapped):
+    for same in ("", None, evidence.config):
         assert await service_0_6.verify(**request, vm_config=same) == valid
-    for other in ("{}", evidence.config + " ", wrapped + "}"):
+    for other in ("{}", evidence.config + " ", wrapped):
         answer = await service_0_6.verify(**request, vm_config=other)
         said = "vm_config of the request does not match the one in the attestation"
         assert (answer["is_valid"], answer["reason"]) == (False, f"OS image hash verification failed: {said}")

@@ -178,8 +178,16 @@ def decode_app_info(
 
     `vm_config`, that of a request, overrides the config in the evidence. With `boot_time`, RTMR3 is replayed only up to
     and including `boot-mr-done`, and the key provider is omitted, as in SignCert. `verified` is the report of verified
-    evidence; then nothing is parsed or replayed again. Raises `FormatError`.
+    evidence; then nothing is parsed or replayed again.
+
+    The OS image of evidence that was not verified may also be in the `vm_config` text inside a larger config; that of
+    verified evidence may not, as in dstack. Raises `FormatError`.
     """
+    text = vm_config or attestation.config
+    try:
+        config = vm_config_of(text) if verified is not None else vm_config_of(_unwrapped(text))
+    except FormatError as error:
+        raise FormatError(f"decode app info: Failed to decode os image hash: {error}") from error
     report = verified or Quote.parse(attestation.quote).report
     events = attestation.runtime_events
     key_provider = b"" if boot_time else find_payload(events, "key-provider")
@@ -194,7 +202,7 @@ def decode_app_info(
         device_id=device_id,
         mr_system=mr_system(report, key_provider),
         mr_aggregated=mr_aggregated(report, rtmr3),
-        os_image_hash=claimed_image_hash(vm_config or attestation.config),
+        os_image_hash=config.os_image_hash,
         key_provider_info=key_provider,
         init_script_hashes=_init_script_hashes(attestation),
     )
@@ -213,37 +221,23 @@ def mr_aggregated(report: TdReport, rtmr3: bytes) -> bytes:
     return hashlib.sha256(b"".join((report.mr_td, *report.rtmrs[:3], rtmr3, *counted))).digest()
 
 
-def claimed_image_hash(config: str) -> bytes:
-    """Return the OS image hash in a VM config, or in the `vm_config` text inside a larger config.
-
-    It is empty if there is none. Raises `FormatError`.
-    """
-    try:
-        return vm_config_of(config).os_image_hash
-    except FormatError as error:
-        raise FormatError(f"Failed to decode os image hash: {error}") from error
-
-
 def vm_config_of(config: str) -> VmConfig:
-    """Parse a VM config, or the `vm_config` text inside a larger config; the empty text is the default config.
+    """Parse a VM config; the empty text is the default config.
 
     Raises `FormatError`. The verification of an image and the request to the webhook both use this function.
     """
-    if not config:
-        return VmConfig()
-    return VmConfig.parse(_unwrapped(config))
+    return VmConfig.parse(config) if config else VmConfig()
 
 
 def require_same_config(requested: str, attested: str) -> str:
     """Return the VM config of a request that counts beside the one in its evidence: empty, if the latter does.
 
-    A request need not have one, and evidence of the legacy form has none. Otherwise both have to be the same text, each
-    by itself or inside a larger config: a caller could otherwise be authorized by one and be issued the other. Raises
-    `FormatError`.
+    A request need not have one, and evidence of the legacy form has none. Otherwise both have to be the same text: a
+    caller could otherwise be authorized by one and be issued the other. Raises `FormatError`.
     """
     if not requested or not attested:
         return requested
-    if requested != attested and _unwrapped(requested) != _unwrapped(attested):
+    if requested != attested:
         raise FormatError("vm_config of the request does not match the one in the attestation")
     return ""
 

@@ -24,7 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 from dstack_emu.attest import der
 from dstack_emu.attest.app_info import AppInfo
 from dstack_emu.attest.attestation import Attestation, decode, from_quote_and_log
-from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.errors import FormatError, VerificationError
 from dstack_emu.attest.eventlog import log_to_json
 
 _PREFIX: Final = "1.3.6.1.4.1.62397.1"
@@ -49,9 +49,11 @@ _KEY_CERT_SIGN: Final = 0x04
 _CRL_SIGN: Final = 0x02
 """Bits of the first byte of a key usage (RFC 5280, section 4.2.1.3)."""
 
+_EC_PUBLIC_KEY: Final = der.oid("1.2.840.10045.2.1")
 _VERSION_TAG: Final = 0xA0
-_FIELDS_BEFORE_SPKI: Final = 5
-"""Serial number, signature algorithm, issuer, validity, subject; an optional version precedes them."""
+_VALIDITY: Final = 3
+_SPKI: Final = 5
+"""Places among serial number, signature algorithm, issuer, validity, subject and key; an optional version is first."""
 
 EvidenceForm = Literal["versioned", "legacy", "legacy-gzip"]
 """The form of the evidence in a certificate."""
@@ -124,10 +126,34 @@ def load_spki(data: bytes) -> ec.EllipticCurvePublicKey:
     try:
         key = load_der_public_key(data)
     except UNREADABLE as error:
-        raise FormatError(f"Failed to parse pubkey: SubjectPublicKeyInfo expected, got {len(data)} bytes") from error
+        raise FormatError(f"SubjectPublicKeyInfo of a P-256 key expected, got {len(data)} bytes") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise FormatError("Unsupported algorithm")
+        raise FormatError("SubjectPublicKeyInfo of a P-256 key expected, got another key's")
     return key
+
+
+def verification_key(data: bytes) -> ec.EllipticCurvePublicKey:
+    """Load the P-256 key that a signing request is verified with, from the DER of a SubjectPublicKeyInfo.
+
+    Raises `FormatError` with upstream's words for a structure or an algorithm that is none, and `VerificationError` for
+    an elliptic curve key that P-256 signatures cannot be verified with: of another curve, or not as an uncompressed
+    point. What follows the structure is not looked at, as upstream.
+    """
+    what = "Failed to parse pubkey"
+    start, end = der.span(data, 0, what)
+    algorithm, after_algorithm = der.span(data, start, what)
+    if (data[0], data[start]) != (der.SEQUENCE, der.SEQUENCE):
+        raise FormatError(f"{what}: SubjectPublicKeyInfo expected, got {len(data)} bytes")
+    _, oid_end = der.span(data, algorithm, what)
+    if data[algorithm:oid_end] != _EC_PUBLIC_KEY:
+        raise FormatError("Unsupported algorithm")
+    bits, _ = der.span(data, after_algorithm, what)
+    if data[bits : bits + 2] != b"\0\x04":  # no unused bits, then an uncompressed point
+        raise VerificationError("Invalid signature")
+    try:
+        return load_spki(data[:end])
+    except FormatError as error:
+        raise VerificationError("Invalid signature") from error
 
 
 def pem(certificate: x509.Certificate) -> str:
@@ -167,10 +193,16 @@ def certificate_spki(certificate: x509.Certificate) -> bytes:
 def spki_of_der(data: bytes) -> bytes:
     """Return the SubjectPublicKeyInfo in a certificate in DER (RFC 5280, section 4.1); nothing else is parsed."""
     tbs, _ = der.span(data, 0, "certificate")
+    start, _, end = _field(data, tbs, _SPKI)
+    return data[start:end]
+
+
+def _field(data: bytes, tbs: int, index: int) -> tuple[int, int, int]:
+    """Return where a field begins, its content begins, and it ends; `tbs` is where the part that is signed begins."""
     at, _ = der.span(data, tbs, "certificate")
-    for _ in range(_FIELDS_BEFORE_SPKI + (data[at] == _VERSION_TAG)):
+    for _ in range(index + (data[at] == _VERSION_TAG)):
         _, at = der.span(data, at, "certificate")
-    return data[at : der.span(data, at, "certificate")[1]]
+    return at, *der.span(data, at, "certificate")
 
 
 def extension_payload(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> bytes | None:
@@ -291,23 +323,37 @@ def _moment(seconds: int, what: str) -> datetime.datetime:
 def _sign(
     request: CertificateRequest, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, now: int
 ) -> x509.Certificate:
-    not_before = NOT_BEFORE if request.not_before is None else _moment(request.not_before, "not_before")
-    not_after = _moment(now + LIFETIME if request.not_after is None else request.not_after, "not_after")
     try:
+        not_before = NOT_BEFORE if request.not_before is None else _moment(request.not_before, "not_before")
+        not_after = _moment(now + LIFETIME if request.not_after is None else request.not_after, "not_after")
         builder = (
             x509.CertificateBuilder()
             .subject_name(_name(request))
             .issuer_name(issuer)
             .public_key(request.public_key)
             .serial_number(_serial(request.public_key))
-            .not_valid_before(not_before)
-            .not_valid_after(not_after)
+            .not_valid_before(min(not_before, not_after))
+            .not_valid_after(max(not_before, not_after))
         )
         for extension, critical in _extensions(request):
             builder = builder.add_extension(extension, critical)
-        return builder.sign(key, hashes.SHA256(), ecdsa_deterministic=True)
-    except ValueError as error:
+        certificate = builder.sign(key, hashes.SHA256(), ecdsa_deterministic=True)
+    except (FormatError, ValueError) as error:
         raise FormatError(f"Failed to sign certificate: {error}") from error
+    return certificate if not_before <= not_after else _with_dates_swapped(certificate, key)
+
+
+def _with_dates_swapped(certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    """Sign a certificate again that ends before it begins: rcgen issues such a one, and `cryptography` does not."""
+    whole, tbs = certificate.public_bytes(Encoding.DER), certificate.tbs_certificate_bytes
+    _, validity, end = _field(tbs, 0, _VALIDITY)
+    first_end = der.span(tbs, validity, "validity")[1]
+    tbs = tbs[:validity] + tbs[first_end:end] + tbs[validity:first_end] + tbs[end:]
+    start, _ = der.span(whole, 0, "certificate")
+    algorithm_at = start + len(tbs)
+    algorithm = whole[algorithm_at : der.span(whole, algorithm_at, "certificate")[1]]
+    signature = key.sign(tbs, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
+    return load_der(der.sequence(tbs, algorithm, der.tlv(der.BIT_STRING, b"\0" + signature)))
 
 
 def _extensions(request: CertificateRequest) -> list[tuple[x509.ExtensionType, bool]]:
@@ -373,11 +419,12 @@ def _key_identifier(key: ec.EllipticCurvePublicKey) -> bytes:
 
 def _alt_name(name: str) -> x509.GeneralName:
     """Encode an IP literal as an IP address, anything else unchanged as a DNS name."""
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        pass
+    if "%" not in name:  # an address with a zone is a name for Rust
+        try:
+            return x509.IPAddress(ipaddress.ip_address(name))
+        except ValueError:
+            pass
     try:
         return x509.DNSName(name)
     except ValueError as error:
-        raise FormatError(f"alternative name: ASCII text expected, got {name!r:.80}") from error
+        raise FormatError(f"Invalid IA5String: ASCII text expected, got {name!r:.80}") from error

@@ -5,7 +5,7 @@ quote and its event log. A valid signature proves that the requester has the key
 holds or binds that key: `attest.verify` verifies this.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Self
 
 from cryptography.exceptions import InvalidSignature
@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from dstack_emu.attest import scale
 from dstack_emu.attest.app_info import decode_app_info
 from dstack_emu.attest.attestation import Attestation, decode, from_quote_and_log
-from dstack_emu.attest.certificate import CertificateRequest, load_spki
-from dstack_emu.attest.errors import VerificationError
+from dstack_emu.attest.certificate import CertificateRequest, load_spki, verification_key
+from dstack_emu.attest.errors import FormatError, VerificationError
 from dstack_emu.attest.scale import Decoder
 
 CONFIRM: Final = "please sign cert:"
@@ -37,15 +37,49 @@ class CertificateConfig:
     not_after: int | None = None
 
 
+def require_validity_order(not_before: int | None, not_after: int | None) -> None:
+    """Raise `FormatError` if a certificate is requested that would end before it begins (Unix seconds)."""
+    if not_before is not None and not_after is not None and not_before >= not_after:
+        raise FormatError("not_before must be earlier than not_after")
+
+
 @dataclass(frozen=True, slots=True)
-class SigningRequest:
-    """A decoded request; `encoded` are the signed bytes."""
+class _SignedRequest:
+    """What both versions have; `encoded` are the signed bytes."""
 
     confirm: str
     public_key: bytes
     config: CertificateConfig
-    attestation: Attestation
     encoded: bytes
+
+    def verify_signature(self, signature: bytes) -> None:
+        """Verify signature and confirm word; raise `FormatError` or `VerificationError` with upstream's words."""
+        try:
+            verification_key(self.public_key).verify(signature, self.encoded, ec.ECDSA(hashes.SHA256()))
+        except InvalidSignature as error:
+            raise VerificationError("Invalid signature") from error
+        if self.confirm != CONFIRM:
+            raise VerificationError("Invalid confirm word")
+
+
+@dataclass(frozen=True, slots=True)
+class SigningRequestV1(_SignedRequest):
+    """A decoded request of version 1. Upstream verifies its signature before it reads quote and event log."""
+
+    quote: bytes
+    event_log: bytes
+
+    def upgrade(self) -> "SigningRequest":
+        """Read quote and event log, and return the request with them as evidence; raise `FormatError`."""
+        evidence = from_quote_and_log(self.quote, self.event_log)
+        return SigningRequest(self.confirm, self.public_key, self.config, self.encoded, evidence)
+
+
+@dataclass(frozen=True, slots=True)
+class SigningRequest(_SignedRequest):
+    """A decoded request with its evidence."""
+
+    attestation: Attestation
 
     @classmethod
     def make(cls, public_key: bytes, config: CertificateConfig, attestation: Attestation) -> Self:
@@ -64,49 +98,26 @@ class SigningRequest:
                 attestation.encode(),
             )
         )
-        return cls(CONFIRM, public_key, config, attestation, encoded)
+        return cls(CONFIRM, public_key, config, encoded, attestation)
 
     @classmethod
-    def parse(cls, data: bytes, version: int) -> Self:
-        """Decode version 1 or 2; raise `FormatError`."""
-        decoder = Decoder(data)
-        confirm = decoder.text("confirm")
-        public_key = decoder.vec("pubkey")
-        organization = decoder.option(decoder.text, "org_name")
-        subject = decoder.text("subject")
-        alt_names = decoder.many(lambda: decoder.text("subject_alt_names"), "subject_alt_names")
-        server_auth, client_auth = decoder.boolean("usage_server_auth"), decoder.boolean("usage_client_auth")
-        with_attestation = decoder.boolean("ext_quote")
-        with_app_info, not_before, not_after = False, None, None
-        if version == 2:
-            with_app_info = decoder.boolean("ext_app_info")
-            not_before = decoder.option(decoder.u64, "not_before")
-            not_after = decoder.option(decoder.u64, "not_after")
-            attestation = decode(decoder.rest())
-            encoded = data
-        else:
-            quote, event_log = decoder.vec("quote"), decoder.vec("event_log")
-            # SCALE stops at the end of the structure: bytes after it are neither parsed nor signed.
-            encoded = data[: decoder.offset]
-            attestation = from_quote_and_log(quote, event_log)
-        config = CertificateConfig(
-            subject=subject,
-            organization=organization,
-            alt_names=alt_names,
-            server_auth=server_auth,
-            client_auth=client_auth,
-            with_attestation=with_attestation,
-            with_app_info=with_app_info,
-            not_before=not_before,
-            not_after=not_after,
-        )
-        return cls(confirm, public_key, config, attestation, encoded)
+    def parse(cls, data: bytes, version: int) -> "SigningRequest":
+        """Decode version 1 or 2 with its evidence; raise `FormatError`."""
+        return parse_request(data, version).upgrade()
+
+    def upgrade(self) -> Self:
+        """Return itself: its evidence is read already."""
+        return self
 
     def certificate_request(self, *, usage: str, app_id: bytes | None = None) -> CertificateRequest:
         """Return the certificate to issue for this request; its evidence must have been verified before."""
         config = self.config
+        try:
+            key = load_spki(self.public_key)
+        except FormatError as error:
+            raise FormatError(f"Failed to parse signature: {error}") from error  # upstream's word for the key
         return CertificateRequest(
-            public_key=load_spki(self.public_key),
+            public_key=key,
             subject=config.subject,
             organization=config.organization,
             alt_names=config.alt_names,
@@ -124,12 +135,33 @@ class SigningRequest:
         """Sign with the key of the certificate: DER ECDSA, SHA-256, RFC 6979."""
         return key.sign(self.encoded, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
 
-    def verify_signature(self, signature: bytes) -> None:
-        """Verify the signature and the confirm word; raise `VerificationError` with upstream's text."""
-        key = load_spki(self.public_key)
-        try:
-            key.verify(signature, self.encoded, ec.ECDSA(hashes.SHA256()))
-        except InvalidSignature as error:
-            raise VerificationError("Invalid signature") from error
-        if self.confirm != CONFIRM:
-            raise VerificationError("Invalid confirm word")
+
+def parse_request(data: bytes, version: int) -> SigningRequest | SigningRequestV1:
+    """Decode version 1 or 2; raise `FormatError`. What a version 1 has in place of an attestation is not looked at."""
+    decoder = Decoder(data)
+    confirm = decoder.text("confirm")
+    public_key = decoder.vec("pubkey")
+    organization = decoder.option(decoder.text, "org_name")
+    subject = decoder.text("subject")
+    alt_names = decoder.many(lambda: decoder.text("subject_alt_names"), "subject_alt_names")
+    server_auth, client_auth = decoder.boolean("usage_server_auth"), decoder.boolean("usage_client_auth")
+    with_attestation = decoder.boolean("ext_quote")
+    config = CertificateConfig(
+        subject=subject,
+        organization=organization,
+        alt_names=alt_names,
+        server_auth=server_auth,
+        client_auth=client_auth,
+        with_attestation=with_attestation,
+    )
+    if version == 1:
+        quote, event_log = decoder.vec("quote"), decoder.vec("event_log")
+        # SCALE stops at the end of the structure: what follows is neither read nor signed.
+        return SigningRequestV1(confirm, public_key, config, data[: decoder.offset], quote, event_log)
+    config = replace(
+        config,
+        with_app_info=decoder.boolean("ext_app_info"),
+        not_before=decoder.option(decoder.u64, "not_before"),
+        not_after=decoder.option(decoder.u64, "not_after"),
+    )
+    return SigningRequest(confirm, public_key, config, data, decode(decoder.rest()))

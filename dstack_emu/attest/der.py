@@ -6,7 +6,7 @@ extensions. Lengths are definite, as DER requires (X.690 section 10.1).
 
 from dstack_emu.attest.errors import FormatError
 
-BOOLEAN, INTEGER, OCTET_STRING, OID, ENUMERATED, SEQUENCE = 0x01, 0x02, 0x04, 0x06, 0x0A, 0x30
+BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, OID, ENUMERATED, SEQUENCE = 0x01, 0x02, 0x03, 0x04, 0x06, 0x0A, 0x30
 
 
 def tlv(tag: int, content: bytes) -> bytes:

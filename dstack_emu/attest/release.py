@@ -97,6 +97,8 @@ class Release:
     """How long a successful self check and GetMeta's info are used again; with 0 neither is kept."""
     certificate_app_info_is_verified: bool
     """SignCert writes app info from the verified identity: the true device id, the authorized OS image hash."""
+    refuses_reversed_validity: bool
+    """SignCert issues no certificate that would end before it begins."""
     vm_config_must_match: bool
     """A request's vm_config has to equal the one in the attestation; otherwise it takes its place."""
     lite_acpi_tables_verified: bool
@@ -157,6 +159,7 @@ _0_5: Final = Release(
     onboard_token=False,
     auth_api_cache_seconds=0,
     certificate_app_info_is_verified=False,
+    refuses_reversed_validity=False,
     vm_config_must_match=False,
     lite_acpi_tables_verified=False,
     identity_widths_are_checked=False,
@@ -197,6 +200,7 @@ _0_6: Final = Release(
     onboard_token=True,
     auth_api_cache_seconds=1,
     certificate_app_info_is_verified=True,
+    refuses_reversed_validity=True,
     vm_config_must_match=True,
     lite_acpi_tables_verified=True,
     identity_widths_are_checked=True,

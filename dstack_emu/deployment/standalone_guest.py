@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from dstack_emu.attest.app_info import claimed_image_hash
+from dstack_emu.attest.app_info import vm_config_of
 from dstack_emu.deployment.agent_listeners import AgentAddresses, AgentListeners, SocketFile
 from dstack_emu.deployment.clock import ISSUED_AT
 from dstack_emu.deployment.guest_config import GuestConfig, KmsBoot, local_key_provider, power_on
@@ -187,7 +187,7 @@ class StandaloneGuest:
             return file.keys, LocalIssuer(file.issuer, lambda: ISSUED_AT, self.config.release)
         self._kms_url = file.issuer.url.removesuffix("/prpc")
         # A KMS answers with the keys the hash that the guest claims.
-        claimed = claimed_image_hash(self.domain.vm_config_json)
+        claimed = vm_config_of(self.domain.vm_config_json).os_image_hash
         self.domain.complete(file.keys.provider, os_image_hash=claimed)
         from dstack_emu.simulator.guest_boot import kms_issuer  # needs verification
 
