@@ -1,10 +1,11 @@
-"""The pytest plugin: fixtures `dstack_…`, the option `--dstack-seed`, and the journal in the report of a failed test.
+"""The pytest plugin: fixtures `dstack_…`, options, a marker, and the journal in the report of a failed test.
 
 Every pytest run in an environment with this package loads it, so it imports nothing of the emulator before a fixture is
 used. The fixtures return classes of `testing`; docs/pytest.md is their reference.
 """
 
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -34,6 +35,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     help_text = "the seed: the text from which all keys and ids of the emulated dstack stacks are derived"
     parser.getgroup("dstack-emu").addoption("--dstack-seed", metavar="TEXT", help=help_text)
     parser.addini("dstack_seed", help_text)
+    help_text = "the dstack release that the emulated stacks are of: 0.5 or 0.6"
+    parser.getgroup("dstack-emu").addoption("--dstack-release", metavar="NAME", help=help_text)
+    parser.addini("dstack_release", help_text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker."""
+    config.addinivalue_line("markers", "dstack_release(name): run this test on a stack of that dstack release")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -68,34 +77,68 @@ def dstack_settings() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def dstack_session_stack(pytestconfig: pytest.Config, dstack_settings: dict[str, Any]) -> "Iterator[LiveStack]":
-    """A ready stack for the session; changes by fixtures of a wider scope are not undone."""
+def _dstack_stacks(
+    pytestconfig: pytest.Config, dstack_settings: dict[str, Any]
+) -> "Iterator[Callable[[str | None], LiveStack]]":
+    """The ready stack of each dstack release that a test of the session uses, by the release's name."""
+    from dstack_emu.attest.release import DEFAULT
     from dstack_emu.testing import LiveStack
 
-    with LiveStack(**_settings(pytestconfig, dstack_settings)) as live:
-        yield live
+    with ExitStack() as running:
+        stacks: dict[str, LiveStack] = {}
+
+        def of(name: str | None) -> LiveStack:
+            settings = {"release": DEFAULT.name, **_settings(pytestconfig, dstack_settings, name)}
+            if settings["release"] not in stacks:
+                stacks[settings["release"]] = running.enter_context(LiveStack(**settings))
+            return stacks[settings["release"]]
+
+        yield of
+
+
+@pytest.fixture(scope="session")
+def dstack_session_stack(_dstack_stacks: "Callable[[str | None], LiveStack]") -> "LiveStack":
+    """A ready stack for the session; changes by fixtures of a wider scope are not undone."""
+    return _dstack_stacks(None)
 
 
 @pytest.fixture
-def dstack_stack(dstack_session_stack: "LiveStack") -> "Iterator[LiveStack]":
+def dstack_stack(
+    request: pytest.FixtureRequest, _dstack_stacks: "Callable[[str | None], LiveStack]"
+) -> "Iterator[LiveStack]":
     """The session's ready stack; after the test its state from before the test is restored."""
-    with dstack_session_stack.put_back() as live:
+    with _dstack_stacks(_marked_release(request)).put_back() as live:
         yield live
 
 
 @pytest.fixture
-def dstack_fresh_stack(pytestconfig: pytest.Config, dstack_settings: dict[str, Any]) -> "Iterator[LiveStack]":
+def dstack_fresh_stack(
+    request: pytest.FixtureRequest, pytestconfig: pytest.Config, dstack_settings: dict[str, Any]
+) -> "Iterator[LiveStack]":
     """A stack for this test alone, as the runbook begins: two KMS without keys, and policies that allow nobody."""
     from dstack_emu.testing import LiveStack
 
-    with LiveStack(**_settings(pytestconfig, dstack_settings), fresh=True) as live:
+    settings = _settings(pytestconfig, dstack_settings, _marked_release(request))
+    with LiveStack(**settings, fresh=True) as live:
         yield live
 
 
-def _settings(config: pytest.Config, settings: dict[str, Any]) -> dict[str, Any]:
-    given, written = config.getoption("--dstack-seed"), config.getini("dstack_seed")
-    seed = {"seed": given} if given else {"seed": written} if written and "seed" not in settings else {}
-    return {**settings, **seed}
+def _marked_release(request: pytest.FixtureRequest) -> str | None:
+    marker = request.node.get_closest_marker("dstack_release")
+    if marker is None:
+        return None
+    if len(marker.args) != 1 or marker.kwargs or not isinstance(marker.args[0], str):
+        raise pytest.UsageError(f'@pytest.mark.dstack_release("0.5") expected, got {marker.args} {marker.kwargs}')
+    name: str = marker.args[0]
+    return name
+
+
+def _settings(config: pytest.Config, settings: dict[str, Any], marked_release: str | None) -> dict[str, Any]:
+    """Join the settings: the marker's over the option's over the fixture's over the ini file's."""
+    written = {key: value for key in ("seed", "release") if (value := config.getini(f"dstack_{key}"))}
+    given = {key: value for key in ("seed", "release") if (value := config.getoption(f"--dstack-{key}"))}
+    marked = {} if marked_release is None else {"release": marked_release}
+    return {**written, **settings, **given, **marked}
 
 
 @pytest.fixture

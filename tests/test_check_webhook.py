@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from dstack_emu.attest.release import DEFAULT
+from dstack_emu.attest.release import DEFAULT, RELEASES, Release
 from dstack_emu.testing import LiveStack
 from dstack_emu.transport.listen import bind_tcp, serve
 from dstack_emu.webhook_check.check import AT_ONCE, AnswerCheck, Report, check_webhook
@@ -108,15 +108,18 @@ def test_denying_everyone_is_understood_and_shown() -> None:
     assert json.loads(done.stdout)["checks"][1]["said"] == "denied: mock policy: deny-all"
 
 
-async def test_requests_carry_the_kms_user_agent_and_content_type() -> None:
+@pytest.mark.parametrize("release", RELEASES.values(), ids=lambda each: each.name)
+async def test_requests_carry_the_kms_user_agent_and_content_type(release: Release) -> None:
     seen = set()
 
     async def note(request: web.Request, asked: dict[str, Any]) -> web.Response:
         seen.add((request.headers["User-Agent"], request.headers["Content-Type"], frozenset(asked) >= {"teeVariant"}))
         return await right(request, asked)
 
-    await report_on(note)
-    assert {(agent.partition("/")[0], kind) for agent, kind, _ in seen} == {("dstack-kms", "application/json")}
+    async with webhook(note) as url:
+        await check_webhook(url, SampleRequests.of_seed("dstack-emu", release), patience=10.0, release=release)
+    agents = {(agent, kind) for agent, kind, _ in seen}
+    assert agents == {(f"dstack-kms/{release.version}", "application/json")}
     assert {has_variant for _, _, has_variant in seen} == {True, False}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dstack_emu import pytest_plugin, testing
-from tests.documents import code, document, rows, section
+from tests.documents import blocks, code, document, rows, section
 from tests.repository import ROOT
 from tests.scratch import run_pytest, write
 
@@ -68,6 +68,56 @@ def test_failed_test_shows_its_calls_and_the_option_goes_before_the_rest(tmp_pat
     assert "kms-src → auth-src /bootAuth/app  denied: app not registered [app_registered]" in done.stdout
     assert "AssertionError: nothing was refused; expected a refusal that contains 'KMS is not allowed'" in done.stdout
     assert "dstack_emu/testing/thread.py" not in done.stdout, "a report is about the test, not about how calls are made"
+
+
+RELEASES = """
+import pytest
+
+
+@pytest.fixture(scope="session")
+def dstack_settings():
+    return {"patience": 5.0}
+
+
+def test_option(dstack_stack, dstack_session_stack, dstack_check_webhook):
+    assert dstack_stack is dstack_session_stack
+    assert dstack_stack.description["release"] == "0.5"
+    assert dstack_stack.image("another").version == "0.5.11"
+    assert dstack_check_webhook(dstack_stack.services["auth-src"]).broken == ()
+    checks = dstack_stack.journal.find("/bootAuth/kms", service="auth-src")
+    assert checks[0]["decision"]["allowed"]
+
+
+@pytest.mark.dstack_release("0.6")
+def test_marker(dstack_stack, dstack_session_stack):
+    assert dstack_stack is not dstack_session_stack
+    assert dstack_stack.description["release"] == "0.6"
+
+
+@pytest.mark.dstack_release("0.6")
+def test_marker_of_a_fresh_stack(dstack_fresh_stack):
+    assert dstack_fresh_stack.description["release"] == "0.6"
+
+
+@pytest.mark.dstack_release("0.7")
+def test_unknown(dstack_stack):
+    pass
+
+
+@pytest.mark.dstack_release(0.5)
+def test_number(dstack_stack):
+    pass
+"""
+
+
+@pytest.mark.timeout(120)
+def test_release_is_that_of_the_marker_then_of_the_option_then_of_the_ini_file(tmp_path: Path) -> None:
+    (shown,) = (block.text for block in blocks(PAGE) if "mark.dstack_release" in block.text)
+    write(tmp_path, {"test_it.py": RELEASES, "test_page.py": shown, "pytest.ini": "[pytest]\ndstack_release = 0.6\n"})
+    done = run_pytest(tmp_path, "--dstack-release", "0.5", "--strict-markers")
+    assert "6 passed, 2 errors" in done.stdout, done.stdout + done.stderr
+    assert "dstack release: 0.5 or 0.6 expected, got '0.7'" in done.stdout
+    assert '@pytest.mark.dstack_release("0.5") expected, got (0.5,) {}' in done.stdout
 
 
 # ---- the page

@@ -147,8 +147,8 @@ class LiveStack:
 
     def check_webhook(self, url: str) -> Report:
         """Send a webhook every request that a KMS sends, as `dstack-emu check-webhook` does, and return the report."""
-        requests = SampleRequests.of_seed(self.in_thread(lambda stack: stack.config.seed))
-        return self._thread.wait(check_webhook(url, requests))
+        seed, release = self.in_thread(lambda stack: (stack.config.seed, stack.context.release_of(None)))
+        return self._thread.wait(check_webhook(url, SampleRequests.of_seed(seed, release), release=release))
 
     def snapshot(self, name: str = "snapshot") -> None:
         """Take a snapshot of the stack."""

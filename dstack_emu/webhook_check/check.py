@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
 from dstack_emu.attest.app_info import BootInfo
-from dstack_emu.attest.release import DEFAULT
+from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.kms_emu.auth_api import MAX_ANSWER, TIMEOUT, Decision, WebhookAuth, kms_user_agent
 from dstack_emu.kms_emu.errors import UnavailableError
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
@@ -88,9 +88,14 @@ class _RequestCase:
     """Why it is probably a mistake to allow the request; empty if it is not."""
 
 
-async def check_webhook(url: str, requests: SampleRequests, *, patience: float = TIMEOUT) -> Report:
-    """Send a webhook every request that a KMS sends, and return the report; wait `patience` seconds for each answer."""
-    checker = _Checker(url, requests, patience)
+async def check_webhook(
+    url: str, requests: SampleRequests, *, patience: float = TIMEOUT, release: Release = DEFAULT
+) -> Report:
+    """Send a webhook every request that a KMS sends, and return the report; wait `patience` seconds for each answer.
+
+    The KMS is of a dstack release, which the User-Agent says. Members that only other releases send are sent, too.
+    """
+    checker = _Checker(url, requests, patience, release)
     try:
         return Report(url, tuple([finding async for finding in checker.all()]))
     finally:
@@ -98,9 +103,9 @@ async def check_webhook(url: str, requests: SampleRequests, *, patience: float =
 
 
 class _Checker:
-    def __init__(self, url: str, requests: SampleRequests, patience: float) -> None:
-        self.url, self.requests, self._patience = url, requests, patience
-        self.auth = WebhookAuth(url, timeout=patience)
+    def __init__(self, url: str, requests: SampleRequests, patience: float, release: Release) -> None:
+        self.url, self.requests, self._patience, self._release = url, requests, patience, release
+        self.auth = WebhookAuth(url, timeout=patience, release=release)
         self._slowest = 0.0
         self._unexplained: list[str] = []
         self._long: list[str] = []
@@ -257,7 +262,7 @@ class _Checker:
         """Check the headers of an answer, which a KMS ignores."""
         name, url = "headers of an answer", f"{self.url.rstrip('/')}/bootAuth/app"
         client = HttpClient(
-            timeout=self._patience, max_answer=MAX_ANSWER, headers={"User-Agent": kms_user_agent(DEFAULT)}
+            timeout=self._patience, max_answer=MAX_ANSWER, headers={"User-Agent": kms_user_agent(self._release)}
         )
         try:
             headers = {"Content-Type": "application/json"}

@@ -13,6 +13,7 @@ from pydantic.alias_generators import to_camel
 
 from dstack_emu.attest.app_info import BootInfo, decode_app_info
 from dstack_emu.attest.hexadecimal import decode_hex
+from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.deployment.guest_config import GuestConfig, local_key_provider, power_on
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import Seed
@@ -96,9 +97,11 @@ class SampleRequests:
     app: Variation
 
     @classmethod
-    def of_seed(cls, seed: str) -> Self:
-        """Make the requests about the source KMS and the app of that seed's stack."""
-        return cls(_boot_info(seed, "kms-src", has_keys=True), _boot_info(seed, "app", has_keys=False))
+    def of_seed(cls, seed: str, release: Release = DEFAULT) -> Self:
+        """Make the requests about the source KMS and the app of that seed's stack of a dstack release."""
+        return cls(
+            _boot_info(seed, "kms-src", release, has_keys=True), _boot_info(seed, "app", release, has_keys=False)
+        )
 
     def with_values(self, document: Any) -> "SampleRequests":
         """Return the requests with other values: fields for both requests, or separate ones under `kms` and `app`.
@@ -117,8 +120,8 @@ class SampleRequests:
         return SampleRequests(both.applied_to(self.kms), both.applied_to(self.app))
 
 
-def _boot_info(seed: str, name: str, *, has_keys: bool) -> Variation:
-    config = GuestConfig(seed=seed, platform=f"host of {name}", compose=AppCompose.named(name))
+def _boot_info(seed: str, name: str, release: Release, *, has_keys: bool) -> Variation:
+    config = GuestConfig(seed=seed, platform=f"host of {name}", compose=AppCompose.named(name), release=release)
     domain = power_on(Intel(Seed.of(seed)), config)
     if has_keys:
         domain.complete(local_key_provider(Seed.of(seed), name))

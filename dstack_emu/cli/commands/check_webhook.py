@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from dstack_emu.cli.commands.common import UsageError
+from dstack_emu.cli.commands.common import UsageError, add_release
 from dstack_emu.cli.commands.inspect import WIDTH, print_text
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 from dstack_emu.kms_emu.auth_api import TIMEOUT
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", default=DEFAULT_SEED, metavar="TEXT", help="send the values of this seed's stack (%(default)s)"
     )
+    add_release(parser, "the dstack release of that stack, which the User-Agent says")
     parser.add_argument(
         "--boot-info",
         type=Path,
@@ -74,13 +75,13 @@ def _seconds(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the webhook and print the report."""
-    requests = SampleRequests.of_seed(arguments.seed)
+    requests = SampleRequests.of_seed(arguments.seed, arguments.release)
     if arguments.boot_info is not None:
         try:
             requests = requests.with_values(_read(arguments.boot_info))
         except SampleError as error:
             raise UsageError(printable(f"{arguments.boot_info}: {error}")) from error
-    report = asyncio.run(check_webhook(arguments.url, requests, patience=arguments.timeout))
+    report = asyncio.run(check_webhook(arguments.url, requests, patience=arguments.timeout, release=arguments.release))
     if arguments.json:
         print_text(json.dumps(report.to_json()))
     else:
