@@ -3,6 +3,8 @@
 import base64
 import http.server
 import json
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -137,6 +139,21 @@ def test_pccs_and_source_are_shown_without_them(world: World, tmp_path: Path) ->
                 status, answer = kms.rpc(f"Onboard.{method}", arguments)
                 assert status == 400
                 require_no_secret(answer["error"], *kms.log())
+
+
+def test_commands_print_urls_without_them() -> None:
+    with webhook() as (address, _):
+        url = f"http://{USER}:{PASSWORD}@{address}"
+        for arguments in (("check-webhook", url), ("check-webhook", url, "--json"), ("health", "--url", url)):
+            done = subprocess.run(
+                [sys.executable, "-m", "dstack_emu", *arguments],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert address in done.stdout + done.stderr, done
+            require_no_secret(done.stdout, done.stderr)
 
 
 def control(stack: RunningStack, path: str, body: dict[str, Any] | None = None, method: str = "GET") -> str:

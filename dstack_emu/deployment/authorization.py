@@ -26,6 +26,7 @@ from dstack_emu.transport.client import MAX_RESPONSE, MoreHeaders, PrpcClient, R
 from dstack_emu.transport.failures import NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.tls import client_context
+from dstack_emu.transport.urls import shown_url
 
 TIMEOUT: Final = 30.0
 PAUSE: Final = 0.1
@@ -180,11 +181,11 @@ class PolledPhase:
                     return "onboard"
             status = await _health(client, tls_url(self.url))
         except NoAnswerError as error:
-            raise StackError(f"{self.name} at {self.url}: {error}") from error
+            raise StackError(f"{self.name} at {shown_url(self.url)}: {error}") from error
         finally:
             await client.close()
         if status != HTTPStatus.OK:
-            raise StackError(f"{self.name} at {self.url} answered {status} to /health, 200 expected")
+            raise StackError(f"{self.name} at {shown_url(self.url)} answered {status} to /health, 200 expected")
         return "runtime"
 
     async def reached_runtime(self) -> None:

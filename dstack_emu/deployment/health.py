@@ -10,6 +10,7 @@ from dstack_emu.deployment.config import DESCRIPTION_FILE
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.tls import client_context
+from dstack_emu.transport.urls import shown_url
 
 TIMEOUT: Final = 5.0
 MAX_PAGE: Final = 1024 * 1024
@@ -67,5 +68,5 @@ async def _check_at(client: HttpClient, name: str, url: str) -> str:
         page = url + ("/" if name.startswith("auth-") else "/health")
         answer = await client.send("GET", page, follow_redirects=True)
     except (NoAnswerError, AnswerTooLongError) as error:
-        return f"{name} at {url}: {error}"
-    return "" if answer.status == 200 else f"{name} at {url} answered {answer.status}"
+        return f"{name} at {shown_url(url)}: {error}"
+    return "" if answer.status == 200 else f"{name} at {shown_url(url)} answered {answer.status}"

@@ -16,6 +16,7 @@ from dstack_emu.kms_emu.auth_api import MAX_ANSWER, TIMEOUT, Decision, WebhookAu
 from dstack_emu.kms_emu.errors import UnavailableError
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
+from dstack_emu.transport.urls import shown_url
 from dstack_emu.webhook_check.hints import hint_for
 from dstack_emu.webhook_check.sample_requests import SampleRequests, Variation
 
@@ -73,7 +74,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON."""
-        return {"ok": self.ok, "url": self.url, "checks": [asdict(finding) for finding in self.findings]}
+        return {"ok": self.ok, "url": shown_url(self.url), "checks": [asdict(finding) for finding in self.findings]}
 
 
 @dataclass(frozen=True, slots=True)

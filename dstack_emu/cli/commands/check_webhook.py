@@ -15,6 +15,7 @@ from dstack_emu.cli.commands.inspect import WIDTH, print_text
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 from dstack_emu.kms_emu.auth_api import TIMEOUT
 from dstack_emu.simulator.seed import DEFAULT_SEED
+from dstack_emu.transport.urls import shown_url
 from dstack_emu.webhook_check.check import Report, check_webhook
 from dstack_emu.webhook_check.sample_requests import SampleError, SampleRequests
 
@@ -97,7 +98,7 @@ def _read(path: Path) -> Any:
 
 
 def _render(report: Report, colour: bool) -> Iterator[str]:
-    yield paint(f"{report.url}, as a KMS sees it", BOLD, colour)
+    yield paint(f"{shown_url(report.url)}, as a KMS sees it", BOLD, colour)
     yield ""
     for finding in report.findings:
         yield paint(f"{finding.level:<7}", _TONES[finding.level], colour) + f"  {finding.name}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dstack_emu.cli.commands.common import UsageError, say
 from dstack_emu.deployment.healthcheck import check
+from dstack_emu.transport.urls import without_credentials
 
 DESCRIPTION = (
     "Check every service of the stack in a state folder, or the services that are named. Exit 0 if all answer; "
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         problems = [problem for target in targets if (problem := check(target))]
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(without_credentials(str(error))) from error
     if arguments.state is not None:
         from dstack_emu.deployment.health import (
             check_health,  # slow to import, and not needed for one URL
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         problems += asyncio.run(check_health(arguments.state))
     for problem in problems:
-        say(problem)
+        say(without_credentials(problem))
     if not problems:
         print("ready")
     return 1 if problems else 0
