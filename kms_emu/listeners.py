@@ -143,7 +143,8 @@ class KmsListeners:
         """Accept no connection from now on: clients that connect to the RPC port wait for the next phase."""
         if self._server is not None:
             self._server.stop_listening()
-            self._rpc_sock.listen()
+            if not self._has_one_port:
+                self._rpc_sock.listen()
 
     async def leave_onboard(self) -> None:
         """End what the onboard phase serves, after the answers in progress."""
