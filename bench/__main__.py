@@ -7,10 +7,12 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from bench.figure import FULL, QUICK, Effort, Figure, Measure
+from dstack_emu.attest.release import DEFAULT, RELEASES
 
 LATEST: Final = Path(__file__).parent / "latest.json"
 BENCHMARKS: Final = (
@@ -38,10 +40,15 @@ def main() -> None:
     known = ", ".join(BENCHMARKS)
     parser.add_argument("--only", action="append", choices=BENCHMARKS, metavar="NAME", help=f"one of {known}")
     parser.add_argument("--quick", action="store_true", help="shorter rounds, and fewer: rough figures")
+    parser.add_argument(
+        "--release", choices=RELEASES, default=DEFAULT.name, help="the dstack release of guests and KMS (%(default)s)"
+    )
     arguments = parser.parse_args()
+    effort = replace(QUICK if arguments.quick else FULL, release=RELEASES[arguments.release])
+    print(f"dstack {effort.release.version}; ", end="")
     print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}; medians of alternating rounds", flush=True)
     began, figures = time.monotonic(), []
-    for figure in run(arguments.only or BENCHMARKS, QUICK if arguments.quick else FULL):
+    for figure in run(arguments.only or BENCHMARKS, effort):
         print(figure, flush=True)
         figures.append(figure)
     write(figures, LATEST)

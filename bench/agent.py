@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 
 from bench.figure import Bar, Effort, Figure, median
-from bench.processes import AGENT, resident_memory, running
+from bench.processes import command, resident_memory, running
 
 READY_BAR, MEMORY_BAR = 0.35, 48.0
 
@@ -14,7 +14,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
     ready, memory = [], []
     for turn in range(effort.starts + 1):
         began = time.perf_counter()
-        with running(AGENT) as (process, _):
+        with running(command("agent", effort.release)) as (process, _):
             took = time.perf_counter() - began
             if turn:  # the first one has cold caches
                 ready.append(took)

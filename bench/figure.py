@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dstack_emu.attest.release import DEFAULT, Release
+
 Measure = Callable[["Effort"], Iterable["Figure"]]
 
 
@@ -13,13 +15,14 @@ Measure = Callable[["Effort"], Iterable["Figure"]]
 class Effort:
     """The duration of a benchmark: `rounds` rounds of `seconds` for each side; a process is started `starts` times.
 
-    A value that grows with the number of calls is measured after `calls` calls.
+    A value that grows with the number of calls is measured after `calls` calls. Guests and KMS are of `release`.
     """
 
     rounds: int = 5
     seconds: float = 0.8
     starts: int = 5
     calls: int = 10_000
+    release: Release = DEFAULT
 
 
 FULL, QUICK = Effort(), Effort(rounds=3, seconds=0.25, starts=3, calls=1000)

@@ -22,7 +22,7 @@ BAR, SHARE_BAR = 1200, 0.9
 def measure(effort: Effort) -> Iterator[Figure]:
     """Measure calls per second, their ratio to the bare server's, and calls per second of the KMS's processor time."""
     with ExitStack() as stack:
-        kms = stack.enter_context(measured_kms())
+        kms = stack.enter_context(measured_kms(effort.release))
         body, contexts = kms.app_key_request(), [client_context(identity) for identity in kms.identities(CONNECTIONS)]
         ours = [kms.connect(context, "GetAppKey", body) for context in contexts]
         port = stack.enter_context(bare_kms(kms, documents=1, questions=2, answer=ours[0].call()))

@@ -32,7 +32,7 @@ BAR = 0.20
 def measure(effort: Effort) -> Iterator[Figure]:
     """Measure calls per second, and their ratio to bare verifications."""
     with ExitStack() as stack:
-        kms = stack.enter_context(measured_kms())
+        kms = stack.enter_context(measured_kms(effort.release))
         pool = stack.enter_context(ThreadPoolExecutor(THREADS))
         body, now, root = kms.app_key_request(), int(time.time()), kms.root_der
         app = asyncio.run(ask_evidence(kms, kms.stack["app"]["dstack_sock"]))

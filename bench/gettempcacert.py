@@ -19,7 +19,7 @@ SHARE_BAR = 0.9
 def measure(effort: Effort) -> Iterator[Figure]:
     """Measure calls per second, and their ratio to the bare server's."""
     with ExitStack() as stack:
-        kms = stack.enter_context(measured_kms())
+        kms = stack.enter_context(measured_kms(effort.release))
         ours = [kms.connect(client_context(), "GetTempCaCert") for _ in range(CONNECTIONS)]
         port = stack.enter_context(bare_kms(kms, documents=0, questions=1, answer=ours[0].call()))
         bare = [kms.connect(client_context(), "GetTempCaCert", port=port) for _ in range(CONNECTIONS)]

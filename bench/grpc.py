@@ -17,7 +17,7 @@ import grpc
 from bench.figure import Effort, Figure, alternate, median, ratio
 from bench.kms import measured_kms
 from bench.load import Connection, closed_loop, connect_unix, post
-from bench.processes import OTHER_CORE, SERVER_CORE, UP, CpuMeter, on_core, running
+from bench.processes import OTHER_CORE, SERVER_CORE, CpuMeter, command, on_core, running
 from dstack_emu.attest.proto import dstack_guest_pb2, kms_pb2
 from dstack_emu.transport.tls import Identity, client_context
 
@@ -34,7 +34,9 @@ def measure(effort: Effort) -> Iterator[Figure]:
 
 def _getquote(effort: Effort) -> Iterator[Figure]:
     with ExitStack() as stack:
-        process, line = stack.enter_context(running((*UP, "--grpc"), SERVER_CORE))
+        process, line = stack.enter_context(
+            running(command("up", effort.release, "--free-ports", "--grpc"), SERVER_CORE)
+        )
         app = json.loads(line)["app"]
         stack.enter_context(on_core(OTHER_CORE))
         data = os.urandom(64)
@@ -49,7 +51,7 @@ def _getquote(effort: Effort) -> Iterator[Figure]:
 def _getappkey(effort: Effort) -> Iterator[Figure]:
     with ExitStack() as stack:
         port = stack.enter_context(_grpc_switched_on())
-        kms = stack.enter_context(measured_kms())
+        kms = stack.enter_context(measured_kms(effort.release))
         body, identities = kms.app_key_request(), kms.identities(CONNECTIONS)
         request = kms_pb2.GetAppKeyRequest(**json.loads(body)).SerializeToString()
         # The certificate has the name localhost.

@@ -37,7 +37,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
     with ExitStack() as stack:
         meters = []
         for verifies in (False, True):
-            kms = stack.enter_context(measured_kms(verify_images=verifies))
+            kms = stack.enter_context(measured_kms(effort.release, verify_images=verifies))
             body = kms.app_key_request()
             contexts = [client_context(identity) for identity in kms.identities(CONNECTIONS)]
             connections = [kms.connect(context, "GetAppKey", body) for context in contexts]

@@ -36,7 +36,7 @@ BAR, REVERT_BAR = 0.95, 5.0
 def measure(effort: Effort) -> Iterator[Figure]:
     """Measure the ratio of the rates with and without the journal, and the milliseconds of a snapshot and a revert."""
     with ExitStack() as stack:
-        pid, description = stack.enter_context(running_stack(SERVER_CORE))
+        pid, description = stack.enter_context(running_stack(SERVER_CORE, effort.release))
         stack.enter_context(on_core(OTHER_CORE))
         services = description["services"]
         identity = asyncio.run(_identity(services["kms-src"], description["app"]["dstack_sock"]))

@@ -22,11 +22,12 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
 from bench.load import Connection, connect_tls, connect_unix, post
-from bench.processes import OTHER_CORE, SERVER_CORE, on_core, running, running_stack
+from bench.processes import OTHER_CORE, SERVER_CORE, command, on_core, running, running_stack
 from dstack_emu.attest.attestation import Attestation, decode
 from dstack_emu.attest.certificate import load_authority
 from dstack_emu.attest.kdf import load_p256_pem
 from dstack_emu.attest.proto import dstack_guest_pb2, kms_pb2
+from dstack_emu.attest.release import Release
 from dstack_emu.transport.client import PrpcClient
 from dstack_emu.transport.ratls import make_identity
 from dstack_emu.transport.tls import Identity, client_context
@@ -110,14 +111,14 @@ SERVICES = (sys.executable, "-m", "bench.services")
 
 
 @contextmanager
-def measured_kms(*, verify_images: bool = False) -> Iterator[MeasuredKms]:
+def measured_kms(release: Release, *, verify_images: bool = False) -> Iterator[MeasuredKms]:
     """Run a stack and a KMS, bootstrap it, and end its onboard phase; the block runs on the client's core.
 
     Webhook and PCCS are another process, with the stack's seed and policy.
     """
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as folder,
-        running_stack(OTHER_CORE) as (_, stack),
+        running_stack(OTHER_CORE, release) as (_, stack),
         running((*SERVICES, stack["seed"], stack["policies"]["src"]), OTHER_CORE) as (_, urls),
     ):
         certs, config = Path(folder, "certs"), Path(folder, "kms.toml")
@@ -131,9 +132,9 @@ def measured_kms(*, verify_images: bool = False) -> Iterator[MeasuredKms]:
                 verify=str(verify_images).lower(),
             )
         )
-        command = (sys.executable, "-m", "dstack_emu", "kms", "--config", str(config), "--json")
+        kms = command("kms", release, "--config", str(config))
         environment = {"DSTACK_AGENT_ADDRESS": services["agent-src"]}
-        with running(command, SERVER_CORE, environment=environment) as (process, line), on_core(OTHER_CORE):
+        with running(kms, SERVER_CORE, environment=environment) as (process, line), on_core(OTHER_CORE):
             url = urlsplit(json.loads(line)["url"])
             temp_ca = asyncio.run(_set_up(url.netloc))
             yield MeasuredKms(process.pid, (str(url.hostname), int(url.port or 0)), certs, stack, temp_ca)

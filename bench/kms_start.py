@@ -1,6 +1,5 @@
 """Start of a single fresh KMS (`dstack-emu kms`): the time until it is ready, and its memory then."""
 
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.figure import Bar, Effort, Figure, median
-from bench.processes import resident_memory, running
+from bench.processes import command, resident_memory, running
 
 READY_BAR, MEMORY_BAR = 0.45, 60.0
 
@@ -30,10 +29,10 @@ def measure(effort: Effort) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         config = Path(folder, "kms.toml")
         config.write_text(_TOML.format(certs=Path(folder, "certs")))
-        command = (sys.executable, "-m", "dstack_emu", "kms", "--config", str(config), "--json")
+        kms = command("kms", effort.release, "--config", str(config))
         for turn in range(effort.starts + 1):
             began = time.perf_counter()
-            with running(command) as (process, _):
+            with running(kms) as (process, _):
                 took = time.perf_counter() - began
                 if turn:  # the first one finds cold caches
                     ready.append(took)

@@ -21,7 +21,7 @@ BAR, GROWTH_BAR = 110.0, 3.0
 def measure(effort: Effort) -> Iterator[Figure]:
     """Measure the resident memory after all calls (a MiB is 2^20 bytes), and its growth since half of them."""
     with ExitStack() as stack:
-        kms = stack.enter_context(measured_kms())
+        kms = stack.enter_context(measured_kms(effort.release))
         body, half = kms.app_key_request(), effort.calls // 2
         kept = [kms.connect(client_context(identity), "GetAppKey", body) for identity in kms.identities(CONNECTIONS)]
         for connection in kept:

@@ -14,15 +14,20 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from dstack_emu.attest.release import Release
+
 ROOT: Final = Path(__file__).resolve().parent.parent
 _CORES: Final = sorted(os.sched_getaffinity(0))
 SERVER_CORE: Final = _CORES[0]
 OTHER_CORE: Final = _CORES[-1]
 
-AGENT: Final = (sys.executable, "-m", "dstack_emu", "agent", "--json")
-UP: Final = (sys.executable, "-m", "dstack_emu", "up", "--json", "--free-ports")
 STOP_TIMEOUT: Final = 10.0
 _CPUCLOCK_SCHED: Final = 2
+
+
+def command(name: str, release: Release, *arguments: str) -> tuple[str, ...]:
+    """Return a command of the emulator that prints one line of JSON when it is ready."""
+    return (sys.executable, "-m", "dstack_emu", name, "--release", release.name, "--json", *arguments)
 
 
 class ProcessError(Exception):
@@ -88,9 +93,9 @@ def running(
 
 
 @contextmanager
-def running_stack(core: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Run a whole stack on one core; yield its process id and its description."""
-    with running(UP, core) as (process, line):
+def running_stack(core: int, release: Release) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Run a whole stack of a release on one core; yield its process id and its description."""
+    with running(command("up", release, "--free-ports"), core) as (process, line):
         yield process.pid, json.loads(line)
 
 

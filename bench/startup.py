@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 
 from bench.figure import Bar, Effort, Figure, median
-from bench.processes import UP, resident_memory, running
+from bench.processes import command, resident_memory, running
 
 READY_BAR, STOP_BAR, MEMORY_BAR = 0.8, 0.5, 160.0
 
@@ -14,7 +14,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
     ready, stopped, memory = [], [], []
     for turn in range(effort.starts + 1):
         began = time.perf_counter()
-        with running(UP) as (process, _):
+        with running(command("up", effort.release, "--free-ports")) as (process, _):
             is_ready = time.perf_counter()
             held = resident_memory(process.pid)
             asked = time.perf_counter()
