@@ -209,7 +209,7 @@ FILLED_IN = {
     "kms-src ended": "kms-{side} ended",
     "core.verifi": "the key",
     "returned 404 Not Found": "returned {status}",
-    "PCCS status 404, 200 expected": "PCCS status {status}",
+    "HTTP 404": "HTTP {status}",
     "Request failed with status=400 Bad Request, error=": "status={status}, error={body}",
     "/tcb?fmspc=": "the URL",
     "core.attestation.root_ca.tdx": "{section}attestation.root_ca.tdx",

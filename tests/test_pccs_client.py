@@ -2,14 +2,17 @@
 
 import asyncio
 import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Literal, get_args
 
+import dcap_qvl
 import pytest
 
 from dstack_emu.attest.attestation import Attestation
+from dstack_emu.attest.collateral import error_chain
 from dstack_emu.attest.errors import UnverifiableError, VerificationError
 from dstack_emu.attest.pcs import PCK_CRL_PATH, QE_IDENTITY_PATH, REVALIDATION_PATH, ROOT_CA_CRL_PATH, TCB_INFO_PATH
 from dstack_emu.attest.verify import TrustAnchor
@@ -302,6 +305,86 @@ async def test_error_is_that_of_the_first_document_whichever_fails_first() -> No
     pccs.app.middlewares.append(refuse)
     server = await serve(pccs.app, bind_tcp("127.0.0.1", 0))
     async with _verifier(pccs, server.url) as verifier, asyncio.timeout(TIMEOUT):
-        with pytest.raises(UnverifiableError, match=f"{PCK_CRL_PATH}.*PCCS status 404"):
+        with pytest.raises(UnverifiableError, match=f"{PCK_CRL_PATH}.*: HTTP 404$"):
             await verifier.verify(pccs.evidence())
+    await server.close()
+
+
+# ---- answers that are no documents, beside what the library says that fetches and verifies by itself
+
+ORDER = (PCK_CRL_PATH, TCB_INFO_PATH, QE_IDENTITY_PATH, ROOT_CA_CRL_PATH)
+OTHER_MEMBERS = b'{"tcbInfo":{},"enclaveIdentity":{},"signature":"%s"}'
+SPOILT: dict[str, Callable[[Response], Response]] = {
+    "500": lambda answer: replace(answer, status=500),
+    "404 without a body": lambda answer: Response(404),
+    "203": lambda answer: replace(answer, status=203),
+    "no chain": lambda answer: replace(answer, headers=()),
+    "no document": lambda answer: replace(answer, body=b"nothing of the kind"),
+    "empty": lambda answer: replace(answer, body=b""),
+    "not UTF-8": lambda answer: replace(answer, body=b"\xff"),
+    "{}": lambda answer: replace(answer, body=b"{}"),
+    "no hex": lambda answer: replace(answer, body=OTHER_MEMBERS % b"zz"),
+    "0x": lambda answer: replace(answer, body=OTHER_MEMBERS % b"0x00"),
+    "blanks": lambda answer: replace(answer, body=b"30 00"),
+    "no CRL": lambda answer: replace(answer, body=b"3000"),
+}
+
+
+async def _said_by_the_library(pccs: Pccs, url: str, quote: bytes) -> str:
+    try:
+        collateral = await dcap_qvl.get_collateral(url, quote)
+        return str(dcap_qvl.verify_with_root_ca(quote, collateral, pccs.intel.root_der, pccs.now).status)
+    except ValueError as error:
+        return error_chain(error).removeprefix("Failed to get collateral: ")
+
+
+@pytest.mark.parametrize("pccs", ["without ETags"], indirect=True)
+@pytest.mark.parametrize("form", SPOILT)
+async def test_answer_that_is_no_document_is_refused_with_the_text_of_the_library(
+    pccs: Pccs, url: str, verifier: AttestationVerifier, form: str
+) -> None:
+    evidence, spoilt = pccs.evidence(), set[str]()
+
+    async def spoil(request: Request, handler: Handler) -> Response:
+        answer = await handler(request)
+        return SPOILT[form](answer) if request.path in spoilt else answer
+
+    pccs.app.middlewares.append(spoil)
+    server = await serve(pccs.app, bind_tcp("127.0.0.1", 0))
+    async with _verifier(pccs, server.url) as through:
+        for first, second in itertools.combinations_with_replacement(ORDER, 2):
+            spoilt.clear()
+            assert await _status(through, evidence) == "UpToDate"
+            spoilt.update((first, second))
+            expected = await _said_by_the_library(pccs, server.url, evidence.quote)
+            # The binding asks for TCB info with one parameter more, and leaves out what the parser says.
+            expected = expected.replace("&update=standard: ", ": ") if "/tcb" in expected else expected
+            try:
+                found = await _status(through, evidence)
+            except VerificationError as error:
+                found = str(error).removeprefix("failed to verify TDX quote: ")
+            assert found.startswith(expected), (first, second)
+    await server.close()
+
+
+@pytest.mark.parametrize("pccs", ["without ETags"], indirect=True)
+async def test_root_crl_comes_before_tcb_info_and_says_where_it_was_sought(
+    pccs: Pccs, url: str, verifier: AttestationVerifier
+) -> None:
+    evidence = pccs.evidence()
+
+    async def close(request: Request, handler: Handler) -> Response:
+        if request.path == ROOT_CA_CRL_PATH:
+            request.transport.abort()
+        return replace(await handler(request), body=b"nothing of the kind")
+
+    pccs.app.middlewares.append(close)
+    server = await serve(pccs.app, bind_tcp("127.0.0.1", 0))
+    text = "Could not find CRL distribution point in root certificate"
+    assert await _said_by_the_library(pccs, server.url, evidence.quote) == text
+    async with _verifier(pccs, server.url) as through:
+        with pytest.raises(UnverifiableError) as refusal:
+            await _status(through, evidence)
+    sought = f"{text} (error sending request for url ({server.url}{ROOT_CA_CRL_PATH}): "
+    assert str(refusal.value).startswith(f"failed to verify TDX quote: {sought}")
     await server.close()

@@ -20,9 +20,12 @@ from typing import Any
 import pytest
 
 from dstack_emu.cli.runbook_report import RunbookReport
+from dstack_emu.runbook.cases import MEASURED
+from dstack_emu.runbook.kms_client import KmsAnswer
 from dstack_emu.runbook.target import Target, TargetError
 from dstack_emu.runbook.transcript import Step
 from tests.commands import run_command, usage_error
+from tests.recorded import golden
 from tests.repository import ROOT
 from tests.running import RunningStack, running_kms, running_stack
 
@@ -485,6 +488,18 @@ def test_kms_that_does_not_answer_is_named(tmp_path: Path) -> None:
 def test_source_url_without_a_stack_elsewhere_is_refused() -> None:
     text = usage_error("runbook", "--source-url", "https://127.0.0.1:9")
     assert text == "--source-url is only for a stack that runs elsewhere: give --against, too"
+
+
+def test_measurements_name_the_variant_by_either_name() -> None:
+    (row,) = (row for row in golden("wire.json") if row["name"] == "attinfo_after_bootstrap")
+    recorded = json.loads(row["response"]["body"])
+    assert {"tee_variant", "attestation_mode"} & set(recorded) == {"tee_variant"}
+    nameless = {name: value for name, value in recorded.items() if name != "tee_variant"}
+    for body in (recorded, nameless | {"attestation_mode": "dstack-tdx"}):
+        assert MEASURED.holds(KmsAnswer(200, body))
+        assert not MEASURED.holds(KmsAnswer(200, body | {"mr_aggregated": "00"}))
+        assert not MEASURED.holds(KmsAnswer(400, body))
+    assert not MEASURED.holds(KmsAnswer(200, nameless))
 
 
 def test_interrupted_run_leaves_nothing_behind(short_folder: Path) -> None:

@@ -73,21 +73,31 @@ class CollateralKeys:
 
 
 def assemble(pck_crl: Document, tcb_info: Document, qe_identity: Document, root_ca_crl: Document) -> QuoteCollateralV3:
-    """Assemble four answers for `dcap-qvl`; raise `FormatError`, which names the invalid one."""
-    tcb, tcb_signature = _signed(tcb_info, "tcbInfo", "TCB info")
-    qe, qe_signature = _signed(qe_identity, "enclaveIdentity", "QE identity")
-    try:
-        root_crl = binascii.unhexlify(root_ca_crl.body)
-    except ValueError as error:
-        raise FormatError(f"root CA CRL: hex text expected, got {root_ca_crl.body[:40]!r}") from error
-    pck_chain, tcb_chain = _chain(pck_crl, "PCK CRL"), _chain(tcb_info, "TCB info")
-    qe_chain = _chain(qe_identity, "QE identity")
+    """Assemble four answers for `dcap-qvl`.
+
+    Raises `FormatError` in its order, the CRL of the root first, and with its texts.
+    """
+    root_crl = _root_crl(root_ca_crl)
+    tcb, tcb_signature = _signed(tcb_info, "tcbInfo", "TCB Info")
+    qe, qe_signature = _signed(qe_identity, "enclaveIdentity", "QE Identity")
+    pck_chain, tcb_chain, qe_chain = (unquote(each.issuer_chain) for each in (pck_crl, tcb_info, qe_identity))
     try:
         return QuoteCollateralV3(
             pck_chain, root_crl, pck_crl.body, tcb_chain, tcb, tcb_signature, qe_chain, qe, qe_signature
         )
     except UnicodeEncodeError as error:  # half a surrogate pair, from a JSON escape or a header
         raise FormatError(f"collateral: text that UTF-8 can hold expected ({error.reason})") from error
+
+
+def _root_crl(document: Document) -> bytes:
+    try:
+        text = document.body.decode()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"Failed to convert hex-encoded CRL to string: {error}") from error
+    try:
+        return binascii.unhexlify(text)
+    except ValueError as error:
+        raise FormatError("Failed to decode hex-encoded root CA CRL") from error
 
 
 def earliest_expiry(collateral: QuoteCollateralV3) -> int:
@@ -121,16 +131,16 @@ def _drop_number(cause: str) -> str:
 def _signed(document: Document, key: str, what: str) -> tuple[str, bytes]:
     try:
         outer = json.loads(document.body)
-        inner, signature = outer[key], binascii.unhexlify(outer["signature"])
+        inner, signature = outer[key], outer["signature"]
+        if not isinstance(signature, str):
+            raise TypeError(f"text expected as signature, got {type(signature).__name__}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FormatError(f"{what}: {{{key}, signature}} expected ({type(error).__name__}: {error})") from error
-    return json.dumps(inner, separators=(",", ":"), ensure_ascii=False), signature
-
-
-def _chain(document: Document, what: str) -> str:
-    if not document.issuer_chain:
-        raise FormatError(f"{what}: an answer with an issuer chain header expected, got none")
-    return unquote(document.issuer_chain)
+        raise FormatError(f"{what} should be valid JSON: {type(error).__name__}: {error}") from error
+    try:
+        octets = binascii.unhexlify(signature)
+    except ValueError as error:
+        raise FormatError(f"{what} signature must be valid hex") from error
+    return json.dumps(inner, separators=(",", ":"), ensure_ascii=False), octets
 
 
 def _next_update(text: str, what: str) -> datetime.datetime:

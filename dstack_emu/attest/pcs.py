@@ -18,6 +18,27 @@ PCK_CRL_ISSUER_HEADER: Final = "SGX-PCK-CRL-Issuer-Chain"
 TCB_INFO_ISSUER_HEADERS: Final = ("TCB-Info-Issuer-Chain", "SGX-TCB-Info-Issuer-Chain")
 QE_IDENTITY_ISSUER_HEADER: Final = "SGX-Enclave-Identity-Issuer-Chain"
 
+
+@dataclass(frozen=True, slots=True)
+class DocumentKind:
+    """How `dcap-qvl` reads the answer to one of its requests.
+
+    `issuer_headers` have the issuer chain, the second one if the first is absent; a kind without them has no chain.
+    `text` is its name for a document whose body has to be UTF-8.
+    """
+
+    issuer_headers: tuple[str, ...] = ()
+    text: str = ""
+
+
+DOCUMENT_KINDS: Final = (
+    DocumentKind((PCK_CRL_ISSUER_HEADER,)),
+    DocumentKind(tuple(reversed(TCB_INFO_ISSUER_HEADERS)), "TCB Info"),
+    DocumentKind((QE_IDENTITY_ISSUER_HEADER,), "QE Identity"),
+    DocumentKind(),
+)
+"""The kinds of PCK CRL, TCB info, QE identity and root CA CRL, in the order of its requests."""
+
 REVALIDATION_PATH: Final = "/collateral/revalidation"
 """The emulated PCCS's path to confirm all four documents of a platform: 304 if their combined ETag is unchanged."""
 

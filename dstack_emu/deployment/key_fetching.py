@@ -23,7 +23,7 @@ from dstack_emu.transport.urls import shown_url
 RETRY_PAUSE: Final = 0.5
 """Seconds between two requests to a KMS that does not answer yet."""
 
-_OF_ANOTHER_SEED: Final = ("PCCS status 404", "InvalidCrlSignatureForPublicKey")
+_OF_ANOTHER_SEED: Final = ("HTTP 404", "InvalidCrlSignatureForPublicKey")
 """Parts of verifiers' errors for evidence of another seed: an unknown platform, or collateral under another root."""
 
 

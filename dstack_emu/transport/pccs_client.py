@@ -21,30 +21,28 @@ from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.cache import BoundedCache, Memo
 from dstack_emu.attest.certificate import app_id_of, app_info_of, attestation_of, load_der, spki_of_der
 from dstack_emu.attest.collateral import CollateralKey, CollateralKeys, assemble
-from dstack_emu.attest.errors import AttestError, UnverifiableError, VerificationError
+from dstack_emu.attest.errors import AttestError, FormatError, UnverifiableError, VerificationError
 from dstack_emu.attest.pcs import (
-    PCK_CRL_ISSUER_HEADER,
-    QE_IDENTITY_ISSUER_HEADER,
+    DOCUMENT_KINDS,
     REVALIDATION_PATH,
-    TCB_INFO_ISSUER_HEADERS,
     Document,
+    DocumentKind,
     combined_etag,
 )
 from dstack_emu.attest.verify import TrustAnchor, VerifiedAttestation, require_bound_to_key, verify_attestation
 from dstack_emu.transport.client import MoreHeaders, TransportError
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError, NoAnswerInTimeError
 from dstack_emu.transport.http_client import HttpAnswer, HttpClient
+from dstack_emu.transport.urls import shown_url
 
 Clock = Callable[[], int]
 """Returns the time in Unix seconds."""
 
 DEFAULT_TIMEOUT = 10.0
 MAX_DOCUMENT = 1024 * 1024
-SHOWN = 200
 """Characters of an error page in a message."""
 PATIENCE = 0.1
 """Seconds for which a call waits for requests in progress before it makes its own."""
-_ISSUER_HEADERS = (PCK_CRL_ISSUER_HEADER, *TCB_INFO_ISSUER_HEADERS, QE_IDENTITY_ISSUER_HEADER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +121,7 @@ class PccsClient:
         known = self._assembled.get(key)
         if known is not None and known.etag and await self._is_current(key, known.etag):
             return known.collateral
-        held = await self._fetch_all(key.requests())
+        held = await self._fetch_all(zip(key.requests(), DOCUMENT_KINDS, strict=True))
         documents = tuple(h.document for h in held)
         collateral = known.collateral if known is not None and known.documents == documents else assemble(*documents)
         size = sum(len(document.body) for document in documents)
@@ -159,15 +157,15 @@ class PccsClient:
         self._coming.clear()
         await self._client.close()
 
-    async def _fetch_all(self, paths: Iterable[str]) -> tuple[_Held, ...]:
+    async def _fetch_all(self, requests: Iterable[tuple[str, DocumentKind]]) -> tuple[_Held, ...]:
         """Fetch documents simultaneously; if some fail, raise the error of the first of these paths."""
-        fetched = await asyncio.gather(*map(self._fetch, paths), return_exceptions=True)
+        fetched = await asyncio.gather(*(self._fetch(*request) for request in requests), return_exceptions=True)
         for document in fetched:
             if isinstance(document, BaseException):
                 raise document
         return tuple(document for document in fetched if isinstance(document, _Held))
 
-    async def _fetch(self, path: str) -> _Held:
+    async def _fetch(self, path: str, kind: DocumentKind) -> _Held:
         url, now = self.base_url + path, asyncio.get_running_loop().time()
         held = self._documents.get(path)
         if held and not held.etag and now < held.at + self._ttl:
@@ -178,10 +176,13 @@ class PccsClient:
         try:
             answer = await self._client.send("GET", url, headers=headers, follow_redirects=True)
         except (NoAnswerError, AnswerTooLongError) as error:
-            raise TransportError(url, str(error)) from error
+            raise _not_fetched(TransportError(url, str(error)), kind) from error
         if answer.status == 304 and held and held.etag:
             return self._hold(path, _Held(held.document, held.etag, now))
-        return self._hold(path, _Held(_document(url, answer), answer.headers.get("ETag", ""), now))
+        if not 200 <= answer.status < 300:
+            failure = FormatError(f"Failed to fetch {shown_url(url)}: HTTP {answer.status}")
+            raise _not_fetched(failure, kind)
+        return self._hold(path, _Held(_document(answer, kind), answer.headers.get("ETag", ""), now))
 
     def _hold(self, path: str, held: _Held) -> _Held:
         if held.etag or self._ttl > 0:
@@ -189,12 +190,26 @@ class PccsClient:
         return held
 
 
-def _document(url: str, answer: HttpAnswer) -> Document:
-    if answer.status != 200:
-        text = answer.body[:SHOWN].decode(errors="replace")
-        raise TransportError(url, f"PCCS status {answer.status}, 200 expected: {text}")
-    chain = next((answer.headers[name] for name in _ISSUER_HEADERS if name in answer.headers), "")
-    return Document(answer.body, chain)
+def _document(answer: HttpAnswer, kind: DocumentKind) -> Document:
+    chain = next((answer.headers[name] for name in kind.issuer_headers if name in answer.headers), None)
+    if chain is None and kind.issuer_headers:
+        raise FormatError(f"Missing {kind.issuer_headers[-1]}")
+    if kind.text:
+        try:
+            answer.body.decode()
+        except UnicodeDecodeError as error:
+            raise FormatError(f"{kind.text} response body is not valid UTF-8: {error}") from error
+    return Document(answer.body, chain or "")
+
+
+def _not_fetched(error: Exception, kind: DocumentKind) -> Exception:
+    """Return the error for a document that did not come.
+
+    For want of the root's CRL `dcap-qvl` goes to the address in the root certificate, and an emulated root has none.
+    """
+    if kind.issuer_headers:
+        return error
+    return FormatError(f"Could not find CRL distribution point in root certificate ({error})")
 
 
 @dataclass(frozen=True, slots=True)
