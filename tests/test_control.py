@@ -197,7 +197,7 @@ async def test_saved_state_is_the_same_stack_in_another_process_with_its_keys(st
         ({"seed": "another"}, "the state is of a stack with the seed 'another'"),
         ({"release": "0.5"}, "the state is of a stack with the release '0.5', not '0.6'"),
         ({"clock": {"frozen_at": -1}}, "clock: "),
-        ({"more": 1}, "more: Extra inputs are not permitted"),
+        ({"more": 1}, "more: unknown key"),
         ({"guests": {}}, "state: app, kms-dst, kms-src: missing"),
         ({"policies": {}}, "state: policies: dst, src expected"),
         ({"vendor": {"qe_status": "Fine"}}, "vendor"),
@@ -303,7 +303,7 @@ async def test_trust_domain_that_lies_or_is_debugged_gets_no_keys(
         ("x", {"app_id": "00"}, "app_id: 20 bytes expected, got 1"),
         ("x", {"compose": "{"}, "app-compose: Expecting property name"),
         ("x", {"memory_size": 5}, "requires memory_size =="),
-        ("x", {"colour": "red"}, "colour: Extra inputs are not permitted"),
+        ("x", {"colour": "red"}, "colour: unknown key"),
     ],
 )
 async def test_trust_domain_that_cannot_be_is_refused_and_leaves_nothing(

@@ -136,6 +136,6 @@ signal.pause()
     with executing(script, short_folder, "--fresh") as process:
         out, err = process.communicate(timeout=50)
     assert process.returncode == 1
-    assert out in ("OK\n", "")  # the stack may end before the command has read its answer
+    assert out.strip() in ("OK", "")  # the stack may end while the command prints the answer
     assert err.splitlines()[-1] == f"Error: kms-src ended: Failed to onboard; {sys.executable} was stopped"
     assert list(short_folder.iterdir()) == []

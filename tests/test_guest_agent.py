@@ -198,7 +198,7 @@ def test_app_compose_and_sys_config_load_as_they_are(tmp_path: Path) -> None:
         (("--mr-config-id", "00"), "mr_config_id: 48 bytes expected, got 1"),
         (("--tcb-status", "Fine"), "TCB status of the platform: one of UpToDate, "),
         (("--module-status", "SWHardeningNeeded"), "TCB status of the TDX module: one of UpToDate, OutOfDate, Revoked"),
-        (("--td15",), "quote version: 4, or 5 (alone with TD15), expected, got 4"),
+        (("--td15",), "--td15 needs --quote-version 5, got 4"),
     ],
 )
 def test_agent_with_bad_input_ends_with_one_line(arguments: tuple[str, ...], reason: str) -> None:

@@ -439,7 +439,7 @@ def test_description_that_is_not_there_is_refused_by_name(tmp_path: Path) -> Non
             json.dumps({**NOWHERE, "release": "0.7"}),
             "release: Value error, dstack release: 0.5 or 0.6 expected, got '0.7'",
         ),
-        (json.dumps({**NOWHERE, "runtime": {"source": "http://a"}}), "runtime.source: Extra inputs are not permitted"),
+        (json.dumps({**NOWHERE, "runtime": {"source": "http://a"}}), "runtime.source: unknown key"),
     ],
 )
 def test_description_that_is_none_is_refused_by_name(tmp_path: Path, document: str, text: str) -> None:

@@ -5,6 +5,7 @@ import importlib
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, Final, NoReturn, get_args
 
 from dstack_emu.attest.errors import AttestError
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _run(words: Sequence[str]) -> int:
     named = next((word for word in words if word in COMMANDS), None)
-    arguments = (overview() if named is None else parser((named,))).parse_args(words)
+    arguments = _parse(words, named)
     module = _module(arguments.command)
     level = module.log_level() if hasattr(module, "log_level") else None
     logs.set_up(arguments.verbose, arguments.log_format, getattr(module, "TALKATIVE", ()), level)
@@ -68,7 +69,24 @@ def _run(words: Sequence[str]) -> int:
         return FAILED
 
 
-def overview() -> argparse.ArgumentParser:
+def _parse(words: Sequence[str], named: str | None) -> argparse.Namespace:
+    """Parse the arguments; report unknown ones with the command's help and with options of similar names."""
+    if named is None:
+        if not words:
+            overview().error("a command expected, such as `dstack-emu up`")
+        return overview().parse_args(words)
+    top, command = _parser_of(named)
+    arguments, unknown = top.parse_known_args(words)
+    if unknown:
+        similar = get_close_matches(
+            unknown[0].partition("=")[0], re.findall(r"--[a-z][a-z0-9-]+", command.format_help()), n=1, cutoff=0.8
+        )
+        advice = f"; did you mean {similar[0]}?" if similar else ""
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{advice}")
+    return arguments
+
+
+def overview() -> "_Parser":
     """Make the parser for a call without a command, which lists the commands without importing them."""
     top, choice = _top()
     for name, does in COMMANDS.items():
@@ -80,14 +98,23 @@ def parser(commands: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
     """Make the parser of these commands."""
     top, choice = _top()
     for name in commands:
-        module = _module(name)
-        command = choice.add_parser(name, help=COMMANDS[name], description=module.DESCRIPTION)
-        command.add_argument("-v", "--verbose", action="count", default=0, help="log more to stderr (-vv: everything)")
-        command.add_argument(
-            "--log-format", choices=get_args(logs.Form), default="text", help="format of the log (text)"
-        )
-        module.add_arguments(command)
+        _add_command(choice, name)
     return top
+
+
+def _parser_of(name: str) -> tuple["_Parser", "_Parser"]:
+    """Make the parser of one command; return the top parser and that of the command."""
+    top, choice = _top()
+    return top, _add_command(choice, name)
+
+
+def _add_command(choice: "argparse._SubParsersAction[_Parser]", name: str) -> "_Parser":
+    module = _module(name)
+    command: _Parser = choice.add_parser(name, help=COMMANDS[name], description=module.DESCRIPTION)
+    command.add_argument("-v", "--verbose", action="count", default=0, help="log more to stderr (-vv: everything)")
+    command.add_argument("--log-format", choices=get_args(logs.Form), default="text", help="format of the log (text)")
+    module.add_arguments(command)
+    return command
 
 
 def _top() -> tuple["_Parser", "argparse._SubParsersAction[_Parser]"]:

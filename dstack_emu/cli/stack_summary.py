@@ -18,7 +18,7 @@ _WHAT = {
 
 
 def summary(description: dict[str, Any], seconds: float) -> str:
-    """Render a stack's description: a table of services, measured values, and lines to paste."""
+    """Render a stack's description: a table of services, measured values, and commands to paste."""
     fresh = description["fresh"]
     state = (
         "ready, without keys: both KMS are in the onboard phase, and both policies deny everyone" if fresh else "ready"
@@ -52,8 +52,9 @@ def _fresh_steps(description: dict[str, Any]) -> list[str]:
     kms = description["services"]["kms-src"]
     return [
         f"curl -s -X POST '{kms}/prpc/Onboard.GetAttestationInfo?json'",
-        f"curl -s -X POST '{kms}/prpc/Onboard.Bootstrap?json' -d '{{\"domain\":\"127.0.0.1\"}}'   # refused",
-        f"curl -s '{kms}/finish'",
+        f"curl -s -X POST '{kms}/prpc/Onboard.Bootstrap?json' -d '{{\"domain\":\"127.0.0.1\"}}'",
+        "# Bootstrap is refused until the policy of kms-src allows it (docs/tutorial.md). Only after a success:",
+        f"# curl -s '{kms}/finish'   (a KMS without keys exits, and the stack with it)",
     ]
 
 

@@ -64,7 +64,9 @@ def _state_folder(given: Path | None, closing: AsyncExitStack) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        raise StackError(f"the state folder {folder} cannot be made: {error.strerror}") from error
+        raise StackError(
+            f"the state folder {folder} cannot be made: {error.strerror}; name another one by --state"
+        ) from error
     return folder
 
 

@@ -87,7 +87,10 @@ def listen_address(text: str) -> tuple[str, int]:
     """Read HOST:PORT (an IPv6 address in brackets) for argparse."""
     host, colon, port = text.rpartition(":")
     if not colon or not host or not port.isdigit() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"HOST:PORT expected, with a port of 0 (a free one) to 65535, got {text!r}")
+        example = f", such as 127.0.0.1:{text}" if text.isdigit() and int(text) <= 65535 else ""
+        raise argparse.ArgumentTypeError(
+            f"HOST:PORT expected{example}, with a port of 0 (a free one) to 65535, got {text!r}"
+        )
     return host.strip("[]"), int(port)
 
 

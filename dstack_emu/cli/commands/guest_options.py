@@ -170,6 +170,8 @@ def add_vendor_options(parser: argparse.ArgumentParser) -> None:
 
 def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
     """Make the guest's configuration from the options; raise `UsageError` that names a wrong one."""
+    if arguments.td15 and arguments.quote_version != 5:
+        raise UsageError(f"--td15 needs --quote-version 5, got {arguments.quote_version}")
     try:
         return GuestConfig(
             seed=arguments.seed,
