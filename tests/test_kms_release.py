@@ -4,6 +4,7 @@ import json
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,9 +18,13 @@ from tests.running import RunningStack
 
 
 @pytest.fixture(scope="module")
-def stack(ready_stack: RunningStack) -> RunningStack:
-    assert ready_stack.description["release"] == "0.6"
-    return ready_stack
+def stack(ready_stack: RunningStack) -> Iterator[RunningStack]:
+    assert ready_stack.release.name == "0.6"
+    services = dict(ready_stack.services)
+    yield ready_stack
+    ready_stack.services.clear()
+    ready_stack.services.update(services)
+    ready_stack.reset()
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +128,22 @@ def test_guest_of_0_5_gets_keys_of_a_kms_of_0_6(stack: RunningStack) -> None:
     with serving("boot", "--kms", url, "--release", "0.5", "--image-version", "0.6.0") as guest:
         assert guest["app_id"] == stack.description["app"]["app_id"]
         assert guest["mr_aggregated"] != stack.description["kms"]["src"]["mr_aggregated"]
+
+
+def test_guest_of_0_6_gets_keys_of_a_kms_of_0_5(ready_stack_0_5: RunningStack) -> None:
+    url = ready_stack_0_5.services["kms-src"]
+    with serving("boot", "--kms", url, "--release", "0.6", "--image-version", "0.5.11") as guest:
+        assert guest["app_id"] == ready_stack_0_5.description["app"]["app_id"]
+        assert len(foreign.ask_agent(guest["dstack_sock"], "v1/IssueCert", {"subject": "x"})["certificate_chain"]) == 3
+
+
+@pytest.mark.parametrize("release", ["0.5", "0.6"])
+def test_kms_of_either_release_takes_the_keys_of_one_of_0_5_over(ready_stack_0_5: RunningStack, release: str) -> None:
+    stack, name = ready_stack_0_5, f"of-{release.replace('.', '-')}"
+    control(stack, "/kms", {"name": name, "webhook": "src", "release": release, "image_version": "0.5.11"})
+    control(stack, "/policies/src/allow", {"guest": f"kms-{name}"})
+    assert control(stack, f"/kms/{name}/onboard", {"source": "src"})["phase"] == "runtime"
+    stack.reset()
 
 
 @pytest.mark.parametrize("release", ["0.5", "0.6"])
