@@ -13,10 +13,10 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet install --co
 # setuptools is installed first, in its pinned version: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-build-isolation --editable
 
-.PHONY: help venv up test fuzz crash lint types imports check bench proto lock clean
+.PHONY: help venv up test fuzz decisions crash lint types imports check bench proto lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 venv: $(VENV)/.dev ## Create .venv with the tools for tests and checks (`. .venv/bin/activate` puts dstack-emu on the path)
 
@@ -28,6 +28,10 @@ test: $(VENV)/.dev ## Run the tests (options: ARGS="-k quote")
 
 fuzz: $(VENV)/.dev ## Test the decoders' properties with many more examples (EXAMPLES=5000)
 	@DSTACK_EMU_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest -n auto --timeout 3600 tests/test_attest_properties.py $(ARGS)
+
+decisions: $(VENV)/.dev ## Hold many more random decisions against the model of a real KMS (CASES=20000 SEED=x)
+	@DSTACK_EMU_DECISIONS=$(or $(CASES),20000) DSTACK_EMU_DECISIONS_SEED=$(or $(SEED),decisions) \
+	  $(BIN)/python -m pytest -n 2 --dist load --timeout 3600 tests/test_decisions.py $(ARGS)
 
 crash: $(VENV)/.dev ## Kill a KMS at random moments of its set-up, and check its next start
 	@$(BIN)/python -m tests.crash_campaign $(ARGS)
