@@ -4,19 +4,25 @@ What it must say where it fails to start was recorded from the real program (pro
 parser or the operating system speaks.
 """
 
+import http.client
 import json
 import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
 
+from dstack_emu.attest.attestation import decode
 from tests.commands import serving
 from tests.kms_process import Kms, World, ends, running, variables
 from tests.recorded import golden
@@ -379,3 +385,88 @@ def test_concurrent_onboardings_and_bootstraps_make_one_set_of_keys(source: Kms,
                 assert answer == (400, {"error": f"KMS has already been {done}"})
         assert kms.curl("/finish") == (200, "OK")
         assert kms.rpc("KMS.GetMeta")[1]["k256_pubkey"] == answers[winner][1]["k256_pubkey"]
+
+
+# ---- a guest agent whose VM config cannot be read
+
+UNREADABLE = "decode app info: Failed to decode os image hash: Failed to parse vm config: "
+
+
+@contextmanager
+def relayed(world: World, change: Callable[[str, Any], Any]) -> Iterator[World]:
+    """The same world, with a relay before the agent: `change` gets path and answer, and returns another answer."""
+    agent = world.agent.removeprefix("unix:")
+
+    class Relay(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            with socket.socket(socket.AF_UNIX) as upstream:
+                upstream.connect(agent)
+                length = f"Content-Length: {len(body)}"
+                head = (f"POST {self.path} HTTP/1.1", "Host: x", "Connection: close", length, "", "")
+                upstream.sendall("\r\n".join(head).encode() + body)
+                answer = http.client.HTTPResponse(upstream)
+                answer.begin()
+                content = json.dumps(change(self.path, json.load(answer))).encode()
+            self.send_response(answer.status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_arguments: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Relay) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield replace(world, agent=f"http://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def with_unreadable_info(path: str, answer: Any) -> Any:
+    """Change the VM config that Info tells."""
+    return {**answer, "vm_config": "{"} if path.startswith("/Info") else answer
+
+
+def with_unreadable_evidence(path: str, answer: Any) -> Any:
+    """Change the VM config in the evidence, which no quote covers."""
+    if not path.startswith("/Attest"):
+        return answer
+    evidence = decode(bytes.fromhex(answer["attestation"]))
+    return {"attestation": replace(evidence, config="{").encode().hex()}
+
+
+def test_vm_config_of_the_agent_that_cannot_be_read_is_refused_by_attestation_info(
+    world: World, tmp_path: Path
+) -> None:
+    with relayed(world, with_unreadable_info) as unreadable, running(tmp_path, unreadable) as kms:
+        status, answer = kms.rpc("Onboard.GetAttestationInfo")
+        assert (status, list(answer)) == (400, ["error"])
+        assert answer["error"].startswith(f"Failed to decode app info: {UNREADABLE}")
+        assert kms.rpc("Onboard.Bootstrap", {"domain": "kms.example.test"})[0] == 200, "by the config of the evidence"
+    other = tmp_path / "other"
+    other.mkdir()
+    with relayed(world, lambda _path, answer: answer) as readable, running(other, readable) as kms:
+        assert kms.rpc("Onboard.GetAttestationInfo")[0] == 200
+
+
+def test_vm_config_in_the_kms_s_own_evidence_that_cannot_be_read_ends_its_self_check(
+    world: World, with_keys: Path, tmp_path: Path
+) -> None:
+    with relayed(world, with_unreadable_evidence) as unreadable:
+        fresh = tmp_path / "fresh"
+        fresh.mkdir()
+        with running(fresh, unreadable) as kms:
+            assert kms.rpc("Onboard.GetAttestationInfo")[0] == 200, "by the config that Info tells"
+            status, answer = kms.rpc("Onboard.Bootstrap", {"domain": "kms.example.test"})
+            context = "KMS is not allowed to bootstrap: failed to build local KMS boot info: "
+            assert (status, answer["error"].startswith(context + UNREADABLE)) == (400, True), answer
+        with running(with_keys, unreadable) as kms:
+            status, answer = kms.rpc("KMS.GetTempCaCert")
+            context = "KMS self authorization failed: Failed to load cached self boot info: "
+            assert (status, answer["error"].startswith(context + UNREADABLE)) == (400, True), answer
+            assert kms.rpc("KMS.GetMeta")[0] == 200
+    with running(with_keys, world) as kms:
+        assert kms.rpc("KMS.GetTempCaCert")[0] == 200

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from dstack_emu.simulator.platform import PlatformState
@@ -26,6 +27,7 @@ from tests.kms_files import copy_keys, write_kms_toml
 from tests.live_pccs import LivePccs, live_pccs
 from tests.ports import refusing_port
 from tests.running import RunningStack, running_kms
+from tests.test_sign_cert import vec
 
 SOURCE_PLATFORM = "host of kms-src"
 Reply = Callable[[str], bytes]
@@ -214,14 +216,27 @@ def _(world: World) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def attested(evidence_of: Callable[[bytes], bytes]) -> Iterator[str]:
+def attested(evidence_of: Callable[[bytes], bytes], answer: bytes = b"{}") -> Iterator[str]:
     """A server whose certificate carries evidence that is made for its key (SPKI DER)."""
+
+    def extensions(spki: bytes) -> dict[x509.ObjectIdentifier, bytes]:
+        return {foreign.OID_ATTESTATION: foreign.der_octet_string(evidence_of(spki))}
+
+    with certified(extensions, answer) as url:
+        yield url
+
+
+@contextmanager
+def certified(
+    extensions_of: Callable[[bytes], dict[x509.ObjectIdentifier, bytes]], answer: bytes = b"{}"
+) -> Iterator[str]:
+    """A server whose certificate has extensions that are made for its key (SPKI DER)."""
     key = foreign.new_key()
-    evidence = evidence_of(foreign.spki_of(key))
-    certificate = foreign.Authority.invent("Dstack KMS CA").issue(key, evidence).certificate
+    extensions = extensions_of(foreign.spki_of(key))
+    certificate = foreign.Authority.invent("Dstack KMS CA").issue_raw(key, extensions).certificate
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
     shown = tls.server(certificate.public_bytes(Encoding.PEM).decode(), pem)
-    with tls_server(lambda path: http(b"{}"), shown) as url:
+    with tls_server(lambda path: http(answer), shown) as url:
         yield url
 
 
@@ -255,6 +270,49 @@ def _(world: World) -> Iterator[tuple[str, str]]:
     other = foreign.spki_of(foreign.new_key())
     with attested(lambda spki: foreign.attest(world.stack.services["agent-src"], other)) as url:
         yield url, unproven(url, UNVERIFIED + "report data mismatch")
+
+
+@case("the source's VM config cannot be read")
+def _(world: World) -> Iterator[tuple[str, str]]:
+    agent = world.stack.services["agent-src"]
+    config = vec(foreign.ask_agent(agent, "Info")["vm_config"].encode())
+
+    def with_another_config(spki: bytes) -> bytes:
+        evidence = foreign.attest(agent, spki)
+        assert evidence.endswith(config), "no quote covers it"
+        return evidence[: -len(config)] + vec(b"[]")
+
+    temp_ca = json.dumps(world.stack.rpc("kms-src", "KMS.GetTempCaCert")[1]).encode()
+    with attested(with_another_config, temp_ca) as url:
+        context = "Source KMS is not allowed for onboarding: failed to build KMS boot info from attestation: "
+        reason = "Failed to decode os image hash: Failed to parse vm config: object expected, got []"
+        yield url, f"{context}decode app info: {reason}"
+
+
+DSTACK = "1.3.6.1.4.1.62397.1"
+
+
+@case("the source's evidence is no OCTET STRING")
+def _(world: World) -> Iterator[tuple[str, str]]:
+    with certified(lambda spki: {foreign.OID_ATTESTATION: b"\x0c\x00"}) as url:
+        reason = "[1, 3, 6, 1, 4, 1, 62397, 1, 8]: extension: DER tag 0x04 expected, got 0x0c"
+        yield url, unproven(url, f"Failed to parse attestation: Failed to get extension for {reason}")
+
+
+@case("the source's usage is no text")
+def _(world: World) -> Iterator[tuple[str, str]]:
+    usage = x509.ObjectIdentifier(f"{DSTACK}.4")
+    with certified(lambda spki: {usage: foreign.der_octet_string(b"\xff")}) as url:
+        reason = "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"
+        context = "Failed to get special usage: Failed to decode special usage as utf8: "
+        yield url, unproven(url, context + reason)
+
+
+@case("the source's app id is no OCTET STRING")
+def _(world: World) -> Iterator[tuple[str, str]]:
+    with certified(lambda spki: {x509.ObjectIdentifier(f"{DSTACK}.3"): b"\x04\x00\x00"}) as url:
+        reason = "[1, 3, 6, 1, 4, 1, 62397, 1, 3]: extension: 1 bytes after the OCTET STRING"
+        yield url, unproven(url, f"Failed to get app id: Failed to get extension for {reason}")
 
 
 @case("the source's TCB is out of date")
