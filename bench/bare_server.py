@@ -56,7 +56,7 @@ async def _serve_kms(description: bytes) -> None:
     # A KMS takes no decision from a connection that was used before: docs/decisions/http.md.
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
 
-        async def ask(url: str, body: str) -> None:
+        async def request_decision(url: str, body: str) -> None:
             async with session.post(url, data=body, headers={"Content-Type": "application/json"}) as response:
                 if (await response.json())["isAllowed"] is not True:
                     raise web.HTTPForbidden(text=await response.text())
@@ -71,7 +71,7 @@ async def _serve_kms(description: bytes) -> None:
             await request.read()
             await asyncio.gather(*map(revalidate, inner.documents))
             for url, body in inner.questions:
-                await ask(url, body)
+                await request_decision(url, body)
             return web.Response(text=inner.answer, content_type="application/json")
 
         runner = await _runner(answer)

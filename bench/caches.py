@@ -108,13 +108,13 @@ def _attest(domain: TrustDomain) -> Attestation:
 def _documents(intel: Intel, domain: TrustDomain, *, changes: bool) -> Work:
     """Request all four documents; after a change of the state, each is signed again."""
 
-    def ask() -> None:
+    def request() -> None:
         if changes:
             dates = Validity(1_767_225_600 + next(_COUNTER), 2_000_000_000)
             intel.state = VendorState("UpToDate", (), False, dates, dates, dates, dates)
         _ = intel.tcb_info(domain.platform.fmspc), intel.qe_identity, intel.pck_crl, intel.root_ca_crl
 
-    return ask
+    return request
 
 
 def _of_policy() -> tuple[str, Work, Work]:

@@ -19,7 +19,7 @@ import dcap_qvl
 from bench.figure import Bar, Effort, Figure, alternate, median, rate_of, ratio
 from bench.kms import MeasuredKms, measured_kms
 from bench.processes import SERVER_CORE, cpu_seconds, on_core
-from bench.reference import ask_evidence, bare_kms
+from bench.reference import bare_kms, request_evidence
 from dstack_emu.transport.tls import client_context
 
 CALLERS = 250
@@ -35,7 +35,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
         kms = stack.enter_context(measured_kms(effort.release))
         pool = stack.enter_context(ThreadPoolExecutor(THREADS))
         body, now, root = kms.app_key_request(), int(time.time()), kms.root_der
-        app = asyncio.run(ask_evidence(kms, kms.stack["app"]["dstack_sock"]))
+        app = asyncio.run(request_evidence(kms, kms.stack["app"]["dstack_sock"]))
         verify = rate_of(lambda: dcap_qvl.verify_with_root_ca(app.quote, app.collateral, root, now))
 
         def verify_on_its_core(seconds: float) -> float:

@@ -97,7 +97,7 @@ def closed_loop(connections: Sequence[Connection]) -> Callable[[float], float]:
     return measure
 
 
-def ask(connections: Sequence[Connection], calls: int) -> None:
+def make_calls(connections: Sequence[Connection], calls: int) -> None:
     """Make that many calls: one after another on each connection, at the same time on all connections."""
     while calls > 0:
         batch = connections[:calls]

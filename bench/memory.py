@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 from bench.figure import Bar, Effort, Figure
 from bench.kms import measured_kms
-from bench.load import ask
+from bench.load import make_calls
 from bench.processes import resident_memory
 from dstack_emu.transport.tls import client_context
 
@@ -29,7 +29,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
         held = []
         for _ in range(2):
             for identity in kms.identities(half // BATCH * NEW_CALLERS):
-                ask(kept, BATCH - NEW_CALLERS)
+                make_calls(kept, BATCH - NEW_CALLERS)
                 caller = kms.connect(client_context(identity), "GetAppKey", body)
                 caller.call()
                 caller.close()

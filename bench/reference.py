@@ -33,7 +33,7 @@ class Evidence:
     boot_info: str
 
 
-async def ask_evidence(kms: MeasuredKms, agent: str) -> Evidence:
+async def request_evidence(kms: MeasuredKms, agent: str) -> Evidence:
     """Request evidence from a guest agent of the stack, and verify it once."""
     root, pccs = TrustAnchor(kms.root_der), PccsClient(kms.stack["services"]["pccs"])
     try:
@@ -54,11 +54,11 @@ async def ask_evidence(kms: MeasuredKms, agent: str) -> Evidence:
 @contextmanager
 def bare_kms(kms: MeasuredKms, *, documents: int, questions: int, answer: bytes) -> Iterator[int]:
     """Run a bare server that makes that many inner calls in each call, on the KMS's core; yield its port."""
-    app = asyncio.run(ask_evidence(kms, kms.stack["app"]["dstack_sock"]))
-    own = asyncio.run(ask_evidence(kms, kms.stack["services"]["agent-src"]))
+    app = asyncio.run(request_evidence(kms, kms.stack["app"]["dstack_sock"]))
+    own = asyncio.run(request_evidence(kms, kms.stack["services"]["agent-src"]))
     webhook = kms.stack["services"]["auth-src"]
-    asked = [(f"{webhook}/bootAuth/kms", own.boot_info), (f"{webhook}/bootAuth/app", app.boot_info)][:questions]
-    inner = Inner(str(kms.certs), asked, app.documents[:documents], answer.decode())
+    requests = [(f"{webhook}/bootAuth/kms", own.boot_info), (f"{webhook}/bootAuth/app", app.boot_info)][:questions]
+    inner = Inner(str(kms.certs), requests, app.documents[:documents], answer.decode())
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(inner.to_json())
         file.flush()

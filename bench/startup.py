@@ -17,11 +17,11 @@ def measure(effort: Effort) -> Iterator[Figure]:
         with running(command("up", effort.release, "--free-ports")) as (process, _):
             is_ready = time.perf_counter()
             held = resident_memory(process.pid)
-            asked = time.perf_counter()
+            signalled = time.perf_counter()
         if turn:  # the first one has cold caches
             ready.append(is_ready - began)
             memory.append(held / 2**20)
-            stopped.append(time.perf_counter() - asked)
+            stopped.append(time.perf_counter() - signalled)
     yield Figure("stack_ready", median(ready), "s", Bar(READY_BAR, at_most=True))
     yield Figure("stack_stop", median(stopped), "s", Bar(STOP_BAR, at_most=True))
     yield Figure("stack_memory", max(memory), "MiB", Bar(MEMORY_BAR, at_most=True))

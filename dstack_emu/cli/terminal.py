@@ -1,4 +1,4 @@
-"""Text for a terminal: colours if they are wanted, and no control characters from foreign text."""
+"""Text for a terminal: colours if they are enabled, and no control characters from foreign text."""
 
 import os
 from typing import TextIO
@@ -12,7 +12,7 @@ def wants_colour(stream: TextIO) -> bool:
 
 
 def paint(text: str, tone: str, colour: bool) -> str:
-    """Colour a text, if colours are wanted."""
+    """Colour a text, if colours are enabled."""
     return f"\033[{tone}m{text}\033[0m" if colour and tone else text
 
 

@@ -150,16 +150,16 @@ class RunningKms:
 
     async def _webhook(self) -> tuple[str, bool]:
         """Return the URL of its webhook, and whether that is part of the stack; start the webhook if it is its own."""
-        context, wanted = self._context, self.spec.webhook
-        if wanted.startswith(("http://", "https://")):
-            return wanted, wanted.rstrip("/") in context.urls.values()
-        service = f"auth-{self.name if wanted == 'own' else wanted}"
-        if wanted == "own" and service not in context.urls:
+        context, webhook = self._context, self.spec.webhook
+        if webhook.startswith(("http://", "https://")):
+            return webhook, webhook.rstrip("/") in context.urls.values()
+        service = f"auth-{self.name if webhook == 'own' else webhook}"
+        if webhook == "own" and service not in context.urls:
             context.policies.add(self.name)
             server = await context.serve_webhook(self.name, self.spec.release)
             self._exit.push_async_callback(server.close)
         if service not in context.urls:
-            raise StackError(f"webhook: own, the name of a KMS, or a URL expected, got {wanted!r:.100}")
+            raise StackError(f"webhook: own, the name of a KMS, or a URL expected, got {webhook!r:.100}")
         return context.urls[service], True
 
     async def close(self) -> None:

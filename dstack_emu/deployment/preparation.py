@@ -71,14 +71,14 @@ def _state_folder(given: Path | None, closing: AsyncExitStack) -> Path:
 
 
 def _require_release(config: StackConfig) -> None:
-    """Refuse a release that there is not, and what the stack's release does not have."""
+    """Verify that the release exists and has what the configuration sets; raise `StackError`."""
     try:
-        wanted = release(config.release)
+        stack_release = release(config.release)
     except FormatError as error:
         raise StackError(str(error)) from error
-    if config.auth_api_cache and not wanted.auth_api_cache_seconds:
+    if config.auth_api_cache and not stack_release.auth_api_cache_seconds:
         raise StackError(
-            f"auth_api_cache: a KMS of dstack {wanted.name} keeps no answer of its webhook: "
+            f"auth_api_cache: a KMS of dstack {stack_release.name} keeps no answer of its webhook: "
             "leave it out, or choose another release"
         )
 
@@ -93,11 +93,11 @@ def _remembered(state: Path, config: StackConfig) -> dict[str, Any]:
         raise StackError(f"{path} cannot be read ({error}): give another --state folder") from error
     if not isinstance(remembered, dict) or not remembered:
         return {}
-    for name, wanted in (("seed", config.seed), ("release", config.release)):
+    for name, configured in (("seed", config.seed), ("release", config.release)):
         made_with = remembered.get(name)
-        if made_with != wanted:
+        if made_with != configured:
             raise StackError(
-                f"{state} was made with the {name} {made_with!r}, not {wanted!r}: "
+                f"{state} was made with the {name} {made_with!r}, not {configured!r}: "
                 f"give that {name}, or another --state folder"
             )
     return remembered

@@ -142,8 +142,8 @@ def _checks(evidence: Evidence, collect: Collect, policy: Expectations) -> Itera
     if evidence.request is not None:
         yield from _check_request(evidence.request, evidence.signature)
     if attestation is not None and attestation.report_data_payload is not None:
-        wanted = report_data(APP_DATA, attestation.report_data_payload.encode())
-        yield _compare("pod_payload", attestation.report_data, wanted, "report_data is the payload's app-data hash")
+        expected = report_data(APP_DATA, attestation.report_data_payload.encode())
+        yield _compare("pod_payload", attestation.report_data, expected, "report_data is the payload's app-data hash")
     verified: VerifiedQuote | None = None
     try:
         collateral = collect(evidence.quote)

@@ -261,19 +261,19 @@ async def _call_with_evidence(
 
 async def _check_certificate(run: RunbookRun, side: str) -> None:
     """Verify the evidence in a KMS's certificate: it binds the key, and quotes the measurements that the KMS stated."""
-    asked = f"the certificate of kms-{side}, verified by dcap-qvl with the PCCS's collateral"
+    subject = f"the certificate of kms-{side}, verified by dcap-qvl with the PCCS's collateral"
     expected = f"evidence under {run.target.root}, bound to its key, usage {USAGE_KMS_RPC}"
     if run.verifier is None:
-        run.transcript.record(asked, "the target names no PCCS (services.pccs)", expected, None)
+        run.transcript.record(subject, "the target names no PCCS (services.pccs)", expected, None)
         return
     try:
         server = await run.verify_server(side)
     except AttestError as error:
-        run.transcript.record(asked, str(error), expected, ok=False)
+        run.transcript.record(subject, str(error), expected, ok=False)
         return
     got = "no evidence" if server.attestation is None else f"{server.attestation.quote.tcb_status} quote"
     ok = server.attestation is not None and server.usage == USAGE_KMS_RPC
-    run.transcript.record(asked, f"{got}, usage {server.usage}", expected, ok)
+    run.transcript.record(subject, f"{got}, usage {server.usage}", expected, ok)
     if server.attestation is not None:
         _compare_measured(run, side, server.attestation)
 
@@ -285,25 +285,25 @@ def _compare_measured(run: RunbookRun, side: str, evidence: VerifiedAttestation)
         quoted["os_image_hash"] = info.os_image_hash.hex()
     differing = [name for name, value in quoted.items() if stated[name] != value]
     got = f"{', '.join(differing)} differ" if differing else f"the same {', '.join(quoted)}"
-    asked = f"the stated measurements of kms-{side}, compared with that quote"
-    run.transcript.record(asked, got, "the quoted values", not differing)
+    subject = f"the stated measurements of kms-{side}, compared with that quote"
+    run.transcript.record(subject, got, "the quoted values", not differing)
 
 
 async def _check_bootstrap(run: RunbookRun) -> None:
     """Verify the attestation of the bootstrap, and that it binds the keys that were generated."""
-    asked, expected = "the attestation of the bootstrap", f"evidence under {run.target.root} that binds both keys"
+    subject, expected = "the attestation of the bootstrap", f"evidence under {run.target.root} that binds both keys"
     if run.verifier is None or run.bootstrap is None:
-        run.transcript.record(asked, "the target names no PCCS (services.pccs)", expected, None)
+        run.transcript.record(subject, "the target names no PCCS (services.pccs)", expected, None)
         return
     try:
         evidence: Attestation = (await run.verify_hex(run.bootstrap.field("attestation"))).attestation
         ca_pubkey, k256_pubkey = (bytes.fromhex(run.bootstrap.field(name)) for name in ("ca_pubkey", "k256_pubkey"))
     except (AttestError, ValueError, TypeError) as error:
-        run.transcript.record(asked, str(error), expected, ok=False)
+        run.transcript.record(subject, str(error), expected, ok=False)
         return
     binds = evidence.report_data == bootstrap_report_data(ca_pubkey, k256_pubkey)
     got = "binds both keys" if binds else f"report_data {short(evidence.report_data.hex())}"
-    run.transcript.record(asked, got, expected, binds)
+    run.transcript.record(subject, got, expected, binds)
 
 
 async def _check_by_verifier(run: RunbookRun) -> None:

@@ -155,12 +155,12 @@ class RunbookRun:
         return answer.ok
 
     def _record(
-        self, asked: str, answer: KmsAnswer, expected: Expected, keep: str, given: dict[str, Any] | None
+        self, request: str, answer: KmsAnswer, expected: Expected, keep: str, given: dict[str, Any] | None
     ) -> None:
         if keep:
-            response = {"asked": asked, "status": answer.shown, "body": redacted(answer.body)}
+            response = {"asked": request, "status": answer.shown, "body": redacted(answer.body)}
             self.transcript.keep("responses", keep, response if given is None else response | {"arguments": given})
-        self.transcript.record(asked, summary_of(answer), expected.text_with(answer.success), expected.holds(answer))
+        self.transcript.record(request, summary_of(answer), expected.text_with(answer.success), expected.holds(answer))
 
     async def apply_policy(self, side: str, name: str, policy: dict[str, Any]) -> None:
         """Replace the policy of one side and check that its webhook can read it.

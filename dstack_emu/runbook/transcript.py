@@ -34,7 +34,7 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step; `ok` is None if it could not be checked, and `got` then says why."""
+    """One step: `asked` is the request or the check. `ok` is None if it could not be made; `got` then says why."""
 
     name: str
     asked: str
@@ -79,10 +79,10 @@ class Transcript:
         """The name of the next step, such as 3.2."""
         return f"{self.cases[-1].number}.{len(self.cases[-1].steps) + 1}"
 
-    def record(self, asked: str, got: str, expected: str, ok: bool | None) -> bool:
-        """Record a step; return whether it holds."""
+    def record(self, subject: str, got: str, expected: str, ok: bool | None) -> bool:
+        """Record a step about a request or a check (`subject`); return whether it holds."""
         now = time.monotonic()
-        step = Step(self.next_name, asked, got, expected, ok, now - self._since)
+        step = Step(self.next_name, subject, got, expected, ok, now - self._since)
         self._since = now
         self.cases[-1].steps.append(step)
         self._on_step(step)

@@ -138,12 +138,12 @@ class ImageStore:
             )
         return registers
 
-    async def _image(self, wanted: bytes) -> tuple[ImageInfo, bytes]:
+    async def _image(self, image_hash: bytes) -> tuple[ImageInfo, bytes]:
         """Download an image if it is not in the cache; return its metadata, and the hash of its checksum file there."""
-        name = wanted.hex()
+        name = image_hash.hex()
         folder = self._images / name
         # A hash of another size names no image; an empty one would be the folder of all images.
-        if len(wanted) != _HASH_SIZE:
+        if len(image_hash) != _HASH_SIZE:
             raise VerificationError(
                 f"Failed to download image {name:.80}: os_image_hash does not match sha256({CHECKSUM_FILE})"
             )

@@ -44,12 +44,12 @@ def verifier_app(verifier: Verifier, *, observer: VerdictObserver | None = None)
 
     async def verify(request: Request) -> Response:
         try:
-            wanted = VerificationRequest.parse(await request.read())
+            parsed = VerificationRequest.parse(await request.read())
         except (BodyError, RequestSyntaxError, RequestTypeError) as error:
             log.info("%s: %s", type(error).__name__, error)
             return status_page(_STATUSES[type(error)], request)
         try:
-            response = await verifier.verify(wanted)
+            response = await verifier.verify(parsed)
         except InputError as error:
             log.info("%s", error)
             response = VerificationResponse.internal_error(error.outer)
