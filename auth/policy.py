@@ -69,12 +69,12 @@ Rule = Literal[
 ZERO_ADDRESS: Final = "0x" + "00" * 20
 
 
-def parse_contract(text: str) -> Contract:
-    """Return the contract of exactly this name, or raise `AuthConfigError`."""
+def parse_contract(text: str, setting: str = "AUTH_SIMPLE_COMPAT") -> Contract:
+    """Return the contract of exactly this name, or raise `AuthConfigError`, which names `setting`."""
     for contract in CONTRACTS:
         if contract == text:
             return contract
-    raise AuthConfigError(f'AUTH_SIMPLE_COMPAT is "{text}", expected one of {", ".join(CONTRACTS)}')
+    raise AuthConfigError(f'{setting} is "{text}", expected one of {", ".join(CONTRACTS)}')
 
 
 def knows_tee_variant(contract: Contract) -> bool:

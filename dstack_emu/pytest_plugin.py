@@ -38,6 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     help_text = "the dstack release that the emulated stacks are of: 0.5 or 0.6"
     parser.getgroup("dstack-emu").addoption("--dstack-release", metavar="NAME", help=help_text)
     parser.addini("dstack_release", help_text)
+    help_text = "the contract of the emulated stacks' webhooks: readme, upstream, next or 0.6"
+    parser.getgroup("dstack-emu").addoption("--dstack-auth-contract", metavar="NAME", help=help_text)
+    parser.addini("dstack_auth_contract", help_text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -133,10 +136,14 @@ def _marked_release(request: pytest.FixtureRequest) -> str | None:
     return name
 
 
+_SETTINGS = ("seed", "release", "auth_contract")
+"""The fields of `StackConfig` that have an option and an ini key."""
+
+
 def _settings(config: pytest.Config, settings: dict[str, Any], marked_release: str | None) -> dict[str, Any]:
     """Join the settings: the marker's over the option's over the fixture's over the ini file's."""
-    written = {key: value for key in ("seed", "release") if (value := config.getini(f"dstack_{key}"))}
-    given = {key: value for key in ("seed", "release") if (value := config.getoption(f"--dstack-{key}"))}
+    written = {key: value for key in _SETTINGS if (value := config.getini(f"dstack_{key}"))}
+    given = {key: value for key in _SETTINGS if (value := config.getoption(f"dstack_{key}"))}
     marked = {} if marked_release is None else {"release": marked_release}
     return {**written, **settings, **given, **marked}
 

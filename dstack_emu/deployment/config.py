@@ -26,7 +26,8 @@ LOCAL_SERVICES: Final = frozenset({"control"})
 class StackConfig:
     """Settings of one stack.
 
-    `release` is the dstack release that everything is of: a name in `attest.release.RELEASES`. `state` is the folder
+    `release` is the dstack release that everything is of: a name in `attest.release.RELEASES`. `auth_contract` is the
+    contract of its webhooks, a name in `auth.policy.CONTRACTS` (None: that of the release). `state` is the folder
     for keys, sockets and policies (None: a temporary one, deleted at the end); `policies` another folder for the two
     policy files. With `fresh` it stops at the runbook's starting point. `host` is the address it listens on.
     `image_dir` is the OS image that everything boots, instead of the seed's. Records of calls are appended to the file
@@ -38,6 +39,7 @@ class StackConfig:
 
     seed: str = DEFAULT_SEED
     release: str = DEFAULT.name
+    auth_contract: str | None = None
     fresh: bool = False
     host: str = "127.0.0.1"
     ports: Mapping[str, int] = field(default_factory=lambda: PORTS)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dstack_emu.attest.release import Release, release
 from dstack_emu.attest.verify import TrustAnchor
+from dstack_emu.auth.policy import Contract, parse_contract
 from dstack_emu.auth.server import simple_app
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.deployment.instrumentation import App, Instrumentation
@@ -83,13 +84,16 @@ class StackContext:
         for suffix in ("grpc", "grpc-mtls"):
             self.grpc.pop(f"{service}-{suffix}", None)
 
+    def contract_of(self, release_name: str | None = None) -> Contract:
+        """Return the contract of a KMS's own webhook: the stack's, or that of the KMS's release."""
+        given = self.config.auth_contract
+        return self.release_of(release_name).auth_contract if given is None else parse_contract(given)
+
     async def serve_webhook(self, kms: str, release_name: str | None = None) -> Server:
-        """Serve auth-simple over the policy of the KMS of that name, under the contract of its release."""
+        """Serve auth-simple over the policy of the KMS of that name, which is of that release."""
         path = str(self.policies.paths[kms])
-        return await self.serve(
-            f"auth-{kms}",
-            simple_app(path, contract=self.release_of(release_name).auth_contract, observer=decision_recorder(path)),
-        )
+        app = simple_app(path, contract=self.contract_of(release_name), observer=decision_recorder(path))
+        return await self.serve(f"auth-{kms}", app)
 
     def scrub(self, text: str) -> str:
         """Replace what differs from run to run by names: ports, and the state folder."""

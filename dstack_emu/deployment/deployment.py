@@ -338,5 +338,6 @@ class Deployment:
             "state": str(self.state),
             "seed": self.config.seed,
             "release": self.config.release,
+            "auth_contract": self.context.contract_of(),
             "fresh": self.config.fresh,
         }

@@ -10,6 +10,8 @@ from typing import Any, Final
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.release import release
+from dstack_emu.auth.errors import AuthConfigError
+from dstack_emu.auth.policy import parse_contract
 from dstack_emu.deployment.config import DESCRIPTION_FILE, LOCAL_SERVICES, StackConfig
 from dstack_emu.deployment.context import ServicePorts, StackContext
 from dstack_emu.deployment.errors import StackError
@@ -71,10 +73,12 @@ def _state_folder(given: Path | None, closing: AsyncExitStack) -> Path:
 
 
 def _require_release(config: StackConfig) -> None:
-    """Verify that the release exists and has what the configuration sets; raise `StackError`."""
+    """Verify that release and contract exist, and that the release has what is set; raise `StackError`."""
     try:
         stack_release = release(config.release)
-    except FormatError as error:
+        if config.auth_contract is not None:
+            parse_contract(config.auth_contract, "auth_contract")
+    except (FormatError, AuthConfigError) as error:
         raise StackError(str(error)) from error
     if config.auth_api_cache and not stack_release.auth_api_cache_seconds:
         raise StackError(

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+from dstack_emu.auth.policy import CONTRACTS
 from dstack_emu.cli.commands.common import add_release
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.simulator.seed import DEFAULT_SEED
@@ -26,6 +27,12 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
         help="the text from which all keys and ids are derived (%(default)s)",
     )
     add_release(parser, "the dstack release of all parts")
+    parser.add_argument(
+        "--auth-contract",
+        choices=CONTRACTS,
+        metavar="|".join(CONTRACTS),
+        help="the contract of the auth-simple webhooks (default: that of the release)",
+    )
     parser.add_argument(
         "--auth-api-cache",
         action="store_true",
@@ -68,6 +75,7 @@ def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str =
     return StackConfig(
         seed=arguments.seed,
         release=arguments.release.name,
+        auth_contract=arguments.auth_contract,
         fresh=arguments.fresh,
         host=host,
         ports={**ports, **dict(arguments.port)},
