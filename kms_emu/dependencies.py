@@ -94,7 +94,7 @@ class KmsDependencies:
                 f"emulator.auth_api_cache: false expected, since a KMS of dstack {release.name} keeps no answer of its "
                 "webhook; got true"
             )
-        with context("Failed to initialize KMS state"):
+        with context("Failed to initialize KMS state"), context("failed to load attestation verifier"):
             anchor = trust_anchor(core.attestation, "core.")
         agent = GuestAgentClient(agent_address, timeout=timeout or AGENT_TIMEOUT, headers=headers)
         auth = auth or _auth_api(core, release)

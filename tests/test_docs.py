@@ -209,6 +209,8 @@ FILLED_IN = {
     "core.verifi": "the key",
     "returned 404 Not Found": "returned {status}",
     "HTTP 404": "HTTP {status}",
+    "failed to read TDX root CA from": "failed to read {what} from",
+    "TDX root certificate is not a CA": "{platform} root certificate is not a CA",
     "Request failed with status=400 Bad Request, error=": "status={status}, error={body}",
     "/tcb?fmspc=": "the URL",
     "core.attestation.root_ca.tdx": "{section}attestation.root_ca.tdx",

@@ -3,6 +3,7 @@
 import datetime
 import http.client
 import json
+import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ from dstack_emu.verifier.config import VerifierConfig
 from dstack_emu.verifier.server import MAX_BODY, verifier_app
 from dstack_emu.verifier.service import InputError, RequestSyntaxError, RequestTypeError, VerificationRequest, Verifier
 from tests import foreign
-from tests.commands import run_command, serving
+from tests.commands import run_command, serving, usage_error
 from tests.recorded import golden
 from tests.test_attest_properties import with_events_of_version_2
 
@@ -426,6 +427,26 @@ def test_one_file_is_judged_and_the_answer_written_beside_it(pccs: str, tmp_path
     assert json.loads(done.stdout)["reason"].startswith("Quote verification failed: failed to verify TDX quote: ")
 
 
+def test_file_of_the_quote_command_is_verified_and_its_form_is_no_request(
+    pccs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "quote.json"
+    done = run_command("quote", "--json", "--report-data", "00" * 64)
+    path.write_bytes(done.stdout)
+    assert isinstance(json.loads(done.stdout)["event_log"], list)
+    with pytest.raises(RequestTypeError, match="event_log: str expected, got list"):
+        VerificationRequest.parse(done.stdout)
+    done = run_command("verifier", "--pccs", pccs, "--verify", str(path))
+    answer = json.loads(done.stdout)
+    assert (done.returncode, answer["is_valid"], answer["reason"]) == (0, True, None)
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"event_log": document["event_log"][:-1]}))
+    done = run_command("verifier", "--pccs", pccs, "--verify", str(path))
+    answer = json.loads(done.stdout)
+    assert (done.returncode, answer["is_valid"]) == (1, False)
+    assert answer["reason"].startswith("Quote verification failed: RTMR3 mismatch, quoted: ")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -620,22 +641,94 @@ def test_upstreams_file_is_read_and_variables_go_before_it(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("port = 0", "port: "),
-        ('address = "localhost"', "address: "),
+        ("port = 0", "verifier port must not be zero"),
+        ('address = "localhost"', "invalid verifier address: localhost"),
+        ('address = "fe80::1%eth0"', "invalid verifier address: fe80::1%eth0"),
         ('image_cache_dir = " "', "image_cache_dir must not be empty"),
-        ("image_download_timeout_secs = 0", "image_download_timeout_secs: "),
+        ("image_download_timeout_secs = 0", "image_download_timeout_secs must be greater than zero"),
         ('image_download_url = "http://127.0.0.1/x"', "image_download_url must contain {OS_IMAGE_HASH}"),
         ('image_download_url = "ftp://h/{OS_IMAGE_HASH}"', "image_download_url must use http or https"),
+        ('image_download_url = "http:///{OS_IMAGE_HASH}"', "invalid image_download_url: "),
+        ('image_download_url = "http://h:x/{OS_IMAGE_HASH}"', "invalid image_download_url: "),
+        ('port = 0\naddress = "localhost"\nimage_cache_dir = ""', "invalid verifier address: localhost"),
+        ('port = 0\nimage_cache_dir = ""', "verifier port must not be zero"),
+        ('unknown = 1\naddress = "localhost"', "Failed to load configuration: "),
+        ("[attestation]\nunknown = 1", "Failed to load configuration: "),
+        ("port", "Failed to load configuration: "),
+        ('port = "18080"', "Failed to load configuration: "),
+        ("port = 65536", "Failed to load configuration: "),
+        ("image_download_timeout_secs = -1", "Failed to load configuration: "),
+        ("image_cache_dir = 7", "Failed to load configuration: "),
+        ('attestation = { insecure_allow_external_trust_anchors = "true" }', "Failed to load configuration: "),
+    ],
+)
+def test_config_is_refused_with_upstreams_text(text: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(tmp_path / "v.toml", text)
+    assert str(refused.value).startswith(reason)
+    assert str(tmp_path / "v.toml") in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
         ("unknown = 1", "unknown: unknown key"),
         ("[attestation]\nunknown = 1", "attestation.unknown: unknown key"),
         ("port", "is not TOML"),
+        ('port = "18080"', "port: "),
     ],
 )
-def test_config_refused_naming_the_key(text: str, reason: str, tmp_path: Path) -> None:
+def test_config_that_is_none_is_refused_naming_the_key(text: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         load(tmp_path / "v.toml", text)
     assert reason in str(refused.value)
-    assert str(tmp_path / "v.toml") in str(refused.value)
+
+
+def written_root(folder: Path, name: str) -> Path:
+    """A file that may be a root certificate, made by openssl."""
+    path = folder / f"{name}.pem"
+    extension = {"ca": "CA:TRUE", "no ca": "CA:FALSE"}.get(name)
+    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", str(folder / "key.pem"))
+    added = () if extension is None else ("-addext", f"basicConstraints=critical,{extension}")
+    bare = folder / "bare.cnf"
+    bare.write_text("[req]\ndistinguished_name=dn\n[dn]\n")
+    subject = ("-subj", "/CN=root", "-config", str(bare))
+    subprocess.run(
+        ("openssl", "req", "-x509", *new_key, *subject, *added, "-out", str(path)), check=True, capture_output=True
+    )
+    return path
+
+
+@pytest.mark.parametrize("option", [True, False], ids=["--root", "root_ca.tdx"])
+def test_root_that_is_no_ca_is_refused_at_the_start(tmp_path: Path, pccs: str, option: bool) -> None:
+    def arguments(path: Path) -> tuple[str, ...]:
+        if option:
+            return "verifier", "--pccs", pccs, "--listen", "127.0.0.1:0", "--root", str(path)
+        config = tmp_path / "v.toml"
+        root = f'insecure_allow_external_trust_anchors = true\nroot_ca = {{ tdx = "{path}" }}'
+        config.write_text(f"[attestation]\n{root}\n")
+        return "verifier", "--pccs", pccs, "--listen", "127.0.0.1:0", "-c", str(config)
+
+    def refusal(path: Path) -> str:
+        return usage_error(*arguments(path))
+
+    for name in ("no ca", "nothing about it"):
+        path = written_root(tmp_path, name)
+        assert refusal(path) == f"TDX root certificate is not a CA: {path}"
+    good = written_root(tmp_path, "ca")
+    der = tmp_path / "root.der"
+    subprocess.run(("openssl", "x509", "-in", str(good), "-outform", "DER", "-out", str(der)), check=True)
+    for path in (good, der):
+        with serving(*arguments(path)) as started:
+            assert str(path) in started["root"]
+    der.write_bytes(der.read_bytes() + b"\0")
+    assert refusal(der) == f"trailing data in TDX root CA: {der}"
+    good.write_text("-----BEGIN CERTIFICATE-----\nnone\n-----END CERTIFICATE-----\n")
+    assert refusal(good).startswith("failed to parse TDX root CA PEM: ")
+    der.write_bytes(b"none")
+    assert refusal(der).startswith("failed to parse TDX root CA certificate: ")
+    der.unlink()
+    assert refusal(der) == f"failed to read TDX root CA from {der}: No such file or directory"
 
 
 def test_root_in_the_file_needs_its_opt_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -645,6 +738,6 @@ def test_root_in_the_file_needs_its_opt_in(tmp_path: Path, capsys: pytest.Captur
         main(["verifier", "-c", str(path)])
     assert (ended.value.code, capsys.readouterr().err) == (
         2,
-        "Error: failed to load attestation verifier: attestation.root_ca.tdx is set, which needs "
-        "attestation.insecure_allow_external_trust_anchors = true\n",
+        "Error: external attestation trust anchors are configured but insecure_allow_external_trust_anchors is false "
+        "(attestation.root_ca.tdx is set, which needs attestation.insecure_allow_external_trust_anchors = true)\n",
     )

@@ -580,10 +580,9 @@ def test_unusable_input_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
     assert refusal("root") == "root: X.509 certificate: no evidence in it"
     assert refusal("crl") == "crl: certificate revocation list (CRL): no evidence in it"
     assert refusal("log") == "log: event log: no evidence in it"
-    assert refusal("quote", "--root", str(tmp_path / "log")).startswith(
-        "log: root certificate: PEM certificate expected"
-    )
-    assert refusal("quote", "--root", str(tmp_path / "none")).startswith("none: [Errno 2] No such file")
+    log, none = tmp_path / "log", tmp_path / "none"
+    assert refusal("quote", "--root", str(log)).startswith(f"failed to parse TDX root CA certificate: {log} is no ")
+    assert refusal("quote", "--root", str(none)) == f"failed to read TDX root CA from {none}: No such file or directory"
     assert refusal("quote", "--collateral", str(tmp_path / "log")).startswith("log: ")
     assert refusal("quote", "--collateral", str(tmp_path / "crl")).startswith("crl: ")
     assert refusal("quote", "--report-data", "00" * 65) == "--report-data: Report data is too long"

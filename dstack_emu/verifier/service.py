@@ -66,8 +66,11 @@ class VerificationRequest:
     debug: bool | None = None
 
     @classmethod
-    def parse(cls, body: bytes) -> Self:
-        """Read the JSON; raise RequestSyntaxError or RequestTypeError. Unknown members are ignored."""
+    def parse(cls, body: bytes, *, takes_log_as_list: bool = False) -> Self:
+        """Read the JSON; raise RequestSyntaxError or RequestTypeError. Unknown members are ignored.
+
+        With `takes_log_as_list` the event log may also be a list, as `dstack-emu quote --json` writes it.
+        """
         try:
             document = _JSON.parse(body.decode())
         except DuplicateMemberError as error:
@@ -81,7 +84,7 @@ class VerificationRequest:
         return cls(
             _octets(document, "attestation"),
             _octets(document, "quote"),
-            _member(document, "event_log", str),
+            _event_log(document, takes_log_as_list),
             _member(document, "vm_config", str),
             _member(document, "debug", bool),
         )
@@ -311,6 +314,11 @@ def _member(document: dict[str, Any], name: str, kind: type) -> Any:
     if value is not None and type(value) is not kind:
         raise RequestTypeError(f"{name}: {kind.__name__} expected, got {type(value).__name__}")
     return value
+
+
+def _event_log(document: dict[str, Any], takes_list: bool) -> str | None:
+    log = document.get("event_log")
+    return json.dumps(log) if takes_list and isinstance(log, list) else _member(document, "event_log", str)
 
 
 def _octets(document: dict[str, Any], name: str) -> bytes | None:

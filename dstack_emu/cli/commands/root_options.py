@@ -3,13 +3,13 @@
 import argparse
 from pathlib import Path
 
-from dstack_emu.attest.certificate import load_pem
-from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.cli.commands.common import UsageError
 from dstack_emu.cli.terminal import printable
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
+from dstack_emu.transport.errors import ConfigError
+from dstack_emu.transport.trust_root import read_root
 
 NamedAnchor = tuple[TrustAnchor, str]
 """A trust anchor, and its name in messages."""
@@ -19,7 +19,7 @@ def add_root(parser: argparse.ArgumentParser) -> None:
     """Add the options, of which one may be given."""
     root = parser.add_mutually_exclusive_group()
     root.add_argument("--seed", metavar="TEXT", help=f"trust the emulated root of this seed ({DEFAULT_SEED})")
-    root.add_argument("--root", type=Path, metavar="PEM", help="trust the root certificate in this file")
+    root.add_argument("--root", type=Path, metavar="FILE", help="trust the root certificate in this file, PEM or DER")
     root.add_argument("--intel", action="store_true", help="trust Intel's production root")
 
 
@@ -43,7 +43,7 @@ def _of_seed(seed: str) -> NamedAnchor:
 
 def _in_file(path: Path) -> NamedAnchor:
     try:
-        certificate = load_pem(path.read_text(), "root certificate")
-    except (OSError, ValueError, FormatError) as error:
-        raise UsageError(printable(f"{path}: {error}")) from error
+        certificate = read_root(path)
+    except ConfigError as error:
+        raise UsageError(printable(str(error))) from error
     return TrustAnchor.of(certificate), f"the root in {path}"

@@ -134,7 +134,7 @@ def _verify_file(path: Path, verifier: AbstractAsyncContextManager[Verifier]) ->
             return await opened.verify(request)
 
     try:
-        response = asyncio.run(verify(VerificationRequest.parse(path.read_bytes())))
+        response = asyncio.run(verify(VerificationRequest.parse(path.read_bytes(), takes_log_as_list=True)))
         _write(path, ".verification.json", response.to_document(), "verification result")
     except OSError as error:
         response = VerificationResponse.internal_error(f"Failed to read file {path}: {error.strerror}")
