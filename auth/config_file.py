@@ -5,12 +5,16 @@ It does not parse: what the bytes mean is for each webhook to say.
 
 import os
 import stat
+import time
 from typing import Final
 
 from dstack_emu.auth.errors import AuthConfigError
 
-READS: Final = 3
-"""How often a file is read that changes while it is read."""
+READS: Final = 4
+"""How often a file is read at most that changes while it is read."""
+TICK: Final = 0.012
+"""Seconds, more than between two ticks of a file's clock: a file that was changed less long ago may have been changed
+once more, and its times be the same."""
 
 
 def read_config(path: str) -> bytes:
@@ -18,7 +22,8 @@ def read_config(path: str) -> bytes:
 
     It is read in the event loop's thread: it is small, and a hop to another thread costs more. A file that is written
     to in place meanwhile is read again, `READS` times at most: half of the old and half of the new text could be a
-    policy that nobody wrote.
+    policy that nobody wrote. A file that was just changed is read once more, a tick of its clock later: until
+    then its times do not show another change.
     """
     try:
         with open(path, "rb", buffering=0, opener=_open_nonblocking) as file:
@@ -26,11 +31,15 @@ def read_config(path: str) -> bytes:
             if not stat.S_ISREG(before.st_mode):
                 raise AuthConfigError(f"failed to load config: {path}: Not a regular file")
             for _ in range(READS):
-                content = file.read()
+                content: bytes = file.read()
                 after = os.fstat(file.fileno())
-                if _version(after) == _version(before) and len(content) == after.st_size:
+                is_unchanged = _version(after) == _version(before) and len(content) == after.st_size
+                age = time.time() - after.st_ctime
+                if is_unchanged and not 0 <= age < TICK:
                     return content
                 before = after
+                if is_unchanged:
+                    time.sleep(TICK - age)
                 file.seek(0)
         raise AuthConfigError(f"config is being rewritten: {path}")
     except FileNotFoundError as error:

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 from dstack_emu.attest.app_info import BootInfo
 from dstack_emu.attest.release import DEFAULT, Release
-from dstack_emu.attest.strict_json import ConstantError, StrictJson
+from dstack_emu.attest.strict_json import ConstantError, StrictJson, has_lone_surrogate
 from dstack_emu.kms_emu.errors import NotAttestedError, UnavailableError
 from dstack_emu.transport.client import MoreHeaders
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
@@ -123,7 +123,7 @@ class WebhookAuth:
         self._more_headers = headers
         self._variant_members = release.boot_info_variant_members
         user_agent = {"User-Agent": kms_user_agent(release)}
-        self._client = HttpClient(timeout=timeout, max_answer=MAX_ANSWER, headers=user_agent)
+        self._client = HttpClient(timeout=timeout, max_answer=MAX_ANSWER, headers=user_agent, unpacks=False)
         base = url.rstrip("/")
         self._boot_auth = {True: f"{base}/bootAuth/kms", False: f"{base}/bootAuth/app"}
 
@@ -194,6 +194,8 @@ class _Fields:
             raise UnavailableError(f"{self._complaint}: {error}") from error
         if not isinstance(document, dict):
             raise UnavailableError(f"{self._complaint}: invalid type: {_kind(document)}, expected struct {what}")
+        if any(map(has_lone_surrogate, document)):
+            raise UnavailableError(f"{self._complaint}: lone surrogate in the name of a member, Unicode expected")
         self._document: dict[str, Any] = document
 
     def boolean(self, key: str) -> bool:
@@ -206,6 +208,8 @@ class _Fields:
         value = self._get(key, default)
         if not isinstance(value, str):
             raise self._mistyped(key, value, "a string")
+        if has_lone_surrogate(value):
+            raise UnavailableError(f"{self._complaint}: lone surrogate in `{key}`, Unicode expected")
         return value
 
     def unsigned(self, key: str) -> int:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from dstack_emu.attest.release import DEFAULT
 from dstack_emu.auth.boot_info import ReceivedBootInfo, parse_boot_info
+from dstack_emu.auth.config_file import read_config
 from dstack_emu.auth.errors import AuthConfigError
 from dstack_emu.auth.policy import CONTRACTS, Contract, Policy, evaluate
 from dstack_emu.auth.server import simple_app
@@ -462,6 +463,24 @@ def test_unchanged_config_is_read_but_not_parsed_again(config: Path) -> None:
     assert service.policy() is first
     write(config, config_with(gatewayAppId="0x9b"))
     assert service.policy().gateway_app_id == "0x9b"
+
+
+def test_config_written_in_place_within_a_tick_of_the_files_clock_is_not_read_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real, states = tmp_path / "config", os.fstat, list[os.stat_result]()
+    path.write_bytes(b"newold")
+
+    def fstat(descriptor: int) -> os.stat_result:
+        """The file's clock ticks after the second look at it, before which the rest is written."""
+        states.append(real(descriptor))
+        if len(states) == 2:
+            path.write_bytes(b"newnew")
+            return states[0]
+        return states[-1]
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    assert read_config(str(path)) == b"newnew"
 
 
 async def test_config_that_appears_vanishes_and_returns_takes_effect(tmp_path: Path) -> None:

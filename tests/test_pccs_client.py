@@ -14,6 +14,7 @@ import pytest
 from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.collateral import error_chain
 from dstack_emu.attest.errors import UnverifiableError, VerificationError
+from dstack_emu.attest.eventlog import RuntimeEvent, TdxEvent
 from dstack_emu.attest.pcs import PCK_CRL_PATH, QE_IDENTITY_PATH, REVALIDATION_PATH, ROOT_CA_CRL_PATH, TCB_INFO_PATH
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.simulator.image import OsImage
@@ -388,3 +389,32 @@ async def test_root_crl_comes_before_tcb_info_and_says_where_it_was_sought(
     sought = f"{text} (error sending request for url ({server.url}{ROOT_CA_CRL_PATH}): "
     assert str(refusal.value).startswith(f"failed to verify TDX quote: {sought}")
     await server.close()
+
+
+@pytest.mark.parametrize("pccs", ["ours"], indirect=True)
+async def test_verdict_ends_after_a_second_though_the_clock_stands_still(
+    verifier: AttestationVerifier, pccs: Pccs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evidence, loop = pccs.evidence(), asyncio.get_running_loop()
+    first = await verifier.verify(evidence)
+    began = loop.time()
+    monkeypatch.setattr(loop, "time", lambda: began)
+    assert await verifier.verify(evidence) is first
+    monkeypatch.setattr(loop, "time", lambda: began + 1)
+    assert await verifier.verify(evidence) is not first
+
+
+def test_size_of_evidence_counts_what_its_sender_chooses(pccs: Pccs) -> None:
+    """Caches are bounded by it: bytes that do not count would fill memory."""
+    evidence, text = pccs.evidence(), "x" * 1_000_000
+    for changed in (
+        replace(evidence, config=text),
+        replace(evidence, report_data_payload=text),
+        replace(evidence, runtime_events=(RuntimeEvent(text, b""),)),
+        replace(evidence, runtime_events=(RuntimeEvent("x", text.encode()),)),
+        replace(evidence, event_log=(TdxEvent(0, 1, b"", text, b""),)),
+        replace(evidence, event_log=(TdxEvent(0, 1, b"", "x", text.encode()),)),
+        replace(evidence, event_log=(TdxEvent(0, 1, text.encode(), "x", b""),)),
+        replace(evidence, event_log=(TdxEvent(0, 1, b"", "x", b"", 2, text),)),
+    ):
+        assert changed.size >= 1_000_000

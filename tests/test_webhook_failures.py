@@ -187,8 +187,9 @@ MISBEHAVIOURS: dict[str, tuple[Reply, str]] = {
     "endless": (endless, "auth api {url} answered more than 1048576 bytes"),
     "inflates": (
         http("200 OK", gzip.compress(json.dumps(ALLOW).encode() + b" " * (8 * MIB)), "Content-Encoding: gzip"),
-        "auth api {url} answered more than 1048576 bytes",
+        DECODE,
     ),
+    "gzip": (http("200 OK", gzip.compress(json.dumps(ALLOW).encode()), "Content-Encoding: gzip"), DECODE),
 }
 """What any answer can be like, and how the refusal goes on after its context; `{url}` is what was asked."""
 
@@ -202,6 +203,18 @@ NO_DECISION: dict[str, tuple[Reply, str]] = {
     "isAllowed is null": (ok({**ALLOW, "isAllowed": None}), "invalid type: null, expected a boolean for `isAllowed`"),
     "isAllowed twice": (raw('{"isAllowed":false,' + json.dumps(ALLOW)[1:]), "duplicate field `isAllowed`"),
     "is_allowed": (ok({"is_allowed": True, "reason": "", "gatewayAppId": ""}), "missing field `isAllowed`"),
+    "half a character in the reason": (
+        raw(json.dumps({**ALLOW, "reason": "\ud800"})),
+        "lone surrogate in `reason`, Unicode expected",
+    ),
+    "half a character in gatewayAppId": (
+        raw(json.dumps({**ALLOW, "gatewayAppId": "x\udfff"})),
+        "lone surrogate in `gatewayAppId`, Unicode expected",
+    ),
+    "half a character in a name": (
+        raw(json.dumps({**ALLOW, "\ud800": 1})),
+        "lone surrogate in the name of a member, Unicode expected",
+    ),
     "reason is null": (ok({**ALLOW, "reason": None}), "invalid type: null, expected a string for `reason`"),
     "gatewayAppId is a number": (ok({**ALLOW, "gatewayAppId": 1}), "expected a string for `gatewayAppId`"),
 }

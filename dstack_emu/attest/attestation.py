@@ -31,8 +31,6 @@ from dstack_emu.attest.scale import Decoder
 MAX_SIZE: Final = 10 * 1024 * 1024
 REPORT_DATA_SIZE: Final = 64
 _unsigned_64: Final = unsigned(64)
-EVENT_SIZE: Final = 512
-"""The approximate memory of an event in a log, in bytes."""
 _PACKED_OCTETS: Final[tuple[bytes, ...]] = tuple(msgpack.packb(octet) for octet in range(256))
 
 
@@ -57,7 +55,10 @@ class Attestation:
     @property
     def size(self) -> int:
         """The approximate memory that it takes in bytes, for the limit of a cache."""
-        return len(self.quote) + len(self.config) + EVENT_SIZE * len(self.event_log)
+        events: tuple[TdxEvent | RuntimeEvent, ...] = (*self.event_log, *self.runtime_events)
+        texts = (self.config, self.report_data_payload or "")
+        # A character takes up to four bytes.
+        return len(self.quote) + len(self.report_data) + 4 * sum(map(len, texts)) + sum(event.size for event in events)
 
     def require_report_data(self) -> bytes:
         """Return report_data if it has 64 bytes; raise `VerificationError` with upstream's words."""

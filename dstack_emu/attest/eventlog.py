@@ -18,6 +18,8 @@ RUNTIME_EVENT_TYPE: Final = 0x08000001
 ACPI_EVENT_TYPE: Final = 10
 ACPI_PAYLOAD: Final = b"ACPI DATA"
 RTMR_SIZE: Final = 48
+EVENT_SIZE: Final = 256
+"""Bytes of memory that an event takes, besides its name, payload and digest."""
 
 SYSTEM_READY: Final = "system-ready"
 BOOT_MR_DONE: Final = "boot-mr-done"
@@ -42,6 +44,11 @@ class RuntimeEvent:
     event: str
     payload: bytes
     version: int = 1
+
+    @property
+    def size(self) -> int:
+        """The approximate memory that it takes in bytes."""
+        return EVENT_SIZE + 4 * len(self.event) + len(self.payload)
 
     def preimage(self) -> bytes:
         """Return the bytes whose SHA-384 is the event's digest."""
@@ -68,6 +75,12 @@ class TdxEvent:
     event_payload: bytes
     version: int = 1
     preimage: str | None = None
+
+    @property
+    def size(self) -> int:
+        """The approximate memory that it takes in bytes."""
+        texts = 4 * (len(self.event) + len(self.preimage or ""))
+        return EVENT_SIZE + texts + len(self.digest) + len(self.event_payload)
 
     @classmethod
     def of(cls, event: RuntimeEvent) -> Self:

@@ -42,6 +42,14 @@ def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
+def has_lone_surrogate(text: str) -> bool:
+    """Return whether a string has half of a surrogate pair, which an escape can spell and no UTF-8 text has.
+
+    serde_json refuses it in what it reads, JavaScript does not.
+    """
+    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 class StrictJson:
     """A reader of JSON.
 

@@ -242,7 +242,7 @@ class AttestationVerifier:
 
     def __init__(self, pccs: PccsClient, anchor: TrustAnchor, clock: Clock) -> None:
         self.pccs, self.anchor, self.clock = pccs, anchor, clock
-        self._second = 0
+        self._second, self._verdicts_end = 0, 0.0
         self._certificates = Memo(read_certificate, _size_of_certificate, max_entries=256, max_bytes=8 << 20)
         self._verdicts: BoundedCache[bytes, _Verdict] = BoundedCache(256, 8 << 20)
 
@@ -277,10 +277,13 @@ class AttestationVerifier:
             raise UnverifiableError(f"failed to verify TDX quote: {error}") from error
 
     def _verify_once(self, attestation: Attestation, collateral: QuoteCollateralV3) -> VerifiedAttestation:
-        """Verify, unless the same evidence was verified with the same collateral within this second."""
-        now = self.clock()
-        if now != self._second:
-            self._second = now
+        """Verify, unless the same evidence was verified with the same collateral within this second.
+
+        A verdict also ends after a second of real time: the clock may stand still.
+        """
+        now, real_time = self.clock(), asyncio.get_running_loop().time()
+        if now != self._second or real_time >= self._verdicts_end:
+            self._second, self._verdicts_end = now, real_time + 1
             self._verdicts.clear()
         known = self._verdicts.get(attestation.quote)
         if known is not None and known.verified.attestation is attestation and known.collateral is collateral:
