@@ -26,6 +26,7 @@ from dstack_emu.attest.image import (
     OVMF_VARIANT,
     AcpiDigests,
     ImageMeasurement,
+    QemuOptions,
     Registers,
     TdHobWitness,
     boot_event_log,
@@ -60,6 +61,24 @@ _ACPI_FIELDS = {
     "hotplug_off",
     "host_share_mode",
 }
+
+
+_SAME_SHARE_MODES = {"": "9p", "vhd": "vvfat"}
+"""Modes that attach the same devices as another one."""
+
+_QEMU_OF_NEW_TABLES = (9, 2, 0)
+
+
+def _qemu_fields(vm_config: VmConfig) -> dict[str, str | bool | None]:
+    """Return one version of QEMU for all whose tables are alike, and `pic` where it is not that version's.
+
+    Tables differ by the legacy interrupt controller, which QEMU has by default before 9.0, and by what changed in 9.2.
+    Source: `dstack-mr/src/{machine,acpi}.rs` at 312dc605, and the compatibility switch of its `dstack-acpi-tables`.
+    """
+    qemu = QemuOptions.of(vm_config)
+    if qemu.version >= _QEMU_OF_NEW_TABLES:
+        return {"qemu_version": "9.2.0", "pic": True if qemu.pic else None}
+    return {"qemu_version": "8.2.2" if qemu.pic else "9.1.0", "pic": None}
 
 
 def placeholder_digest(label: str, content: bytes) -> bytes:
@@ -235,8 +254,13 @@ class OsImage:
 
     @staticmethod
     def acpi_digests(vm_config: VmConfig) -> AcpiDigests:
-        """Return synthetic digests of QEMU's ACPI blobs, a function of the VM's devices and not of the image."""
-        devices = json.dumps({name: getattr(vm_config, name) for name in _ACPI_FIELDS}, sort_keys=True).encode()
+        """Return synthetic digests of QEMU's ACPI blobs, a function of the VM's devices and not of the image.
+
+        VMs whose tables are the same for upstream's dstack-mr have the same digests. Raises `FormatError`.
+        """
+        fields = {name: getattr(vm_config, name) for name in _ACPI_FIELDS} | _qemu_fields(vm_config)
+        fields["host_share_mode"] = _SAME_SHARE_MODES.get(vm_config.host_share_mode, vm_config.host_share_mode)
+        devices = json.dumps(fields, sort_keys=True).encode()
         loader, rsdp, tables = (placeholder_digest(name, devices) for name in ACPI_EVENT_NAMES)
         return loader, rsdp, tables
 

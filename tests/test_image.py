@@ -667,6 +667,14 @@ def changed_registers(before: Registers, after: Registers) -> set[str]:
         ({"memory_size": 3 * GIB}, {"rtmr0"}),
         ({"qemu_single_pass_add_pages": False}, {"mrtd"}),
         ({"qemu_version": "9.1.0"}, {"mrtd", "rtmr0"}),
+        ({"qemu_version": "8.0.0"}, set()),
+        ({"qemu_version": "8.99.9"}, set()),
+        ({"qemu_version": "9.1.0", "pic": True}, {"mrtd"}),
+        ({"qemu_version": "9.1.0", "pic": True, "qemu_single_pass_add_pages": True}, set()),
+        ({"pic": True}, set()),
+        ({"pic": False}, {"rtmr0"}),
+        ({"host_share_mode": ""}, set()),
+        ({"host_share_mode": "vvfat"}, {"rtmr0"}),
     ],
 )
 def test_machine_shows_in_its_registers(image: OsImage, machine_change: Json, registers: set[str]) -> None:
@@ -674,6 +682,30 @@ def test_machine_shows_in_its_registers(image: OsImage, machine_change: Json, re
     before, _ = image.boot(config)
     after, _ = image.boot(replace(config, **machine_change))
     assert changed_registers(before, after) == registers
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "registers"),
+    [
+        ("9.0.0", "9.1.99", set()),
+        ("9.1.99", "9.2.0", {"rtmr0"}),
+        ("9.2.0", "10.1.0", set()),
+        (None, "9.1.0", set()),
+    ],
+)
+def test_version_of_qemu_shows_where_its_tables_do(
+    image: OsImage, one: str | None, other: str, registers: set[str]
+) -> None:
+    config = image.vm_config()
+    before, _ = image.boot(replace(config, qemu_version=one))
+    after, _ = image.boot(replace(config, qemu_version=other))
+    assert changed_registers(before, after) == registers
+
+
+@pytest.mark.parametrize("version", ["7.2.0", "8", "8.2.x"])
+def test_version_of_qemu_that_upstream_does_not_know_is_refused(image: OsImage, version: str) -> None:
+    with pytest.raises(FormatError, match="^failed to resolve QEMU measurement options: "):
+        image.boot(replace(image.vm_config(), qemu_version=version))
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,8 @@ def test_machine_shows_in_its_registers(image: Image, tmp_path: Path) -> None:
         (("--gpus", "1"), {"rtmr0"}),
         (("--nics", "2"), {"rtmr0"}),
         (("--qemu", "9.1.0"), {"mrtd", "rtmr0"}),
+        (("--qemu", "8.0.0"), set()),
+        (("--qemu", "8.99.1"), set()),
     ):
         other = measured(image, tmp_path / "image", *options)
         assert {name for name in ("mrtd", "rtmr0", "rtmr1", "rtmr2") if other[name] != plain[name]} == changed

@@ -17,6 +17,7 @@ specification vol. 3; payloads: TCG PC Client Platform Firmware Profile; kernel 
 from dstack_emu.attest.image.boot import (
     ACPI_EVENT_NAMES,
     AcpiDigests,
+    QemuOptions,
     Registers,
     boot_event_log,
     measure,
@@ -39,6 +40,7 @@ __all__ = [
     "OVMF_VARIANT",
     "AcpiDigests",
     "ImageMeasurement",
+    "QemuOptions",
     "Registers",
     "TdHobWitness",
     "boot_event_log",

@@ -3,7 +3,7 @@
 import hashlib
 import struct
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Self
 from uuid import UUID
 
 from dstack_emu.attest.errors import FormatError
@@ -133,23 +133,35 @@ def measure(measurement: ImageMeasurement, vm_config: VmConfig, acpi_digests: Ac
     `boot_event_log` does, and for a QEMU version that is none or before 8.0.0.
     """
     require_lite_memory_size(vm_config.memory_size)
-    two_pass = _adds_pages_in_two_passes(vm_config)
+    two_pass = QemuOptions.of(vm_config).two_pass_add_pages
     mrtd = _digest(measurement.mrtd_two_pass if two_pass else measurement.mrtd_single_pass, "tdvf.mrtd")
     events = boot_event_log(measurement, vm_config, acpi_digests)
     return Registers(mrtd, *(replay_register(events, imr) for imr in range(3)))
 
 
-def _adds_pages_in_two_passes(vm_config: VmConfig) -> bool:
-    """Tell how QEMU adds and measures the firmware's pages: an explicit setting wins over its version."""
-    try:
-        version = (9, 1, 0) if vm_config.qemu_version is None else _qemu_version(vm_config.qemu_version)
-        if version < (8, 0, 0):
-            raise FormatError(f"Unsupported QEMU version: {version}")
-    except FormatError as error:
-        raise FormatError(f"failed to resolve QEMU measurement options: {error}") from error
-    if vm_config.qemu_single_pass_add_pages is not None:
-        return vm_config.qemu_single_pass_add_pages
-    return version < (9, 0, 0)
+@dataclass(frozen=True, slots=True)
+class QemuOptions:
+    """What a VM config says of QEMU, by an explicit setting or else by its version.
+
+    `pic` (the legacy interrupt controller) is in the ACPI tables, and so in RTMR0; `two_pass_add_pages` is how the
+    firmware's pages are added and measured, and so in MRTD.
+    """
+
+    version: tuple[int, ...]
+    pic: bool
+    two_pass_add_pages: bool
+
+    @classmethod
+    def of(cls, vm_config: VmConfig) -> Self:
+        """Resolve them; raise `FormatError` for a version that is none or before 8.0.0."""
+        try:
+            version = (9, 1, 0) if vm_config.qemu_version is None else _qemu_version(vm_config.qemu_version)
+            if version < (8, 0, 0):
+                raise FormatError(f"Unsupported QEMU version: {version}")
+        except FormatError as error:
+            raise FormatError(f"failed to resolve QEMU measurement options: {error}") from error
+        before_9, pic, two_pass = version < (9, 0, 0), vm_config.pic, vm_config.qemu_single_pass_add_pages
+        return cls(version, before_9 if pic is None else pic, before_9 if two_pass is None else two_pass)
 
 
 def _qemu_version(text: str) -> tuple[int, ...]:
