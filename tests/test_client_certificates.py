@@ -1,6 +1,5 @@
 """Client certificates whose extensions are not what they should be: what a KMS says on every RPC, and accepts."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import msgpack
@@ -9,7 +8,7 @@ from cryptography import x509
 
 from tests import foreign
 from tests.foreign import Guest
-from tests.running import running_stack
+from tests.running import RunningStack
 
 PREFIX = "1.3.6.1.4.1.62397.1"
 APP_ID, APP_INFO = (x509.ObjectIdentifier(f"{PREFIX}.{number}") for number in (3, 9))
@@ -29,11 +28,10 @@ RPCS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def guest() -> Iterator[Guest]:
+@pytest.fixture
+def guest(ready_stack_0_5: RunningStack) -> Guest:
     """A guest with the app's agent, before the source KMS of release 0.5, where calls are refused."""
-    with running_stack("--release", "0.5") as stack:
-        yield Guest.of(stack.services["kms-src"], stack.description["app"]["dstack_sock"])
+    return Guest.of(ready_stack_0_5.services["kms-src"], ready_stack_0_5.description["app"]["dstack_sock"])
 
 
 def msgpack_evidence(guest: Guest, spki: bytes) -> dict[str, Any]:

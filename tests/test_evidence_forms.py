@@ -147,6 +147,14 @@ def test_octets_are_read_as_bin_too() -> None:
     assert decode(msgpack.packb(document)) == evidence(1)
 
 
+@pytest.mark.parametrize("octet", [True, 256, -1, 1.0, "1", None])
+def test_octets_of_another_type_are_refused(octet: Any) -> None:
+    document = msgpack.unpackb(evidence(1).encode())
+    document["stack"]["data"]["report_data"][7] = octet
+    with pytest.raises(FormatError, match="^failed to decode attestation from msgpack: report_data: octets expected"):
+        decode(msgpack.packb(document))
+
+
 def test_scale_form_cannot_carry_version_2() -> None:
     with pytest.raises(FormatError, match="^attestation V0 cannot carry version 2 events$"):
         replace(evidence(2), wire=0).encode()

@@ -99,8 +99,8 @@ def sequence(value: Any) -> list[Any]:
 
 def octets(value: Any) -> bytes:
     """Read an array of integers, or bin: real programs write both."""
-    if not isinstance(value, list | bytes):
-        raise TypeError
+    if not isinstance(value, list | bytes) or (isinstance(value, list) and not set(map(type, value)) <= {int}):
+        raise TypeError  # also for booleans, which `bytes` takes for 0 and 1
     return bytes(value)
 
 
