@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
 
 from dstack_emu.attest.eventlog import log_from_json, replay_register
 from dstack_emu.attest.quote import Quote
@@ -61,6 +62,17 @@ def test_golden_signatures_are_equal_and_wrong_requests_are_refused_in_the_same_
             assert (status, answer) == (400, {"error": case["error"]})
         else:
             assert (status, answer) == (200, {k: case[k] for k in ("signature", "signature_chain", "public_key")})
+
+
+def test_name_that_no_certificate_can_have_is_refused_by_the_app_s_own_ca() -> None:
+    with serving("agent") as own:
+        names = {"subject": "bücher", "alt_names": ["bücher.example"]}
+        status, answer = _dstack(own, "GetTlsKey", names)
+        context = "Failed to sign the CSR: Failed to sign certificate: Failed to sign certificate: "
+        assert (status, answer["error"].startswith(context + "Invalid IA5String")) == (400, True), answer
+        status, answer = _dstack(own, "GetTlsKey", names | {"alt_names": ["xn--bcher-kva.example"]})
+        leaf = x509.load_pem_x509_certificate(answer["certificate_chain"][0].encode())
+        assert (status, leaf.subject.rfc4514_string()) == (200, "CN=bücher")
 
 
 def test_golden_verifications_answer_the_same(agent: dict[str, Any]) -> None:

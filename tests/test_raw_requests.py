@@ -82,6 +82,16 @@ def _check_rocket_headers(stack: RunningStack, listener: str) -> None:
                 assert response.headers.get_all(name) == [value]
 
 
+def test_request_that_is_none_is_refused_before_rocket_sees_it(ready_stack: RunningStack) -> None:
+    for listener in sorted({place.listener for place in READY}):
+        with _connect(ready_stack, listener) as sock:
+            sock.sendall(b"GET /health HTTP/3.7\r\nHost: x\r\n\r\n")
+            response = http.client.HTTPResponse(sock)
+            response.begin()
+            assert response.status == 400
+            assert not {name for name, _ in ROCKET} & {name.lower() for name in response.headers}
+
+
 @pytest.mark.parametrize("listener", sorted({place.listener for place in READY}))
 def test_answers_of_a_ready_stack_have_the_headers_of_rocket(ready_stack: RunningStack, listener: str) -> None:
     _check_rocket_headers(ready_stack, listener)

@@ -23,6 +23,9 @@ from dstack_emu.transport.status import status_line
 MAX_DROPPED: Final = 64 * 1024 * 1024
 """The number of bytes after the last answer that are dropped before the connection is closed."""
 
+_OF_NO_REQUEST: Final = Framing(is_kept_alive=False)
+"""How the refusal of an invalid request is sent: without the application's headers."""
+
 log = logging.getLogger(__name__)
 
 
@@ -220,7 +223,8 @@ class HttpProtocol(asyncio.Protocol):
 
     def _refuse(self, invalid: InvalidRequest) -> None:
         log.debug("refused with %d: %s", invalid.status, invalid.reason)
-        self._transport.write(response_head(Response(invalid.status), self._server.framing(False, False)))
+        # As upstream: the library answers before the web server has a request to add its headers to.
+        self._transport.write(response_head(Response(invalid.status), _OF_NO_REQUEST))
         self._linger()
 
     def _client_certificate(self) -> bytes | None:
