@@ -12,13 +12,13 @@ Source: dstack next 312dc605, `crates/dstack-auth/src/main.rs`. Members that lat
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Final, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, StrictBool, ValidationError
 from pydantic.alias_generators import to_camel
 
 from dstack_emu.attest.strict_json import DuplicateMemberError, StrictJson
-from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo
+from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, Refusal
 from dstack_emu.auth.errors import AuthConfigError, MalformedJsonError, MistypedBootInfoError
 from dstack_emu.transport.validation import describe
 
@@ -27,6 +27,7 @@ M = TypeVar("M", bound=BaseModel)
 AllowlistRule = Literal[
     "os_image", "kms_mr_aggregated", "kms_device", "app_registered", "app_compose_hash", "app_device", "allowed"
 ]
+ALLOWLIST_RULES: Final[tuple[AllowlistRule, ...]] = get_args(AllowlistRule)
 
 _REASONS: Final[Mapping[AllowlistRule, str]] = {
     "os_image": "os image not allowed",
@@ -133,25 +134,41 @@ def _parse(model: type[M], data: bytes) -> M:
 
 def evaluate_allowlist(allowlist: Allowlist, boot_info: ReceivedBootInfo, is_kms: bool) -> PolicyDecision:
     """Decide; the rules run in upstream's order, and the first that refuses gives the reason."""
-    rule = _kms_rule(allowlist.kms, boot_info) if is_kms else _app_rule(allowlist, boot_info)
-    return PolicyDecision(rule == "allowed", _REASONS[rule], allowlist.gateway_app_id, rule)
+    kms = allowlist.kms
+    refusal = _kms_refusal(kms, boot_info) if is_kms else _app_refusal(allowlist, boot_info)
+    rule = "allowed" if refusal is None else refusal.rule
+    reason = _REASONS["allowed"] if refusal is None else refusal.reason
+    return PolicyDecision(refusal is None, reason, allowlist.gateway_app_id, rule, refusal=refusal)
 
 
-def _kms_rule(kms: KmsEntry, boot_info: ReceivedBootInfo) -> AllowlistRule:
-    if normalize_id(boot_info.mr_aggregated) not in kms.mr_aggregated:
-        return "kms_mr_aggregated"
-    return "allowed" if _is_device_admitted(kms, boot_info) else "kms_device"
+def _refusal(rule: AllowlistRule, member: str, got: str, expected: frozenset[str], *path: str) -> Refusal:
+    return Refusal(rule, _REASONS[rule], member, (got,), expected, path)
 
 
-def _app_rule(allowlist: Allowlist, boot_info: ReceivedBootInfo) -> AllowlistRule:
-    if allowlist.os_images and normalize_id(boot_info.os_image_hash) not in allowlist.os_images:
-        return "os_image"
-    app = allowlist.apps.get(normalize_id(boot_info.app_id))
+def _kms_refusal(kms: KmsEntry, boot_info: ReceivedBootInfo) -> Refusal | None:
+    measured = boot_info.mr_aggregated
+    if normalize_id(measured) not in kms.mr_aggregated:
+        path = ("kms", "mrAggregated")
+        return _refusal("kms_mr_aggregated", "mrAggregated", measured, kms.mr_aggregated, *path)
+    if not _is_device_admitted(kms, boot_info):
+        return _refusal("kms_device", "deviceId", boot_info.device_id, kms.devices, "kms", "devices")
+    return None
+
+
+def _app_refusal(allowlist: Allowlist, boot_info: ReceivedBootInfo) -> Refusal | None:
+    image, images = boot_info.os_image_hash, allowlist.os_images
+    if images and normalize_id(image) not in images:
+        return _refusal("os_image", "osImageHash", image, images, "osImages")
+    app_id, compose_hash = normalize_id(boot_info.app_id), boot_info.compose_hash
+    app = allowlist.apps.get(app_id)
     if app is None:
-        return "app_registered"
-    if normalize_id(boot_info.compose_hash) not in app.compose_hashes:
-        return "app_compose_hash"
-    return "allowed" if _is_device_admitted(app, boot_info) else "app_device"
+        return _refusal("app_registered", "appId", boot_info.app_id, frozenset(allowlist.apps), "apps")
+    if normalize_id(compose_hash) not in app.compose_hashes:
+        path = ("apps", app_id, "composeHashes")
+        return _refusal("app_compose_hash", "composeHash", compose_hash, app.compose_hashes, *path)
+    if not _is_device_admitted(app, boot_info):
+        return _refusal("app_device", "deviceId", boot_info.device_id, app.devices, "apps", app_id, "devices")
+    return None
 
 
 def _is_device_admitted(entry: KmsEntry | AppEntry, boot_info: ReceivedBootInfo) -> bool:

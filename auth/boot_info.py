@@ -11,7 +11,7 @@ BootResponseSchema); zod 3.25.76 `v3/types.ts`, `v3/locales/en.ts`; what JSON me
 """
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from dstack_emu.attest.strict_json import StrictJson
 from dstack_emu.auth.errors import BootInfoError, Issue, MalformedJsonError
@@ -32,13 +32,29 @@ class ReceivedBootInfo:
     mr_system: str = ""
 
 
+class Refusal(NamedTuple):
+    """What a rule that refuses compared: one member of the boot info with one place of the file.
+
+    `got` are the values of the boot info's member that are not admitted, as sent; `expected` are the values that are
+    admitted, as the file's model has them, none if nothing is. `path` is the place in the file, with normalized app
+    ids; it is empty if no file can admit the values.
+    """
+
+    rule: str
+    reason: str
+    member: str
+    got: tuple[str, ...]
+    expected: frozenset[str]
+    path: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyDecision:
     """A webhook's answer, and why.
 
     `rule` names the rule that decided, `differs_from` the other contracts of `policy.evaluate` that would have
-    decided otherwise, and `config_error` what is wrong with a file because of which everything is denied. All
-    three are for logs and tests and never go over the wire.
+    decided otherwise, `config_error` what is wrong with a file because of which everything is denied, and `refusal`
+    what the rule compared. All four are for logs, tests and explanations and never go over the wire.
     """
 
     is_allowed: bool
@@ -47,6 +63,7 @@ class PolicyDecision:
     rule: str
     differs_from: tuple[str, ...] = ()
     config_error: str = ""
+    refusal: Refusal | None = None
 
 
 def parse_json(body: bytes) -> object:

@@ -26,7 +26,7 @@ from pydantic.alias_generators import to_camel
 
 from dstack_emu.attest.release import DEFAULT
 from dstack_emu.auth.boot_info import PolicyDecision as PolicyDecision
-from dstack_emu.auth.boot_info import ReceivedBootInfo
+from dstack_emu.auth.boot_info import ReceivedBootInfo, Refusal
 from dstack_emu.auth.errors import AuthConfigError
 
 Contract = Literal["readme", "upstream", "next", "0.6"]
@@ -65,6 +65,7 @@ Rule = Literal[
     "app_device",
     "allowed",
 ]
+RULES: Final[tuple[Rule, ...]] = get_args(Rule)
 
 ZERO_ADDRESS: Final = "0x" + "00" * 20
 
@@ -161,53 +162,72 @@ def evaluate(
     The rules run in upstream's order and the first that refuses gives the reason; the reason of an allowed boot
     is "". Contracts that refuse for different reasons do not differ.
     """
-    decisions = {each: _deciding_rule(policy, boot_info, is_kms, _RULES[each]) for each in CONTRACTS}
-    rule, reason = decisions[contract]
-    is_allowed = rule == "allowed"
-    differs_from = tuple(each for each in CONTRACTS if (decisions[each][0] == "allowed") != is_allowed)
-    return PolicyDecision(is_allowed, reason, policy.gateway_app_id, rule, differs_from)
+    refusals = {each: _first_refusal(policy, boot_info, is_kms, _RULES[each]) for each in CONTRACTS}
+    refusal = refusals[contract]
+    differs_from = tuple(each for each in CONTRACTS if (refusals[each] is None) != (refusal is None))
+    if refusal is None:
+        return PolicyDecision(True, "", policy.gateway_app_id, "allowed", differs_from)
+    return PolicyDecision(False, refusal.reason, policy.gateway_app_id, refusal.rule, differs_from, refusal=refusal)
 
 
-def _deciding_rule(policy: Policy, boot_info: ReceivedBootInfo, is_kms: bool, rules: _Rules) -> tuple[Rule, str]:
+def _first_refusal(policy: Policy, boot_info: ReceivedBootInfo, is_kms: bool, rules: _Rules) -> Refusal | None:
     return (
         _tcb_refusal(policy, boot_info, rules)
         or _os_image_refusal(policy, boot_info)
         or (_kms_refusal if is_kms else _app_refusal)(policy, boot_info, rules)
-        or ("allowed", "")
     )
 
 
-def _tcb_refusal(policy: Policy, boot_info: ReceivedBootInfo, rules: _Rules) -> tuple[Rule, str] | None:
-    if boot_info.tcb_status not in _accepted_tcb_statuses(policy, rules):
+def _refusal(
+    rule: Rule, reason: str, member: str, got: tuple[str, ...], expected: frozenset[str], *path: str
+) -> Refusal:
+    return Refusal(rule, reason, member, got, expected, path)
+
+
+def _tcb_refusal(policy: Policy, boot_info: ReceivedBootInfo, rules: _Rules) -> Refusal | None:
+    accepted = _accepted_tcb_statuses(policy, rules)
+    if boot_info.tcb_status not in accepted:
         reason = "TCB status is not allowed" if rules.configures_tcb else "TCB status is not up to date"
-        return "tcb_status", reason
-    if rules.configures_tcb and not policy.allowed_advisory_ids.issuperset(boot_info.advisory_ids):
-        return "advisory_ids", "advisory ID is not allowed"
+        path = ("allowedTcbStatuses",) if rules.configures_tcb else ()
+        return _refusal("tcb_status", reason, "tcbStatus", (boot_info.tcb_status,), accepted, *path)
+    advisories, allowed = boot_info.advisory_ids, policy.allowed_advisory_ids
+    if rules.configures_tcb and not allowed.issuperset(advisories):
+        got = tuple(each for each in dict.fromkeys(advisories) if each not in allowed)
+        return _refusal("advisory_ids", "advisory ID is not allowed", "advisoryIds", got, allowed, "allowedAdvisoryIds")
     return None
 
 
-def _os_image_refusal(policy: Policy, boot_info: ReceivedBootInfo) -> tuple[Rule, str] | None:
-    if normalize_hex(boot_info.os_image_hash) not in policy.os_images:
-        return "os_image", "OS image is not allowed"
+def _os_image_refusal(policy: Policy, boot_info: ReceivedBootInfo) -> Refusal | None:
+    image, images = boot_info.os_image_hash, policy.os_images
+    if normalize_hex(image) not in images:
+        return _refusal("os_image", "OS image is not allowed", "osImageHash", (image,), images, "osImages")
     return None
 
 
-def _kms_refusal(policy: Policy, boot_info: ReceivedBootInfo, rules: _Rules) -> tuple[Rule, str] | None:
-    if normalize_hex(boot_info.mr_aggregated) not in policy.kms.mr_aggregated:
-        return "kms_mr_aggregated", "aggregated MR not allowed"
-    if not _is_device_admitted(policy.kms, boot_info, rules):
-        return "kms_device", "KMS is not allowed to boot on this device"
+def _kms_refusal(policy: Policy, boot_info: ReceivedBootInfo, rules: _Rules) -> Refusal | None:
+    kms, measured = policy.kms, boot_info.mr_aggregated
+    if normalize_hex(measured) not in kms.mr_aggregated:
+        reason, path = "aggregated MR not allowed", ("kms", "mrAggregated")
+        return _refusal("kms_mr_aggregated", reason, "mrAggregated", (measured,), kms.mr_aggregated, *path)
+    if not _is_device_admitted(kms, boot_info, rules):
+        reason, device = "KMS is not allowed to boot on this device", (boot_info.device_id,)
+        return _refusal("kms_device", reason, "deviceId", device, kms.devices, "kms", "devices")
     return None
 
 
-def _app_refusal(policy: Policy, boot_info: ReceivedBootInfo, rules: _Rules) -> tuple[Rule, str] | None:
-    app = policy.apps.get(normalize_hex(boot_info.app_id))
+def _app_refusal(policy: Policy, boot_info: ReceivedBootInfo, rules: _Rules) -> Refusal | None:
+    app_id = normalize_hex(boot_info.app_id)
+    app = policy.apps.get(app_id)
     if app is None:
-        return "app_registered", "app not registered"
-    if normalize_hex(boot_info.compose_hash) not in app.compose_hashes:
-        return "app_compose_hash", "compose hash not allowed"
+        known = frozenset(policy.apps)
+        return _refusal("app_registered", "app not registered", "appId", (boot_info.app_id,), known, "apps")
+    compose_hash = boot_info.compose_hash
+    if normalize_hex(compose_hash) not in app.compose_hashes:
+        reason, path = "compose hash not allowed", ("apps", app_id, "composeHashes")
+        return _refusal("app_compose_hash", reason, "composeHash", (compose_hash,), app.compose_hashes, *path)
     if not _is_device_admitted(app, boot_info, rules):
-        return "app_device", "app is not allowed to boot on this device"
+        reason, device = "app is not allowed to boot on this device", (boot_info.device_id,)
+        return _refusal("app_device", reason, "deviceId", device, app.devices, "apps", app_id, "devices")
     return None
 
 

@@ -58,7 +58,7 @@ class SimpleAuth:
         """Read the file now, or raise `AuthConfigError`; bytes equal to the last good ones are not parsed."""
         content = read_config(self._config_path)
         if content != self._content:
-            self._policy = _parse(content, self._config_path)
+            self._policy = parse_policy(content, self._config_path)
             self._content = content
         return self._policy
 
@@ -94,7 +94,8 @@ class SimpleAuth:
         }
 
 
-def _parse(content: bytes, path: str) -> Policy:
+def parse_policy(content: bytes, path: str) -> Policy:
+    """Parse a config file's bytes; raise `AuthConfigError`, which names the file and the first fault."""
     try:
         parse_json(content)  # pydantic's parser lets NaN and Infinity pass, which are no JSON
         return Policy.model_validate_json(content)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from dstack_emu.auth.allowlist import Allowlist, evaluate_allowlist, parse_allowlist_boot_info
-from dstack_emu.auth.boot_info import ReceivedBootInfo
+from dstack_emu.auth.boot_info import ReceivedBootInfo, Refusal
 from dstack_emu.auth.file import FileAuth
 from dstack_emu.auth.file_server import MAX_ALLOWLIST_BODY_SIZE, file_app
 from dstack_emu.transport.http import Application
@@ -612,3 +612,17 @@ async def test_decisions_are_logged_as_upstream_does(webhook: Client, caplog: py
         "bootAuth/app app=a0 compose=c0 -> allowed=true (ok)",
         "bootAuth/kms mr=00 -> allowed=false (kms mrAggregated not allowed)",
     ]
+
+
+def test_a_refusal_says_what_it_compared_with_which_place_of_the_file() -> None:
+    allowlist = Allowlist.model_validate({"apps": {"0xAA": {"composeHashes": ["0xBB"]}}})
+    boot_info = parse_allowlist_boot_info(b'{"appId": "aa", "composeHash": "0xCC"}')
+    refusal = evaluate_allowlist(allowlist, boot_info, is_kms=False).refusal
+    assert refusal == Refusal(
+        "app_compose_hash",
+        "compose hash not allowed",
+        "composeHash",
+        ("0xCC",),
+        frozenset({"bb"}),
+        ("apps", "aa", "composeHashes"),
+    )

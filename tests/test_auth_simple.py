@@ -859,3 +859,16 @@ async def test_requests_of_the_real_kms_are_decided_by_their_values(config: Path
                 write(config, document)
                 async with client.post(row["path"], data=row["body"], headers=headers) as response:
                     assert (await response.json())["isAllowed"] is (is_allowed and sent["tcbStatus"] == "UpToDate")
+
+
+def test_a_refusal_says_what_it_compared_with_which_place_of_the_file() -> None:
+    policy = Policy.model_validate({"allowedAdvisoryIds": ["INTEL-SA-1"]})
+    document = {**BOOT_INFO, "tcbStatus": "UpToDate", "advisoryIds": ["INTEL-SA-1", "INTEL-SA-2"]}
+    refusal = evaluate(policy, parse_boot_info(document), False, contract="0.6").refusal
+    assert refusal is not None
+    assert (refusal.rule, refusal.member, refusal.path) == ("advisory_ids", "advisoryIds", ("allowedAdvisoryIds",))
+    assert (refusal.got, refusal.expected) == (("INTEL-SA-2",), frozenset({"INTEL-SA-1"}))
+    outdated = parse_boot_info({**document, "tcbStatus": "OutOfDate"})
+    refusal = evaluate(policy, outdated, False, contract="readme").refusal
+    assert refusal is not None
+    assert (refusal.rule, refusal.got, refusal.path) == ("tcb_status", ("OutOfDate",), ())
