@@ -1,4 +1,4 @@
-"""The KMS: it bootstraps or onboards root keys, and releases keys to whom an auth webhook allows them.
+"""The KMS: it creates root keys or onboards them from another KMS, and releases keys if an auth webhook allows that.
 
-It never imports `simulator`: a KMS that shared the forger's code would prove nothing.
+It never imports `simulator`: a KMS that shared code with the maker of the evidence would prove nothing.
 """

@@ -1,7 +1,7 @@
-"""The admin listener: ClearImageCache and, by release, GetKmsKey for operators, behind a credential.
+"""The admin listener: ClearImageCache and, by release, GetKmsKey for operators, who need a credential.
 
-A listener of its own, as in next. GetKmsKey also demands an attested client certificate, which takes TLS
-(`core.admin.tls`): without it the listener is plain HTTP, and nobody can show one. Source: dstack
+It has an address of its own, as in next. GetKmsKey also demands an attested client certificate, so it needs TLS
+(`core.admin.tls`); without TLS the listener is plain HTTP, and refuses every call of GetKmsKey. Source: dstack
 `kms/src/{admin_auth,admin_service,main_service}.rs` at 312dc605, and the acceptance tests of 0.6.0.
 """
 

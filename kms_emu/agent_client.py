@@ -1,7 +1,7 @@
-"""The KMS's own guest agent: who quotes for it, and what VM it runs in.
+"""The client of the KMS's own guest agent, which quotes for the KMS and describes its VM.
 
-A KMS is an application in a trust domain like any other; DSTACK_AGENT_ADDRESS says where its agent listens
-(`unix:/path` or `http://host:port`). There is no way around it: a KMS without an agent answers no trusted RPC.
+A KMS is an application in a trust domain like any other; DSTACK_AGENT_ADDRESS is the address of its agent (`unix:/path`
+or `http://host:port`). A KMS without an agent refuses every trusted RPC.
 """
 
 from google.protobuf.empty_pb2 import Empty
@@ -23,7 +23,7 @@ class GuestAgentClient:
         self._client = PrpcClient(address, timeout=timeout, headers=headers)
 
     async def attest(self, report_data: bytes) -> bytes:
-        """Quote report_data: a versioned attestation, as its bytes came. Raises `UnavailableError`."""
+        """Request a quote over report_data; return the versioned attestation unparsed. Raises `UnavailableError`."""
         try:
             answer = await self._client.call("Attest", pb.RawQuoteArgs(report_data=report_data), pb.AttestResponse)
         except (TransportError, RpcError, AttestError) as error:
@@ -31,7 +31,10 @@ class GuestAgentClient:
         return answer.attestation
 
     async def evidence(self, report_data: bytes) -> Attestation:
-        """Quote report_data and decode the answer."""
+        """Request a quote over report_data; return the decoded attestation.
+
+        Raises `UnavailableError`, or `NotAttestedError` if the answer is not an attestation.
+        """
         data = await self.attest(report_data)
         try:
             return decode(data)
@@ -39,7 +42,7 @@ class GuestAgentClient:
             raise NotAttestedError(f"Invalid attestation: {error}") from error
 
     async def vm_config(self) -> str:
-        """Return the VM's configuration, as Info answers it."""
+        """Return the text of the VM's configuration from Info's answer; raise `UnavailableError`."""
         try:
             return (await self._client.call("Info", Empty(), pb.AppInfo)).vm_config
         except (TransportError, RpcError, AttestError) as error:

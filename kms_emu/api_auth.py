@@ -1,4 +1,4 @@
-"""Who may call a listener that is for operators: a shared token, or a user of an htpasswd file.
+"""Credentials for the listeners of operators: a shared token, or a user of an htpasswd file.
 
 The admin listener does not start without a credential; the onboarding listener is open without one. Tokens and
 passwords are compared and never logged. Source: dstack `dstack-api-auth/src/lib.rs` and
@@ -28,7 +28,7 @@ from dstack_emu.transport.http import Handler, Middleware, Request, Response
 ADMIN_VARIABLES: Final = ("DSTACK_KMS_ADMIN_TOKEN", "ADMIN_API_TOKEN")
 ONBOARD_VARIABLES: Final = ("DSTACK_KMS_ONBOARD_TOKEN",)
 MAX_PASSWORD: Final = 72
-"""Bytes of a password that bcrypt reads; what follows has no effect, as in Apache's and upstream's."""
+"""Bytes of a password that bcrypt reads; bytes after them have no effect, as in Apache and upstream."""
 
 _BCRYPT: Final = re.compile(r"\$2[aby]\$[0-3][0-9]\$[./A-Za-z0-9]{53}")
 _QUERY_TOKEN: Final = "token"  # noqa: S105 - a parameter's name
@@ -36,7 +36,7 @@ _QUERY_TOKEN: Final = "token"  # noqa: S105 - a parameter's name
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What admits: the SHA-256 of a token (None: no token), and users with their bcrypt hashes."""
+    """The accepted credentials: the SHA-256 of a token (None: no token), and users with their bcrypt hashes."""
 
     token_hash: bytes | None = field(default=None, repr=False)
     users: tuple[tuple[str, str], ...] = field(default=(), repr=False)
@@ -57,7 +57,10 @@ class Credentials:
         return self.token_hash is not None and hmac.compare_digest(_digest(token), self.token_hash)
 
     async def admit_basic(self, user: str, password: str) -> bool:
-        """Return whether user and password are in the file, or hold the token: as the password, or as user alone."""
+        """Return whether the file has this user and password, or one of them is the token.
+
+        The user is compared with the token only if the password is empty.
+        """
         for name, hashed in self.users:
             if name == user and await asyncio.to_thread(_is_password, password, hashed):
                 return True
@@ -66,9 +69,9 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class ListenerAuth:
-    """How one listener takes credentials. Without `credentials` anyone may call.
+    """The credentials that one listener accepts. Without `credentials` anyone may call.
 
-    They come in the header `token_header`, as Bearer or as Basic, and, if `takes_query`, as `?token=` of a GET.
+    A client sends one in the header `token_header`, as Bearer, as Basic or, if `takes_query`, as `?token=` of a GET.
     """
 
     listener: str
@@ -83,7 +86,7 @@ class ListenerAuth:
         return self.credentials is None
 
     async def admits(self, headers: Mapping[str, str], query: str = "") -> bool:
-        """Return whether headers (their names of any case), or the query of a GET, hold a credential."""
+        """Return whether headers (names in any case), or the query of a GET, contain an accepted credential."""
         known = self.credentials
         if known is None or (self.token_header in headers and known.admit_token(headers[self.token_header])):
             return True
@@ -97,7 +100,10 @@ class ListenerAuth:
         )
 
     def middleware(self, log: EventLog) -> Middleware:
-        """Return what answers 401 to whoever shows no credential; a token in the query goes no further."""
+        """Return middleware that answers 401 to a call without an accepted credential.
+
+        It removes a token from the query before the handler is called.
+        """
 
         async def check(request: Request, handler: Handler) -> Response:
             if not await self.admits(request.headers, request.query if request.method == "GET" else ""):
@@ -111,7 +117,7 @@ class ListenerAuth:
 
 
 def admin_auth(admin: AdminSection, environment: Mapping[str, str]) -> ListenerAuth:
-    """Return how the admin listener takes credentials; raise `KmsConfigError` if it is to have some and has none."""
+    """Return the credentials of the admin listener; raise `KmsConfigError` if it needs one and none is configured."""
     credentials = None
     if not admin.insecure_no_auth:
         token = admin.auth_token.strip() or _from(environment, ADMIN_VARIABLES)
@@ -126,7 +132,7 @@ def admin_auth(admin: AdminSection, environment: Mapping[str, str]) -> ListenerA
 
 
 def onboard_auth(onboard: OnboardConfig, environment: Mapping[str, str]) -> ListenerAuth:
-    """Return how the onboarding listener takes credentials; raise `KmsConfigError` if its file cannot be used."""
+    """Return the credentials of the onboarding listener; raise `KmsConfigError` if its file cannot be used."""
     token = onboard.auth_token or _from(environment, ONBOARD_VARIABLES)
     credentials = Credentials.of(token, onboard.htpasswd_file, "core.onboard.htpasswd_file")
     return ListenerAuth(
@@ -140,17 +146,17 @@ def onboard_auth(onboard: OnboardConfig, environment: Mapping[str, str]) -> List
 
 @dataclass(frozen=True, slots=True)
 class KmsAuth:
-    """How the listeners of one KMS take credentials."""
+    """The credentials that each listener of one KMS accepts."""
 
     admin: ListenerAuth
     onboard: ListenerAuth
 
     @classmethod
     def of(cls, core: Core, environment: Mapping[str, str], release: Release) -> Self:
-        """Take what configuration and environment say; raise `KmsConfigError` for what cannot be used.
+        """Read the credentials from configuration and environment; raise `KmsConfigError` if one cannot be used.
 
-        An admin listener that is switched off needs no credential. In releases without one for onboarding, a variable
-        for it has no effect.
+        An admin listener that is switched off needs no credential. In releases without a credential for onboarding, its
+        variable has no effect.
         """
         admin = core.admin if core.admin.enabled else AdminSection(insecure_no_auth=True)
         return cls(
@@ -159,7 +165,7 @@ class KmsAuth:
 
 
 def _from(environment: Mapping[str, str], names: Sequence[str]) -> str:
-    """Return the first of these variables that is set, be it to nothing."""
+    """Return the value of the first of these variables that is set, even if the value is empty."""
     return next((environment[name] for name in names if name in environment), "")
 
 
@@ -168,7 +174,7 @@ def _digest(token: str) -> bytes:
 
 
 def _basic(encoded: str) -> tuple[str, str] | None:
-    """Decode the value of Basic into user and password; return None if it is none."""
+    """Decode the value of Basic into user and password; return None if it is malformed."""
     try:
         user, _, password = base64.b64decode(encoded, validate=True).decode().partition(":")
     except (binascii.Error, ValueError):
@@ -177,7 +183,7 @@ def _basic(encoded: str) -> tuple[str, str] | None:
 
 
 def _without_token(query: str) -> str:
-    """Leave the token out of a query, which is otherwise as it was sent."""
+    """Remove the token from a query, and leave the rest unchanged."""
     pairs = (pair for pair in query.split("&") if unquote_plus(pair.partition("=")[0]) != _QUERY_TOKEN)
     return "&".join(pair for pair in pairs if pair)
 
@@ -209,8 +215,8 @@ def _read_htpasswd(path: Path, key: str) -> tuple[tuple[str, str], ...]:
 
 
 def _is_password(password: str, hashed: str) -> bool:
-    """Return whether a password has this hash: milliseconds to seconds of work, so it runs in a thread."""
+    """Return whether a password has this hash. It takes milliseconds to seconds, so call it in a thread."""
     try:
         return bcrypt.checkpw(password.encode()[:MAX_PASSWORD], hashed.encode())
-    except ValueError:  # a cost that bcrypt does not have
+    except ValueError:  # bcrypt does not support the cost in the hash
         return False

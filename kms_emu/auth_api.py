@@ -1,8 +1,8 @@
 """Requests to the auth webhook: whether a trust domain may boot.
 
-Everything but a clear decision is an error, never an allow: a webhook that is down, slow, answers another status or
-something that is no decision. Texts as in dstack `kms/src/main_service/upgrade_authority.rs` at 312dc605; foreign
-parsers' words are our own. Decisions are never cached.
+Everything except a valid decision is an error, and never allows: a webhook that is down, is slow, or answers another
+status or a body that is not a decision. Texts are those of dstack `kms/src/main_service/upgrade_authority.rs` at
+312dc605; only the words of its parsers are our own. Decisions are never cached.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from dstack_emu.transport.status import status_line
 from dstack_emu.transport.urls import shown_url
 
 TIMEOUT: Final = 10.0
-"""Seconds that a KMS waits for its webhook, if `core.auth_api.webhook.timeout` says nothing else."""
+"""Seconds that a KMS waits for its webhook, unless `core.auth_api.webhook.timeout` is set."""
 MAX_ANSWER: Final = 1024 * 1024
 SHOWN: Final = 512
 _JSON_TYPE: Final = {"Content-Type": "application/json"}
@@ -41,7 +41,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class AuthInfo:
-    """What stands behind the webhook; a field it does not know is None."""
+    """What a webhook says of itself; a field that it does not send is None."""
 
     is_dev: bool
     gateway_app_id: str | None
@@ -52,18 +52,18 @@ class AuthInfo:
 
 
 class AuthApi(Protocol):
-    """What decides: a webhook, or a rule for development."""
+    """The source of decisions: a webhook, or a rule for development."""
 
     async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
-        """Request one decision; raise `UnavailableError` for anything that is none."""
+        """Request one decision; raise `UnavailableError` for any answer that is not a decision."""
         ...
 
     async def info(self) -> AuthInfo:
-        """Request what it decides by; raise `UnavailableError`."""
+        """Request what it says of itself; raise `UnavailableError`."""
         ...
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""
         ...
 
 
@@ -78,7 +78,7 @@ class DevAuth:
         return Decision(True, "", self.gateway_app_id)
 
     async def info(self) -> AuthInfo:
-        """Return what such a KMS says of itself."""
+        """Return the constant info of this rule."""
         return AuthInfo(is_dev=True, gateway_app_id=self.gateway_app_id)
 
     async def close(self) -> None:
@@ -86,13 +86,13 @@ class DevAuth:
 
 
 class IdentityCheckedAuth:
-    """Makes no request about an identity of other widths: a webhook might take it for a padded one that it allows."""
+    """Refuses identities of other sizes without a request: a webhook might pad one to an identity that it allows."""
 
     def __init__(self, auth: AuthApi) -> None:
         self._auth = auth
 
     async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
-        """Request one decision; raise `NotAttestedError` for a width that cannot be."""
+        """Request one decision; raise `NotAttestedError` for a compose hash or instance id of another size."""
         if len(boot_info.compose_hash) != 32:
             raise NotAttestedError("compose_hash must be 32 bytes")
         if len(boot_info.instance_id) not in (0, 20):
@@ -100,11 +100,11 @@ class IdentityCheckedAuth:
         return await self._auth.decide(boot_info, is_kms=is_kms)
 
     async def info(self) -> AuthInfo:
-        """Request what it decides by."""
+        """Request what the webhook says of itself."""
         return await self._auth.info()
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""
         await self._auth.close()
 
 
@@ -168,14 +168,14 @@ class WebhookAuth:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """A body that should be JSON, and what to say when it is not."""
+    """A body that should be JSON, and the text of the error if it is not."""
 
     complaint: str
     data: bytes
 
 
 def _decision(answer: _Answer) -> Decision:
-    """Read an answer; raise `UnavailableError` if it is no decision."""
+    """Parse an answer; raise `UnavailableError` if it is not a decision."""
     fields = _Fields(answer, "BootResponse")
     return Decision(fields.boolean("isAllowed"), fields.text("reason"), fields.text("gatewayAppId"))
 

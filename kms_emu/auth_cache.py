@@ -1,6 +1,6 @@
-"""An answer of the auth webhook that a KMS uses again for a moment, as one of 0.6 does with two of them.
+"""An answer of the auth webhook that a KMS reuses for a short time, as a KMS of 0.6 does with two kinds of answers.
 
-Only successes are kept: a denial or an error is the answer to those who waited for it, and to nobody after them.
+Only successes are kept: a denial or an error goes to the callers that waited for it, and to no later one.
 Source: dstack PR 1311 and `kms/src/main_service.rs` at 0441b5ac (`short_lived_cache`).
 """
 
@@ -14,8 +14,8 @@ T = TypeVar("T")
 class ShortLived(Generic[T]):
     """The latest success of one kind of request.
 
-    It is used for `seconds` after it came, by the clock `now` (seconds with their fraction). Callers that arrive while
-    a request is under way share its result, whatever it is. With 0 seconds each caller makes its own request.
+    It is used for `seconds` after it arrived, by the clock `now` (seconds with their fraction). Callers that arrive
+    while a request is in progress share its result, success or error. With 0 seconds each caller makes its own request.
     """
 
     def __init__(self, seconds: float, now: Callable[[], float]) -> None:
@@ -29,16 +29,16 @@ class ShortLived(Generic[T]):
             return await request()
         if self._kept is not None:
             value, came = self._kept
-            if 0 <= self._now() - came < self._seconds:  # a clock that was set back makes it no younger
+            if 0 <= self._now() - came < self._seconds:  # negative if the clock was set back
                 return value
         task = self._under_way
         if task is None:
             task = self._under_way = asyncio.create_task(self._request(request))
             task.add_done_callback(_retrieve)
-        return await asyncio.shield(task)  # which others may be waiting for
+        return await asyncio.shield(task)  # other callers may be waiting for it
 
     def forget(self) -> None:
-        """Forget what is kept; a request that is under way answers those who wait, and is not kept."""
+        """Delete the kept success; the result of a request in progress goes to its callers, and is not kept."""
         self._kept = self._under_way = None
 
     async def _request(self, request: Callable[[], Awaitable[T]]) -> T:
@@ -54,6 +54,6 @@ class ShortLived(Generic[T]):
 
 
 def _retrieve(task: asyncio.Task[T]) -> None:
-    """Look at a failure that nobody may be waiting for any more, so that the event loop does not report it."""
+    """Retrieve the exception of a task that no caller may wait for any more; the event loop would report it."""
     if not task.cancelled():
         task.exception()

@@ -1,7 +1,6 @@
-"""What a KMS logs of its RPCs: each refusal with its reason, and at the next level of detail each answer.
+"""The log of a KMS's RPCs: each refusal with its reason and, at level debug, that a call was answered.
 
-A table of RPCs goes in and comes out, so it is the same for every server. Answers are never logged:
-answers are keys.
+It wraps a table of RPCs, so it is the same for every server. The content of answers is never logged: it may be keys.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,12 +17,12 @@ Who = Callable[[C], Mapping[str, object]]
 
 
 def nobody(_context: object) -> Mapping[str, object]:
-    """Return what is known of a caller that shows nothing of itself."""
+    """Return the fields of a caller that is not identified: none."""
     return {}
 
 
 def journaled(table: ServiceTable[C], log: EventLog, who: Who[C] = nobody) -> ServiceTable[C]:
-    """Return the same table, whose refusals and answers are logged; `who` names a caller in fields."""
+    """Return the same table with a log of refusals and answers; `who` returns the fields that identify a caller."""
     return ServiceTable(table.prefix, {name: _journaled(rpc, log, who) for name, rpc in table.rpcs.items()})
 
 
@@ -42,6 +41,6 @@ def _journaled(rpc: Rpc[C, Any, Any], log: EventLog, who: Who[C]) -> Rpc[C, Any,
 
 
 def log_refusal(log: EventLog, error: Exception, **fields: object) -> None:
-    """Log a refusal: a warning where somebody this KMS depends on (webhook, PCCS, agent, source) gave no answer."""
+    """Log a refusal: as a warning if webhook, PCCS, agent or source KMS gave no usable answer, otherwise as info."""
     write = log.warning if isinstance(error, UnavailableError) else log.info
     write("refused", **fields, kind=type(error).__name__.removesuffix("Error"), reason=str(error))

@@ -1,8 +1,8 @@
-"""Who calls a KMS: the client certificate of the connection, and the evidence inside it.
+"""The caller of a KMS, identified by the evidence in the client certificate of its connection.
 
-The transport has checked by then that the certificate is the temporary CA's and the client holds its key. Evidence is
-verified at every call, as upstream: a platform that was revoked meanwhile is refused. Source: dstack `ra-rpc/src/
-rocket_helper.rs` at 312dc605.
+The transport has verified that the client holds the certificate's key and, before 0.6, that the temporary CA issued it.
+Evidence is verified at every call, as upstream, so a platform that was revoked meanwhile is refused. Source: dstack
+`ra-rpc/src/rocket_helper.rs` at 312dc605.
 """
 
 from dstack_emu.attest.errors import FormatError
@@ -12,7 +12,10 @@ from dstack_emu.transport.pccs_client import AttestationVerifier
 
 
 async def caller_of(certificate_der: bytes | None, verifier: AttestationVerifier) -> Caller:
-    """Verify the certificate that a client showed (DER), or None; raise the refusal that each call of it gets."""
+    """Verify the evidence in a client's certificate (DER, or None without one).
+
+    Raises `NotAttestedError`, or `UnavailableError` if the evidence could not be verified: the refusal of each call.
+    """
     if certificate_der is None:
         return Caller()
     try:

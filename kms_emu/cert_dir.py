@@ -1,9 +1,8 @@
 """The folder where a KMS keeps its keys, with upstream's file names.
 
-Keys appear all at once or not at all: they are written into a folder beside their places, made durable, and moved; a
-start after a crash finishes the move or throws the unfinished folder away. `cert_dir` may be a mount point and exist
-empty, so everything happens inside it. Private files are 0600. Source of the names: dstack `kms/src/config.rs` at
-312dc605.
+Either all keys are stored or none: they are written to a subfolder, made durable, and moved. The next start after a
+crash completes the move, or deletes the unfinished subfolder. `cert_dir` may be an empty mount point, so all this is
+done inside it. Private files have mode 0600. Source of the names: dstack `kms/src/config.rs` at 312dc605.
 """
 
 import shutil
@@ -38,7 +37,7 @@ class CertDir:
         self.path = path
 
     def prepare(self) -> None:
-        """Make the folder, and finish or discard what a crash left.
+        """Create the folder, and complete or delete what was unfinished after a crash.
 
         Raises `KmsConfigError` if the folder cannot be used.
         """
@@ -53,7 +52,7 @@ class CertDir:
             raise KmsConfigError(f"core.cert_dir {self.path} cannot be used: {error.strerror}") from error
 
     def has_keys(self) -> bool:
-        """Return whether a start goes straight to the runtime phase."""
+        """Return whether all files are there with which a KMS starts in its runtime phase."""
         return all((self.path / name).exists() for name in REQUIRED)
 
     def exists(self, name: str) -> bool:
@@ -68,14 +67,14 @@ class CertDir:
             raise KmsConfigError(f"failed to open file `{self.path / name}`: {error.strerror}") from error
 
     def read_text(self, name: str) -> str:
-        """Read one file of text."""
+        """Read one UTF-8 file; raise `KmsConfigError` naming it."""
         try:
             return self.read(name).decode()
         except UnicodeDecodeError as error:
             raise KmsConfigError(f"{self.path / name}: text expected ({error.reason})") from error
 
     def store(self, files: Mapping[str, bytes]) -> None:
-        """Write a set of files so that after a crash at any moment the next start finds all of them or none."""
+        """Write a set of files; after a crash at any moment, the next start finds all of them or none."""
         staging = self.path / _STAGING
         try:
             shutil.rmtree(staging, ignore_errors=True)
@@ -90,20 +89,20 @@ class CertDir:
             raise KmsConfigError(f"cannot store keys in {self.path}: {error.strerror}") from error
 
     def replace(self, name: str, data: bytes) -> None:
-        """Replace one file at once."""
+        """Replace one file atomically; raise `KmsConfigError` naming it."""
         try:
             replace_file_durably(self.path / name, data, _mode(name))
         except OSError as error:
             raise KmsConfigError(f"cannot write {self.path / name}: {error.strerror}") from error
 
     def contents(self) -> dict[str, bytes]:
-        """Return every file by its name; nothing if there is no folder."""
+        """Return the content of every file by its name; empty if there is no folder."""
         if not self.path.is_dir():
             return {}
         return {path.name: path.read_bytes() for path in sorted(self.path.iterdir()) if path.is_file()}
 
     def overwrite(self, files: Mapping[str, bytes]) -> None:
-        """Delete what is there and write other files. A crash meanwhile leaves some of them."""
+        """Delete all files, and write others. After a crash only some of them may exist."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(mode=0o700)
         for name, data in files.items():

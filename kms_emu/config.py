@@ -1,8 +1,8 @@
 """The KMS's configuration: upstream's kms.toml, with the keys of 0.5.x and of next.
 
 Source: dstack `kms/kms.toml` and `kms/src/config.rs` at 312dc605 and 40eaf35e. Every known key is accepted; an unknown
-one is an error that names it. What a key is for and this KMS does not do is said where it is used, or in
-docs/fidelity.md. The section `emulator` is ours.
+key is an error that names it. docs/configuration.md lists the keys that have no effect here. The section `emulator` is
+ours.
 """
 
 import re
@@ -29,15 +29,15 @@ from dstack_emu.transport.settings import (
 from dstack_emu.transport.trust_root import AttestationConfig
 
 VARIABLES: Final = "DSTACK_EMU_KMS_"
-"""What variables begin with that set a key: `DSTACK_EMU_KMS_CORE__AUTH_API__WEBHOOK__URL`.
+"""The prefix of variables that set a key, such as `DSTACK_EMU_KMS_CORE__AUTH_API__WEBHOOK__URL`.
 
-Ours alone: upstream's KMS reads no configuration from the environment (`load_config/src/lib.rs` at 40eaf35e merges
+An addition: upstream's KMS reads no configuration from the environment (`load_config/src/lib.rs` at 40eaf35e merges
 files into the web server's defaults, and nothing else).
 """
 
 
 def _token_hash(value: Any) -> Any:
-    """Read the SHA-256 of a token in hex, as upstream: upper case and a leading 0x are fine."""
+    """Normalize the SHA-256 of a token in hex; upper case and a leading 0x are accepted, as upstream."""
     if not isinstance(value, str) or not value:
         return value
     digits = value.removeprefix("0x").lower()
@@ -50,7 +50,7 @@ TokenHash = Annotated[str, BeforeValidator(_token_hash)]
 
 
 class MutualTls(StrictSection):
-    """[rpc.tls.mutual]: who may issue client certificates."""
+    """[rpc.tls.mutual]: the CA of client certificates."""
 
     ca_certs: FilePath = Path("/etc/kms/certs/tmp-ca.crt")
     mandatory: bool = False
@@ -65,7 +65,7 @@ class Tls(StrictSection):
 
 
 class RpcSection(StrictSection):
-    """[rpc]: where the runtime phase listens."""
+    """[rpc]: the address of the runtime phase."""
 
     address: str = "0.0.0.0"  # noqa: S104 - upstream's default; the emulator's own commands bind loopback
     port: Port = 8000
@@ -109,7 +109,7 @@ class AuthApiConfig(StrictSection):
 
 
 class OnboardConfig(StrictSection):
-    """[core.onboard]: where the onboard phase listens (upstream: the same port as [rpc])."""
+    """[core.onboard]: the address and the rules of the onboard phase (upstream: the same port as [rpc])."""
 
     enabled: bool = True
     auto_bootstrap_domain: str = ""
@@ -129,7 +129,10 @@ class AdminTls(StrictSection):
 
     @property
     def files(self) -> tuple[Path, Path] | None:
-        """Return the files of certificate chain and key; None if neither is given. Raises `KmsConfigError` for one."""
+        """Return the files of certificate chain and key; None if neither is set.
+
+        Raises `KmsConfigError` if only one is set.
+        """
         if self.key is None and self.certs is None:
             return None
         if self.key is None or self.certs is None:
@@ -172,12 +175,12 @@ class Core(StrictSection):
 
     @property
     def pccs(self) -> str:
-        """Return the PCCS of next's key, else of 0.5.x's."""
+        """Return the URL of the PCCS: from next's key or, if that is empty, from the key of 0.5.x."""
         return self.attestation.urls.pccs or self.pccs_url
 
 
 class Grpc(StrictSection):
-    """[emulator.grpc]: where gRPC is served, if it is."""
+    """[emulator.grpc]: whether gRPC is served, and at which addresses."""
 
     enabled: bool = False
     address: str = "127.0.0.1"
@@ -187,7 +190,7 @@ class Grpc(StrictSection):
 
 
 class Emulator(StrictSection):
-    """[emulator], our own: what no upstream KMS of today does, and none minds in its file."""
+    """[emulator]: settings of this emulator only; an upstream KMS ignores them."""
 
     rpc_cert_evidence: EvidenceForm = "versioned"
     auth_api_cache: bool = False
@@ -195,7 +198,7 @@ class Emulator(StrictSection):
 
 
 class KmsConfig(StrictSection):
-    """The whole file. `default` is the web server's own section upstream: known, and without effect here."""
+    """The whole file. `default` configures upstream's web server, and has no effect here."""
 
     default: dict[str, Any] = Field(default_factory=dict)
     rpc: RpcSection = RpcSection()
@@ -212,7 +215,7 @@ class KmsConfig(StrictSection):
         return cls.from_document(merge(document, cls.overrides(variables or {})), str(path))
 
     def require_settings_of(self, release: Release) -> None:
-        """Refuse settings that protect something, and that a release does not know; raise `KmsConfigError`."""
+        """Refuse security settings that a release does not know; raise `KmsConfigError`."""
         onboard, words = self.core.onboard, f"is not known to dstack {release.name}, and would protect nothing"
         if not release.onboard_token:
             for name in ("auth_token", "htpasswd_file"):
@@ -225,21 +228,21 @@ class KmsConfig(StrictSection):
 
     @classmethod
     def overrides(cls, variables: Mapping[str, str]) -> dict[str, Any]:
-        """Return what the variables with our prefix say, in the shape of the file; raise `ConfigError`."""
+        """Return the values of the variables with the prefix, in the shape of the file; raise `ConfigError`."""
         return overrides(variables, VARIABLES, typed_value(cls, "kms.toml"))
 
     @classmethod
     def from_document(cls, document: dict[str, Any], source: str) -> Self:
-        """Check a parsed document; raise `ConfigError` naming `source` and each key that is wrong."""
+        """Validate a parsed document; raise `ConfigError` naming `source` and each key that is wrong."""
         return validate(cls, document, source)
 
     def listening_at(self, host: str, port: int) -> Self:
-        """Return the same, with both phases at one address."""
+        """Return a copy with both phases at one address."""
         where = {"address": host, "port": port}
         onboard = self.core.onboard.model_copy(update=where)
         core = self.core.model_copy(update={"onboard": onboard})
         return self.model_copy(update={"rpc": self.rpc.model_copy(update=where), "core": core})
 
     def with_auth_api_cache(self) -> Self:
-        """Return the same, with the cache of the webhook's answers switched on."""
+        """Return a copy with the cache of the webhook's answers switched on."""
         return self.model_copy(update={"emulator": self.emulator.model_copy(update={"auth_api_cache": True})})

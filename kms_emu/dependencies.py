@@ -1,6 +1,6 @@
-"""What a KMS works with: configuration, storage, its agent, the webhook, the verifier, time and randomness.
+"""The objects that a KMS uses: configuration, storage, its agent, the webhook, the verifier, clocks and randomness.
 
-One object for both phases. It is built from the configuration once, and closed by its builder.
+Both phases share one `KmsDependencies`. It is built from the configuration once; the code that built it closes it.
 """
 
 import time
@@ -29,11 +29,11 @@ from dstack_emu.transport.trust_root import trust_anchor
 
 @dataclass(frozen=True, slots=True)
 class KmsInstruments:
-    """What a KMS that is observed or disturbed is given from outside; on its own it needs none of it.
+    """Additions to a KMS that is observed or gets faults; a KMS that runs alone has none.
 
     `middlewares` wrap the applications of its listeners; `verifier` replaces the one with the configured PCCS and root;
-    `headers` are added to requests to its agent and to a source KMS. `timeout` is how many seconds it waits for each of
-    those (None: each client's own). `now`, seconds of any clock with their fraction, measures how long answers of the
+    `headers` are added to requests to its agent and to a source KMS. `timeout` is the time limit of each such request
+    in seconds (None: each client's own). `now`, a clock in seconds with their fraction, limits how long answers of the
     webhook are kept.
     """
 
@@ -48,10 +48,10 @@ class KmsInstruments:
 class KmsDependencies:
     """The parts that both phases share.
 
-    `clock` is the time that evidence and collateral are verified at; `issue_clock` dates certificates. `evidence_form`
-    is how the RPC certificate carries its evidence. Without `images` (`core.image.verify` switched off) an OS image's
-    hash is believed as claimed. `release` is the dstack release of this KMS. `auth_cache_seconds`, by the clock `now`,
-    is how long a success of the webhook is used again; 0 keeps none.
+    `clock` gives the time at which evidence and collateral are verified; `issue_clock` gives the dates of certificates.
+    `evidence_form` is the form of the evidence in the RPC certificate. Without `images` (`core.image.verify` switched
+    off) the hash of an OS image is accepted as claimed. `release` is the dstack release of this KMS. A success of the
+    webhook is reused for `auth_cache_seconds` by the clock `now`; 0 keeps none.
     """
 
     core: Core
@@ -83,9 +83,9 @@ class KmsDependencies:
         instruments: KmsInstruments,
         release: Release,
     ) -> Self:
-        """Make what the configuration names; `auth` and the instruments' verifier replace the configured ones.
+        """Create the configured objects; `auth` and the verifier of `instruments` replace the configured ones.
 
-        Raises `KmsConfigError` if the trust root cannot be used, or a key asks for what the release does not have.
+        Raises `KmsConfigError` if the trust root cannot be used, or if a key enables what the release does not have.
         """
         core, timeout, headers = config.core, instruments.timeout, instruments.headers
         cached = config.emulator.auth_api_cache
@@ -122,7 +122,7 @@ class KmsDependencies:
         )
 
     async def close(self) -> None:
-        """Close its clients; each opens new connections if it is used again."""
+        """Close all clients; a client that is used again opens new connections."""
         await self.agent.close()
         await self.auth.close()
         await self.verifier.pccs.close()

@@ -1,7 +1,7 @@
-"""What the KMS refuses, and why: one family, whose classes say what kind of refusal it is and whose text is upstream's.
+"""The refusals of a KMS: the class is the kind of refusal, the text is upstream's.
 
 A server answers with the text; the class determines the gRPC status code. `context` adds the outer words of an error
-chain (`App not allowed: Boot denied: …`) as upstream's anyhow chains have them.
+chain (`App not allowed: Boot denied: …`), as upstream's anyhow does.
 """
 
 import copy
@@ -12,7 +12,7 @@ from dstack_emu.transport.errors import ConfigError
 
 
 class KmsError(Exception):
-    """Anything the KMS refuses."""
+    """A refusal of the KMS."""
 
     def within(self, context: str) -> Self:
         """Return the same refusal with one more outer context."""
@@ -22,27 +22,27 @@ class KmsError(Exception):
 
 
 class InvalidRequestError(KmsError):
-    """An argument that cannot be: an API version, a domain, an app id, a signing request."""
+    """An invalid argument: an API version, a domain, an app id, a signing request."""
 
 
 class NotAttestedError(KmsError):
-    """No evidence, or evidence that does not hold."""
+    """Evidence is missing or invalid."""
 
 
 class BootDeniedError(KmsError):
-    """The auth webhook said no, or the source KMS did."""
+    """The auth webhook or the source KMS denied."""
 
 
 class UnavailableError(KmsError):
-    """The webhook, the PCCS, the guest agent or the source KMS gave no usable answer: never taken for a yes."""
+    """The webhook, the PCCS, the guest agent or the source KMS gave no usable answer, which never allows."""
 
 
 class DisabledError(KmsError):
-    """The configuration has switched it off."""
+    """The configuration has switched off what was requested."""
 
 
 class WrongPhaseError(KmsError):
-    """The KMS is past that: bootstrapped, or onboarded, already."""
+    """The KMS is bootstrapped or onboarded already, or another phase serves the RPC."""
 
 
 class KmsConfigError(KmsError, ConfigError):
@@ -50,10 +50,10 @@ class KmsConfigError(KmsError, ConfigError):
 
 
 class context:
-    """Put `text` before every refusal from inside. (Written by hand: contextlib's costs five times as much, each call.)
+    """Put `text` before the text of every refusal that is raised inside.
 
-    A refusal of the protocol package becomes one of kind `otherwise`, and of kind `UnavailableError` where evidence
-    could not be verified.
+    An error of the protocol package becomes one of class `otherwise`, or `UnavailableError` if evidence could not be
+    verified. It is a class because a generator with `contextlib.contextmanager` takes five times as long in each call.
     """
 
     __slots__ = ("_otherwise", "_text")

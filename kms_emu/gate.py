@@ -1,11 +1,11 @@
-"""The gate: nobody gets a key without a decision, and the types say so.
+"""The gate: no key is released without a decision, and the types enforce that.
 
     evidence → admit → BootInfo → auth webhook → decision → OS image → release → grant → keys
 
-`kms_emu.keys` takes grants alone, and only this module makes them. Three kinds: the KMS itself is allowed
-(`SelfGrant`), an app is (`AppGrant`), another KMS is (`KmsGrant`). The KMS's own boot info is kept for the process, and
-that the KMS itself is allowed for a moment if that is wanted; no decision about a caller is ever kept. Source: dstack
-`kms/src/main_service.rs` (`ensure_*`) and `main_service/upgrade_authority.rs` at 312dc605 and 0441b5ac.
+`kms_emu.keys` demands a grant for each secret, and only this module creates grants: for this KMS itself (`SelfGrant`),
+for an app (`AppGrant`), for another KMS (`KmsGrant`). The KMS's own boot info is kept as long as the process runs. A
+success about the KMS itself is kept for a short time if that is configured; a decision about a caller never is.
+Source: dstack `kms/src/main_service.rs` (`ensure_*`) and `main_service/upgrade_authority.rs` at 312dc605 and 0441b5ac.
 """
 
 import functools
@@ -25,9 +25,9 @@ from dstack_emu.transport.image_store import ImageStore
 
 @dataclass(frozen=True, slots=True)
 class SelfGrant:
-    """The webhook allows this KMS, just now or within the time that a success is kept.
+    """The webhook allows this KMS, by an answer to this call or by one that is still kept.
 
-    `boot_info` is None where self authorization is switched off.
+    `boot_info` is None if self authorization is switched off; no webhook was then requested.
     """
 
     boot_info: BootInfo | None
@@ -35,41 +35,44 @@ class SelfGrant:
 
 @dataclass(frozen=True, slots=True)
 class AppGrant:
-    """The webhook allows this app, just now, and allowed this KMS before it."""
+    """The webhook allows this app in this call, and allowed this KMS before it."""
 
     of_kms: SelfGrant
     boot_info: BootInfo
     gateway_app_id: str
     evidence: VerifiedAttestation
     vm_config: str
-    """The config that goes before the one in the evidence; empty if there is none."""
+    """The config that replaces the one in the evidence; empty if there is none."""
 
     def app_info(self) -> AppInfo:
-        """Return identity and measurements as they were verified: true device id, authorized OS image."""
+        """Return the verified identity and measurements, with the true device id and the authorized OS image."""
         return self.evidence.app_info(vm_config=self.vm_config)
 
 
 @dataclass(frozen=True, slots=True)
 class KmsGrant:
-    """The webhook allows this other KMS, just now, and allowed this KMS before it."""
+    """The webhook allows this other KMS in this call, and allowed this KMS before it."""
 
     of_kms: SelfGrant
     boot_info: BootInfo
 
 
 def require_app_id(app_id: bytes, otherwise: type[KmsError] = InvalidRequestError) -> bytes:
-    """Refuse an app id that is not 20 bytes: an argument's, unless it is another's fault."""
+    """Return the app id; raise `otherwise` if it does not have 20 bytes."""
     if len(app_id) != APP_ID_SIZE:
         raise otherwise("app_id must be 20 bytes")
     return app_id
 
 
 def boot_info_of(evidence: VerifiedAttestation, *, vm_config: str = "", boot_time: bool = False) -> BootInfo:
-    """Admit evidence: what it says of identity, measurements and platform, as a request to the webhook."""
+    """Return the boot info of verified evidence: what the webhook is sent of identity, measurements and platform.
+
+    Raises `NotAttestedError`, or `InvalidRequestError` if `vm_config`, which a request brought, is invalid.
+    """
     try:
         info = evidence.boot_info(vm_config=vm_config, boot_time=boot_time)
     except AttestError as error:
-        # The evidence was verified; a config that a request brought goes before its own.
+        # The evidence was verified; the config of a request replaces its own.
         kind = InvalidRequestError if vm_config else NotAttestedError
         raise kind(str(error)) from error
     require_app_id(info.app_id, NotAttestedError)
@@ -77,7 +80,7 @@ def boot_info_of(evidence: VerifiedAttestation, *, vm_config: str = "", boot_tim
 
 
 _Admission = tuple[VerifiedAttestation, str, bool]
-"""Evidence, the VM config of a request, and whether it is measured as of boot time."""
+"""Evidence, the VM config of a request, and whether the measurements are those of boot time."""
 
 
 def _boot_info_of(admission: _Admission) -> BootInfo:
@@ -90,12 +93,12 @@ def _size(admission: _Admission, _info: BootInfo) -> int:
 
 
 class Gate:
-    """Requests decisions about this KMS and about callers that want keys.
+    """Requests decisions about this KMS and about callers that request keys.
 
-    `own_evidence` attests the KMS with zero report_data; it is called once, at the first self check, and its result is
-    `own_boot_info` from then on. `images` verifies the OS image of a caller that the webhook allowed; without it the
-    os_image_hash that the webhook saw is believed as claimed. `allowed` keeps the success of a self check, if anything
-    is to keep it. `release` says whether a request's VM config may differ from the one in the evidence.
+    `own_evidence` attests the KMS with zero report_data; it is called once, at the first self check, and gives
+    `own_boot_info`. `images` verifies the OS image of a caller that the webhook allowed; without it the os_image_hash
+    that was sent to the webhook is accepted as claimed. `allowed` keeps the success of a self check; None keeps none.
+    `release` determines whether a request's VM config may differ from the one in the evidence.
     """
 
     def __init__(
@@ -115,7 +118,7 @@ class Gate:
         self.own_boot_info: BootInfo | None = None
 
     async def self_check(self) -> SelfGrant:
-        """Request whether this KMS may still run; every trusted RPC begins here."""
+        """Request the decision whether this KMS may still run; every trusted RPC does this first."""
         if not self._enforce_self:
             return SelfGrant(None)
         with context("KMS self authorization failed"):
@@ -135,7 +138,7 @@ class Gate:
     async def admit_app(
         self, of_kms: SelfGrant, caller: VerifiedAttestation | None, *, vm_config: str, boot_time: bool = False
     ) -> AppGrant:
-        """Request whether the caller may have its app's keys, or a certificate (`boot_time`)."""
+        """Request the decision whether a caller may have its app's keys, or a certificate (with `boot_time`)."""
         evidence = _require(caller)
         vm_config = self._config(evidence, vm_config)
         boot_info = self._boot_info((evidence, vm_config, boot_time))
@@ -146,7 +149,7 @@ class Gate:
         return AppGrant(of_kms, boot_info, decision.gateway_app_id, evidence, vm_config)
 
     async def admit_kms(self, of_kms: SelfGrant, caller: VerifiedAttestation | None, *, vm_config: str) -> KmsGrant:
-        """Request whether the caller may become a KMS with the same root keys."""
+        """Request the decision whether a caller may become a KMS with the same root keys."""
         evidence = _require(caller)
         vm_config = self._config(evidence, vm_config)
         boot_info = self._boot_info((evidence, vm_config, False))
@@ -157,7 +160,7 @@ class Gate:
         return KmsGrant(of_kms, boot_info)
 
     def _config(self, evidence: VerifiedAttestation, requested: str) -> str:
-        """Return the VM config that goes before the one in the evidence, which the release may not allow."""
+        """Return the VM config that replaces the one in the evidence, unless the release forbids another one."""
         if not self._config_must_match:
             return requested
         try:
@@ -166,11 +169,11 @@ class Gate:
             raise InvalidRequestError(str(error)) from error
 
     async def _require_image(self, evidence: VerifiedAttestation, vm_config: str) -> None:
-        """Refuse a caller that did not boot the image of its config, which the webhook was told of."""
+        """Refuse a caller that did not boot the image whose hash was sent to the webhook."""
         if self._images is None:
             return
         text = "Failed to verify os image hash"
-        with context(f"{text}: {text}"):  # upstream says it twice
+        with context(f"{text}: {text}"):  # upstream's text has it twice
             await self._images.verify(evidence, vm_config)
 
 
