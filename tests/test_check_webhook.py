@@ -89,21 +89,21 @@ def test_auth_simple_of_a_stack_allows_the_requests_for_its_kms_and_app(dstack_s
     assert said["unknown app"] == "denied: app not registered"
 
 
-def test_auth_mock_passes_with_warnings_that_it_allows_everyone() -> None:
+def test_answers_of_auth_mock_pass_with_warnings_that_it_allows_everyone() -> None:
     with serving("auth", "mock", "--listen", "127.0.0.1:0") as mock:
-        done = run_command("check-webhook", mock["url"], "--json")
-        shown = run_command("check-webhook", mock["url"])
+        done = run_command("check-webhook", mock["url"], "--answers-only", "--json")
+        shown = run_command("check-webhook", mock["url"], "--answers-only")
     report = json.loads(done.stdout)
     assert (done.returncode, report["ok"], report["url"]) == (0, True, mock["url"])
     assert Counter(check["level"] for check in report["checks"] if check["name"] != "time") == {"ok": 21, "warning": 4}
-    assert set(report["checks"][0]) == {"name", "level", "said", "breaks", "hint"}
+    assert set(report["checks"][0]) == {"name", "level", "said", "breaks", "hint", "seconds"}
     assert b"it allows a KMS, and so releases the root keys, whatever its measurements are" in shown.stdout
     assert b"\nNothing here breaks a KMS; " in shown.stdout
 
 
 def test_denying_everyone_is_understood_and_shown() -> None:
     with serving("auth", "mock", "--listen", "127.0.0.1:0", environment={"MOCK_POLICY": "deny-all"}) as mock:
-        done = run_command("check-webhook", mock["url"], "--json")
+        done = run_command("check-webhook", mock["url"], "--answers-only", "--json")
     assert done.returncode == 0
     assert json.loads(done.stdout)["checks"][1]["said"] == "denied: mock policy: deny-all"
 
@@ -447,7 +447,7 @@ def test_own_values_are_asked_about(tmp_path: Path) -> None:
     file, log = tmp_path / "values.json", tmp_path / "log"
     file.write_text(json.dumps({"app": {"appId": "0x" + "ab" * 20}, "kms": {"tcbStatus": "Unknown"}}))
     with serving("auth", "mock", "--listen", "127.0.0.1:0", log=log) as mock:
-        assert run_command("check-webhook", mock["url"], "--boot-info", str(file)).returncode == 0
+        assert run_command("check-webhook", mock["url"], "--answers-only", "--boot-info", str(file)).returncode == 0
     assert f'mock app boot auth request: {{"appId":"{"ab" * 20}"' in log.read_text()
 
 
@@ -479,6 +479,12 @@ def test_values_for_both_replace_those_of_both() -> None:
     [
         (["127.0.0.1:3000"], "http(s)://host:port expected, got '127.0.0.1:3000'"),
         (["http://127.0.0.1", "--timeout", "0"], "seconds, up to 3600, expected, got '0'"),
+        ([], "the webhook's URL is missing: dstack-emu check-webhook http://host:port"),
+        (
+            ["http://127.0.0.1", "--control", "127.0.0.1:8070"],
+            "--control: an http:// URL expected, got '127.0.0.1:8070'",
+        ),
+        (["http://127.0.0.1", "--junit", "/none/x.xml", "--boot-info", "/none"], "/none: JSON cannot be read"),
         (["http://127.0.0.1", "--boot-info", "/none"], "/none: JSON cannot be read from it: [Errno 2] No such file"),
     ],
 )

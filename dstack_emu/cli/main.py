@@ -32,7 +32,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "image": "build, measure, compare and serve OS images",
     "kms": "run one KMS from a kms.toml",
     "auth": "run one auth webhook of a KMS: auth-simple, dstack-auth or auth-mock",
-    "check-webhook": "send an auth webhook everything that a KMS sends, and report what would break it",
+    "check-webhook": "check an auth webhook: what would break a KMS, and what it allows that it should not",
     "setup": "set up two KMS that run elsewhere, and allow an app",
     "proto": "write the .proto files of all services",
     "health": "check whether a stack, or one service, is ready",

@@ -1,1 +1,1 @@
-"""Check an auth webhook: send every request that a KMS sends, and report the answers that it would not understand."""
+"""Check an auth webhook: the answers that a KMS would not understand, and what it allows that it should deny."""

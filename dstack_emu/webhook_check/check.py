@@ -1,12 +1,13 @@
 """Checks a webhook: sends every request that a KMS sends, and reports the answers that a KMS does not understand.
 
 The emulated KMS's own client (`kms_emu.auth_api`) reads the answers, and its errors are reported. Whether a decision is
-right is not checked; there are warnings about decisions and answers that are probably mistakes.
+right is checked in `safety`; here are warnings about decisions and answers that are probably mistakes.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
@@ -48,6 +49,8 @@ class AnswerCheck:
     said: str
     breaks: str = ""
     hint: str = ""
+    seconds: float = 0.0
+    """The time of its slowest request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +111,33 @@ class _Checker:
         self.url, self.requests, self._patience, self._release = url, requests, patience, release
         self.auth = WebhookAuth(url, timeout=patience, release=release)
         self._slowest = 0.0
+        self._slow: list[str] = []
+        self._times: list[float] = []
         self._unexplained: list[str] = []
         self._long: list[str] = []
 
     async def all(self) -> AsyncIterator[AnswerCheck]:
+        """Yield one check after another, with the time of its slowest request."""
+        async for finding in self._all():
+            seconds, self._times = max(self._times, default=0.0), []
+            self._slowest = max(self._slowest, seconds)
+            if seconds > SLOW:
+                self._slow.append(finding.name)
+            yield replace(finding, seconds=seconds)
+            if finding.level == "skipped":
+                return
+        for finding in self._overall():
+            yield finding
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._times.append(time.monotonic() - began)
+
+    async def _all(self) -> AsyncIterator[AnswerCheck]:
         """Yield one check after another; skip the rest if one of the first two requests gets no decision."""
         yield await self._info()
         plain = [
@@ -135,8 +161,6 @@ class _Checker:
             yield await self._repeated(case)
         yield await self._at_once()
         yield await self._plain_answer()
-        for finding in self._overall():
-            yield finding
 
     def _variations(self) -> Iterator[_RequestCase]:
         """Yield the requests of KMS of other releases, and those for other platforms and other apps."""
@@ -204,15 +228,15 @@ class _Checker:
 
     async def _info(self) -> AnswerCheck:
         try:
-            info = await self.auth.info()
+            with self._timed():
+                info = await self.auth.info()
         except UnavailableError as error:
             return _broken("GET /", error, _META)
         return AnswerCheck("GET /", "ok", f"gatewayAppId {info.gateway_app_id!r}, chainId {info.chain_id}")
 
     async def _decide(self, case: _RequestCase) -> Decision:
-        began = time.monotonic()
-        decision = await self.auth.decide(case.boot_info, is_kms=case.is_kms)
-        self._slowest = max(self._slowest, time.monotonic() - began)
+        with self._timed():
+            decision = await self.auth.decide(case.boot_info, is_kms=case.is_kms)
         if not decision.is_allowed and not decision.reason:
             self._unexplained.append(case.name)
         if len(decision.reason) > LONG_REASON:
@@ -230,7 +254,8 @@ class _Checker:
 
     async def _refusal(self, case: _RequestCase) -> AnswerCheck:
         try:
-            decision = await self.auth.decide(case.boot_info, is_kms=case.is_kms)
+            with self._timed():
+                decision = await self.auth.decide(case.boot_info, is_kms=case.is_kms)
         except UnavailableError as error:
             return AnswerCheck(case.name, "ok", f"an error, as expected: {str(error)[:SHOWN]}")
         if decision.is_allowed:
@@ -267,7 +292,8 @@ class _Checker:
         )
         try:
             headers = {"Content-Type": "application/json"}
-            answer = await client.send("POST", url, self.requests.app.to_json(), headers)
+            with self._timed():
+                answer = await client.send("POST", url, self.requests.app.to_json(), headers)
         except (NoAnswerError, AnswerTooLongError) as error:
             return AnswerCheck(name, "warning", f"the repeated request got no answer: {error}")
         finally:
@@ -280,8 +306,10 @@ class _Checker:
 
     def _overall(self) -> Iterator[AnswerCheck]:
         """Yield the checks of all answers together."""
-        level: Level = "warning" if self._slowest > SLOW else "ok"
+        level: Level = "warning" if self._slow else "ok"
         said = f"the slowest took {self._slowest:.2f} s; GetAppKey waits for two, and gives up after {TIMEOUT:g} s each"
+        if self._slow:
+            said += f"; over {SLOW:g} s: {', '.join(self._slow)}"
         yield AnswerCheck("time", level, said)
         if self._unexplained:
             said = f"{_some(self._unexplained)}: denied without a reason: an operator sees `Boot denied: ` and no more"

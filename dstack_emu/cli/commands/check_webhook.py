@@ -1,8 +1,9 @@
-"""`dstack-emu check-webhook`: check that a KMS understands an auth webhook."""
+"""`dstack-emu check-webhook`: check that a KMS understands an auth webhook, and that it allows nobody else."""
 
 import argparse
 import asyncio
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -10,38 +11,84 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from dstack_emu.attest.release import Release, release
 from dstack_emu.cli.commands.common import UsageError, add_release
+from dstack_emu.cli.commands.ctl import Api
 from dstack_emu.cli.commands.inspect import WIDTH, print_text
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 from dstack_emu.kms_emu.auth_api import TIMEOUT
 from dstack_emu.simulator.seed import DEFAULT_SEED
 from dstack_emu.transport.urls import shown_url
-from dstack_emu.webhook_check.check import Report, check_webhook
+from dstack_emu.webhook_check.allowed import CONTRACTS, AllowedRequests, Contract, from_document, from_samples
+from dstack_emu.webhook_check.check import SLOW, Report, check_webhook
+from dstack_emu.webhook_check.expectations import Wanted, parse_expectations, resolve
+from dstack_emu.webhook_check.junit import to_junit
+from dstack_emu.webhook_check.safety import RequestCheck, SafetyReport, check_safety, list_requests
 from dstack_emu.webhook_check.sample_requests import SampleError, SampleRequests
 
 DESCRIPTION = (
-    "Send an auth webhook every request that a KMS of 0.5.x, of next and of a later release sends, for KMS and apps "
-    "that are known, unknown and out of date, one after another and many at once. The emulated KMS's own client reads "
-    "the answers. Exit 0 if a KMS understands all answers, 1 if not. Decisions are shown, not checked: the webhook "
-    "decides whom to allow. The requests are those of the KMS and the app of a stack with the default seed; --seed "
-    "and --boot-info change that."
+    "Check an auth webhook. First its answers: it is sent every request that a KMS of 0.5.x, of next and of a later "
+    "release sends, one after another and many at once, and the emulated KMS's own client reads the answers. Then its "
+    "decisions: a request that it allows is sent again with one thing changed, about 250 times for each path, and what "
+    "is still allowed although dstack's auth servers deny it is a failure. Exit 0 if a KMS understands all answers and "
+    "nothing is allowed that should not be, 1 if not or if nothing could be proven, 2 if the arguments cannot be used."
 )
+EXAMPLES: Final = """\
+examples:
+  dstack-emu check-webhook http://127.0.0.1:3000 --allowed auth-config.json    start with what your policy allows
+  dstack-emu check-webhook http://127.0.0.1:3000 --allowed boot-info.json      or with a boot info that it allows
+  dstack-emu check-webhook http://127.0.0.1:3000 --control http://127.0.0.1:8070    or what a running stack's allows
+  dstack-emu check-webhook --list > expected.json                              all requests, to edit what you want
+  dstack-emu check-webhook http://127.0.0.1:3000 --expect expected.json --junit check-webhook.xml
+"""
 
-_TONES: Final = {"ok": GREEN, "warning": YELLOW, "broken": RED, "skipped": YELLOW}
+_TONES: Final = {"ok": GREEN, "warning": YELLOW, "skipped": YELLOW}
+"""The colours of levels; all others are failures."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("url", metavar="URL", type=_url, help="the webhook, as core.auth_api.webhook.url has it")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = textwrap.fill(DESCRIPTION, WIDTH), EXAMPLES
     parser.add_argument(
-        "--seed", default=DEFAULT_SEED, metavar="TEXT", help="send the values of this seed's stack (%(default)s)"
+        "url", metavar="URL", nargs="?", type=_url, help="the webhook, as core.auth_api.webhook.url has it"
     )
-    add_release(parser, "the dstack release of that stack, which the User-Agent says")
     parser.add_argument(
+        "--allowed",
         "--boot-info",
         type=Path,
         metavar="FILE",
-        help='send these values: JSON with fields of a request (mrAggregated, appId, …), or {"kms": {…}, "app": {…}}',
+        help="what the webhook allows: a policy of auth-simple, or a boot info: JSON with fields of a request "
+        '(mrAggregated, appId, …), or {"kms": {…}, "app": {…}}; fields that are left out are those of --seed',
+    )
+    parser.add_argument(
+        "--control",
+        metavar="URL",
+        default=os.environ.get("DSTACK_EMU_CONTROL") or None,
+        help="take what the policy of a running stack's source KMS allows, if there is no --allowed; the stack's "
+        "control API, by default that in DSTACK_EMU_CONTROL",
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="TEXT",
+        help=f"otherwise take the KMS and the app of this seed's stack ({DEFAULT_SEED})",
+    )
+    add_release(parser, "the dstack release of that stack, which the User-Agent says")
+    parser.add_argument(
+        "--contract",
+        choices=CONTRACTS,
+        help="compare with auth-simple under this contract, or with dstack-auth (file); by default the release's",
+    )
+    parser.add_argument(
+        "--expect",
+        type=Path,
+        metavar="FILE",
+        help="expect what this file says in place of what dstack's servers answer: JSON with names of requests (or "
+        "patterns with *), and allowed, denied, error, refused (denied or error) or any",
+    )
+    parser.add_argument("--list", action="store_true", help="print all names as such a file, and send nothing")
+    parser.add_argument(
+        "--answers-only", action="store_true", help="check only that a KMS understands the answers, not the decisions"
     )
     parser.add_argument(
         "--timeout",
@@ -51,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="wait that long for an answer (%(default)g)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write the result as JUnit XML, too")
 
 
 def _url(text: str) -> str:
@@ -76,18 +124,112 @@ def _seconds(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the webhook and print the report."""
-    requests = SampleRequests.of_seed(arguments.seed, arguments.release)
-    if arguments.boot_info is not None:
-        try:
-            requests = requests.with_values(_read(arguments.boot_info))
-        except SampleError as error:
-            raise UsageError(printable(f"{arguments.boot_info}: {error}")) from error
-    report = asyncio.run(check_webhook(arguments.url, requests, patience=arguments.timeout, release=arguments.release))
+    allowed, contract, used = _allowed(arguments)
+    expectations = _expectations(arguments.expect, allowed, contract)
+    if arguments.list:
+        print_text(json.dumps({**list_requests(allowed, contract), **expectations}, indent=1))
+        return 0
+    if arguments.url is None:
+        raise UsageError("the webhook's URL is missing: dstack-emu check-webhook http://host:port")
+    report, safety = asyncio.run(_check(arguments, allowed, contract, expectations, used))
+    if arguments.junit is not None:
+        _write(arguments.junit, to_junit(shown_url(arguments.url), report, safety))
+    is_ok = report.ok and (safety is None or safety.ok)
     if arguments.json:
-        print_text(json.dumps(report.to_json()))
+        document = report.to_json() | {"ok": is_ok, "slow": _slow(report, safety)}
+        print_text(json.dumps(document | (safety.to_json() if safety is not None else {})))
     else:
-        print_text("\n".join(_render(report, wants_colour(sys.stdout))))
-    return 0 if report.ok else 1
+        print_text("\n".join(_render(report, safety, wants_colour(sys.stdout))))
+    return 0 if is_ok else 1
+
+
+async def _check(
+    arguments: argparse.Namespace,
+    allowed: AllowedRequests,
+    contract: Contract,
+    expectations: dict[str, Wanted],
+    used: Release,
+) -> tuple[Report, SafetyReport | None]:
+    progress = _Progress()
+    try:
+        progress.show("checking the answers")
+        report = await check_webhook(arguments.url, allowed.samples, patience=arguments.timeout, release=used)
+        is_answering = not any(each.level == "skipped" for each in report.findings)
+        if arguments.answers_only or not is_answering:
+            return report, None
+        safety = await check_safety(
+            arguments.url,
+            allowed,
+            contract,
+            expectations=expectations,
+            patience=arguments.timeout,
+            release=used,
+            progress=lambda number, total, name: progress.show(f"{number} of {total}: {name}"),
+        )
+        return report, safety
+    finally:
+        progress.clear()
+
+
+class _Progress:
+    """One line on stderr that says what is being sent, if stderr is a terminal."""
+
+    def __init__(self) -> None:
+        self._is_shown = sys.stderr.isatty()
+
+    def show(self, text: str) -> None:
+        """Replace the line."""
+        if self._is_shown:
+            print(f"\r\033[K{text:.78}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Remove the line."""
+        if self._is_shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+# ---- what to send
+
+
+def _allowed(arguments: argparse.Namespace) -> tuple[AllowedRequests, Contract, Release]:
+    """Find the requests that should be allowed, and the contract and release to go by."""
+    used: Release = arguments.release
+    if arguments.allowed is None and arguments.seed is None and arguments.control is not None:
+        return _of_stack(arguments.control, arguments.contract)
+    contract: Contract = arguments.contract or used.auth_contract
+    seed = arguments.seed or DEFAULT_SEED
+    samples = SampleRequests.of_seed(seed, used)
+    if arguments.allowed is None:
+        return from_samples(samples, f"the KMS and the app of the stack with the seed {seed}"), contract, used
+    try:
+        document = _read(arguments.allowed)
+        return from_document(document, samples, contract, str(arguments.allowed)), contract, used
+    except SampleError as error:
+        raise UsageError(printable(f"{arguments.allowed}: {error}")) from error
+
+
+def _of_stack(url: str, named: Contract | None) -> tuple[AllowedRequests, Contract, Release]:
+    if not url.startswith("http://"):
+        raise UsageError(f"--control: an http:// URL expected, got {url!r:.100}")
+    api = Api(url)
+    stack, policy = api.get("/stack"), api.get("/policies/src")
+    used = release(stack["release"])
+    contract: Contract = named or used.auth_contract
+    samples = SampleRequests.of_seed(stack["seed"], used)
+    source = f"the policy of the source KMS at {shown_url(url)}"
+    try:
+        return from_document(policy, samples, contract, source), contract, used
+    except SampleError as error:
+        raise UsageError(printable(f"{source}: {error}")) from error
+
+
+def _expectations(path: Path | None, allowed: AllowedRequests, contract: Contract) -> dict[str, Wanted]:
+    if path is None:
+        return {}
+    try:
+        return dict(resolve(parse_expectations(_read(path)), list_requests(allowed, contract)))
+    except SampleError as error:
+        raise UsageError(printable(f"{path}: {error}")) from error
 
 
 def _read(path: Path) -> Any:
@@ -97,22 +239,110 @@ def _read(path: Path) -> Any:
         raise SampleError(f"JSON cannot be read from it: {error}") from error
 
 
-def _render(report: Report, colour: bool) -> Iterator[str]:
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+
+
+# ---- the report
+
+
+def _slow(report: Report, safety: SafetyReport | None) -> list[str]:
+    times = [(each.name, each.seconds) for each in report.findings]
+    times += [(each.name, each.seconds) for each in (safety.requests if safety is not None else ())]
+    return [name for name, seconds in times if seconds > SLOW]
+
+
+def _render(report: Report, safety: SafetyReport | None, colour: bool) -> Iterator[str]:
     yield paint(f"{shown_url(report.url)}, as a KMS sees it", BOLD, colour)
     yield ""
     for finding in report.findings:
-        yield paint(f"{finding.level:<7}", _TONES[finding.level], colour) + f"  {finding.name}"
+        time = f"  ({_milliseconds(finding.seconds)})" if finding.seconds else ""
+        yield paint(f"{finding.level:<10}", _tone(finding.level), colour) + f"  {finding.name}{time}"
         for label, text in (("", finding.said), ("breaks: ", finding.breaks), ("hint: ", finding.hint)):
-            if text:
-                margin = " " * 9
-                yield from textwrap.wrap(
-                    printable(label + text), WIDTH, initial_indent=margin, subsequent_indent=margin + " " * len(label)
-                )
+            yield from _indented(label, text)
     yield ""
+    if safety is not None:
+        yield from _decisions(safety, colour)
+    yield from _verdict(report, safety, colour)
+
+
+def _decisions(safety: SafetyReport, colour: bool) -> Iterator[str]:
+    yield paint("Whom it allows: one thing changed at a time", BOLD, colour)
+    yield from textwrap.wrap(f"Allowed is: {printable(safety.source)}", WIDTH)
+    yield from textwrap.wrap(f"dstack's servers: {_server(safety.contract)}", WIDTH)
+    yield ""
+    for each in safety.requests:
+        outcome = each.outcome or "not sent"
+        line = f"{outcome:<8}  {_milliseconds(each.seconds):>9}  {printable(each.name)}"
+        yield paint(f"{each.level:<10}", _tone(each.level), colour) + f"  {line}"
+        if each.level != "ok":
+            yield from _indented("", _explained(each))
+    yield ""
+
+
+def _server(contract: Contract) -> str:
+    return "dstack-auth" if contract == "file" else f"auth-simple, contract {contract}"
+
+
+def _explained(each: RequestCheck) -> str:
+    said = f" ({each.said})" if each.said else ""
+    if each.level == "unsafe":
+        answer = "deny it" if each.expected == "denied" else "refuse it as malformed"
+        return f"still allowed: dstack's servers {answer}{said}"
+    if each.level == "warning":
+        return "allowed: dstack's servers refuse it as malformed; no KMS sends it, and it decides nothing"
+    if each.level == "broken":
+        return f"a KMS can send this, and takes the answer for an error, not for a denial: {each.said}"
+    if each.level == "unexpected":
+        return f"{each.expected} expected, got {each.outcome}{said}"
+    return each.said
+
+
+def _verdict(report: Report, safety: SafetyReport | None, colour: bool) -> Iterator[str]:
+    yield from _summary(safety, colour)
+    slow = _slow(report, safety)
+    if slow:
+        yield paint(f"Slow, over {SLOW:g} s: {printable(', '.join(slow))}.", YELLOW, colour)
     if report.ok:
         yield paint(f"Nothing here breaks a KMS; {_count(len(report.warnings), 'warning')}.", GREEN, colour)
     else:
         yield paint(f"{_count(len(report.broken), 'finding')} would break a KMS.", RED, colour)
+
+
+def _summary(safety: SafetyReport | None, colour: bool) -> Iterator[str]:
+    if safety is None:
+        yield "Whom it allows was not checked."
+    elif safety.ok:
+        yield paint(
+            f"Nothing is allowed that dstack's servers deny, of {len(safety.requests)} requests.", GREEN, colour
+        )
+    else:
+        for line in safety.summary():
+            yield from textwrap.wrap(printable(line), WIDTH, subsequent_indent="  ")
+        others = [each.name for each in safety.failures if each.level != "unsafe"]
+        if others:
+            yield from textwrap.wrap(printable(f"failed otherwise: {', '.join(others)}"), WIDTH, subsequent_indent="  ")
+        count = f"{len(safety.failures)} of {_count(len(safety.requests), 'request')} failed"
+        yield paint(f"{count}: --expect FILE changes what is expected.", RED, colour)
+
+
+def _indented(label: str, text: str) -> Iterator[str]:
+    margin = " " * 12
+    if text:
+        yield from textwrap.wrap(
+            printable(label + text), WIDTH, initial_indent=margin, subsequent_indent=margin + " " * len(label)
+        )
+
+
+def _tone(level: str) -> str:
+    return _TONES.get(level, RED)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms"
 
 
 def _count(number: int, what: str) -> str:

@@ -1,0 +1,389 @@
+"""check-webhook's decisions: webhooks that fail open are named, and dstack's own rules pass under each contract."""
+
+import json
+import os
+import subprocess
+import sys
+import xml.dom.minidom
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dstack_emu.testing import LiveStack
+from dstack_emu.webhook_check.allowed import CONTRACTS, Contract, from_document
+from dstack_emu.webhook_check.changes import Change, changes_of
+from dstack_emu.webhook_check.expected import expected
+from dstack_emu.webhook_check.safety import list_requests
+from dstack_emu.webhook_check.sample_requests import SampleRequests
+from tests.commands import run_command, serving, usage_error
+from tests.recorded import golden
+
+SAMPLES = SampleRequests.of_seed("dstack-emu")
+
+WEBHOOK = """
+import http.server, json, os, sys, time
+
+policy = json.load(open(sys.argv[1]))
+kms, apps, images = policy["kms"], policy["apps"], policy["osImages"]
+
+
+def known(path, q):
+    if path.endswith("/kms"):
+        return q["osImageHash"] in images and q["mrAggregated"] in kms["mrAggregated"]
+    app = apps.get(q["appId"])
+    return q["osImageHash"] in images and app is not None and q["composeHash"] in app["composeHashes"]
+
+
+def decide(path, q):
+{rule}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.answer(200, dict(status="ok", kmsContractAddr="", gatewayAppId="", chainId=0, appImplementation=""))
+
+    def do_POST(self):
+        try:
+            allowed = decide(self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        except Exception as error:
+            return self.answer(500, repr(error))
+        self.answer(200, dict(isAllowed=bool(allowed), reason="" if allowed else "not allowed", gatewayAppId=""))
+
+    def answer(self, status, document):
+        body = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 64
+
+
+server = Server(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+RIGHT = 'return known(path, q) and q["tcbStatus"] == "UpToDate" and not q["advisoryIds"]'
+IF_PRESENT = 'return known(path, q) and q.get("tcbStatus", "UpToDate") == "UpToDate" and not q.get("advisoryIds")'
+OUT_OF_DATE_ALONE = 'return known(path, q) and q["tcbStatus"] != "OutOfDate" and not q["advisoryIds"]'
+IMAGE_ALONE = 'return q["osImageHash"] in images and q["tcbStatus"] == "UpToDate" and not q["advisoryIds"]'
+NO_TCB = 'return known(path, q) and not q["advisoryIds"]'
+ENDS = 'isinstance(q["instanceId"], str) or os._exit(1)\n' + RIGHT
+
+
+def policy(*, on_devices: bool = False) -> dict[str, Any]:
+    kms, app = SAMPLES.kms, SAMPLES.app
+
+    def devices(boot_info: Any) -> dict[str, Any]:
+        return {"devices": [boot_info.device_id.hex()] if on_devices else [], "allowAnyDevice": not on_devices}
+
+    return {
+        "osImages": [kms.os_image_hash.hex()],
+        "gatewayAppId": "any",
+        "kms": {"mrAggregated": [kms.mr_aggregated.hex()], **devices(kms)},
+        "apps": {app.app_id.hex(): {"composeHashes": [app.compose_hash.hex()], **devices(app)}},
+    }
+
+
+@pytest.fixture
+def policy_file(tmp_path: Path) -> Path:
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(policy()))
+    return path
+
+
+@contextmanager
+def webhook(rule: str, policy_file: Path) -> Iterator[str]:
+    """Run a webhook of a few lines in a process of its own, and yield its URL."""
+    text = WEBHOOK.replace("{rule}", "\n".join(f"    {line}" for line in rule.splitlines()))
+    with subprocess.Popen([sys.executable, "-c", text, str(policy_file)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        finally:
+            process.kill()
+
+
+def checked(rule: str, policy_file: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    """Check such a webhook by the command, and return its exit status and what it reports."""
+    with webhook(rule, policy_file) as url:
+        done = run_command("check-webhook", url, "--allowed", str(policy_file), "--json", *options)
+    assert done.stderr == b""
+    return done.returncode, json.loads(done.stdout)
+
+
+def names(report: dict[str, Any], level: str) -> list[str]:
+    return [each["name"] for each in report["requests"] if each["level"] == level]
+
+
+# ---- webhooks that fail open
+
+
+def test_webhook_that_checks_everything_passes(policy_file: Path) -> None:
+    status, report = checked(RIGHT, policy_file)
+    assert (status, report["ok"], report["summary"]) == (0, True, [])
+    assert {each["outcome"] for each in report["requests"]} == {"allowed", "denied", "error"}
+    assert all(each["seconds"] > 0 for each in report["requests"])
+
+
+def test_webhook_that_denies_only_where_the_tcb_status_is_present_fails(policy_file: Path) -> None:
+    status, report = checked(IF_PRESENT, policy_file)
+    missing = ["absent", "named tcb_status", "named TCBSTATUS"]
+    assert status == 1
+    assert names(report, "unsafe") == [f"{side} tcbStatus {how}" for side in ("kms", "app") for how in missing]
+    assert report["summary"] == [
+        f"{side}: tcbStatus: still allowed: absent, named tcb_status, named TCBSTATUS" for side in ("kms", "app")
+    ]
+
+
+def test_webhook_that_denies_out_of_date_alone_fails(policy_file: Path) -> None:
+    status, report = checked(OUT_OF_DATE_ALONE, policy_file)
+    unsafe = names(report, "unsafe")
+    assert status == 1
+    for side in ("kms", "app"):
+        assert f"{side} tcbStatus OutOfDate" not in unsafe
+        assert {f"{side} tcbStatus {other}" for other in OTHER_STATUSES} <= set(unsafe)
+    assert {name.split()[1] for name in unsafe} == {"tcbStatus"}
+
+
+OTHER_STATUSES = (
+    "SWHardeningNeeded",
+    "ConfigurationNeeded",
+    "ConfigurationAndSWHardeningNeeded",
+    "OutOfDateConfigurationNeeded",
+    "Revoked",
+)
+
+
+def test_webhook_that_looks_at_the_os_image_alone_fails(policy_file: Path) -> None:
+    status, report = checked(IMAGE_ALONE, policy_file)
+    assert status == 1
+    assert report["summary"] == [
+        "kms: mrAggregated is not looked at: allowed with any value",
+        "kms: path: still allowed: of the other kind",
+        "app: appId is not looked at: allowed with any value",
+        "app: composeHash is not looked at: allowed with any value",
+        "app: path: still allowed: of the other kind",
+    ]
+    assert {"kms mrAggregated absent", "app appId null", "app composeHash as a number"} <= set(names(report, "unsafe"))
+
+
+def test_webhook_that_looks_at_no_tcb_fails(policy_file: Path) -> None:
+    status, report = checked(NO_TCB, policy_file)
+    assert status == 1
+    assert report["summary"] == [
+        "kms: tcbStatus is not looked at: allowed with any value",
+        "app: tcbStatus is not looked at: allowed with any value",
+    ]
+    assert {"kms tcbStatus null", "app tcbStatus in a list"} <= set(names(report, "unsafe"))
+
+
+def test_auth_mock_fails_because_it_allows_everyone() -> None:
+    with serving("auth", "mock", "--listen", "127.0.0.1:0") as mock:
+        done = run_command("check-webhook", mock["url"])
+    assert done.returncode == 1
+    shown = done.stdout.decode()
+    assert "\nkms: mrAggregated is not looked at: allowed with any value\n" in shown
+    assert "unsafe      allowed " in shown
+    assert "still allowed: dstack's servers deny it (mock KMS always allowed)" in shown
+    assert "requests failed: --expect FILE changes what is expected.\n" in shown
+
+
+# ---- webhooks that prove nothing
+
+
+def test_webhook_that_allows_nobody_proves_nothing(policy_file: Path) -> None:
+    status, report = checked("return False", policy_file)
+    assert (status, [each["name"] for each in report["requests"]]) == (1, ["kms unchanged", "app unchanged"])
+    for each in report["requests"]:
+        assert (each["level"], each["outcome"]) == ("unproven", "denied")
+        assert "give one that it allows by --allowed FILE" in each["said"]
+
+
+def test_webhook_that_ends_at_a_malformed_request_does_not_pass(policy_file: Path) -> None:
+    status, report = checked(ENDS, policy_file)
+    (unproven,) = [each for each in report["requests"] if each["name"] == "kms unchanged, after instanceId null"]
+    assert (status, unproven["level"], unproven["outcome"]) == (1, "unproven", "error")
+    assert "after a request without an answer the allowed one fails, too: " in unproven["said"]
+    assert "app unchanged" in names(report, "unproven")
+
+
+def test_policy_that_admits_nobody_names_the_member(tmp_path: Path, policy_file: Path) -> None:
+    allowed = policy() | {"apps": {}, "kms": {"mrAggregated": [SAMPLES.kms.mr_aggregated.hex()]}}
+    policy_file.write_text(json.dumps(allowed))
+    status, report = checked(RIGHT, policy_file)
+    said = {each["name"]: each["said"].partition(": give")[0] for each in report["requests"]}
+    assert (status, said) == (
+        1,
+        {
+            "kms unchanged": "kms.devices is empty, and allowAnyDevice is not true: it admits no device",
+            "app unchanged": "no entry of apps has composeHashes: it admits no app",
+        },
+    )
+
+
+def test_error_for_what_a_kms_can_send_breaks_it(policy_file: Path) -> None:
+    status, report = checked('if q["tcbStatus"] == "OutOfDate": raise ValueError\n' + RIGHT, policy_file)
+    assert (status, names(report, "broken")) == (1, ["kms tcbStatus OutOfDate", "app tcbStatus OutOfDate"])
+
+
+def test_slow_requests_are_named(policy_file: Path) -> None:
+    rule = 'if q["appId"] == "": time.sleep(1.1)\n' + RIGHT
+    _, report = checked(rule, policy_file)
+    assert {"kms appId empty", "app appId empty"} <= set(report["slow"])
+
+
+# ---- dstack's own rules
+
+
+@pytest.mark.parametrize("on_devices", [True, False], ids=["listed devices", "any device"])
+@pytest.mark.parametrize("contract", CONTRACTS)
+def test_emulated_server_answers_as_the_table_says(contract: Contract, on_devices: bool, tmp_path: Path) -> None:
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps(policy(on_devices=on_devices)))
+    is_file, shared = contract == "file", ["--listen", "127.0.0.1:0"]
+    variables = {"AUTH_CONFIG_PATH": str(file), "AUTH_SIMPLE_COMPAT": "" if is_file else contract}
+    server = ["auth", "file", "--config", str(file)] if is_file else ["auth", "simple"]
+    with serving(*server, *shared, environment=variables, log=tmp_path / "log") as served:
+        options = ("--allowed", str(file), "--contract", contract, "--json")
+        done = run_command("check-webhook", served["url"], *options)
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["ok"]) == (0, True)
+    others = {each["name"] for each in report["requests"] if each["expected"] != each["outcome"]}
+    # A repeated member that dstack-auth does not read is refused: docs/fidelity.md.
+    assert all(contract == "file" and ", the " in name and name.split()[2] == "twice," for name in others), others
+
+
+def test_policy_of_a_running_stack_is_found(dstack_stack: LiveStack) -> None:
+    url, control = dstack_stack.services["auth-src"], dstack_stack.services["control"]
+    done = run_command("check-webhook", url, "--json", environment={"DSTACK_EMU_CONTROL": control})
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["allowed"]) == (
+        0,
+        f"the policy of the source KMS at {control}, contract {report['contract']}",
+    )
+    dstack_stack.policy("src").deny("app")
+    done = run_command("check-webhook", url, "--control", control, "--json")
+    assert done.returncode == 1
+    unproven = [each for each in json.loads(done.stdout)["requests"] if each["level"] == "unproven"]
+    assert [each["said"].partition(":")[0] for each in unproven] == ["no entry of apps has composeHashes"]
+
+
+def test_table_has_the_recorded_answers_of_dstack_auth() -> None:
+    recorded = {row["name"]: row for row in golden("wire.json") if row["component"] == "verifier-or-auth"}
+    app = json.loads(recorded["app_allowed"]["request"]["body"])
+    allowed = from_document({"osImages": ["00"], "apps": {}}, SAMPLES, "file", "").app.facts
+    changes = {each.name: each for each in changes_of(app, {})}
+
+    def outcome(name: str) -> str:
+        answer = recorded[name]["response"]
+        if answer["status"] != 200:
+            return "error"
+        return "allowed" if json.loads(answer["body"])["isAllowed"] else "denied"
+
+    def table(change: Change) -> str:
+        return expected(change, "app", "file", allowed)
+
+    pairs = {
+        "app_unregistered": "appId last byte changed",
+        "app_os_denied": "osImageHash last byte changed",
+        "app_compose_denied": "composeHash last byte changed",
+        "app_norm_and_tcb": "tcbStatus OutOfDate",
+        "empty_obj": "body an object without members",
+        "badjson": "body cut off",
+        "wrongtype": "appId as a number",
+    }
+    assert {name: outcome(name) for name in pairs} == {name: table(changes[how]) for name, how in pairs.items()}
+
+
+# ---- policies and expectations
+
+
+def test_allowed_statuses_and_advisories_of_a_policy_are_expected(policy_file: Path) -> None:
+    chosen = {"allowedTcbStatuses": ["SWHardeningNeeded"], "allowedAdvisoryIds": ["INTEL-SA-00837"]}
+    allowed = from_document(policy() | chosen, SAMPLES, "0.6", "")
+    assert allowed.kms.boot_info.tcb_status == "SWHardeningNeeded"
+    answers = list_requests(allowed, "0.6")
+    assert answers["app tcbStatus UpToDate"] == answers["app advisoryIds one that is unknown"] == "denied"
+    assert answers["app advisoryIds one more"] == "allowed"
+    assert list_requests(allowed, "readme")["app advisoryIds one that is unknown"] == "allowed"
+
+
+def test_device_is_expected_as_the_policy_says() -> None:
+    name = "app deviceId last byte changed"
+
+    def answer(document: Any, contract: Contract) -> str:
+        return list_requests(from_document(document, SAMPLES, contract, ""), contract)[name]
+
+    assert answer(policy(on_devices=True), "0.6") == "denied"
+    assert answer(policy(), "0.6") == "allowed"
+    assert answer({}, "0.6") == "any"  # a boot info does not say
+
+
+def test_expectations_turn_requests_into_what_is_expected(tmp_path: Path, policy_file: Path) -> None:
+    file = tmp_path / "expected.json"
+    file.write_text(json.dumps({"* tcbStatus *": "any", "app instanceId last byte changed": "denied"}))
+    status, report = checked(NO_TCB, policy_file, "--expect", str(file))
+    assert (status, names(report, "unsafe")) == (1, [])
+    assert names(report, "unexpected") == ["app instanceId last byte changed"]
+
+
+def test_list_is_an_expectations_file_that_changes_nothing(tmp_path: Path, policy_file: Path) -> None:
+    listed, file = run_command("check-webhook", "--list", "--allowed", str(policy_file)), tmp_path / "expected.json"
+    file.write_bytes(listed.stdout)
+    with serving(
+        "auth", "simple", "--listen", "127.0.0.1:0", environment={"AUTH_CONFIG_PATH": str(policy_file)}
+    ) as served:
+        again = run_command("check-webhook", served["url"], "--allowed", str(policy_file), "--expect", str(file))
+    assert (listed.returncode, again.returncode) == (0, 0)
+    assert b"Nothing is allowed that dstack's servers deny, of 509 requests." in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("document", "text"),
+    [
+        ({"app tcbStatus OutOfDat": "denied"}, "did you mean 'app tcbStatus OutOfDate'? --list prints all names"),
+        ({"app tcbStatus *": "no"}, "app tcbStatus *: allowed, denied, error, refused, any expected, got 'no'"),
+        ([], "an object expected, got list"),
+    ],
+)
+def test_expectations_that_cannot_be_used_are_refused(document: Any, text: str, tmp_path: Path) -> None:
+    file = tmp_path / "expected.json"
+    file.write_text(json.dumps(document))
+    assert text in usage_error("check-webhook", "http://127.0.0.1:1", "--expect", str(file))
+
+
+@pytest.mark.parametrize(
+    ("document", "text"),
+    [
+        ({"osImages": ["xyz"], "apps": {}}, "hex of whole bytes expected, got '0xxyz'"),
+        ({"osImages": "00"}, "a policy of auth-simple expected: osImages: "),
+    ],
+)
+def test_policy_that_cannot_be_used_is_refused(document: Any, text: str, tmp_path: Path) -> None:
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps(document))
+    assert text in usage_error("check-webhook", "http://127.0.0.1:1", "--allowed", str(file))
+
+
+def test_junit_has_each_request_with_its_time(tmp_path: Path, policy_file: Path) -> None:
+    file = tmp_path / "result.xml"
+    _, report = checked(IF_PRESENT, policy_file, "--junit", str(file))
+    (suite,) = xml.dom.minidom.parse(os.fspath(file)).getElementsByTagName("testsuite")
+    cases = suite.getElementsByTagName("testcase")
+    assert len(cases) == int(suite.getAttribute("tests")) == len(report["checks"]) + len(report["requests"])
+    failed = [case.getAttribute("name") for case in cases if case.getElementsByTagName("failure")]
+    assert failed == names(report, "unsafe")
+    assert all(float(case.getAttribute("time")) >= 0 for case in cases)
