@@ -68,12 +68,12 @@ MEMBERS: Final[Mapping[str, Choice]] = {
     "allowed_envs": Choice((ABSENT, ["A"]), ("A", [None])),
     "storage_fs": Choice((ABSENT, None, "zfs", "EXT4"), (1, "btrfs")),
     "swap_size": Choice((ABSENT, 0, "2G", "0x10"), ("", "2X", -1)),
+    "init_script": Choice((ABSENT, None, "one"), ([1], ["x"] * 6), (["one"], ["one", "two"])),
     "key_provider_id": Choice((ABSENT, "", KMS_ID), ("0xaa", 1, "aabc")),
     "a_member_of_tomorrow": Choice((ABSENT, 1, {})),
 }
 NEW_MEMBERS: Final[Mapping[str, Choice]] = {
     "snapshotter": Choice((ABSENT, None), bad_in_0_6=("zfs", "stargz")),
-    "init_script": Choice((ABSENT, None, "one", ["one"]), bad_in_0_6=([1], ["x"] * 6)),
     "event_log_version": Choice((ABSENT, 1, 2), bad_in_0_6=(0, 3, "2")),
     "verity_volumes": Choice((ABSENT, []), bad_in_0_6=([{}], {})),
 }

@@ -59,6 +59,7 @@ IN_BOTH: tuple[Case, ...] = (
     ({"port_policy": {"ports": [{}]}}, "app-compose: port_policy: ports: [0]", {"port_policy": {"ports": []}}),
 )
 IN_0_5: tuple[Case, ...] = (
+    ({"init_script": ["a"]}, 'app-compose: init_script: text expected, got ["a"]', {"init_script": "a"}),
     ({"manifest_version": "2"}, "app-compose: manifest_version: integer of 32 bits", {"manifest_version": 2}),
     ({"manifest_version": "3"}, "app-compose: manifest_version: integer of 32 bits", {"manifest_version": 3}),
     # What 0.5 does not know it does not read.

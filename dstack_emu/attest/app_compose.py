@@ -299,6 +299,10 @@ def _parse_manifest_version(text: str) -> int:
     return int(text)
 
 
+def _read_one_init_script(value: Any) -> tuple[str, ...]:
+    return () if value is None else (read_text(value),)
+
+
 def _read_init_script(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
@@ -446,7 +450,9 @@ _MANIFEST_3_MEMBERS: Final[Mapping[str, Reader]] = MappingProxyType(
 
 
 def _members(release: Release) -> Mapping[str, Reader]:
-    return {**_MEMBERS, **_MANIFEST_3_MEMBERS} if release.manifest_3_members else _MEMBERS
+    if release.manifest_3_members:
+        return {**_MEMBERS, **_MANIFEST_3_MEMBERS}
+    return {**_MEMBERS, "init_script": _read_one_init_script}  # one text, before there were several
 
 
 # ---- Policy ------------------------------------------------------------------------------------------------
