@@ -3,7 +3,7 @@
 The first port is plain in the onboard phase and serves Onboard; in the runtime phase it serves KMS by the TLS rules of
 `rpc.tls`, so a client certificate may be shown (or must, where that says so). The second one has TLS in the runtime
 phase alone, and demands a client certificate. Admin has a port of its own, plain unless `core.admin.tls` is set. A port
-is bound from the start on: who connects to it between the phases waits.
+is bound from the start: a client that connects between the phases is served once the next phase has begun.
 
 Imported only where gRPC is switched on: grpcio costs time and memory. Upstream has no gRPC: this is ours.
 """
@@ -122,7 +122,7 @@ class KmsGrpcServer:
         """Serve KMS over TLS, and Admin if it is switched on.
 
         `tls` makes the settings, by whether a client certificate is demanded even if `rpc.tls` does not. `answered` is
-        told of each call that is over.
+        called with each call that has ended.
         """
 
         async def caller(peer: GrpcPeer) -> Caller:

@@ -1,9 +1,9 @@
 """ClearImageCache: operators remove downloaded images, and what was measured of them, from the cache folder.
 
-Two releases, two doors. In next it is an RPC of the admin listener, behind a token in a header; in 0.5.x one of the
-main listener, with the token as a field whose SHA-256 stands in the configuration. They differ in words, too, and in
-whether a cache that is not there can be cleared. Source: dstack `kms/src/main_service.rs` (`remove_cache`) at 312dc605
-and 40eaf35e.
+The releases offer it in two places. In next it is an RPC of the admin listener, behind a token in a header; in 0.5.x
+one of the main listener, with the token as a field whose SHA-256 is in the configuration. They differ in words, too,
+and in whether a cache that is not there can be cleared. Source: dstack `kms/src/main_service.rs` (`remove_cache`) at
+312dc605 and 40eaf35e.
 """
 
 import hashlib

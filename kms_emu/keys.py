@@ -40,7 +40,7 @@ SECRETS_SIZE: Final = 512
 
 @dataclass(frozen=True, eq=False)
 class RootKeys:
-    """What makes a KMS this KMS: root CA, temporary client CA, and the root secp256k1 key.
+    """The secrets that identify a KMS: root CA, temporary client CA, and the root secp256k1 key.
 
     Of what follows from them it keeps what every call needs: its own scalar, and the keys of apps that called lately,
     in the same memory as the root keys that they follow from.
@@ -228,7 +228,7 @@ class RootSecrets:
 
 
 def root_secrets(roots: RootKeys, grant: KmsGrant) -> RootSecrets:
-    """Give the root keys themselves away."""
+    """Hand the root keys over to another KMS."""
     del grant
     return RootSecrets(pkcs8_pem(roots.temp_ca.key), pkcs8_pem(roots.root_ca.key), roots.k256.secret)
 

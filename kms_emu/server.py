@@ -35,7 +35,7 @@ Phase = Literal["starting", "onboard", "runtime", "stopped"]
 
 @dataclass(frozen=True, slots=True)
 class KmsServerState:
-    """The state of a running KMS: its phase, its files, and what it knows beside them.
+    """The state of a running KMS: its phase, its files, and what it keeps in memory.
 
     `own_boot_info` is its own boot info, once it was measured; `requests` and `failures` are its metrics' counters.
     """
@@ -155,7 +155,7 @@ class KmsServer:
     def capture(self) -> KmsServerState:
         """Return the state as it is now; raise `KmsError` unless it is in its onboard or runtime phase."""
         if self.phase not in ("onboard", "runtime"):
-            raise KmsError(f"{self.phase}: nothing to go back to")
+            raise KmsError(f"{self.phase}: no earlier phase to return to")
         own = None if self._service is None else self._service.gate.own_boot_info
         files = self._deps.folder.contents()
         return KmsServerState(self.phase, files, own, self._metrics.requests, self._metrics.failures)
@@ -201,7 +201,7 @@ class KmsServer:
         if core.admin_token_hash and not self._deps.release.clear_image_cache_with_token:
             self.log.warning("no effect", setting="core.admin_token_hash")
         if core.admin.enabled and auth.admin.is_open:
-            warn(setting="core.admin.insecure_no_auth = true", reason="the admin listener asks for no credential")
+            warn(setting="core.admin.insecure_no_auth = true", reason="the admin listener requires no credential")
 
     async def reached_runtime(self) -> None:
         """Wait until the runtime phase answers; raise what ended the KMS before."""

@@ -132,7 +132,7 @@ class OnboardService:
         return Empty()
 
     def _require_no_root_keys(self) -> None:
-        """Refuse to make keys where one is left of others: whoever lost a file restores it."""
+        """Refuse to make keys where one is left of an earlier set: its operator has to restore the missing files."""
         folder = self._deps.folder
         found = [name for name in (ROOT_CA_KEY, K256_KEY) if folder.exists(name)]
         if found:
@@ -197,7 +197,7 @@ class KmsService:
         return self._gate
 
     async def get_meta(self) -> pb.GetMetaResponse:
-        """Say who this KMS is; the only RPC without a self check."""
+        """Return the identity of this KMS; the only RPC without a self check."""
         info = await self._auth_info.get(self._deps.auth.info)
         return pb.GetMetaResponse(
             ca_cert=self._keys.roots.root_ca.pem,

@@ -69,7 +69,10 @@ def _add(app: Application, agent: GuestAgent, mount: str, table: ServiceTable[No
 
 
 def _version_header(agent: GuestAgent) -> tuple[tuple[str, str], ...]:
-    """Return the header by which the external listener tells its version, if the release has it here."""
+    """Return the header in which the external listener states its version.
+
+    Agents of 0.6 have it, together with API v1; the stored sources of 0.5 do not set it.
+    """
     release = agent.domain.release
     return (("X-App-Version", f"v{release.version} ({release.revision})"),) if release.guest_api_v1 else ()
 

@@ -88,7 +88,7 @@ class GuestApiV1:
         return pb.VersionResponse(version=release.version, rev=release.revision)
 
     async def health(self, _request: pb.HealthRequest) -> pb.HealthResponse:
-        """Tell whether the app is healthy; one that asks for no health check is."""
+        """Tell whether the app is healthy; one without a health check is."""
         requirements = self._agent.domain.manifest.requirements
         if requirements is None or not requirements.health_check:
             return pb.HealthResponse(healthy=True)

@@ -58,7 +58,7 @@ class Release:
     measures_storage_encryption: bool
     """The event `storage-encrypted` after `storage-fs`. A capture of 0.6.0 does not have it; later sources do."""
     app_id_is_compose_hash_without_kms: bool
-    """A guest without a KMS has the first 20 bytes of its compose hash as app id, whatever its instance info says."""
+    """A guest without a KMS has the first 20 bytes of its compose hash as app id, whatever its instance info is."""
     mr_config_id_versions: frozenset[MrConfigVersion]
     """The forms of mr_config_id that a guest accepts, beside the one that is all zero."""
     pinned_mr_config_id_version: MrConfigVersion
@@ -66,7 +66,7 @@ class Release:
     manifest_version_is_text: bool
     """manifest_version may be text, and only 1 and 2 may be numbers; otherwise it is any number of 32 bits."""
     max_manifest_version: int | None
-    """The highest manifest version that a guest boots, if it looks."""
+    """The highest manifest version that a guest boots; None if it checks none."""
     manifest_3_members: bool
     """Reads init_script, snapshotter, event_log_version, requirements and verity_volumes of an app-compose."""
     tpm_key_provider: bool
@@ -92,13 +92,13 @@ class Release:
     public_key_handover_option: bool
     """core.onboard.public_key_handover may refuse GetKmsKey on the main listener."""
     onboard_token: bool
-    """core.onboard may ask for a token or a user, and OnboardRequest has a source_token."""
+    """core.onboard may require a token or a user, and OnboardRequest has a source_token."""
     auth_api_cache_seconds: int
     """How long a successful self check and GetMeta's info are used again; with 0 neither is kept."""
     certificate_app_info_is_verified: bool
     """SignCert writes app info from the verified identity: the true device id, the authorized OS image hash."""
     refuses_reversed_validity: bool
-    """SignCert issues no certificate that would end before it begins."""
+    """SignCert and GetTlsKey refuse a certificate that would end before it begins."""
     vm_config_must_match: bool
     """A request's vm_config has to equal the one in the attestation; otherwise it takes its place."""
     lite_acpi_tables_verified: bool
@@ -106,9 +106,9 @@ class Release:
 
     # Webhooks.
     identity_widths_are_checked: bool
-    """A KMS asks its webhook about no compose hash that is not 32 bytes, nor an instance id of neither 20 nor 0."""
+    """A KMS sends its webhook no compose hash that is not 32 bytes, nor an instance id of neither 20 nor 0."""
     boot_info_variant_members: tuple[str, ...]
-    """The members of the webhook's question that name the TEE variant."""
+    """The members of the webhook's request that name the TEE variant."""
     auth_contract: AuthContract
     """The contract of auth-simple by default."""
 

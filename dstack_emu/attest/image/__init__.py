@@ -7,8 +7,8 @@ HOB, and its ACPI tables.
 
 What this package does not do: compute an MRTD from a firmware's TDVF sections, generate ACPI tables (QEMU
 does; digests of them come in as arguments), follow boot protocols older than 2.12, or decide anything about a
-quote. That registers equal these proves nothing by itself: ACPI digests taken from an event log are the
-host's word.
+quote. That registers equal these proves nothing by itself: ACPI digests taken from an event log are
+claims of the host.
 
 Source of truth: upstream's dstack-mr and dstack-types (312dc605), and event logs of real hardware; TD HOB: PI
 specification vol. 3; payloads: TCG PC Client Platform Firmware Profile; kernel header: QEMU `hw/i386/x86.c`.

@@ -58,7 +58,7 @@ class ImageMeasurement:
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        """Decode a document: any member order, unknown members and trailing bytes are let pass.
+        """Decode a document: any member order, unknown members and trailing bytes are accepted.
 
         Hash the bytes that came, never a re-encoding. Raises FormatError, its text beginning with upstream's
         `TdxOsImageMeasurement: `.

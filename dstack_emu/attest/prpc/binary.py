@@ -22,7 +22,7 @@ def encode_binary(message: Message) -> bytes:
 
 
 def decode_binary(message_type: type[M], body: bytes) -> M:
-    """Decode a protobuf message; Empty never looks at the body.
+    """Decode a protobuf message; for Empty the body is ignored.
 
     Raises `FormatError`: `failed to decode Protobuf message: …`, also where protobuf's own parser is lenient: it
     keeps a known field of another wire type as an unknown one, prost refuses it.

@@ -69,7 +69,7 @@ _JSON: Final = StrictJson(members=tuple, integer=_integer)
 
 
 def decode_json(message_type: type[M], body: bytes) -> M:
-    """Decode a JSON request, or an answer. An empty body is the default message; Empty never looks at it.
+    """Decode a JSON request, or an answer. An empty body is the default message; for Empty it is ignored.
 
     An object gives fields by name, an array by position. Missing fields keep their default, unknown ones are
     ignored. Raises `FormatError` on anything else than exactly one valid JSON value of the right shape.

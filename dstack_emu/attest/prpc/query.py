@@ -21,7 +21,7 @@ _MAX_INDEX_DIGITS: Final = 6
 def decode_query(message_type: type[M], query: str) -> M:
     """Decode the query string of a GET, given undecoded: `a=1&list[0]=x&list[1]=y`, also `list[]=x`.
 
-    Unknown keys, the bare `json` among them, are ignored; Empty never looks at the query. Raises `FormatError` if a
+    Unknown keys, the bare `json` among them, are ignored; for Empty the query is ignored. Raises `FormatError` if a
     key stands twice or a value is not of its field's type.
     """
     if message_type is Empty:
@@ -41,7 +41,7 @@ class _Pairs:
     listed: dict[str, dict[int, str]] = field(default_factory=dict)
 
     def add(self, piece: str, table: MessageTable) -> None:
-        """Take one `key=value`."""
+        """Read one `key=value`."""
         raw_key, _, raw_value = piece.partition("=")
         shape = _KEY.fullmatch(raw_key)
         key = _unquote(shape[1] if shape else raw_key.partition("[")[0])
