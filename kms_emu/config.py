@@ -6,7 +6,7 @@ ours.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -225,6 +225,16 @@ class KmsConfig(StrictSection):
             raise KmsConfigError(
                 f"core.onboard.public_key_handover = false {words}: leave it out, or run another release"
             )
+
+    def ineffective(self, release: Release) -> Iterator[tuple[str, str]]:
+        """Yield the settings that ask for something that a KMS of this release does not do, each with the reason."""
+        core = self.core
+        if core.admin_token_hash and not release.clear_image_cache_with_token:
+            yield "core.admin_token_hash", "this release has ClearImageCache on the admin listener alone: core.admin"
+        if self.rpc.tls.mutual.mandatory and release.any_client_certificate_issuer:
+            yield "rpc.tls.mutual.mandatory = true", "in this release a client certificate is always optional"
+        if not core.onboard.quote_enabled:
+            yield "core.onboard.quote_enabled = false", "a KMS always quotes, unless core.attest_rpc_cert is false"
 
     @classmethod
     def overrides(cls, variables: Mapping[str, str]) -> dict[str, Any]:

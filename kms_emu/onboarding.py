@@ -2,7 +2,7 @@
 
 The source is verified by its evidence and this KMS's own webhook before its keys are requested; it verifies this one in
 turn. Source: dstack `kms/src/onboard_service.rs` (`Keys::onboard`) at 312dc605; of the way over the admin listener, the
-acceptance tests of 0.6.0.
+acceptance tests of 0.6.0; of a source that names no OS image, `upgrade_authority.rs` (`ensure_kms_allowed`) before it.
 """
 
 import functools
@@ -16,6 +16,7 @@ from dstack_emu.attest.certificate import load_authority
 from dstack_emu.attest.errors import AttestError, FormatError, UnverifiableError, VerificationError
 from dstack_emu.attest.kdf import load_p256_pem, p256_from_uniform
 from dstack_emu.attest.proto import kms_pb2 as pb
+from dstack_emu.attest.release import DEFAULT
 from dstack_emu.attest.signature import k256_key
 from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.kms_emu.agent_client import GuestAgentClient
@@ -48,7 +49,10 @@ async def own_evidence(agent: GuestAgentClient, verifier: AttestationVerifier) -
 
 @dataclass(frozen=True, slots=True)
 class Receiver:
-    """A fresh KMS that takes keys over."""
+    """A fresh KMS that takes keys over.
+
+    `own_image_for_legacy_alone` is its release's rule for a source that names no OS image.
+    """
 
     agent: GuestAgentClient
     auth: AuthApi
@@ -56,6 +60,7 @@ class Receiver:
     entropy: Entropy
     timeout: float = TIMEOUT
     headers: MoreHeaders | None = None
+    own_image_for_legacy_alone: bool = DEFAULT.substitutes_own_image_for_legacy_source_alone
 
     async def take_keys(self, source_url: str, domain: str, now: int, token: str = "") -> KmsKeys:
         """Request the root keys of `source_url` (with or without `/prpc`); raise the first refusal on the way.
@@ -153,7 +158,8 @@ class Receiver:
     async def _require_source_allowed(self, source: VerifiedAttestation) -> None:
         with context("failed to build KMS boot info from attestation"):
             boot_info = boot_info_of(source)
-        if not boot_info.os_image_hash:
+        is_legacy = not source.attestation.config
+        if not boot_info.os_image_hash and (is_legacy or not self.own_image_for_legacy_alone):
             # A certificate with the legacy extensions carries no vm_config: upstream decides by the receiver's own
             # image.
             with context("failed to get local KMS boot info for os_image_hash fallback"):

@@ -198,8 +198,11 @@ class KmsServer:
             warn(setting="core.enforce_self_authorization = false", reason=reason)
         if not core.attest_rpc_cert:
             warn(setting="core.attest_rpc_cert = false", reason="the RPC certificate carries no attestation")
-        if core.admin_token_hash and not self._deps.release.clear_image_cache_with_token:
-            self.log.warning("no effect", setting="core.admin_token_hash")
+        for setting, reason in self.config.ineffective(self._deps.release):
+            self.log.warning("no effect", setting=setting, reason=reason)
+        if core.pccs_url and not self._deps.release.core_pccs_url:
+            reason = "this release knows core.attestation.urls.pccs alone; the emulator reads either"
+            self.log.warning("old key", setting="core.pccs_url", reason=reason)
         if core.admin.enabled and auth.admin.is_open:
             warn(setting="core.admin.insecure_no_auth = true", reason="the admin listener requires no credential")
 

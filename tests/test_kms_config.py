@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from dstack_emu.attest.release import RELEASES
 from dstack_emu.kms_emu.config import KmsConfig
 from dstack_emu.transport.errors import ConfigError
 from dstack_emu.transport.settings import merge
@@ -193,3 +194,125 @@ def test_value_of_a_token_is_in_no_error() -> None:
     with pytest.raises(ConfigError) as refusal:
         configured(variables({"core.admin_token_hash": "the token itself"}))
     assert str(refusal.value).endswith("the SHA-256 of the token in hex expected: 64 digits")
+
+
+# ---- the file of dstack 0.6
+
+DOCUMENTED_IN_0_6: dict[str, Any] = {
+    "default.workers": 8,
+    "default.max_blocking": 64,
+    "default.ident": "DStack KMS",
+    "default.temp_dir": "/tmp",
+    "default.keep_alive": 10,
+    "default.log_level": "info",
+    "rpc.address": "0.0.0.0",
+    "rpc.port": 8000,
+    "rpc.tls.key": "/etc/kms/certs/rpc.key",
+    "rpc.tls.certs": "/etc/kms/certs/rpc.crt",
+    "core.cert_dir": "/etc/kms/certs",
+    "core.subject_postfix": ".dstack",
+    "core.site_name": "",
+    "core.enforce_self_authorization": True,
+    "core.attest_rpc_cert": True,
+    "core.sev_snp_key_release": False,
+    "core.aws_nitro_tpm_key_release": False,
+    "core.nitro_enclave_key_release": False,
+    "core.attestation.insecure_allow_external_trust_anchors": False,
+    "core.image.verify": True,
+    "core.image.cache_dir": "/usr/share/dstack/images",
+    "core.image.download_url": "http://localhost:8000/{OS_IMAGE_HASH}.tar.gz",
+    "core.image.download_timeout": "2m",
+    "core.admin.enabled": False,
+    "core.admin.address": "127.0.0.1",
+    "core.admin.port": 8001,
+    "core.admin.auth_token": "",
+    "core.admin.htpasswd_file": "",
+    "core.admin.insecure_no_auth": False,
+    "core.metrics.enabled": True,
+    "core.auth_api.type": "webhook",
+    "core.auth_api.webhook.url": "http://auth-api:8000",
+    "core.auth_api.dev.gateway_app_id": "any",
+    "core.onboard.enabled": True,
+    "core.onboard.auto_bootstrap_domain": "",
+    "core.onboard.address": "0.0.0.0",
+    "core.onboard.port": 8000,
+}
+"""Each key of the `kms.toml` in dstack's repository shortly before 0.6.0, with its value there."""
+
+COMMENTED_OUT_IN_0_6: dict[str, Any] = {
+    "core.attestation.urls.pccs": "https://pccs.phala.network",
+    "core.attestation.urls.amd_kds": "https://kdsintf.amd.com/vcek/v1",
+    "core.attestation.root_ca.tdx": "/etc/dstack/roots/intel-sgx-root-ca.der",
+    "core.attestation.root_ca.gcp_tpm": "/etc/dstack/roots/gcp-tpm-root-ca.pem",
+    "core.attestation.root_ca.aws_nitro_enclave": "/etc/dstack/roots/aws-nitro-enclave-root-ca.pem",
+    "core.attestation.root_ca.aws_nitro_tpm": "/etc/dstack/roots/aws-nitro-tpm-root-ca.pem",
+    "core.attestation.root_ca.sev_snp_milan": "/etc/dstack/roots/amd-milan-ark.pem",
+    "core.attestation.root_ca.sev_snp_genoa": "/etc/dstack/roots/amd-genoa-ark.pem",
+    "core.attestation.root_ca.sev_snp_turin": "/etc/dstack/roots/amd-turin-ark.pem",
+}
+DESCRIBED_IN_0_6: dict[str, Any] = {
+    "core.auth_api.webhook.timeout": "60s",
+    "core.onboard.auth_token": "a token",
+    "core.onboard.htpasswd_file": "/etc/kms/users",
+    "core.onboard.public_key_handover": False,
+    "core.admin.tls.key": "/etc/kms/certs/rpc.key",
+    "core.admin.tls.certs": "/etc/kms/certs/rpc.crt",
+}
+"""What the documents and acceptance tests of 0.6 set beside that."""
+
+GONE_IN_0_6: dict[str, Any] = {
+    "core.admin_token_hash": "ab" * 32,
+    "core.pccs_url": "https://pccs.phala.network",
+    "core.onboard.quote_enabled": True,
+    "rpc.tls.mutual.ca_certs": "/etc/kms/certs/tmp-ca.crt",
+    "rpc.tls.mutual.mandatory": False,
+}
+AFTER_0_6_0 = ("core.keyring_dir", "core.attestation.sev_snp_tcb_requirements_file")
+
+
+def toml_of(keys: dict[str, Any]) -> str:
+    """A file with these keys, each section written once."""
+    sections: dict[str, list[str]] = {}
+    for key, value in keys.items():
+        section, _, name = key.rpartition(".")
+        sections.setdefault(section, []).append(f"{name} = {json.dumps(value)}")
+    return "".join(f"[{section}]\n" + "\n".join(lines) + "\n" for section, lines in sections.items())
+
+
+def test_file_of_0_6_is_our_defaults() -> None:
+    config = configured({}, toml_of(DOCUMENTED_IN_0_6))
+    assert config.default["ident"] == "DStack KMS"
+    assert config.model_copy(update={"default": {}}) == KmsConfig()
+
+
+@pytest.mark.parametrize("keys", [COMMENTED_OUT_IN_0_6, DESCRIBED_IN_0_6, GONE_IN_0_6])
+def test_each_key_that_0_6_knew_or_knows_is_read(keys: dict[str, Any]) -> None:
+    changed = dict(leaves(configured({}, toml_of(keys))))
+    for key, value in keys.items():
+        read = changed[key]
+        assert read == (60.0 if key in DURATIONS else Path(value) if isinstance(read, Path) else value)
+
+
+@pytest.mark.parametrize("key", AFTER_0_6_0)
+def test_key_of_a_later_release_is_named(key: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        configured({}, toml_of({key: "/var/lib/kms/keyring"}))
+    assert str(refusal.value) == f"kms.toml: {key}: unknown key"
+
+
+IGNORED = {
+    "core.admin_token_hash": ("ab" * 32, ["0.6"]),
+    "rpc.tls.mutual.mandatory": (True, ["0.6"]),
+    "core.onboard.quote_enabled": (False, ["0.5", "0.6"]),
+}
+
+
+@pytest.mark.parametrize("release", ["0.5", "0.6"])
+@pytest.mark.parametrize("key", IGNORED)
+def test_setting_that_a_release_ignores_is_said(key: str, release: str) -> None:
+    value, ignored_by = IGNORED[key]
+    said = [
+        setting.partition(" ")[0] for setting, _ in configured({}, toml_of({key: value})).ineffective(RELEASES[release])
+    ]
+    assert said == ([key] if release in ignored_by else [])
+    assert not list(KmsConfig().ineffective(RELEASES[release]))

@@ -437,6 +437,29 @@ def test_token_hash_of_0_5_has_no_effect_and_is_said(world: World, tmp_path: Pat
         assert [line for line in kms.log() if "no effect setting=core.admin_token_hash" in line]
 
 
+@pytest.mark.parametrize(("release", "is_said"), [("0.5", False), ("0.6", True)])
+def test_pccs_by_its_old_key_is_used_and_said(world: World, tmp_path: Path, release: str, is_said: bool) -> None:
+    keys = {"core.pccs_url": world.pccs, "core.attestation.urls.pccs": "", "core.onboard.auto_bootstrap_domain": DOMAIN}
+    with running(tmp_path, world, "--release", release, **variables(keys)) as kms:
+        assert kms.rpc("KMS.GetTempCaCert")[0] == 200
+        assert bool([line for line in kms.log() if "old key setting=core.pccs_url" in line]) is is_said
+
+
+def test_certificate_is_optional_in_0_6_whatever_mutual_says(
+    world: World, tmp_path: Path, identity: tuple[str, ...]
+) -> None:
+    keys = variables({"rpc.tls.mutual.mandatory": "true", "core.onboard.auto_bootstrap_domain": DOMAIN})
+    for release, shown, answers in (
+        ("0.6", (), True),
+        ("0.6", identity, True),
+        ("0.5", (), False),
+    ):
+        with running(tmp_path, world, "--release", release, **keys) as kms:
+            assert (call(kms, "KMS.GetMeta", *shown, url=kms.runtime_url)[0] == 200) is answers
+            said = [line for line in kms.log() if 'no effect setting="rpc.tls.mutual.mandatory = true"' in line]
+            assert bool(said) is (release == "0.6")
+
+
 # ---- openssl sees what a client may show
 
 

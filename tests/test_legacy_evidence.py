@@ -7,18 +7,22 @@ import gzip
 import json
 import ssl
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from tests import foreign
+from tests import foreign, tls
 from tests.commands import serving
-from tests.foreign import Guest
+from tests.foreign import Authority, Guest
 from tests.kms_process import Kms, World, running, variables
 from tests.running import RunningStack
+from tests.test_onboarding_refusals import http, tls_server
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -181,3 +185,79 @@ def test_getappkey_answers_callers_with_legacy_certificates(each_ready_stack: Ru
         assert ask(form).error.startswith("invalid quote: RTMR3 mismatch, quoted: ")
     other = guest.temp_ca.issue_with(foreign.new_key(), {foreign.OID_QUOTE: quote, foreign.OID_EVENT_LOG: packed(log)})
     assert guest.get_app_key(other).error == "invalid quote: report data mismatch"
+
+
+# ---- a source that names no OS image
+
+
+@contextmanager
+def source_with(world: World, values_of: Callable[[bytes], dict[x509.ObjectIdentifier, bytes]]) -> Iterator[str]:
+    """A server that answers GetTempCaCert, and whose certificate carries such extensions for its key; yield its URL."""
+    key, temporary = foreign.new_key(), Authority.invent("temporary CA")
+    certificate = Authority.invent("Dstack KMS CA").issue_with(key, values_of(foreign.spki_of(key))).certificate
+    temp = {
+        "temp_ca_cert": pem(temporary.certificate),
+        "temp_ca_key": private_pem(temporary.key),
+        "ca_cert": pem(temporary.certificate),
+    }
+    shown = tls.server(pem(certificate), private_pem(key))
+    with tls_server(lambda path: http(json.dumps(temp).encode()), shown) as url:
+        yield url
+
+
+def pem(certificate: x509.Certificate) -> str:
+    return certificate.public_bytes(Encoding.PEM).decode()
+
+
+def private_pem(key: ec.EllipticCurvePrivateKey) -> str:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+
+
+def with_config(evidence: bytes, config: bytes) -> bytes:
+    """Evidence in SCALE, whose last member, the VM config, is another text of less than 64 bytes."""
+    assert evidence[0] == 0
+    head, brace, _ = evidence.rpartition(b'{"os_image_hash"')
+    assert brace
+    return head[:-2] + bytes([len(config) << 2]) + config
+
+
+@pytest.mark.parametrize(
+    ("release", "config", "image"),
+    [
+        ("0.5", None, "the receiver's"),
+        ("0.6", None, "the receiver's"),
+        ("0.5", b"", "the receiver's"),
+        ("0.6", b"", "the receiver's"),
+        ("0.5", b"{}", "the receiver's"),
+        ("0.6", b"{}", "none"),
+        ("0.5", b'{"cpu_count":1}', "the receiver's"),
+        ("0.6", b'{"cpu_count":1}', "none"),
+    ],
+)
+def test_receiver_of_0_6_substitutes_its_image_only_if_the_source_has_no_config(
+    world: World, other_world: World, policy: Path, tmp_path: Path, release: str, config: bytes | None, image: str
+) -> None:
+    agent = world.agent.removeprefix("unix:")
+
+    def values_of(spki: bytes) -> dict[x509.ObjectIdentifier, bytes]:
+        if config is not None:
+            return {foreign.OID_ATTESTATION: with_config(foreign.attest(agent, spki), config)}
+        answer = foreign.ask_agent(agent, "GetQuote", {"report_data": foreign.binding_of(spki).hex()})
+        return {
+            foreign.OID_QUOTE: bytes.fromhex(answer["quote"]),
+            foreign.OID_EVENT_LOG: answer["event_log"].encode(),
+        }
+
+    log = tmp_path / "auth.log"
+    with (
+        source_with(world, values_of) as url,
+        serving("auth", "simple", "--listen", "127.0.0.1:0", "--config", str(policy), log=log) as auth,
+    ):
+        keys = {"core.auth_api.type": "webhook", "core.auth_api.webhook.url": auth["url"]}
+        with running(tmp_path, other_world, "--release", release, **variables(keys)) as kms:
+            status, answer = kms.rpc("Onboard.Onboard", {"source_url": url, "domain": "127.0.0.1"})
+            refused = "Failed to onboard: Source KMS is not allowed for onboarding: boot denied: "
+            assert (status, answer) == (400, {"error": f"{refused}OS image is not allowed"})
+            asked = json.loads(log.read_text().partition("KMS boot auth request: ")[2].splitlines()[0])
+            assert asked["osImageHash"] == {"the receiver's": other_world.os_image_hash, "none": ""}[image]
+            assert not list(kms.certs.iterdir())

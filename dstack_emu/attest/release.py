@@ -85,12 +85,17 @@ class Release:
     """GetMeta says whether OS images are verified."""
     attestation_mode_alias: bool
     """GetAttestationInfo has the member attestation_mode beside tee_variant in JSON."""
+    core_pccs_url: bool
+    """kms.toml knows core.pccs_url, the older name of core.attestation.urls.pccs."""
     clear_image_cache_with_token: bool
     """The main listener has ClearImageCache if core.admin_token_hash is set."""
     admin_get_kms_key: bool
     """The admin listener has GetKmsKey."""
     public_key_handover_option: bool
     """core.onboard.public_key_handover may refuse GetKmsKey on the main listener."""
+    substitutes_own_image_for_legacy_source_alone: bool
+    """A receiver of root keys substitutes its own OS image for a source that names none only if the source's evidence
+    has no VM config at all, as evidence in legacy extensions; otherwise for any source that names none."""
     onboard_token: bool
     """core.onboard may require a token or a user, and OnboardRequest has a source_token."""
     auth_api_cache_seconds: int
@@ -153,9 +158,11 @@ _0_5: Final = Release(
     any_client_certificate_issuer=False,
     get_meta_has_os_image_verification=False,
     attestation_mode_alias=True,
+    core_pccs_url=True,
     clear_image_cache_with_token=True,
     admin_get_kms_key=False,
     public_key_handover_option=False,
+    substitutes_own_image_for_legacy_source_alone=False,
     onboard_token=False,
     auth_api_cache_seconds=0,
     certificate_app_info_is_verified=False,
@@ -194,9 +201,11 @@ _0_6: Final = Release(
     any_client_certificate_issuer=True,
     get_meta_has_os_image_verification=True,
     attestation_mode_alias=False,
+    core_pccs_url=False,
     clear_image_cache_with_token=False,
     admin_get_kms_key=True,
     public_key_handover_option=True,
+    substitutes_own_image_for_legacy_source_alone=True,
     onboard_token=True,
     auth_api_cache_seconds=1,
     certificate_app_info_is_verified=True,
