@@ -66,7 +66,7 @@ class PolicyDecision:
     refusal: Refusal | None = None
 
 
-def parse_json(body: bytes) -> object:
+def parse_body(body: bytes) -> object:
     """Parse a body as `JSON.parse` does a decoded one; numbers all become floats, as they do there.
 
     A byte order mark is dropped and undecodable bytes are replaced, as the Fetch standard decodes a body. NaN

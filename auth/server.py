@@ -19,7 +19,7 @@ from typing import Final
 from aiohttp import web
 
 from dstack_emu.auth import openapi
-from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, parse_boot_info, parse_json
+from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, parse_body, parse_boot_info
 from dstack_emu.auth.errors import BootInfoError, MalformedJsonError
 from dstack_emu.auth.mock import MockAuth, MockSettings
 from dstack_emu.auth.policy import DEFAULT_CONTRACT, Contract, knows_tee_variant
@@ -160,7 +160,7 @@ async def _read_json(request: web.Request) -> object:
         body = await request.read()
     except web.RequestPayloadError as error:
         raise MalformedJsonError(f"body cannot be read: {error}") from error
-    return parse_json(body)
+    return parse_body(body)
 
 
 def _boot_response(decision: PolicyDecision) -> dict[str, object]:

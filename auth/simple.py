@@ -16,7 +16,7 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, parse_json
+from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, parse_body
 from dstack_emu.auth.config_file import read_config
 from dstack_emu.auth.errors import AuthConfigError, MalformedJsonError
 from dstack_emu.auth.policy import DEFAULT_CONTRACT, Contract, Policy, evaluate, parse_contract
@@ -97,7 +97,7 @@ class SimpleAuth:
 def parse_policy(content: bytes, path: str) -> Policy:
     """Parse a config file's bytes; raise `AuthConfigError`, which names the file and the first fault."""
     try:
-        parse_json(content)  # pydantic's parser lets NaN and Infinity pass, which are no JSON
+        parse_body(content)  # pydantic's parser lets NaN and Infinity pass, which are no JSON
         return Policy.model_validate_json(content)
     except MalformedJsonError as error:
         raise AuthConfigError(f"failed to load config: {path}: Invalid JSON: {error.__cause__}") from error

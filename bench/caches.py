@@ -26,7 +26,7 @@ from dstack_emu.attest.os_image import verify_lite
 from dstack_emu.attest.pcs import Document
 from dstack_emu.attest.quote import Quote
 from dstack_emu.attest.verify import TrustAnchor, VerifiedAttestation, VerifiedQuote, verify_attestation
-from dstack_emu.auth.boot_info import parse_json
+from dstack_emu.auth.boot_info import parse_body
 from dstack_emu.auth.policy import Policy
 from dstack_emu.deployment.policy_files import DENY_ALL
 from dstack_emu.kms_emu.gate import AppGrant, SelfGrant
@@ -124,7 +124,7 @@ def _of_policy() -> tuple[str, Work, Work]:
     content = json.dumps(policy, indent=2).encode()
 
     def read() -> object:
-        return parse_json(content), Policy.model_validate_json(content)
+        return parse_body(content), Policy.model_validate_json(content)
 
     return "policy", read, lambda: content == content[:]
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dstack_emu.attest.app_info import AppInfo
+from dstack_emu.attest.attestation import REPORT_DATA_SIZE
 from dstack_emu.attest.csr import CertificateConfig, require_validity_order
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.guest_keys_v1 import derive_guest_key, sign_claim
@@ -22,7 +23,6 @@ from dstack_emu.simulator.app_health import NO_CONTAINER, UnhealthyError, read_h
 from dstack_emu.simulator.errors import GpuUnavailableError, GuestError
 from dstack_emu.transport.service import Rpc, ServiceTable, without_context
 
-REPORT_DATA_SIZE = 64
 NONCE_SIZE = 32
 
 

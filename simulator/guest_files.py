@@ -131,7 +131,7 @@ def remove_environment(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def read_text(path: Path, what: str) -> str:
+def read_text_file(path: Path, what: str) -> str:
     """Read a text file; raise `FormatError` that names the file and what it should be."""
     try:
         return path.read_text()
@@ -143,7 +143,7 @@ def read_text(path: Path, what: str) -> str:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(read_text(path, "file"))
+        return json.loads(read_text_file(path, "file"))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: JSON expected ({error})") from error
 

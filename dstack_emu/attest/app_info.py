@@ -17,6 +17,7 @@ import msgpack
 from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.eventlog import BOOT_MR_DONE, INIT_SCRIPT_HASH, SYSTEM_READY, find_payload, replay_runtime
+from dstack_emu.attest.mr_config import MAX_INIT_SCRIPTS
 from dstack_emu.attest.msgpack_struct import member, octets_or_text, sequence, unpack
 from dstack_emu.attest.quote import Quote, TdReport
 from dstack_emu.attest.release import DEFAULT
@@ -28,8 +29,6 @@ UNKNOWN_DEVICE_ID: Final = hashlib.sha256(b"").digest()
 TEE_VARIANT_TDX: Final = "dstack-tdx"
 APP_ID_SIZE: Final = 20
 HASH_SIZE: Final = 32
-MAX_INIT_SCRIPTS: Final = 5
-"""How many init scripts an app can have."""
 _ZERO_48: Final = bytes(48)
 
 

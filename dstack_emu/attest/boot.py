@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from dstack_emu.attest.app_compose import AppManifest
+from dstack_emu.attest.app_info import APP_ID_SIZE
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.eventlog import BOOT_MR_DONE, SYSTEM_READY
 from dstack_emu.attest.mr_config import (
@@ -30,7 +31,6 @@ from dstack_emu.attest.mr_config import (
 )
 from dstack_emu.attest.release import Release
 
-APP_ID_SIZE: Final = 20
 NO_GPU_POLICY_HASH: Final = hashlib.sha256(b"{}").digest()
 
 MeasuredEvent = tuple[str, bytes]

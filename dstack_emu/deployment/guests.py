@@ -33,7 +33,7 @@ _OPTION = "--state DIR"
 """The option that sets the folder of a stack's socket files."""
 
 
-def power_on(context: StackContext, spec: GuestSpec) -> TrustDomain:
+def boot_domain(context: StackContext, spec: GuestSpec) -> TrustDomain:
     """Boot a trust domain until it needs keys.
 
     Raises `FormatError` if its VM or its app-compose is invalid.
@@ -192,7 +192,7 @@ class RunningGuest:
 
     def power_cycle(self) -> None:
         """Boot the trust domain again until it needs keys; its agent keeps its keys."""
-        self.domain.restore(power_on(self._context, self.spec).capture())
+        self.domain.restore(boot_domain(self._context, self.spec).capture())
 
     @property
     def _kms_timeout(self) -> float:
@@ -262,7 +262,7 @@ async def start_guest(context: StackContext, spec: GuestSpec, service: str, seed
     Its random streams are derived from `seed`, by default from a seed of its own.
     """
     try:
-        domain = power_on(context, spec)
+        domain = boot_domain(context, spec)
     except FormatError as error:
         raise GuestError(f"trust domain {spec.name}: {error}") from error
     guest = RunningGuest(context, spec, service, domain, seed or context.seed.child(f"guest {spec.name}"))

@@ -10,7 +10,7 @@ from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.release import Release
 from dstack_emu.cli.commands.common import UsageError, add_release, hex_bytes
 from dstack_emu.deployment.guest_config import DEFAULT_NAME, GuestConfig, VirtualMachine
-from dstack_emu.simulator.guest_files import KeyFile, load_encrypted_env, load_vm_config, read_text
+from dstack_emu.simulator.guest_files import KeyFile, load_encrypted_env, load_vm_config, read_text_file
 from dstack_emu.simulator.intel import Dating, VendorState
 from dstack_emu.simulator.platform import PART_STATUSES, TCB_STATUSES, PlatformState
 from dstack_emu.simulator.seed import DEFAULT_SEED
@@ -193,7 +193,7 @@ def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
                 arguments.quote_version,
                 arguments.td15,
             ),
-            user_config=None if arguments.user_config is None else read_text(arguments.user_config, "user-config"),
+            user_config=None if arguments.user_config is None else read_text_file(arguments.user_config, "user-config"),
             release=arguments.release,
             **more,
         )
@@ -257,7 +257,7 @@ def _compose(path: Path | None, name: str | None, release: Release) -> AppCompos
         return AppCompose.named(DEFAULT_NAME if name is None else name)
     if name is not None:
         raise UsageError("--name is for a generated app-compose: with --app-compose, the name is in the file")
-    compose = AppCompose(read_text(path, "app-compose"))
+    compose = AppCompose(read_text_file(path, "app-compose"))
     AppManifest.parse(compose.text, release)  # an invalid file is reported before anything runs
     return compose
 
