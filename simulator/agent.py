@@ -159,8 +159,7 @@ class GuestAgent:
         """Make a new P-256 key, and request a certificate for it."""
         not_before = request.not_before if request.HasField("not_before") else None
         not_after = request.not_after if request.HasField("not_after") else None
-        if self.domain.release.refuses_reversed_validity:
-            require_validity_order(not_before, not_after)
+        require_validity_order(not_before, not_after)
         config = CertificateConfig(
             subject=request.subject,
             alt_names=tuple(request.alt_names),

@@ -103,7 +103,7 @@ class Release:
     certificate_app_info_is_verified: bool
     """SignCert writes app info from the verified identity: the true device id, the authorized OS image hash."""
     refuses_reversed_validity: bool
-    """SignCert and GetTlsKey refuse a certificate that would end before it begins."""
+    """SignCert refuses a certificate that would end before it begins; GetTlsKey does in every release."""
     vm_config_must_match: bool
     """A request's vm_config has to equal the one in the attestation; otherwise it takes its place."""
     lite_acpi_tables_verified: bool
