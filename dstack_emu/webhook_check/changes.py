@@ -81,7 +81,8 @@ class Change:
 def changes_of(document: Mapping[str, Any], of_other_path: Mapping[str, Any]) -> Iterator[Change]:
     """Yield every change of an allowed request, the JSON object that a KMS sends.
 
-    `of_other_path` is the allowed request of the other path: whoever may boot as an app may not be a KMS for that.
+    `of_other_path` is the allowed request of the other path: a webhook that allows an
+    app does not have to allow the same identity as a KMS.
     """
     for member in HEX_MEMBERS:
         yield from _of_hex(document, member)
