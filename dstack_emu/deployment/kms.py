@@ -11,6 +11,7 @@ from dstack_emu.deployment.context import StackContext
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.guest_config import local_key_provider
 from dstack_emu.deployment.guests import RunningGuest, start_guest
+from dstack_emu.deployment.kms_toml import KmsSettings
 from dstack_emu.deployment.specs import KmsSpec
 from dstack_emu.deployment.state import KmsState
 from dstack_emu.kms_emu.config import KmsConfig
@@ -22,8 +23,6 @@ from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.errors import ConfigError
 from dstack_emu.transport.listen import reachable
-from dstack_emu.transport.ports import IMAGE_URL
-from dstack_emu.transport.settings import merge
 
 PERMANENT: Final = ("src", "dst")
 """The KMS of every stack. The state folder keeps their files; other KMS start without files."""
@@ -101,34 +100,26 @@ class RunningKms:
 
     def _document(self, webhook: str, sock: socket.socket, *, grpc: bool) -> dict[str, Any]:
         """Build its kms.toml."""
-        context, certs = self._context, self.cert_dir
+        context = self._context
         host, port = sock.getsockname()[:2]
-        core = {
-            "cert_dir": str(certs),
-            "site_name": f"dstack-emu {self.name}",
-            "attestation": {
-                "insecure_allow_external_trust_anchors": True,
-                "urls": {"pccs": context.urls["pccs"]},
-                "root_ca": {"tdx": str(context.root_ca)},
-            },
-            "image": {"cache_dir": str(context.state / "images"), "download_url": IMAGE_URL},
-            "auth_api": {"type": "webhook", "webhook": {"url": webhook}},
-            "onboard": {"address": host, "port": port},
+        settings = KmsSettings(
+            host=host,
+            port=port,
+            cert_dir=self.cert_dir,
+            image_cache=context.state / "images",
+            pccs=context.urls["pccs"],
+            root_ca=context.root_ca,
+            webhook=webhook,
+            site_name=f"dstack-emu {self.name}",
+            settings=self.spec.settings,
+            release=context.release_of(self.spec.release),
+        )
+        emulator = {
+            "rpc_cert_evidence": self.spec.rpc_cert_evidence,
+            "auth_api_cache": self._has_auth_api_cache(),
+            "grpc": {"enabled": grpc},
         }
-        tls = {
-            "key": str(certs / "rpc.key"),
-            "certs": str(certs / "rpc.crt"),
-            "mutual": {"ca_certs": str(certs / "tmp-ca.crt")},
-        }
-        return {
-            "rpc": {"address": host, "port": port, "tls": tls},
-            "core": merge(core, self.spec.settings),
-            "emulator": {
-                "rpc_cert_evidence": self.spec.rpc_cert_evidence,
-                "auth_api_cache": self._has_auth_api_cache(),
-                "grpc": {"enabled": grpc},
-            },
-        }
+        return {**settings.document(), "emulator": emulator}
 
     def _has_auth_api_cache(self) -> bool:
         if self.spec.auth_api_cache is not None:
