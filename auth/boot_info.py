@@ -47,6 +47,20 @@ class Refusal(NamedTuple):
     expected: frozenset[str]
     path: tuple[str, ...]
 
+    def __str__(self) -> str:
+        """State what was sent and what is admitted: `mrAggregated is 0xab, the file admits none`."""
+        got = ", ".join(each or "empty" for each in self.got)
+        return f"{self.member} is {got}; the file admits {_some(sorted(self.expected))}"
+
+
+_SHOWN: Final = 5
+"""Admitted values that the text of a refusal names."""
+
+
+def _some(values: list[str]) -> str:
+    more = [f"{len(values) - _SHOWN} more"] if len(values) > _SHOWN else []
+    return ", ".join([*values[:_SHOWN], *more]) or "none"
+
 
 @dataclass(frozen=True, slots=True)
 class PolicyDecision:

@@ -86,6 +86,8 @@ def _log_decision(boot_info: ReceivedBootInfo, is_kms: bool, decision: PolicyDec
         "true" if decision.is_allowed else "false",
         decision.reason,
     )
+    if decision.refusal is not None:
+        _log.info("denied by rule %s: %s", decision.rule, decision.refusal)
 
 
 def _subject(boot_info: ReceivedBootInfo, is_kms: bool) -> str:

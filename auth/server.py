@@ -76,6 +76,8 @@ def simple_app(
                 service.contract,
                 ", ".join(decision.differs_from),
             )
+        if decision.refusal is not None:
+            log.info("%s boot denied by rule %s: %s", caller, decision.rule, decision.refusal)
         log.info("%s boot auth result: %s", caller, _Json(_boot_response(decision)))
         if observer is not None:
             observer(boot_info, is_kms, decision)
@@ -86,8 +88,9 @@ def simple_app(
 
 
 def mock_app(settings: MockSettings) -> web.Application:
-    """Build auth-mock; logs upstream's request lines to `auth.mock`, without their note that all succeeds."""
+    """Build auth-mock; logs upstream's request lines to `auth.mock`, with their note only if all do succeed."""
     service = MockAuth(settings)
+    note = {"note": "always returning success"} if settings.policy == "allow-all" else {}
     log = logging.getLogger("dstack_emu.auth.mock")
     for entry in sorted(settings.allowed_device_ids | settings.allowed_mr_aggregated):
         if entry.startswith("0x"):
@@ -95,7 +98,7 @@ def mock_app(settings: MockSettings) -> web.Application:
 
     def decide(boot_info: ReceivedBootInfo, is_kms: bool) -> PolicyDecision:
         request = {"appId": boot_info.app_id, "instanceId": boot_info.instance_id}
-        log.info("mock %s boot auth request: %s", "KMS" if is_kms else "app", _Json(request))
+        log.info("mock %s boot auth request: %s", "KMS" if is_kms else "app", _Json({**request, **note}))
         return service.decide(boot_info, is_kms)
 
     return _webhook("auth-mock: boot authorization by a fixed policy, for tests", service.info, decide)

@@ -4,11 +4,10 @@ Source: dstack `kms/src/main.rs` (`run_onboard_service`) at 312dc605.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.kms_emu.service import OnboardService, onboard_table
-from dstack_emu.kms_emu.setup_page import content_security_policy, setup_page
+from dstack_emu.kms_emu.pages import content_security_policy, setup_page
 from dstack_emu.transport.http import ROCKET_HEADERS, Application, Middleware, Request, Response
 from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
 
@@ -29,8 +28,8 @@ def onboard_app(
     app = Application(headers=ROCKET_HEADERS, middlewares=middlewares)
 
     async def index(_request: Request) -> Response:
-        page = Response.of(setup_page(site_name, takes_source_token=takes_source_token), "text/html")
-        return replace(page, headers=(*page.headers, ("Content-Security-Policy", content_security_policy())))
+        page = setup_page(site_name, takes_source_token=takes_source_token)
+        return Response.of(page, "text/html", Content_Security_Policy=content_security_policy())
 
     async def finish_onboarding(_request: Request) -> Response:
         finish()

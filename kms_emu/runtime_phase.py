@@ -1,10 +1,11 @@
-"""What a KMS with keys serves over TLS: the KMS RPCs, `/health` and `/metrics`.
+"""What a KMS with keys serves over TLS: the KMS RPCs, `/health`, `/metrics`, and a page for browsers.
 
 Source: dstack `kms/src/main.rs` at 312dc605.
 """
 
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
 from pathlib import Path
 
 from dstack_emu.attest.errors import AttestError
@@ -15,9 +16,10 @@ from dstack_emu.kms_emu.dependencies import KmsDependencies
 from dstack_emu.kms_emu.errors import KmsConfigError, KmsError
 from dstack_emu.kms_emu.metrics import AttestationMetrics
 from dstack_emu.kms_emu.onboard_phase import health
+from dstack_emu.kms_emu.pages import RUNTIME_CONTENT_SECURITY_POLICY, runtime_page
 from dstack_emu.kms_emu.service import Caller, KmsService, kms_table
 from dstack_emu.transport.events import EventLog
-from dstack_emu.transport.http import ROCKET_HEADERS, Application, Middleware, Request
+from dstack_emu.transport.http import ROCKET_HEADERS, Application, Handler, Middleware, Request, Response, status_page
 from dstack_emu.transport.listen import ServerTlsContext
 from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
@@ -30,6 +32,7 @@ def runtime_app(
     release = deps.release
     version = ("X-App-Version", f"v{release.version} ({release.revision})")
     app = Application(headers=(*ROCKET_HEADERS, version), middlewares=middlewares)
+    app.add("GET", "/", _page_of(deps))
     app.add("GET", "/health", health)
     if deps.core.metrics.enabled:
         app.add("GET", "/metrics", metrics.render)
@@ -44,6 +47,19 @@ def runtime_app(
         statuses=RpcStatuses.of(release),
     )
     return app
+
+
+def _page_of(deps: KmsDependencies) -> Handler:
+    """Return the handler of `/`: a page for browsers, and for other programs upstream's 404."""
+
+    async def page(request: Request) -> Response:
+        if "text/html" not in request.headers.get("Accept", ""):
+            return status_page(HTTPStatus.NOT_FOUND, request)
+        origin = f"https://{request.headers.get('Host', 'HOST:PORT')}"
+        text = runtime_page(deps.core.site_name, version=deps.release.version, origin=origin)
+        return Response.of(text, "text/html", Content_Security_Policy=RUNTIME_CONTENT_SECURITY_POLICY)
+
+    return page
 
 
 def caller(verifier: AttestationVerifier, log: EventLog) -> Callable[[Request], Awaitable[Caller]]:

@@ -26,7 +26,7 @@ const sections = {};
 for (const id of ["measured", "bootstrap", "onboard", "finish"]) {
   const section = named(id, "section");
   const parts = {"dl": new Element("dl"), "form": new Element("form"), "[role=alert]": new Element("p"),
-                 "div": new Element("div"), "button": new Element("button")};
+                 "div": new Element("div"), "button": new Element("button"), "[name=domain]": new Element("input")};
   section.querySelector = (selector) => selector.startsWith("#") ? byId[selector.slice(1)] : parts[selector];
   section.querySelectorAll = () => [parts.button];
   sections[id] = parts;
@@ -38,7 +38,7 @@ const context = {
   document: {getElementById: (id) => byId[id], createElement: (tag) => new Element(tag)},
   window: {confirm() { asked += 1; return answer; }},
   navigator: {clipboard: {async writeText(text) { clipboard = text; }}},
-  location: {host: new URL(base).host, search: new URL(base).search},
+  location: {host: new URL(base).host, hostname: new URL(base).hostname, search: new URL(base).search},
   FormData: class { get(name) { return fields[name]; } },
   fetch: (path, options) => fetch(new URL(path, new URL("/", base)), options),
   Error, JSON, URLSearchParams,
@@ -51,7 +51,7 @@ function shown() {
   for (const [id, parts] of Object.entries(sections)) {
     const rows = parts.dl.children, values = [];
     for (let i = 0; i < rows.length; i += 3) values.push([rows[i].textContent, rows[i + 1].textContent]);
-    out[id] = {values, error: parts["[role=alert]"].textContent};
+    out[id] = {values, error: parts["[role=alert]"].textContent, domain: parts["[name=domain]"].value};
   }
   out.measured.policy = byId.policy.textContent;
   return out;

@@ -79,6 +79,7 @@ def test_simple_decides_by_its_file_and_says_so(policy: Path, tmp_path: Path) ->
             f"KMS boot auth request: {_compact(of_kms)}",
             f"KMS boot auth result: {_compact(ALLOWED)}",
             f"app boot auth request: {_compact(asked)}",
+            f"app boot denied by rule app_registered: appId is {BOOT_INFO['appId']}; the file admits none",
             f"app boot auth result: {_compact(denied('app not registered'))}",
         )
     ]
@@ -186,6 +187,7 @@ def test_file_decides_by_its_allowlist_and_says_so(policy: Path, tmp_path: Path)
         f"auth.file: {app} -> allowed=true (ok)",
         f"auth.file: bootAuth/kms mr={'ab' * 32} -> allowed=true (ok)",
         f"auth.file: {app} -> allowed=false (app not registered)",
+        f"auth.file: denied by rule app_registered: appId is {BOOT_INFO['appId']}; the file admits none",
     ]
 
 
@@ -235,7 +237,8 @@ def test_mock_takes_the_variables_of_the_original(
         for caller, expected in (("app", app), ("kms", kms)):
             answer = decision(said["url"], caller)
             assert (answer["isAllowed"], answer["reason"]) == expected
-    asked = _compact({name: BOOT_INFO[name] for name in ("appId", "instanceId")})
+    note = {} if "MOCK_POLICY" in environment else {"note": "always returning success"}
+    asked = _compact({name: BOOT_INFO[name] for name in ("appId", "instanceId")} | note)
     assert log_lines(log) == [f"auth.mock: mock {caller} boot auth request: {asked}" for caller in ("app", "KMS")]
 
 

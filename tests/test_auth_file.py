@@ -611,6 +611,7 @@ async def test_decisions_are_logged_as_upstream_does(webhook: Client, caplog: py
     assert [record.getMessage() for record in caplog.records if record.name == LOGGER] == [
         "bootAuth/app app=a0 compose=c0 -> allowed=true (ok)",
         "bootAuth/kms mr=00 -> allowed=false (kms mrAggregated not allowed)",
+        "denied by rule kms_mr_aggregated: mrAggregated is 0x00; the file admits abc123",
     ]
 
 

@@ -145,9 +145,11 @@ async def test_requests_are_logged_as_upstream_does(caplog: pytest.LogCaptureFix
     caplog.set_level(logging.INFO, "dstack_emu.auth.mock")
     await decide({}, "app")
     await decide({}, "kms", instanceId="a\nb")
+    await decide({"MOCK_POLICY": "deny-kms"}, "app")  # upstream notes success here, too
     assert [record.message for record in caplog.records if record.name == "dstack_emu.auth.mock"] == [
+        'mock app boot auth request: {"appId":"0xcc","instanceId":"0xee","note":"always returning success"}',
+        'mock KMS boot auth request: {"appId":"0xcc","instanceId":"a\\nb","note":"always returning success"}',
         'mock app boot auth request: {"appId":"0xcc","instanceId":"0xee"}',
-        'mock KMS boot auth request: {"appId":"0xcc","instanceId":"a\\nb"}',
     ]
 
 

@@ -734,7 +734,9 @@ async def test_config_path_keeps_its_spelling(config: Path, monkeypatch: pytest.
 # --- logs
 
 
-async def test_requests_and_results_are_logged_as_upstream_does(config: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_requests_and_results_are_logged_as_upstream_does_and_what_differed(
+    config: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "dstack_emu.auth.simple")
     await decide(config, "app")
     await decide(config, "kms", mrAggregated="0x00")
@@ -742,6 +744,7 @@ async def test_requests_and_results_are_logged_as_upstream_does(config: Path, ca
         'app boot auth request: {"appId":"0xa0","composeHash":"0xc0","instanceId":"0x10"}',
         'app boot auth result: {"isAllowed":true,"reason":"","gatewayAppId":"0x9a"}',
         f'KMS boot auth request: {{"osImageHash":"{OS_IMAGE}","mrAggregated":"0x00","instanceId":"0x10"}}',
+        "KMS boot denied by rule kms_mr_aggregated: mrAggregated is 0x00; the file admits 0xabc123",
         'KMS boot auth result: {"isAllowed":false,"reason":"aggregated MR not allowed","gatewayAppId":"0x9a"}',
     ]
 

@@ -1,4 +1,4 @@
-"""The set-up page of a fresh KMS: what is in it, and that its buttons do what they say.
+"""The pages of a KMS: what is in them, and that the buttons of the set-up page do what they say.
 
 Its script runs here in node, where there is one, over as much of a document as it uses; what it fetches is answered by
 a real KMS.
@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from dstack_emu.kms_emu.setup_page import content_security_policy, setup_page
+from dstack_emu.kms_emu.pages import content_security_policy, setup_page
 from tests.commands import serving
 from tests.kms_process import Kms, World, running, variables
 from tests.repository import ROOT
@@ -151,6 +152,8 @@ def test_page_measures_bootstraps_and_finishes(kms: Kms, browser: Browser) -> No
     assert values["site_name"] == SITE
     assert json.loads(shown["policy"])["kms"]["mrAggregated"] == [f"0x{info['mr_aggregated']}"]
     assert shown["error"] == ""
+    # Its domain is by default the name by which the browser reached it.
+    assert {browser.do("loaded")[form]["domain"] for form in ("bootstrap", "onboard")} == {"127.0.0.1"}
     # A button for each value puts just that value on the clipboard.
     for name in ("mr_aggregated", "device_id"):
         assert browser.do("copy", section="measured", name=name)["clipboard"] == values[name]
@@ -168,7 +171,22 @@ def test_page_measures_bootstraps_and_finishes(kms: Kms, browser: Browser) -> No
     finished = browser.do("finish")
     assert (finished["asked"], finished["finish"]["error"]) == (0, "")
     assert f"{kms.runtime_url}/prpc" in finished["finished"]
+    check_page_of_a_kms_with_keys(kms)
     assert kms.rpc("KMS.GetMeta")[1]["k256_pubkey"] == stored["k256_pubkey"]
+
+
+def check_page_of_a_kms_with_keys(kms: Kms) -> None:
+    """Check the page at `/`, which browsers get, and that other programs get upstream's 404."""
+    assert kms.curl("/", url=kms.runtime_url)[0] == 404
+    status, text = kms.curl("/", "-D", "-", "-H", "Accept: text/html,*/*;q=0.8", url=kms.runtime_url)
+    headers, _, body = text.replace("\r", "").partition("\n\n")
+    page = Page(body)
+    assert (status, page.text["h1"]) == (200, f"A dstack KMS at {SITE}")
+    assert "EMULATED" in page.text["strong"]
+    assert {"script", "b"}.isdisjoint(tag for tag, _ in page.elements)
+    assert "Content-Security-Policy: default-src 'none';" in headers
+    command = shlex.split(page.text["pre"].replace("kms-ca.pem", str(kms.certs / "root-ca.crt")))
+    assert "k256_pubkey" in json.loads(subprocess.run(command, capture_output=True, check=True, timeout=20).stdout)
 
 
 def test_page_onboards_and_shows_refusals_of_the_kms(kms: Kms, browser: Browser, world: World, tmp_path: Path) -> None:

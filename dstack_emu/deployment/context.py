@@ -92,7 +92,7 @@ class StackContext:
     async def serve_webhook(self, kms: str, release_name: str | None = None) -> Server:
         """Serve auth-simple over the policy of the KMS of that name, which is of that release."""
         path = str(self.policies.paths[kms])
-        app = simple_app(path, contract=self.contract_of(release_name), observer=decision_recorder(path))
+        app = simple_app(path, contract=self.contract_of(release_name), observer=decision_recorder())
         return await self.serve(f"auth-{kms}", app)
 
     def scrub(self, text: str) -> str:

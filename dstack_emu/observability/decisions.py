@@ -3,11 +3,10 @@
 import operator
 from typing import Any, Final
 
-from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo
-from dstack_emu.auth.errors import AuthError
-from dstack_emu.auth.policy import accepted_tcb_statuses
+from pydantic.alias_generators import to_camel
+
+from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, Refusal
 from dstack_emu.auth.server import DecisionObserver
-from dstack_emu.auth.simple import SimpleAuth
 from dstack_emu.observability.spans import CallSpan, current
 
 _REQUEST_FIELDS: Final = (
@@ -19,6 +18,7 @@ _REQUEST_FIELDS: Final = (
     "os_image_hash",
     "tcb_status",
 )
+_FIELD_OF: Final = {to_camel(name): name for name in ("advisory_ids", *_REQUEST_FIELDS)}
 _request_of: Final = operator.attrgetter("advisory_ids", *_REQUEST_FIELDS)
 _result_of: Final = operator.attrgetter("reason", "rule", "differs_from")
 
@@ -26,9 +26,8 @@ _CACHED: Final = 256
 """Entries of the cache below."""
 
 
-def decision_recorder(policy_path: str) -> DecisionObserver:
+def decision_recorder() -> DecisionObserver:
     """Make the observer of an auth-simple, which records each decision on the span of its call."""
-    auth = SimpleAuth(policy_path)
     cached: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def record(boot_info: ReceivedBootInfo, is_kms: bool, decision: PolicyDecision) -> None:
@@ -40,8 +39,8 @@ def decision_recorder(policy_path: str) -> DecisionObserver:
         document = cached.get(key) if decision.is_allowed else None
         if document is None:
             document = _document_of(boot_info, is_kms, decision)
-            if not decision.is_allowed and (mismatch := _mismatch(auth, boot_info, decision.rule)) is not None:
-                document["mismatch"] = mismatch
+            if decision.refusal is not None:
+                document["mismatch"] = _mismatch(decision.refusal)
             if len(cached) >= _CACHED:
                 cached.clear()
             cached[key] = document
@@ -67,24 +66,8 @@ def _fields_of(boot_info: ReceivedBootInfo) -> dict[str, Any]:
     return {name: getattr(boot_info, name) for name in _REQUEST_FIELDS} | {"advisory_ids": list(boot_info.advisory_ids)}
 
 
-def _mismatch(auth: SimpleAuth, boot_info: ReceivedBootInfo, rule: str) -> dict[str, Any] | None:
-    """Return the field that did not match, its value, and the values that the policy allows; None if no field did."""
-    try:
-        policy = auth.policy()
-    except AuthError:
-        return None
-    app = policy.apps.get(f"0x{boot_info.app_id.lower().removeprefix('0x')}")
-    table: dict[str, tuple[str, Any, Any]] = {
-        "tcb_status": ("tcb_status", boot_info.tcb_status, accepted_tcb_statuses(policy, auth.contract)),
-        "advisory_ids": ("advisory_ids", list(boot_info.advisory_ids), policy.allowed_advisory_ids),
-        "os_image": ("os_image_hash", boot_info.os_image_hash, policy.os_images),
-        "kms_mr_aggregated": ("mr_aggregated", boot_info.mr_aggregated, policy.kms.mr_aggregated),
-        "kms_device": ("device_id", boot_info.device_id, policy.kms.devices),
-        "app_registered": ("app_id", boot_info.app_id, policy.apps),
-        "app_compose_hash": ("compose_hash", boot_info.compose_hash, app.compose_hashes if app else ()),
-        "app_device": ("device_id", boot_info.device_id, app.devices if app else ()),
-    }
-    if rule not in table:
-        return None
-    field, got, allowed = table[rule]
-    return {"field": field, "got": got, "allowed": sorted(allowed)}
+def _mismatch(refusal: Refusal) -> dict[str, Any]:
+    """Return the field that the policy does not admit, its value, and the values that the policy admits."""
+    field = _FIELD_OF[refusal.member]
+    got = list(refusal.got) if field == "advisory_ids" else refusal.got[0]
+    return {"field": field, "got": got, "allowed": sorted(refusal.expected)}

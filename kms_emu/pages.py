@@ -1,0 +1,60 @@
+"""The pages of a KMS: how to set up a fresh one, and what one with keys is.
+
+The set-up page (`static/setup.html`) shows what the KMS measures, and has buttons for the calls that set it up. Its script
+is in the page: it loads nothing from elsewhere, calls the RPCs that curl would, and shows a refusal in the KMS's words. A
+token in the page's own address goes with each call. Without JavaScript it shows the curl commands. The page of a KMS with
+keys (`static/runtime.html`) has no script.
+"""
+
+import base64
+import hashlib
+import re
+from html import escape
+from importlib import resources
+from typing import Final
+
+_SITE: Final = "<!--site-->"
+_SOURCE: Final = "<!--source-->"
+_SOURCE_FIELD: Final = (
+    "<label>Admin token of the other KMS, if the URL is that of its admin listener "
+    '<input name="source_token" type="password" autocomplete="off"></label>'
+)
+
+
+def setup_page(site_name: str, *, takes_source_token: bool = False) -> str:
+    """Render the page, with a field for the source's token if this KMS takes one."""
+    page = _template("setup").replace(_SITE, _at(site_name))
+    return page.replace(_SOURCE, _SOURCE_FIELD if takes_source_token else "")
+
+
+RUNTIME_CONTENT_SECURITY_POLICY: Final = (
+    "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""The header that lets the page of a KMS with keys run no script and load nothing."""
+
+
+def content_security_policy() -> str:
+    """Return the header that lets the set-up page run its own script, call its own KMS, and do nothing else."""
+    (script,) = re.findall("<script>(.*)</script>", _template("setup"), re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def runtime_page(site_name: str, *, version: str, origin: str) -> str:
+    """Render the page of a KMS with keys; `origin` is the `https://host:port` by which the browser reached it."""
+    values = {_SITE: _at(site_name), "<!--version-->": escape(version), "<!--origin-->": escape(origin)}
+    page = _template("runtime")
+    for place, value in values.items():
+        page = page.replace(place, value)
+    return page
+
+
+def _at(site_name: str) -> str:
+    return f" at {escape(site_name)}" if site_name else ""
+
+
+def _template(name: str) -> str:
+    return resources.files(__package__).joinpath(f"static/{name}.html").read_text()
