@@ -1,9 +1,9 @@
 """The pages of a KMS: how to set up a fresh one, and what one with keys is.
 
-The set-up page (`static/setup.html`) shows what the KMS measures, and has buttons for the calls that set it up. Its script
-is in the page: it loads nothing from elsewhere, calls the RPCs that curl would, and shows a refusal in the KMS's words. A
-token in the page's own address goes with each call. Without JavaScript it shows the curl commands. The page of a KMS with
-keys (`static/runtime.html`) has no script.
+The set-up page (`static/setup.html`) shows what the KMS measures, and has buttons for the calls that set it up. Its
+script is in the page: it loads nothing from elsewhere, calls the RPCs that curl would, and shows a refusal in the KMS's
+words. A token in the page's own address goes with each call. Without JavaScript it shows the curl commands. The page of
+a KMS with keys (`static/runtime.html`) has no script.
 """
 
 import base64
