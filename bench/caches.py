@@ -31,8 +31,9 @@ from dstack_emu.auth.policy import Policy
 from dstack_emu.deployment.policy_files import DENY_ALL
 from dstack_emu.kms_emu.gate import AppGrant, SelfGrant
 from dstack_emu.kms_emu.keys import KmsKeys, app_secrets
-from dstack_emu.simulator.intel import Intel, Validity, VendorState
+from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.trust_domain import TrustDomain
+from dstack_emu.simulator.vendor_state import Validity, VendorState
 from dstack_emu.transport.pccs_client import read_certificate
 
 CALLS: Final = 100

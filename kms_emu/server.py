@@ -174,6 +174,17 @@ class KmsServer:
             self._service.forget_answers()
         self._metrics.requests, self._metrics.failures = state.requests, state.failures
 
+    @property
+    def has_judged_itself(self) -> bool:
+        """Whether it has verified its own evidence, which it does once."""
+        return self._service is not None and self._service.gate.own_boot_info is not None
+
+    async def restart(self) -> None:
+        """Begin again at the same address with the present files, as a new process; raise `KmsError` unless it runs."""
+        if self.phase not in ("onboard", "runtime"):
+            raise KmsError(f"{self.phase}: it does not run")
+        await self._restart(self._deps.folder.contents(), onboard=self.phase == "onboard")
+
     async def _restart(self, files: Mapping[str, bytes], *, onboard: bool) -> None:
         """End what is served, put other files in place, and begin again at the same address in that phase."""
         await self._cancel_leaving()

@@ -7,14 +7,13 @@ one. Sources: Intel PCK Certificate and CRL Profile 1.5 and Intel PCS API v4 for
 at 0.7.0 for what is verified.
 """
 
-import datetime
 import functools
 import hashlib
 import hmac
 import json
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar, get_args
+from typing import Any, Final, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -22,12 +21,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from dstack_emu.attest.cache import Memo
-from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.pck import OID_SGX_EXTENSION, PckExtension
 from dstack_emu.attest.pcs import Document
 from dstack_emu.simulator.platform import (
     CPU_SVN,
-    PART_STATUSES,
     PCE_ID,
     PCE_SVN,
     QE_ATTRIBUTES,
@@ -41,60 +38,20 @@ from dstack_emu.simulator.platform import (
     PlatformState,
     TcbStatus,
     raw_signature,
-    require_status,
 )
 from dstack_emu.simulator.seed import Seed
+from dstack_emu.simulator.vendor_state import (
+    VALID_FROM,
+    VALID_UNTIL,
+    Dating,
+    Validity,
+    VendorState,
+    iso,
+    moments,
+    recovery_date,
+)
 
 EMULATED: Final = "dstack-emu EMULATED (protects nothing)"
-VALID_FROM: Final = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
-VALID_UNTIL: Final = datetime.datetime(2099, 12, 31, tzinfo=datetime.UTC)
-TCB_EVALUATION: Final = 17
-
-Dating = Literal["current", "expired", "not-yet-valid"]
-"""Whether a collateral document is valid, has expired, or is not valid yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class Validity:
-    """The dates of a collateral document, issueDate and nextUpdate, in Unix seconds."""
-
-    issued: int
-    next_update: int
-
-    def __post_init__(self) -> None:
-        earliest, latest = (int(moment.timestamp()) for moment in (VALID_FROM, VALID_UNTIL))
-        if not earliest <= self.issued < self.next_update <= latest:
-            raise FormatError(
-                f"collateral dates: issued before next_update, both from {earliest} to {latest}, expected, "
-                f"got {self.issued} and {self.next_update}"
-            )
-
-
-DATES: Final[dict[Dating, tuple[datetime.datetime, datetime.datetime]]] = {
-    "current": (VALID_FROM, VALID_UNTIL),
-    "expired": (VALID_FROM, datetime.datetime(2024, 2, 1, tzinfo=datetime.UTC)),
-    "not-yet-valid": (datetime.datetime(2099, 1, 1, tzinfo=datetime.UTC), VALID_UNTIL),
-}
-"""issueDate and nextUpdate of each dating."""
-
-
-@dataclass(frozen=True, slots=True)
-class VendorState:
-    """What the vendor publishes for all platforms: on quoting enclave and PCK CA, and the dates of its documents."""
-
-    qe_status: PartStatus = "UpToDate"
-    qe_advisory_ids: tuple[str, ...] = ()
-    pck_ca_revoked: bool = False
-    tcb_info_dating: Dating | Validity = "current"
-    qe_identity_dating: Dating | Validity = "current"
-    pck_crl_dating: Dating | Validity = "current"
-    root_ca_crl_dating: Dating | Validity = "current"
-
-    def __post_init__(self) -> None:
-        require_status(self.qe_status, PART_STATUSES, "the quoting enclave")
-        datings = (self.tcb_info_dating, self.qe_identity_dating, self.pck_crl_dating, self.root_ca_crl_dating)
-        if wrong := [d for d in datings if not isinstance(d, Validity) and d not in get_args(Dating)]:
-            raise FormatError(f"collateral dating: one of {', '.join(get_args(Dating))} expected, got {wrong[0]!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +84,7 @@ class Intel:
         # A document is made once for each state of what it is about, of which there are few.
         self._tcb_info = _made_once(self._make_tcb_info)
         self._qe_identity = _made_once(self._make_qe_identity)
+        self._evaluation_numbers = _made_once(self._make_evaluation_numbers)
         self._pck_crl = _made_once(self._make_pck_crl)
         self._root_ca_crl = _made_once(self._make_root_ca_crl)
 
@@ -187,15 +145,25 @@ class Intel:
 
     # ---- collateral of the present state
 
-    def tcb_info(self, fmspc: bytes) -> Document:
-        """Return the signed TCB info of a platform."""
-        return self._tcb_info((fmspc, self.state_of(fmspc), self.state.tcb_info_dating))
+    def tcb_info(self, fmspc: bytes, evaluation: int | None = None) -> Document:
+        """Return the signed TCB info of a platform, of the standard set or the one of that number."""
+        evaluation = evaluation or self.state.evaluations.standard
+        return self._tcb_info((fmspc, self.state_of(fmspc), self.state.tcb_info_dating, evaluation))
 
     @property
     def qe_identity(self) -> Document:
-        """Return the signed identity of the quoting enclave."""
+        """Return the signed identity of the quoting enclave, of the standard set."""
+        return self.qe_identity_in(self.state.evaluations.standard)
+
+    def qe_identity_in(self, evaluation: int) -> Document:
+        """Return the signed identity of the quoting enclave in the set of that number."""
         state = self.state
-        return self._qe_identity((state.qe_status, state.qe_advisory_ids, state.qe_identity_dating))
+        return self._qe_identity((*state.qe_status_in(evaluation), state.qe_identity_dating, evaluation))
+
+    @property
+    def evaluation_numbers(self) -> Document:
+        """Return the signed list of the TCB evaluation data numbers that are published."""
+        return self._evaluation_numbers((self.state.evaluations.available, self.state.tcb_info_dating))
 
     @property
     def pck_crl(self) -> Document:
@@ -208,8 +176,9 @@ class Intel:
         """Return the root's CRL (DER); it contains the PCK CA if the state has `pck_ca_revoked`."""
         return self._root_ca_crl((self.state.pck_ca_revoked, self.state.root_ca_crl_dating)).body
 
-    def _make_tcb_info(self, about: tuple[bytes, PlatformState, Dating | Validity]) -> Document:
-        fmspc, state, dating = about
+    def _make_tcb_info(self, about: tuple[bytes, PlatformState, Dating | Validity, int]) -> Document:
+        fmspc, state, dating, evaluation = about
+        status, advisory_ids = state.status_in(evaluation)
         module = _level({"isvsvn": TDX_MODULE_SVN}, state.module_status, state.module_advisory_ids)
         tcb = {
             "sgxtcbcomponents": [{"svn": svn} for svn in CPU_SVN],
@@ -223,20 +192,20 @@ class Intel:
             "fmspc": fmspc.hex().upper(),
             "pceId": PCE_ID.hex(),
             "tcbType": 0,
-            "tcbEvaluationDataNumber": TCB_EVALUATION,
+            "tcbEvaluationDataNumber": evaluation,
             "tdxModule": _module(),
             "tdxModuleIdentities": [{"id": f"TDX_{TDX_MODULE_VERSION:02X}", **_module(), "tcbLevels": [module]}],
-            "tcbLevels": [_level(tcb, state.tcb_status, state.advisory_ids)],
+            "tcbLevels": [_level(tcb, status, advisory_ids)],
         }
         return self._signed("tcbInfo", body)
 
-    def _make_qe_identity(self, about: tuple[PartStatus, tuple[str, ...], Dating | Validity]) -> Document:
-        status, advisory_ids, dating = about
+    def _make_qe_identity(self, about: tuple[PartStatus, tuple[str, ...], Dating | Validity, int]) -> Document:
+        status, advisory_ids, dating, evaluation = about
         body = {
             "id": "TD_QE",
             "version": 2,
             **_dates(dating),
-            "tcbEvaluationDataNumber": TCB_EVALUATION,
+            "tcbEvaluationDataNumber": evaluation,
             "miscselect": "00000000",
             "miscselectMask": "FFFFFFFF",
             "attributes": QE_ATTRIBUTES.hex().upper(),
@@ -246,6 +215,15 @@ class Intel:
             "tcbLevels": [_level({"isvsvn": QE_ISV_SVN}, status, advisory_ids)],
         }
         return self._signed("enclaveIdentity", body)
+
+    def _make_evaluation_numbers(self, about: tuple[tuple[int, ...], Dating | Validity]) -> Document:
+        numbers, dating = about
+        listed = [
+            {"tcbEvaluationDataNumber": number, "tcbRecoveryEventDate": date, "tcbDate": date}
+            for number, date in ((number, iso(recovery_date(number))) for number in numbers)
+        ]
+        body = {"id": "TDX", "version": 1, **_dates(dating), "tcbEvalNumbers": listed}
+        return self._signed("tcbEvaluationDataNumbers", body)
 
     def _make_pck_crl(self, about: tuple[tuple[int, ...], Dating | Validity]) -> Document:
         revoked, dating = about
@@ -331,7 +309,7 @@ def _made_once(make: Callable[[K], Document]) -> Memo[K, Document]:
 def _crl(
     issuer: x509.Certificate, key: ec.EllipticCurvePrivateKey, revoked: tuple[int, ...], dating: Dating | Validity
 ) -> bytes:
-    issued, next_update = _moments(dating)
+    issued, next_update = moments(dating)
     builder = (
         x509.CertificateRevocationListBuilder()
         .issuer_name(issuer.subject)
@@ -359,26 +337,13 @@ def _module() -> dict[str, str]:
     return {"mrsigner": bytes(48).hex(), "attributes": bytes(8).hex(), "attributesMask": "F" * 16}
 
 
-def _moments(dating: Dating | Validity) -> tuple[datetime.datetime, datetime.datetime]:
-    if isinstance(dating, Validity):
-        issued, next_update = (
-            datetime.datetime.fromtimestamp(seconds, datetime.UTC) for seconds in (dating.issued, dating.next_update)
-        )
-        return issued, next_update
-    return DATES[dating]
-
-
 def _dates(dating: Dating | Validity) -> dict[str, str]:
-    issued, next_update = _moments(dating)
-    return {"issueDate": _iso(issued), "nextUpdate": _iso(next_update)}
+    issued, next_update = moments(dating)
+    return {"issueDate": iso(issued), "nextUpdate": iso(next_update)}
 
 
 def _level(tcb: dict[str, Any], status: TcbStatus, advisory_ids: tuple[str, ...] = ()) -> dict[str, Any]:
-    level: dict[str, Any] = {"tcb": tcb, "tcbDate": _iso(VALID_FROM), "tcbStatus": status}
+    level: dict[str, Any] = {"tcb": tcb, "tcbDate": iso(VALID_FROM), "tcbStatus": status}
     if advisory_ids:
         level["advisoryIDs"] = list(advisory_ids)
     return level
-
-
-def _iso(moment: datetime.datetime) -> str:
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -3,12 +3,14 @@
 It answers from the platforms' present state, with an ETag over the content, so that a verifier can revalidate documents
 at little cost. `REVALIDATION_PATH`, an addition of this emulator, revalidates all four documents of a platform for a
 client that was told to use it; a middleware that changes a document must handle that path, too. The `/sgx/` paths of
-older clients and both names of the TCB chain header are supported. Source: Intel PCS API v4.
+older clients and both names of the TCB chain header are supported. TCB info and QE identity come from the set of the
+TCB evaluation data number that `update` or `tcbEvaluationDataNumber` selects, the standard one without either. Source:
+Intel PCS API v4.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 from urllib.parse import parse_qsl, quote
 
@@ -16,6 +18,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from dstack_emu.attest.pcs import (
+    EVALUATION_NUMBERS_ISSUER_HEADER,
+    EVALUATION_NUMBERS_PATH,
     PCK_CRL_ISSUER_HEADER,
     PCK_CRL_PATH,
     QE_IDENTITY_ISSUER_HEADER,
@@ -28,6 +32,7 @@ from dstack_emu.attest.pcs import (
     combined_etag,
 )
 from dstack_emu.simulator.intel import Intel
+from dstack_emu.simulator.vendor_state import Evaluations
 from dstack_emu.transport.http import Application, Handler, HeaderPairs, Request, Response
 
 SGX_TCB_INFO_PATH = TCB_INFO_PATH.replace("/tdx/", "/sgx/")
@@ -68,7 +73,10 @@ def pccs_app(intel: Intel) -> Application:
         return handle
 
     def tcb_info(request: Request, number: bytes) -> Response:
-        return _answer(request, intel.tcb_info(number), _JSON, *TCB_INFO_ISSUER_HEADERS)
+        evaluation = _evaluation(_query(request), intel.state.evaluations)
+        if isinstance(evaluation, Response):
+            return evaluation
+        return _answer(request, intel.tcb_info(number, evaluation), _JSON, *TCB_INFO_ISSUER_HEADERS)
 
     def revalidation(request: Request, number: bytes) -> Response:
         documents = (intel.pck_crl, intel.tcb_info(number), intel.qe_identity, root_ca_crl_document())
@@ -80,7 +88,13 @@ def pccs_app(intel: Intel) -> Application:
         return Document(intel.root_ca_crl.hex().encode())
 
     async def qe_identity(request: Request) -> Response:
-        return _answer(request, intel.qe_identity, _JSON, QE_IDENTITY_ISSUER_HEADER)
+        evaluation = _evaluation(_query(request), intel.state.evaluations)
+        if isinstance(evaluation, Response):
+            return evaluation
+        return _answer(request, intel.qe_identity_in(evaluation), _JSON, QE_IDENTITY_ISSUER_HEADER)
+
+    async def evaluation_numbers(request: Request) -> Response:
+        return _answer(request, intel.evaluation_numbers, _JSON, EVALUATION_NUMBERS_ISSUER_HEADER)
 
     async def root_ca_crl(request: Request) -> Response:
         return _answer(request, root_ca_crl_document(), _TEXT)
@@ -101,6 +115,7 @@ def pccs_app(intel: Intel) -> Application:
         (SGX_TCB_INFO_PATH, for_platform(tcb_info)),
         (QE_IDENTITY_PATH, qe_identity),
         (SGX_QE_IDENTITY_PATH, qe_identity),
+        (EVALUATION_NUMBERS_PATH, evaluation_numbers),
         (ROOT_CA_CRL_PATH, root_ca_crl),
         (REVALIDATION_PATH, for_platform(revalidation)),
         ("/root-ca.pem", root_ca_pem),
@@ -114,6 +129,25 @@ def pccs_app(intel: Intel) -> Application:
 def _query(request: Request) -> dict[str, str]:
     """Return the query's parameters; the first value counts if one is repeated."""
     return dict(reversed(parse_qsl(request.query, keep_blank_values=True)))
+
+
+def _evaluation(query: Mapping[str, str], published: Evaluations) -> int | Response:
+    """Return the number of the set that a request selects, or the refusal: 400, 404, or 410 for a withdrawn set."""
+    update, number = query.get("update"), query.get("tcbEvaluationDataNumber")
+    if update is not None and number is not None:
+        return _refuse(400, "update and tcbEvaluationDataNumber exclude each other: one of them expected")
+    if number is None:
+        if update not in (None, "early", "standard"):
+            return _refuse(400, f"update: `early` or `standard` expected, got {update!r:.60}")
+        return published.early if update == "early" else published.standard
+    if not (number.isascii() and number.isdecimal() and len(number) <= 9):
+        return _refuse(400, f"tcbEvaluationDataNumber: a number expected, got {number!r:.60}")
+    if int(number) in published.available:
+        return int(number)
+    known = ", ".join(map(str, published.available))
+    if int(number) < min(published.available):
+        return _refuse(410, f"the TCB evaluation data number {number} is no longer available; available: {known}")
+    return _refuse(404, f"there is no TCB evaluation data number {number}; available: {known}")
 
 
 def _answer(request: Request, document: Document, content_type: str, *chain_headers: str) -> Response:

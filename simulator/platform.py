@@ -43,6 +43,9 @@ QE_SVN, QE_PRODUCT, QE_ISV_SVN = 0, 2, 4
 QE_ATTRIBUTES: Final = bytes.fromhex("1500000000000000e700000000000000")
 QE_AUTH_DATA: Final = bytes(range(32))
 
+FIRST_EVALUATION: Final = 17
+"""The TCB evaluation data number of the documents before a TCB recovery."""
+
 
 def require_status(status: str, known: Sequence[str], of: str) -> None:
     """Raise `FormatError`, which lists the known statuses, if `status` is not one of them."""
@@ -55,7 +58,8 @@ class PlatformState:
     """One platform's TCB status and its TDX module's, each with advisories, and two ways in which it is not trusted.
 
     With `pck_revoked` its certificate is on the PCK CA's CRL; with `other_root` its quotes lead to a root that no
-    verifier trusts.
+    verifier trusts. `recovery_status` and its advisories are those of the platform in the set of a TCB recovery; None:
+    the same as before it.
     """
 
     tcb_status: TcbStatus = "UpToDate"
@@ -64,10 +68,20 @@ class PlatformState:
     module_advisory_ids: tuple[str, ...] = ()
     pck_revoked: bool = False
     other_root: bool = False
+    recovery_status: TcbStatus | None = None
+    recovery_advisory_ids: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_status(self.tcb_status, TCB_STATUSES, "the platform")
+        if self.recovery_status is not None:
+            require_status(self.recovery_status, TCB_STATUSES, "the platform in the TCB recovery")
         require_status(self.module_status, PART_STATUSES, "the TDX module")
+
+    def status_in(self, evaluation: int) -> tuple[TcbStatus, tuple[str, ...]]:
+        """Return the platform's status and advisories in the set of that TCB evaluation data number."""
+        if evaluation <= FIRST_EVALUATION or self.recovery_status is None:
+            return self.tcb_status, self.advisory_ids
+        return self.recovery_status, self.recovery_advisory_ids
 
 
 class PlatformVendor(Protocol):

@@ -20,9 +20,10 @@ from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.eventlog import RuntimeEvent, TdxEvent, log_to_json
 from dstack_emu.attest.quote import TdReport
 from dstack_emu.simulator.image import OsImage
-from dstack_emu.simulator.intel import Intel, VendorState
+from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.platform import TCB_STATUSES, TEE_TCB_SVN, PlatformState
 from dstack_emu.simulator.trust_domain import TD_ATTRIBUTES, TD_ATTRIBUTES_DEBUG, XFAM
+from dstack_emu.simulator.vendor_state import VendorState
 from tests import foreign
 from tests.decision_model import (
     BootInfo,

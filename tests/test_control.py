@@ -74,6 +74,38 @@ async def test_machine_that_is_changed_is_refused_at_once_and_admitted_when_chan
     await control.boot_guest("app")
 
 
+async def test_kms_judges_its_downgraded_platform_only_when_it_is_started_anew(stack: Stack, control: Control) -> None:
+    assert (await asyncio.to_thread(_ask_kms, stack, "GetTempCaCert")).status == 200
+    answer = control.set_platform("host of kms-src", tcb_status="OutOfDate")
+    assert "`ctl kms restart src` makes it verify the present state" in answer["note"]
+    assert "note" not in control.set_platform("host of app", tcb_status="UpToDate")
+    assert (await asyncio.to_thread(_ask_kms, stack, "GetTempCaCert")).status == 200
+    files, url = _files(control.kms("src")["certs"]), control.kms("src")["url"]
+    restarted = await control.restart_kms("src")
+    assert (restarted["phase"], restarted["url"]) == ("runtime", url)
+    assert _files(restarted["certs"])["root-ca.key"] == files["root-ca.key"]
+    refused = await asyncio.to_thread(_ask_kms, stack, "GetTempCaCert")
+    assert (refused.status, "TCB status is not allowed" in refused.error) == (400, True)
+    assert "note" in control.set_platform("host of kms-src", tcb_status="UpToDate")  # it was judged OutOfDate
+    await control.restart_kms("src")
+    assert "note" not in control.set_platform("host of kms-src", tcb_status="UpToDate")  # it has judged nothing yet
+    assert (await asyncio.to_thread(_ask_kms, stack, "GetTempCaCert")).status == 200
+    await control.boot_guest("app")
+
+
+async def test_times_are_shown_as_times(control: Control) -> None:
+    control.set_clock(freeze="2026-06-01T12:00:00Z")
+    assert (control.clock()["now"], control.clock()["time"]) == (1_780_315_200, "2026-06-01T12:00:00Z")
+    control.set_vendor(tcb_info_dating={"issued": "2026-05-20", "next_update": "2026-06-19T00:00:00Z"})
+    dates = {"issued": "2026-05-20T00:00:00Z", "next_update": "2026-06-19T00:00:00Z"}
+    assert control.vendor()["tcb_info_dating"] == dates
+    assert control.set_vendor(tcb_info_dating=dates)["tcb_info_dating"] == dates
+    with pytest.raises(
+        ControlError, match="both from 2024-01-01T00:00:00Z to 2099-12-31T00:00:00Z, expected, got 1970"
+    ):
+        control.set_vendor(collateral={"issued": 5, "next_update": "2026-06-19"})
+
+
 @pytest.mark.parametrize("status", [{"qe_status": "OutOfDate"}, {"pck_ca_revoked": True}, {"collateral": "expired"}])
 async def test_vendor_that_is_changed_speaks_for_all_machines(control: Control, status: dict[str, Any]) -> None:
     control.set_vendor(**status)

@@ -26,11 +26,12 @@ from dstack_emu.attest.errors import FormatError, VerificationError
 from dstack_emu.attest.quote import Quote
 from dstack_emu.attest.verify import TrustAnchor, verify_quote
 from dstack_emu.simulator.image import OsImage
-from dstack_emu.simulator.intel import Intel, VendorState
+from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.pccs import pccs_app
 from dstack_emu.simulator.platform import TCB_STATUSES, Platform, PlatformState, TcbStatus
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.trust_domain import AppCompose, DomainSettings, TrustDomain
+from dstack_emu.simulator.vendor_state import VendorState
 from dstack_emu.transport.listen import bind_tcp, serve
 from tests import foreign
 from tests.hardware import INTEL_COLLATERAL, INTEL_QUOTE

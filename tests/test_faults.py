@@ -183,7 +183,9 @@ async def test_chances_are_the_same_after_going_back(control: Control) -> None:
         ({"kind": "explode"}, "kind: Input should be 'delay', 'status'"),
         ({"kind": "hang", "script": ["allow"]}, "either a kind"),
         ({"kind": "hang", "status": 500}, "status: has no meaning for the kind hang"),
-        ({"kind": "status", "status": 200}, "status: Input should be greater than or equal to 400"),
+        ({"kind": "status", "status": 199}, "status: Input should be greater than or equal to 200"),
+        ({"kind": "status", "status": 200}, "body: the answer of the status 200 expected, as JSON or as text"),
+        ({"kind": "status", "status": 204, "body": ""}, "status: one whose answer has a body expected, got 204"),
         ({"kind": "delay", "seconds": -1}, "seconds: Input should be greater than or equal to 0"),
         ({"kind": "delay", "seconds": float("nan")}, "seconds: Input should be"),
         ({"script": ["maybe"]}, "script: allow, deny, pass, hang"),
@@ -196,6 +198,22 @@ async def test_fault_that_makes_no_sense_is_refused(control: Control, fault: dic
         control.add_fault(**fault)
     assert problem in str(refused.value)
     assert control.faults() == []
+
+
+@pytest.mark.parametrize("body", [{"isAllowed": True}, '{"isAllowed": true}'], ids=["object", "text"])
+async def test_wrong_value_in_a_well_formed_answer_reaches_the_decoder_of_the_client(
+    stack: Stack, control: Control, body: Any
+) -> None:
+    rule = control.add_fault(service="auth-src", call="/bootAuth/app", kind="status", status=200, body=body)
+    url = f"{stack.services['auth-src']}/bootAuth/app"
+    async with aiohttp.ClientSession() as session, session.post(url, json={}) as response:
+        assert (response.status, response.content_type) == (200, "application/json")
+        assert await response.json() == {"isAllowed": True}
+    with pytest.raises(ControlError, match="failed to decode response from .*: missing field `reason`"):
+        await _boots(control)
+    assert rule.met == 2
+    control.lift_fault(rule.id)
+    await _boots(control)
 
 
 async def test_dropped_answer_promises_more_than_comes(stack: Stack, control: Control) -> None:

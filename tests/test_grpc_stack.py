@@ -217,6 +217,16 @@ async def test_every_kind_of_fault_is_tried_by_grpc() -> None:
     assert {fault.get("kind") for fault, *_ in tried.args[1]} | {"wrong-type"} == {*KINDS, None}
 
 
+async def test_wrong_value_of_a_fault_is_a_message_of_the_rpc(stack: Stack, control: Control) -> None:
+    rule = control.add_fault(service="app", call="Info", kind="status", status=200, body={"app_name": "another"})
+    assert (await asked(stack, "app-grpc", INFO)).value["app_name"] == "another"
+    control.lift_fault(rule.id)
+    assert (await asked(stack, "app-grpc", INFO)).value["app_name"] == "app"
+    control.add_fault(service="app", call="Info", kind="status", status=200, body={"app_name": 5})
+    outcome = await asked(stack, "app-grpc", INFO)
+    assert (outcome.code, outcome.text.startswith("body of the fault: ")) == ("INTERNAL", True)
+
+
 async def test_answer_of_wrong_types_is_a_message_without_its_fields(stack: Stack, control: Control) -> None:
     control.add_fault(service="app", call="Info", kind="wrong-type")
     told = (await asked(stack, "app-grpc", INFO)).value

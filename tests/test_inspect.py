@@ -32,9 +32,10 @@ from dstack_emu.cli.commands.inspect import WIDTH, render
 from dstack_emu.cli.main import main
 from dstack_emu.inspection.fields import as_json
 from dstack_emu.inspection.identify import MAX_SIZE, Finding, inspect_input
-from dstack_emu.simulator.intel import Intel, VendorState
+from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.platform import PlatformState
 from dstack_emu.simulator.seed import Seed
+from dstack_emu.simulator.vendor_state import VendorState
 from tests.commands import run_command, usage_error
 from tests.hardware import (
     BOOTS,

@@ -18,10 +18,11 @@ from dstack_emu.attest.eventlog import RuntimeEvent, TdxEvent
 from dstack_emu.attest.pcs import PCK_CRL_PATH, QE_IDENTITY_PATH, REVALIDATION_PATH, ROOT_CA_CRL_PATH, TCB_INFO_PATH
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.simulator.image import OsImage
-from dstack_emu.simulator.intel import Intel, VendorState
+from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.pccs import pccs_app
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
+from dstack_emu.simulator.vendor_state import VendorState
 from dstack_emu.transport.http import Handler, Request, Response
 from dstack_emu.transport.listen import bind_tcp, serve
 from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient

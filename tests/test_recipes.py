@@ -14,7 +14,7 @@ HEADINGS = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
 
 @pytest.mark.timeout(120)
 def test_recipes_run_unchanged(tmp_path: Path) -> None:
-    assert len(HEADINGS) == 10
+    assert len(HEADINGS) == 12
     files = {}
     for number, heading in enumerate(HEADINGS):
         (code,) = (block.text for block in blocks(section(PAGE, f"## {heading}")))

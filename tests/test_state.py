@@ -16,10 +16,11 @@ from dstack_emu.observability.fault_rules import FaultRule, FaultRules, FaultRul
 from dstack_emu.observability.journal import Journal
 from dstack_emu.simulator.agent import GuestAgent, ProvidedKeys
 from dstack_emu.simulator.image import OsImage
-from dstack_emu.simulator.intel import Intel, IntelState, VendorState
+from dstack_emu.simulator.intel import Intel, IntelState
 from dstack_emu.simulator.platform import PlatformState
 from dstack_emu.simulator.seed import Seed, Stream
 from dstack_emu.simulator.trust_domain import AppCompose, TrustDomain, TrustDomainState
+from dstack_emu.simulator.vendor_state import VendorState
 from tests.own_stack import own_stack
 
 SEED = Seed.of("state")

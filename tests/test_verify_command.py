@@ -26,9 +26,10 @@ from dstack_emu.attest.verify import TrustAnchor, VerifiedQuote, require_bound_t
 from dstack_emu.cli.commands.inspect import WIDTH
 from dstack_emu.inspection.checks import Check, Evidence, Expectations, all_hold, verify_evidence
 from dstack_emu.inspection.identify import inspect_input
-from dstack_emu.simulator.intel import DATES, Dating, Intel, VendorState
+from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.platform import PART_STATUSES, TCB_STATUSES, PlatformState
 from dstack_emu.simulator.seed import Seed
+from dstack_emu.simulator.vendor_state import DATES, Dating, VendorState
 from tests.commands import run_command, serving, usage_error
 from tests.hardware import BOOTS, INTEL_COLLATERAL, INTEL_QUOTE, LITE, LITE_GET_QUOTE, VERSIONED, boot
 from tests.recorded import external_path, golden

@@ -13,10 +13,12 @@ PCK_CRL_PATH: Final = "/sgx/certification/v4/pckcrl"
 TCB_INFO_PATH: Final = "/tdx/certification/v4/tcb"
 QE_IDENTITY_PATH: Final = "/tdx/certification/v4/qe/identity"
 ROOT_CA_CRL_PATH: Final = "/sgx/certification/v4/rootcacrl"
+EVALUATION_NUMBERS_PATH: Final = "/tdx/certification/v4/tcbevaluationdatanumbers"
 
 PCK_CRL_ISSUER_HEADER: Final = "SGX-PCK-CRL-Issuer-Chain"
 TCB_INFO_ISSUER_HEADERS: Final = ("TCB-Info-Issuer-Chain", "SGX-TCB-Info-Issuer-Chain")
 QE_IDENTITY_ISSUER_HEADER: Final = "SGX-Enclave-Identity-Issuer-Chain"
+EVALUATION_NUMBERS_ISSUER_HEADER: Final = "TCB-Evaluation-Data-Numbers-Issuer-Chain"
 
 
 @dataclass(frozen=True, slots=True)

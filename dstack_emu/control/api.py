@@ -4,32 +4,26 @@ Each call has taken effect when it returns. A call that is refused changes nothi
 """
 
 import asyncio
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.hexadecimal import decode_hex
-from dstack_emu.control.policies import PolicyControl
-from dstack_emu.control.schemas import ClockChange, ControlError, Dates, PlatformChange, VendorChange
+from dstack_emu.control.schemas import ControlError, checked
 from dstack_emu.control.snapshots import StackState, apply_state, capture_state
-from dstack_emu.deployment.clock import ClockError, StackClock
+from dstack_emu.control.vendor import VendorControl
 from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.health import check_grpc, check_services
-from dstack_emu.deployment.instrumentation import Instrumentation
 from dstack_emu.deployment.kms import PERMANENT, RunningKms
 from dstack_emu.deployment.specs import EventSpec, GuestSpec, KmsSpec
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.observability.fault_rules import FaultRule, InstalledRule
 from dstack_emu.observability.journal import Journal
 from dstack_emu.simulator.errors import GuestError
-from dstack_emu.simulator.intel import VendorState
-from dstack_emu.simulator.platform import Platform, PlatformState
 from dstack_emu.transport.urls import shown_url
-from dstack_emu.transport.validation import describe
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -37,7 +31,7 @@ READY = "ready"
 """The name of the snapshot that is taken when a stack is ready; `reset` restores it."""
 
 
-class Control(PolicyControl):
+class Control(VendorControl):
     """The calls that read and change a running deployment. They raise `ControlError` if they are refused."""
 
     def __init__(self, deployment: Deployment) -> None:
@@ -67,89 +61,6 @@ class Control(PolicyControl):
     def journal(self) -> Journal:
         """The journal, which records every call."""
         return self._instrumentation.journal
-
-    @property
-    def _instrumentation(self) -> Instrumentation:
-        return self._deployment.context.instrumentation
-
-    # ---- platforms and their vendor
-
-    def platforms(self) -> dict[str, dict[str, Any]]:
-        """Return every platform, by name."""
-        return {name: _platform(platform) for name, platform in self._deployment.intel.platforms.items()}
-
-    def platform(self, name: str) -> dict[str, Any]:
-        """Return one platform."""
-        return _platform(self._known_platform(name))
-
-    def add_platform(self, name: str) -> dict[str, Any]:
-        """Return the platform of that name; add it if there is none."""
-        if not 1 <= len(name) <= 200 or not name.isprintable():
-            raise ControlError(f"platform: a name of 1 to 200 characters expected, got {name!r:.60}")
-        return _platform(self._deployment.intel.platform(name))
-
-    def set_platform(self, name: str, **changes: Any) -> dict[str, Any]:
-        """Change the state of one platform; its next quotes and collateral have the new state."""
-        platform = self._known_platform(name)
-        given = _checked(PlatformChange, changes)
-        platform.state = dataclasses.replace(platform.state, **given.model_dump(exclude_none=True))
-        return _platform(platform)
-
-    def vendor(self) -> dict[str, Any]:
-        """Return the vendor's state, which applies to all platforms."""
-        return dataclasses.asdict(self._deployment.intel.state)
-
-    def set_vendor(self, **changes: Any) -> dict[str, Any]:
-        """Change the vendor's state for all platforms; its next documents have the new state."""
-        given = _checked(VendorChange, changes)
-        fields = {name: getattr(given, name) for name in given.model_fields_set if getattr(given, name) is not None}
-        for_all = fields.pop("collateral", None)
-        until = fields.pop("collateral_until", None)
-        if until is not None:
-            for_all = Dates(next_update=until)
-        if for_all is not None:
-            fields = {f.name: for_all for f in dataclasses.fields(VendorState) if f.name.endswith("_dating")} | fields
-        try:
-            fields = {n: value.validity() if isinstance(value, Dates) else value for n, value in fields.items()}
-            self._deployment.intel.state = dataclasses.replace(self._deployment.intel.state, **fields)
-        except FormatError as error:
-            raise ControlError(str(error)) from error
-        return self.vendor()
-
-    def _known_platform(self, name: str) -> Platform:
-        platform = self._deployment.intel.platforms.get(name)
-        if platform is None:
-            raise ControlError(f"there is no platform {name!r:.60}: {', '.join(self._deployment.intel.platforms)}", 404)
-        return platform
-
-    # ---- time
-
-    @property
-    def time(self) -> StackClock:
-        """The stack's clock."""
-        return self._instrumentation.clock
-
-    def clock(self) -> dict[str, Any]:
-        """Return the clock's time, and whether it is frozen or was ever changed."""
-        return {"now": self.time(), "frozen": self.time.is_frozen, "touched": self.time.is_touched}
-
-    def set_clock(self, **change: Any) -> dict[str, Any]:
-        """Change the clock in one way: `set`, `advance`, `freeze`, `resume` or `follow_the_wall`."""
-        given, clock = _checked(ClockChange, change), self.time
-        try:
-            if given.set is not None:
-                clock.set(given.set)
-            elif given.advance is not None:
-                clock.advance(given.advance)
-            elif given.freeze is not None:
-                clock.freeze(None if given.freeze is True else given.freeze)
-            elif given.resume:
-                clock.resume()
-            else:
-                clock.follow_the_wall()
-        except ClockError as error:
-            raise ControlError(str(error)) from error
-        return self.clock()
 
     # ---- snapshots
 
@@ -228,7 +139,7 @@ class Control(PolicyControl):
 
     async def add_guest(self, name: str, **spec: Any) -> dict[str, Any]:
         """Add a trust domain (fields of `GuestSpec`); it is powered on, has no keys yet, and its agent runs."""
-        given = _checked(GuestSpec, {"name": name, **spec})
+        given = checked(GuestSpec, {"name": name, **spec})
         if name.startswith("kms-"):
             raise ControlError("a trust domain named kms-… belongs to a KMS: add the KMS, which creates it")
         if name in self._deployment.services or name in self._deployment.guests:
@@ -263,7 +174,7 @@ class Control(PolicyControl):
 
     def emit_event(self, name: str, event: str, payload: str = "", *, measured: bool = True) -> dict[str, Any]:
         """Extend a trust domain's RTMR3 with an event; with `measured` false, add it to the log only."""
-        given, domain = _checked(EventSpec, {"event": event, "payload": payload}), self._known_guest(name).domain
+        given, domain = checked(EventSpec, {"event": event, "payload": payload}), self._known_guest(name).domain
         (domain.measure if measured else domain.claim)(given.event, decode_hex(given.payload))
         return self.guest(name)
 
@@ -278,7 +189,7 @@ class Control(PolicyControl):
 
     async def add_kms(self, name: str, **spec: Any) -> dict[str, Any]:
         """Add a KMS without keys (fields of `KmsSpec`); `onboard_kms` gives it keys."""
-        given, deployment = _checked(KmsSpec, {"name": name, **spec}), self._deployment
+        given, deployment = checked(KmsSpec, {"name": name, **spec}), self._deployment
         if name in deployment.kms:
             raise ControlError(f"there is a KMS {name} already: choose another name", 409)
         try:
@@ -327,6 +238,14 @@ class Control(PolicyControl):
             "guest": self.guest(kms.guest.name),
         }
 
+    async def restart_kms(self, name: str) -> dict[str, Any]:
+        """Start a KMS anew at the same address with its keys, as a new process that has judged nothing yet."""
+        try:
+            await self._known_kms(name).restart()
+        except StackError as error:
+            raise ControlError(str(error), 409) from error
+        return self.kms(name)
+
     async def remove_kms(self, name: str) -> None:
         """Stop a KMS that was added while the stack ran."""
         kms = self._known_kms(name)
@@ -348,7 +267,7 @@ class Control(PolicyControl):
 
     def add_fault(self, **fault: Any) -> InstalledRule:
         """Put a fault in force (fields of `FaultRule`)."""
-        return self._instrumentation.faults.add(_checked(FaultRule, fault))
+        return self._instrumentation.faults.add(checked(FaultRule, fault))
 
     def lift_fault(self, fault_id: str) -> None:
         """Lift one fault."""
@@ -360,20 +279,3 @@ class Control(PolicyControl):
     def clear_faults(self) -> None:
         """Lift all faults."""
         self._instrumentation.faults.clear()
-
-
-def _platform(platform: Platform) -> dict[str, Any]:
-    state: PlatformState = platform.state
-    return {
-        "name": platform.name,
-        "device_id": platform.device_id.hex(),
-        "fmspc": platform.fmspc.hex(),
-        **dataclasses.asdict(state),
-    }
-
-
-def _checked(model: type[B], fields: Mapping[str, Any]) -> B:
-    try:
-        return model.model_validate(dict(fields))
-    except ValidationError as error:
-        raise ControlError(describe(error)) from error

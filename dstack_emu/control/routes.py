@@ -149,6 +149,13 @@ ROUTES: Final = (
         lambda c, p, q, b: c.onboard_kms(p["name"], b.source),
         OnboardRequest,
     ),
+    Route(
+        "POST",
+        "/kms/{name}/restart",
+        "Start it anew with its keys, as a new process that judges itself again",
+        lambda c, p, q, b: c.restart_kms(p["name"]),
+        _Nothing,
+    ),
     Route("GET", "/policies", "The paths of the policy files", lambda c, p, q, b: c.policies()),
     Route("GET", "/policies/{kms}", "A policy", lambda c, p, q, b: c.policy(p["kms"])),
     Route("PUT", "/policies/{kms}", "Replace a policy", _set_policy, _Policy, validates=False),

@@ -2,14 +2,18 @@
 
 import datetime
 import re
-from typing import Annotated, Any, Final, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dstack_emu.deployment.clock import LATEST
 from dstack_emu.deployment.specs import Name
-from dstack_emu.simulator.intel import VALID_FROM, Dating, Validity
 from dstack_emu.simulator.platform import TcbStatus
+from dstack_emu.simulator.vendor_state import VALID_FROM, Dating, RecoveryPhase, Validity
+from dstack_emu.transport.validation import describe
+
+B = TypeVar("B", bound=BaseModel)
 
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
@@ -71,6 +75,8 @@ class PlatformChange(RequestBody):
     module_advisory_ids: tuple[Advisory, ...] | None = None
     pck_revoked: bool | None = None
     other_root: bool | None = None
+    recovery_status: TcbStatus | None = None
+    recovery_advisory_ids: tuple[Advisory, ...] | None = None
 
 
 class Dates(RequestBody):
@@ -98,6 +104,9 @@ class VendorChange(RequestBody):
     qe_identity_dating: Dating | Dates | None = None
     pck_crl_dating: Dating | Dates | None = None
     root_ca_crl_dating: Dating | Dates | None = None
+    tcb_recovery: RecoveryPhase | None = None
+    recovery_qe_status: TcbStatus | None = None
+    recovery_qe_advisory_ids: tuple[Advisory, ...] | None = None
     collateral: Dating | Dates | None = None
     collateral_until: Moment | None = None
 
@@ -147,3 +156,11 @@ class PolicyChange(RequestBody):
 
     guest: Name
     this_device_only: bool = False
+
+
+def checked(model: type[B], fields: Mapping[str, Any]) -> B:
+    """Validate the fields of a request; raise `ControlError`, which names each wrong one."""
+    try:
+        return model.model_validate(dict(fields))
+    except ValidationError as error:
+        raise ControlError(describe(error)) from error

@@ -21,8 +21,9 @@ from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.deployment.kms import PERMANENT
 from dstack_emu.deployment.state import Count, GuestState, KmsState, StateModel
 from dstack_emu.observability.fault_rules import FaultRulesState, FaultState
-from dstack_emu.simulator.intel import IntelState, VendorState
+from dstack_emu.simulator.intel import IntelState
 from dstack_emu.simulator.platform import PlatformState
+from dstack_emu.simulator.vendor_state import VendorState
 from dstack_emu.transport.validation import describe
 
 FORMAT: Final = "dstack-emu state"

@@ -34,7 +34,9 @@ class StackConfig:
     `journal`; `journal_size` of them stay in memory. `patience` is for how many seconds the services wait for one
     another (None: as long as upstream's). With `grpc` agents and KMS serve gRPC, too. With `auth_api_cache` each KMS
     uses a successful answer of its webhook about itself for a second, as its release does; without it the next call
-    heeds a changed policy. Ports that are not given are those of PORTS and GRPC_PORTS.
+    heeds a changed policy. `collateral_issued` is the day on which the collateral was issued, ISO 8601 or `today`; it
+    expires 30 days later (None: collateral that is valid from 2024 to 2099). Ports that are not given are those of
+    PORTS and GRPC_PORTS.
     """
 
     seed: str = DEFAULT_SEED
@@ -51,6 +53,7 @@ class StackConfig:
     journal_size: int = JOURNAL_SIZE
     patience: float | None = None
     auth_api_cache: bool = False
+    collateral_issued: str | None = None
 
     @classmethod
     def on_free_ports(cls, **settings: object) -> Self:

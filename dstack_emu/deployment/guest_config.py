@@ -14,10 +14,11 @@ from dstack_emu.attest.vmconfig import VmConfig
 from dstack_emu.simulator.guest_files import KeyFile
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.image_files import load_image
-from dstack_emu.simulator.intel import Intel, VendorState
+from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.platform import PlatformState
 from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
 from dstack_emu.simulator.trust_domain import AppCompose, DomainSettings, KeyProvider, TrustDomain
+from dstack_emu.simulator.vendor_state import VendorState
 
 DEFAULT_NAME = "app"
 

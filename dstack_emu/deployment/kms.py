@@ -153,6 +153,14 @@ class RunningKms:
             raise StackError(f"webhook: own, the name of a KMS, or a URL expected, got {webhook!r:.100}")
         return context.urls[service], True
 
+    async def restart(self) -> None:
+        """Start it anew at the same address with its keys; raise `StackError` if it does not run or start."""
+        try:
+            await self.server.restart()
+        except KmsError as error:
+            raise StackError(f"{self.spec.service}: {error}") from error
+        self._publish_url()
+
     async def close(self) -> None:
         """Stop the KMS and its own webhook. Its trust domain continues."""
         await self._exit.aclose()

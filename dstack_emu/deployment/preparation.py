@@ -12,6 +12,7 @@ from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.release import release
 from dstack_emu.auth.errors import AuthConfigError
 from dstack_emu.auth.policy import parse_contract
+from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import DESCRIPTION_FILE, LOCAL_SERVICES, StackConfig
 from dstack_emu.deployment.context import ServicePorts, StackContext
 from dstack_emu.deployment.errors import StackError
@@ -24,6 +25,7 @@ from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.image_files import ImageFileError, load_image
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import Seed
+from dstack_emu.simulator.vendor_state import VendorState, validity_of_issue
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 
 LOOPBACK: Final = "127.0.0.1"
@@ -46,7 +48,7 @@ def prepare(
         config=config,
         state=state,
         seed=seed,
-        intel=Intel(seed),
+        intel=_intel(config, seed),
         image=_load_image(config, seed),
         instrumentation=_instrumentation(config, seed, closing),
         logs=logs,
@@ -119,6 +121,17 @@ def _bind(config: StackConfig, services: Set[str], closing: AsyncExitStack) -> S
             setting = f"--listen {config.host}, {setting}"
         ports.bind(name, config.ports.get(name, default), host=host, setting=setting)
     return ports
+
+
+def _intel(config: StackConfig, seed: Seed) -> Intel:
+    """Return the emulated vendor, whose collateral has the configured dates."""
+    intel = Intel(seed)
+    if config.collateral_issued is not None:
+        try:
+            intel.state = VendorState.dated(validity_of_issue(config.collateral_issued, wall_clock()))
+        except FormatError as error:
+            raise StackError(str(error)) from error
+    return intel
 
 
 def _load_image(config: StackConfig, seed: Seed) -> OsImage:

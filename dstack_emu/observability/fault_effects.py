@@ -32,8 +32,7 @@ async def apply_fault(rule: InstalledRule, fault: FaultRule, call: HttpCall, sta
             await until_lifted(rule, fault.seconds)
             return await call.proceed()
         case "status":
-            text = f"made by fault {rule.id}" if fault.body is None else fault.body
-            return Response.of(text, "text/plain", fault.status)
+            return Response.of(*(fault.content or (f"made by fault {rule.id}", "text/plain")), fault.status)
         case "reset":
             raise _dropped(call)
         case "hang":

@@ -7,6 +7,7 @@ seed, with a sequence for each rule.
 
 import asyncio
 import fnmatch
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, Self, get_args
@@ -54,6 +55,9 @@ Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 
+_WITHOUT_BODY: Final = (204, 205, 304)
+"""Statuses of answers that cannot have a body."""
+
 _COMMON: Final = ("service", "call", "caller", "kind", "times", "after", "probability", "script", "repeat")
 _OF_KIND: Final[dict[str, tuple[str, ...]]] = {
     "delay": ("seconds",),
@@ -73,6 +77,7 @@ class FaultRule(BaseModel):
     A webhook may have a `script` instead of a `kind`, with one step for each request: `allow`, `deny`, `pass`, `hang`,
     `reset`, `drop`, `truncate`, `malformed`, `wrong-type`, `stale`, or a status from 400 to 599. After the last step
     requests pass; with `repeat` the script begins again. A `decision` without `allow` is the opposite of the true one.
+    A `status` below 400 answers with `body`, which may be a JSON object or list: a well-formed, but wrong answer.
     A gRPC call is refused with `grpc_status`; if that is not given, with the code that gRPC's clients derive from the
     HTTP status `status`.
     """
@@ -87,13 +92,22 @@ class FaultRule(BaseModel):
     after: Annotated[int, Field(ge=0)] = 0
     probability: Annotated[float, Field(gt=0, le=1)] = 1.0
     seconds: Seconds = 1.0
-    status: Annotated[int, Field(ge=400, le=599)] = 500
+    status: Annotated[int, Field(ge=200, le=599)] = 500
     grpc_status: GrpcStatus | None = None
-    body: str | None = None
+    body: str | dict[str, Any] | list[Any] | None = None
     allow: bool | None = None
     reason: str = "decided by a fault"
     script: Annotated[tuple[str, ...], Field(max_length=10_000)] = ()
     repeat: bool = False
+
+    @property
+    def content(self) -> tuple[str, str] | None:
+        """The body of a `status` as text, with its content type; None if there is none."""
+        if self.body is None:
+            return None
+        if isinstance(self.body, str):
+            return self.body, "application/json" if _is_json_document(self.body) else "text/plain"
+        return json.dumps(self.body), "application/json"
 
     @model_validator(mode="after")
     def _validate_combination(self) -> Self:
@@ -102,6 +116,10 @@ class FaultRule(BaseModel):
         fitting = {*_COMMON, *_OF_KIND.get(self.kind or "", ())}
         if foreign := sorted(self.model_fields_set - fitting):
             raise ValueError(f"{', '.join(foreign)}: has no meaning for the kind {self.kind or 'script'}; leave it out")
+        if self.status in _WITHOUT_BODY:
+            raise ValueError(f"status: one whose answer has a body expected, got {self.status}")
+        if self.status < 400 and self.body is None:
+            raise ValueError(f"body: the answer of the status {self.status} expected, as JSON or as text")
         if self.script and self.model_fields_set & {"times", "probability"}:
             raise ValueError("times and probability: a script says itself what happens to which question")
         if self.repeat and not self.script:
@@ -109,6 +127,14 @@ class FaultRule(BaseModel):
         for step in self.script:
             _step(step)
         return self
+
+
+def _is_json_document(text: str) -> bool:
+    """Return whether a text is a JSON object or list."""
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _step(text: str) -> "FaultRule | None":

@@ -20,6 +20,8 @@ from google.protobuf.descriptor_pool import Default as default_pool
 from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
+from dstack_emu.attest.errors import AttestError
+from dstack_emu.attest.prpc import decode_json, encode_binary
 from dstack_emu.attest.varint import encode_varint
 from dstack_emu.observability.fault_effects import PIECES, until_lifted
 from dstack_emu.observability.fault_rules import FaultRule, FaultRules, InstalledRule
@@ -154,7 +156,9 @@ async def _apply_fault(
         case "delay":
             await until_lifted(rule, fault.seconds)
         case "status":
-            text = f"made by fault {rule.id}" if fault.body is None else fault.body
+            text, _ = fault.content or (f"made by fault {rule.id}", "")
+            if fault.status < 400:
+                return await _message_of(path, text, context)
             await context.abort(_code(fault), details(text))
         case "reset":
             await _reset(rule, context)
@@ -185,6 +189,16 @@ def _code(fault: FaultRule) -> grpc.StatusCode:
     if fault.grpc_status is not None:
         return grpc.StatusCode[fault.grpc_status]
     return _PROXIED.get(fault.status, grpc.StatusCode.UNKNOWN)
+
+
+async def _message_of(path: str, text: str, context: Any) -> bytes:
+    """Return the message that a fault's JSON stands for; end the call as INTERNAL if it is not one of the RPC's."""
+    method = default_pool().FindMethodByName(path.strip("/").replace("/", "."))
+    try:
+        return encode_binary(decode_json(GetMessageClass(method.output_type), text.encode()))
+    except AttestError as error:
+        await context.abort(grpc.StatusCode.INTERNAL, details(f"body of the fault: {error}"))
+    raise AssertionError("abort raises")
 
 
 async def _reset(rule: InstalledRule, context: Any) -> None:

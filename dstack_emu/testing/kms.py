@@ -108,6 +108,11 @@ class LiveKms:
         raise_refusals(lambda: self._access.control.onboard_kms(self.name, name_of(source)))
         return self
 
+    def restart(self) -> Self:
+        """Start the KMS anew with its keys, as a new process that verifies its own evidence again."""
+        self._access.control.restart_kms(self.name)
+        return self
+
     def rpc(self, method: str, **fields: Any) -> dict[str, Any]:
         """Call an RPC in JSON, without a client certificate; raise `Refused` with the KMS's text.
 

@@ -81,12 +81,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     platform = command("platform", "show every platform or one; change its state; add one", _platform)
     platform.add_argument("name", nargs="?", help="such as 'host of app'")
-    _add_settings(platform, "tcb_status, advisory_ids, module_status, module_advisory_ids, pck_revoked, other_root")
+    _add_settings(
+        platform,
+        "tcb_status, advisory_ids, module_status, module_advisory_ids, pck_revoked, other_root, recovery_status, …",
+    )
     platform.add_argument("--new", action="store_true", help="add a platform of that name")
 
     vendor = command("vendor", "show or change the vendor's state, for all platforms", _vendor)
     _add_settings(
-        vendor, "qe_status, qe_advisory_ids, pck_ca_revoked, collateral_until=DATE, collateral=expired, …_dating"
+        vendor,
+        "qe_status, qe_advisory_ids, pck_ca_revoked, collateral_until=DATE, tcb_recovery=early, collateral=expired, …",
     )
 
     clock = command("clock", "show the clock, or set, advance, freeze, resume it", _clock)
@@ -104,8 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pairs: dict[str, Any] = {"nargs": "*", "type": _pair, "metavar": "KEY=VALUE"}
     guest.add_argument("fields", **pairs, help="add: app_id=, platform=, compose=@FILE …; boot: kms=")
 
-    kms = command("kms", "show, add, onboard or remove a KMS", _kms)
-    kms.add_argument("verb", nargs="?", choices=("list", "show", "add", "onboard", "remove"), default="list")
+    kms = command("kms", "show, add, onboard, restart or remove a KMS", _kms)
+    verbs = ("list", "show", "add", "onboard", "restart", "remove")
+    kms.add_argument("verb", nargs="?", choices=verbs, default="list")
     kms.add_argument("name", nargs="?")
     kms.add_argument("fields", **pairs, help="add: webhook=URL …; onboard: source=src, or source=null for new keys")
 
@@ -371,6 +376,8 @@ def _kms(api: Api, arguments: argparse.Namespace) -> Any:
             return api.send("POST", "/kms", {"name": arguments.name, **fields})
         case "onboard":
             return api.send("POST", f"/kms/{_name(arguments)}/onboard", fields)
+        case "restart":
+            return api.send("POST", f"/kms/{_name(arguments)}/restart", fields)
     return api.send("DELETE", f"/kms/{_name(arguments)}")
 
 

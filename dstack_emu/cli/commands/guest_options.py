@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import time
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -11,10 +12,10 @@ from dstack_emu.attest.release import Release
 from dstack_emu.cli.commands.common import UsageError, add_release, hex_bytes
 from dstack_emu.deployment.guest_config import DEFAULT_NAME, GuestConfig, VirtualMachine
 from dstack_emu.simulator.guest_files import KeyFile, load_encrypted_env, load_vm_config, read_text_file
-from dstack_emu.simulator.intel import Dating, VendorState
 from dstack_emu.simulator.platform import PART_STATUSES, TCB_STATUSES, PlatformState
 from dstack_emu.simulator.seed import DEFAULT_SEED
 from dstack_emu.simulator.trust_domain import AppCompose, DomainSettings
+from dstack_emu.simulator.vendor_state import Dating, Validity, VendorState, validity_of_issue
 
 _UNITS: Final = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 _MAX_MEMORY: Final = 1 << 52  # bytes that x86-64 can address physically
@@ -159,6 +160,7 @@ def add_vendor_options(parser: argparse.ArgumentParser) -> None:
         choices=("pck", "pck-ca"),
         help="revoke the platform's certificate, or its CA",
     )
+    add_collateral_issued(vendor)
     for document in ("tcb-info", "qe-identity", "pck-crl", "root-ca-crl"):
         vendor.add_argument(
             f"--{document}",
@@ -166,6 +168,16 @@ def add_vendor_options(parser: argparse.ArgumentParser) -> None:
             default="current",
             help=f"validity of the {document} (%(default)s)",
         )
+
+
+def add_collateral_issued(parser: argparse._ActionsContainer) -> None:
+    """Add --collateral-issued, for the commands that serve collateral."""
+    parser.add_argument(
+        "--collateral-issued",
+        metavar="DATE",
+        help="the day on which the collateral was issued, which expires 30 days later as Intel's does: 2026-06-01, or "
+        "`today` (default: collateral that is valid from 2024 to 2099)",
+    )
 
 
 def guest_config(arguments: argparse.Namespace, **more: Any) -> GuestConfig:
@@ -214,15 +226,22 @@ def platform_state(arguments: argparse.Namespace) -> PlatformState:
 
 
 def vendor_state(arguments: argparse.Namespace) -> VendorState:
-    """Return the vendor's state that the options describe."""
+    """Return the vendor's state that the options describe; raise `FormatError`."""
+    issued: Dating | Validity = "current"
+    if arguments.collateral_issued is not None:
+        issued = validity_of_issue(arguments.collateral_issued, time.time())
+
+    def dating(given: Dating) -> Dating | Validity:
+        return issued if given == "current" else given
+
     return VendorState(
         qe_status=arguments.qe_status,
         qe_advisory_ids=tuple(arguments.qe_advisory),
         pck_ca_revoked="pck-ca" in arguments.revoke,
-        tcb_info_dating=arguments.tcb_info,
-        qe_identity_dating=arguments.qe_identity,
-        pck_crl_dating=arguments.pck_crl,
-        root_ca_crl_dating=arguments.root_ca_crl,
+        tcb_info_dating=dating(arguments.tcb_info),
+        qe_identity_dating=dating(arguments.qe_identity),
+        pck_crl_dating=dating(arguments.pck_crl),
+        root_ca_crl_dating=dating(arguments.root_ca_crl),
     )
 
 

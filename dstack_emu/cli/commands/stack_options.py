@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dstack_emu.auth.policy import CONTRACTS
 from dstack_emu.cli.commands.common import add_release
+from dstack_emu.cli.commands.guest_options import add_collateral_issued
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.simulator.seed import DEFAULT_SEED
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
@@ -38,6 +39,7 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let each KMS use a webhook's successful answer about itself for a second, as 0.6 does",
     )
+    add_collateral_issued(parser)
     parser.add_argument("--grpc", action="store_true", help="let agents and KMS serve gRPC, too")
     parser.add_argument(
         "--port",
@@ -84,6 +86,7 @@ def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str =
         image_dir=arguments.image_dir,
         grpc=arguments.grpc,
         auth_api_cache=arguments.auth_api_cache,
+        collateral_issued=arguments.collateral_issued,
         journal=arguments.journal,
     )
 
