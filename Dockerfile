@@ -20,10 +20,16 @@ RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --no-in
 FROM ${BASE_IMAGE}
 COPY --from=build /opt/venv /opt/venv
 COPY dstack_emu/deployment/healthcheck.py /usr/local/bin/healthcheck
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/var/lib/dstack-emu
-# A numeric id, so that no user has to be created; 1000 usually owns the folders that a Linux user mounts. A new named
-# volume gets the owner of the folder that it covers.
-RUN install -d -o 1000 -g 1000 /var/lib/dstack-emu /run/pccs /run/agent /run/app
+COPY compose/entrypoint /usr/local/bin/entrypoint
+# DSTACK_EMU_STATE is the state folder of `up`, in which `ctl` finds the stack.
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/var/lib/dstack-emu DSTACK_EMU_STATE=/var/lib/dstack-emu
+# It runs as any user, so everyone may create files in these folders, as in /tmp. A new named volume gets the mode of the folder
+# that it covers. 1000 usually owns the folders that a Linux user mounts; a numeric id needs no entry in /etc/passwd.
+RUN install -d -o 1000 -g 1000 -m 1777 /var/lib/dstack-emu /var/lib/dstack-emu/app /run/pccs /run/agent /run/app
 USER 1000:1000
 WORKDIR /var/lib/dstack-emu
-ENTRYPOINT ["dstack-emu"]
+EXPOSE 3101 3102 8070 8081 8088 8090 8091 8092 9301 9302
+# For `up`. A container that runs another command needs another check, or none (docker run --no-healthcheck).
+HEALTHCHECK --interval=2s --timeout=10s --start-period=30s --retries=30 CMD ["healthcheck", "stack:/var/lib/dstack-emu"]
+ENTRYPOINT ["entrypoint"]
+CMD ["up"]

@@ -17,4 +17,10 @@ class Stack(Deployment):
     def __init__(self, config: StackConfig | None = None, progress: Progress = log.info) -> None:
         super().__init__(config, progress)
         self.control = Control(self)
-        self.extend(ControlService(self.control))
+        self._control_service = ControlService(self.control, self)
+        self.extend(self._control_service)
+
+    @property
+    def control_token(self) -> str | None:
+        """The token that the control API demands over HTTP, None if none; known once the stack is entered."""
+        return self._control_service.token

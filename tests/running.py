@@ -47,6 +47,10 @@ class RunningStack:
         answer = self.curl(f"{self.services['control']}/reset", "-H", "Content-Type: application/json", "-d", "{}")
         assert answer[0] == 200, answer
 
+    def said(self) -> str:
+        """Return what the command has written to stderr so far."""
+        return Path(f"/proc/self/fd/{self._errors.fileno()}").read_text()
+
     def ended(self) -> tuple[int, str]:
         """Wait until the command has ended by itself; return its exit status and what it wrote to stderr."""
         status = self.process.wait(READY_TIMEOUT)

@@ -157,7 +157,11 @@ def test_variables_that_set_keys_of_kms_toml_are_documented_as_they_work() -> No
 
 
 def test_settings_of_the_container_are_documented() -> None:
-    used = set(re.findall(r"\$\{(\w+)", document("docker-compose.yaml")))
+    used = {
+        name
+        for file in ("docker-compose.yaml", "docker-compose.parts.yaml")
+        for name in re.findall(r"\$\{(\w+)", document(file))
+    }
     assert used == documented_variables("## The containers")
 
 

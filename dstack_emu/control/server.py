@@ -1,7 +1,8 @@
 """The control API over HTTP: JSON in, JSON out, on a port of its own.
 
-It is for programs on this machine. A web page must not use it through a browser. Therefore a request with a body must
-have the content type JSON, and a request with a foreign Host or Origin is refused. The OpenAPI document at
+On a loopback address it is for programs on this machine; on any other address it demands a token (`control.token`).
+A web page must not use it through a browser. Therefore a request with a body must have the content type JSON, and a
+request with a foreign Origin is refused, and without a token one with a foreign Host, too. The OpenAPI document at
 `/openapi.json` is made from the table of the routes.
 """
 
@@ -12,21 +13,28 @@ import json
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
+from aiohttp.typedefs import Handler, Middleware
 from pydantic import ValidationError
 from yarl import URL
 
 from dstack_emu.control.api import Control
 from dstack_emu.control.routes import ROUTES, Route, openapi
 from dstack_emu.control.schemas import ControlError
+from dstack_emu.control.token import is_authorized, is_needed, make_token
+from dstack_emu.deployment.config import TOKEN_FILE, TOKEN_VARIABLE
+from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.observability.journal import Record
 from dstack_emu.transport.listen import Server, serve
 from dstack_emu.transport.validation import describe
 
 MAX_BODY: Final = 32 * 1024 * 1024
+
+_HEALTH: Final = "/health"
+"""The path that needs no token: it says only whether the stack is ready."""
 
 log = logging.getLogger("dstack_emu.control")
 
@@ -36,16 +44,29 @@ class ControlService:
 
     name = "control"
 
-    def __init__(self, control: Control) -> None:
-        self._control = control
+    def __init__(self, control: Control, deployment: Deployment) -> None:
+        self._control, self._deployment = control, deployment
+        self._readiness = _Readiness()
+        self.token: str | None = None
+        """The token that it demands, None if none; known once it has started."""
 
     async def start(self, sock: socket.socket) -> Server:
-        """Serve it on a bound socket."""
-        return await serve(control_app(self._control), sock)
+        """Serve it on a bound socket; raise `StackError` if its token cannot be used."""
+        if is_needed(sock):
+            self.token = make_token(self._deployment.config.control_token, self._deployment.state)
+        return await serve(control_app(self._control, self._readiness, self.token), sock)
 
     def became_ready(self) -> None:
-        """Take the snapshot that `reset` restores."""
+        """Take the snapshot that `reset` restores, and report from now on that the stack is ready."""
         self._control.became_ready()
+        self._readiness.is_ready = True
+
+
+@dataclass(slots=True)
+class _Readiness:
+    """Whether the stack is ready, as `/health` reports it."""
+
+    is_ready: bool = False
 
 
 class _Streams:
@@ -58,21 +79,22 @@ class _Streams:
 _STREAMS: Final = web.AppKey("streams", _Streams)
 
 
-def control_app(control: Control) -> web.Application:
-    """Make the application."""
-    app = web.Application(middlewares=[_guard], client_max_size=MAX_BODY)
+def control_app(control: Control, readiness: _Readiness, token: str | None) -> web.Application:
+    """Make the application; it demands the token unless that is None."""
+    app = web.Application(middlewares=[_guard(token)], client_max_size=MAX_BODY)
 
     async def describe_api(_request: web.Request) -> web.Response:
         return web.json_response(openapi())
 
     async def alive(_request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok", "service": "dstack-emu-control"})
+        status, said = (200, "ok") if readiness.is_ready else (503, "starting")
+        return web.json_response({"status": said, "service": "dstack-emu-control"}, status=status)
 
     async def stream(request: web.Request) -> web.StreamResponse:
         return await _stream(control, request)
 
     app.router.add_get("/openapi.json", describe_api)
-    app.router.add_get("/health", alive)
+    app.router.add_get(_HEALTH, alive)
     app.router.add_get("/journal/stream", stream)
     for route in ROUTES:
         app.router.add_route(route.method, route.path, _handler(control, route))
@@ -117,10 +139,38 @@ def _parsed(body: bytes) -> Any:
         raise ControlError(f"the body is not JSON: {error}") from error
 
 
-@web.middleware
-async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+def _guard(token: str | None) -> Middleware:
+    """Make the middleware that refuses who may not call, and turns errors into answers."""
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if token is None:
+            return await _answer(request, handler, needs_local_host=True)
+        if request.path != _HEALTH and not is_authorized(request.headers.get("Authorization"), token):
+            return _unauthorized(request)
+        # A page that reaches this by a name of its own (DNS rebinding) has no token, so the name does not matter.
+        return await _answer(request, handler, needs_local_host=False)
+
+    return guard
+
+
+def _unauthorized(request: web.Request) -> web.Response:
+    """Answer a request without the token."""
+    given = "Authorization" in request.headers
+    challenge = 'Bearer realm="dstack-emu control"' + (', error="invalid_token"' if given else "")
+    text = (
+        f"a token is needed on this address, and {'another' if given else 'none'} was sent. It is in the file "
+        f"{TOKEN_FILE} of the stack's state folder. Send it as `Authorization: Bearer TOKEN`; `dstack-emu ctl` "
+        f"takes it from --token, {TOKEN_VARIABLE}, or --state DIR"
+    )
+    return web.json_response({"error": text}, status=401, headers={"WWW-Authenticate": challenge})
+
+
+async def _answer(request: web.Request, handler: Handler, *, needs_local_host: bool) -> web.StreamResponse:
     try:
-        _require_local(request)
+        if needs_local_host:
+            _require_local_host(request)
+        _require_own_page(request)
         return await handler(request)
     except ControlError as error:
         return web.json_response({"error": str(error)}, status=error.status)
@@ -132,11 +182,15 @@ async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         return web.json_response({"error": f"internal error: {type(error).__name__}"}, status=500)
 
 
-def _require_local(request: web.Request) -> None:
-    """Refuse what a browser would send for a foreign page: raise `ControlError`."""
+def _require_local_host(request: web.Request) -> None:
+    """Refuse a request that names this by a foreign name, as after DNS rebinding: raise `ControlError`."""
     host = request.headers.get("Host", "")
     if not _is_local(f"http://{host}"):
         raise ControlError(f"Host: localhost or an IP address expected, got {host!r:.100}", 403)
+
+
+def _require_own_page(request: web.Request) -> None:
+    """Refuse what a browser would send for a foreign page: raise `ControlError`."""
     origin = request.headers.get("Origin")
     if origin is not None and not (_is_local(origin) and URL(origin).host == request.url.host):
         raise ControlError(f"Origin: pages of other hosts may not use this; got {origin!r:.100}", 403)

@@ -18,8 +18,11 @@ JOURNAL_SIZE: Final = 2000
 DESCRIPTION_FILE: Final = "stack.json"
 """The file with the stack's description, in its state folder."""
 
-LOCAL_SERVICES: Final = frozenset({"control"})
-"""Services that always listen on 127.0.0.1, because whoever reaches them controls the whole stack."""
+TOKEN_FILE: Final = "control.token"  # noqa: S105 - the name of a file
+"""The file with the token of the control API, in the state folder, of a stack whose control API demands one."""
+
+TOKEN_VARIABLE: Final = "DSTACK_EMU_TOKEN"  # noqa: S105 - the name of a variable
+"""The environment variable with that token: `up` uses it instead of a random one, and clients send it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,9 @@ class StackConfig:
     another (None: as long as upstream's). With `grpc` agents and KMS serve gRPC, too. With `auth_api_cache` each KMS
     uses a successful answer of its webhook about itself for a second, as its release does; without it the next call
     heeds a changed policy. `collateral_issued` is the day on which the collateral was issued, ISO 8601 or `today`; it
-    expires 30 days later (None: collateral that is valid from 2024 to 2099). Ports that are not given are those of
-    PORTS and GRPC_PORTS.
+    expires 30 days later (None: collateral that is valid from 2024 to 2099). `control_token` is
+    the token of the control API on an address that is not of this machine alone (None: that of the state folder, or a
+    random one). Ports that are not given are those of PORTS and GRPC_PORTS.
     """
 
     seed: str = DEFAULT_SEED
@@ -54,6 +58,7 @@ class StackConfig:
     patience: float | None = None
     auth_api_cache: bool = False
     collateral_issued: str | None = None
+    control_token: str | None = None
 
     @classmethod
     def on_free_ports(cls, **settings: object) -> Self:

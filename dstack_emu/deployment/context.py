@@ -28,9 +28,9 @@ class ServicePorts:
         self._host = host
         self._bound: dict[str, socket.socket] = {}
 
-    def bind(self, service: str, port: int, *, host: str | None = None, setting: str) -> None:
+    def bind(self, service: str, port: int, *, setting: str) -> None:
         """Bind a service's port (0: a free one); raise `ListenError`, which names `setting`, if it is taken."""
-        self._bound[service] = bind_tcp(host or self._host, port, setting=setting)
+        self._bound[service] = bind_tcp(self._host, port, setting=setting)
 
     def take(self, service: str) -> socket.socket:
         """Return the bound socket of a service, or a new one on a free port; the caller closes it."""

@@ -3,6 +3,7 @@
 
     healthcheck http://127.0.0.1:8081/health      that URL must answer with status 200
     healthcheck kms:127.0.0.1:9301                a KMS, which uses TLS only when it has keys
+    healthcheck stack:/var/lib/dstack-emu         a stack, by its state folder: it must be ready
 
 A container runs it every few seconds, so it imports nothing of the project, and no HTTP library. Certificates are not
 verified: only the status matters here.
@@ -19,8 +20,10 @@ MAX_HEAD: Final = 4096
 def check(target: str) -> str:
     """Request a URL or `kms:host:port`; return the problem, empty if the answer is 200.
 
-    Raises `ValueError` if the target is neither.
+    A stack is `stack:folder`. Raises `ValueError` if the target has none of these forms.
     """
+    if target.startswith("stack:"):
+        return _check_stack(target.removeprefix("stack:"))
     if target.startswith("kms:"):
         address = target.removeprefix("kms:")
         return check(f"http://{address}/health") and check(f"https://{address}/health")
@@ -34,6 +37,18 @@ def check(target: str) -> str:
     except (OSError, OverflowError) as error:
         return f"{target}: {error}"
     return "" if status == "200" else f"{target} answered {status or 'no HTTP'}, 200 expected"
+
+
+def _check_stack(folder: str) -> str:
+    """Request the control API of a stack: when a part of it fails, the whole stack ends."""
+    import json  # only needed here
+
+    try:
+        with open(f"{folder}/stack.json", encoding="utf-8") as file:
+            url = str(json.load(file)["services"]["control"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"no stack is ready in {folder}: {error}"
+    return check(f"{url}/health")
 
 
 def _get(address: tuple[str, int], path: str, *, secure: bool) -> str:

@@ -13,7 +13,7 @@ from dstack_emu.attest.release import release
 from dstack_emu.auth.errors import AuthConfigError
 from dstack_emu.auth.policy import parse_contract
 from dstack_emu.deployment.clock import wall_clock
-from dstack_emu.deployment.config import DESCRIPTION_FILE, LOCAL_SERVICES, StackConfig
+from dstack_emu.deployment.config import DESCRIPTION_FILE, StackConfig
 from dstack_emu.deployment.context import ServicePorts, StackContext
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.instrumentation import Instrumentation
@@ -115,11 +115,10 @@ def _bind(config: StackConfig, services: Set[str], closing: AsyncExitStack) -> S
     closing.callback(ports.close)
     defaults = {name: port for name, port in PORTS.items() if name in services}
     for name, default in {**defaults, **(GRPC_PORTS if config.grpc else {})}.items():
-        host = LOOPBACK if name in LOCAL_SERVICES else config.host
         setting = f"--port {name}=PORT or --free-ports"
-        if host != LOOPBACK:
+        if config.host != LOOPBACK:
             setting = f"--listen {config.host}, {setting}"
-        ports.bind(name, config.ports.get(name, default), host=host, setting=setting)
+        ports.bind(name, config.ports.get(name, default), setting=setting)
     return ports
 
 

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from dstack_emu.attest.release import Release, release
 from dstack_emu.cli.commands.common import UsageError, add_release
-from dstack_emu.cli.commands.ctl import Api
 from dstack_emu.cli.commands.inspect import WIDTH, print_text
+from dstack_emu.cli.control_client import Api, find_control
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 from dstack_emu.kms_emu.auth_api import TIMEOUT
 from dstack_emu.simulator.seed import DEFAULT_SEED
@@ -211,7 +211,7 @@ def _allowed(arguments: argparse.Namespace) -> tuple[AllowedRequests, Contract, 
 def _of_stack(url: str, named: Contract | None) -> tuple[AllowedRequests, Contract, Release]:
     if not url.startswith("http://"):
         raise UsageError(f"--control: an http:// URL expected, got {url!r:.100}")
-    api = Api(url)
+    api = Api(*find_control(url, None, None))
     stack, policy = api.get("/stack"), api.get("/policies/src")
     used = release(stack["release"])
     contract: Contract = named or used.auth_contract

@@ -4,22 +4,21 @@ import argparse
 import json
 import os
 import sys
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from dstack_emu.cli.commands.common import UsageError, say
-from dstack_emu.deployment.config import DESCRIPTION_FILE
+from dstack_emu.cli.control_client import Api, ControlRefusedError, find_control
+from dstack_emu.deployment.config import TOKEN_FILE, TOKEN_VARIABLE
 from dstack_emu.observability.record_text import lines
-from dstack_emu.transport.ports import PORTS
 
 DESCRIPTION = (
-    "Call the control API of a running stack. The stack is named by --url, by --state, or by the environment variable "
-    "DSTACK_EMU_CONTROL; otherwise its default port is used. `ctl tail` shows each call when it ends; `ctl COMMAND "
-    "--help` explains a command. If the call is refused, the exit status is 1, and the reason is on stderr."
+    "Call the control API of a running stack. The stack is named by --url, by --state, or by the environment variables "
+    "DSTACK_EMU_CONTROL (URL) or DSTACK_EMU_STATE (folder); otherwise its default port is used. `ctl tail` shows each "
+    "call when it ends; `ctl COMMAND --help` explains a command. If the call is refused, the exit status is 1, and the "
+    "reason is on stderr."
 )
 
 EXAMPLES: Final = """\
@@ -37,12 +36,6 @@ examples:
   dstack-emu ctl save state.json; dstack-emu ctl load state.json
 """
 
-TIMEOUT: Final = 120.0
-
-
-class ControlRefusedError(UsageError):
-    """The control API refused a call; the text is the reason."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options and the commands."""
@@ -51,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--url", metavar="URL", help="the control API's URL, as `up` prints it")
     where.add_argument("--state", type=Path, metavar="DIR", help="the folder given to `up --state`")
+    parser.add_argument(
+        "--token",
+        metavar="TOKEN",
+        help="the token of a stack that listens elsewhere than on a loopback address "
+        f"(default: {TOKEN_VARIABLE}, or the file {TOKEN_FILE} in the state folder)",
+    )
     choice = parser.add_subparsers(dest="do", title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, act: Callable[[Api, argparse.Namespace], Any]) -> argparse.ArgumentParser:
@@ -130,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and print the answer."""
     try:
-        answer = arguments.act(Api(_find(arguments)), arguments)
+        answer = arguments.act(Api(*find_control(arguments.url, arguments.state, arguments.token)), arguments)
         if answer is not None and answer != {}:
             print(answer if isinstance(answer, str) else json.dumps(answer, indent=2), flush=True)
     except ControlRefusedError as error:
@@ -143,66 +142,6 @@ def run(arguments: argparse.Namespace) -> int:
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # otherwise the interpreter prints an error when it exits
     return 0
-
-
-class Api:
-    """The control API at a URL."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
-        # Use no proxy from the environment: the stack is on this machine.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-    def get(self, path: str) -> Any:
-        """GET a path and parse the answer."""
-        return self.send("GET", path)
-
-    def send(self, method: str, path: str, body: Any = None) -> Any:
-        """Send JSON and parse the answer; raise `ControlRefusedError` for a refusal, `UsageError` if none comes."""
-        try:
-            with self.open(method, path, body, timeout=TIMEOUT) as response:
-                return json.load(response)
-        except TimeoutError as error:
-            raise UsageError(f"{self._url}: no answer to {method} {path} within {TIMEOUT:g} s") from error
-
-    def open(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> Any:
-        """Send JSON and return the answer as a stream; without `timeout`, wait for data without limit."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(  # noqa: S310 - the URL is http, checked below, and the caller's own
-            self._url + path, data, {"Content-Type": "application/json"}, method=method
-        )
-        try:
-            return self._opener.open(request, timeout=timeout)
-        except urllib.error.HTTPError as error:
-            raise ControlRefusedError(_refusal(error)) from error
-        except (urllib.error.URLError, OSError) as error:
-            reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            advice = "start one with `dstack-emu up`, or name one by --url or --state"
-            raise UsageError(f"no stack answers at {self._url} ({reason}): {advice}") from error
-
-
-def _refusal(error: urllib.error.HTTPError) -> str:
-    text = error.read().decode(errors="replace")
-    try:
-        document = json.loads(text)
-    except ValueError:
-        document = None
-    said = document.get("error") if isinstance(document, dict) else None
-    return str(said) if said else f"status {error.code}: {text:.200}"
-
-
-def _find(arguments: argparse.Namespace) -> str:
-    url = arguments.url or (None if arguments.state else os.environ.get("DSTACK_EMU_CONTROL"))
-    if arguments.state is not None:
-        path = arguments.state / DESCRIPTION_FILE
-        try:
-            url = json.loads(path.read_text())["services"]["control"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"no stack is ready in {arguments.state}: {path} cannot be read ({error})") from error
-    url = url or f"http://127.0.0.1:{PORTS['control']}"
-    if not url.startswith("http://"):
-        raise UsageError(f"--url: an http:// URL expected, got {url!r:.100}")
-    return url
 
 
 # ---- arguments

@@ -1,13 +1,14 @@
 """The options of the commands that start a whole stack."""
 
 import argparse
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from dstack_emu.auth.policy import CONTRACTS
 from dstack_emu.cli.commands.common import add_release
 from dstack_emu.cli.commands.guest_options import add_collateral_issued
-from dstack_emu.deployment.config import StackConfig
+from dstack_emu.deployment.config import TOKEN_VARIABLE, StackConfig
 from dstack_emu.simulator.seed import DEFAULT_SEED
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 
@@ -88,6 +89,7 @@ def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str =
         auth_api_cache=arguments.auth_api_cache,
         collateral_issued=arguments.collateral_issued,
         journal=arguments.journal,
+        control_token=os.environ.get(TOKEN_VARIABLE) or None,
     )
 
 

@@ -10,7 +10,7 @@ import time
 from dstack_emu.cli.commands.common import WARNING, Interrupted, interruptible, say
 from dstack_emu.cli.commands.stack_options import add_stack_options, stack_config
 from dstack_emu.cli.stack_summary import summary
-from dstack_emu.deployment.config import StackConfig
+from dstack_emu.deployment.config import TOKEN_FILE, StackConfig
 
 TALKATIVE = ("kms_emu",)
 
@@ -25,7 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_stack_options(parser)
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
-    parser.add_argument("--listen", default="127.0.0.1", metavar="HOST", help="address to listen on (%(default)s)")
+    parser.add_argument(
+        "--listen",
+        default="127.0.0.1",
+        metavar="HOST",
+        help="address to listen on (%(default)s); the control API demands a token unless it is a loopback address",
+    )
     parser.add_argument("--free-ports", action="store_true", help="take free ports instead of the runbook's")
 
 
@@ -45,6 +50,8 @@ async def _run_stack(config: StackConfig, *, as_json: bool) -> None:
         # All objects so far live as long as the stack: the garbage collector need not examine them again.
         gc.collect()
         gc.freeze()
+        if stack.control_token is not None:
+            say(f"The control API demands this token: {stack.control_token} (also in {stack.state / TOKEN_FILE})")
         description = stack.description()
         print(json.dumps(description) if as_json else summary(description, time.monotonic() - began), flush=True)
         await asyncio.get_running_loop().create_future()  # until a signal, or a part that fails
