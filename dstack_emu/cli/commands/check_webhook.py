@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from dstack_emu.attest.release import Release, release
 from dstack_emu.cli.commands.common import UsageError, add_release
+from dstack_emu.cli.commands.control_client import Api, find_control
 from dstack_emu.cli.commands.inspect import WIDTH, print_text
-from dstack_emu.cli.control_client import Api, find_control
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 from dstack_emu.kms_emu.auth_api import TIMEOUT
 from dstack_emu.simulator.seed import DEFAULT_SEED

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dstack_emu.cli.commands.common import UsageError, say
-from dstack_emu.cli.control_client import Api, ControlRefusedError, find_control
+from dstack_emu.cli.commands.control_client import Api, ControlRefusedError, find_control
 from dstack_emu.deployment.config import TOKEN_FILE, TOKEN_VARIABLE
 from dstack_emu.observability.record_text import lines
 
