@@ -1,5 +1,5 @@
 """`python -m dstack_emu` is `dstack-emu`."""
 
-from dstack_emu.cli.main import main
+from dstack_emu.cli.entry import main
 
 main()

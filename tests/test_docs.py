@@ -294,5 +294,5 @@ def test_documented_message_appears_for_a_port_that_is_taken(ready_stack: Runnin
     status, message = ends("up", "--free-ports", "--port", f"kms-src={port}")
     assert status == 2
     assert message.endswith(
-        f"cannot listen on 127.0.0.1:{port}: the address is in use (set by --port kms-src=PORT or --free-ports)"
+        f"cannot listen on 127.0.0.1:{port}: the address is in use (set by --port kms-src=PORT; 0 takes a free one)"
     )

@@ -12,7 +12,7 @@ from dstack_emu.control.api import Control
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.clock import StackClock
 from dstack_emu.observability.journal import Journal, record_of
-from dstack_emu.observability.record_text import lines
+from dstack_emu.observability.record_text import lines, texts
 from dstack_emu.observability.spans import OUTSIDE, current, entered, forget_request, headers_of, read_header
 from tests.own_stack import own_stack
 from tests.repository import ROOT
@@ -107,6 +107,26 @@ async def test_denied_boot_says_the_rule_and_what_did_not_match() -> None:
         assert control.journal.calls("KMS.GetAppKey", caller="app", since=before) == 1
         control.journal.clear()
         assert control.journal.calls() == 0
+
+
+async def test_text_shows_the_date_where_it_changes_and_what_is_absent_in_words() -> None:
+    async with own_stack() as stack:
+        control: Control = stack.control
+        before = control.journal.position
+        for moment in ("2026-06-01T12:00:00Z", "2026-06-01T13:00:00Z", "2027-01-02T00:00:00Z", "2026-06-01T12:00:00Z"):
+            control.set_clock(set=moment)
+            await control.boot_guest("app")
+        shown = list(texts(control.journal.records(since=before)))
+        dates = [line for line in shown if line.startswith("──")]
+        assert dates == ["── 2026-06-01", "── 2027-01-02", "── 2026-06-01"]
+        assert shown[0] == dates[0]
+        (record,) = control.journal.records(since=before)[-1:]
+        denied = record | {"decision": {"allowed": False, "reason": None, "rule": None}, "inner": []}
+        unanswered = record | {"status": None, "outcome": "unanswered", "ms": None, "error": "broken off", "inner": []}
+        assert [line.partition("Boot  ")[2] for line in texts([denied, unanswered])][1:] == [
+            f"denied: no reason given  {record['ms']} ms" if record["ms"] else "denied: no reason given",
+            "broken off",
+        ]
 
 
 async def test_calls_at_the_same_time_are_each_a_trace_of_their_own() -> None:

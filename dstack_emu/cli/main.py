@@ -2,7 +2,11 @@
 
 import argparse
 import importlib
+import io
+import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -40,16 +44,46 @@ COMMANDS: Final[Mapping[str, str]] = {
 }
 """Each command is a module of `cli.commands`, imported only if it runs, so that no command loads what others need."""
 
-FAILED, USED_WRONGLY, INTERRUPTED = 1, 2, 130
+FAILED, USED_WRONGLY = 1, 2
+INTERRUPTED, UNREAD = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+"""The statuses that a shell reports for a program that these signals end."""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit with its status: 0 done, 1 failed, 2 wrong use or configuration."""
+    """Run one command and exit with its status: 0 done, 1 failed, 2 wrong use or configuration, or one of the above."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack some characters
     try:
-        status = _run(sys.argv[1:] if argv is None else list(argv))
-    except KeyboardInterrupt:  # before the command handles signals
+        try:
+            status = _run(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:  # while the command does not handle signals itself
         status = INTERRUPTED
+    except BrokenPipeError:
+        if not _abandon_output():
+            raise
+        status = UNREAD
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's end prints a traceback otherwise
     sys.exit(status)
+
+
+def _abandon_output() -> bool:
+    """Redirect the output streams that nobody reads any more to nowhere; return whether there was one.
+
+    Otherwise Python prints an error when it exits and writes what is left.
+    """
+    unread = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _is_unread(stream.fileno())]
+    for descriptor in unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(unread)
+
+
+def _is_unread(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _run(words: Sequence[str]) -> int:
@@ -58,6 +92,8 @@ def _run(words: Sequence[str]) -> int:
     module = _module(arguments.command)
     level = module.log_level() if hasattr(module, "log_level") else None
     logs.set_up(arguments.verbose, arguments.log_format, getattr(module, "TALKATIVE", ()), level)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # see cli.entry
     try:
         status: int = module.run(arguments)
         return status

@@ -115,7 +115,7 @@ def _bind(config: StackConfig, services: Set[str], closing: AsyncExitStack) -> S
     closing.callback(ports.close)
     defaults = {name: port for name, port in PORTS.items() if name in services}
     for name, default in {**defaults, **(GRPC_PORTS if config.grpc else {})}.items():
-        setting = f"--port {name}=PORT or --free-ports"
+        setting = f"--port {name}=PORT; 0 takes a free one"
         if config.host != LOOPBACK:
             setting = f"--listen {config.host}, {setting}"
         ports.bind(name, config.ports.get(name, default), setting=setting)

@@ -1,6 +1,6 @@
 """Renders a record of the journal as text: a line for the call from outside, and below it the calls that it caused."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 Record = dict[str, Any]
@@ -8,6 +8,17 @@ Record = dict[str, Any]
 COLOURS: Final = {"ok": "32", "denied": "31", "refused": "31", "unanswered": "33", "dim": "2"}
 ERROR_LENGTH: Final = 200
 """Characters of an error in a line."""
+
+
+def texts(records: Iterable[Record], *, colours: bool = False, details: bool = True) -> Iterator[str]:
+    """Yield the lines of each record, with the date before those of another day: a stack's clock can jump."""
+    paint, day = _paint if colours else _plain, ""
+    for record in records:
+        shown = list(lines(record, colours=colours, details=details))
+        if (today := record.get("time", day)[:10]) != day:
+            shown.insert(0, paint("dim", f"── {today}"))
+            day = today
+        yield from shown
 
 
 def lines(record: Record, *, colours: bool = False, details: bool = True) -> Iterator[str]:
@@ -52,15 +63,16 @@ def _call(record: Record, paint: Any) -> str:
     text = f"{record['caller']} → {record['service']} {record['call']}"
     decision, result = record.get("decision"), ""
     if decision is not None:
-        result = "allowed" if decision["allowed"] is True else f"denied: {decision.get('reason', '')}"
+        reason = decision.get("reason") or "no reason given"
+        result = "allowed" if decision["allowed"] is True else f"denied: {reason}"
         result += f" [{decision['rule']}]" if decision.get("rule") not in (None, "", "allowed") else ""
         if mismatch := decision.get("mismatch"):
-            allowed = ", ".join(mismatch["allowed"]) or "none"
-            result += f"; {mismatch['field']} {mismatch['got'] or 'none'}, the policy has {allowed}"
+            got, allowed = _listed(mismatch["got"]), _listed(mismatch["allowed"])
+            result += f"; {mismatch['field']} {got}, the policy has {allowed}"
     elif verdict := record.get("verdict"):
         result = f"valid: app {verdict['app_id']}" if verdict["is_valid"] else f"not valid: {_short(verdict['reason'])}"
     elif record.get("error"):
-        result = f"{status} {_short(record['error'])}"
+        result = _short(record["error"] if status is None else f"{status} {record['error']}")
     elif outcome == "unanswered":
         result = "no answer"
     else:
@@ -74,6 +86,10 @@ def _release(released: dict[str, Any]) -> str:
     to = released["to"]
     receiver = "the caller" if to is None else f"app {to['app_id']}"
     return f"{', '.join(released['fields'])} to {receiver}"
+
+
+def _listed(values: str | list[str]) -> str:
+    return (values if isinstance(values, str) else ", ".join(values)) or "none"
 
 
 def _short(text: str) -> str:

@@ -1,7 +1,7 @@
 """The journal of a test's stack."""
 
 from dstack_emu.observability.journal import Record
-from dstack_emu.observability.record_text import lines
+from dstack_emu.observability.record_text import texts
 from dstack_emu.testing.access import StackAccess
 
 
@@ -34,4 +34,4 @@ class LiveJournal:
 
     def text(self) -> str:
         """Return the records as text, as `dstack-emu ctl tail` prints them."""
-        return "\n".join(line for record in self.records() for line in lines(record))
+        return "\n".join(texts(self.records()))

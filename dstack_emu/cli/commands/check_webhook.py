@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from dstack_emu.attest.release import Release, release
 from dstack_emu.cli.commands.common import UsageError, add_release
 from dstack_emu.cli.commands.control_client import Api, find_control
-from dstack_emu.cli.commands.inspect import WIDTH, print_text
+from dstack_emu.cli.commands.inspect import WIDTH
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 from dstack_emu.kms_emu.auth_api import TIMEOUT
 from dstack_emu.simulator.seed import DEFAULT_SEED
@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
     allowed, contract, used = _allowed(arguments)
     expectations = _expectations(arguments.expect, allowed, contract)
     if arguments.list:
-        print_text(json.dumps({**list_requests(allowed, contract), **expectations}, indent=1))
+        print(json.dumps({**list_requests(allowed, contract), **expectations}, indent=1))
         return 0
     if arguments.url is None:
         raise UsageError("the webhook's URL is missing: dstack-emu check-webhook http://host:port")
@@ -137,9 +137,9 @@ def run(arguments: argparse.Namespace) -> int:
     is_ok = report.ok and (safety is None or safety.ok)
     if arguments.json:
         document = report.to_json() | {"ok": is_ok, "slow": _slow(report, safety)}
-        print_text(json.dumps(document | (safety.to_json() if safety is not None else {})))
+        print(json.dumps(document | (safety.to_json() if safety is not None else {})))
     else:
-        print_text("\n".join(_render(report, safety, wants_colour(sys.stdout))))
+        print("\n".join(_render(report, safety, wants_colour(sys.stdout))))
     return 0 if is_ok else 1
 
 

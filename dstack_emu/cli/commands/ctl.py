@@ -12,7 +12,7 @@ from typing import Any, Final
 from dstack_emu.cli.commands.common import UsageError, say
 from dstack_emu.cli.commands.control_client import Api, ControlRefusedError, find_control
 from dstack_emu.deployment.config import TOKEN_FILE, TOKEN_VARIABLE
-from dstack_emu.observability.record_text import lines
+from dstack_emu.observability.record_text import texts
 
 DESCRIPTION = (
     "Call the control API of a running stack. The stack is named by --url, by --state, or by the environment variables "
@@ -136,11 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
         say(f"Error: {' '.join(str(error).split())}")
         return 1
     except KeyboardInterrupt:
-        return 0
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # otherwise the interpreter prints an error when it exits
+        return 0  # it ends `tail`
     return 0
 
 
@@ -195,11 +191,14 @@ def _health(api: Api, arguments: argparse.Namespace) -> str:
 def _tail(api: Api, arguments: argparse.Namespace) -> None:
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     past = api.get(f"/journal?limit={max(arguments.last, 0)}")
-    for record in _following(api, past["position"], past["records"], follow=not arguments.no_follow):
-        if arguments.json:
-            print(json.dumps(record, separators=(",", ":")), flush=True)
-        else:
-            print("\n".join(lines(record, colours=colours, details=not arguments.short)), flush=True)
+    records = _following(api, past["position"], past["records"], follow=not arguments.no_follow)
+    shown = (
+        (json.dumps(record, separators=(",", ":")) for record in records)
+        if arguments.json
+        else texts(records, colours=colours, details=not arguments.short)
+    )
+    for line in shown:
+        print(line, flush=True)
 
 
 def _following(api: Api, position: int, past: list[Any], *, follow: bool) -> Iterator[Any]:

@@ -3,7 +3,6 @@
 import argparse
 import datetime
 import json
-import os
 import re
 import sys
 import textwrap
@@ -79,13 +78,13 @@ def run(arguments: argparse.Namespace) -> int:
     data, found = read_input(arguments.file)
     if arguments.json:
         head = {"what": found.what, "sure": found.sure, "form": list(found.form), "size": len(data)}
-        print_text(json.dumps(head | as_json(found.description)))
+        print(json.dumps(head | as_json(found.description)))
     else:
         colour = wants_colour(sys.stdout)
         lines = [paint(headline(found, len(data)), BOLD, colour), *render(found.description, colour)]
         if found.evidence:
             lines += ["", "Read, not verified: use `dstack-emu verify`."]
-        print_text("\n".join(lines))
+        print("\n".join(lines))
     return 0
 
 
@@ -112,16 +111,6 @@ def headline(found: Finding, size: int) -> str:
     """Return what the input is, whether that is sure, and its form."""
     form = " of ".join(found.form) or "binary"
     return textwrap.fill(printable(f"{'' if found.sure else 'Looks like: '}{found.what}; {form}, {size} bytes"), WIDTH)
-
-
-def print_text(text: str) -> None:
-    """Print to stdout what it can encode; accept that a reader may stop before the end."""
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print(text.encode(encoding, errors="replace").decode(encoding), flush=True)
-    except BrokenPipeError:
-        # Otherwise Python flushes stdout when it exits, and prints an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---- rendering

@@ -17,7 +17,7 @@ from dcap_qvl import QuoteCollateralV3
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.report_data import pad_report_data
 from dstack_emu.cli.commands.common import UsageError, hex_bytes
-from dstack_emu.cli.commands.inspect import WIDTH, add_input, headline, print_text, read_input
+from dstack_emu.cli.commands.inspect import WIDTH, add_input, headline, read_input
 from dstack_emu.cli.commands.root_options import add_root, chosen_root, default_root
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 from dstack_emu.inspection.checks import Check, Collect, Expectations, all_hold, verify_evidence
@@ -85,9 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
     checks = verify_evidence(found.evidence, collect, policy)
     if arguments.json:
         head = {"ok": all_hold(checks), "what": found.what, "root": policy.root, "time": policy.now}
-        print_text(json.dumps(head | {"checks": [asdict(check) for check in checks]}))
+        print(json.dumps(head | {"checks": [asdict(check) for check in checks]}))
     else:
-        print_text("\n".join(_render(headline(found, len(data)), checks, policy, wants_colour(sys.stdout))))
+        print("\n".join(_render(headline(found, len(data)), checks, policy, wants_colour(sys.stdout))))
     return 0 if all_hold(checks) else 1
 
 
