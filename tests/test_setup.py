@@ -38,6 +38,22 @@ def test_kms_that_is_denied_is_said_in_its_own_words(fresh_stack: RunningStack) 
     assert json.loads(fresh_stack.policies["dst"].read_text())["osImages"]
 
 
+def test_policies_of_another_stack_are_refused_at_once(
+    ready_stack: RunningStack, fresh_stack: RunningStack, tmp_path: Path
+) -> None:
+    # KMS with keys do not say what they measure; a policy of another OS image is recognized by the app alone.
+    for stack in (ready_stack, fresh_stack):
+        for path in stack.policies.values():
+            policy = json.loads(ready_stack.policies["src"].read_text())
+            (tmp_path / path.name).write_text(json.dumps({**policy, "osImages": ["0x" + "ab" * 32]}))
+        done = run_command("setup", *arguments(stack)[:-1], str(tmp_path))
+        assert done.returncode == 2
+        said = (
+            f"auth-src.json was written for another seed, release or OS image: osImages lists 0x{'ab' * 32}, but not "
+        )
+        assert said in done.stderr.decode().splitlines()[-1]
+
+
 def test_fresh_setup_only_places_policies_that_deny(fresh_stack: RunningStack, tmp_path: Path) -> None:
     words = [*arguments(fresh_stack)[:-1], str(tmp_path / "new"), "--fresh"]
     assert run_command("setup", *words).returncode == 0

@@ -1,11 +1,18 @@
 """A stack that is stopped and started again: what its state folder keeps, and what it refuses."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dstack_emu import Stack, StackConfig
+from dstack_emu.deployment import policy_files
+from dstack_emu.deployment.errors import StackError
+from dstack_emu.deployment.policy_files import AppRule
 from tests.commands import run_command
+from tests.own_stack import own_stack
 from tests.running import running_stack
 
 
@@ -75,7 +82,7 @@ def test_state_of_another_release_is_refused_by_name(tmp_path: Path) -> None:
 def test_policies_that_are_there_are_used_as_they_are(tmp_path: Path) -> None:
     policies = tmp_path / "policies"
     policies.mkdir()
-    own = '{"osImages": [], "kms": {"mrAggregated": ["0x00"]}, "apps": {}}'
+    own = '{"osImages": [], "kms": {"mrAggregated": []}, "apps": {"0x00": {}}}'
     (policies / "auth-src.json").write_text(own)
     refusal = "KMS is not allowed to bootstrap: boot denied: OS image is not allowed"
     assert refusal in _up_fails("--policies", str(policies))
@@ -86,3 +93,55 @@ def test_policies_that_are_there_are_used_as_they_are(tmp_path: Path) -> None:
 def test_state_whose_description_is_broken_is_refused_by_name(tmp_path: Path, content: str) -> None:
     (tmp_path / "stack.json").write_text(content)
     assert f"{tmp_path / 'stack.json'} cannot be read" in _up_fails("--state", str(tmp_path))
+
+
+async def test_policies_of_another_seed_are_refused_before_they_deny(tmp_path: Path) -> None:
+    async with own_stack(seed="one", policies=tmp_path) as stack:
+        path, other = stack.policies.values()
+    before = [path.read_bytes(), other.read_bytes()]
+    said: list[str] = []
+    with pytest.raises(StackError) as caught:
+        async with Stack(StackConfig.on_free_ports(seed="two", policies=tmp_path), said.append):
+            pass
+    assert re.fullmatch(
+        rf"{path} was written for another seed, release or OS image: osImages lists 0x\w{{64}}, but not \w{{64}}, "
+        "which is measured here. Delete the file, so that it is written anew, or use the seed, release and OS image "
+        "of before",
+        str(caught.value),
+    )
+    assert [path.read_bytes(), other.read_bytes()] == before
+    # Without keys it starts, because the policies are the user's to write; but it is said.
+    async with Stack(StackConfig.on_free_ports(seed="two", policies=tmp_path, fresh=True), said.append):
+        assert [text for text in said if text.startswith(f"{other} was written for another seed")]
+    path.unlink()
+    other.unlink()
+    async with own_stack(seed="two", policies=tmp_path) as stack:
+        assert stack.app.agent.keys is not None
+
+
+async def test_policy_that_lists_nothing_or_something_present_is_left_to_the_webhook(tmp_path: Path) -> None:
+    async with own_stack(policies=tmp_path) as stack:
+        domain = stack.app.domain
+        app = {AppRule(domain.app_id.hex(), domain.compose_hash.hex()): domain.image.os_image_hash.hex()}
+        infos = list(stack.kms_info.values())
+    file = tmp_path / "auth-src.json"
+    policy = json.loads(file.read_text())
+    left: list[Any] = [
+        {},
+        {**policy, "osImages": [*policy["osImages"], "0xAA"]},
+        {**policy, "osImages": [policy["osImages"][0].upper().replace("0X", "")]},
+        {**policy, "kms": {"mrAggregated": []}},
+        {**policy, "kms": "none"},
+        {**policy, "osImages": [5]},
+        [],
+    ]
+    for changed in left:
+        file.write_text(json.dumps(changed))
+        assert policy_files.of_other_stacks([file], infos, app) == [], changed
+    for member, changed in (
+        ("kms.mrAggregated", {**policy, "kms": {"mrAggregated": ["0xAA"]}}),
+        ("osImages", {**policy, "osImages": ["0xAA"]}),
+    ):
+        file.write_text(json.dumps(changed))
+        (text,) = policy_files.of_other_stacks([file], infos, app)
+        assert f": {member} lists 0xAA, but not " in text

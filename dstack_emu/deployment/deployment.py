@@ -243,6 +243,12 @@ class Deployment:
         for kms in self.kms.values():
             if await kms.current() == "onboard":
                 kms.measured = await kms.onboarding.measure()
+        await self._report_policies_of_other_stacks()
+
+    async def _report_policies_of_other_stacks(self) -> None:
+        apps = await _OwnApp(self.app.domain).rule()
+        for text in policy_files.of_other_stacks(self.policies.values(), self.kms_info.values(), apps):
+            self._progress(text)
 
     async def _authorize(self) -> None:
         """Carry out the whole flow: measure, allow, bootstrap, onboard, finish, and boot the app."""
@@ -263,6 +269,7 @@ class Deployment:
             # A resumed stack keeps its policy, and runs all the same, so that the policy can be changed.
             self._progress(f"app: {error}")
             self._progress("the app has no keys, because the policy does not allow it; everything else runs")
+            await self._report_policies_of_other_stacks()
 
     async def boot(self, guest: RunningGuest, kms: Sequence[str]) -> None:
         """Let a trust domain fetch its keys from the KMS of these names, tried in order.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dstack_emu.deployment.errors import StackError
 from dstack_emu.transport.files import replace_file
 
 DENY_ALL: Final[dict[str, Any]] = {
@@ -60,8 +61,11 @@ def admit(
     """Write policies that allow KMS and apps into the files that are still the placeholder.
 
     `measured` are the answers of the KMS to GetAttestationInfo; `apps` has the OS image's hash (hex) of each app.
+    Raises `StackError`, and writes nothing, if a policy is of another stack.
     """
-    infos = list(measured)
+    infos, paths = list(measured), list(paths)
+    if others := of_other_stacks(paths, infos, apps):
+        raise StackError(others[0])
     policy = allow(
         [*(info["os_image_hash"] for info in infos), *apps.values()],
         [info["mr_aggregated"] for info in infos],
@@ -72,6 +76,42 @@ def admit(
             write(path, policy)
         else:
             progress(f"keeping {path} as it is")
+
+
+def of_other_stacks(
+    paths: Iterable[Path], measured: Iterable[Mapping[str, Any]], apps: Mapping[AppRule, str]
+) -> list[str]:
+    """Describe each policy that was written for another stack: it lists measurements, but none of the present ones.
+
+    `measured` and `apps` are as for `admit`; what is empty is not compared. A policy that cannot be read, or that lists
+    nothing, is for the webhook to judge.
+    """
+    infos = list(measured)
+    wanted = {
+        "osImages": {*(info["os_image_hash"] for info in infos), *apps.values()},
+        "kms.mrAggregated": {info["mr_aggregated"] for info in infos},
+    }
+    return [
+        f"{path} was written for another seed, release or OS image: {member} lists {listed[0]:.80}, but not "
+        f"{min(present)}, which is measured here. Delete the file, so that it is written anew, or use the seed, "
+        "release and OS image of before"
+        for path in paths
+        for member, present in wanted.items()
+        if (listed := _listed(path, member))
+        and present
+        and not any(_same(value, p) for value in listed for p in present)
+    ]
+
+
+def _listed(path: Path, member: str) -> list[str]:
+    """Return the texts in a list of a policy, such as `kms.mrAggregated`; none if it has no such list."""
+    try:
+        found: object = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    for name in member.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return [value for value in found if isinstance(value, str)] if isinstance(found, list) else []
 
 
 def place(paths: Iterable[Path]) -> None:
