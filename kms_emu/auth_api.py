@@ -85,6 +85,14 @@ class DevAuth:
         """Do nothing: there are no connections."""
 
 
+def require_identity_sizes(boot_info: BootInfo) -> None:
+    """Raise `NotAttestedError` for a compose hash or instance id of another size than a KMS of 0.6 sends."""
+    if len(boot_info.compose_hash) != 32:
+        raise NotAttestedError("compose_hash must be 32 bytes")
+    if len(boot_info.instance_id) not in (0, 20):
+        raise NotAttestedError("instance_id must be 20 bytes or empty")
+
+
 class IdentityCheckedAuth:
     """Refuses identities of other sizes without a request: a webhook might pad one to an identity that it allows."""
 
@@ -93,10 +101,7 @@ class IdentityCheckedAuth:
 
     async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
         """Request one decision; raise `NotAttestedError` for a compose hash or instance id of another size."""
-        if len(boot_info.compose_hash) != 32:
-            raise NotAttestedError("compose_hash must be 32 bytes")
-        if len(boot_info.instance_id) not in (0, 20):
-            raise NotAttestedError("instance_id must be 20 bytes or empty")
+        require_identity_sizes(boot_info)
         return await self._auth.decide(boot_info, is_kms=is_kms)
 
     async def info(self) -> AuthInfo:

@@ -32,6 +32,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "quote": "sign one quote and write it to a file",
     "inspect": "identify a file, and show its contents",
     "verify": "check evidence, and report each check that fails",
+    "why": "explain why a boot is allowed or denied, and what would allow it",
     "verifier": "verify evidence and OS images over HTTP, as dstack-verifier does",
     "image": "build, measure, compare and serve OS images",
     "kms": "run one KMS from a kms.toml",

@@ -93,16 +93,25 @@ def run(arguments: argparse.Namespace) -> int:
 
 def read_input(name: str) -> tuple[bytes, Finding]:
     """Read a file (or standard input) and identify it; raise `UsageError` if that fails."""
+    data = read_bytes(name)
+    return data, identify(name, data)
+
+
+def read_bytes(name: str) -> bytes:
+    """Read a file (or standard input), at most one byte more than may be identified; raise `UsageError`."""
     try:
         if name == "-":
-            data = sys.stdin.buffer.read(MAX_SIZE + 1)
-        else:
-            with Path(name).open("rb") as file:
-                data = file.read(MAX_SIZE + 1)
+            return sys.stdin.buffer.read(MAX_SIZE + 1)
+        with Path(name).open("rb") as file:
+            return file.read(MAX_SIZE + 1)
     except OSError as error:
         raise UsageError(f"{printable(name)} cannot be read: {error.strerror or error}") from error
+
+
+def identify(name: str, data: bytes) -> Finding:
+    """Identify what was read from a file; raise `UsageError`, which names it."""
     try:
-        return data, inspect_input(data)
+        return inspect_input(data)
     except FormatError as error:
         raise UsageError(printable(f"{'standard input' if name == '-' else name}: {error}")) from error
 

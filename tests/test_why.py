@@ -1,0 +1,319 @@
+"""`dstack-emu why`: incidents under every contract, each form of evidence, the change that admits, and exit codes."""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from dstack_emu.attest import eventlog
+from dstack_emu.auth.allowlist import ALLOWLIST_RULES
+from dstack_emu.auth.boot_info import parse_boot_info
+from dstack_emu.auth.file import FileAuth
+from dstack_emu.auth.policy import CONTRACTS, RULES, Contract, parse_contract
+from dstack_emu.auth.simple import SimpleAuth
+from tests.repository import ROOT
+from tests.test_attest_properties import NOW, issued, legacy_certificate, signing_request, world
+from tests.test_inspect import run_inside
+
+OFFLINE: Final = ("--offline", "--seed", "properties", "--time", str(NOW))
+APP_ID, DEVICE, IMAGE = "ab" * 20, "d1" * 32, "05" * 32
+BOOT: Final[dict[str, Any]] = {
+    "teeVariant": "dstack-tdx",
+    "mrAggregated": "a9" * 32,
+    "osImageHash": IMAGE,
+    "mrSystem": "55" * 32,
+    "appId": APP_ID,
+    "composeHash": "c0" * 32,
+    "instanceId": "11" * 20,
+    "deviceId": DEVICE,
+    "keyProviderInfo": "",
+    "tcbStatus": "UpToDate",
+    "advisoryIds": [],
+}
+APP: Final = f"0x{APP_ID.upper()}"
+"""The file's spelling of the app id."""
+ADMITTING: Final[dict[str, Any]] = {
+    "osImages": [f"0x{IMAGE}"],
+    "futureMember": {"kept": True},
+    "kms": {"mrAggregated": [f"0x{BOOT['mrAggregated']}"], "devices": [f"0x{DEVICE}"]},
+    "apps": {APP: {"composeHashes": [f"0x{BOOT['composeHash']}"], "devices": [f"0x{DEVICE}"]}},
+}
+OTHER: Final = "0x" + "ee" * 32
+
+
+# ---- independent tools: JSON Patch, JSON Schema
+
+
+def patched(document: Any, patch: list[dict[str, Any]]) -> Any:
+    """Apply the `add` operations of a JSON Patch, as RFC 6902 says."""
+    document = copy.deepcopy(document)
+    for operation in patch:
+        assert operation["op"] == "add"
+        *parents, last = [part.replace("~1", "/").replace("~0", "~") for part in operation["path"].split("/")[1:]]
+        target = document
+        for part in parents:
+            target = target[int(part)] if isinstance(target, list) else target[part]
+        if isinstance(target, list):
+            target.insert(len(target) if last == "-" else int(last), operation["value"])
+        else:
+            target[last] = operation["value"]
+    return document
+
+
+_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
+    "object": (dict,),
+    "array": (list,),
+    "string": (str,),
+    "boolean": (bool,),
+    "integer": (int,),
+    "null": (type(None),),
+}
+
+
+def require_valid(value: Any, schema: Mapping[str, Any], place: str = "$") -> None:
+    """Require a value to be valid by the keywords of JSON Schema that the document uses."""
+    known = {"$schema", "title", "description", "type", "enum", "properties", "required", "items"}
+    assert schema.keys() <= known | {"additionalProperties"}, place
+    if "enum" in schema:
+        assert value in schema["enum"], place
+    if "type" in schema:
+        names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+        assert any(type(value) in _TYPES[name] for name in names), (place, value)
+    if isinstance(value, dict):
+        properties = schema.get("properties", {})
+        assert set(schema.get("required", ())) <= value.keys(), place
+        assert schema.get("additionalProperties", True) or value.keys() <= properties.keys(), place
+        for key, member in value.items():
+            require_valid(member, properties.get(key, {}), f"{place}.{key}")
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            require_valid(item, schema.get("items", {}), f"{place}[{index}]")
+
+
+SCHEMA: Final = json.loads((ROOT / "docs/why.schema.json").read_text())
+
+
+def why(*arguments: str, status: int) -> dict[str, Any]:
+    """Run the command with --json; require its exit status, and the object to be valid."""
+    code, out, err = run_inside("why", *arguments, "--json")
+    assert (code, err) == (status, ""), err
+    document: dict[str, Any] = json.loads(out)
+    require_valid(document, SCHEMA)
+    return document
+
+
+def refused(*arguments: str) -> str:
+    """Run the command, which must end with status 2 and one line."""
+    code, out, err = run_inside("why", *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    return err.removeprefix("Error: ").rstrip("\n")
+
+
+def write(path: Path, document: Any) -> str:
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return str(path)
+
+
+# ---- incidents
+
+
+def _without_app(policy: dict[str, Any]) -> None:
+    policy["apps"] = {OTHER[:42]: {}}
+
+
+Breaks = tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str, str | None]
+INCIDENTS: Final[dict[str, Breaks]] = {
+    "tcb_status": (lambda policy, boot: boot.update(tcbStatus="OutOfDate"), "tcbStatus", "/allowedTcbStatuses"),
+    "advisory_ids": (
+        lambda policy, boot: boot.update(advisoryIds=["INTEL-SA-1", "INTEL-SA-2"]),
+        "advisoryIds",
+        "/allowedAdvisoryIds",
+    ),
+    "os_image": (lambda policy, boot: policy.update(osImages=[OTHER]), "osImageHash", "/osImages"),
+    "kms_mr_aggregated": (lambda policy, boot: policy.pop("kms"), "mrAggregated", "/kms/mrAggregated"),
+    "kms_device": (lambda policy, boot: policy["kms"].update(devices=[OTHER]), "deviceId", "/kms/devices"),
+    "app_registered": (lambda policy, boot: _without_app(policy), "appId", "/apps"),
+    "app_compose_hash": (
+        lambda policy, boot: policy["apps"][APP].update(composeHashes=[OTHER]),
+        "composeHash",
+        f"/apps/0x{APP_ID}/composeHashes",
+    ),
+    "app_device": (
+        lambda policy, boot: policy["apps"][APP].update(devices=[OTHER]),
+        "deviceId",
+        f"/apps/0x{APP_ID}/devices",
+    ),
+}
+"""For each rule: how a boot that is admitted comes to be refused by it, and the member and place that it names."""
+
+
+def cases() -> list[tuple[str, str, str]]:
+    found: list[tuple[str, str, str]] = []
+    for contract in (*CONTRACTS, "allowlist"):
+        for rule in ALLOWLIST_RULES if contract == "allowlist" else RULES:
+            if rule != "allowed" and not (rule == "advisory_ids" and contract in ("readme", "upstream")):
+                callers = ("app",) if rule.startswith("app") else ("kms",) if rule.startswith("kms") else ("app", "kms")
+                found += [(contract, rule, caller) for caller in callers]
+    found.remove(("allowlist", "os_image", "kms"))  # dstack-auth does not check a KMS's image
+    return found
+
+
+def decide(contract: str, policy: str, boot: dict[str, Any], caller: str) -> bool:
+    """Decide by the webhook's service, which reads the file."""
+    auth = FileAuth(policy) if contract == "allowlist" else SimpleAuth(policy, contract=parse_contract(contract))
+    return auth.decide(parse_boot_info(boot), caller == "kms").is_allowed
+
+
+@pytest.mark.parametrize(("contract", "rule", "caller"), cases())
+def test_incident_is_explained_by_its_rule_and_the_change_admits_it(
+    contract: Contract | str, rule: str, caller: str, tmp_path: Path
+) -> None:
+    policy, boot = copy.deepcopy(ADMITTING), copy.deepcopy(BOOT)
+    by = ("--allowlist",) if contract == "allowlist" else ("--contract", contract, "--policy")
+    question = [write(tmp_path / "boot.json", boot), "--as", caller, *by, write(tmp_path / "policy.json", policy)]
+    assert why(*question, status=0)["refusals"] == []
+
+    breaks, member, place = INCIDENTS[rule]
+    breaks(policy, boot)
+    write(tmp_path / "boot.json", boot)
+    path = write(tmp_path / "policy.json", policy)
+    found = why(*question, status=1)
+    assert (found["verdict"], found["decision"]["rule"]) == ("denied", rule)
+    first = found["refusals"][0]
+    values = boot[member] if isinstance(boot[member], list) else [boot[member]]
+    assert (first["rule"], first["member"], first["got"]) == (rule, member, values)
+    assert not decide(contract, path, boot, caller)
+    if rule == "tcb_status" and contract in ("readme", "upstream"):
+        assert (first["place"], first["wanted"], found["change"]) == (None, ["UpToDate"], None)
+        assert "accepts the tcbStatus UpToDate alone" in found["no_change_because"]
+        return
+    assert first["place"] == (place if contract != "allowlist" else place and place.replace("0x", ""))
+    changed = patched(policy, found["change"]["patch"])
+    assert changed["futureMember"] == {"kept": True}
+    assert decide(contract, write(tmp_path / "policy.json", changed), boot, caller)
+    assert why(*question, status=0)["change"] is None
+
+
+def test_change_of_an_empty_policy_admits_this_boot_alone(tmp_path: Path) -> None:
+    policy, request = write(tmp_path / "p.json", {}), write(tmp_path / "b.json", BOOT)
+    for contract in CONTRACTS:
+        for caller in ("app", "kms"):
+            found = why(request, "--as", caller, "--policy", policy, "--contract", contract, status=1)
+            changed = write(tmp_path / "changed.json", patched({}, found["change"]["patch"]))
+            assert decide(contract, changed, BOOT, caller)
+            for name in ("osImageHash", "deviceId", "composeHash" if caller == "app" else "mrAggregated"):
+                assert not decide(contract, changed, BOOT | {name: "77" * 32}, caller), (contract, caller, name)
+
+
+def test_default_of_an_absent_list_is_kept_in_the_change(tmp_path: Path) -> None:
+    boot = BOOT | {"tcbStatus": "SWHardeningNeeded"}
+    question = (write(tmp_path / "b.json", boot), "--policy", write(tmp_path / "p.json", ADMITTING))
+    (operation,) = why(*question, status=1)["change"]["patch"]
+    assert operation == {"op": "add", "path": "/allowedTcbStatuses", "value": ["UpToDate", "SWHardeningNeeded"]}
+
+
+def test_empty_value_is_never_allowed_by_a_change(tmp_path: Path) -> None:
+    question = (write(tmp_path / "b.json", BOOT | {"osImageHash": ""}), "--policy", write(tmp_path / "p.json", {}))
+    found = why(*question, status=1)
+    assert (found["change"], found["refusals"][0]["rule"]) == (None, "os_image")
+    assert found["no_change_because"].startswith("the request has no osImageHash")
+
+
+# ---- forms of evidence
+
+
+def forms() -> dict[str, bytes]:
+    w = world()
+    quote_answer = {
+        "quote": w.evidence.quote.hex(),
+        "event_log": eventlog.log_to_json(w.evidence.event_log),
+        "vm_config": w.evidence.config,
+    }
+    return {
+        "attestation": w.evidence.encode(),
+        "attestation V1 in hex": w.evidence.as_v1().encode().hex().encode(),
+        "certificate": issued().public_bytes(Encoding.PEM),
+        "signing request": signing_request().encoded,
+        "GetQuote answer": json.dumps(quote_answer).encode(),
+        "verifier request": json.dumps({"attestation": w.evidence.encode().hex(), "debug": False}).encode(),
+    }
+
+
+@pytest.mark.parametrize("form", forms())
+def test_every_form_of_evidence_is_verified_and_decided(form: str, tmp_path: Path) -> None:
+    evidence = tmp_path / "evidence"
+    evidence.write_bytes(forms()[form])
+    question = (str(evidence), "--policy", str(tmp_path / "p.json"), *OFFLINE)
+    write(tmp_path / "p.json", {})
+    for caller in ("app", "kms"):
+        denied = why(*question, "--as", caller, status=1)
+        assert denied["evidence"]["verifies"]
+        assert denied["boot_info"]["osImageHash"] in json.dumps(denied["change"]["patch"])
+        write(tmp_path / "p.json", patched({}, denied["change"]["patch"]))
+        assert why(*question, "--as", caller, status=0)["verdict"] == "allowed"
+        write(tmp_path / "p.json", {})
+
+
+def test_evidence_without_what_a_boot_info_needs_is_unusable(tmp_path: Path) -> None:
+    evidence, policy = tmp_path / "evidence", write(tmp_path / "p.json", {})
+    question = (str(evidence), "--policy", policy, *OFFLINE)
+    evidence.write_bytes(world().evidence.quote)
+    assert "a quote without its event log" in refused(*question)
+    evidence.write_bytes(legacy_certificate().public_bytes(Encoding.DER))
+    assert "--vm-config FILE" in refused(*question)
+    config = write(tmp_path / "vm_config", world().evidence.config)
+    assert why(*question, "--vm-config", config, status=1)["decision"]["rule"] == "os_image"
+    evidence.write_bytes(b"no evidence")
+    assert "unknown input" in refused(*question)
+
+
+def test_evidence_that_does_not_verify_is_refused_before_any_policy(tmp_path: Path) -> None:
+    evidence, policy = tmp_path / "evidence", write(tmp_path / "p.json", {})
+    evidence.write_bytes(world().evidence.encode())
+    question = (str(evidence), "--policy", policy, *OFFLINE[:3])
+    found = why(*question, "--time", "2200-01-01", status=1)
+    assert (found["verdict"], found["decision"], found["change"]) == ("refused", None, None)
+    assert "CrlExpired" in found["sentence"]
+    assert [each["name"] for each in found["evidence"]["checks"] if each["ok"] is False] == ["quote"]
+    assert why(*question, "--time", str(NOW), status=1)["verdict"] == "denied"
+
+
+def test_what_cannot_be_used_ends_with_status_2(tmp_path: Path) -> None:
+    request = write(tmp_path / "b.json", BOOT)
+    assert "config file not found" in refused(request, "--policy", str(tmp_path / "none.json"))
+    broken = write(tmp_path / "broken.json", '{"osImages": 7}')
+    assert "osImages" in refused(request, "--policy", broken)
+    assert "osImages" in refused(request, "--allowlist", broken)
+    assert "--policy FILE expected" in refused(request, "--allowlist", broken, "--contract", "0.6")
+    assert "no decision" in refused(request, "--webhook", "http://127.0.0.1:1")
+    policy = write(tmp_path / "p.json", {})
+    damaged = write(tmp_path / "damaged.json", BOOT | {"appId": 7})
+    assert "appId: hex expected, got 7" in refused(damaged, "--policy", policy)
+    (tmp_path / "evidence").write_bytes(world().evidence.encode())
+    unreachable = (str(tmp_path / "evidence"), "--policy", policy, "--pccs", "http://127.0.0.1:1")
+    assert "no collateral" in refused(*unreachable)
+    assert why(request, "--policy", policy, status=1)["verdict"] == "denied"
+
+
+# ---- the letter
+
+
+def test_letter_puts_got_and_wanted_below_each_other_and_marks_the_difference(tmp_path: Path) -> None:
+    listed = IMAGE[:16] + "ff" + IMAGE[18:]
+    policy = write(tmp_path / "p.json", ADMITTING | {"osImages": [OTHER, f"0x{listed}"]})
+    code, out, _ = run_inside("why", write(tmp_path / "b.json", BOOT), "--policy", policy)
+    lines = out.splitlines()
+    assert (code, lines[0].split(":")[0]) == (1, "DENIED")
+    assert lines[1] == "The OS image (osImageHash) is not among the 2 that the policy lists."
+    at = lines.index("osImageHash  (/osImages)")
+    got, wanted, marks = lines[at + 1 : at + 4]
+    assert got.split()[1:] == [IMAGE[i : i + 8] for i in range(0, 64, 8)]
+    assert "".join(wanted.split()[1:]) == listed
+    assert [column for column, mark in enumerate(marks) if mark == "^"] == [wanted.index("ff"), wanted.index("ff") + 1]
+    assert f'+    "0x{IMAGE}"' in out
+    assert "JSON Patch" in out
+    assert lines[lines.index("Next") + 1].startswith("  1. ")
