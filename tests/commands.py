@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from tests.processes import start
+from tests.repository import ROOT
 
 COMMAND_TIMEOUT = 60
 
 
 def run_command(
-    *arguments: str, stdin: bytes = b"", environment: dict[str, str] | None = None
+    *arguments: str, stdin: bytes = b"", environment: dict[str, str] | None = None, folder: Path = ROOT
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a command to its end."""
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         given.write(stdin)
         given.seek(0)
-        command = start(*arguments, stdin=given, stdout=out, stderr=err, environment=environment)
+        command = start(*arguments, stdin=given, stdout=out, stderr=err, environment=environment, folder=folder)
         try:
             status = command.wait(COMMAND_TIMEOUT)
         finally:

@@ -30,8 +30,9 @@ examples:
   dstack-emu ctl clock set 2026-06-02
   dstack-emu ctl fault service=auth-src kind=hang       the webhook hangs, until `ctl fault clear`
   dstack-emu ctl fault service=auth-src script='["allow","deny","500"]'
-  dstack-emu ctl guest add other platform='another host' && dstack-emu ctl guest boot other
-  dstack-emu ctl kms add third && dstack-emu ctl kms onboard third
+  dstack-emu ctl guest add other && dstack-emu ctl policy allow src other && dstack-emu ctl guest boot other
+  dstack-emu ctl kms add third webhook=src && dstack-emu ctl policy allow src kms-third
+  dstack-emu ctl kms onboard third                      from kms-src, after the line before
   dstack-emu ctl snapshot before; dstack-emu ctl revert before; dstack-emu ctl reset
   dstack-emu ctl save state.json; dstack-emu ctl load state.json
 """
