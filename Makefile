@@ -31,7 +31,7 @@ fuzz: $(VENV)/.dev ## Test the decoders' properties with many more examples (EXA
 
 decisions: $(VENV)/.dev ## Hold many more random decisions against the model of a real KMS (CASES=20000 SEED=x)
 	@DSTACK_EMU_DECISIONS=$(or $(CASES),20000) DSTACK_EMU_DECISIONS_SEED=$(or $(SEED),decisions) \
-	  $(BIN)/python -m pytest -n 2 --dist load --timeout 3600 tests/test_decisions.py $(ARGS)
+	  $(BIN)/python -m pytest -n 2 --dist load --timeout 3600 tests/test_decisions.py tests/test_onboarding_decisions.py $(ARGS)
 
 crash: $(VENV)/.dev ## Kill a KMS at random moments of its set-up, and check its next start
 	@$(BIN)/python -m tests.crash_campaign $(ARGS)

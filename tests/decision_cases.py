@@ -79,9 +79,8 @@ class Forger:
         self.booted = [Booted.of(image, memory) for image in images for memory in (2 * GIB, 4 * GIB)]
         self.devices = {name: intel.platform(name).device_id.hex() for name in HOSTS}
 
-    def publish(self, case: Case) -> None:
-        """Let the vendor say what the case says of its platforms; call it in the thread that serves them."""
-        vendor, of_it = case.vendor, case.evidence.platform
+    def publish(self, vendor: Vendor, *platforms: Platform) -> None:
+        """Let the vendor say this of itself and of platforms; call it in the thread that serves them."""
         outdated: dict[str, Any] = dict.fromkeys(vendor.outdated, "expired")
         self._intel.state = VendorState(
             qe_status=vendor.enclave_status,  # type: ignore[arg-type]  # drawn from the statuses there are
@@ -89,21 +88,22 @@ class Forger:
             pck_ca_revoked=vendor.authority_revoked,
             **outdated,
         )
-        self._platform(of_it).state = PlatformState(
-            tcb_status=of_it.tcb_status,  # type: ignore[arg-type]
-            advisory_ids=of_it.advisory_ids,
-            module_status=of_it.module_status,  # type: ignore[arg-type]
-            module_advisory_ids=of_it.module_advisory_ids,
-            pck_revoked=of_it.certificate_revoked,
-            other_root=of_it.other_root,
-        )
+        for of_it in platforms:
+            self._platform(of_it).state = PlatformState(
+                tcb_status=of_it.tcb_status,  # type: ignore[arg-type]
+                advisory_ids=of_it.advisory_ids,
+                module_status=of_it.module_status,  # type: ignore[arg-type]
+                module_advisory_ids=of_it.module_advisory_ids,
+                pck_revoked=of_it.certificate_revoked,
+                other_root=of_it.other_root,
+            )
 
     def _platform(self, of_it: Platform) -> Any:
         return next(self._intel.platform(name) for name, device in self.devices.items() if device == of_it.device_id)
 
-    def attestation(self, evidence: Evidence, spki: bytes) -> Attestation:
-        """Sign evidence for a key."""
-        own, other = foreign.binding_of(spki), foreign.binding_of(b"another key")
+    def attestation(self, evidence: Evidence, own: bytes) -> Attestation:
+        """Sign evidence over report_data, or over another one if the evidence says so; each has 64 bytes."""
+        other = foreign.binding_of(b"another key")
         platform = self._platform(evidence.platform)
         rtmr3 = bytes(48)
         for name, payload in evidence.measured:
@@ -140,7 +140,7 @@ class Forger:
         """Make the client certificate of a case."""
         key, client, values = foreign.new_key(), case.client, {}
         if client.has_evidence:
-            attestation = self.attestation(case.evidence, foreign.spki_of(key))
+            attestation = self.attestation(case.evidence, foreign.binding_of(foreign.spki_of(key)))
             if case.evidence.form == "legacy":
                 values = {foreign.OID_QUOTE: attestation.quote}
                 values[foreign.OID_EVENT_LOG] = log_to_json(attestation.event_log).encode()
@@ -151,7 +151,7 @@ class Forger:
     def signing_request(self, case: Case) -> dict[str, Any]:
         """Make the arguments of SignCert."""
         key, request = foreign.new_key(), case.request
-        attestation = self.attestation(case.evidence, foreign.spki_of(key))
+        attestation = self.attestation(case.evidence, foreign.binding_of(foreign.spki_of(key)))
         word = b"please sign cert:" if request.right_word else b"please sign this:"
         csr = vec(word) + vec(foreign.spki_of(key)) + b"\0" + vec(NAME.encode()) + compact(1) + vec(NAME.encode())
         csr += b"\1\0\1"

@@ -21,7 +21,7 @@ from tests.decision_model import Webhook
 
 
 class WebhookSwitch:
-    """The webhooks of one policy file, and the one that answers now."""
+    """The webhooks of one policy file, the one that answers now, and the paths that it was asked since it does."""
 
     def __init__(self, folder: Path) -> None:
         self.policy, self.url = folder / "policy.json", ""
@@ -29,6 +29,7 @@ class WebhookSwitch:
         self._ports: dict[str, int] = {}
         self._servers: list[Server] = []
         self._now = (Webhook("mock", "allow-all"), 0)
+        self.asked: list[str] = []
         self.set(self._now[0])
 
     def set(self, webhook: Webhook) -> None:
@@ -40,7 +41,7 @@ class WebhookSwitch:
         key = f"mock {webhook.file}" if webhook.contract == "mock" else webhook.contract
         if key not in self._ports:
             self._ports[key] = self._on_loop(self._start(webhook))
-        self._now = (webhook, self._ports[key])
+        self._now, self.asked = (webhook, self._ports[key]), []
 
     def _on_loop(self, work: Any) -> Any:
         if self._loop.is_running():
@@ -67,6 +68,7 @@ class WebhookSwitch:
     def answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, bytes, str]:
         """Return status and body, and what happens to the connection."""
         webhook, port = self._now
+        self.asked.append(path)
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
         connection.request(method, path, body, headers)
         response = connection.getresponse()
