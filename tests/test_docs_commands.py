@@ -167,6 +167,11 @@ def matches(expected: str, seen: str) -> bool:
     return re.fullmatch(pattern, seen.strip(), re.DOTALL) is not None
 
 
+def is_server(block: Block) -> bool:
+    """Return whether the last command of a block is a server; a command in quotes is another one's argument."""
+    return SERVER.search(re.sub("'[^']*'", "''", block.text.rstrip().splitlines()[-1])) is not None
+
+
 def runs_elsewhere(block: Block) -> bool:
     """Return whether a block installs something, or needs containers."""
     return block.language == "yaml" or block.text.startswith(RUN_ELSEWHERE)
@@ -179,7 +184,7 @@ def run(shown: list[Block], terminal: Terminal) -> int:
     with ExitStack() as servers:
         for number, block in enumerate(shown):
             following = shown[number + 1] if number + 1 < len(shown) else Block("", "")
-            if block.language == "sh" and not SERVER.search(block.text.rstrip().splitlines()[-1]):
+            if block.language == "sh" and not is_server(block):
                 pasted.append((block, following.text if following.language == "text" else ANYTHING))
                 compared += following.language == "text"
                 continue

@@ -96,9 +96,7 @@ def test_images_are_measured_and_booted(dstack_stack: LiveStack, dstack_policy: 
 
 def test_policy_of_a_foreign_webhook_is_none_of_the_stacks(dstack_kms: Callable[..., LiveKms]) -> None:
     kms = dstack_kms("mine", webhook="http://127.0.0.1:1")
-    with pytest.raises(
-        ControlError, match="kms-mine uses the webhook http://127.0.0.1:1, which has no policy in the stack"
-    ):
+    with pytest.raises(ControlError, match="kms-mine asks the webhook http://127.0.0.1:1: change its policy there"):
         _ = kms.policy
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from dstack_emu.deployment.clock import ClockState, StackClock
 from dstack_emu.deployment.guests import RunningGuest
-from dstack_emu.deployment.kms import RunningKms
 from dstack_emu.deployment.policy_files import PolicyContents, PolicyFiles, place
+from dstack_emu.deployment.running_kms import RunningKms
 from dstack_emu.deployment.state import GuestState, KmsState, Restorable, RestorableService
 from dstack_emu.kms_emu.server import KmsServer, KmsServerState
 from dstack_emu.observability.fault_rules import FaultRule, FaultRules, FaultRulesState

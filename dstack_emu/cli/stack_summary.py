@@ -25,9 +25,15 @@ def summary(description: dict[str, Any], seconds: float) -> str:
     )
     lines = [f"dstack-emu is {state} ({seconds:.1f} s). It protects nothing.", ""]
     lines += [f"  {name:<10} {url:<28} {_WHAT[name]}" for name, url in description["services"].items()]
+    lines += [
+        f"  auth-{name:<5} {url:<28} your auth webhook of kms-{name}" for name, url in description["webhooks"].items()
+    ]
     if description["grpc"]:
         lines += ["", "gRPC:"]
         lines += [f"  {name:<18} {target}" for name, target in description["grpc"].items()]
+    for name, files in description["foreign_kms"].items():
+        lines += ["", f"Your KMS is kms-{name}:"]
+        lines += [f"  {what:<7} {where}" for what, where in files.items()]
     lines += ["", "Measured:"]
     for side, info in description["kms"].items():
         lines += [
@@ -37,10 +43,10 @@ def summary(description: dict[str, Any], seconds: float) -> str:
     app = description["app"]
     lines += [
         f"  app      app_id {app['app_id']}  compose_hash {app['compose_hash']}",
-        "",
-        "Policies (edit them while the stack runs; they are read at every request):",
     ]
-    lines += [f"  {path}" for path in description["policies"].values()]
+    if policies := description["policies"]:
+        lines += ["", "Policies (edit them while the stack runs; they are read at every request):"]
+        lines += [f"  {path}" for path in policies.values()]
     lines += ["", "Commands to paste into another terminal:"]
     lines += [f"  export {name}={shlex.quote(value)}" for name, value in description["env"].items()]
     lines += [f"  {line}" for line in (_fresh_steps(description) if fresh else _ready_steps(description))]

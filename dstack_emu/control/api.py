@@ -17,7 +17,7 @@ from dstack_emu.control.vendor import VendorControl
 from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.health import check_grpc, check_services
-from dstack_emu.deployment.kms import PERMANENT, RunningKms
+from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
 from dstack_emu.deployment.specs import EventSpec, GuestSpec, KmsSpec
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.observability.fault_rules import FaultRule, InstalledRule
@@ -47,7 +47,7 @@ class Control(VendorControl):
         return {
             **deployment.description(),
             "guests": {name: self.guest(name) for name in deployment.guests},
-            "kms_phases": {name: kms.server.phase for name, kms in deployment.kms.items()},
+            "kms_phases": {name: kms.phase for name, kms in deployment.kms.items()},
             "snapshots": sorted(self._snapshots),
         }
 
@@ -159,7 +159,7 @@ class Control(VendorControl):
         if guest.name.startswith("kms-"):
             raise ControlError(f"{name} is the trust domain of a KMS, which gets its keys by onboarding, not by boot")
         names = (kms,) if isinstance(kms, str) else tuple(kms)
-        phases = [self._known_kms(each).server.phase for each in names]
+        phases = [(await self._asked_kms(each)).phase for each in names]
         if "runtime" not in phases:
             raise ControlError(f"kms-{names[0]} has no keys: it is in its {phases[0]} phase, onboard it first", 409)
         before = guest.domain.capture()
@@ -208,10 +208,10 @@ class Control(VendorControl):
 
         A refusal by a KMS has status 403 and the KMS's text.
         """
-        kms = self._known_kms(name)
-        source_url = None if source is None else self._known_kms(source).url
-        if kms.server.phase != "onboard":
-            raise ControlError(f"kms-{name} has keys already: it is in its {kms.server.phase} phase", 409)
+        kms = await self._asked_kms(name)
+        source_url = None if source is None else (await self._asked_kms(source)).url
+        if kms.phase != "onboard":
+            raise ControlError(f"kms-{name} has keys already: it is in its {kms.phase} phase", 409)
         try:
             if source_url is None:
                 await kms.onboarding.bootstrap()
@@ -220,6 +220,11 @@ class Control(VendorControl):
         except StackError as error:
             raise ControlError(str(error), 403) from error
         return self.kms(name)
+
+    async def refresh_kms(self) -> None:
+        """Ask the KMS that are other programs for their phases, which `kms`, `all_kms` and `describe` return."""
+        for kms in self._deployment.kms.values():
+            await kms.refresh()
 
     def all_kms(self) -> dict[str, dict[str, Any]]:
         """Return every KMS, by name."""
@@ -230,7 +235,7 @@ class Control(VendorControl):
         kms, policies = self._known_kms(name), self._deployment.policies
         return {
             "name": name,
-            "phase": kms.server.phase,
+            "phase": kms.phase,
             "url": kms.url,
             "webhook": shown_url(kms.spec.webhook),
             "policy": str(policies[name]) if name in policies else None,
@@ -252,6 +257,12 @@ class Control(VendorControl):
         if name in PERMANENT:
             raise ControlError(f"kms-{name} is part of every stack and cannot be removed", 409)
         await self._deployment.stop_kms(kms)
+
+    async def _asked_kms(self, name: str) -> RunningKms:
+        """Return a KMS whose phase is that of now."""
+        kms = self._known_kms(name)
+        await kms.refresh()
+        return kms
 
     def _known_kms(self, name: str) -> RunningKms:
         kms = self._deployment.kms.get(name)

@@ -9,6 +9,12 @@ from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.deployment.guests import RunningGuest
+from dstack_emu.transport.urls import shown_url
+
+
+def foreign_policy(service: str, webhook: str) -> str:
+    """Say why the stack has no policy for a KMS that asks a webhook of somebody's own."""
+    return f"{service} asks the webhook {shown_url(webhook)}: change its policy there, the stack has none for it"
 
 
 class PolicyControl:
@@ -68,6 +74,9 @@ class PolicyControl:
         return changed
 
     def _policy_path(self, kms: str) -> Path:
+        running = self._deployment.kms.get(kms)
+        if running is not None and running.spec.asks_foreign_webhook:
+            raise ControlError(foreign_policy(running.spec.service, running.spec.webhook), 409)
         if kms not in self._deployment.policies:
             raise ControlError(f"there is no policy {kms!r:.60}: {', '.join(self._deployment.policies)}", 404)
         return self._deployment.policies[kms]

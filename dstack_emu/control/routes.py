@@ -93,10 +93,16 @@ def _switch(control: Control, enabled: bool) -> dict[str, bool]:
     return {"enabled": enabled}
 
 
+async def _asked(control: Control, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what a call says once the phases of all KMS are those of now."""
+    await control.refresh_kms()
+    return read()
+
+
 _FIND: Final = ("call", "service", "caller", "outcome", "since")
 
 ROUTES: Final = (
-    Route("GET", "/stack", "The stack and every part of it", lambda c, p, q, b: c.describe()),
+    Route("GET", "/stack", "The stack and every part of it", lambda c, p, q, b: _asked(c, c.describe)),
     Route("GET", "/stack/health", "The health of each service", lambda c, p, q, b: c.health()),
     Route("GET", "/clock", "The clock's time", lambda c, p, q, b: c.clock()),
     Route(
@@ -138,9 +144,9 @@ ROUTES: Final = (
         lambda c, p, q, b: c.emit_event(p["name"], b.event, b.payload, measured=b.measured),
         EventSpec,
     ),
-    Route("GET", "/kms", "Every KMS", lambda c, p, q, b: c.all_kms()),
+    Route("GET", "/kms", "Every KMS", lambda c, p, q, b: _asked(c, c.all_kms)),
     Route("POST", "/kms", "Add a KMS, without keys", lambda c, p, q, b: c.add_kms(**_given(b)), KmsSpec),
-    Route("GET", "/kms/{name}", "One KMS", lambda c, p, q, b: c.kms(p["name"])),
+    Route("GET", "/kms/{name}", "One KMS", lambda c, p, q, b: _asked(c, lambda: c.kms(p["name"]))),
     Route("DELETE", "/kms/{name}", "Stop it", lambda c, p, q, b: c.remove_kms(p["name"])),
     Route(
         "POST",

@@ -18,12 +18,13 @@ from dstack_emu.attest.errors import FormatError
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.clock import ClockState
 from dstack_emu.deployment.deployment import Deployment
-from dstack_emu.deployment.kms import PERMANENT
+from dstack_emu.deployment.running_kms import PERMANENT
 from dstack_emu.deployment.state import Count, GuestState, KmsState, StateModel
 from dstack_emu.observability.fault_rules import FaultRulesState, FaultState
 from dstack_emu.simulator.intel import IntelState
 from dstack_emu.simulator.platform import PlatformState
 from dstack_emu.simulator.vendor_state import VendorState
+from dstack_emu.transport.urls import shown_url
 from dstack_emu.transport.validation import describe
 
 FORMAT: Final = "dstack-emu state"
@@ -94,6 +95,9 @@ async def apply_state(deployment: Deployment, state: StackState) -> None:
         if theirs != ours:
             raise ControlError(f"the state is of a stack with the {name} {theirs!r:.60}, not {ours!r:.60}")
     _require_whole(deployment, state)
+    for name, kms_state in state.kms.items():
+        if (running := deployment.kms.get(name)) is not None:
+            await running.require_restorable(kms_state)
     journal = instrumentation.journal
     enabled, journal.enabled = journal.enabled, False  # the calls of restoring are not recorded
     try:
@@ -125,7 +129,12 @@ def _require_whole(deployment: Deployment, state: StackState) -> None:
     for name, kms in state.kms.items():
         if kms.spec.name != name:
             raise ControlError(f"state: kms.{name}: describes the KMS {kms.spec.name!r:.60}")
-    policies = {*PERMANENT, *(name for name, kms in state.kms.items() if kms.spec.webhook == "own")}
+    for name in PERMANENT:
+        theirs, ours = state.kms[name].spec.webhook, deployment.kms[name].spec.webhook
+        if theirs != ours:
+            asked = f"{shown_url(theirs)!r:.200}, not {shown_url(ours)!r:.200}"
+            raise ControlError(f"the state is of a stack in which the webhook of kms-{name} is {asked}")
+    policies = {name for name, kms in state.kms.items() if kms.spec.webhook == "own"}
     if state.policies.keys() != policies:
         raise ControlError(f"state: policies: {', '.join(sorted(policies))} expected")
 

@@ -68,7 +68,7 @@ class VendorControl(PolicyControl):
     def _settled(self, changed: Iterable[Platform]) -> dict[str, str]:
         """Return a note about the KMS whose judgement of themselves a change of their platforms does not reach."""
         kms = [each for each in self._deployment.kms.values() if each.guest.domain.platform in set(changed)]
-        names = [each.name for each in kms if each.server.has_judged_itself]
+        names = [each.name for each in kms if each.has_judged_itself]
         if not names:
             return {}
         services, restarts = (

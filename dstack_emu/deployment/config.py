@@ -41,6 +41,10 @@ class StackConfig:
     expires 30 days later (None: collateral that is valid from 2024 to 2099). `control_token` is
     the token of the control API on an address that is not of this machine alone (None: that of the state folder, or a
     random one). Ports that are not given are those of PORTS and GRPC_PORTS.
+
+    `webhooks` has the URL of a webhook of your own, by the name of the KMS that asks it, `src` or `dst`. `kms` has, by
+    the same names, the command line of a KMS of your own (`{config}` is the path of its kms.toml), or its URL, or
+    `external`, if you start it yourself. It is waited for `kms_wait` seconds (None: 60 for a command, else 600).
     """
 
     seed: str = DEFAULT_SEED
@@ -59,6 +63,9 @@ class StackConfig:
     auth_api_cache: bool = False
     collateral_issued: str | None = None
     control_token: str | None = None
+    webhooks: Mapping[str, str] = field(default_factory=dict)
+    kms: Mapping[str, str] = field(default_factory=dict)
+    kms_wait: float | None = None
 
     @classmethod
     def on_free_ports(cls, **settings: object) -> Self:

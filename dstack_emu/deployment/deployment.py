@@ -5,6 +5,7 @@ on request, policy files allow them, and the app gets its keys by GetAppKey. Oth
 are added as an `Extension`.
 """
 
+import asyncio
 import json
 import logging
 import socket
@@ -20,8 +21,10 @@ from dstack_emu.deployment.authorization import Authorization, tls_url
 from dstack_emu.deployment.config import DESCRIPTION_FILE, StackConfig
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.guests import RunningGuest, start_guest
-from dstack_emu.deployment.kms import PERMANENT, RunningKms, start_kms, stop_kms
+from dstack_emu.deployment.kms import start_kms, stop_kms
+from dstack_emu.deployment.own_parts import foreign_webhooks, what_to_allow
 from dstack_emu.deployment.preparation import prepare
+from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
 from dstack_emu.deployment.service_logs import ServiceLogs
 from dstack_emu.deployment.specs import GuestSpec, KmsSpec
 from dstack_emu.deployment.supervision import Supervisor
@@ -108,7 +111,7 @@ class Deployment:
         except BaseException:
             await self._exit.aclose()
             raise
-        self._supervisor = Supervisor({kms.spec.service: kms.server.wait for kms in self.kms.values()})
+        self._supervisor = Supervisor({kms.spec.service: kms.ended for kms in self.kms.values()})
         return self
 
     async def __aexit__(
@@ -131,7 +134,7 @@ class Deployment:
         self._exit.push_async_callback(self._app_verifier.pccs.close)
         await self._serve_verifier()
         self._place_policies()
-        for name in PERMANENT:
+        for name in self.policies:
             self._close_at_end(await self.context.serve_webhook(name))
         self._exit.push_async_callback(self._close_parts)
         await self._start_parts(remembered.get("kms") or {})
@@ -189,11 +192,12 @@ class Deployment:
     async def _start_parts(self, measured: Mapping[str, Any]) -> None:
         for name in PERMANENT:
             self._progress(f"starting kms-{name}")
-            kms = await self.start_kms(KmsSpec(name=name))
+            kms = await self.start_kms(KmsSpec(name=name, webhook=self.config.webhooks.get(name, "own")))
             # A KMS with keys does not state its measurements; those of an earlier run are in the state folder.
             kms.measured = measured.get(name)
         self._progress("starting the app's trust domain")
         self.app = await self.start_guest(GuestSpec(name="app"))
+        await asyncio.gather(*(kms.ready() for kms in self.kms.values()))
 
     async def _start_extensions(self) -> None:
         for extension in self._extensions:
@@ -227,7 +231,7 @@ class Deployment:
             raise StackError(f"there is a KMS {spec.name} already")
         if spec.service in self.guests:
             raise StackError(f"there is a trust domain {spec.service} already")
-        kms = self.kms[spec.name] = await start_kms(self.context, spec)
+        kms = self.kms[spec.name] = await start_kms(self.context, spec, self._progress)
         self.guests[spec.service] = kms.guest
         return kms
 
@@ -257,7 +261,12 @@ class Deployment:
             source, target, _OwnApp(self.app.domain), list(self.policies.values()), tls_url(source.url), self._progress
         )
         known = {self.kms[name].spec.service: info for name, info in self.kms_info.items()}
-        measured = await flow.carry_out(known)
+        if advice := what_to_allow(self.kms, self.app.agent):
+            self._progress(advice)
+        try:
+            measured = await flow.carry_out(known)
+        except StackError as error:
+            raise StackError(f"{error}{self._advice}") from error
         for kms in self.kms.values():
             kms.measured = measured.get(kms.spec.service, kms.measured)
         self._progress("booting the app through kms-src")
@@ -265,11 +274,17 @@ class Deployment:
             await self.boot(self.app, ("src",))
         except GuestError as error:
             if measured:
-                raise StackError(f"app: {error}") from error
+                raise StackError(f"app: {error}{self._advice}") from error
             # A resumed stack keeps its policy, and runs all the same, so that the policy can be changed.
             self._progress(f"app: {error}")
             self._progress("the app has no keys, because the policy does not allow it; everything else runs")
             await self._report_policies_of_other_stacks()
+
+    @property
+    def _advice(self) -> str:
+        """What to do about a refusal, if a webhook of the user's own may have made it."""
+        advice = what_to_allow(self.kms, self.app.agent)
+        return f". {advice}; or use --fresh, which asks no webhook by itself" if advice else ""
 
     async def boot(self, guest: RunningGuest, kms: Sequence[str]) -> None:
         """Let a trust domain fetch its keys from the KMS of these names, tried in order.
@@ -315,6 +330,11 @@ class Deployment:
         """The policy file of each KMS that has one of its own."""
         return self.context.policies.paths
 
+    def log_lines(self, service: str, level: int) -> list[str]:
+        """Return what a service has logged at a level or above; of a KMS that is another program, what it printed."""
+        printed = [line for kms in self.kms.values() if kms.spec.service == service for line in kms.printed()]
+        return printed or self.logs.lines(service, level)
+
     @property
     def kms_info(self) -> dict[str, dict[str, Any]]:
         """The answer of each KMS to GetAttestationInfo."""
@@ -327,6 +347,8 @@ class Deployment:
             "services": dict(self.services),
             "grpc": dict(self.grpc),
             "policies": {name: str(path) for name, path in self.policies.items()},
+            "webhooks": foreign_webhooks(self.kms.values()),
+            "foreign_kms": {name: files for name, kms in self.kms.items() if (files := kms.files)},
             "root_ca": str(self.root_ca),
             "kms_ca": str(self.kms_ca),
             "kms": self.kms_info,

@@ -23,11 +23,14 @@ URLS: Final[Mapping[str, str]] = {
 
 def environment(description: Mapping[str, Any]) -> dict[str, str]:
     """Return the variables by which a command finds the stack of this description."""
+    webhooks = {f"auth-{name}": url for name, url in description["webhooks"].items()}
+    services, policies = {**description["services"], **webhooks}, description["policies"]
     return {
         **description["env"],
-        **{variable: description["services"][name] for variable, name in URLS.items()},
-        "DSTACK_EMU_POLICY_SRC": description["policies"]["src"],
-        "DSTACK_EMU_POLICY_DST": description["policies"]["dst"],
+        **{variable: services[name] for variable, name in URLS.items()},
+        # A webhook of the user's own has no policy here: the variable is empty, so that no other stack's is taken.
+        "DSTACK_EMU_POLICY_SRC": policies.get("src", ""),
+        "DSTACK_EMU_POLICY_DST": policies.get("dst", ""),
         "DSTACK_EMU_ROOT_CA": description["root_ca"],
         "DSTACK_EMU_KMS_CA": description["kms_ca"],
         "DSTACK_EMU_STATE": description["state"],

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dstack_emu.deployment.authorization import Phase, PolledPhase
+from dstack_emu.deployment.authorization import Phase, PolledPhase, plain_url, tls_url
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.kms_toml import KmsSettings
 
@@ -90,6 +90,7 @@ class ForeignKms:
         self._command, self._patience, self._progress = command, patience, progress
         self._phases = PolledPhase(name, url)
         self._process: asyncio.subprocess.Process | None = None
+        self._restarting = asyncio.Lock()
 
     # ---- starting and stopping
 
@@ -143,6 +144,18 @@ class ForeignKms:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), GRACE)
 
+    async def restart(self) -> Phase:
+        """Stop the program, run its command again, and return its phase.
+
+        Raises `StackError` if it does not answer, or if it is not run here.
+        """
+        if self._process is None:
+            raise StackError(f"{self.name} is run by somebody else: restart it there")
+        async with self._restarting:
+            await self.stop()
+            await self.start()
+        return await self.answers()
+
     # ---- waiting
 
     async def answers(self) -> Phase:
@@ -195,11 +208,12 @@ class ForeignKms:
 
         A program that somebody else started is not watched; then this does not return.
         """
-        if self._process is None:
-            await asyncio.get_running_loop().create_future()
-            return
-        await self._process.wait()
-        self._require_running("while it was needed")
+        while (process := self._process) is not None:
+            await process.wait()
+            async with self._restarting:
+                if self._process is process:
+                    self._require_running("while it was needed")
+        await asyncio.get_running_loop().create_future()
 
     def _require_running(self, when: str) -> None:
         process = self._process
@@ -208,6 +222,15 @@ class ForeignKms:
         status = process.returncode
         how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
         raise StackError(f"{self.name}: the command {self._command!r:.200} ended {how} {when}{self._output}")
+
+    @property
+    def is_run_here(self) -> bool:
+        """Whether it is run by a command of ours."""
+        return self._command is not None
+
+    def url_of(self, phase: Phase) -> str:
+        """Return its URL in a phase."""
+        return plain_url(self.url) if phase == "onboard" else tls_url(self.url)
 
     # ---- what messages say
 

@@ -2,63 +2,42 @@
 
 import shutil
 import socket
-from contextlib import AsyncExitStack
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any
 
-from dstack_emu.deployment.authorization import KmsOnboarding, Phase
+from dstack_emu.deployment.authorization import Phase
 from dstack_emu.deployment.context import StackContext
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.guest_config import local_key_provider
-from dstack_emu.deployment.guests import RunningGuest, start_guest
-from dstack_emu.deployment.kms_toml import KmsSettings
+from dstack_emu.deployment.guests import start_guest
+from dstack_emu.deployment.running_foreign_kms import RunningForeignKms
+from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
 from dstack_emu.deployment.specs import KmsSpec
 from dstack_emu.deployment.state import KmsState
 from dstack_emu.kms_emu.config import KmsConfig
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.kms_emu.server import KmsServer, KmsServerState
-from dstack_emu.observability.spans import headers_of
 from dstack_emu.simulator.app_keys import OwnKeys
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.errors import ConfigError
 from dstack_emu.transport.listen import reachable
 
-PERMANENT: Final = ("src", "dst")
-"""The KMS of every stack. The state folder keeps their files; other KMS start without files."""
 
-KMS_DOMAIN: Final = "127.0.0.1"
-"""The name in the KMS's certificates, an IP address, so that the printed URLs are valid under the KMS's root."""
-
-
-class RunningKms:
-    """A running KMS, with its own webhook and gRPC listeners if it has any.
-
-    `measured` is its answer to GetAttestationInfo in the onboard phase, None if that was not requested.
-    """
+class EmulatedKms(RunningKms):
+    """A KMS of ours, in this process."""
 
     server: KmsServer
 
-    def __init__(self, context: StackContext, spec: KmsSpec, guest: RunningGuest) -> None:
-        self.spec, self.guest = spec, guest
-        self.measured: dict[str, Any] | None = None
-        self._context = context
-        self._exit = AsyncExitStack()
+    @property
+    def phase(self) -> str:
+        """Its phase."""
+        return self.server.phase
 
     @property
-    def name(self) -> str:
-        """Its name: `src` for the service `kms-src`."""
-        return self.spec.name
-
-    @property
-    def url(self) -> str:
-        """The URL of its service."""
-        return self._context.urls[self.spec.service]
-
-    @property
-    def cert_dir(self) -> Path:
-        """The folder of its keys."""
-        return self.guest.folder / "certs"
+    def has_judged_itself(self) -> bool:
+        """Whether it has verified its own evidence, which it does once in the life of its process."""
+        return self.server.has_judged_itself
 
     # ---- starting and stopping
 
@@ -100,26 +79,12 @@ class RunningKms:
 
     def _document(self, webhook: str, sock: socket.socket, *, grpc: bool) -> dict[str, Any]:
         """Build its kms.toml."""
-        context = self._context
-        host, port = sock.getsockname()[:2]
-        settings = KmsSettings(
-            host=host,
-            port=port,
-            cert_dir=self.cert_dir,
-            image_cache=context.state / "images",
-            pccs=context.urls["pccs"],
-            root_ca=context.root_ca,
-            webhook=webhook,
-            site_name=f"dstack-emu {self.name}",
-            settings=self.spec.settings,
-            release=context.release_of(self.spec.release),
-        )
         emulator = {
             "rpc_cert_evidence": self.spec.rpc_cert_evidence,
             "auth_api_cache": self._has_auth_api_cache(),
             "grpc": {"enabled": grpc},
         }
-        return {**settings.document(), "emulator": emulator}
+        return {**self._settings(webhook, *sock.getsockname()[:2]).document(), "emulator": emulator}
 
     def _has_auth_api_cache(self) -> bool:
         if self.spec.auth_api_cache is not None:
@@ -139,19 +104,9 @@ class RunningKms:
             context.grpc[name] = reachable(socks[key])
         return socks
 
-    async def _webhook(self) -> tuple[str, bool]:
-        """Return the URL of its webhook, and whether that is part of the stack; start the webhook if it is its own."""
-        context, webhook = self._context, self.spec.webhook
-        if webhook.startswith(("http://", "https://")):
-            return webhook, webhook.rstrip("/") in context.urls.values()
-        service = f"auth-{self.name if webhook == 'own' else webhook}"
-        if webhook == "own" and service not in context.urls:
-            context.policies.add(self.name)
-            server = await context.serve_webhook(self.name, self.spec.release)
-            self._exit.push_async_callback(server.close)
-        if service not in context.urls:
-            raise StackError(f"webhook: own, the name of a KMS, or a URL expected, got {webhook!r:.100}")
-        return context.urls[service], True
+    async def ended(self) -> None:
+        """Wait until it ends; raise the error it ended with, if any."""
+        await self.server.wait()
 
     async def restart(self) -> None:
         """Start it anew at the same address with its keys; raise `StackError` if it does not run or start."""
@@ -163,16 +118,10 @@ class RunningKms:
 
     async def close(self) -> None:
         """Stop the KMS and its own webhook. Its trust domain continues."""
-        await self._exit.aclose()
+        await super().close()
         self._context.instrumentation.drop_verifier(self.spec.service)
 
-    # ---- its onboard phase
-
-    @property
-    def onboarding(self) -> KmsOnboarding:
-        """The public interface of its onboard phase."""
-        has_alias = self._context.release_of(self.spec.release).attestation_mode_alias
-        return KmsOnboarding(self.spec.service, self.url, KMS_DOMAIN, self, headers_of("stack"), has_alias)
+    # ---- its phase
 
     async def current(self) -> Phase:
         """Return its phase; raise `StackError` if it does not run."""
@@ -207,6 +156,11 @@ class RunningKms:
             measured=self.measured,
         )
 
+    async def require_restorable(self, state: KmsState) -> None:
+        """Raise `StackError` if a captured state cannot be restored here: that of another program has no keys."""
+        if state.foreign_root is not None:
+            raise StackError(f"{self.spec.service} was another program when the state was taken, which has its keys")
+
     async def restore(self, state: KmsState) -> None:
         """Restore a captured state of a KMS with the same specification; raise `KmsError` if it does not start."""
         await self.server.restore(
@@ -216,10 +170,10 @@ class RunningKms:
         self.measured = state.measured
 
 
-async def start_kms(context: StackContext, spec: KmsSpec) -> RunningKms:
+async def start_kms(context: StackContext, spec: KmsSpec, progress: Callable[[str], None]) -> RunningKms:
     """Start a KMS in a trust domain with keys of a local key provider, as a production KMS has.
 
-    Raises `StackError` if it does not start.
+    It is ours, unless the stack's settings name another program. Raises `StackError` if it does not start.
     """
     if spec.name not in PERMANENT:
         delete_files(context, spec)
@@ -228,7 +182,10 @@ async def start_kms(context: StackContext, spec: KmsSpec) -> RunningKms:
         guest = await start_guest(context, spec.guest, f"agent-{spec.name}", seed)
     except GuestError as error:
         raise StackError(str(error)) from error
-    kms = RunningKms(context, spec, guest)
+    program = context.config.kms.get(spec.name)
+    kms: RunningKms = EmulatedKms(context, spec, guest)
+    if program is not None:
+        kms = RunningForeignKms(context, spec, guest, program, progress)
     try:
         provider = local_key_provider(context.seed, spec.service)
         try:

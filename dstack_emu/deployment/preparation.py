@@ -17,8 +17,9 @@ from dstack_emu.deployment.config import DESCRIPTION_FILE, StackConfig
 from dstack_emu.deployment.context import ServicePorts, StackContext
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.instrumentation import Instrumentation
-from dstack_emu.deployment.kms import PERMANENT
+from dstack_emu.deployment.own_parts import require_own_parts
 from dstack_emu.deployment.policy_files import PolicyFiles
+from dstack_emu.deployment.running_kms import PERMANENT
 from dstack_emu.deployment.service_logs import ServiceLogs
 from dstack_emu.observability.journal import JournalError
 from dstack_emu.simulator.image import OsImage
@@ -40,6 +41,8 @@ def prepare(
     none. Raises `StackError`, or `ListenError` if a port is taken.
     """
     _require_release(config)
+    require_own_parts(config)
+    services = services - {f"auth-{name}" for name in config.webhooks}
     state = _state_folder(config.state, closing)
     remembered = _remembered(state, config)
     ports = _bind(config, services, closing)
@@ -53,7 +56,10 @@ def prepare(
         instrumentation=_instrumentation(config, seed, closing),
         logs=logs,
         ports=ports,
-        policies=PolicyFiles((config.policies or state / "policies").absolute(), PERMANENT),
+        policies=PolicyFiles(
+            (config.policies or state / "policies").absolute(),
+            [name for name in PERMANENT if name not in config.webhooks],
+        ),
     )
     context.instrumentation.journal.scrub = context.scrub
     return context, remembered

@@ -106,6 +106,11 @@ class KmsSpec(_Spec):
         return f"kms-{self.name}"
 
     @property
+    def asks_foreign_webhook(self) -> bool:
+        """Whether its webhook is that of a URL, which has no policy in the stack."""
+        return self.webhook.startswith(("http://", "https://"))
+
+    @property
     def guest(self) -> GuestSpec:
         """The trust domain it runs in."""
         return GuestSpec(

@@ -75,7 +75,11 @@ class GuestState(StateModel):
 
 
 class KmsState(StateModel):
-    """A KMS: its phase, its folder, and what it knows beside that. Its trust domain is a `GuestState` of its own."""
+    """A KMS: its phase, its folder, and what it knows beside that. Its trust domain is a `GuestState` of its own.
+
+    Of a KMS that is another program there are no files, but `foreign_root`, its root certificate (PEM), empty before it
+    has keys; it is None of our own KMS.
+    """
 
     spec: KmsSpec
     phase: Literal["onboard", "runtime"]
@@ -84,3 +88,4 @@ class KmsState(StateModel):
     requests: Count
     failures: Count
     measured: dict[str, Any] | None
+    foreign_root: str | None = None

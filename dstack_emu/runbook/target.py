@@ -138,6 +138,7 @@ class Target:
         cls, document: Any, name: str, folder: Path, names: Mapping[str, str] = _NO_NAMES, *, by_grpc: bool = False
     ) -> Self:
         """Read a description that is already parsed. Raises `TargetError`."""
+        _require_policies(document, name)
         try:
             found = _Description.model_validate(document)
         except ValidationError as error:
@@ -175,6 +176,20 @@ class Target:
             release=None if found.release is None else release(found.release),
             names=names,
         )
+
+
+def _require_policies(document: Any, name: str) -> None:
+    """Raise `TargetError` if a KMS asks a webhook of the user's own, and no policy file of that is named."""
+    if not isinstance(document, dict) or not isinstance(webhooks := document.get("webhooks"), dict):
+        return
+    for side, url in webhooks.items():
+        service = f"auth-{side}"
+        if service not in document.get("services", {}) or side not in document.get("policies", {}):
+            raise TargetError(
+                f"{name}: kms-{side} asks the webhook {url}, whose policy the runbook cannot write. Run it on a stack "
+                f"without --webhook; or, if that webhook reads a file in auth-simple's format at every request, name "
+                f"both as services.{service} and policies.{side} in a copy of the description"
+            )
 
 
 def _grpc_target(found: _Description, name: str, key: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from dstack_emu.control.policies import foreign_policy
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
 from dstack_emu.testing.access import NamedPart, StackAccess, name_of, raise_refusals
@@ -60,6 +61,7 @@ class LiveKms:
     @property
     def info(self) -> dict[str, Any]:
         """The KMS as the control API describes it: its phase, its URL, its trust domain."""
+        self._access.control.refresh_kms()
         info: dict[str, Any] = self._access.control.kms(self.name)
         return info
 
@@ -93,7 +95,7 @@ class LiveKms:
         """The policy of its webhook, which decides about the KMS itself and its callers."""
         webhook = str(self.info["webhook"])
         if "://" in webhook:
-            raise ControlError(f"kms-{self.name} uses the webhook {webhook}, which has no policy in the stack")
+            raise ControlError(foreign_policy(f"kms-{self.name}", webhook))
         return LivePolicy(self._access, self.name) if webhook == "own" else LiveKms(self._access, webhook).policy
 
     def bootstrap(self) -> Self:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from dstack_emu.attest.version import EMULATOR
 from dstack_emu.cli.commands.common import WARNING, Interrupted, UsageError, add_release, interruptible, say
+from dstack_emu.cli.commands.stack_options import add_kms_options
 from dstack_emu.cli.runbook_report import to_stderr, to_stdout
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import StackConfig
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--wait", type=_seconds, default=PATIENCE, metavar="SECONDS", help="how long to wait for a KMS (%(default)g)"
     )
+    add_kms_options(parser)
     add_release(parser, "the dstack release of the stack, unless the one that runs elsewhere says its own")
     parser.add_argument(
         "--transport", choices=list(TRANSPORTS), default="prpc", help="how to call the KMS (%(default)s)"
@@ -87,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the cases, report them, and write the evidence."""
     if arguments.source_url and not arguments.against:
         raise UsageError("--source-url is only for a stack that runs elsewhere: give --against, too")
+    if arguments.against and (arguments.kms or arguments.kms_wait):
+        raise UsageError("--kms is for the stack that the command starts: leave out --against, or give it to `up`")
     try:
         destination = Destination(arguments.evidence) if arguments.evidence else None
     except OSError as error:
@@ -116,13 +120,18 @@ async def _run(arguments: argparse.Namespace, destination: Destination | None) -
         about |= {"seed": arguments.seed, "upstream": arguments.release.version}
         _let_logs_through()
         config = StackConfig.on_free_ports(
-            seed=arguments.seed, release=arguments.release.name, fresh=True, grpc=by_grpc
+            seed=arguments.seed,
+            release=arguments.release.name,
+            fresh=True,
+            grpc=by_grpc,
+            kms=dict(arguments.kms),
+            kms_wait=arguments.kms_wait,
         )
         async with Stack(config, progress=lambda text: say(f"… {text}")) as stack:
             target = _target_of(stack)
             await _run_cases(arguments, target, transcript, Seed.of(arguments.seed).child("runbook").stream("client"))
             logs = {
-                f"logs/{name}.log": normalised_log(stack.logs.lines(name, logging.INFO), target.names)
+                f"logs/{name}.log": normalised_log(stack.log_lines(name, logging.INFO), target.names)
                 for name in stack.services
             }
     report.summary(transcript)

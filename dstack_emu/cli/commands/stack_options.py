@@ -11,6 +11,7 @@ from dstack_emu.cli.commands.guest_options import add_collateral_issued
 from dstack_emu.deployment.config import TOKEN_VARIABLE, StackConfig
 from dstack_emu.simulator.seed import DEFAULT_SEED
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
+from dstack_emu.transport.urls import shown_url
 
 _PORTS = {**PORTS, **GRPC_PORTS}
 
@@ -63,12 +64,40 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="keep auth-src.json and auth-dst.json in this folder (default: in the state folder)",
     )
+    parser.add_argument(
+        "--webhook",
+        action="append",
+        default=[],
+        type=_named,
+        metavar="NAME=URL",
+        help="let the KMS src or dst ask this webhook in place of the stack's own; may be repeated",
+    )
+    add_kms_options(parser)
     parser.add_argument("--journal", type=Path, metavar="FILE", help="append a record of each call, as JSON lines")
     parser.add_argument(
         "--image-dir",
         type=Path,
         metavar="DIR",
         help="boot this OS image instead of a generated one (see `dstack-emu image build`)",
+    )
+
+
+def add_kms_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a KMS that is another program."""
+    parser.add_argument(
+        "--kms",
+        action="append",
+        default=[],
+        type=_named,
+        metavar="NAME=COMMAND",
+        help="run this command line as the KMS src or dst, with the path of its kms.toml in the place of {config}; or "
+        "wait for one that you start yourself, with `external` or a URL in place of the command; may be repeated",
+    )
+    parser.add_argument(
+        "--kms-wait",
+        type=float,
+        metavar="SECONDS",
+        help="how long to wait for such a KMS (60; 600 if you start it yourself)",
     )
 
 
@@ -90,7 +119,17 @@ def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str =
         collateral_issued=arguments.collateral_issued,
         journal=arguments.journal,
         control_token=os.environ.get(TOKEN_VARIABLE) or None,
+        webhooks=dict(arguments.webhook),
+        kms=dict(arguments.kms),
+        kms_wait=arguments.kms_wait,
     )
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if name not in ("src", "dst") or not equals or not value:
+        raise argparse.ArgumentTypeError(f"src=… or dst=… expected, got {shown_url(text)!r:.100}")
+    return name, value
 
 
 def _port(text: str) -> tuple[str, int]:

@@ -1,0 +1,70 @@
+"""The webhooks and KMS of a user's own in a stack: what their settings may be, and what such a webhook has to allow."""
+
+from collections.abc import Iterable, Mapping
+from math import isfinite
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from dstack_emu.deployment.config import StackConfig
+from dstack_emu.deployment.errors import StackError
+from dstack_emu.deployment.foreign_kms import command_words
+from dstack_emu.deployment.running_foreign_kms import EXTERNAL, is_url
+from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
+from dstack_emu.simulator.agent import GuestAgent
+from dstack_emu.transport.urls import shown_url
+
+REQUEST_MEMBERS = ("mr_aggregated", "os_image_hash", "device_id", "app_id", "compose_hash")
+
+
+def require_own_parts(config: StackConfig) -> None:
+    """Verify the settings `webhooks`, `kms` and `kms_wait`; raise `StackError`, which says what is wrong."""
+    for setting, given in (("webhook", config.webhooks), ("kms", config.kms)):
+        for name in given:
+            if name not in PERMANENT:
+                raise StackError(f"{setting}: {' or '.join(PERMANENT)} expected, got {name!r:.60}")
+    for name, url in config.webhooks.items():
+        if not _is_http_url(url):
+            raise StackError(f"webhook of {name}: http(s)://host:port expected, got {shown_url(url)!r:.200}")
+    for name, program in config.kms.items():
+        if is_url(program):
+            if not _is_http_url(program) or urlsplit(program).path not in ("", "/"):
+                raise StackError(f"kms {name}: http(s)://host:port expected, got {shown_url(program)!r:.200}")
+        elif program != EXTERNAL:
+            command_words(program, Path("kms.toml"))
+    if config.kms_wait is not None and not (isfinite(config.kms_wait) and config.kms_wait > 0):
+        raise StackError(f"kms_wait: a number of seconds above 0 expected, got {config.kms_wait!r:.40}")
+
+
+def _is_http_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def foreign_webhooks(kms: Iterable[RunningKms]) -> dict[str, str]:
+    """Return the URL of each webhook that is not the stack's, without credentials, by the name of its KMS."""
+    return {each.name: shown_url(each.spec.webhook) for each in kms if each.spec.asks_foreign_webhook}
+
+
+def what_to_allow(kms: Mapping[str, RunningKms], app: GuestAgent) -> str:
+    """Say which webhooks of the user's own are asked, and what they have to allow; empty if there is none."""
+    urls = foreign_webhooks(kms.values())
+    if not urls:
+        return ""
+    asked = ", ".join(f"kms-{name} asks {url}" for name, url in urls.items())
+    parts = {each.spec.service: each.guest.agent for each in kms.values()} | {"the app": app}
+    allowed = "; ".join(f"{name} ({_identity(agent)})" for name, agent in parts.items())
+    return f"{asked}, whose policy is yours. To get keys, all of these must be allowed: {allowed}"
+
+
+def _identity(agent: GuestAgent) -> str:
+    """Return the members of a webhook's request that tell one trust domain from another, as the request has them."""
+    info = agent.app_info()
+    return ", ".join(f"{_camel_case(name)} {getattr(info, name).hex()}" for name in REQUEST_MEMBERS)
+
+
+def _camel_case(name: str) -> str:
+    first, *others = name.split("_")
+    return first + "".join(other.capitalize() for other in others)
