@@ -171,7 +171,7 @@ async def fetch_keys(
                 await client.close()
         return _Released(access, temp.ca_cert, answer, check.mr_aggregated)
 
-    _require_kms_as_provider(domain, kms_urls)
+    require_kms_as_provider(domain, kms_urls)
     released = await _first_that_releases(kms_urls, domain.release, request_keys)
     answer = released.keys
     provider = KeyProvider("kms", certificate_spki(load_pem(released.root_ca, "KMS root CA certificate")).hex())
@@ -188,7 +188,8 @@ async def fetch_keys(
     return keys, await kms_issuer(domain, released.access, released.root_ca, entropy, now, connect=connect)
 
 
-def _require_kms_as_provider(domain: TrustDomain, kms_urls: Sequence[str]) -> None:
+def require_kms_as_provider(domain: TrustDomain, kms_urls: Sequence[str]) -> None:
+    """Verify that an app-compose lets a KMS at one of these URLs give the keys; raise `GuestError`."""
     with _refused_as():
         verify_key_provider_inputs(domain.manifest, kms_urls, domain.release)
     named = domain.manifest.key_provider

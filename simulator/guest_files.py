@@ -132,9 +132,9 @@ def remove_environment(folder: Path) -> None:
 
 
 def read_text_file(path: Path, what: str) -> str:
-    """Read a text file; raise `FormatError` that names the file and what it should be."""
+    """Read a text file to the byte; raise `FormatError` that names the file and what it should be."""
     try:
-        return path.read_text()
+        return path.read_bytes().decode()  # read_text would replace line ends
     except OSError as error:
         raise FormatError(f"{what} {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

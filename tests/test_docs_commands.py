@@ -37,6 +37,7 @@ PAGES = (
     "docs/howto/kms.md",
     "docs/howto/verifier.md",
     "docs/howto/webhook.md",
+    "docs/howto/your-app.md",
 )
 """The pages whose blocks run beside one stack that is set up."""
 

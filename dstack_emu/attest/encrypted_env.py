@@ -11,6 +11,7 @@ public key: the sender is unknown. Errors never show a value.
 Source: dstack `dstack-util/src/{crypto,parse_env_file,system_setup}.rs` at 312dc605 and 40eaf35e (0.5.11).
 """
 
+import json
 import re
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
@@ -25,6 +26,8 @@ from dstack_emu.attest.json_struct import Reader, list_of, parse_json, read_memb
 from dstack_emu.attest.release import Release
 
 KEY_SIZE: Final = 32
+SEALING_SIZE: Final = 44
+"""The number of random bytes that sealing takes: an ephemeral X25519 secret (32), and an IV (12)."""
 IV_OFFSET, CIPHERTEXT_OFFSET = 32, 44
 MAX_FILE_SIZE: Final = 256 * 1024
 """The maximum size of the encrypted file in bytes."""
@@ -54,6 +57,24 @@ def decrypt_env(sealed: bytes, env_crypt_key: bytes, allowed: Collection[str], r
     except VerificationError as error:
         raise VerificationError(f"Failed to decrypt env file: {error}") from error
     return parse_env(text, allowed)
+
+
+def plain_env(variables: Mapping[str, str]) -> bytes:
+    """Write variables as the plain text that a deployer encrypts."""
+    return json.dumps({"env": [{"key": name, "value": value} for name, value in variables.items()]}).encode()
+
+
+def seal(text: bytes, public_key: bytes, random: bytes) -> bytes:
+    """Encrypt a plain text for an X25519 public key (32 bytes) with SEALING_SIZE random bytes.
+
+    Raises `VerificationError` if the key is none.
+    """
+    ephemeral, iv = X25519PrivateKey.from_private_bytes(random[:KEY_SIZE]), random[KEY_SIZE:SEALING_SIZE]
+    try:
+        shared = ephemeral.exchange(X25519PublicKey.from_public_bytes(public_key))
+    except ValueError as error:  # another size, or a point of small order
+        raise VerificationError("an X25519 public key of 32 bytes expected") from error
+    return ephemeral.public_key().public_bytes_raw() + iv + AESGCM(shared).encrypt(iv, text, None)
 
 
 def open_sealed(sealed: bytes, secret: bytes) -> bytes:

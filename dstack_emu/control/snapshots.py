@@ -124,6 +124,11 @@ def _require_whole(deployment: Deployment, state: StackState) -> None:
     missing |= {f"kms-{name}" for name in state.kms} - state.guests.keys()
     if missing:
         raise ControlError(f"state: {', '.join(sorted(missing))}: missing")
+    own = deployment.app
+    if own.name in state.guests and state.guests[own.name].spec != own.spec:
+        raise ControlError(
+            "the state is of a stack with another app: start this one with its app-compose and user-config"
+        )
     for name, guest in state.guests.items():
         _require_fitting_guest(name, guest, state)
     for name, kms in state.kms.items():

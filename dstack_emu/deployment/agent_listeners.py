@@ -1,16 +1,20 @@
 """The listeners of a guest agent: two socket files, a TCP port with every service, and optionally gRPC."""
 
+import os
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dstack_emu.simulator.agent import GuestAgent
 from dstack_emu.simulator.agent_server import dstack_app, tappd_app, tcp_app
 from dstack_emu.transport.http import Application
 from dstack_emu.transport.listen import bind_unix, reachable, reserve_unix, serve
+
+SOCKET_MODE: Final = 0o777
+"""The mode of the socket files, as in a CVM, whatever the umask is: who may open their folder may use them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,7 @@ class AgentListeners:
                 self._exit.callback(sock.close)
         for make_app, file in ((dstack_app, addresses.dstack_sock), (tappd_app, addresses.tappd_sock)):
             bound = bind_unix(file.path, setting=file.option)
+            os.chmod(file.path, SOCKET_MODE)
             await self._serve(instruments.instrument(make_app(agent)), bound)
         self.url = await self._serve(instruments.instrument(tcp_app(agent)), addresses.tcp)
         if addresses.grpc is not None or addresses.grpc_sock is not None:
@@ -90,6 +95,8 @@ class AgentListeners:
             self.grpc_target = reachable(addresses.grpc)
         server = await serve_agent(agent, addresses.grpc, self.grpc_sock or None, interceptors=interceptors)
         self._exit.push_async_callback(server.close)
+        if self.grpc_sock:
+            os.chmod(self.grpc_sock, SOCKET_MODE)
 
     async def close(self) -> None:
         """Stop listening."""

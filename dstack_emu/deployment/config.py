@@ -45,6 +45,10 @@ class StackConfig:
     `webhooks` has the URL of a webhook of your own, by the name of the KMS that asks it, `src` or `dst`. `kms` has, by
     the same names, the command line of a KMS of your own (`{config}` is the path of its kms.toml), or its URL, or
     `external`, if you start it yourself. It is waited for `kms_wait` seconds (None: 60 for a command, else 600).
+
+    `app_compose` is the file whose bytes are the identity of the stack's app (None: a generated one), `user_config` the
+    app's own file. The variables in `env_file` are encrypted for the app, as a deployer does it; the app's guest drops
+    those that `allowed_envs` of its app-compose does not name.
     """
 
     seed: str = DEFAULT_SEED
@@ -66,6 +70,9 @@ class StackConfig:
     webhooks: Mapping[str, str] = field(default_factory=dict)
     kms: Mapping[str, str] = field(default_factory=dict)
     kms_wait: float | None = None
+    app_compose: Path | None = None
+    env_file: Path | None = None
+    user_config: Path | None = None
 
     @classmethod
     def on_free_ports(cls, **settings: object) -> Self:

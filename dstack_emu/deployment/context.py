@@ -10,6 +10,7 @@ from dstack_emu.auth.policy import Contract, parse_contract
 from dstack_emu.auth.server import simple_app
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.deployment.instrumentation import App, Instrumentation
+from dstack_emu.deployment.own_app import OwnApp
 from dstack_emu.deployment.policy_files import PolicyFiles
 from dstack_emu.deployment.service_logs import ServiceLogs
 from dstack_emu.observability.decisions import decision_recorder
@@ -58,6 +59,7 @@ class StackContext:
     logs: ServiceLogs
     ports: ServicePorts
     policies: PolicyFiles
+    app: OwnApp
     urls: dict[str, str] = field(default_factory=dict)
     grpc: dict[str, str] = field(default_factory=dict)
 

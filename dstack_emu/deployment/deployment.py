@@ -19,9 +19,11 @@ from typing import Any, Final, Protocol, Self
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.authorization import Authorization, tls_url
 from dstack_emu.deployment.config import DESCRIPTION_FILE, StackConfig
+from dstack_emu.deployment.deployer import Deployer
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.guests import RunningGuest, start_guest
 from dstack_emu.deployment.kms import start_kms, stop_kms
+from dstack_emu.deployment.own_app import RememberedApp
 from dstack_emu.deployment.own_parts import foreign_webhooks, what_to_allow
 from dstack_emu.deployment.preparation import prepare
 from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
@@ -128,6 +130,7 @@ class Deployment:
     async def _start(self) -> None:
         extensions = [extension.name for extension in self._extensions]
         self.context, remembered = prepare(self.config, self.logs, SERVICES.union(extensions), self._exit)
+        self._before = RememberedApp.of(remembered)
         self.root_ca.write_text(self.intel.root_pem)
         await self._serve_pccs()
         self._app_verifier = self.context.verifier("app")
@@ -196,8 +199,13 @@ class Deployment:
             # A KMS with keys does not state its measurements; those of an earlier run are in the state folder.
             kms.measured = measured.get(name)
         self._progress("starting the app's trust domain")
-        self.app = await self.start_guest(GuestSpec(name="app"))
+        await self.start_guest(self.context.app.spec)
         await asyncio.gather(*(kms.ready() for kms in self.kms.values()))
+        if dropped := self.context.app.dropped:
+            log.warning(
+                "allowed_envs of the app-compose does not name %s: the app's guest drops what it does not name",
+                ", ".join(map(repr, dropped)),
+            )
 
     async def _start_extensions(self) -> None:
         for extension in self._extensions:
@@ -278,6 +286,7 @@ class Deployment:
             # A resumed stack keeps its policy, and runs all the same, so that the policy can be changed.
             self._progress(f"app: {error}")
             self._progress("the app has no keys, because the policy does not allow it; everything else runs")
+            self._before.advise(self.app.domain, self.policies.get("src"))
             await self._report_policies_of_other_stacks()
 
     @property
@@ -289,11 +298,19 @@ class Deployment:
     async def boot(self, guest: RunningGuest, kms: Sequence[str]) -> None:
         """Let a trust domain fetch its keys from the KMS of these names, tried in order.
 
-        Raises `GuestError` with the refusal.
+        Raises `GuestError` with the refusal. The variables of the stack's own app are encrypted before its first boot.
         """
+        if guest is self.app and self.context.app.variables and not guest.encrypted_env:
+            source = next((name for name in kms if self.kms[name].phase == "runtime"), kms[0])
+            guest.encrypted_env = await Deployer(self.context).encrypt(guest.domain.app_id, self.kms[source])
         await guest.boot(kms, self._app_verifier)
 
     # ---- its description
+
+    @property
+    def app(self) -> RunningGuest:
+        """The trust domain of the stack's own app."""
+        return self.guests[self.context.app.spec.name]
 
     @property
     def state(self) -> Path:
@@ -359,10 +376,12 @@ class Deployment:
                 "dstack_sock": str(app.dstack_sock),
                 "tappd_sock": str(app.tappd_sock),
                 **({"grpc_sock": str(app.folder / "grpc.sock")} if self.config.grpc else {}),
+                **({"decrypted_env": str(app.decrypted_env)} if app.decrypted_env else {}),
             },
             "env": {
                 "DSTACK_SIMULATOR_ENDPOINT": str(app.dstack_sock),
                 "TAPPD_SIMULATOR_ENDPOINT": str(app.tappd_sock),
+                "DSTACK_EMU_SOCKETS": str(app.folder),
             },
             "state": str(self.state),
             "seed": self.config.seed,

@@ -1,6 +1,7 @@
 """The trust domains of a stack and their agents, including those that are added while it runs."""
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +32,9 @@ from dstack_emu.transport.ratls import RaTlsClient
 
 _OPTION = "--state DIR"
 """The option that sets the folder of a stack's socket files."""
+
+_FOLDER_MODE = 0o755
+"""The mode of the folder of the sockets: a container may mount it for any user. The state folder above is private."""
 
 
 def boot_domain(context: StackContext, spec: GuestSpec) -> TrustDomain:
@@ -75,13 +79,16 @@ def _image(context: StackContext, spec: GuestSpec, guest_release: Release) -> Os
 class RunningGuest:
     """A trust domain whose agent runs. `boot` fetches keys from a KMS; `close` stops the agent.
 
-    `service` is the name of its agent's service in the stack; `streams` are its random streams.
+    `service` is the name of its agent's service in the stack; `streams` are its random streams. `encrypted_env` is the
+    encrypted environment of its deployment, `environment` what of it was decrypted at its boot.
     """
 
     def __init__(self, context: StackContext, spec: GuestSpec, service: str, domain: TrustDomain, seed: Seed) -> None:
         self.spec, self.service, self.domain = spec, service, domain
         self.streams = {name: seed.stream(name) for name in ("agent", "boot")}
         self.agent = GuestAgent(domain, self.streams["agent"])
+        self.encrypted_env = decode_hex(spec.encrypted_env)
+        self.environment: Mapping[str, str] = {}
         self._context = context
         self._issuer: KmsIssuer | None = None
         self._kms = ""
@@ -117,7 +124,9 @@ class RunningGuest:
     async def listen(self) -> None:
         """Let the agent listen on two socket files and a TCP port, and for gRPC if the stack serves it."""
         context, grpc = self._context, self._context.config.grpc
-        self.folder.mkdir(exist_ok=True, mode=0o700)
+        self.folder.mkdir(exist_ok=True)
+        if self.folder.stat().st_uid == os.geteuid():  # not if it is a volume that belongs to another user
+            self.folder.chmod(_FOLDER_MODE)
         addresses = AgentAddresses(
             tcp=context.ports.take(self.service),
             dstack_sock=SocketFile(self.dstack_sock, _OPTION),
@@ -168,7 +177,7 @@ class RunningGuest:
             headers=headers_of(self.name),
         )
         try:
-            environment = decrypt_environment(self.domain, self._encrypted_env, keys)
+            environment = decrypt_environment(self.domain, self.encrypted_env, keys)
             await self.agent.provide(keys, issuer)
         except BaseException:
             await issuer.close()
@@ -177,18 +186,19 @@ class RunningGuest:
         await self._use(issuer, names[issuer.url.removesuffix("/prpc")])
 
     @property
-    def _encrypted_env(self) -> bytes:
-        return decode_hex(self.spec.encrypted_env)
-
-    @property
     def decrypted_env(self) -> Path | None:
         """The file of its decrypted environment, None if it has none, or no keys yet."""
         path = self.folder / DECRYPTED_ENV
-        return path if self.spec.encrypted_env and path.exists() else None
+        return path if self.encrypted_env and path.exists() else None
 
     def _write_environment(self, environment: Mapping[str, str]) -> None:
-        if self.spec.encrypted_env:
+        self.environment = environment
+        if self.encrypted_env:
             write_environment(self.folder, environment)
+
+    def _remove_environment(self) -> None:
+        self.environment = {}
+        remove_environment(self.folder)
 
     def power_cycle(self) -> None:
         """Boot the trust domain again until it needs keys; its agent keeps its keys."""
@@ -206,7 +216,7 @@ class RunningGuest:
 
     async def close(self) -> None:
         """Stop listening, and remove what must not outlast the trust domain."""
-        remove_environment(self.folder)
+        self._remove_environment()
         if self._listeners is not None:
             await self._listeners.close()
         await self._use(None, "")
@@ -219,7 +229,12 @@ class RunningGuest:
         streams = {name: stream.capture() for name, stream in self.streams.items()}
         keys = self._captured_keys()
         return GuestState.model_construct(
-            spec=self.spec, rtmr3=domain.rtmr3, events=domain.events, streams=streams, keys=keys
+            spec=self.spec,
+            rtmr3=domain.rtmr3,
+            events=domain.events,
+            streams=streams,
+            keys=keys,
+            encrypted_env=self.encrypted_env,
         )
 
     def _captured_keys(self) -> KeysState | None:
@@ -239,18 +254,20 @@ class RunningGuest:
         self.domain.restore(TrustDomainState(state.rtmr3, state.events))
         for name, stream in self.streams.items():
             stream.restore(state.streams.get(name, 0))
-        if self._captured_keys() != state.keys:
+        encrypted, known = state.encrypted_env, self.encrypted_env
+        self.encrypted_env = decode_hex(self.spec.encrypted_env) if encrypted is None else encrypted
+        if self._captured_keys() != state.keys or self.encrypted_env != known:
             await self._restore_keys(state.keys)
 
     async def _restore_keys(self, state: KeysState | None) -> None:
         if state is None:
             self.agent.restore(None)
-            remove_environment(self.folder)
+            self._remove_environment()
             await self._use(None, "")
             return
         url = f"{self._context.urls[f'kms-{state.kms}']}/prpc"
         connect = functools.partial(RaTlsClient, timeout=self._kms_timeout, headers=headers_of(self.name))
-        self._write_environment(decrypt_environment(self.domain, self._encrypted_env, state.keys))
+        self._write_environment(decrypt_environment(self.domain, self.encrypted_env, state.keys))
         issuer = KmsIssuer.of(self.domain, url, state.identity, state.keys.ca_cert, connect=connect)
         self.agent.restore(ProvidedKeys(state.keys, issuer, state.demo_certificate))
         await self._use(issuer, state.kms)

@@ -16,12 +16,16 @@ from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import DESCRIPTION_FILE, StackConfig
 from dstack_emu.deployment.context import ServicePorts, StackContext
 from dstack_emu.deployment.errors import StackError
+from dstack_emu.deployment.guests import boot_domain
 from dstack_emu.deployment.instrumentation import Instrumentation
+from dstack_emu.deployment.own_app import OwnApp
 from dstack_emu.deployment.own_parts import require_own_parts
 from dstack_emu.deployment.policy_files import PolicyFiles
 from dstack_emu.deployment.running_kms import PERMANENT
 from dstack_emu.deployment.service_logs import ServiceLogs
 from dstack_emu.observability.journal import JournalError
+from dstack_emu.simulator.errors import GuestError
+from dstack_emu.simulator.guest_boot import require_kms_as_provider
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.image_files import ImageFileError, load_image
 from dstack_emu.simulator.intel import Intel
@@ -43,6 +47,7 @@ def prepare(
     _require_release(config)
     require_own_parts(config)
     services = services - {f"auth-{name}" for name in config.webhooks}
+    app = OwnApp.of(config)
     state = _state_folder(config.state, closing)
     remembered = _remembered(state, config)
     ports = _bind(config, services, closing)
@@ -60,9 +65,22 @@ def prepare(
             (config.policies or state / "policies").absolute(),
             [name for name in PERMANENT if name not in config.webhooks],
         ),
+        app=app,
     )
+    _require_bootable(context, app)
     context.instrumentation.journal.scrub = context.scrub
     return context, remembered
+
+
+def _require_bootable(context: StackContext, app: OwnApp) -> None:
+    """Verify before anything starts that an app-compose of the user's own boots, and lets a KMS give the keys."""
+    if app.spec.compose is None:
+        return
+    try:
+        require_kms_as_provider(boot_domain(context, app.spec), ["https://kms-src"])
+    except (FormatError, GuestError) as error:
+        reason = str(error).removeprefix("app-compose: ")
+        raise StackError(f"app-compose {context.config.app_compose}: {reason}") from error
 
 
 def _state_folder(given: Path | None, closing: AsyncExitStack) -> Path:

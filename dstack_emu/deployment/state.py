@@ -65,13 +65,17 @@ class KeysState(StateModel):
 
 
 class GuestState(StateModel):
-    """A trust domain: its description, what its log claims, and its keys if a KMS gave it some."""
+    """A trust domain: its description, what its log claims, and its keys if a KMS gave it some.
+
+    `encrypted_env` None is that of the description.
+    """
 
     spec: GuestSpec
     rtmr3: Register
     events: tuple[RuntimeEvent, ...]
     streams: dict[str, Count]
     keys: KeysState | None = None
+    encrypted_env: bytes | None = None
 
 
 class KmsState(StateModel):

@@ -74,7 +74,7 @@ class _Run:
 
         try:
             async with Stack(config) as stack:
-                return await self._command(environment(stack.description()))
+                return await self._command({**stack.app.environment, **environment(stack.description())})
         except asyncio.CancelledError:
             if self._signalled is None:
                 raise

@@ -80,6 +80,25 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="boot this OS image instead of a generated one (see `dstack-emu image build`)",
     )
+    app = parser.add_argument_group("the app")
+    app.add_argument(
+        "--app-compose",
+        type=Path,
+        metavar="FILE",
+        help="the app-compose.json of the app, whose bytes are its identity (default: a generated one)",
+    )
+    app.add_argument(
+        "--env-file",
+        type=Path,
+        metavar="FILE",
+        help="variables for the app, as lines NAME=VALUE; encrypted for it, and filtered by its allowed_envs",
+    )
+    app.add_argument(
+        "--user-config",
+        type=Path,
+        metavar="FILE",
+        help="the app's user_config, which may contain its launch token (default: none)",
+    )
 
 
 def add_kms_options(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +141,9 @@ def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str =
         webhooks=dict(arguments.webhook),
         kms=dict(arguments.kms),
         kms_wait=arguments.kms_wait,
+        app_compose=arguments.app_compose,
+        env_file=arguments.env_file,
+        user_config=arguments.user_config,
     )
 
 
