@@ -166,7 +166,7 @@ async def test_going_back_restores_all_that_was_changed(stack: Stack, control: C
     control.set_vendor(qe_status="OutOfDate")
     control.set_platform("host of app", tcb_status="Revoked")
     control.set_policy("src", {"osImages": []})
-    control.add_fault(kind="hang", service="nobody")
+    control.add_fault(kind="hang", service="nobody", later=True)
     control.emit_event("app", "more", "ff")
     await control.add_guest("other")
     await control.add_kms("third")
@@ -208,7 +208,7 @@ async def test_saved_state_is_the_same_stack_in_another_process_with_its_keys(st
     control.allow("src", "other")
     await control.boot_guest("other")
     await control.add_kms("third")
-    control.add_fault(service="x", script=["allow", "deny"])
+    control.add_fault(service="x", script=["allow", "deny"], later=True)
     document = json.loads(json.dumps(control.save()))
     key = stack.guests["other"].agent.keys.disk_crypt_key
     async with own_stack() as second:

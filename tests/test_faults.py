@@ -167,7 +167,7 @@ async def test_fault_passes_after_so_many_calls_and_meets_so_many(control: Contr
 
 async def test_chances_are_the_same_after_going_back(control: Control) -> None:
     def tries() -> list[bool]:
-        rule = control.add_fault(service="x", kind="status", probability=0.5)
+        rule = control.add_fault(service="x", kind="status", probability=0.5, later=True)
         return [rule.meet("x", "y", "z") is not None for _ in range(64)]
 
     first = tries()
@@ -198,6 +198,66 @@ async def test_fault_that_makes_no_sense_is_refused(control: Control, fault: dic
         control.add_fault(**fault)
     assert problem in str(refused.value)
     assert control.faults() == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        ({"service": "auth-scr"}, "'auth-scr' is no service of the stack; there is agent-dst, agent-src, "),
+        ({"service": "auth-scr"}, "; did you mean 'auth-src'?"),
+        ({"service": "control"}, "service: 'control' is no service of the stack"),
+        ({"service": "auth-src", "call": "bootAuth/app"}, "no call of auth-src; there is /, /bootAuth/app, /bootAuth"),
+        ({"service": "auth-src", "call": "bootAuth/app"}, "did you mean '/bootAuth/app'?"),
+        ({"service": "kms-src", "call": "KMS.GetAppKey"}, "did you mean 'GetAppKey'?"),
+        ({"service": "kms-*", "call": "GetQuote"}, "call: 'GetQuote' is no call of kms-dst, kms-src, kms-third"),
+        ({"service": "pccs", "call": "/bootAuth/app"}, "call: '/bootAuth/app' is no call of pccs"),
+        ({"call": "/bootAuth/*s"}, None),
+        ({"call": "/bootAuth/kmss"}, "call: '/bootAuth/kmss' is no call of any service"),
+        ({"caller": "kms-scr"}, "caller: 'kms-scr' is no caller; there is app, kms-dst, kms-src"),
+        (
+            {"service": "pccs", "kind": "decision"},
+            "decision: only a webhook of the stack decides; service: auth-dst",
+        ),
+        ({"service": "app", "kind": "stale"}, "stale: only the PCCS has documents that expire; service: pccs expected"),
+        ({"kind": "stale"}, None),
+    ],
+)
+async def test_fault_that_can_never_apply_is_refused_with_what_there_is(
+    control: Control, fault: dict[str, Any], problem: str | None
+) -> None:
+    rule = {"kind": "hang", **fault}
+    if problem is not None:
+        with pytest.raises(ControlError) as refused:
+            control.add_fault(**rule)
+        assert problem in str(refused.value)
+        assert control.faults() == []
+        rule["later"] = True
+    control.add_fault(**rule)
+    assert len(control.faults()) == 1
+
+
+async def test_fault_of_a_service_that_comes_later_applies_to_it(control: Control) -> None:
+    with pytest.raises(ControlError, match="'agent-fourth' is no service"):
+        control.add_fault(service="agent-fourth", kind="status")
+    rule = control.add_fault(service="agent-fourth", kind="status", later=True)
+    with pytest.raises(ControlError, match=f"made by fault {rule.id}"):
+        await control.add_kms("fourth")
+    assert rule.met >= 1
+    control.lift_fault(rule.id)
+    await control.add_kms("fourth")
+    control.add_fault(service="agent-fourth", kind="status", times=1)
+    await control.remove_kms("fourth")
+    with pytest.raises(ControlError, match="'agent-fourth' is no service"):
+        control.add_fault(service="agent-fourth", kind="status")
+
+
+async def test_calls_of_the_journal_are_those_that_faults_know(control: Control) -> None:
+    await _boots(control)
+    await _onboards(control)
+    calls = {(found["service"], found["call"]) for found in control.journal.find() if found["call"] != "Boot"}
+    assert len(calls) > 10
+    for service, call in calls:
+        control.add_fault(service=service, call=call, kind="hang")
 
 
 @pytest.mark.parametrize("body", [{"isAllowed": True}, '{"isAllowed": true}'], ids=["object", "text"])

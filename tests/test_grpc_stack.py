@@ -186,8 +186,6 @@ async def test_journal_that_is_off_notes_nothing_and_faults_go_on(stack: Stack, 
         ({"kind": "malformed"}, "INTERNAL", "deserializing"),
         ({"kind": "delay", "seconds": 0}, "OK", ""),
         ({"kind": "slow", "seconds": 0}, "OK", ""),
-        ({"kind": "decision"}, "OK", ""),
-        ({"kind": "stale"}, "OK", ""),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
@@ -212,9 +210,13 @@ async def test_fault_does_by_grpc_what_is_nearest(
     assert (await asked(stack, "kms-src-grpc", GET_META)).code == "OK"
 
 
+OF_OTHERS = ("decision", "stale")
+"""The kinds of faults of webhooks and of the PCCS, which have no gRPC."""
+
+
 async def test_every_kind_of_fault_is_tried_by_grpc() -> None:
     (tried,) = (m for m in test_fault_does_by_grpc_what_is_nearest.pytestmark if m.name == "parametrize")
-    assert {fault.get("kind") for fault, *_ in tried.args[1]} | {"wrong-type"} == {*KINDS, None}
+    assert {fault.get("kind") for fault, *_ in tried.args[1]} | {"wrong-type", *OF_OTHERS} == {*KINDS, None}
 
 
 async def test_wrong_value_of_a_fault_is_a_message_of_the_rpc(stack: Stack, control: Control) -> None:

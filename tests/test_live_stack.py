@@ -6,6 +6,7 @@ import json
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dstack_sdk import DstackClient
@@ -155,6 +156,60 @@ def test_fault_ends_with_its_block_and_counts(dstack_stack: LiveStack) -> None:
     dstack_stack.boot()
     fault.lift()  # once more, which is nothing
     assert dstack_stack.control.faults() == []
+
+
+def test_block_whose_fault_applied_to_nothing_fails_unless_told_otherwise(dstack_stack: LiveStack) -> None:
+    unused = r"the fault \(service='auth-dst', kind='hang'\) was applied to no call of its block: 0 calls matched it"
+    with pytest.raises(AssertionError, match=unused), dstack_stack.fault(service="auth-dst", kind="hang"):
+        dstack_stack.boot()
+    assert dstack_stack.control.faults() == []
+    with dstack_stack.fault(service="auth-dst", kind="hang", must_apply=False):
+        dstack_stack.boot()
+    with pytest.raises(ZeroDivisionError), dstack_stack.fault(service="auth-dst", kind="hang"):
+        _ = 1 / 0  # an error of the block is not hidden
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (
+            lambda live: live.journal.calls("/bootAuth/kmss"),
+            "'/bootAuth/kmss' is no call of the journal; there is",
+        ),
+        (lambda live: live.journal.calls("/bootAuth/kmss"), "did you mean '/bootAuth/kms'?"),
+        (lambda live: live.journal.find(service="kms-scr"), "service: 'kms-scr' is no service of the journal"),
+        (lambda live: live.journal.find(outcome="denid"), "did you mean 'denied'?"),
+        (lambda live: live.journal.find(caller="outsider"), "did you mean 'outside'?"),
+        (lambda live: live.policy("scr"), "there is no KMS 'scr': src, dst; did you mean 'src'?"),
+        (lambda live: live.boot("app", kms="dts"), "there is no KMS 'dts': src, dst; did you mean 'dst'?"),
+        (
+            lambda live: live.policy("src").allow("kms-srx"),
+            "no trust domain 'kms-srx': kms-src, kms-dst, app;",
+        ),
+        (lambda live: live.revert("redy"), "did you mean 'ready'?"),
+        (lambda live: live.control.platform("host of ap"), "did you mean 'host of app'?"),
+        (lambda live: live.vendor.set(qe_statu="Revoked"), "qe_statu: unknown key; did you mean 'qe_status'?"),
+        (lambda live: live.app("more", memory="2G"), "memory: unknown key; did you mean 'memory_size'?"),
+        (lambda live: live.kms("more", webhook="scr"), "got 'scr'; did you mean 'src'?"),
+    ],
+)
+def test_name_that_does_not_exist_is_refused_with_the_nearest(
+    dstack_stack: LiveStack, call: Callable[[LiveStack], Any], problem: str
+) -> None:
+    with pytest.raises(ControlError) as refused:
+        call(dstack_stack)
+    assert problem in str(refused.value)
+
+
+def test_journal_knows_every_name_that_it_has_recorded(dstack_stack: LiveStack) -> None:
+    with pytest.raises(ControlError, match="'other' is no caller"):
+        dstack_stack.journal.calls(caller="other")
+    dstack_stack.policy("src").allow(dstack_stack.app("other"))
+    dstack_stack.boot("other")
+    dstack_stack.control.remove_guest("other")
+    assert dstack_stack.journal.calls("KMS.GetAppKey", caller="other") == 1
+    assert dstack_stack.journal.calls("/bootAuth/*", service="webhook") == 0
+    assert dstack_stack.journal.calls("Boot") == 1
 
 
 def test_clock_takes_moments_of_any_form(dstack_stack: LiveStack) -> None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.hexadecimal import decode_hex
-from dstack_emu.control.schemas import ControlError, checked
+from dstack_emu.control.schemas import ControlError, checked, unknown
 from dstack_emu.control.snapshots import StackState, apply_state, capture_state
 from dstack_emu.control.vendor import VendorControl
 from dstack_emu.deployment.deployment import Deployment
@@ -22,6 +22,7 @@ from dstack_emu.deployment.specs import EventSpec, GuestSpec, KmsSpec
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.observability.fault_rules import FaultRule, InstalledRule
 from dstack_emu.observability.journal import Journal
+from dstack_emu.observability.service_calls import UnknownCallError
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.transport.urls import shown_url
 
@@ -57,6 +58,15 @@ class Control(VendorControl):
         found |= await check_grpc(self._deployment.grpc)
         return {name: problem or "ok" for name, problem in found.items()}
 
+    def require_recordable(self, *, call: str = "*", service: str = "*", caller: str = "*", outcome: str = "*") -> None:
+        """Refuse names of which the journal can hold no call; a pattern with a wildcard is a name, too."""
+        try:
+            self._instrumentation.calls.require_recordable(
+                self.journal.values, call=call, service=service, caller=caller, outcome=outcome
+            )
+        except UnknownCallError as error:
+            raise ControlError(str(error)) from error
+
     @property
     def journal(self) -> Journal:
         """The journal, which records every call."""
@@ -80,7 +90,7 @@ class Control(VendorControl):
     async def revert(self, name: str = "snapshot") -> None:
         """Restore the state of a snapshot."""
         if name not in self._snapshots:
-            raise ControlError(f"there is no snapshot {name!r:.60}: {', '.join(self.snapshots())}", 404)
+            raise unknown("snapshot", name, self.snapshots())
         await self._apply(self._snapshots[name])
 
     async def reset(self) -> None:
@@ -92,7 +102,7 @@ class Control(VendorControl):
         if name == READY:
             raise ControlError("the snapshot `ready` cannot be deleted: `reset` restores it", 409)
         if self._snapshots.pop(name, None) is None:
-            raise ControlError(f"there is no snapshot {name!r:.60}: {', '.join(self.snapshots())}", 404)
+            raise unknown("snapshot", name, self.snapshots())
 
     def save(self) -> dict[str, Any]:
         """Return the state of the stack as JSON; it contains the keys of the emulated KMS."""
@@ -267,7 +277,7 @@ class Control(VendorControl):
     def _known_kms(self, name: str) -> RunningKms:
         kms = self._deployment.kms.get(name)
         if kms is None:
-            raise ControlError(f"there is no KMS {name!r:.60}: {', '.join(self._deployment.kms)}", 404)
+            raise unknown("KMS", name, self._deployment.kms)
         return kms
 
     # ---- faults
@@ -277,15 +287,20 @@ class Control(VendorControl):
         return [rule.to_json() for rule in self._instrumentation.faults.rules]
 
     def add_fault(self, **fault: Any) -> InstalledRule:
-        """Put a fault in force (fields of `FaultRule`)."""
-        return self._instrumentation.faults.add(checked(FaultRule, fault))
+        """Put a fault in force (fields of `FaultRule`); refuse one that applies to no call of the present services."""
+        rule = checked(FaultRule, fault)
+        if not rule.later:
+            try:
+                self._instrumentation.calls.require_target(rule)
+            except UnknownCallError as error:
+                raise ControlError(f"{error} (with `later` the rule is accepted all the same)") from error
+        return self._instrumentation.faults.add(rule)
 
     def lift_fault(self, fault_id: str) -> None:
         """Lift one fault."""
         faults = self._instrumentation.faults
         if not faults.lift(fault_id):
-            in_force = ", ".join(rule.id for rule in faults.rules) or "none is in force"
-            raise ControlError(f"there is no fault {fault_id!r:.60}: {in_force}", 404)
+            raise unknown("fault", fault_id, [rule.id for rule in faults.rules] or ["none is in force"])
 
     def clear_faults(self) -> None:
         """Lift all faults."""

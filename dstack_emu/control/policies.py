@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dstack_emu.control.schemas import ControlError
+from dstack_emu.control.schemas import ControlError, unknown
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.deployment.guests import RunningGuest
@@ -78,11 +78,11 @@ class PolicyControl:
         if running is not None and running.spec.asks_foreign_webhook:
             raise ControlError(foreign_policy(running.spec.service, running.spec.webhook), 409)
         if kms not in self._deployment.policies:
-            raise ControlError(f"there is no policy {kms!r:.60}: {', '.join(self._deployment.policies)}", 404)
+            raise unknown("policy", kms, self._deployment.policies)
         return self._deployment.policies[kms]
 
     def _known_guest(self, name: str) -> RunningGuest:
         guest = self._deployment.guests.get(name)
         if guest is None:
-            raise ControlError(f"there is no trust domain {name!r:.60}: {', '.join(self._deployment.guests)}", 404)
+            raise unknown("trust domain", name, self._deployment.guests)
         return guest

@@ -56,6 +56,7 @@ def _given(body: BaseModel) -> dict[str, Any]:
 def _journal(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> dict[str, Any]:
     since, limit = _number(query, "since", 0), _number(query, "limit", 1000)
     patterns = {key: query[key] for key in ("call", "service", "caller", "outcome") if key in query}
+    control.require_recordable(**patterns)
     journal = control.journal
     found = journal.find(**patterns, since=since)[-limit:] if patterns else journal.records(since=since, limit=limit)
     return {"position": journal.position, "records": found if limit else []}
@@ -63,6 +64,7 @@ def _journal(control: Control, path: dict[str, str], query: dict[str, str], body
 
 def _count(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> dict[str, int]:
     patterns = {key: query[key] for key in ("call", "service", "caller", "outcome") if key in query}
+    control.require_recordable(**patterns)
     return {"calls": control.journal.calls(**patterns, since=_number(query, "since", 0))}
 
 

@@ -2,7 +2,7 @@
 
 import datetime
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Final, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -11,7 +11,7 @@ from dstack_emu.deployment.clock import LATEST
 from dstack_emu.deployment.specs import Name
 from dstack_emu.simulator.platform import TcbStatus
 from dstack_emu.simulator.vendor_state import VALID_FROM, Dating, RecoveryPhase, Validity
-from dstack_emu.transport.validation import describe
+from dstack_emu.transport.validation import describe, suggestion
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -163,4 +163,9 @@ def checked(model: type[B], fields: Mapping[str, Any]) -> B:
     try:
         return model.model_validate(dict(fields))
     except ValidationError as error:
-        raise ControlError(describe(error)) from error
+        raise ControlError(describe(error, model.model_fields)) from error
+
+
+def unknown(what: str, name: str, known: Collection[str]) -> ControlError:
+    """Make the refusal of a name that does not exist: it lists what there is, and names the nearest."""
+    return ControlError(f"there is no {what} {name!r:.60}: {', '.join(known)}{suggestion(name, known)}", 404)

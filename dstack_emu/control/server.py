@@ -117,7 +117,7 @@ def _handler(control: Control, route: Route) -> Callable[[web.Request], Awaitabl
                 try:
                     body = route.body.model_validate({} if body is None else body)
                 except ValidationError as error:
-                    raise ControlError(describe(error)) from error
+                    raise ControlError(describe(error, route.body.model_fields)) from error
         unknown = sorted(request.query.keys() - route.query)
         if unknown:
             known = ", ".join(route.query) or "none"

@@ -6,7 +6,7 @@ from typing import Any
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.control.policies import PolicyControl
-from dstack_emu.control.schemas import ClockChange, ControlError, Dates, PlatformChange, VendorChange, checked
+from dstack_emu.control.schemas import ClockChange, ControlError, Dates, PlatformChange, VendorChange, checked, unknown
 from dstack_emu.deployment.clock import ClockError, StackClock
 from dstack_emu.deployment.instrumentation import Instrumentation
 from dstack_emu.simulator.platform import Platform, PlatformState
@@ -83,7 +83,7 @@ class VendorControl(PolicyControl):
     def _known_platform(self, name: str) -> Platform:
         platform = self._deployment.intel.platforms.get(name)
         if platform is None:
-            raise ControlError(f"there is no platform {name!r:.60}: {', '.join(self._deployment.intel.platforms)}", 404)
+            raise unknown("platform", name, self._deployment.intel.platforms)
         return platform
 
     # ---- time

@@ -83,6 +83,7 @@ class StackContext:
     def withdraw(self, service: str) -> None:
         """Remove the addresses of a service that has ended."""
         self.urls.pop(service, None)
+        self.instrumentation.calls.drop(service)
         for suffix in ("grpc", "grpc-mtls"):
             self.grpc.pop(f"{service}-{suffix}", None)
 

@@ -131,6 +131,7 @@ class Deployment:
         extensions = [extension.name for extension in self._extensions]
         self.context, remembered = prepare(self.config, self.logs, SERVICES.union(extensions), self._exit)
         self._before = RememberedApp.of(remembered)
+        self.context.instrumentation.calls.domains = self.guests.keys
         self.root_ca.write_text(self.intel.root_pem)
         await self._serve_pccs()
         self._app_verifier = self.context.verifier("app")

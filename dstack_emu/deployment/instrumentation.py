@@ -1,10 +1,11 @@
 """The clock, the journal and the faults of a stack, and the functions that instrument its services with them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from aiohttp import web
 
+from dstack_emu.attest.proto import kms_pb2
 from dstack_emu.attest.release import Release
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.deployment.clock import StackClock
@@ -17,6 +18,7 @@ from dstack_emu.observability.fault_rules import FaultRules
 from dstack_emu.observability.journal import Journal
 from dstack_emu.observability.middleware import HttpInstruments
 from dstack_emu.observability.recorders import RecordingAuth, RecordingVerifier
+from dstack_emu.observability.service_calls import ServiceCalls
 from dstack_emu.observability.spans import headers_of
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.http import Application
@@ -26,6 +28,21 @@ if TYPE_CHECKING:
     from dstack_emu.observability.interceptor import CallInterceptor
 
 App = TypeVar("App", Application, web.Application)
+
+
+KMS_CALLS: Final = frozenset(
+    (
+        "/",
+        "/finish",
+        "/health",
+        "/metrics",
+        *(name for service in kms_pb2.DESCRIPTOR.services_by_name.values() for name in service.methods_by_name),
+    )
+)
+"""The calls of a KMS in both phases and on all its listeners."""
+
+GRPC_CALLS: Final = ("/grpc.health.v1.Health/Check",)
+"""The calls that a service has over gRPC alone."""
 
 
 class Instrumentation:
@@ -38,14 +55,17 @@ class Instrumentation:
         self.faults = FaultRules(seed)
         self.journal = Journal(self.clock, kept=kept, file=journal_file)
         self.patience = patience
+        self.calls = ServiceCalls()
         self._verifiers: dict[str, RecordingVerifier] = {}
 
     def instrument(self, service: str, app: App, *, stale: Stale | None = None) -> App:
         """Add journal and faults to the application of a service, before it is served."""
         instruments = HttpInstruments(service, self.journal, self.faults, stale=stale)
         if isinstance(app, Application):
+            self.calls.add(service, app.paths)
             app.middlewares.insert(0, instruments.middleware)
         else:
+            self.calls.add(service, [resource.canonical for resource in app.router.resources()])
             app.middlewares.insert(0, aiohttp_middleware(instruments))
         return app
 
@@ -53,10 +73,12 @@ class Instrumentation:
         """Make the interceptors that add journal and faults to a service's gRPC."""
         from dstack_emu.observability.interceptor import CallInterceptor  # grpcio costs time and memory
 
+        self.calls.add(service, GRPC_CALLS)
         return [CallInterceptor(service, self.journal, self.faults)]
 
     def kms_instruments(self, service: str, verifier: RecordingVerifier) -> KmsInstruments:
         """Make the instruments of a KMS."""
+        self.calls.add(service, KMS_CALLS)
         middleware = HttpInstruments(service, self.journal, self.faults).middleware
         return KmsInstruments((middleware,), verifier, headers_of(service), self.patience, now=lambda: self.clock.now())
 

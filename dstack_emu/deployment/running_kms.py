@@ -14,6 +14,7 @@ from dstack_emu.deployment.specs import KmsSpec
 from dstack_emu.deployment.state import KmsState
 from dstack_emu.observability.spans import headers_of
 from dstack_emu.simulator.seed import Seed
+from dstack_emu.transport.validation import suggestion
 
 PERMANENT: Final = ("src", "dst")
 """The KMS of every stack. The state folder keeps their files; other KMS start without files."""
@@ -124,7 +125,8 @@ class RunningKms(PhaseSource, ABC):
             server = await context.serve_webhook(self.name, self.spec.release)
             self._exit.push_async_callback(server.close)
         if service not in context.urls:
-            raise StackError(f"webhook: own, the name of a KMS, or a URL expected, got {webhook!r:.100}")
+            near = suggestion(webhook, ("own", *context.policies.paths))
+            raise StackError(f"webhook: own, the name of a KMS, or a URL expected, got {webhook!r:.100}{near}")
         return context.urls[service], True
 
     # ---- its onboard phase

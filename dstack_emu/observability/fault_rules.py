@@ -58,7 +58,7 @@ Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 _WITHOUT_BODY: Final = (204, 205, 304)
 """Statuses of answers that cannot have a body."""
 
-_COMMON: Final = ("service", "call", "caller", "kind", "times", "after", "probability", "script", "repeat")
+_COMMON: Final = ("service", "call", "caller", "kind", "times", "after", "probability", "script", "repeat", "later")
 _OF_KIND: Final[dict[str, tuple[str, ...]]] = {
     "delay": ("seconds",),
     "slow": ("seconds",),
@@ -77,6 +77,9 @@ class FaultRule(BaseModel):
     A webhook may have a `script` instead of a `kind`, with one step for each request: `allow`, `deny`, `pass`, `hang`,
     `reset`, `drop`, `truncate`, `malformed`, `wrong-type`, `stale`, or a status from 400 to 599. After the last step
     requests pass; with `repeat` the script begins again. A `decision` without `allow` is the opposite of the true one.
+    A rule that can apply to no call of the present services is refused, unless `later` is set: then the service, or the
+    caller, may be added later.
+
     A `status` below 400 answers with `body`, which may be a JSON object or list: a well-formed, but wrong answer.
     A gRPC call is refused with `grpc_status`; if that is not given, with the code that gRPC's clients derive from the
     HTTP status `status`.
@@ -97,6 +100,7 @@ class FaultRule(BaseModel):
     body: str | dict[str, Any] | list[Any] | None = None
     allow: bool | None = None
     reason: str = "decided by a fault"
+    later: bool = False
     script: Annotated[tuple[str, ...], Field(max_length=10_000)] = ()
     repeat: bool = False
 

@@ -168,8 +168,7 @@ class Journal:
         A call is matched by its name (`GetAppKey`, `/bootAuth/kms`), service, caller and outcome; each pattern may have
         wildcards. Outcomes are `ok`, `denied`, `refused` and `unanswered`.
         """
-        name = call.rpartition(".")[2] if not call.startswith("/") else call
-        patterns = {"call": name, "service": service, "caller": caller, "outcome": outcome}
+        patterns = {"call": recorded_name(call), "service": service, "caller": caller, "outcome": outcome}
         given = {key: pattern for key, pattern in patterns.items() if pattern != "*"}
         return [
             found
@@ -177,6 +176,10 @@ class Journal:
             for found in flattened(record)
             if "call" in found and all(fnmatch.fnmatchcase(found[key], pattern) for key, pattern in given.items())
         ]
+
+    def values(self, field: str) -> set[str]:
+        """Return what the records have in a field of each call: `service`, `call`, `caller` or `outcome`."""
+        return {found[field] for record in self.records() for found in flattened(record) if field in found}
 
     def calls(
         self, call: str = "*", *, service: str = "*", caller: str = "*", outcome: str = "*", since: int = 0
@@ -193,6 +196,11 @@ class Journal:
                 yield await queue.get()
         finally:
             self._followers.discard(queue)
+
+
+def recorded_name(call: str) -> str:
+    """Return the name under which a call is recorded: of an RPC its method, without its service."""
+    return call if call.startswith("/") else call.rpartition(".")[2]
 
 
 def flattened(record: Record) -> Iterator[Record]:

@@ -21,6 +21,9 @@ from dstack_emu.transport.http import Handler, Request, Response
 UNRECORDED_PATHS: Final = frozenset(("/health", "/metrics", REVALIDATION_PATH))
 """Paths that are requested so often that their calls are not recorded."""
 
+UNFAULTED_PATHS: Final = frozenset((REVALIDATION_PATH,))
+"""Paths to which no fault applies."""
+
 ERROR_LENGTH: Final = 500
 """Characters that the journal keeps of an error that is not JSON."""
 
@@ -50,7 +53,7 @@ class HttpInstruments:
         Raises `RefusedByHandlerError` if the handler does. If a fault drops the connection, the answer is empty, and is
         never sent.
         """
-        if self._faults.rules and call.path == REVALIDATION_PATH:
+        if self._faults.rules and call.path in UNFAULTED_PATHS:
             return Response(204)  # none of them is confirmed: a fault may apply to the request of each document
         header = call.header(HEADER)
         name, (_, _, caller) = call_name(call.path), read_header(header)

@@ -8,10 +8,13 @@ from dstack_emu.testing.access import StackAccess
 
 
 class LiveFault:
-    """A fault in force. It ends with `lift`, with its `with` block, or with the test."""
+    """A fault in force. It ends with `lift`, with its `with` block, or with the test.
 
-    def __init__(self, access: StackAccess, rule: InstalledRule) -> None:
-        self._access, self._rule = access, rule
+    A `with` block whose fault was applied to no call raises `AssertionError`, unless `must_apply` is false.
+    """
+
+    def __init__(self, access: StackAccess, rule: InstalledRule, *, must_apply: bool = True) -> None:
+        self._access, self._rule, self._must_apply = access, rule, must_apply
 
     @property
     def met(self) -> int:
@@ -29,3 +32,12 @@ class LiveFault:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.lift()
+        if kind is None and self._must_apply and self.met == 0:
+            fault = self._rule.to_json()
+            described = ", ".join(
+                f"{key}={fault[key]!r}" for key in ("service", "call", "caller", "kind") if key in fault
+            )
+            raise AssertionError(
+                f"the fault ({described}) was applied to no call of its block: {fault['seen']} calls matched it; "
+                "with must_apply=False it need not apply"
+            )

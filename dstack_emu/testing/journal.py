@@ -2,6 +2,7 @@
 
 from dstack_emu.observability.journal import Record
 from dstack_emu.observability.record_text import texts
+from dstack_emu.stack import Stack
 from dstack_emu.testing.access import StackAccess
 
 
@@ -21,11 +22,17 @@ class LiveJournal:
         return len(self.find(call, service=service, caller=caller, outcome=outcome))
 
     def find(self, call: str = "*", *, service: str = "*", caller: str = "*", outcome: str = "*") -> list[Record]:
-        """Return the calls that match, inner ones too; outcomes are `ok`, `denied`, `refused` and `unanswered`."""
+        """Return the calls that match, inner ones too; outcomes are `ok`, `denied`, `refused` and `unanswered`.
+
+        Raises `ControlError` for a name that no service, call or caller of the stack has.
+        """
         since = self.since
-        return self._access.in_thread(
-            lambda stack: stack.control.journal.find(call, service=service, caller=caller, outcome=outcome, since=since)
-        )
+
+        def found(stack: Stack) -> list[Record]:
+            stack.control.require_recordable(call=call, service=service, caller=caller, outcome=outcome)
+            return stack.control.journal.find(call, service=service, caller=caller, outcome=outcome, since=since)
+
+        return self._access.in_thread(found)
 
     def records(self) -> list[Record]:
         """Return one record for each call from outside, with its inner calls."""

@@ -127,8 +127,8 @@ class LiveStack:
         return self.in_thread(made)
 
     def policy(self, kms: LiveKms | str = "src") -> LivePolicy:
-        """Return the policy of a KMS's webhook."""
-        return (self.kms(kms) if isinstance(kms, str) else kms).policy
+        """Return the policy of a KMS's webhook; raise `ControlError` if there is no such KMS."""
+        return (LiveKms(self._access, kms) if isinstance(kms, str) else kms).policy
 
     # ---- actions
 
@@ -141,9 +141,14 @@ class LiveStack:
         """
         return (self.app(app) if app is None or isinstance(app, str) else app).boot(kms)
 
-    def fault(self, **fields: Any) -> LiveFault:
-        """Put a fault in force (fields of docs/control.md) for a `with` block, or until the test ends."""
-        return LiveFault(self._access, self.in_thread(lambda stack: stack.control.add_fault(**fields)))
+    def fault(self, *, must_apply: bool = True, **fields: Any) -> LiveFault:
+        """Put a fault in force (fields of docs/control.md) for a `with` block, or until the test ends.
+
+        If it was applied to no call when its block ends, the block raises `AssertionError`, unless `must_apply` is
+        false.
+        """
+        rule = self.in_thread(lambda stack: stack.control.add_fault(**fields))
+        return LiveFault(self._access, rule, must_apply=must_apply)
 
     def check_webhook(self, url: str) -> Report:
         """Send a webhook every request that a KMS sends, as `dstack-emu check-webhook` does, and return the report."""

@@ -1,11 +1,16 @@
 """Formats pydantic's validation errors: each problem with the path to its value."""
 
+import difflib
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Final
 
 from pydantic import ValidationError
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+
+EXTRA: Final = "extra_forbidden"
+"""pydantic's type of that problem."""
 
 UNKNOWN_KEY: Final = "unknown key"
 """The message for a key that a document must not have; pydantic's is about "extra inputs"."""
@@ -18,9 +23,20 @@ def problems(error: ValidationError, *, document: str = "") -> list[str]:
 
 
 def _message(fault: "ErrorDetails") -> str:
-    return UNKNOWN_KEY if fault["type"] == "extra_forbidden" else fault["msg"]
+    return UNKNOWN_KEY if fault["type"] == EXTRA else fault["msg"]
 
 
-def describe(error: ValidationError) -> str:
-    """Return all problems on one line, without pydantic's prefix for our own checks."""
-    return "; ".join(problem.replace("Value error, ", "", 1) for problem in problems(error))
+def describe(error: ValidationError, known: Collection[str] = ()) -> str:
+    """Return all problems on one line, without pydantic's prefix for our own checks.
+
+    `known` are the keys of the document; for an unknown key, the nearest of them is named.
+    """
+    told = "; ".join(problem.replace("Value error, ", "", 1) for problem in problems(error))
+    unknown = [f["loc"][0] for f in error.errors(include_url=False) if f["type"] == EXTRA and len(f["loc"]) == 1]
+    return told + "".join(suggestion(str(key), known) for key in unknown[:1])
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` with the known name that is nearest to a name; empty if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

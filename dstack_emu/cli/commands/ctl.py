@@ -100,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     fault = command("fault", "show the faults, add one (KEY=VALUE …), or `clear` one or all", _fault)
     words = "KEY=VALUE | clear [ID]"
+    fault.add_argument("--later", action="store_true", help="its service, call or caller may be added later")
     fault.add_argument("words", nargs="*", metavar=words, help="service=auth-src kind=hang times=2 …")
 
     guest = command("guest", "show, add, boot or remove a trust domain", _guest)
@@ -283,7 +284,7 @@ def _fault(api: Api, arguments: argparse.Namespace) -> Any:
             api.send("DELETE", f"/faults/{urllib.parse.quote(fault, safe='')}")
         return None if words[1:] else api.send("DELETE", "/faults")
     try:
-        return api.send("POST", "/faults", dict(map(_pair, words)))
+        return api.send("POST", "/faults", dict(map(_pair, words)) | ({"later": True} if arguments.later else {}))
     except argparse.ArgumentTypeError as error:
         raise UsageError(f"ctl fault: {error}") from error
 

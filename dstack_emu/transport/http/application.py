@@ -35,6 +35,11 @@ class Application:
         """Add a route: method and path, which is compared as it is sent."""
         self._routes[method, path] = handler
 
+    @property
+    def paths(self) -> list[str]:
+        """Return the path of every route."""
+        return [path for _, path in self._routes]
+
     def add_finder(self, finder: Finder) -> None:
         """Add a finder, which is called for requests without a route, after the finders added before."""
         self._finders.append(finder)
