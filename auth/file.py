@@ -7,6 +7,7 @@ the first rule that an empty allowlist fails.
 Source: dstack next 312dc605, `crates/dstack-auth/src/main.rs`.
 """
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -15,6 +16,9 @@ from dstack_emu.auth.allowlist import Allowlist, evaluate_allowlist, parse_allow
 from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo
 from dstack_emu.auth.config_file import read_config
 from dstack_emu.auth.errors import AuthConfigError
+from dstack_emu.auth.spelling import unread_keys_of
+
+_log = logging.getLogger("dstack_emu.auth.file")
 
 DEFAULT_ALLOWLIST_PATH: Final = "/var/lib/dstack/auth-allowlist.json"
 
@@ -28,14 +32,16 @@ class FileAuth:
         self._allowlist = Allowlist()
 
     def allowlist(self) -> Allowlist:
-        """Read the file now, or raise `AuthConfigError`; bytes equal to the last valid ones are not parsed again."""
+        """Read the file now, or raise `AuthConfigError`; bytes equal to the last valid ones are not parsed again.
+
+        Logs a warning for each key that nothing reads, once for each content.
+        """
         content = read_config(self._config_path)
         if content != self._content:
-            try:
-                self._allowlist = parse_allowlist(content)
-            except AuthConfigError as error:
-                raise AuthConfigError(f"failed to load config: {self._config_path}: {error}") from error
+            self._allowlist = parse_allowlist_file(content, self._config_path)
             self._content = content
+            for warning in unread_keys_of(content, Allowlist):
+                _log.warning("%s: %s", self._config_path, warning)
         return self._allowlist
 
     def decide(self, boot_info: ReceivedBootInfo, is_kms: bool) -> PolicyDecision:
@@ -55,3 +61,11 @@ class FileAuth:
             "chainId": 0,
             "appImplementation": "",
         }
+
+
+def parse_allowlist_file(content: bytes, path: str) -> Allowlist:
+    """Parse a file's bytes; raise `AuthConfigError`, which names the file and what is wrong."""
+    try:
+        return parse_allowlist(content)
+    except AuthConfigError as error:
+        raise AuthConfigError(f"failed to load config: {path}: {error}") from error

@@ -9,6 +9,7 @@ Source: dstack next 312dc605, `crates/dstack-auth/src/main.rs`; Rocket's `serde:
 
 import json
 import logging
+from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Final
@@ -16,7 +17,7 @@ from typing import Final
 from dstack_emu.auth import openapi
 from dstack_emu.auth.allowlist import normalize_id, parse_allowlist_boot_info
 from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo
-from dstack_emu.auth.errors import MalformedJsonError, MistypedBootInfoError
+from dstack_emu.auth.errors import AuthConfigError, MalformedJsonError, MistypedBootInfoError
 from dstack_emu.auth.file import FileAuth
 from dstack_emu.transport.http import (
     ROCKET_HEADERS,
@@ -43,6 +44,8 @@ def file_app(config_path: Path | str) -> Application:
     Logs upstream's line for each decision to `auth.file`, and a warning for a file that cannot be used.
     """
     service = FileAuth(config_path)
+    with suppress(AuthConfigError):  # each request reports it
+        service.allowlist()  # warns about keys that nothing reads before the first request comes
     app = Application(headers=ROCKET_HEADERS, max_body=MAX_ALLOWLIST_BODY_SIZE)
     app.add("GET", "/", _always(service.info()))
     app.add("GET", "/health", _always({"status": "ok"}))

@@ -45,9 +45,11 @@ def simple_app(
     """Build auth-simple over one config file; raises `AuthConfigError` for an unknown `contract`.
 
     `observer` is called after each decision. Logs upstream's lines to `auth.simple`, an error for a file that cannot
-    be used, and a warning for each decision that another contract would have made otherwise.
+    be used, and a warning for each key that nothing reads and for each decision that another contract would have made
+    otherwise.
     """
     service = SimpleAuth(config_path, contract=contract)
+    service.info()  # warns about keys that nothing reads before the first request comes
     log = logging.getLogger("dstack_emu.auth.simple")
 
     def info() -> dict[str, object]:

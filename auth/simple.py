@@ -9,6 +9,7 @@ itself JSON.
 Source: `kms/auth-simple/index.ts` of dstack, next 312dc605 (ConfigBackend), and the README of auth-simple.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,10 @@ from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, parse_bo
 from dstack_emu.auth.config_file import read_config
 from dstack_emu.auth.errors import AuthConfigError, MalformedJsonError
 from dstack_emu.auth.policy import DEFAULT_CONTRACT, Contract, Policy, evaluate, parse_contract
+from dstack_emu.auth.spelling import unread_keys_of
 from dstack_emu.transport.validation import problems
+
+_log = logging.getLogger("dstack_emu.auth.simple")
 
 DEFAULT_CONFIG_PATH: Final = "./auth-config.json"
 
@@ -55,11 +59,16 @@ class SimpleAuth:
         self._policy = Policy()
 
     def policy(self) -> Policy:
-        """Read the file now, or raise `AuthConfigError`; bytes equal to the last good ones are not parsed."""
+        """Read the file now, or raise `AuthConfigError`; bytes equal to the last good ones are not parsed.
+
+        Logs a warning for each key that nothing reads, once for each content.
+        """
         content = read_config(self._config_path)
         if content != self._content:
             self._policy = parse_policy(content, self._config_path)
             self._content = content
+            for warning in unread_keys_of(content, Policy):
+                _log.warning("%s: %s", self._config_path, warning)
         return self._policy
 
     def decide(self, boot_info: ReceivedBootInfo, is_kms: bool) -> PolicyDecision:

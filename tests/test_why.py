@@ -15,6 +15,7 @@ from dstack_emu.auth.boot_info import parse_boot_info
 from dstack_emu.auth.file import FileAuth
 from dstack_emu.auth.policy import CONTRACTS, RULES, Contract, parse_contract
 from dstack_emu.auth.simple import SimpleAuth
+from tests.commands import serving
 from tests.repository import ROOT
 from tests.test_attest_properties import NOW, issued, legacy_certificate, signing_request, world
 from tests.test_inspect import run_inside
@@ -317,3 +318,71 @@ def test_letter_puts_got_and_wanted_below_each_other_and_marks_the_difference(tm
     assert f'+    "0x{IMAGE}"' in out
     assert "JSON Patch" in out
     assert lines[lines.index("Next") + 1].startswith("  1. ")
+
+
+# ---- misspelt keys, and webhooks
+
+
+MISSPELT: Final[dict[str, Any]] = {
+    "osImage": [f"0x{IMAGE}"],
+    "_comment": "not read, on purpose",
+    "rootEpochs": [],
+    "kms": {"mrAgregated": []},
+    "apps": {APP: {"compose_hashes": []}},
+}
+WARNINGS: Final = [
+    "osImage: nothing reads this key, did you mean osImages?",
+    "rootEpochs: nothing reads this key",
+    "kms.mrAgregated: nothing reads this key, did you mean mrAggregated?",
+    f"apps.{APP}.compose_hashes: nothing reads this key, did you mean composeHashes?",
+]
+
+
+def test_misspelt_keys_of_a_policy_are_named_with_the_nearest(tmp_path: Path) -> None:
+    request = write(tmp_path / "b.json", BOOT)
+    policy = write(tmp_path / "p.json", MISSPELT)
+    assert why(request, "--policy", policy, status=1)["warnings"] == WARNINGS
+    assert why(request, "--allowlist", policy, status=1)["warnings"] == WARNINGS
+    assert f"Note      {WARNINGS[0]}" in run_inside("why", request, "--policy", policy)[1]
+    assert why(request, "--policy", write(policy_path := tmp_path / "q.json", ADMITTING), status=0)["warnings"] == [
+        "futureMember: nothing reads this key"
+    ]
+    assert policy_path.exists()
+
+
+@pytest.mark.parametrize("kind", ["simple", "file"])
+def test_webhook_logs_misspelt_keys_once_for_each_version_of_its_file(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = tmp_path / "p.json"
+
+    def logged() -> list[str]:
+        auth = service.decide(parse_boot_info(BOOT), False)
+        found = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+        caplog.clear()
+        assert not auth.is_allowed
+        return found
+
+    write(policy, MISSPELT)
+    service = SimpleAuth(policy) if kind == "simple" else FileAuth(policy)
+    assert logged() == [f"{policy}: {warning}" for warning in WARNINGS]
+    assert logged() == []
+    write(policy, {"osImagess": []})
+    assert logged() == [f"{policy}: osImagess: nothing reads this key, did you mean osImages?"]
+
+
+def test_webhook_is_asked_as_a_kms_asks_and_its_answer_is_shown(tmp_path: Path) -> None:
+    policy, request = tmp_path / "p.json", write(tmp_path / "b.json", BOOT)
+    write(policy, {})
+    with serving("auth", "simple", "--listen", "127.0.0.1:0", "--config", str(policy)) as webhook:
+        question = (request, "--webhook", webhook["url"])
+        found = why(*question, "--as", "kms", status=1)
+        assert found["decider"] == {"kind": "webhook", "where": webhook["url"], "contract": None}
+        assert (found["decision"]["reason"], found["change"]) == ("OS image is not allowed", None)
+        code, out, _ = run_inside("why", *question, "--as", "kms")
+        assert code == 1
+        assert f"Question  POST {webhook['url']}/bootAuth/kms" in out
+        assert f"  osImageHash       {IMAGE}" in out
+        assert "  reason            OS image is not allowed" in out
+        write(policy, ADMITTING)
+        assert why(*question, status=0)["decision"]["is_allowed"]

@@ -9,12 +9,18 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal, Self
 
-from dstack_emu.auth.allowlist import evaluate_allowlist, normalize_id, parse_allowlist, parse_allowlist_boot_info
+from dstack_emu.auth.allowlist import (
+    Allowlist,
+    evaluate_allowlist,
+    normalize_id,
+    parse_allowlist_boot_info,
+)
 from dstack_emu.auth.boot_info import PolicyDecision, parse_body, parse_boot_info
 from dstack_emu.auth.config_file import read_config
-from dstack_emu.auth.errors import AuthConfigError
-from dstack_emu.auth.policy import Contract, evaluate, knows_tee_variant, normalize_hex
+from dstack_emu.auth.file import parse_allowlist_file
+from dstack_emu.auth.policy import Contract, Policy, evaluate, knows_tee_variant, normalize_hex
 from dstack_emu.auth.simple import parse_policy
+from dstack_emu.auth.spelling import unread_keys
 
 Kind = Literal["auth-simple", "dstack-auth"]
 
@@ -49,6 +55,11 @@ class PolicyFile:
         """Return the policy with another content."""
         return replace(self, content=json.dumps(document).encode())
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Return a sentence for each key that the webhook does not read."""
+        return unread_keys(self.document, Allowlist if self.contract is None else Policy)
+
     def normalized(self, text: str) -> str:
         """Return an id as the webhook compares it."""
         return _NORMALIZE[self.kind](text)
@@ -57,15 +68,10 @@ class PolicyFile:
         """Decide about a request's body; raise `AuthError` if it is no boot info."""
         if self.contract is None:
             received = parse_allowlist_boot_info(boot_info)
-            return evaluate_allowlist(self._allowlist(), received, is_kms)
+            return evaluate_allowlist(parse_allowlist_file(self.content, self.path), received, is_kms)
         received = parse_boot_info(parse_body(boot_info), checks_tee_variant=knows_tee_variant(self.contract))
         return evaluate(parse_policy(self.content, self.path), received, is_kms, contract=self.contract)
 
     def _parse(self) -> object:
-        return self._allowlist() if self.contract is None else parse_policy(self.content, self.path)
-
-    def _allowlist(self) -> Any:
-        try:
-            return parse_allowlist(self.content)
-        except AuthConfigError as error:
-            raise AuthConfigError(f"failed to load config: {self.path}: {error}") from error
+        parse = parse_allowlist_file if self.contract is None else parse_policy
+        return parse(self.content, self.path)

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from dstack_emu.auth.config_file import read_config
 from dstack_emu.auth.errors import AuthConfigError
-from dstack_emu.auth.file import DEFAULT_ALLOWLIST_PATH, FileAuth
+from dstack_emu.auth.file import DEFAULT_ALLOWLIST_PATH, parse_allowlist_file
 from dstack_emu.auth.file_server import file_app
 from dstack_emu.auth.mock import MockSettings
 from dstack_emu.auth.server import mock_app, simple_app
-from dstack_emu.auth.simple import SimpleAuth, SimpleSettings
+from dstack_emu.auth.simple import SimpleSettings, parse_policy
 from dstack_emu.cli.commands.common import WARNING, UsageError, add_release, listen_address, say, stop_on_signals
 from dstack_emu.transport.listen import AnyApplication, bind_tcp, serve
 
@@ -88,7 +89,8 @@ def _simple(arguments: argparse.Namespace) -> _Webhook:
     settings = SimpleSettings.from_env(os.environ, default_contract=arguments.release.auth_contract)
     if arguments.config is not None:
         settings = replace(settings, config_path=arguments.config)
-    _report_unusable(SimpleAuth(settings.config_path).policy)
+    path = settings.config_path
+    _report_unusable(lambda: parse_policy(read_config(path), path))
     facts = {"config_path": os.path.abspath(settings.config_path), "compat": settings.contract}
     app = simple_app(settings.config_path, contract=settings.contract)
     return _Webhook(app, "auth-simple", facts, _port, LISTEN_OR_PORT)
@@ -96,7 +98,7 @@ def _simple(arguments: argparse.Namespace) -> _Webhook:
 
 def _file(arguments: argparse.Namespace) -> _Webhook:
     path = DEFAULT_ALLOWLIST_PATH if arguments.config is None else arguments.config
-    _report_unusable(FileAuth(path).allowlist)
+    _report_unusable(lambda: parse_allowlist_file(read_config(path), path))
     facts = {"config_path": os.path.abspath(path)}
     return _Webhook(file_app(path), "dstack-auth", facts, lambda: DEFAULT_FILE_PORT, LISTEN)
 

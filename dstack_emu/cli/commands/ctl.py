@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from dstack_emu.auth.policy import Policy
+from dstack_emu.auth.spelling import unread_keys
 from dstack_emu.cli.commands.common import UsageError, say
 from dstack_emu.cli.commands.control_client import Api, ControlRefusedError, find_control
 from dstack_emu.deployment.config import TOKEN_FILE, TOKEN_VARIABLE
@@ -223,7 +225,10 @@ def _journal(api: Api, arguments: argparse.Namespace) -> Any:
 def _policy(api: Api, arguments: argparse.Namespace) -> Any:
     path = f"/policies/{urllib.parse.quote(arguments.side, safe='')}"
     if arguments.verb == "show":
-        return api.get(path)
+        policy = api.get(path)
+        for warning in unread_keys(policy, Policy):
+            say(f"Warning: {warning}")
+        return policy
     if not arguments.what:
         raise UsageError(
             "ctl policy set: a file expected (- for stdin)"

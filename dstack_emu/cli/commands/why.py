@@ -93,7 +93,16 @@ def _report(arguments: argparse.Namespace) -> Report:
     elif examination.request:
         asking = ask(arguments.webhook, examination.request, arguments.caller, release=release)
         explained = asyncio.run(asking)
-    return Report(what, arguments.caller, release.name, verification, examination, decider, explained)
+    return Report(
+        what,
+        arguments.caller,
+        release.name,
+        verification,
+        examination,
+        decider,
+        explained,
+        policy.warnings if policy else (),
+    )
 
 
 def _decider(arguments: argparse.Namespace, release: Release) -> tuple[Decider, PolicyFile | None]:
