@@ -4,12 +4,14 @@ import json
 import re
 import shlex
 import stat
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dstack_emu.cli.commands.ctl import EXAMPLES
-from tests.commands import run_command
+from tests.commands import ask, run_command
 from tests.running import RunningStack
 
 
@@ -84,3 +86,74 @@ def test_each_example_of_the_help_runs_as_written(ready_stack: RunningStack, tmp
             assert (done.returncode, done.stderr) == (0, b""), words
     finally:
         ready_stack.reset()
+
+
+@pytest.mark.timeout(120)
+def test_policy_allows_and_denies_by_compose_file_app_id_and_evidence(
+    ready_stack: RunningStack, tmp_path: Path
+) -> None:
+    def policy(*words: str) -> Any:
+        status, out, err = _ctl(ready_stack, "policy", *words)
+        assert (status, err) == (0, ""), (words, err)
+        return json.loads(out)
+
+    compose, evidence = tmp_path / "app-compose.json", tmp_path / "quote.json"
+    compose.write_text(json.dumps({"manifest_version": 2, "name": "mine", "runner": "docker-compose"}))
+    made = run_command("quote", "--json", "--app-compose", str(compose), "--out", str(evidence))
+    assert made.returncode == 0, made
+    digest = subprocess.run(["sha256sum", compose], capture_output=True, text=True, check=True).stdout.split()[0]
+    entry = {f"0x{digest[:40]}": {"composeHashes": [f"0x{digest}"], "allowAnyDevice": True}}
+    before = policy("show", "src")
+    for way in (["--app-compose", str(compose)], ["--evidence", str(evidence)]):
+        assert policy("allow", "src", *way)["apps"] == before["apps"] | entry
+        assert policy("deny", "src", *way)["apps"] == before["apps"]
+    kms = ("--evidence", str(evidence), "--as-kms")
+    allowed = policy("allow", "src", *kms)["kms"]["mrAggregated"]
+    why = ("why", str(evidence), "--offline", "--as", "kms", "--policy", str(tmp_path / "policy.json"), "--json")
+    (tmp_path / "policy.json").write_text("{}")
+    measured = json.loads(run_command(*why).stdout)["boot_info"]["mrAggregated"]
+    assert allowed == [*before["kms"]["mrAggregated"], f"0x{measured}"]
+    assert policy("deny", "src", *kms)["kms"] == before["kms"]
+
+    guest = json.loads(_ctl(ready_stack, "guest", "add", "mine", f"compose=@{compose}")[1])
+    assert "app not registered" in _ctl(ready_stack, "guest", "boot", "mine")[2]
+    policy("allow", "src", "--app-compose", str(compose), "--app-id", guest["app_id"])
+    assert json.loads(_ctl(ready_stack, "guest", "boot", "mine")[1])["has_keys"] is True
+    policy("deny", "src", "--app-id", guest["app_id"])
+    assert "app not registered" in _ctl(ready_stack, "guest", "boot", "mine")[2]
+
+
+def test_policy_says_whom_it_expects(ready_stack: RunningStack, tmp_path: Path) -> None:
+    quote = tmp_path / "quote.bin"
+    run_command("quote", "--out", str(quote))
+    for words, expected in (
+        ([], "--app-compose, --app-id or --evidence"),
+        (["app", "--app-id", "ab" * 20], "--app-compose, --app-id or --evidence"),
+        (["--app-id", "ab" * 20], "--app-compose FILE expected with --app-id"),
+        (["--app-id", "ab"], "20 bytes expected, got 1"),
+        (["--evidence", str(quote)], "evidence with an event log expected"),
+        (["--app-compose", str(tmp_path / "none")], "cannot be read"),
+        (["app", "--as-kms"], "--evidence FILE expected"),
+    ):
+        status, out, err = _ctl(ready_stack, "policy", "allow", "src", *words)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert expected in err
+    control = ready_stack.services["control"].removeprefix("http://")
+    for body, expected in (
+        ({"app_id": "ab" * 20}, "compose_hash expected"),
+        ({"app_id": "ab" * 19}, "app_id"),
+        ({"guest": "app", "app_id": "ab" * 20}, "one of guest, app_id and mr_aggregated"),
+        ({"mr_aggregated": "ab" * 32, "compose_hash": "cd" * 32}, "app_id expected"),
+    ):
+        status, answer = ask(f"http://{control}", "/policies/src/allow", body)
+        assert (status, expected in answer["error"]) == (400, True), answer
+
+
+def test_policy_show_warns_of_misspelt_keys(ready_stack: RunningStack, tmp_path: Path) -> None:
+    policy = json.loads(_ctl(ready_stack, "policy", "show", "src")[1])
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps(policy | {"osImage": []}))
+    _ctl(ready_stack, "policy", "set", "src", str(file))
+    status, out, err = _ctl(ready_stack, "policy", "show", "src")
+    assert (status, json.loads(out)["osImage"]) == (0, [])
+    assert err == "Warning: osImage: nothing reads this key, did you mean osImages?\n"

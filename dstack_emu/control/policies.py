@@ -1,11 +1,11 @@
 """The calls of the control API that read and change the policies of a running stack."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dstack_emu.control.schemas import ControlError, unknown
+from dstack_emu.control.schemas import ControlError, PolicyChange, unknown
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.deployment.guests import RunningGuest
@@ -15,6 +15,9 @@ from dstack_emu.transport.urls import shown_url
 def foreign_policy(service: str, webhook: str) -> str:
     """Say why the stack has no policy for a KMS that asks a webhook of somebody's own."""
     return f"{service} asks the webhook {shown_url(webhook)}: change its policy there, the stack has none for it"
+
+
+Change = Callable[[dict[str, Any], policy_files.MeasuredDomain], dict[str, Any]]
 
 
 class PolicyControl:
@@ -44,16 +47,31 @@ class PolicyControl:
 
     def allow(self, kms: str, guest: str, *, this_device_only: bool = False) -> dict[str, Any]:
         """Allow a trust domain by its present measurements and its OS image; return the new policy."""
-        return self._changed(kms, policy_files.allowing, guest, this_device_only)
+        return self._changed(kms, policy_files.allowing, self._measured(guest, this_device_only))
 
     def deny(self, kms: str, guest: str) -> dict[str, Any]:
         """Stop allowing a trust domain; return the new policy."""
-        return self._changed(kms, policy_files.denying, guest, False)
+        return self._changed(kms, policy_files.denying, self._measured(guest, False))
 
-    def _changed(self, kms: str, change: Any, name: str, this_device_only: bool) -> dict[str, Any]:
-        guest = self._known_guest(name)
-        info = guest.agent.app_info()
-        measured = policy_files.MeasuredDomain(
+    def change_policy(self, kms: str, change: PolicyChange, *, is_allowed: bool) -> dict[str, Any]:
+        """Allow or deny what a request names; return the new policy."""
+        if change.guest is not None:
+            measured = self._measured(change.guest, change.this_device_only)
+        elif is_allowed and change.app_id is not None and change.compose_hash is None:
+            raise ControlError("an app is allowed with its app-compose: compose_hash expected beside app_id")
+        else:
+            measured = policy_files.MeasuredDomain(
+                is_kms=change.mr_aggregated is not None,
+                app_id=change.app_id or "",
+                compose_hash=change.compose_hash or "",
+                mr_aggregated=change.mr_aggregated or "",
+                os_image_hash=change.os_image_hash or self._deployment.context.image.os_image_hash.hex(),
+            )
+        return self._changed(kms, policy_files.allowing if is_allowed else policy_files.denying, measured)
+
+    def _measured(self, name: str, this_device_only: bool) -> policy_files.MeasuredDomain:
+        info = self._known_guest(name).agent.app_info()
+        return policy_files.MeasuredDomain(
             is_kms=name.startswith("kms-"),
             app_id=info.app_id.hex(),
             compose_hash=info.compose_hash.hex(),
@@ -61,11 +79,13 @@ class PolicyControl:
             os_image_hash=info.os_image_hash.hex(),
             device_id=info.device_id.hex() if this_device_only else None,
         )
+
+    def _changed(self, kms: str, change: Change, measured: policy_files.MeasuredDomain) -> dict[str, Any]:
         policy = self.policy(kms)
         if not isinstance(policy, dict):
             raise ControlError(f"the policy of {kms} is not a JSON object: replace it (ctl policy set) first", 409)
         try:
-            changed: dict[str, Any] = change(policy, measured)
+            changed = change(policy, measured)
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise ControlError(
                 f"the policy of {kms} does not have auth-simple's format: replace it (ctl policy set) first", 409

@@ -47,8 +47,18 @@ def duration(value: Any) -> Any:
     return float(match[1]) * _UNITS[match[2]]
 
 
+def _bare_hex(value: Any) -> Any:
+    return value.lower().removeprefix("0x") if isinstance(value, str) else value
+
+
 Moment = Annotated[float, BeforeValidator(moment), Field(ge=0, le=LATEST, allow_inf_nan=False)]
 Duration = Annotated[float, BeforeValidator(duration), Field(ge=-LATEST, le=LATEST, allow_inf_nan=False)]
+HexText = Annotated[
+    str,
+    BeforeValidator(_bare_hex),
+    Field(json_schema_extra={"description": "hex, with or without 0x"}, pattern="^[0-9a-f]*$"),
+]
+"""Hex in lowercase, without 0x."""
 Advisory = Annotated[str, Field(min_length=1, max_length=100)]
 
 
@@ -148,14 +158,31 @@ class OnboardRequest(RequestBody):
 
 
 class PolicyChange(RequestBody):
-    """The trust domain that a policy is to allow or deny, by name.
+    """Whom a policy is to allow or deny: a trust domain of the stack (`guest`), an app or a KMS.
 
-    A KMS is allowed by its measurement, an app by its id and compose hash, and either with its OS image. With
-    `this_device_only` it is allowed on its own platform alone.
+    A KMS is allowed by its measurement, an app by its id and compose hash, and either with its OS image, which is the
+    stack's own if none is named. With `this_device_only` a trust domain is allowed on its own platform alone. An app is
+    denied by its id.
     """
 
-    guest: Name
+    guest: Name | None = None
     this_device_only: bool = False
+    app_id: Annotated[HexText, Field(min_length=40, max_length=40)] | None = None
+    compose_hash: Annotated[HexText, Field(min_length=64, max_length=64)] | None = None
+    mr_aggregated: Annotated[HexText, Field(min_length=64, max_length=64)] | None = None
+    os_image_hash: Annotated[HexText, Field(min_length=64, max_length=64)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if sum(each is not None for each in (self.guest, self.app_id, self.mr_aggregated)) != 1:
+            raise ValueError("one of guest, app_id and mr_aggregated expected")
+        if self.compose_hash is not None and self.app_id is None:
+            raise ValueError("compose_hash is an app's: app_id expected with it")
+        if self.guest is None and self.this_device_only:
+            raise ValueError("this_device_only is a trust domain's: guest expected with it")
+        if self.guest is not None and self.os_image_hash is not None:
+            raise ValueError("os_image_hash of a guest is its own: app_id or mr_aggregated expected with it")
+        return self
 
 
 def checked(model: type[B], fields: Mapping[str, Any]) -> B:

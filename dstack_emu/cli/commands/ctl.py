@@ -13,6 +13,7 @@ from dstack_emu.auth.policy import Policy
 from dstack_emu.auth.spelling import unread_keys
 from dstack_emu.cli.commands.common import UsageError, say
 from dstack_emu.cli.commands.control_client import Api, ControlRefusedError, find_control
+from dstack_emu.cli.commands.policy_subject import add_subject, subject
 from dstack_emu.deployment.config import TOKEN_FILE, TOKEN_VARIABLE
 from dstack_emu.observability.record_text import texts
 
@@ -80,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     policy.add_argument("side", help="the KMS whose webhook has it: src, dst, or an added KMS")
     policy.add_argument("what", nargs="?", help="trust domain (app, kms-dst, …), or a file for `set` (- for stdin)")
     policy.add_argument("--this-device-only", action="store_true", help="allow it only on its own platform")
+    add_subject(policy)
 
     platform = command("platform", "show every platform or one; change its state; add one", _platform)
     platform.add_argument("name", nargs="?", help="such as 'host of app'")
@@ -229,15 +231,11 @@ def _policy(api: Api, arguments: argparse.Namespace) -> Any:
         for warning in unread_keys(policy, Policy):
             say(f"Warning: {warning}")
         return policy
-    if not arguments.what:
-        raise UsageError(
-            "ctl policy set: a file expected (- for stdin)"
-            if arguments.verb == "set"
-            else f"ctl policy {arguments.verb}: the name of a trust domain expected, such as app or kms-dst"
-        )
     if arguments.verb == "set":
+        if not arguments.what:
+            raise UsageError("ctl policy set: a file expected (- for stdin)")
         return api.send("PUT", path, _read_json(arguments.what))
-    body = {"guest": arguments.what}
+    body = subject(arguments)
     if arguments.verb == "allow":
         body["this_device_only"] = arguments.this_device_only
     return api.send("POST", f"{path}/{arguments.verb}", body)
