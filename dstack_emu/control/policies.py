@@ -11,13 +11,13 @@ from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.deployment.guests import RunningGuest
 from dstack_emu.transport.urls import shown_url
 
+Change = Callable[[dict[str, Any], policy_files.MeasuredDomain], dict[str, Any]]
+"""Returns a policy that allows one trust domain more, or one less."""
+
 
 def foreign_policy(service: str, webhook: str) -> str:
     """Say why the stack has no policy for a KMS that asks a webhook of somebody's own."""
     return f"{service} asks the webhook {shown_url(webhook)}: change its policy there, the stack has none for it"
-
-
-Change = Callable[[dict[str, Any], policy_files.MeasuredDomain], dict[str, Any]]
 
 
 class PolicyControl:
