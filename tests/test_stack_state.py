@@ -2,6 +2,7 @@
 
 import json
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from dstack_emu import Stack, StackConfig
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.policy_files import AppRule
+from dstack_emu.simulator.trust_domain import AppCompose
 from tests.commands import run_command
 from tests.own_stack import own_stack
 from tests.running import running_stack
@@ -145,3 +147,71 @@ async def test_policy_that_lists_nothing_or_something_present_is_left_to_the_web
         file.write_text(json.dumps(changed))
         (text,) = policy_files.of_other_stacks([file], infos, app)
         assert f": {member} lists 0xAA, but not " in text
+
+
+async def test_parts_that_were_added_come_back_with_their_identity_and_keys(
+    short_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compose = AppCompose.named("wallet").text
+    async with own_stack(state=short_folder) as stack:
+        control = stack.control
+        await control.add_kms("third")
+        control.allow("src", "kms-third")
+        control.allow("third", "kms-src")
+        control.allow("third", "kms-third")
+        await control.onboard_kms("third")
+        await control.add_guest("wallet", compose=compose, platform="another host", instance="one")
+        control.allow("third", "wallet")
+        await control.boot_guest("wallet", "third")
+        await control.add_guest("waiting")
+        await control.add_guest("removed")
+        await control.remove_guest("removed")
+        before = {name: measured_of(control.guest(name)) for name in ("wallet", "waiting", "kms-third")}
+        key, root = stack.guests["wallet"].agent.keys.k256_key, stack.kms["third"].capture().files["root-ca.key"]
+    assert stat.S_IMODE((short_folder / "added.json").stat().st_mode) == 0o600
+
+    async with own_stack(state=short_folder) as stack:
+        assert {name: measured_of(stack.control.guest(name)) for name in before} == before
+        assert (stack.guests["wallet"].agent.keys.k256_key, stack.guests["wallet"].source) == (key, "third")
+        assert stack.kms["third"].capture().files["root-ca.key"] == root
+        assert {"third", "src"} <= stack.kms_info.keys()
+        assert "removed" not in stack.guests
+        stack.control.deny("third", "wallet")
+
+    async with own_stack(state=short_folder) as stack:  # the policy decides again
+        assert not stack.control.guest("wallet")["has_keys"]
+        assert any("wallet has no keys now: failed to get app keys" in message for message in caplog.messages)
+        await stack.control.remove_kms("third")
+        await stack.control.remove_guest("waiting")
+
+    async with own_stack(state=short_folder) as stack:
+        assert stack.guests.keys() == {"kms-src", "kms-dst", "app", "wallet"}
+        assert not (short_folder / "kms-third" / "certs").exists()
+
+
+def measured_of(guest: dict[str, object]) -> dict[str, object]:
+    """What a trust domain is and has; its port is another one in each run."""
+    return {name: value for name, value in guest.items() if name != "url"}
+
+
+async def test_record_of_added_parts_that_cannot_be_used_is_named(short_folder: Path) -> None:
+    async with own_stack(state=short_folder, fresh=True) as stack:
+        await stack.control.add_guest("wallet")
+    record = short_folder / "added.json"
+    advice = f"delete {record} to start without the trust domains and KMS that were added"
+    text = record.read_text()
+    for content, words in (
+        ("{", f"{record}: "),
+        (text.replace('"wallet"', '"app"'), "there is a trust domain app already"),
+        (text.replace('"compose": null', '"compose": "{}"'), "trust domain wallet: app-compose: "),
+    ):
+        record.write_text(content)
+        with pytest.raises(StackError) as caught:
+            async with own_stack(state=short_folder, fresh=True):
+                pass
+        assert str(caught.value).startswith(words)
+        assert str(caught.value).endswith(advice)
+        assert record.read_text() == content
+    record.write_text(text)
+    async with own_stack(state=short_folder, fresh=True) as stack:
+        assert "wallet" in stack.guests

@@ -112,6 +112,7 @@ async def apply_state(deployment: Deployment, state: StackState) -> None:
             await deployment.guests[name].restore(guest_state)
         instrumentation.faults.restore(FaultRulesState(state.fault_count, state.faults))
         instrumentation.clear_caches()
+        deployment.remember_added()
     finally:
         journal.enabled = enabled
     journal.restore(state.journal)

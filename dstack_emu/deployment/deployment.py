@@ -17,12 +17,15 @@ from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
 from dstack_emu.deployment import policy_files
+from dstack_emu.deployment.added_parts import FILE as ADDED_FILE
+from dstack_emu.deployment.added_parts import AddedParts, how_to_leave_out
 from dstack_emu.deployment.authorization import Authorization, tls_url
 from dstack_emu.deployment.config import DESCRIPTION_FILE, StackConfig
 from dstack_emu.deployment.deployer import Deployer
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.guests import RunningGuest, start_guest
 from dstack_emu.deployment.kms import start_kms, stop_kms
+from dstack_emu.deployment.own_app import NAME as OWN_APP
 from dstack_emu.deployment.own_app import RememberedApp
 from dstack_emu.deployment.own_parts import foreign_webhooks, what_to_allow
 from dstack_emu.deployment.preparation import prepare
@@ -100,6 +103,7 @@ class Deployment:
         self._extensions: list[Extension] = []
         self._exit = AsyncExitStack()
         self._supervisor: Supervisor | None = None
+        self._records_added = False
 
     def extend(self, extension: Extension) -> None:
         """Add an extension, before the deployment is entered."""
@@ -113,7 +117,7 @@ class Deployment:
         except BaseException:
             await self._exit.aclose()
             raise
-        self._supervisor = Supervisor({kms.spec.service: kms.ended for kms in self.kms.values()})
+        self._supervisor = Supervisor({self.kms[name].spec.service: self.kms[name].ended for name in PERMANENT})
         return self
 
     async def __aexit__(
@@ -149,6 +153,7 @@ class Deployment:
             await self._measure_fresh_kms()
         else:
             await self._authorize()
+        await self._bring_back(AddedParts.read(self.state))
         (self.state / DESCRIPTION_FILE).write_text(json.dumps(self.description()) + "\n")
         for extension in self._extensions:
             extension.became_ready()
@@ -216,6 +221,7 @@ class Deployment:
             self.services[extension.name] = server.url
 
     async def _close_parts(self) -> None:
+        self.remember_added()
         for kms in reversed(self.kms.values()):
             await kms.close()
         for guest in reversed(self.guests.values()):
@@ -226,6 +232,7 @@ class Deployment:
         if spec.name in self.guests:
             raise GuestError(f"there is a trust domain {spec.name} already")
         guest = self.guests[spec.name] = await start_guest(self.context, spec, spec.name)
+        self.remember_added()
         return guest
 
     async def stop_guest(self, guest: RunningGuest) -> None:
@@ -233,22 +240,63 @@ class Deployment:
         await guest.close()
         self.context.withdraw(guest.service)
         self.guests.pop(guest.name, None)
+        self.remember_added()
 
-    async def start_kms(self, spec: KmsSpec) -> RunningKms:
-        """Start a KMS without keys in a trust domain of its own; raise `StackError` if it does not start."""
+    async def start_kms(self, spec: KmsSpec, *, comes_back: bool = False) -> RunningKms:
+        """Start a KMS in a trust domain of its own; raise `StackError` if it does not start.
+
+        It has no keys, unless it is one of every stack, or comes back with those that an earlier run left.
+        """
         if spec.name in self.kms:
             raise StackError(f"there is a KMS {spec.name} already")
         if spec.service in self.guests:
             raise StackError(f"there is a trust domain {spec.service} already")
-        kms = self.kms[spec.name] = await start_kms(self.context, spec, self._progress)
-        self.guests[spec.service] = kms.guest
+        keeps_files = comes_back or spec.name in PERMANENT
+        kms = await start_kms(self.context, spec, self._progress, keeps_files=keeps_files)
+        self.kms[spec.name], self.guests[spec.service] = kms, kms.guest
+        self.remember_added()
         return kms
 
     async def stop_kms(self, kms: RunningKms) -> None:
         """Stop a KMS with its trust domain, and forget both."""
-        await stop_kms(self.context, kms)
+        await stop_kms(self.context, kms, keeps_files=kms.name in PERMANENT)
         self.guests.pop(kms.guest.name, None)
         self.kms.pop(kms.name, None)
+        self.remember_added()
+
+    # ---- parts that were added in an earlier run
+
+    def remember_added(self) -> None:
+        """Record in the state folder which trust domains and KMS were added, and which of them have keys."""
+        if self.config.state is not None and self._records_added:
+            AddedParts.of(self.kms.values(), self.guests.values(), OWN_APP).write(self.state)
+
+    async def _bring_back(self, added: AddedParts) -> None:
+        """Start the parts that were added in an earlier run; raise `StackError` if one does not start.
+
+        A trust domain that had keys fetches them again, and runs without if the KMS refuses.
+        """
+        try:
+            for kms in added.kms:
+                self._progress(f"starting {kms.spec.service} again")
+                (await self.start_kms(kms.spec, comes_back=True)).measured = kms.measured
+            for guest in added.guests:
+                self._progress(f"starting the trust domain {guest.spec.name} again")
+                await self._boot_again(await self.start_guest(guest.spec), guest.kms)
+        except (GuestError, StackError) as error:
+            raise StackError(f"{error}: {how_to_leave_out(self.state / ADDED_FILE)}") from error
+        self._records_added = True
+        self.remember_added()
+
+    async def _boot_again(self, guest: RunningGuest, kms: str) -> None:
+        if not kms:
+            return
+        try:
+            if kms not in self.kms:
+                raise GuestError(f"kms-{kms} was removed")
+            await self.boot(guest, (kms,))
+        except GuestError as error:
+            log.warning("the trust domain %s has no keys now: %s", guest.name, error)
 
     # ---- the authorization flow
 
@@ -305,6 +353,7 @@ class Deployment:
             source = next((name for name in kms if self.kms[name].phase == "runtime"), kms[0])
             guest.encrypted_env = await Deployer(self.context).encrypt(guest.domain.app_id, self.kms[source])
         await guest.boot(kms, self._app_verifier)
+        self.remember_added()
 
     # ---- its description
 

@@ -100,6 +100,11 @@ class RunningGuest:
         return self.spec.name
 
     @property
+    def source(self) -> str:
+        """The name of the KMS from which it has keys; empty if it has none, or its own."""
+        return self._kms
+
+    @property
     def folder(self) -> Path:
         """The folder of its socket files."""
         return self._context.state / self.name

@@ -11,7 +11,7 @@ from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.guest_config import local_key_provider
 from dstack_emu.deployment.guests import start_guest
 from dstack_emu.deployment.running_foreign_kms import RunningForeignKms
-from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
+from dstack_emu.deployment.running_kms import RunningKms
 from dstack_emu.deployment.specs import KmsSpec
 from dstack_emu.deployment.state import KmsState
 from dstack_emu.kms_emu.config import KmsConfig
@@ -170,12 +170,15 @@ class EmulatedKms(RunningKms):
         self.measured = state.measured
 
 
-async def start_kms(context: StackContext, spec: KmsSpec, progress: Callable[[str], None]) -> RunningKms:
+async def start_kms(
+    context: StackContext, spec: KmsSpec, progress: Callable[[str], None], *, keeps_files: bool
+) -> RunningKms:
     """Start a KMS in a trust domain with keys of a local key provider, as a production KMS has.
 
-    It is ours, unless the stack's settings name another program. Raises `StackError` if it does not start.
+    It is ours, unless the stack's settings name another program. With `keeps_files` it has the keys and the policy that
+    an earlier run left. Raises `StackError` if it does not start.
     """
-    if spec.name not in PERMANENT:
+    if not keeps_files:
         delete_files(context, spec)
     seed = context.seed.child(f"kms {spec.name}")
     try:
@@ -197,12 +200,12 @@ async def start_kms(context: StackContext, spec: KmsSpec, progress: Callable[[st
         await guest.agent.provide(own.keys, own.issuer)
         await kms.start(seed)
     except BaseException:
-        await stop_kms(context, kms)
+        await stop_kms(context, kms, keeps_files=keeps_files)
         raise
     return kms
 
 
-async def stop_kms(context: StackContext, kms: RunningKms) -> None:
+async def stop_kms(context: StackContext, kms: RunningKms, *, keeps_files: bool) -> None:
     """Stop a KMS and its trust domain, and withdraw their services."""
     await kms.close()
     await kms.guest.close()
@@ -210,7 +213,7 @@ async def stop_kms(context: StackContext, kms: RunningKms) -> None:
         context.withdraw(service)
     if kms.spec.webhook == "own":
         context.withdraw(f"auth-{kms.name}")
-    if kms.name not in PERMANENT:
+    if not keeps_files:
         delete_files(context, kms.spec)
 
 

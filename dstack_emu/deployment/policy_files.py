@@ -148,9 +148,9 @@ class PolicyFiles:
         return self.folder / f"auth-{name}.json"
 
     def add(self, name: str) -> Path:
-        """Write a policy that denies everyone, for a new KMS."""
+        """Write a policy that denies everyone for another KMS, unless it has one."""
         path = self.paths[name] = self._path(name)
-        write(path, DENY_ALL)
+        place([path])
         return path
 
     def remove(self, name: str) -> None:

@@ -17,7 +17,7 @@ from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.validation import suggestion
 
 PERMANENT: Final = ("src", "dst")
-"""The KMS of every stack. The state folder keeps their files; other KMS start without files."""
+"""The KMS of every stack. Their files are never deleted; those of another KMS are, when it is removed."""
 
 KMS_DOMAIN: Final = "127.0.0.1"
 """The name in the KMS's certificates, an IP address, so that the printed URLs are valid under the KMS's root."""
