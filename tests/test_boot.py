@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -259,11 +260,16 @@ def free_port() -> int:
 # ---- refusals
 
 
+REQUESTING = re.compile("requesting keys for app id [0-9a-f]{40}, compose hash [0-9a-f]{64}")
+"""The first line of `boot`."""
+
+
 def refusal(*arguments: str) -> str:
-    """Boot where it must fail: status 1, and one line, which is returned without `Error: `."""
+    """Boot where it must fail: status 1, whose keys it requests, and one line, which is returned without `Error: `."""
     done = run_command("boot", *arguments, "--json")
-    lines = done.stderr.decode().splitlines()
+    requesting, *lines = done.stderr.decode().splitlines()
     assert (done.returncode, done.stdout, len(lines)) == (1, b"", 1), done
+    assert REQUESTING.fullmatch(requesting)
     return lines[0].removeprefix("Error: ")
 
 
@@ -323,6 +329,7 @@ def waiting(url: str) -> Iterator[tuple[Command, IO[str]]]:
         with open(writing, "w") as errors:
             process = start("boot", "--kms", url, "--wait", "40", "--json", stderr=errors)
         try:
+            assert REQUESTING.fullmatch(said.readline().strip())
             assert said.readline().startswith(f"waiting up to 40 s for {url}: {failed(url)}")
             yield process, said
         finally:

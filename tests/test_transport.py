@@ -797,3 +797,34 @@ async def test_serve_closes_the_socket_where_the_application_does_not_start() ->
     with pytest.raises(ToyError):
         await serve(app, sock)
     assert sock.fileno() == -1
+
+
+# ---- Members that a request's message does not have ------------------------------------------------------
+
+
+async def test_an_unknown_member_is_ignored_as_upstream_does_and_logged_once_with_the_nearest(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    toy = Toy()
+    toy.may_answer.set()
+
+    def logged() -> list[str]:
+        found = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return found
+
+    async with served(application(toy, "guest")) as server:
+        answers = [
+            await post(server, "/GetQuote?json", b'{"reportData": "c0ffee", "zz": 1}'),
+            await exchange(server, raw("GET", "/GetQuote?reportData=c0ffee&json")),
+        ]
+        assert [json.loads(answer.body)["report_data"] for answer in answers] == ["", ""]
+        first = "unknown member rpc=GetQuote member=reportData did_you_mean=report_data"
+        assert logged() == [first, "unknown member rpc=GetQuote member=zz"]
+        await exchange(server, raw("GET", "/GetKey?paht=a"))
+        assert logged() == ["unknown member rpc=GetKey member=paht did_you_mean=path"]
+        many = {f"member{number}" * 100: number for number in range(1000)}
+        await post(server, "/GetKey?json", json.dumps(many).encode())
+        assert [len(line) for line in logged()] == [len("unknown member rpc=GetKey member=") + 64] * 8
+        good = await post(server, "/GetQuote?json", b'{"report_data": "c0ffee"}')
+    assert (json.loads(good.body)["report_data"], logged()) == ("c0ffee", [])

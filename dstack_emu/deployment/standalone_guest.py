@@ -99,6 +99,9 @@ class StandaloneGuest:
         self.domain = power_on(self.intel, self.config)
         self.agent = GuestAgent(self.domain, self._seed.stream("agent"), allow_emit_event=self.config.allow_emit_event)
         kms = self.config.kms
+        if kms is not None:
+            app_id, compose_hash = self.domain.app_id.hex(), self.domain.compose_hash.hex()
+            self._progress(f"requesting keys for app id {app_id}, compose hash {compose_hash}")
         if kms is None or not kms.keeps_asking:
             await self._provide(await self._keys())
         self._listeners = await AgentListeners.open(self.agent, addresses)

@@ -23,6 +23,7 @@ from dstack_emu.attest.errors import AttestError
 from dstack_emu.attest.prpc import (
     BINARY_TYPE,
     JSON_TYPE,
+    Ignored,
     decode_binary,
     decode_json,
     decode_query,
@@ -33,12 +34,16 @@ from dstack_emu.attest.prpc import (
     wants_json,
 )
 from dstack_emu.attest.release import Release
+from dstack_emu.transport.events import EventLog
 from dstack_emu.transport.http import Application, BodyError, BodyTooLargeError, Handler, Request, Response, status_page
 from dstack_emu.transport.service import Rpc, ServiceTable
 
 C = TypeVar("C")
 
+MOST_REPORTED: Final = 256
+
 _log = logging.getLogger(__name__)
+_events = EventLog(__name__)
 
 Context = Callable[[Request], Awaitable[C]]
 """Returns the context of a call (who calls), before the body is read; it may refuse the call."""
@@ -130,6 +135,8 @@ class PrpcMount(Generic[C]):
     refusals: tuple[type[Exception], ...]
     answered: Answered | None
     statuses: RpcStatuses
+    reported: set[tuple[str, str]] = field(default_factory=set)
+    """RPC and name of each unknown member that was logged: each is logged once, and no more than `MOST_REPORTED`."""
 
     async def answer(self, request: Request) -> Response:
         """Answer one call; this raises nothing."""
@@ -143,7 +150,13 @@ class PrpcMount(Generic[C]):
             body = b"" if is_query else await _read(request)
             as_json = wants_json(verb, query, request.headers.get("Content-Type"))
             rpc = self._rpc(name)
-            message = decode_query(rpc.request_type, query) if is_query else _decode(rpc.request_type, body, as_json)
+            ignored = Ignored()
+            if is_query:
+                message = decode_query(rpc.request_type, query, ignored)
+            else:
+                message = _decode(rpc.request_type, body, as_json, ignored)
+            if ignored:
+                self._report(trim_prefix(name, self.prefix), ignored)
             reply = await rpc.handler(context, message)
             given = encode_json(reply, old_spellings=rpc.old_spellings) if as_json else encode_binary(reply)
         except self.refusals as error:
@@ -167,6 +180,14 @@ class PrpcMount(Generic[C]):
             self.answered(self._rest_of(request.path), True)
         return _no_method if request.method in _VERBS and not name else None
 
+    def _report(self, rpc: str, ignored: Ignored) -> None:
+        """Log members of a request that were ignored: one may be the misspelt name of another."""
+        for member in ignored:
+            if (rpc, member.name) not in self.reported and len(self.reported) < MOST_REPORTED:
+                self.reported.add((rpc, member.name))
+                advice = {"did_you_mean": member.nearest} if member.nearest else {}
+                _events.warning("unknown member", rpc=rpc, member=member.name, **advice)
+
     def _rest_of(self, path: str) -> str:
         """Return the path after the mount's slash, percent-decoded."""
         rest = path[len(self.mount) + 1 :]
@@ -184,8 +205,8 @@ async def _no_method(request: Request) -> Response:
     return status_page(HTTPStatus.UNPROCESSABLE_ENTITY, request)
 
 
-def _decode(request_type: type[Message], body: bytes, as_json: bool) -> Message:
-    return decode_json(request_type, body) if as_json else decode_binary(request_type, body)
+def _decode(request_type: type[Message], body: bytes, as_json: bool, ignored: Ignored) -> Message:
+    return decode_json(request_type, body, ignored) if as_json else decode_binary(request_type, body)
 
 
 async def _read(request: Request) -> bytes:

@@ -13,12 +13,15 @@ dstack/guest-agent/rpc/build.rs and crate prpc 0.6; recorded answers of the real
 
 from dstack_emu.attest.prpc.binary import decode_binary, encode_binary
 from dstack_emu.attest.prpc.encoding import BINARY_TYPE, JSON_TYPE, error_body, trim_prefix, wants_json
+from dstack_emu.attest.prpc.ignored import Ignored, IgnoredMember
 from dstack_emu.attest.prpc.json import decode_json, encode_json
 from dstack_emu.attest.prpc.query import decode_query
 
 __all__ = [
     "BINARY_TYPE",
     "JSON_TYPE",
+    "Ignored",
+    "IgnoredMember",
     "decode_binary",
     "decode_json",
     "decode_query",

@@ -8,6 +8,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
 from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.prpc.ignored import Ignored, ignore
 from dstack_emu.attest.prpc.messages import Field, MessageTable, table_of
 from dstack_emu.attest.prpc.scalars import mistyped
 from dstack_emu.attest.strict_json import ConstantError, NestingError, StrictJson
@@ -68,15 +69,16 @@ _JSON: Final = StrictJson(members=tuple, integer=_integer)
 """Arrays become lists and objects tuples of pairs, so that a repeated name is still seen."""
 
 
-def decode_json(message_type: type[M], body: bytes) -> M:
+def decode_json(message_type: type[M], body: bytes, ignored: Ignored | None = None) -> M:
     """Decode a JSON request, or an answer. An empty body is the default message; for Empty it is ignored.
 
     An object gives fields by name, an array by position. Missing fields keep their default, unknown ones are
-    ignored. Raises `FormatError` on anything else than exactly one valid JSON value of the right shape.
+    ignored, and named in `ignored`. Raises `FormatError` on anything else than exactly one valid JSON value of the
+    right shape.
     """
     if message_type is Empty or not body:
         return message_type()
-    return message_type(**_read_fields(table_of(message_type), _parse(body)))
+    return message_type(**_read_fields(table_of(message_type), _parse(body), ignored))
 
 
 def _parse(body: bytes) -> object:
@@ -93,47 +95,50 @@ def _parse(body: bytes) -> object:
         raise FormatError("recursion limit exceeded: the JSON is nested too deeply") from error
 
 
-def _read_fields(table: MessageTable, value: object) -> dict[str, object]:
+def _read_fields(table: MessageTable, value: object, ignored: Ignored | None) -> dict[str, object]:
     """Read a parsed JSON object or array as the constructor arguments of a message."""
     if isinstance(value, tuple):
-        return _read_by_name(table, value)
+        return _read_by_name(table, value, ignored)
     if isinstance(value, list):
         if len(value) > len(table.fields):
             raise FormatError(
                 f"trailing characters: {len(value)} elements, but {table.name} has {len(table.fields)} fields"
             )
         pairs = zip(table.fields, value, strict=False)
-        return {field.name: _read_field(field, item) for field, item in pairs}
+        return {field.name: _read_field(field, item, ignored) for field, item in pairs}
     raise mistyped(value, f"message {table.name}")
 
 
-def _read_by_name(table: MessageTable, pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
+def _read_by_name(
+    table: MessageTable, pairs: Iterable[tuple[str, object]], ignored: Ignored | None
+) -> dict[str, object]:
     arguments: dict[str, object] = {}
     seen = set()
     for name, value in pairs:
         field = table.by_name.get(name)
         if field is None:
+            ignore(name, table, ignored)
             continue
         if name in seen:
             raise FormatError(f"duplicate field `{name}`")
         seen.add(name)
         if name == field.name or field.name not in arguments:
-            arguments[field.name] = _read_field(field, value)
+            arguments[field.name] = _read_field(field, value, ignored)
     return arguments
 
 
-def _read_field(field: Field, value: object) -> object:
+def _read_field(field: Field, value: object, ignored: Ignored | None) -> object:
     if field.repeated:
         if not isinstance(value, list):
             raise mistyped(value, "a sequence", field.name)
-        return [_read_value(field, item) for item in value]
+        return [_read_value(field, item, ignored) for item in value]
     if value is None and field.presence:
         return None
-    return _read_value(field, value)
+    return _read_value(field, value, ignored)
 
 
-def _read_value(field: Field, value: object) -> object:
+def _read_value(field: Field, value: object, ignored: Ignored | None) -> object:
     if field.message is not None:
-        return field.message.new(**_read_fields(field.message, value))
+        return field.message.new(**_read_fields(field.message, value, ignored))
     assert field.scalar is not None  # noqa: S101 - it is one or the other
     return field.scalar.read(value, field.name)

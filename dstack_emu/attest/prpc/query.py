@@ -10,6 +10,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
 from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.prpc.ignored import Ignored, ignore
 from dstack_emu.attest.prpc.messages import Field, MessageTable, table_of
 
 M = TypeVar("M", bound=Message)
@@ -18,11 +19,11 @@ _KEY: Final = re.compile(r"([^\[]*)(?:\[([0-9]*)\])?", re.ASCII)
 _MAX_INDEX_DIGITS: Final = 6
 
 
-def decode_query(message_type: type[M], query: str) -> M:
+def decode_query(message_type: type[M], query: str, ignored: Ignored | None = None) -> M:
     """Decode the query string of a GET, given undecoded: `a=1&list[0]=x&list[1]=y`, also `list[]=x`.
 
-    Unknown keys, the bare `json` among them, are ignored; for Empty the query is ignored. Raises `FormatError` if a
-    key stands twice or a value is not of its field's type.
+    Unknown keys, the bare `json` among them, are ignored, and all but `json` named in `ignored`; for Empty the query is
+    ignored. Raises `FormatError` if a key stands twice or a value is not of its field's type.
     """
     if message_type is Empty:
         return message_type()
@@ -30,6 +31,9 @@ def decode_query(message_type: type[M], query: str) -> M:
     pairs = _Pairs()
     for piece in filter(None, query.split("&")):
         pairs.add(piece, table)
+    for key in (*pairs.listed, *pairs.single):
+        if key not in table.by_name and key != "json":
+            ignore(key, table, ignored)
     return message_type(**_read_lists(table, pairs), **_read_single(table, pairs.single))
 
 
