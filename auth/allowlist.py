@@ -17,9 +17,9 @@ from typing import Annotated, Final, Literal, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, StrictBool, ValidationError
 from pydantic.alias_generators import to_camel
 
-from dstack_emu.attest.strict_json import DuplicateMemberError, StrictJson
-from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, Refusal
-from dstack_emu.auth.errors import AuthConfigError, MalformedJsonError, MistypedBootInfoError
+from dstack_emu.attest.strict_json import DuplicateMemberError, StrictJson, TooManyValuesError
+from dstack_emu.auth.boot_info import MAX_VALUES, PolicyDecision, ReceivedBootInfo, Refusal
+from dstack_emu.auth.errors import AuthConfigError, MalformedJsonError, MistypedBootInfoError, OversizedJsonError
 from dstack_emu.transport.validation import describe
 
 M = TypeVar("M", bound=BaseModel)
@@ -103,7 +103,7 @@ class _ReceivedBoot(_Document):
 def parse_allowlist(content: bytes) -> Allowlist:
     """Parse an allowlist file's bytes; raise `AuthConfigError`, which says what is wrong, without the file's name."""
     try:
-        return _parse(Allowlist, content)
+        return _parse(Allowlist, content, None)
     except ValidationError as error:
         raise AuthConfigError(describe(error)) from error
     except ValueError as error:
@@ -113,22 +113,25 @@ def parse_allowlist(content: bytes) -> Allowlist:
 def parse_allowlist_boot_info(body: bytes) -> ReceivedBootInfo:
     """Parse a request's body; members that dstack-auth does not read are empty, whatever the body says.
 
-    Raises `MalformedJsonError` if it is not JSON, and `MistypedBootInfoError` if it is JSON of another shape.
+    Raises `MalformedJsonError` if it is not JSON, `OversizedJsonError` if it has too many values, and
+    `MistypedBootInfoError` if it is JSON of another shape.
     """
     try:
-        received = _parse(_ReceivedBoot, body)
+        received = _parse(_ReceivedBoot, body, MAX_VALUES)
     except ValidationError as error:
         is_json = error.errors()[0]["type"] != "json_invalid"
         raise (MistypedBootInfoError if is_json else MalformedJsonError)(describe(error)) from error
     except DuplicateMemberError as error:
         raise MistypedBootInfoError(str(error)) from error
+    except TooManyValuesError as error:
+        raise OversizedJsonError(str(error)) from error
     except ValueError as error:
         raise MalformedJsonError(f"Invalid JSON: {error}") from error
     return ReceivedBootInfo(**received.model_dump(), instance_id="")
 
 
-def _parse(model: type[M], data: bytes) -> M:
-    _JSON.parse(data.decode())  # pydantic's own parser takes NaN, and the last of two members of one name
+def _parse(model: type[M], data: bytes, most: int | None) -> M:
+    _JSON.parse(data.decode(), most)  # pydantic's own parser takes NaN, and the last of two members of one name
     return model.model_validate_json(data)
 
 

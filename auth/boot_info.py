@@ -13,8 +13,8 @@ BootResponseSchema); zod 3.25.76 `v3/types.ts`, `v3/locales/en.ts`; what JSON me
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from dstack_emu.attest.strict_json import StrictJson
-from dstack_emu.auth.errors import BootInfoError, Issue, MalformedJsonError
+from dstack_emu.attest.strict_json import StrictJson, TooManyValuesError
+from dstack_emu.auth.errors import BootInfoError, Issue, MalformedJsonError, OversizedJsonError
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +80,23 @@ class PolicyDecision:
     refusal: Refusal | None = None
 
 
-def parse_body(body: bytes) -> object:
+MAX_VALUES: Final = 1024
+"""The maximum number of JSON values of a boot info; it has about ten, and one for each advisory, of which Intel names
+fewer than a hundred for a platform.
+"""
+
+
+def parse_body(body: bytes, most: int | None = MAX_VALUES) -> object:
     """Parse a body as `JSON.parse` does a decoded one; numbers all become floats, as they do there.
 
     A byte order mark is dropped and undecodable bytes are replaced, as the Fetch standard decodes a body. NaN
-    and Infinity are refused: they are Python's, not JSON. Raises `MalformedJsonError`.
+    and Infinity are refused: they are Python's, not JSON. Raises `MalformedJsonError`, or `OversizedJsonError` if there
+    are more than `most` values.
     """
     try:
-        return _JSON.parse(body.decode("utf-8", "replace").removeprefix("\ufeff"))
+        return _JSON.parse(body.decode("utf-8", "replace").removeprefix("\ufeff"), most)
+    except TooManyValuesError as error:
+        raise OversizedJsonError(str(error)) from error
     except ValueError as error:
         raise MalformedJsonError(f"body of {len(body)} bytes is not JSON: {error}") from error
 

@@ -32,6 +32,10 @@ class MalformedJsonError(AuthError):
     """A request body that is not JSON text."""
 
 
+class OversizedJsonError(AuthError):
+    """A request body with more JSON values than a boot info has; the text has the bound."""
+
+
 class BootInfoError(AuthError):
     """A JSON body that is no boot info; `issues` lists every fault, in schema order."""
 

@@ -17,7 +17,7 @@ from typing import Final
 from dstack_emu.auth import openapi
 from dstack_emu.auth.allowlist import normalize_id, parse_allowlist_boot_info
 from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo
-from dstack_emu.auth.errors import AuthConfigError, MalformedJsonError, MistypedBootInfoError
+from dstack_emu.auth.errors import AuthConfigError, MalformedJsonError, MistypedBootInfoError, OversizedJsonError
 from dstack_emu.auth.file import FileAuth
 from dstack_emu.transport.http import (
     ROCKET_HEADERS,
@@ -70,6 +70,8 @@ def _boot_auth(service: FileAuth, *, is_kms: bool) -> Handler:
             return status_page(HTTPStatus.BAD_REQUEST, request)
         except MistypedBootInfoError:
             return status_page(HTTPStatus.UNPROCESSABLE_ENTITY, request)
+        except OversizedJsonError as error:
+            return Response.of(f"Request body: {error}", "text/plain", HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         except BodyTooLargeError:
             return status_page(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, request)
         decision = service.decide(boot_info, is_kms)

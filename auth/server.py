@@ -20,7 +20,7 @@ from aiohttp import web
 
 from dstack_emu.auth import openapi
 from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, parse_body, parse_boot_info
-from dstack_emu.auth.errors import BootInfoError, MalformedJsonError
+from dstack_emu.auth.errors import BootInfoError, MalformedJsonError, OversizedJsonError
 from dstack_emu.auth.mock import MockAuth, MockSettings
 from dstack_emu.auth.policy import DEFAULT_CONTRACT, Contract, knows_tee_variant
 from dstack_emu.auth.simple import SimpleAuth
@@ -130,6 +130,8 @@ def _webhook(
             return _json_answer(refusal, status=400)
         except MalformedJsonError:
             return _text_answer("Malformed JSON in request body", status=400)
+        except OversizedJsonError as error:
+            return _text_answer(f"Request body: {error}", status=413)
         except web.HTTPRequestEntityTooLarge:
             return _text_answer(f"Request body is larger than {MAX_BODY_SIZE} bytes", status=413)
         return _json_answer(_boot_response(decide(boot_info, is_kms)))

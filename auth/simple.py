@@ -106,7 +106,7 @@ class SimpleAuth:
 def parse_policy(content: bytes, path: str) -> Policy:
     """Parse a config file's bytes; raise `AuthConfigError`, which names the file and the first fault."""
     try:
-        parse_body(content)  # pydantic's parser lets NaN and Infinity pass, which are no JSON
+        parse_body(content, None)  # pydantic's parser lets NaN and Infinity pass, which are no JSON
         return Policy.model_validate_json(content)
     except MalformedJsonError as error:
         raise AuthConfigError(f"failed to load config: {path}: Invalid JSON: {error.__cause__}") from error

@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl, unquote_plus
 
 import bcrypt
 
+from dstack_emu.attest.prpc import MAX_PAIRS
 from dstack_emu.attest.release import Release
 from dstack_emu.kms_emu.config import AdminSection, Core, OnboardConfig
 from dstack_emu.kms_emu.errors import KmsConfigError
@@ -95,8 +96,14 @@ class ListenerAuth:
             return known.admit_token(value.strip())
         if scheme == "Basic" and (pair := _basic(value.strip())) is not None:
             return await known.admit_basic(*pair)
-        return self.takes_query and any(
-            known.admit_token(token) for name, token in parse_qsl(query, keep_blank_values=True) if name == _QUERY_TOKEN
+        return (
+            self.takes_query
+            and query.count("&") < MAX_PAIRS
+            and any(
+                known.admit_token(token)
+                for name, token in parse_qsl(query, keep_blank_values=True)
+                if name == _QUERY_TOKEN
+            )
         )
 
     def middleware(self, log: EventLog) -> Middleware:
@@ -109,7 +116,7 @@ class ListenerAuth:
             if not await self.admits(request.headers, request.query if request.method == "GET" else ""):
                 log.info("refused", listener=self.listener, reason="no valid credential", path=request.path)
                 return Response(401, headers=(("WWW-Authenticate", f'Basic realm="{self.realm}"'),))
-            if self.takes_query and request.query:
+            if self.takes_query and request.query.count("&") < MAX_PAIRS:  # one with more is refused, unread
                 request.query = _without_token(request.query)
             return await handler(request)
 

@@ -20,6 +20,7 @@ from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.kms_emu.auth_api import AuthApi
 from dstack_emu.kms_emu.auth_cache import ShortLived
 from dstack_emu.kms_emu.errors import BootDeniedError, InvalidRequestError, KmsError, NotAttestedError, context
+from dstack_emu.transport.aside import LARGE_EVIDENCE, run_aside
 from dstack_emu.transport.image_store import ImageStore
 
 
@@ -88,7 +89,7 @@ def _boot_info_of(admission: _Admission) -> BootInfo:
     return boot_info_of(evidence, vm_config=vm_config, boot_time=boot_time)
 
 
-def _size(admission: _Admission, _info: BootInfo) -> int:
+def _size(admission: _Admission, _info: BootInfo | None = None) -> int:
     return admission[0].size + len(admission[1])
 
 
@@ -141,7 +142,7 @@ class Gate:
         """Request the decision whether a caller may have its app's keys, or a certificate (with `boot_time`)."""
         evidence = _require(caller)
         vm_config = self._config(evidence, vm_config)
-        boot_info = self._boot_info((evidence, vm_config, boot_time))
+        boot_info = await self._boot_info_of((evidence, vm_config, boot_time))
         decision = await self._auth.decide(boot_info, is_kms=False)
         if decision.is_allowed is not True:
             raise BootDeniedError(f"Boot denied: {decision.reason}")
@@ -152,12 +153,19 @@ class Gate:
         """Request the decision whether a caller may become a KMS with the same root keys."""
         evidence = _require(caller)
         vm_config = self._config(evidence, vm_config)
-        boot_info = self._boot_info((evidence, vm_config, False))
+        boot_info = await self._boot_info_of((evidence, vm_config, False))
         decision = await self._auth.decide(boot_info, is_kms=True)
         if decision.is_allowed is not True:
             raise BootDeniedError(f"Boot denied: {decision.reason}")
         await self._require_image(evidence, vm_config)
         return KmsGrant(of_kms, boot_info)
+
+    async def _boot_info_of(self, admission: _Admission) -> BootInfo:
+        """Return the boot info of a caller: that of large evidence from a thread, any other one from a cache."""
+        size = _size(admission)
+        if size > LARGE_EVIDENCE:
+            return await run_aside(size, functools.partial(_boot_info_of, admission), LARGE_EVIDENCE)
+        return self._boot_info(admission)
 
     def _config(self, evidence: VerifiedAttestation, requested: str) -> str:
         """Return the VM config that replaces the one in the evidence, unless the release forbids another one."""

@@ -5,6 +5,7 @@ checks, error contexts and texts: dstack `kms/src/{onboard_service,main_service}
 """
 
 import asyncio
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from dstack_emu.kms_emu.image_cache import ImageCache, main_listener_rpc
 from dstack_emu.kms_emu.keys import KmsKeys
 from dstack_emu.kms_emu.onboarding import ZERO_REPORT_DATA, own_evidence
 from dstack_emu.kms_emu.rpc_certificate import issue_rpc_certificate
+from dstack_emu.transport.aside import run_aside
 from dstack_emu.transport.service import Rpc, ServiceTable, without_arguments, without_context
 from dstack_emu.transport.urls import shown_url
 
@@ -268,12 +270,13 @@ class KmsService:
         of_kms = await self._gate.self_check()
         if request.api_version not in (1, 2):
             raise InvalidRequestError(f"Unsupported API version: {request.api_version}")
+        size = len(request.csr) + len(request.signature)
         with context("Failed to parse csr", InvalidRequestError):
-            signed = parse_request(request.csr, request.api_version)
+            signed = await run_aside(size, lambda: parse_request(request.csr, request.api_version))
         with context("Failed to verify csr signature", InvalidRequestError):
-            signed.verify_signature(request.signature)
+            await run_aside(size, lambda: signed.verify_signature(request.signature))
         with context("Failed to upgrade csr v1 to v2", InvalidRequestError):
-            csr = signed.upgrade()
+            csr = await run_aside(size, signed.upgrade)
         with context("Quote verification failed"):
             require_bound_to_key(csr.attestation, csr.public_key)
             evidence = await self._deps.verifier.verify(csr.attestation)
@@ -281,7 +284,8 @@ class KmsService:
         with context("Failed to sign certificate", InvalidRequestError):
             if self.release.refuses_reversed_validity:
                 require_validity_order(csr.config.not_before, csr.config.not_after)
-            chain = keys.sign_certificate(
+            sign = functools.partial(
+                keys.sign_certificate,
                 self._keys.roots,
                 grant,
                 csr,
@@ -289,6 +293,7 @@ class KmsService:
                 keeps_log_digests=self.release.certificate_log_has_digests,
                 has_verified_app_info=self.release.certificate_app_info_is_verified,
             )
+            chain = await run_aside(size, sign)
         return pb.SignCertResponse(certificate_chain=chain)
 
     def _bootstrap_info(self) -> pb.BootstrapResponse | None:

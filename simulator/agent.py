@@ -29,6 +29,7 @@ from dstack_emu.simulator.app_keys import AppKeys, CertificateIssuer
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.seed import Entropy
 from dstack_emu.simulator.trust_domain import TrustDomain
+from dstack_emu.transport.aside import run_aside
 from dstack_emu.transport.service import Rpc, ServiceTable, without_arguments, without_context
 
 EMIT_EVENT_REMOVED: Final = (
@@ -111,7 +112,9 @@ class GuestAgent:
         """Quote a hash of the given content under a prefix."""
         algorithm = request.hash_algorithm or DEFAULT_HASH
         tag = request.prefix or APP_DATA
-        answer = self._quote(report_data(tag, request.report_data, algorithm))
+        content = request.report_data
+        data = await run_aside(len(content), lambda: report_data(tag, content, algorithm))
+        answer = self._quote(data)
         return pb.TdxQuoteResponse(
             quote=answer.quote,
             event_log=answer.event_log,
@@ -231,10 +234,7 @@ class GuestAgent:
             raise FormatError(f"Pre-hashed signing requires a 32-byte digest, but received {len(request.data)} bytes")
         kind = "ed25519" if algorithm == "ed25519" else "secp256k1"
         key, public_key = self._signing_key(kind)
-        if kind == "ed25519":
-            signature = ed25519.Ed25519PrivateKey.from_private_bytes(key).sign(request.data)
-        else:
-            signature = k256_sign(k256_key(key), request.data, prehashed=algorithm == PREHASHED)
+        signature = await run_aside(len(request.data), lambda: _sign(algorithm, key, request.data))
         chain = await self.get_key(pb.GetKeyArgs(path=SIGNING_PATH, purpose=SIGNING_PURPOSE, algorithm=kind))
         return pb.SignResponse(
             signature=signature, signature_chain=[signature, *chain.signature_chain], public_key=public_key
@@ -243,10 +243,8 @@ class GuestAgent:
     async def verify(self, request: pb.VerifyRequest) -> pb.VerifyResponse:
         """Verify a signature; an invalid one is a result, bytes that are not a key or a signature are an error."""
         algorithm = _known(request.algorithm, ("secp256k1", "ed25519", PREHASHED))
-        if algorithm == "ed25519":
-            return pb.VerifyResponse(valid=_verify_ed25519(request))
-        valid = k256_verify(request.public_key, request.signature, request.data, prehashed=algorithm == PREHASHED)
-        return pb.VerifyResponse(valid=valid)
+        size = len(request.data) + len(request.public_key) + len(request.signature)
+        return pb.VerifyResponse(valid=await run_aside(size, lambda: _verify(algorithm, request)))
 
     def _signing_key(self, algorithm: str) -> tuple[bytes, bytes]:
         return self._derive(SIGNING_PATH, algorithm)
@@ -323,6 +321,18 @@ def _parse_k256(secret: bytes, what: str) -> PrivateKey:
         return k256_key(secret)
     except FormatError as error:
         raise FormatError(f"Failed to parse {what}: signature error") from error
+
+
+def _sign(algorithm: str, key: bytes, data: bytes) -> bytes:
+    if algorithm == "ed25519":
+        return ed25519.Ed25519PrivateKey.from_private_bytes(key).sign(data)
+    return k256_sign(k256_key(key), data, prehashed=algorithm == PREHASHED)
+
+
+def _verify(algorithm: str, request: pb.VerifyRequest) -> bool:
+    if algorithm == "ed25519":
+        return _verify_ed25519(request)
+    return k256_verify(request.public_key, request.signature, request.data, prehashed=algorithm == PREHASHED)
 
 
 def _verify_ed25519(request: pb.VerifyRequest) -> bool:

@@ -30,7 +30,7 @@ from dstack_emu.attest.boot import (
     launch_config,
 )
 from dstack_emu.attest.errors import FormatError, VerificationError
-from dstack_emu.attest.eventlog import RuntimeEvent, TdxEvent
+from dstack_emu.attest.eventlog import RuntimeEvent, TdxEvent, require_few_events
 from dstack_emu.attest.mr_config import KeyProviderKind, verify_mr_config_id
 from dstack_emu.attest.quote import TdReport, TdReport15
 from dstack_emu.attest.release import DEFAULT, Release
@@ -226,7 +226,11 @@ class TrustDomain:
         return self.manifest.event_log_version
 
     def measure(self, event: str, payload: bytes) -> None:
-        """Extend RTMR3 with a runtime event, in the version of the event log that the app asks for."""
+        """Extend RTMR3 with a runtime event, in the version of the event log that the app asks for.
+
+        Raises `FormatError` if the log would have more events than a verifier reads.
+        """
+        require_few_events(len(self._log) + 1, "event log")
         runtime = RuntimeEvent(event, payload, self._event_version)
         line = TdxEvent.of(runtime)
         self._rtmrs[3] = hashlib.sha384(self._rtmrs[3] + line.digest).digest()

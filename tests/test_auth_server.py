@@ -326,7 +326,7 @@ async def test_tee_variant_is_an_optional_field_since_next(tmp_path: Path, contr
         b"\xef\xbb\xbf",
         b"\x00",
         b"\xff\xfe{\x00}\x00",
-        b"[" * 200_000,
+        b"[" * 1_000,
         json.dumps(BOOT_INFO).encode()[:-1],
     ],
 )

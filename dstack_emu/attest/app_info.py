@@ -21,7 +21,8 @@ from dstack_emu.attest.mr_config import MAX_INIT_SCRIPTS
 from dstack_emu.attest.msgpack_struct import member, octets_or_text, sequence, unpack
 from dstack_emu.attest.quote import Quote, TdReport
 from dstack_emu.attest.release import DEFAULT
-from dstack_emu.attest.vmconfig import VmConfig
+from dstack_emu.attest.strict_json import read_json
+from dstack_emu.attest.vmconfig import MAX_VALUES, VmConfig, require_size
 
 UNKNOWN_DEVICE_ID: Final = hashlib.sha256(b"").digest()
 """Upstream's device id if no quote was verified: the SHA-256 of no bytes."""
@@ -242,10 +243,11 @@ def require_same_config(requested: str, attested: str) -> str:
 
 
 def _unwrapped(config: str) -> str:
-    """Return the `vm_config` text inside a larger config; any other text as it is."""
+    """Return the `vm_config` text inside a larger config; any other text as it is. Raises `FormatError`."""
+    require_size(config)
     try:
-        document = json.loads(config)
-    except (ValueError, RecursionError):
+        document = read_json(config, MAX_VALUES)
+    except ValueError:
         return config  # VmConfig.parse reports the error
     if isinstance(document, dict) and isinstance(document.get("vm_config"), str):
         return str(document["vm_config"])

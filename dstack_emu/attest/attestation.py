@@ -13,7 +13,15 @@ import msgpack
 from dstack_emu.attest import scale
 from dstack_emu.attest.cache import Latest
 from dstack_emu.attest.errors import FormatError, VerificationError
-from dstack_emu.attest.eventlog import RuntimeEvent, TdxEvent, check_version, log_from_json, strip
+from dstack_emu.attest.eventlog import (
+    MAX_EVENTS,
+    RuntimeEvent,
+    TdxEvent,
+    check_version,
+    log_from_json,
+    require_few_events,
+    strip,
+)
 from dstack_emu.attest.msgpack_struct import (
     mapping,
     member,
@@ -138,10 +146,8 @@ def _decode_v0(data: bytes) -> Attestation:
         if kind != 0:
             raise FormatError(f"platform: 0 (TDX) expected, got {kind}")
         quote = decoder.vec("quote")
-        event_log = decoder.many(lambda: _read_event(decoder), "event_log")
-        runtime_events = decoder.many(
-            lambda: RuntimeEvent(decoder.text("event"), decoder.vec("payload")), "runtime_events"
-        )
+        event_log = decoder.many(lambda: _read_event(decoder), "event_log", MAX_EVENTS)
+        runtime_events = decoder.many(lambda: _read_runtime_event(decoder), "runtime_events", MAX_EVENTS)
         report_data = decoder.take(REPORT_DATA_SIZE, "report_data")
         attestation = Attestation(quote, event_log, runtime_events, report_data, config=decoder.text("config"))
     except FormatError as error:
@@ -190,20 +196,26 @@ def _from_document(document: Any) -> Attestation:
         raise FormatError(f"stack kind `dstack` or `dstack-pod` expected, got `{stack_kind:.40}`")
     return Attestation(
         quote=member(evidence, "quote", octets),
-        event_log=tuple(_event_from_msgpack(item) for item in member(evidence, "event_log", sequence)),
+        event_log=tuple(_event_from_msgpack(item) for item in _events(evidence, "event_log")),
         runtime_events=tuple(
             RuntimeEvent(
                 member(item, "event", text),
                 member(item, "payload", octets_or_text),
                 member(item, "version", _event_version, 1),
             )
-            for item in member(claims, "runtime_events", sequence)
+            for item in _events(claims, "runtime_events")
         ),
         report_data=member(claims, "report_data", octets),
         config=member(claims, "config", text),
         report_data_payload=member(claims, "report_data_payload", text) if stack_kind == "dstack-pod" else None,
         wire=1,
     )
+
+
+def _events(container: Any, name: str) -> list[Any]:
+    events = member(container, name, sequence)
+    require_few_events(len(events), name)
+    return events
 
 
 class V1Encoder:

@@ -44,6 +44,9 @@ NOT_BEFORE: Final = datetime.datetime(1975, 1, 1, tzinfo=datetime.UTC)
 LIFETIME: Final = 10 * 365 * 86400
 """Seconds from the time of issue to not_after, unless another time is requested."""
 
+MAX_EXTENSIONS: Final = 64
+"""The maximum number of extensions of a certificate; one with evidence has up to ten."""
+
 _DIGITAL_SIGNATURE: Final = 0x80
 _KEY_CERT_SIGN: Final = 0x04
 _CRL_SIGN: Final = 0x02
@@ -53,6 +56,7 @@ _EC_PUBLIC_KEY: Final = der.oid("1.2.840.10045.2.1")
 _VERSION_TAG: Final = 0xA0
 _VALIDITY: Final = 3
 _SPKI: Final = 5
+_EXTENSIONS_TAG: Final = 0xA3
 """Places among serial number, signature algorithm, issuer, validity, subject and key; an optional version is first."""
 
 EvidenceForm = Literal["versioned", "legacy", "legacy-gzip"]
@@ -206,21 +210,49 @@ def _field(data: bytes, tbs: int, index: int) -> tuple[int, int, int]:
 
 
 def extension_payload(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> bytes | None:
-    """Read the payload of one of dstack's extensions, or None where the certificate has it not."""
+    """Read the payload of one of dstack's extensions, or None where the certificate has it not.
+
+    The values of other extensions are not parsed.
+    """
     try:
-        extension = certificate.extensions.get_extension_for_oid(oid)
-    except x509.ExtensionNotFound:
-        return None
-    except UNREADABLE as error:
+        value = _raw_extensions(certificate.public_bytes(Encoding.DER)).get(der.oid(oid.dotted_string))
+    except FormatError as error:
         raise FormatError(f"Failed to parse certificate: {error}") from error
-    value = extension.value
-    if not isinstance(value, x509.UnrecognizedExtension):
-        raise FormatError(f"extension {oid.dotted_string}: raw value expected")
+    if value is None:
+        return None
     try:
-        return der.read_octet_string(value.value, "extension")
+        return der.read_octet_string(value, "extension")
     except FormatError as error:
         arcs = ", ".join(oid.dotted_string.split("."))
         raise FormatError(f"Failed to get extension for [{arcs}]: {error}") from error
+
+
+def _raw_extensions(data: bytes) -> dict[bytes, bytes]:
+    """Return the values of a certificate's extensions by OID (DER); raise `FormatError` if there are too many."""
+    found: dict[bytes, bytes] = {}
+    start, _ = der.span(data, 0, "certificate")
+    _, end = der.span(data, start, "certificate")
+    _, _, at = _field(data, start, _SPKI)
+    while at < end and data[at] != _EXTENSIONS_TAG:
+        _, at = der.span(data, at, "certificate")
+    if at >= end:
+        return found
+    outer, _ = der.span(data, at, "extensions")
+    at, end = der.span(data, outer, "extensions")
+    while at < end:
+        if len(found) == MAX_EXTENSIONS:
+            raise FormatError(f"at most {MAX_EXTENSIONS} extensions expected, got more")
+        content, following = der.span(data, at, "extension")
+        _, oid_end = der.span(data, content, "extension")
+        value, value_end = der.span(data, oid_end, "extension")
+        if data[oid_end] == der.BOOLEAN:  # whether it is critical
+            value, value_end = der.span(data, value_end, "extension")
+        oid = data[content:oid_end]
+        if oid in found:
+            raise FormatError(f"each extension once expected, got {oid.hex()} again")
+        found[oid] = data[value:value_end]
+        at = following
+    return found
 
 
 def attestation_of(certificate: x509.Certificate) -> Attestation | None:

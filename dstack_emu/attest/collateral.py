@@ -24,7 +24,8 @@ from dstack_emu.attest.pcs import (
     TCB_INFO_PATH,
     Document,
 )
-from dstack_emu.attest.quote import Quote
+from dstack_emu.attest.quote import Quote, require_size
+from dstack_emu.attest.strict_json import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class CollateralKeys:
 
     def of_quote(self, quote: bytes) -> CollateralKey:
         """Return the result of `CollateralKey.of_quote`, from a cache; raise `FormatError`."""
+        require_size(quote)
         try:
             chain = Quote.parse(quote).signature.pck_chain
         except FormatError:
@@ -130,11 +132,11 @@ def _drop_number(cause: str) -> str:
 
 def _signed(document: Document, key: str, what: str) -> tuple[str, bytes]:
     try:
-        outer = json.loads(document.body)
+        outer = read_json(document.body)
         inner, signature = outer[key], outer["signature"]
         if not isinstance(signature, str):
             raise TypeError(f"text expected as signature, got {type(signature).__name__}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{what} should be valid JSON: {type(error).__name__}: {error}") from error
     try:
         octets = binascii.unhexlify(signature)
@@ -145,8 +147,8 @@ def _signed(document: Document, key: str, what: str) -> tuple[str, bytes]:
 
 def _next_update(text: str, what: str) -> datetime.datetime:
     try:
-        date = datetime.datetime.fromisoformat(json.loads(text)["nextUpdate"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        date = datetime.datetime.fromisoformat(read_json(text)["nextUpdate"])
+    except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{what}: nextUpdate expected as a date ({type(error).__name__}: {error})") from error
     if date.tzinfo is None:
         raise FormatError(f"{what}: nextUpdate expected with its time zone, got {date}")

@@ -20,11 +20,18 @@ from dstack_emu.attest.errors import FormatError, VerificationError
 from dstack_emu.attest.scale import Decoder
 
 CONFIRM: Final = "please sign cert:"
+MAX_ALT_NAMES: Final = 1024
+"""The maximum number of alternative names of a certificate; an app has a few."""
+MAX_NAMES_SIZE: Final = 256 * 1024
+"""The maximum size of all names of a certificate in bytes: 1024 of the length that DNS allows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CertificateConfig:
-    """The requested contents of the certificate. Times are Unix seconds (u64). Version 1 has no last three fields."""
+    """The requested contents of the certificate. Times are Unix seconds (u64). Version 1 has no last three fields.
+
+    Raises `FormatError` for more names than MAX_ALT_NAMES, or of more bytes than MAX_NAMES_SIZE.
+    """
 
     subject: str
     organization: str | None = None
@@ -35,6 +42,13 @@ class CertificateConfig:
     with_app_info: bool = False
     not_before: int | None = None
     not_after: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.alt_names) > MAX_ALT_NAMES:
+            raise FormatError(f"alternative names: at most {MAX_ALT_NAMES} expected, got {len(self.alt_names)}")
+        size = sum(len(name.encode()) for name in (self.subject, self.organization or "", *self.alt_names))
+        if size > MAX_NAMES_SIZE:
+            raise FormatError(f"names of a certificate: at most {MAX_NAMES_SIZE} bytes expected, got {size}")
 
 
 def require_validity_order(not_before: int | None, not_after: int | None) -> None:
@@ -143,7 +157,7 @@ def parse_request(data: bytes, version: int) -> SigningRequest | SigningRequestV
     public_key = decoder.vec("pubkey")
     organization = decoder.option(decoder.text, "org_name")
     subject = decoder.text("subject")
-    alt_names = decoder.many(lambda: decoder.text("subject_alt_names"), "subject_alt_names")
+    alt_names = decoder.many(lambda: decoder.text("subject_alt_names"), "subject_alt_names", MAX_ALT_NAMES)
     server_auth, client_auth = decoder.boolean("usage_server_auth"), decoder.boolean("usage_client_auth")
     with_attestation = decoder.boolean("ext_quote")
     config = CertificateConfig(

@@ -104,6 +104,7 @@ def parse_env(text: bytes, allowed: Collection[str]) -> dict[str, str]:
     except ValueError as error:
         raise FormatError(f"Failed to parse env: {_without_value(error)}") from error
     variables: tuple[tuple[str, str], ...] = document["env"]
+    allowed = frozenset(allowed)
     if len(variables) > MAX_VARIABLES:
         raise FormatError(f"Too many environment variables: {len(variables)}")
     environment: dict[str, str] = {}

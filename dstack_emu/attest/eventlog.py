@@ -13,6 +13,7 @@ from typing import Any, Final, Self
 
 from dstack_emu.attest.canonical_json import canonical_json
 from dstack_emu.attest.errors import FormatError, VerificationError
+from dstack_emu.attest.strict_json import has_lone_surrogate, read_json
 
 RUNTIME_EVENT_TYPE: Final = 0x08000001
 ACPI_EVENT_TYPE: Final = 10
@@ -20,6 +21,9 @@ ACPI_PAYLOAD: Final = b"ACPI DATA"
 RTMR_SIZE: Final = 48
 EVENT_SIZE: Final = 256
 """Bytes of memory that an event takes, besides its name, payload and digest."""
+
+MAX_EVENTS: Final = 4096
+"""The maximum number of events in a log. A guest boots with fewer than a hundred; the others are its app's."""
 
 SYSTEM_READY: Final = "system-ready"
 BOOT_MR_DONE: Final = "boot-mr-done"
@@ -256,12 +260,19 @@ def log_to_json(log: Iterable[TdxEvent]) -> str:
 def log_from_json(text: str | bytes) -> tuple[TdxEvent, ...]:
     """Read a log from JSON text; raise `FormatError` if it is none."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = read_json(text)
+    except ValueError as error:
         raise FormatError(f"event log: JSON expected ({error})") from error
     if not isinstance(value, list):
         raise FormatError(f"event log: array expected, got {type(value).__name__}")
+    require_few_events(len(value), "event log")
     return tuple(TdxEvent.from_json(item) for item in value)
+
+
+def require_few_events(count: int, what: str) -> None:
+    """Raise `FormatError`, which names `what`, if a log has more than MAX_EVENTS events."""
+    if count > MAX_EVENTS:
+        raise FormatError(f"{what}: at most {MAX_EVENTS} expected, got {count}")
 
 
 def _integer(value: dict[str, Any], key: str, default: int | None = None) -> int:
@@ -278,7 +289,7 @@ def _version(value: dict[str, Any]) -> int:
 def _text(value: dict[str, Any], key: str) -> str:
     text = value.get(key)
     # JSON's escapes can spell half of a surrogate pair, which no UTF-8 text, and so no digest, has.
-    if not isinstance(text, str) or any("\ud800" <= letter <= "\udfff" for letter in text):
+    if not isinstance(text, str) or has_lone_surrogate(text):
         raise FormatError(f"event: {key}: text expected, got {text!r:.40}")
     return text
 

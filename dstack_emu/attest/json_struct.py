@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
-from dstack_emu.attest.strict_json import ConstantError, StrictJson
+from dstack_emu.attest.strict_json import MAX_VALUES, ConstantError, StrictJson
 
 Reader = Callable[[Any], Any]
 
@@ -21,10 +21,10 @@ Reader = Callable[[Any], Any]
 _JSON: Final = StrictJson()
 
 
-def parse_json(text: str) -> Any:
-    """Parse strict JSON; raise `ValueError`."""
+def parse_json(text: str, most: int = MAX_VALUES) -> Any:
+    """Parse strict JSON of at most so many values; raise `ValueError`."""
     try:
-        return _JSON.parse(text)
+        return _JSON.parse(text, most)
     except ConstantError as error:
         raise ValueError(f"expected value, got {error.constant}") from error
 

@@ -1,7 +1,8 @@
 """Structures in msgpack, read as upstream reads them (serde over rmp): evidence of version 1, and app info.
 
-A member that is named twice is an error, an unknown one is ignored. Byte strings come in three forms, and a field
-takes two or three of them: an array of integers, bin, and for some fields the bytes of a str.
+A member that is named twice is an error, an unknown one is ignored. The numbers of values and of members are bounded.
+Byte strings come in three forms, and a field takes two or three of them: an array of integers, bin, and for some fields
+the bytes of a str.
 
 Not here: structures as arrays of their fields (`app_info` has the only one), and what a structure means.
 """
@@ -14,14 +15,29 @@ import msgpack
 from dstack_emu.attest.errors import FormatError
 
 V = TypeVar("V")
+MAX_VALUES: Final = 1 << 18
+"""The maximum number of values in a document, the keys of maps among them.
+
+A value takes up to a hundred bytes of memory for one of the document. Evidence of version 1 has a value for each byte
+of its quote: five to ten thousand.
+"""
+MAX_MEMBERS: Final = 64
+"""The maximum number of members of a map; the structures that are read have at most seven."""
+
 _MISSING: Final[Any] = object()
 
 
 def unpack(data: bytes) -> tuple[Any, int]:
     """Decode the first value; return it, and how many bytes follow it. Raises `FormatError`."""
+    if len(data) > MAX_VALUES:  # no value is shorter than a byte
+        _require_few_values(data)
     # A str that is not UTF-8 is read, since its bytes may be what is wanted of it; `text` refuses it.
     unpacker = msgpack.Unpacker(
-        max_buffer_size=len(data), unicode_errors="surrogateescape", object_pairs_hook=_without_duplicates
+        max_buffer_size=len(data),
+        max_array_len=MAX_VALUES,
+        max_map_len=MAX_MEMBERS,
+        unicode_errors="surrogateescape",
+        object_pairs_hook=_without_duplicates,
     )
     unpacker.feed(data)
     try:
@@ -33,12 +49,58 @@ def unpack(data: bytes) -> tuple[Any, int]:
 
 
 def _without_duplicates(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise FormatError(f"duplicate field `{twice}`")
+    found: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise FormatError(f"duplicate field `{name!s:.200}`")
+        found[name] = value
     return found
+
+
+def _require_few_values(data: bytes) -> None:
+    """Count the values of the first document without making any; raise `FormatError` if there are too many.
+
+    Bytes that are no document are left to the parser.
+    """
+    at, expected, count = 0, 1, 0
+    while expected and at < len(data):
+        count += 1
+        if count > MAX_VALUES:
+            raise FormatError(f"at most {MAX_VALUES} msgpack values expected, got more")
+        size, parts = _extent(data, at)
+        at += size
+        expected += parts - 1
+
+
+def _extent(data: bytes, at: int) -> tuple[int, int]:
+    """Return how many bytes the value takes that begins at `at`, and how many values follow as its parts."""
+    first = data[at]
+    if first < 0x80 or first >= 0xE0:
+        return 1, 0
+    if first < 0xA0:
+        return 1, (first & 0xF) * (2 if first < 0x90 else 1)
+    if first < 0xC0:
+        return 1 + (first & 0x1F), 0
+    width, fixed, parts = _FORMATS[first - 0xC0]
+    number = int.from_bytes(data[at + 1 : at + 1 + width], "big")
+    return 1 + width + fixed + (0 if parts else number), parts * number
+
+
+_FORMATS: Final[tuple[tuple[int, int, int], ...]] = (
+    *((0, 0, 0),) * 4,  # nil, one that is never used, false, true
+    *((1, 0, 0), (2, 0, 0), (4, 0, 0)),  # bin
+    *((1, 1, 0), (2, 1, 0), (4, 1, 0)),  # ext, which has a type
+    *((0, 4, 0), (0, 8, 0)),  # float
+    *((0, 1, 0), (0, 2, 0), (0, 4, 0), (0, 8, 0)) * 2,  # unsigned, signed
+    *((0, 2, 0), (0, 3, 0), (0, 5, 0), (0, 9, 0), (0, 17, 0)),  # ext of a fixed size
+    *((1, 0, 0), (2, 0, 0), (4, 0, 0)),  # str
+    *((2, 0, 1), (4, 0, 1)),  # array
+    *((2, 0, 2), (4, 0, 2)),  # map
+)
+"""The formats from 0xc0 to 0xdf: bytes of the length, further bytes of fixed number, and parts for each of the length.
+
+Source: the specification of msgpack.
+"""
 
 
 def member(container: Any, name: str, read: Callable[[Any], V], default: V = _MISSING) -> V:

@@ -188,6 +188,7 @@ def parse_manifest(checksum_file: bytes) -> tuple[ManifestLine, ...]:
     except UnicodeDecodeError as error:
         raise FormatError(f"Failed to read {CHECKSUM_FILE}: {error}") from error
     lines: list[ManifestLine] = []
+    names: set[str] = set()
     for number, line in enumerate(text.split("\n"), 1):
         words = line.split()
         if not words:
@@ -207,8 +208,9 @@ def parse_manifest(checksum_file: bytes) -> tuple[ManifestLine, ...]:
                 f"Checksum verification failed: {CHECKSUM_FILE} line {number}: 64 hex digits, two spaces and a file "
                 "name expected"
             )
-        if any(before.name == checked[2] for before in lines):
+        if checked[2] in names:
             raise FormatError(f"{CHECKSUM_FILE} contains duplicate {checked[2]} entries")
+        names.add(checked[2])
         lines.append(ManifestLine(checked[2], bytes.fromhex(checked[1]), name))
     if not lines:
         raise FormatError(

@@ -18,6 +18,8 @@ from dstack_emu.attest.errors import FormatError
 SGX_EXTENSION: Final = "1.2.840.113741.1.13.1"
 OID_SGX_EXTENSION: Final = x509.ObjectIdentifier(SGX_EXTENSION)
 TCB_COMPONENTS: Final = 16
+MAX_ENTRIES: Final = 64
+"""The maximum number of entries of a sequence; the longest, of the TCB, has 18."""
 SGX_TYPES: Final = ("standard", "scalable", "scalable with integrity")
 """Names of `sgx_type`; TDX platforms are scalable (1)."""
 
@@ -127,6 +129,8 @@ class _Entries:
         content, rest = der.read(data, der.SEQUENCE, what)
         _require_end(rest, what)
         while content:
+            if len(self._values) == MAX_ENTRIES:
+                raise FormatError(f"{what}: at most {MAX_ENTRIES} entries expected, got more")
             entry, content = der.read(content, der.SEQUENCE, f"{what}: entry")
             content_of_oid, value = der.read(entry, der.OID, f"{what}: OID")
             oid = der.tlv(der.OID, content_of_oid)

@@ -17,6 +17,8 @@ TEE_TYPE_TDX: Final = 0x81
 ATTESTATION_KEY_ECDSA_P256: Final = 2
 CERTIFICATION_QE_REPORT: Final = 6
 CERTIFICATION_PCK_CHAIN: Final = 5
+MAX_SIZE: Final = 64 * 1024
+"""The maximum size of a quote in bytes. Hardware's have about 5000, and up to 16 KiB with their padding."""
 HEADER_SIZE: Final = 48
 TD10_SIZE: Final = 584
 TD15_SIZE: Final = 648
@@ -248,6 +250,7 @@ class Quote:
     @classmethod
     def parse(cls, data: bytes) -> Self:
         """Parse a TDX quote of version 4 or 5; raise `FormatError` if it is another one or truncated."""
+        require_size(data)
         reader = _Reader(data, "quote")
         header = QuoteHeader.parse(reader.take(HEADER_SIZE))
         if header.version not in (4, 5) or header.tee_type != TEE_TYPE_TDX:
@@ -258,6 +261,12 @@ class Quote:
         report = _read_report(reader) if header.version == 5 else TdReport.parse(reader.take(TD10_SIZE))
         size = struct.unpack("<I", reader.take(4))[0]
         return cls(header, report, QuoteSignature.parse(reader.take(size)), reader.rest())
+
+
+def require_size(quote: bytes) -> None:
+    """Raise `FormatError` if a quote has more than MAX_SIZE bytes."""
+    if len(quote) > MAX_SIZE:
+        raise FormatError(f"quote: at most {MAX_SIZE} bytes expected, got {len(quote)}")
 
 
 def _read_report(reader: "_Reader") -> TdReport:

@@ -106,6 +106,9 @@ class Decoder:
         """Read an option by the given reader."""
         return read(what) if self.boolean(what) else None
 
-    def many(self, read: Callable[[], T], what: str) -> tuple[T, ...]:
-        """Read a vector of items, each by the given reader."""
-        return tuple(read() for _ in range(self.compact(what)))
+    def many(self, read: Callable[[], T], what: str, most: int) -> tuple[T, ...]:
+        """Read a vector of at most `most` items, each by the given reader."""
+        count = self.compact(what)
+        if count > most:
+            raise FormatError(f"{what}: at most {most} expected, got {count}")
+        return tuple(read() for _ in range(count))

@@ -30,6 +30,12 @@ from dstack_emu.attest.json_struct import (
     unsigned,
 )
 
+MAX_SIZE: Final = 1024 * 1024
+"""The maximum length of a configuration in characters. With an image's measurement documents it has about 10,000."""
+
+MAX_VALUES: Final = 4096
+"""The maximum number of JSON values of a configuration, which has about thirty."""
+
 
 @dataclass(frozen=True, slots=True)
 class MeasurementDocument:
@@ -93,8 +99,9 @@ class VmConfig:
         Stricter than upstream in two ways: a JSON array is no configuration, and no member, known or not, may
         be named twice. Raises FormatError, its text beginning with upstream's `Failed to parse vm config: `.
         """
+        require_size(text)
         try:
-            return cls(**read_members(parse_json(text), _MEMBERS))
+            return cls(**read_members(parse_json(text, MAX_VALUES), _MEMBERS))
         except ValueError as error:
             raise FormatError(f"Failed to parse vm config: {error}") from error
 
@@ -115,6 +122,12 @@ class VmConfig:
                 value = value.to_json()
             document[name] = value
         return json.dumps(document | {"spec_version": 1}, separators=(",", ":"), ensure_ascii=False)
+
+
+def require_size(text: str) -> None:
+    """Raise `FormatError` if a configuration has more than MAX_SIZE characters."""
+    if len(text) > MAX_SIZE:
+        raise FormatError(f"Failed to parse vm config: at most {MAX_SIZE} characters expected, got {len(text)}")
 
 
 _MEMBERS: Final[Mapping[str, Reader]] = MappingProxyType(

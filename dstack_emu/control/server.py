@@ -21,6 +21,7 @@ from aiohttp.typedefs import Handler, Middleware
 from pydantic import ValidationError
 from yarl import URL
 
+from dstack_emu.attest.strict_json import read_json
 from dstack_emu.control.api import Control
 from dstack_emu.control.routes import ROUTES, Route, openapi
 from dstack_emu.control.schemas import ControlError
@@ -134,8 +135,8 @@ def _parsed(body: bytes) -> Any:
     if not body:
         return None
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
+        return read_json(body)
+    except ValueError as error:
         raise ControlError(f"the body is not JSON: {error}") from error
 
 

@@ -14,6 +14,7 @@ from google.protobuf.empty_pb2 import Empty
 
 from dstack_emu.attest.errors import VerificationError
 from dstack_emu.attest.proto import kms_pb2 as pb
+from dstack_emu.attest.strict_json import read_json
 from dstack_emu.runbook.target import TargetKms
 from dstack_emu.transport.client import MAX_RESPONSE
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
@@ -170,8 +171,8 @@ class PrpcKmsClient:
             return KmsAnswer(0, f"no answer within {seconds:g} s")
         text = answer.body.decode(errors="replace")
         try:
-            return KmsAnswer(answer.status, json.loads(text))
-        except (ValueError, RecursionError):
+            return KmsAnswer(answer.status, read_json(text))
+        except ValueError:
             return KmsAnswer(answer.status, text)
 
     def _client(self, identity: Identity | None) -> HttpClient:

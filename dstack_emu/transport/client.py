@@ -9,7 +9,6 @@ Source of truth: Dstack-TEE/dstack, branch next at 312dc605, dstack/ra-rpc/src/c
 dstack/http-client/src/prpc.rs.
 """
 
-import json
 import ssl as tls
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
@@ -18,6 +17,8 @@ from typing import Final, TypeVar
 from google.protobuf.message import Message
 
 from dstack_emu.attest.prpc import decode_json, encode_json
+from dstack_emu.attest.strict_json import read_json
+from dstack_emu.transport.aside import run_aside
 from dstack_emu.transport.errors import TransportError as TransportError
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
@@ -102,13 +103,13 @@ class PrpcClient:
         if answer.status != 200:
             text = answer.body.decode(errors="replace")
             raise RpcError(answer.status, _error_text(text), text)
-        return decode_json(response_type, answer.body or b"null")
+        return await run_aside(len(answer.body), lambda: decode_json(response_type, answer.body or b"null"))
 
 
 def _error_text(body: str) -> str:
     try:
-        parsed = json.loads(body)
-    except (ValueError, RecursionError):
+        parsed = read_json(body)
+    except ValueError:
         return body
     text = parsed.get("error") if isinstance(parsed, dict) else None
     return text if isinstance(text, str) else body

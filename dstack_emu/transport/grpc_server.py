@@ -14,6 +14,7 @@ Not here: the services, who may call, and TLS settings. Upstream has no gRPC; th
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -34,6 +35,7 @@ from grpc_reflection.v1alpha import reflection
 
 from dstack_emu.attest.errors import AttestError, FormatError, UnverifiableError, VerificationError
 from dstack_emu.attest.prpc import decode_binary, encode_binary
+from dstack_emu.transport.aside import run_aside
 from dstack_emu.transport.http.application import MAX_BODY
 from dstack_emu.transport.listen import GRACE, ListenError
 from dstack_emu.transport.relay import Relay, start_relay
@@ -228,7 +230,8 @@ class _Calls:
             refused = True
             try:
                 context = await service.context(self._peer(call))
-                answer = encode_binary(await rpc.handler(context, decode_binary(rpc.request_type, body)))
+                request = await run_aside(len(body), functools.partial(decode_binary, rpc.request_type, body))
+                answer = encode_binary(await rpc.handler(context, request))
                 refused = False
                 return answer
             except Exception as error:  # the server's edge

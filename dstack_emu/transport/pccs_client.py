@@ -12,6 +12,7 @@ dstack `dstack-attest/src/attestation.rs:181` at 312dc605.
 """
 
 import asyncio
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ from dstack_emu.attest.pcs import (
     combined_etag,
 )
 from dstack_emu.attest.verify import TrustAnchor, VerifiedAttestation, require_bound_to_key, verify_attestation
+from dstack_emu.transport.aside import LARGE_EVIDENCE, run_aside
 from dstack_emu.transport.client import MoreHeaders, TransportError
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError, NoAnswerInTimeError
 from dstack_emu.transport.http_client import HttpAnswer, HttpClient
@@ -123,8 +125,11 @@ class PccsClient:
             return known.collateral
         held = await self._fetch_all(zip(key.requests(), DOCUMENT_KINDS, strict=True))
         documents = tuple(h.document for h in held)
-        collateral = known.collateral if known is not None and known.documents == documents else assemble(*documents)
         size = sum(len(document.body) for document in documents)
+        if known is not None and known.documents == documents:
+            collateral = known.collateral
+        else:
+            collateral = await run_aside(size, functools.partial(assemble, *documents), LARGE_EVIDENCE)
         self._assembled.put(key, _Assembled(documents, collateral, self._combined_etag(held)), size)
         return collateral
 
@@ -267,7 +272,7 @@ class AttestationVerifier:
             raise VerificationError(f"failed to verify TDX quote: {error}") from error
         try:
             collateral = await self.pccs.collateral_of(key)
-            return self._verify_once(attestation, collateral)
+            return await self._verify_once(attestation, collateral)
         except VerificationError:
             # Otherwise a document that was damaged on its way would stay in the cache under the right ETag.
             self.pccs.forget()
@@ -276,7 +281,7 @@ class AttestationVerifier:
             self.pccs.forget()
             raise UnverifiableError(f"failed to verify TDX quote: {error}") from error
 
-    def _verify_once(self, attestation: Attestation, collateral: QuoteCollateralV3) -> VerifiedAttestation:
+    async def _verify_once(self, attestation: Attestation, collateral: QuoteCollateralV3) -> VerifiedAttestation:
         """Verify, unless the same evidence was verified with the same collateral within this second.
 
         A verdict also ends after a second of real time: the clock may stand still.
@@ -288,8 +293,10 @@ class AttestationVerifier:
         known = self._verdicts.get(attestation.quote)
         if known is not None and known.verified.attestation is attestation and known.collateral is collateral:
             return known.verified
-        verified = verify_attestation(attestation, collateral, self.anchor, now)
-        self._verdicts.put(attestation.quote, _Verdict(collateral, verified), verified.size)
+        verify = functools.partial(verify_attestation, attestation, collateral, self.anchor, now)
+        verified = await run_aside(attestation.size, verify, LARGE_EVIDENCE)
+        if now == self._second:  # it may have taken longer
+            self._verdicts.put(attestation.quote, _Verdict(collateral, verified), verified.size)
         return verified
 
     async def verify_bound(self, attestation: Attestation, spki: bytes) -> VerifiedAttestation:

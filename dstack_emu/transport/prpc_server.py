@@ -10,6 +10,7 @@ Source of truth: Dstack-TEE/dstack, branch next at 312dc605, dstack/ra-rpc/src/r
 answers of the real programs.
 """
 
+import functools
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -30,10 +31,12 @@ from dstack_emu.attest.prpc import (
     encode_binary,
     encode_json,
     error_body,
+    require_few_pairs,
     trim_prefix,
     wants_json,
 )
 from dstack_emu.attest.release import Release
+from dstack_emu.transport.aside import run_aside
 from dstack_emu.transport.events import EventLog
 from dstack_emu.transport.http import Application, BodyError, BodyTooLargeError, Handler, Request, Response, status_page
 from dstack_emu.transport.service import Rpc, ServiceTable
@@ -146,6 +149,7 @@ class PrpcMount(Generic[C]):
         as_json = wants_json(verb, query)
         status: int = HTTPStatus.OK
         try:
+            require_few_pairs(query)
             context = await self.context(request)
             body = b"" if is_query else await _read(request)
             as_json = wants_json(verb, query, request.headers.get("Content-Type"))
@@ -154,7 +158,8 @@ class PrpcMount(Generic[C]):
             if is_query:
                 message = decode_query(rpc.request_type, query, ignored)
             else:
-                message = _decode(rpc.request_type, body, as_json, ignored)
+                decode = functools.partial(_decode, rpc.request_type, body, as_json, ignored)
+                message = await run_aside(len(body), decode)
             if ignored:
                 self._report(trim_prefix(name, self.prefix), ignored)
             reply = await rpc.handler(context, message)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Final
 
+from dstack_emu.transport.aside import run_aside
 from dstack_emu.transport.http import (
     ROCKET_HEADERS,
     Application,
@@ -23,6 +24,7 @@ from dstack_emu.transport.http import (
 from dstack_emu.verifier.service import (
     InputError,
     RequestSyntaxError,
+    RequestTooLargeError,
     RequestTypeError,
     VerificationRequest,
     VerificationResponse,
@@ -44,7 +46,11 @@ def verifier_app(verifier: Verifier, *, observer: VerdictObserver | None = None)
 
     async def verify(request: Request) -> Response:
         try:
-            parsed = VerificationRequest.parse(await request.read())
+            body = await request.read()
+            parsed = await run_aside(len(body), lambda: VerificationRequest.parse(body))
+        except RequestTooLargeError as error:
+            log.info("%s: %s", type(error).__name__, error)
+            return Response.of(f"Request body: {error}", "text/plain", HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
         except (BodyError, RequestSyntaxError, RequestTypeError) as error:
             log.info("%s: %s", type(error).__name__, error)
             return status_page(_STATUSES[type(error)], request)

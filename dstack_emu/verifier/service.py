@@ -27,8 +27,9 @@ from dstack_emu.attest.errors import AttestError, FormatError
 from dstack_emu.attest.os_image import ImageInfo, decode_vm_config
 from dstack_emu.attest.quote import TdReport
 from dstack_emu.attest.release import DEFAULT, Release
-from dstack_emu.attest.strict_json import ConstantError, DuplicateMemberError, StrictJson
+from dstack_emu.attest.strict_json import ConstantError, DuplicateMemberError, StrictJson, TooManyValuesError, read_json
 from dstack_emu.attest.verify import VerifiedAttestation
+from dstack_emu.transport.aside import run_aside
 from dstack_emu.transport.image_store import ImageStore
 from dstack_emu.transport.pccs_client import AttestationVerifier, Clock
 
@@ -41,6 +42,10 @@ class RequestSyntaxError(Exception):
 
 class RequestTypeError(Exception):
     """The request is JSON, but has wrong members."""
+
+
+class RequestTooLargeError(Exception):
+    """The request has more JSON values than the verifier takes; the text has the bound."""
 
 
 class InputError(Exception):
@@ -65,9 +70,16 @@ class VerificationRequest:
     vm_config: str | None = None
     debug: bool | None = None
 
+    @property
+    def size(self) -> int:
+        """Return how much has to be decoded: bytes and characters."""
+        return sum(len(part or b"") for part in (self.attestation, self.quote, self.event_log))
+
     @classmethod
     def parse(cls, body: bytes, *, takes_log_as_list: bool = False) -> Self:
-        """Read the JSON; raise RequestSyntaxError or RequestTypeError. Unknown members are ignored.
+        """Read the JSON. Unknown members are ignored.
+
+        Raises `RequestSyntaxError`, `RequestTypeError` or `RequestTooLargeError`.
 
         With `takes_log_as_list` the event log may also be a list, as `dstack-emu quote --json` writes it.
         """
@@ -75,6 +87,8 @@ class VerificationRequest:
             document = _JSON.parse(body.decode())
         except DuplicateMemberError as error:
             raise RequestTypeError("a member is named twice") from error
+        except TooManyValuesError as error:
+            raise RequestTooLargeError(str(error)) from error
         except ConstantError as error:
             raise RequestSyntaxError(f"expected value, got {error.constant}") from error
         except ValueError as error:
@@ -158,7 +172,7 @@ class Verifier:
 
     async def verify(self, request: VerificationRequest) -> VerificationResponse:
         """Verify the quote and its runtime events, then the OS image, then the identity; raise `InputError`."""
-        attestation, vm_config = request.evidence()
+        attestation, vm_config = await run_aside(request.size, request.evidence)
         details = Details()
         try:
             verified = await self._evidence.verify(attestation)
@@ -302,9 +316,9 @@ def _app_info(info: AppInfo, report: TdReport) -> dict[str, Any]:
 
 def _key_provider(payload: bytes) -> dict[str, str] | None:
     try:
-        document = json.loads(payload)
+        document = read_json(payload)
         name, identity = document["name"], document["id"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return None
     return {"name": name, "id": identity} if isinstance(name, str) and isinstance(identity, str) else None
 

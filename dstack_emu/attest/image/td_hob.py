@@ -4,11 +4,14 @@ import struct
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
-from typing import Self
+from typing import Final, Self
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.image.memory import ADDRESS_LIMIT, FOUR_GIB, HIGH_MEMORY, LOW_MEMORY, PAGE
 from dstack_emu.attest.varint import encode_varint, read_varint
+
+MAX_NUMBERS: Final = 3 + 2 * 1024
+"""The maximum number of numbers in a witness: three, and two for each range. A firmware has about five ranges."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,8 @@ class TdHobWitness:
 def _read_numbers(data: bytes) -> list[int]:
     numbers, at = list[int](), 0
     while at < len(data):
+        if len(numbers) == MAX_NUMBERS:
+            raise FormatError(f"TD HOB witness: at most {MAX_NUMBERS} numbers expected, got more")
         try:
             number, at = read_varint(data, at, len(data))
         except EOFError as error:

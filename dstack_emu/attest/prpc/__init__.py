@@ -12,7 +12,15 @@ dstack/guest-agent/rpc/build.rs and crate prpc 0.6; recorded answers of the real
 """
 
 from dstack_emu.attest.prpc.binary import decode_binary, encode_binary
-from dstack_emu.attest.prpc.encoding import BINARY_TYPE, JSON_TYPE, error_body, trim_prefix, wants_json
+from dstack_emu.attest.prpc.encoding import (
+    BINARY_TYPE,
+    JSON_TYPE,
+    MAX_PAIRS,
+    error_body,
+    require_few_pairs,
+    trim_prefix,
+    wants_json,
+)
 from dstack_emu.attest.prpc.ignored import Ignored, IgnoredMember
 from dstack_emu.attest.prpc.json import decode_json, encode_json
 from dstack_emu.attest.prpc.query import decode_query
@@ -22,12 +30,14 @@ __all__ = [
     "JSON_TYPE",
     "Ignored",
     "IgnoredMember",
+    "MAX_PAIRS",
     "decode_binary",
     "decode_json",
     "decode_query",
     "encode_binary",
     "encode_json",
     "error_body",
+    "require_few_pairs",
     "trim_prefix",
     "wants_json",
 ]

@@ -14,6 +14,11 @@ M = TypeVar("M", bound=Message)
 _VARINT, _FIXED64, _LENGTH, _GROUP_START, _GROUP_END, _FIXED32 = range(6)
 _WIRE_NAMES: Final = ("Varint", "SixtyFourBit", "LengthDelimited", "StartGroup", "EndGroup", "ThirtyTwoBit")
 _MAX_GROUPS: Final = 100
+MAX_FIELDS: Final = 10_000
+"""The maximum number of fields of a message, those of messages and groups within it among them.
+
+Each is looked at. The requests of the services have at most a dozen, and one for each alternative name.
+"""
 
 
 def encode_binary(message: Message) -> bytes:
@@ -29,69 +34,78 @@ def decode_binary(message_type: type[M], body: bytes) -> M:
     """
     if message_type is Empty:
         return message_type()
-    _check_wire(table_of(message_type), body, 0, len(body))
+    _WireCheck(body).check(table_of(message_type), 0, len(body))
     try:
         return message_type.FromString(body)
     except DecodeError as error:
         raise _wire_error("malformed") from error
 
 
-def _check_wire(table: MessageTable, body: bytes, at: int, end: int) -> None:
-    while at < end:
-        number, wire, at = _wire_key(body, at, end)
-        field = table.by_number.get(number)
-        at = _skip(body, at, end, number, wire) if field is None else _check_field(table, field, wire, body, at, end)
+class _WireCheck:
+    """Checks the fields of one message as prost does, and counts them."""
 
+    __slots__ = ("_body", "_count")
 
-def _check_field(table: MessageTable, field: Field, wire: int, body: bytes, at: int, end: int) -> int:
-    """Check the value of one known field and return where the next field begins."""
-    where = f"{table.name}.{field.name}: "
-    expected = _VARINT if field.scalar is not None and field.scalar.is_varint else _LENGTH
-    if wire != expected:
-        raise _wire_error(f"{where}invalid wire type: {_WIRE_NAMES[wire]} (expected {_WIRE_NAMES[expected]})")
-    value, at = _varint(body, at, end, where)
-    if wire == _VARINT:
-        return at
-    if value > end - at:
-        raise _wire_error(f"{where}buffer underflow")
-    if field.message is not None:
-        _check_wire(field.message, body, at, at + value)
-    elif field.is_string:
-        try:
-            body[at : at + value].decode()
-        except UnicodeDecodeError as error:
-            raise _wire_error(f"{where}invalid string value: data is not UTF-8 encoded") from error
-    return at + value
+    def __init__(self, body: bytes) -> None:
+        self._body, self._count = body, 0
 
+    def check(self, table: MessageTable, at: int, end: int) -> None:
+        """Check the fields between two offsets; raise `FormatError`."""
+        while at < end:
+            number, wire, at = self._key(at, end)
+            field = table.by_number.get(number)
+            at = self._skip(at, end, number, wire) if field is None else self._check_field(table, field, wire, at, end)
 
-def _wire_key(body: bytes, at: int, end: int) -> tuple[int, int, int]:
-    key, at = _varint(body, at, end)
-    number, wire = key >> 3, key & 7
-    if key > 0xFFFFFFFF:
-        raise _wire_error(f"invalid key value: {key}")
-    if wire > _FIXED32:
-        raise _wire_error(f"invalid wire type value: {wire}")
-    if number == 0:
-        raise _wire_error("invalid tag value: 0")
-    return number, wire, at
-
-
-def _skip(body: bytes, at: int, end: int, number: int, wire: int) -> int:
-    """Step over one unknown field, groups with all they hold, and return where the next one begins."""
-    groups: list[int] = []
-    while True:
-        if wire == _GROUP_START:
-            groups.append(number)
-            if len(groups) > _MAX_GROUPS:
-                raise _wire_error("recursion limit reached")
-        elif wire == _GROUP_END:
-            if not groups or groups.pop() != number:
-                raise _wire_error("unexpected end group tag")
-        else:
-            at = _skip_value(body, at, end, wire)
-        if not groups:
+    def _check_field(self, table: MessageTable, field: Field, wire: int, at: int, end: int) -> int:
+        """Check the value of one known field and return where the next field begins."""
+        where = f"{table.name}.{field.name}: "
+        expected = _VARINT if field.scalar is not None and field.scalar.is_varint else _LENGTH
+        if wire != expected:
+            raise _wire_error(f"{where}invalid wire type: {_WIRE_NAMES[wire]} (expected {_WIRE_NAMES[expected]})")
+        value, at = _varint(self._body, at, end, where)
+        if wire == _VARINT:
             return at
-        number, wire, at = _wire_key(body, at, end)
+        if value > end - at:
+            raise _wire_error(f"{where}buffer underflow")
+        if field.message is not None:
+            self.check(field.message, at, at + value)
+        elif field.is_string:
+            try:
+                self._body[at : at + value].decode()
+            except UnicodeDecodeError as error:
+                raise _wire_error(f"{where}invalid string value: data is not UTF-8 encoded") from error
+        return at + value
+
+    def _key(self, at: int, end: int) -> tuple[int, int, int]:
+        self._count += 1
+        if self._count > MAX_FIELDS:
+            raise _wire_error(f"at most {MAX_FIELDS} fields expected, got more")
+        key, at = _varint(self._body, at, end)
+        number, wire = key >> 3, key & 7
+        if key > 0xFFFFFFFF:
+            raise _wire_error(f"invalid key value: {key}")
+        if wire > _FIXED32:
+            raise _wire_error(f"invalid wire type value: {wire}")
+        if number == 0:
+            raise _wire_error("invalid tag value: 0")
+        return number, wire, at
+
+    def _skip(self, at: int, end: int, number: int, wire: int) -> int:
+        """Step over one unknown field, groups with all they hold, and return where the next one begins."""
+        groups: list[int] = []
+        while True:
+            if wire == _GROUP_START:
+                groups.append(number)
+                if len(groups) > _MAX_GROUPS:
+                    raise _wire_error("recursion limit reached")
+            elif wire == _GROUP_END:
+                if not groups or groups.pop() != number:
+                    raise _wire_error("unexpected end group tag")
+            else:
+                at = _skip_value(self._body, at, end, wire)
+            if not groups:
+                return at
+            number, wire, at = self._key(at, end)
 
 
 def _skip_value(body: bytes, at: int, end: int, wire: int) -> int:

@@ -11,7 +11,7 @@ from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.prpc.ignored import Ignored, ignore
 from dstack_emu.attest.prpc.messages import Field, MessageTable, table_of
 from dstack_emu.attest.prpc.scalars import mistyped
-from dstack_emu.attest.strict_json import ConstantError, NestingError, StrictJson
+from dstack_emu.attest.strict_json import ConstantError, NestingError, StrictJson, TooManyValuesError
 
 M = TypeVar("M", bound=Message)
 
@@ -91,6 +91,8 @@ def _parse(body: bytes) -> object:
         raise FormatError(f"{what} at line {error.lineno} column {error.colno}") from error
     except ConstantError as error:
         raise FormatError(f"invalid JSON: {error.constant} is not a value") from error
+    except TooManyValuesError as error:
+        raise FormatError(str(error)) from error
     except NestingError as error:
         raise FormatError("recursion limit exceeded: the JSON is nested too deeply") from error
 

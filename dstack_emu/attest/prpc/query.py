@@ -10,6 +10,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 
 from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.prpc.encoding import require_few_pairs
 from dstack_emu.attest.prpc.ignored import Ignored, ignore
 from dstack_emu.attest.prpc.messages import Field, MessageTable, table_of
 
@@ -23,10 +24,11 @@ def decode_query(message_type: type[M], query: str, ignored: Ignored | None = No
     """Decode the query string of a GET, given undecoded: `a=1&list[0]=x&list[1]=y`, also `list[]=x`.
 
     Unknown keys, the bare `json` among them, are ignored, and all but `json` named in `ignored`; for Empty the query is
-    ignored. Raises `FormatError` if a key stands twice or a value is not of its field's type.
+    ignored. Raises `FormatError` if a key stands twice, a value is not of its field's type, or there are too many.
     """
     if message_type is Empty:
         return message_type()
+    require_few_pairs(query)
     table = table_of(message_type)
     pairs = _Pairs()
     for piece in filter(None, query.split("&")):

@@ -12,6 +12,9 @@ from google.protobuf.descriptor import FieldDescriptor
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.prpc.encoding import trim_prefix
 
+_PIECE: Final = 4096
+"""The number of hex digits that are looked at together, which is even."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
@@ -67,8 +70,19 @@ def _parse_bytes(text: str, name: str) -> bytes:
     except ValueError as error:
         if len(digits) % 2:
             raise FormatError(f"Odd number of digits in field `{name}`: {len(digits)}") from error
-        at = next(i for i, digit in enumerate(digits) if digit not in "0123456789abcdefABCDEF")
+        at = _wrong_digit(digits)
         raise FormatError(f"Invalid character {digits[at]!a} at position {at} of field `{name}`") from error
+
+
+def _wrong_digit(digits: str) -> int:
+    """Return the position of the first character that is no hex digit, in a text of an even number that has one."""
+    for start in range(0, len(digits), _PIECE):
+        piece = digits[start : start + _PIECE]
+        try:
+            binascii.unhexlify(piece)
+        except ValueError:
+            return start + next(i for i, digit in enumerate(piece) if digit not in "0123456789abcdefABCDEF")
+    raise AssertionError("a character that is no hex digit expected")
 
 
 def _write_bytes(value: bytes) -> str:

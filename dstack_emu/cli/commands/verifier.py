@@ -27,6 +27,7 @@ from dstack_emu.verifier.server import verifier_app
 from dstack_emu.verifier.service import (
     InputError,
     RequestSyntaxError,
+    RequestTooLargeError,
     RequestTypeError,
     VerificationRequest,
     VerificationResponse,
@@ -138,7 +139,7 @@ def _verify_file(path: Path, verifier: AbstractAsyncContextManager[Verifier]) ->
         _write(path, ".verification.json", response.to_document(), "verification result")
     except OSError as error:
         response = VerificationResponse.internal_error(f"Failed to read file {path}: {error.strerror}")
-    except (RequestSyntaxError, RequestTypeError) as error:
+    except (RequestSyntaxError, RequestTypeError, RequestTooLargeError) as error:
         response = VerificationResponse.internal_error(f"Failed to parse JSON: {error}")
     except (InputError, AttestError) as error:
         response = VerificationResponse.internal_error(str(error))

@@ -36,8 +36,8 @@ class AnswerReader:
 
     def __init__(self, max_body: int, write: Callable[[bytes], object] | None = None, *, unpacks: bool = True) -> None:
         self._max_body, self._unpacks = max_body, unpacks
-        self._pieces: list[bytes] = []
-        self._write, self._take = write, self._pieces.append
+        self._content = bytearray()
+        self._write, self._take = write, self._content.extend
         self._parser = httptools.HttpResponseParser(self)
         self._decoder: _Decoder | None = None
         self._size = self._unsettled = 0
@@ -52,7 +52,7 @@ class AnswerReader:
     @property
     def body(self) -> bytes:
         """The body of a complete answer; empty if it was passed to `write`."""
-        return b"".join(self._pieces) if len(self._pieces) != 1 else self._pieces[0]
+        return bytes(self._content)
 
     def receive(self, data: bytes) -> None:
         """Parse bytes; raise `NoAnswerError` or `AnswerTooLongError`, after which the reader must not be used again."""

@@ -16,16 +16,16 @@ class BodyBrokenError(BodyError):
 
 
 class Body:
-    """Collects the pieces of one body, up to `limit` bytes.
+    """Collects one body, up to `limit` bytes.
 
     A longer one fails with `BodyTooLargeError` as soon as that is known, and the rest of it is dropped.
     """
 
-    __slots__ = ("_limit", "_on_settled", "_pieces", "_size", "error", "has_ended", "is_settled")
+    __slots__ = ("_content", "_limit", "_on_settled", "error", "has_ended", "is_settled")
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._size = limit, 0
-        self._pieces: list[bytes] = []
+        self._limit = limit
+        self._content = bytearray()  # not the pieces: a chunk of one byte would take fifty
         self._on_settled: Callable[[], None] | None = None
         self.error: BodyError | None = None
         self.is_settled = False
@@ -42,11 +42,10 @@ class Body:
         """Add bytes as they arrive."""
         if self.error is not None:
             return
-        self._size += len(piece)
-        if self._size > self._limit:
+        if len(self._content) + len(piece) > self._limit:
             self.fail(BodyTooLargeError(f"the body is longer than {self._limit} bytes"))
         else:
-            self._pieces.append(piece)
+            self._content += piece
 
     def end(self) -> None:
         """Complete the body."""
@@ -54,10 +53,10 @@ class Body:
         self._settle()
 
     def fail(self, error: BodyError) -> None:
-        """Fail the body, unless it has ended; the first error counts. All pieces, also later ones, are dropped."""
+        """Fail the body, unless it has ended; the first error counts. All of it, also what comes later, is dropped."""
         if self.error is None and not self.has_ended:
             self.error = error
-            self._pieces.clear()
+            self._content.clear()
             self._settle()
 
     def when_settled(self, call: Callable[[], None]) -> None:
@@ -71,9 +70,7 @@ class Body:
         """Return the bytes of a settled body; raise its `BodyError` if it has failed."""
         if self.error is not None:
             raise self.error
-        if len(self._pieces) > 1:
-            self._pieces[:] = [b"".join(self._pieces)]
-        return self._pieces[0] if self._pieces else b""
+        return bytes(self._content)
 
     def _settle(self) -> None:
         if not self.is_settled:

@@ -7,6 +7,9 @@ from typing import Final
 from dstack_emu.transport.http.message import Request, Response
 from dstack_emu.transport.status import reason_phrase, status_line
 
+MAX_CHOICES: Final = 64
+"""The number of choices of an Accept header that are read; further ones are ignored."""
+
 _JSON: Final = "application/json"
 
 
@@ -24,7 +27,7 @@ def status_page(status: HTTPStatus, request: Request) -> Response:
 def _prefers_json(accept: str) -> bool:
     """Return whether JSON is the first choice of an Accept header: by q, then without wildcards, then by position."""
     best, best_rank = "", (0.0, 0)
-    for choice in accept.split(","):
+    for choice in accept.split(",", MAX_CHOICES)[:MAX_CHOICES]:
         kind, *parameters = (part.strip().lower() for part in choice.split(";"))
         quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
         try:
