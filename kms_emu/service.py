@@ -8,7 +8,7 @@ import asyncio
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -35,6 +35,9 @@ from dstack_emu.kms_emu.rpc_certificate import issue_rpc_certificate
 from dstack_emu.transport.aside import run_aside
 from dstack_emu.transport.service import Rpc, ServiceTable, without_arguments, without_context
 from dstack_emu.transport.urls import shown_url
+
+MAX_SOURCE_TEXT: Final = 8192
+"""The maximum length of the URL and of the token of a source KMS; a server reads no longer line."""
 
 
 def validate_domain(domain: str) -> str:
@@ -86,6 +89,9 @@ class OnboardService:
     async def onboard(self, request: pb.OnboardRequest) -> pb.OnboardResponse:
         """Take over and store the root keys of a source KMS, if both sides are allowed."""
         domain = validate_domain(request.domain)
+        for name, text in (("source_url", request.source_url), ("source_token", request.source_token)):
+            if len(text) > MAX_SOURCE_TEXT:
+                raise InvalidRequestError(f"{name} must be at most {MAX_SOURCE_TEXT} characters, got {len(text)}")
         async with self._lock:
             deps = self._deps
             if any(deps.folder.exists(name) for name in (ROOT_CA_KEY, K256_KEY)):

@@ -147,6 +147,9 @@ class GuestAgent:
 
     async def get_key(self, request: pb.GetKeyArgs) -> pb.GetKeyResponse:
         """Derive the application's key at a path, with the signature chain that proves its origin."""
+        return await run_aside(len(request.path) + len(request.purpose), lambda: self._key(request))
+
+    def _key(self, request: pb.GetKeyArgs) -> pb.GetKeyResponse:
         algorithm = _known(request.algorithm or "secp256k1", ("secp256k1", "ed25519"))
         key, public_key = self._derive(request.path, algorithm)
         message = f"{request.purpose}:{public_key.hex()}".encode()

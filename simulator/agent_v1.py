@@ -21,6 +21,7 @@ from dstack_emu.attest.report_data import pad_report_data
 from dstack_emu.simulator.agent import GuestAgent
 from dstack_emu.simulator.app_health import NO_CONTAINER, UnhealthyError, read_health
 from dstack_emu.simulator.errors import GpuUnavailableError, GuestError
+from dstack_emu.transport.aside import run_aside
 from dstack_emu.transport.service import Rpc, ServiceTable, without_context
 
 NONCE_SIZE = 32
@@ -55,9 +56,13 @@ class GuestApiV1:
     async def get_key(self, request: pb.GetKeyRequest) -> pb.GetKeyResponse:
         """Derive the key of a domain, with the chain of two signatures that proves its origin."""
         keys = self._agent.keys
-        derived = derive_guest_key(keys.k256_key, request.algorithm, request.domain)
-        chain = [sign_claim(keys.k256_key, derived), keys.k256_signature]
-        return pb.GetKeyResponse(key=derived.key, public_key=derived.public_key, signature_chain=chain)
+
+        def derive() -> pb.GetKeyResponse:
+            derived = derive_guest_key(keys.k256_key, request.algorithm, request.domain)
+            chain = [sign_claim(keys.k256_key, derived), keys.k256_signature]
+            return pb.GetKeyResponse(key=derived.key, public_key=derived.public_key, signature_chain=chain)
+
+        return await run_aside(len(request.domain), derive)
 
     async def attest(self, request: pb.AttestRequest) -> pb.AttestResponse:
         """Return evidence over up to 64 bytes of report_data, in the form V1. There is no GPU evidence to include."""

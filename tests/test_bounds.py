@@ -196,20 +196,35 @@ def array(count: int, element: bytes = b"\0") -> bytes:
 EVENT = {"event": "", "payload": b""}
 VALUES_BESIDE = 1 + 2 * 3 + 2 * 2 + 2 * 2 + 2 * 2 + 2 * 3
 """Values of `msgpack_evidence` without the elements of its quote."""
+CONTAINERS_BESIDE = 5 + 3
+"""Maps and arrays of it."""
 
 
 def test_values_in_msgpack_are_counted_before_they_are_made(guest: Guest) -> None:
     key, most = new_key(), 1 << 18
     context = "Failed to parse csr: failed to decode attestation from msgpack: "
     at_the_bound = most - VALUES_BESIDE
-    for element in (b"\0", b"\x80"):
+    for element in (b"\0", b"\xa0"):
         evidence = msgpack_evidence(array(at_the_bound + 1, element))
         error = f"{context}at most {most} msgpack values expected, got more"
         assert sign_cert(guest, signed(key, csr(key, evidence))) == error
-    nested = msgpack_evidence(array(1024, array(1024, b"\x90")))
-    assert sign_cert(guest, signed(key, csr(key, nested))) == error
     evidence = msgpack_evidence(array(at_the_bound))
     assert sign_cert(guest, signed(key, csr(key, evidence))) == "Quote verification failed: report data mismatch"
+
+
+def test_arrays_and_maps_in_msgpack_are_counted_before_they_are_made(guest: Guest) -> None:
+    key, most = new_key(), 1 << 14
+    context = "Failed to parse csr: failed to decode attestation from msgpack: "
+    at_the_bound = most - CONTAINERS_BESIDE
+    for element in (b"\x80", b"\x90", b"\xdc\0\0", b"\xdd\0\0\0\0", b"\xde\0\0", b"\xdf\0\0\0\0"):
+        error = f"{context}at most {most} msgpack arrays and maps expected, got more"
+        for count, said in ((at_the_bound + 1, error), (at_the_bound, f"{context}quote: octets expected, got list")):
+            evidence = msgpack_evidence(array(count, element))
+            assert sign_cert(guest, signed(key, csr(key, evidence))) == said
+    nested = msgpack_evidence(array(128, array(128, b"\x90")))
+    assert sign_cert(guest, signed(key, csr(key, nested))) == error
+    texts = msgpack_evidence(array(1000, b"\xd9\x14" + b"\x90" * 20))  # in a text they are none
+    assert sign_cert(guest, signed(key, csr(key, texts))) == f"{context}quote: octets expected, got list"
 
 
 def test_members_and_events_in_msgpack_are_counted(guest: Guest) -> None:
@@ -248,13 +263,15 @@ FORMATS = (
 def test_each_format_of_msgpack_is_one_value() -> None:
     for each in FORMATS:
         msgpack.unpackb(each, strict_map_key=False)
-    rounds, rest = divmod((1 << 18) - VALUES_BESIDE, len(FORMATS))
-    at_the_bound = b"".join(FORMATS) * rounds + b"\0" * rest
+    scalars = [each for each in FORMATS if (each[0] not in range(0x80, 0xA0) and each[0] < 0xDC) or each[0] >= 0xE0]
+    assert len(FORMATS) - len(scalars) == 6
+    rounds, rest = divmod((1 << 18) - VALUES_BESIDE - len(FORMATS), len(scalars))
+    at_the_bound = b"".join(FORMATS) + b"".join(scalars) * rounds + b"\0" * rest
     for more, error in (
         (0, "quote: octets expected, got list"),
         (1, "at most 262144 msgpack values expected, got more"),
     ):
-        count = rounds * len(FORMATS) + rest + more
+        count = len(FORMATS) + rounds * len(scalars) + rest + more
         quote = b"\xdd" + count.to_bytes(4, "big") + at_the_bound + b"\0" * more
         with pytest.raises(FormatError, match=error):
             decode(msgpack_evidence(quote))
@@ -284,6 +301,25 @@ def test_quote_and_event_log_of_version_1_are_bounded(guest: Guest) -> None:
     assert sign_cert(guest, signed(key, csr(key, bounded, version=1), 1)) == (
         "Quote verification failed: report data mismatch"
     )
+
+
+# ---- Onboard
+
+
+def test_url_and_token_of_a_source_are_bounded(fresh_stack: RunningStack) -> None:
+    url = fresh_stack.services["kms-dst"]
+    host = "a" * (8192 - len("http://"))
+    for arguments, error in (
+        ({"source_url": f"http://{host}a"}, "source_url must be at most 8192 characters, got 8193"),
+        (
+            {"source_url": "http://a", "source_token": "t" * 8193},
+            "source_token must be at most 8192 characters, got 8193",
+        ),
+        ({"source_url": f"http://{host}"}, "no such host: no host name: "),
+    ):
+        body = json.dumps({"domain": "kms.test", **arguments}).encode()
+        status, answer = post(url, "/prpc/Onboard.Onboard?json", body)
+        assert (status, error in json.loads(answer)["error"]) == (400, True), answer
 
 
 # ---- the encodings of every RPC

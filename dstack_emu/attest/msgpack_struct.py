@@ -21,6 +21,11 @@ MAX_VALUES: Final = 1 << 18
 A value takes up to a hundred bytes of memory for one of the document. Evidence of version 1 has a value for each byte
 of its quote: five to ten thousand.
 """
+MAX_CONTAINERS: Final = 1 << 14
+"""The maximum number of arrays and maps in a document. Evidence has one for each event, and a dozen.
+
+Python's garbage collector looks at each of them, again and again while they become more.
+"""
 MAX_MEMBERS: Final = 64
 """The maximum number of members of a map; the structures that are read have at most seven."""
 
@@ -29,7 +34,8 @@ _MISSING: Final[Any] = object()
 
 def unpack(data: bytes) -> tuple[Any, int]:
     """Decode the first value; return it, and how many bytes follow it. Raises `FormatError`."""
-    if len(data) > MAX_VALUES:  # no value is shorter than a byte
+    # No value is shorter than a byte, and each array or map begins with one of a few bytes.
+    if len(data) > MAX_VALUES or len(data.translate(None, _OTHER_BYTES)) > MAX_CONTAINERS:
         _require_few_values(data)
     # A str that is not UTF-8 is read, since its bytes may be what is wanted of it; `text` refuses it.
     unpacker = msgpack.Unpacker(
@@ -62,14 +68,21 @@ def _require_few_values(data: bytes) -> None:
 
     Bytes that are no document are left to the parser.
     """
-    at, expected, count = 0, 1, 0
+    at, expected, count, containers = 0, 1, 0, 0
     while expected and at < len(data):
         count += 1
+        containers += data[at] in _CONTAINERS
         if count > MAX_VALUES:
             raise FormatError(f"at most {MAX_VALUES} msgpack values expected, got more")
+        if containers > MAX_CONTAINERS:
+            raise FormatError(f"at most {MAX_CONTAINERS} msgpack arrays and maps expected, got more")
         size, parts = _extent(data, at)
         at += size
         expected += parts - 1
+
+
+_CONTAINERS: Final = frozenset((*range(0x80, 0xA0), *range(0xDC, 0xE0)))
+_OTHER_BYTES: Final = bytes(first for first in range(256) if first not in _CONTAINERS)
 
 
 def _extent(data: bytes, at: int) -> tuple[int, int]:

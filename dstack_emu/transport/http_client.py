@@ -152,7 +152,10 @@ class HttpClient:
 
 
 async def _addresses(origin: Origin) -> list[str]:
-    found = await asyncio.get_running_loop().getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:  # a label of more than 63 characters
+        raise socket.gaierror(f"no host name: {error}") from error
     return [str(address[0]) for *_, address in found]
 
 

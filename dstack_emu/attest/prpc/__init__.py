@@ -28,9 +28,9 @@ from dstack_emu.attest.prpc.query import decode_query
 __all__ = [
     "BINARY_TYPE",
     "JSON_TYPE",
+    "MAX_PAIRS",
     "Ignored",
     "IgnoredMember",
-    "MAX_PAIRS",
     "decode_binary",
     "decode_json",
     "decode_query",
