@@ -5,6 +5,7 @@ Each call has taken effect when it returns. A call that is refused changes nothi
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -213,23 +214,39 @@ class Control(VendorControl):
             raise ControlError(str(error)) from error
         return self.kms(name)
 
-    async def onboard_kms(self, name: str, source: str | None = "src") -> dict[str, Any]:
+    async def onboard_kms(
+        self, name: str, source: str | None = "src", source_token: str = "", onboard_token: str | None = None
+    ) -> dict[str, Any]:
         """Onboard a KMS without keys from another KMS, or with `source` None bootstrap it; end its onboard phase.
 
-        A refusal by a KMS has status 403 and the KMS's text.
+        With a `source_token` the keys are requested from the admin listener of the source. `onboard_token` is sent in
+        place of the token in the KMS's own configuration. A refusal by a KMS has status 403 and the KMS's text.
         """
         kms = await self._asked_kms(name)
-        source_url = None if source is None else (await self._asked_kms(source)).url
+        source_url = None if source is None else await self._source_url(source, by_admin=bool(source_token))
+        onboarding = kms.onboarding if onboard_token is None else replace(kms.onboarding, token=onboard_token)
         if kms.phase != "onboard":
             raise ControlError(f"kms-{name} has keys already: it is in its {kms.phase} phase", 409)
         try:
             if source_url is None:
-                await kms.onboarding.bootstrap()
+                await onboarding.bootstrap()
             else:
-                await kms.onboarding.onboard(source_url)
+                await onboarding.onboard(source_url, source_token)
         except StackError as error:
             raise ControlError(str(error), 403) from error
         return self.kms(name)
+
+    async def _source_url(self, name: str, *, by_admin: bool) -> str:
+        """Return the URL of the listener of a source that hands its keys over."""
+        kms = await self._asked_kms(name)
+        if not by_admin:
+            return kms.url
+        url = kms.admin_url
+        if url is None:
+            raise ControlError(
+                f"source_token: kms-{name} has no admin listener: add a KMS with settings.admin, or leave the token out"
+            )
+        return url
 
     async def refresh_kms(self) -> None:
         """Ask the KMS that are other programs for their phases, which `kms`, `all_kms` and `describe` return."""

@@ -154,7 +154,7 @@ ROUTES: Final = (
         "POST",
         "/kms/{name}/onboard",
         "Onboard it from another KMS, or bootstrap it; 403 with the KMS's text if that is refused",
-        lambda c, p, q, b: c.onboard_kms(p["name"], b.source),
+        lambda c, p, q, b: c.onboard_kms(p["name"], **_given(b)),
         OnboardRequest,
     ),
     Route(

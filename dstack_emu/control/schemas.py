@@ -1,16 +1,18 @@
 """The schemas of the control API's request bodies."""
 
 import datetime
+import functools
 import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Final, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dstack_emu.deployment.clock import LATEST
 from dstack_emu.deployment.specs import Name
 from dstack_emu.simulator.platform import TcbStatus
 from dstack_emu.simulator.vendor_state import VALID_FROM, Dating, RecoveryPhase, Validity
+from dstack_emu.transport.secrets import require_token
 from dstack_emu.transport.validation import describe, suggestion
 
 B = TypeVar("B", bound=BaseModel)
@@ -59,6 +61,7 @@ HexText = Annotated[
     Field(json_schema_extra={"description": "hex, with or without 0x"}, pattern="^[0-9a-f]*$"),
 ]
 """Hex in lowercase, without 0x."""
+Token = Annotated[str, AfterValidator(functools.partial(require_token, name="token")), Field(repr=False)]
 Advisory = Annotated[str, Field(min_length=1, max_length=100)]
 
 
@@ -152,9 +155,15 @@ class BootRequest(RequestBody):
 
 
 class OnboardRequest(RequestBody):
-    """The KMS that a KMS is onboarded from; with `source` null it is bootstrapped, with new keys."""
+    """The KMS that a KMS is onboarded from; with `source` null it is bootstrapped, with new keys.
+
+    With a `source_token` the keys are requested from the source's admin listener. `onboard_token` replaces the KMS's
+    own `core.onboard.auth_token`, which is sent by default.
+    """
 
     source: Name | None = "src"
+    source_token: Token = ""
+    onboard_token: Token | None = None
 
 
 class PolicyChange(RequestBody):

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol, TypeVar
@@ -25,6 +25,7 @@ from dstack_emu.deployment.errors import StackError
 from dstack_emu.transport.client import MAX_RESPONSE, MoreHeaders, PrpcClient, RpcError, TransportError
 from dstack_emu.transport.failures import NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
+from dstack_emu.transport.secrets import Secrets
 from dstack_emu.transport.tls import client_context
 from dstack_emu.transport.urls import shown_url
 
@@ -75,7 +76,8 @@ class KmsOnboarding:
 
     `name` is used in messages, `url` may be of either scheme, `domain` is the name that its certificate gets. `headers`
     are added to each request. With `old_spellings` its measurements have renamed members under their old names, too, as
-    it answers them itself.
+    it answers them itself. `token` is its `core.onboard.auth_token`, for a KMS since 0.6 that has one. No error has a
+    token, even if the KMS repeats it.
     """
 
     name: str
@@ -84,6 +86,7 @@ class KmsOnboarding:
     phases: PhaseSource
     headers: MoreHeaders | None = None
     old_spellings: bool = False
+    token: str = field(default="", repr=False)
 
     async def measure(self) -> Measurements:
         """Return the measurements of the KMS."""
@@ -96,24 +99,38 @@ class KmsOnboarding:
         await self._call("Bootstrap", pb.BootstrapRequest(domain=self.domain), pb.BootstrapResponse)
         await self._finish()
 
-    async def onboard(self, source_url: str) -> None:
-        """Let the KMS receive the keys of the one at `source_url`, as it reaches that, and end its onboard phase."""
-        request = pb.OnboardRequest(source_url=f"{source_url}/prpc", domain=self.domain)
-        await self._call("Onboard", request, pb.OnboardResponse)
+    async def onboard(self, source_url: str, source_token: str = "") -> None:
+        """Let the KMS receive the keys of the one at `source_url`, as it reaches that, and end its onboard phase.
+
+        `source_token` is the token of the source's admin listener, if `source_url` is that.
+        """
+        request = pb.OnboardRequest(source_url=f"{source_url}/prpc", domain=self.domain, source_token=source_token)
+        await self._call("Onboard", request, pb.OnboardResponse, Secrets(source_token))
         await self._finish()
 
     async def _finish(self) -> None:
         await self._call("Finish", Empty(), Empty)
         await self.phases.reached_runtime()
 
-    async def _call(self, method: str, request: Message, answer: type[M]) -> M:
-        async with PrpcClient(plain_url(self.url), timeout=TIMEOUT, headers=self.headers) as client:
+    async def _call(self, method: str, request: Message, answer: type[M], secrets: Secrets | None = None) -> M:
+        secrets = secrets or Secrets()
+        secrets.learn(self.token)
+        async with PrpcClient(plain_url(self.url), timeout=TIMEOUT, headers=self._headers) as client:
             try:
                 return await client.call(f"prpc/Onboard.{method}", request, answer)
             except RpcError as error:
-                raise StackError(f"{self.name}: {method}: {error.text}") from error
+                text = self._unauthorized() if error.status == HTTPStatus.UNAUTHORIZED else str(error)
             except (TransportError, AttestError) as error:
-                raise StackError(f"{self.name}: {method}: {error}") from error
+                text = str(error)
+        raise StackError(f"{self.name}: {method}: {secrets.redact(text)}")
+
+    def _headers(self) -> Mapping[str, str]:
+        more = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        return {**(self.headers() if self.headers else {}), **more}
+
+    def _unauthorized(self) -> str:
+        given = "another token was given" if self.token else "none was given"
+        return f"status 401: the KMS expects the token of its core.onboard.auth_token, and {given}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +138,8 @@ class Authorization:
     """The flow for a source and a target KMS.
 
     `policies` are the files of their webhooks; a file is only written if it is still the placeholder. `source_url` is
-    the URL of the source as the target reaches it, `https://host:port`.
+    the URL of the source as the target reaches it, `https://host:port`; with a `source_token` that of its admin
+    listener.
     """
 
     source: KmsOnboarding
@@ -130,6 +148,7 @@ class Authorization:
     policies: Sequence[Path]
     source_url: str
     progress: Progress
+    source_token: str = field(default="", repr=False)
 
     async def carry_out(self, known: Mapping[str, Measurements] | None = None) -> dict[str, Measurements]:
         """Give keys to each KMS that has none; return the measurements of these KMS, by name.
@@ -143,7 +162,7 @@ class Authorization:
             await self.source.bootstrap()
         if self.target in fresh:
             self.progress(f"onboarding {self.target.name} from {self.source.name}")
-            await self.target.onboard(self.source_url)
+            await self.target.onboard(self.source_url, self.source_token)
         return measured
 
     async def _measure_and_allow(
@@ -177,7 +196,11 @@ class PolledPhase:
         client = HttpClient(timeout=TIMEOUT, max_answer=MAX_RESPONSE, tls=client_context())
         try:
             with contextlib.suppress(NoAnswerError):  # a TLS port does not answer plain HTTP
-                if await _health(client, plain_url(self.url)) == HTTPStatus.OK:
+                status = await _health(client, plain_url(self.url))
+                if status in (
+                    HTTPStatus.OK,
+                    HTTPStatus.UNAUTHORIZED,
+                ):  # a guarded onboard phase wants a token here, too
                     return "onboard"
             status = await _health(client, tls_url(self.url))
         except NoAnswerError as error:
@@ -203,9 +226,9 @@ class PolledPhase:
             return None
 
 
-def remote_kms(name: str, url: str, domain: str) -> KmsOnboarding:
-    """Make the onboarding of a KMS that runs elsewhere."""
-    return KmsOnboarding(name, url, domain, PolledPhase(name, url))
+def remote_kms(name: str, url: str, domain: str, token: str = "") -> KmsOnboarding:
+    """Make the onboarding of a KMS that runs elsewhere; `token` is its `core.onboard.auth_token`, if it has one."""
+    return KmsOnboarding(name, url, domain, PolledPhase(name, url), token=token)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,4 +69,6 @@ async def _check_at(client: HttpClient, name: str, url: str) -> str:
         answer = await client.send("GET", page, follow_redirects=True)
     except (NoAnswerError, AnswerTooLongError) as error:
         return f"{name} at {shown_url(url)}: {error}"
+    if name.startswith("kms-") and answer.status == 401:  # a KMS whose onboard phase wants a token of every caller
+        return ""
     return "" if answer.status == 200 else f"{name} at {shown_url(url)} answered {answer.status}"

@@ -121,6 +121,11 @@ class EmulatedKms(RunningKms):
         await super().close()
         self._context.instrumentation.drop_verifier(self.spec.service)
 
+    @property
+    def admin_url(self) -> str | None:
+        """The URL of its admin listener."""
+        return self.server.admin_url
+
     # ---- its phase
 
     async def current(self) -> Phase:

@@ -46,6 +46,11 @@ class RunningKms(PhaseSource, ABC):
         return self._context.urls[self.spec.service]
 
     @property
+    def admin_url(self) -> str | None:
+        """The URL of its admin listener, if it has one and that is known."""
+        return None
+
+    @property
     def cert_dir(self) -> Path:
         """The folder of its keys."""
         return self.guest.folder / "certs"
@@ -132,10 +137,17 @@ class RunningKms(PhaseSource, ABC):
     # ---- its onboard phase
 
     @property
+    def _token(self) -> str:
+        """The token in its kms.toml that its onboard phase demands, empty if it demands none."""
+        onboard = self.spec.settings.get("onboard")
+        token = onboard.get("auth_token") if isinstance(onboard, dict) else None
+        return token.strip() if isinstance(token, str) else ""
+
+    @property
     def onboarding(self) -> KmsOnboarding:
         """The public interface of its onboard phase."""
-        has_alias = self._context.release_of(self.spec.release).attestation_mode_alias
-        return KmsOnboarding(self.spec.service, self.url, self.domain, self, headers_of("stack"), has_alias)
+        has_alias, token = self._context.release_of(self.spec.release).attestation_mode_alias, self._token
+        return KmsOnboarding(self.spec.service, self.url, self.domain, self, headers_of("stack"), has_alias, token)
 
     # ---- state
 

@@ -24,16 +24,24 @@ DOMAINS: Final = {side: f"kms-{side}.example.test" for side in SIDES}
 APP_KEY: Final = {"api_version": 1}
 
 NOT_ALLOWED: Final = refuses("not allowed", "denied")
-SELF_DENIED: Final = refuses("self authorization failed", "KMS is not allowed")
+SELF_DENIALS: Final = ("self authorization failed", "KMS is not allowed")
+SELF_DENIED: Final = refuses(*SELF_DENIALS)
 HANDSHAKE_REFUSED: Final = ("HANDSHAKE", "TSI_")
 """The texts by which OpenSSL and grpcio report the TLS alert that refuses a client certificate."""
 NO_ATTESTATION: Final = refuses("No attestation provided")
+NO_HANDOVER: Final = "public KMS key handover is disabled"
+"""The text of a source that hands its root keys over on its admin listener alone."""
 NOT_ATTESTED: Final = Expected(
     "an error that says 'No attestation provided', or (from 0.6 on) a TLS handshake that the server refuses",
     lambda answer: NO_ATTESTATION.holds(answer) or (answer.status == 0 and _is_handshake_refusal(answer.body)),
 )
 """The expected answer to a client certificate without evidence."""
 NO_APP: Final = "the target names no app's agent (services.app)"
+
+
+def _of_kms_key(run: RunbookRun, *reasons: str) -> Expected:
+    """Expect GetKmsKey to be refused; a source with a token may hand its keys over on its admin listener alone."""
+    return refuses(*reasons, *([NO_HANDOVER] if run.source_token else []))
 
 
 def _is_handshake_refusal(body: object) -> bool:
@@ -121,7 +129,8 @@ async def trusted_rpcs(run: RunbookRun) -> None:
     await run.apply_policy("src", "deny-self", run.deny_by_measurement("src"))
     await run.call("src", "KMS.GetTempCaCert", SELF_DENIED, keep="get-temp-ca-denied")
     if client is not None:
-        await _call_with_evidence(run, client, "denied", SELF_DENIED, SELF_DENIED, SELF_DENIED)
+        kms_key = _of_kms_key(run, *SELF_DENIALS)
+        await _call_with_evidence(run, client, "denied", SELF_DENIED, SELF_DENIED, kms_key)
     await run.call("src", "KMS.GetMeta", answers("ca_cert"), keep="get-meta-while-denied")
     await run.apply_policy("src", "allow-both-and-app" if client else "allow-both", allowed)
     await run.call("src", "KMS.GetTempCaCert", TEMP_CA, keep="get-temp-ca-allowed-again")
@@ -137,7 +146,7 @@ async def quotes_required(run: RunbookRun) -> None:
     await _check_by_verifier(run)
     by = "without a client certificate"
     await run.call("src", "KMS.GetAppKey", NO_ATTESTATION, arguments=APP_KEY, by=by, keep="get-app-key-bare")
-    await run.call("src", "KMS.GetKmsKey", NO_ATTESTATION, by=by, keep="get-kms-key-bare")
+    await run.call("src", "KMS.GetKmsKey", _of_kms_key(run, "No attestation provided"), by=by, keep="get-kms-key-bare")
     client = run.attested_client
     if client is None:
         run.transcript.record(

@@ -33,8 +33,9 @@ class GrpcKmsClient:
 
     finishes_by_page = False
 
-    def __init__(self) -> None:
-        self._pages = PrpcKmsClient()
+    def __init__(self, onboard_token: str = "") -> None:
+        self._pages = PrpcKmsClient(onboard_token)
+        self._of_onboarding = (("x-onboard-token", onboard_token),) if onboard_token else ()
         self._exit = contextlib.ExitStack()
         self._exit.enter_context(running())
 
@@ -63,6 +64,7 @@ class GrpcKmsClient:
                 seconds=seconds,
                 secure=not method.startswith("Onboard."),
                 identity=identity,
+                metadata=self._of_onboarding if method.startswith("Onboard.") else (),
             )
         except StatusError as error:
             return KmsAnswer(400, {"error": str(error)}, error.code)
@@ -80,6 +82,10 @@ class GrpcKmsClient:
     async def get(self, url: str) -> KmsAnswer:
         """GET a page."""
         return await self._pages.get(url)
+
+    async def finish_page(self, kms: TargetKms) -> KmsAnswer:
+        """GET the page that ends the onboard phase."""
+        return await self._pages.finish_page(kms)
 
     async def post(self, url: str, document: Any) -> KmsAnswer:
         """POST JSON."""

@@ -7,7 +7,9 @@ a separate step verifies the evidence in it.
 
 import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 from google.protobuf.empty_pb2 import Empty
@@ -23,6 +25,7 @@ from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.ratls import AttestedServer, RaTlsClient, RaTlsError
 from dstack_emu.transport.tls import Identity, client_context
 
+_NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 TIMEOUT: Final = 60.0
 """The default timeout of a call in seconds: a platform may take long to quote."""
 
@@ -69,7 +72,8 @@ class KmsAnswer:
 class KmsClient(Protocol):
     """A transport. Its methods raise nothing, except `verify_server`: a failure is an answer with status 0.
 
-    If `finishes_by_page` is true, the page `/finish` ends the onboard phase, otherwise the RPC Onboard.Finish.
+    If `finishes_by_page` is true, the page `/finish` ends the onboard phase, otherwise the RPC Onboard.Finish. The
+    token of the onboard phase is sent to methods of Onboard and to that page, and to nobody else.
     """
 
     finishes_by_page: bool
@@ -98,6 +102,10 @@ class KmsClient(Protocol):
         """GET a page of a service."""
         ...
 
+    async def finish_page(self, kms: TargetKms) -> KmsAnswer:
+        """GET the page that ends the onboard phase."""
+        ...
+
     async def post(self, url: str, document: Any) -> KmsAnswer:
         """POST JSON to a service that has no RPCs."""
         ...
@@ -112,8 +120,9 @@ class PrpcKmsClient:
 
     finishes_by_page = True
 
-    def __init__(self) -> None:
+    def __init__(self, onboard_token: str = "") -> None:
         self._clients: dict[Identity | None, HttpClient] = {}
+        self._of_onboarding = {"Authorization": f"Bearer {onboard_token}"} if onboard_token else {}
 
     def address(self, kms: TargetKms, method: str) -> str:
         """Return the URL of the phase that serves the method."""
@@ -130,7 +139,8 @@ class PrpcKmsClient:
     ) -> KmsAnswer:
         """POST to `/prpc/Service.Method?json`."""
         url = f"{self.address(kms, method)}/prpc/{method}?json"
-        return await self._request("POST", url, json.dumps(arguments), identity, seconds)
+        headers = self._of_onboarding if method.startswith("Onboard.") else {}
+        return await self._request("POST", url, json.dumps(arguments), identity, seconds, headers)
 
     async def verify_server(self, kms: TargetKms, verifier: AttestationVerifier | None) -> AttestedServer:
         """Verify the certificate of the connection that answers GetMeta."""
@@ -149,6 +159,10 @@ class PrpcKmsClient:
         """GET a page."""
         return await self._request("GET", url, None)
 
+    async def finish_page(self, kms: TargetKms) -> KmsAnswer:
+        """GET the page that ends the onboard phase."""
+        return await self._request("GET", f"{kms.onboard}/finish", None, headers=self._of_onboarding)
+
     async def post(self, url: str, document: Any) -> KmsAnswer:
         """POST JSON."""
         return await self._request("POST", url, json.dumps(document))
@@ -159,9 +173,15 @@ class PrpcKmsClient:
             await client.close()
 
     async def _request(
-        self, verb: str, url: str, body: str | None, identity: Identity | None = None, seconds: float = TIMEOUT
+        self,
+        verb: str,
+        url: str,
+        body: str | None,
+        identity: Identity | None = None,
+        seconds: float = TIMEOUT,
+        headers: Mapping[str, str] = _NO_HEADERS,
     ) -> KmsAnswer:
-        headers = {} if body is None else {"Content-Type": "application/json"}
+        headers = dict(headers) if body is None else {"Content-Type": "application/json", **headers}
         try:
             async with asyncio.timeout(seconds):
                 answer = await self._client(identity).send(verb, url, None if body is None else body.encode(), headers)

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import time
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -40,6 +41,10 @@ START_AGAIN: Final = (
 )
 
 
+HOW_TO_BE_ADMITTED: Final = (
+    "the token of its core.onboard.auth_token is expected; give it by --onboard-token or DSTACK_KMS_ONBOARD_TOKEN"
+)
+
 HEALTHY: Final = Expected(
     "with status = ok",
     lambda answer: answer.field("status") == "ok" and not answer.field("configError"),
@@ -68,7 +73,9 @@ class RunbookRun:
         entropy: Entropy,
         clock: Clock,
         patience: float,
+        source_token: str = "",
     ) -> None:
+        self.source_token = source_token
         self.target, self.kms_client, self.transcript = target, kms_client, transcript
         self._entropy, self._clock, self._patience = entropy, clock, patience
         self._exit = AsyncExitStack()
@@ -116,15 +123,19 @@ class RunbookRun:
     ) -> KmsAnswer:
         """Call an RPC of a KMS, compare the answer with what is expected, and keep it as evidence."""
         kms, given = self.target.kms[side], arguments or {}
+        if method == "Onboard.Onboard" and self.source_token:
+            given = {**given, "source_token": self.source_token}
         answer = await self.kms_client.call(kms, method, given, identity)
         if "source_url" in given:
             given = {**given, "source_url": shown_url(given["source_url"])}
+        given = self.transcript.secrets.redact_all(given)  # before it is shown: a long value is shown in part
         request = f"kms-{side} {method}({arguments_of(given)}){f', {by}' if by else ''}"
         self._record(request, answer, expected, keep or method, given)
         before = {"Onboard.Bootstrap": self.bootstrap, "Onboard.Onboard": self.onboarded}
         if "has already been" in answer.error and before.get(method, answer) is None:
             where = self.kms_client.address(kms, method)
-            raise RunbookError(f"kms-{side} at {where}: {answer.error}: {START_AGAIN}")
+            said = self.transcript.secrets.redact(answer.error)
+            raise RunbookError(f"kms-{side} at {where}: {said}: {START_AGAIN}")
         return answer
 
     async def get(self, what: str, url: str, expected: Expected, *, keep: str = "") -> KmsAnswer:
@@ -143,7 +154,8 @@ class RunbookRun:
         """End a KMS's onboard phase and wait for its runtime phase; return whether that answers."""
         kms, keep = self.target.kms[side], f"finish-{side}"
         if self.kms_client.finishes_by_page:
-            await self.get(f"kms-{side}/finish", f"{kms.onboard}/finish", says("OK"), keep=keep)
+            page = await self.kms_client.finish_page(kms)
+            self._record(f"GET kms-{side}/finish", page, says("OK"), keep, None)
         else:
             await self.call(side, "Onboard.Finish", answers(), keep=keep)
         source = self.meta.get("src") or self.bootstrap
@@ -157,10 +169,12 @@ class RunbookRun:
     def _record(
         self, request: str, answer: KmsAnswer, expected: Expected, keep: str, given: dict[str, Any] | None
     ) -> None:
+        self.transcript.learn_keys(answer.body)
+        shown = replace(answer, body=self.transcript.secrets.redact_all(redacted(answer.body)))
         if keep:
-            response = {"asked": request, "status": answer.shown, "body": redacted(answer.body)}
+            response = {"asked": request, "status": answer.shown, "body": shown.body}
             self.transcript.keep("responses", keep, response if given is None else response | {"arguments": given})
-        self.transcript.record(request, summary_of(answer), expected.text_with(answer.success), expected.holds(answer))
+        self.transcript.record(request, summary_of(shown), expected.text_with(answer.success), expected.holds(answer))
 
     async def apply_policy(self, side: str, name: str, policy: dict[str, Any]) -> None:
         """Replace the policy of one side and check that its webhook can read it.
@@ -205,6 +219,9 @@ class RunbookRun:
             answer = await self.kms_client.call(kms, "Onboard.GetAttestationInfo", {}, seconds=ATTEMPT_TIMEOUT)
             if answer.ok:
                 return
+            if answer.status == 401 or answer.code == "UNAUTHENTICATED":
+                where = self.kms_client.address(kms, "Onboard.GetAttestationInfo")
+                raise RunbookError(f"kms-{side} at {where} answered {answer.shown}: {HOW_TO_BE_ADMITTED}")
             meta = await self.kms_client.call(kms, "KMS.GetMeta", {}, seconds=ATTEMPT_TIMEOUT)
             if meta.ok:
                 where = self.kms_client.address(kms, "KMS.GetMeta")
@@ -212,7 +229,8 @@ class RunbookRun:
             if time.monotonic() > deadline:
                 said = answer.error or f"status {answer.status}"
                 where = self.kms_client.address(kms, "Onboard.GetAttestationInfo")
-                raise RunbookError(f"kms-{side} at {where} does not say what it measures: {short(said)}")
+                said = short(self.transcript.secrets.redact(said))
+                raise RunbookError(f"kms-{side} at {where} does not say what it measures: {said}")
             await asyncio.sleep(PAUSE)
 
     async def _wait_for_runtime_phase(self, side: str) -> KmsAnswer:

@@ -117,6 +117,12 @@ class Target:
     release: Release | None = None
     names: Mapping[str, str] = field(default_factory=lambda: _NO_NAMES)
 
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """All URLs that are called, which may contain passwords."""
+        of_kms = (url for kms in self.kms.values() for url in (kms.onboard, kms.runtime, kms.auth))
+        return tuple(filter(None, (*of_kms, self.source_url, self.pccs, self.app, self.verifier)))
+
     @classmethod
     def load(cls, path: Path, source_url: str | None = None, *, by_grpc: bool = False) -> Self:
         """Read a description from a file; paths in it are relative to its folder. Raises `TargetError`.

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from dstack_emu.runbook.kms_client import KmsAnswer
+from dstack_emu.transport.secrets import Secrets
 
 SHOWN: Final = 80
 """The length up to which a line shows a value in full; the files contain every value in full."""
@@ -15,6 +16,8 @@ BEGINNING: Final = 12
 """The number of characters that a line shows of a longer value."""
 NAMES: Final = 4
 """The number of fields of an answer whose names a line shows."""
+SHORTEST_KEY: Final = 32
+"""The length of the shortest text that is taken for a key: that of 16 bytes in hex."""
 REDACTED: Final = "(a private key was here)"
 _PRIVATE: Final = frozenset(("temp_ca_key", "ca_key", "k256_key", "disk_crypt_key", "env_crypt_key"))
 
@@ -60,9 +63,12 @@ class Case:
 
 
 class Transcript:
-    """Records the cases and steps, and calls `on_case` and `on_step` with each one."""
+    """Records the cases and steps, and calls `on_case` and `on_step` with each one; none shows one of its `secrets`."""
 
-    def __init__(self, on_case: Callable[[Case], None], on_step: Callable[[Step], None]) -> None:
+    def __init__(
+        self, on_case: Callable[[Case], None], on_step: Callable[[Step], None], secrets: Secrets | None = None
+    ) -> None:
+        self.secrets = secrets or Secrets()
         self.cases: list[Case] = []
         self.files: dict[str, str] = {}
         self._on_case, self._on_step = on_case, on_step
@@ -82,7 +88,8 @@ class Transcript:
     def record(self, subject: str, got: str, expected: str, ok: bool | None) -> bool:
         """Record a step about a request or a check (`subject`); return whether it holds."""
         now = time.monotonic()
-        step = Step(self.next_name, subject, got, expected, ok, now - self._since)
+        redact = self.secrets.redact
+        step = Step(self.next_name, redact(subject), redact(got), redact(expected), ok, now - self._since)
         self._since = now
         self.cases[-1].steps.append(step)
         self._on_step(step)
@@ -93,6 +100,17 @@ class Transcript:
         # Two digits, so that a sorted listing of the folder has the steps in order.
         step = f"{self.cases[-1].number}.{len(self.cases[-1].steps) + 1:02}"
         self.files[f"{folder}/{step}-{name}.json"] = json.dumps(document, indent=2, sort_keys=True) + "\n"
+
+    def learn_keys(self, document: Any) -> None:
+        """Add the private keys of an answer to the secrets."""
+        if isinstance(document, dict):
+            for name, child in document.items():
+                if name in _PRIVATE and isinstance(child, str) and len(child) >= SHORTEST_KEY:
+                    self.secrets.learn(child)
+                self.learn_keys(child)
+        elif isinstance(document, list):
+            for child in document:
+                self.learn_keys(child)
 
     @property
     def ok(self) -> bool:

@@ -104,10 +104,13 @@ class LiveKms:
         raise_refusals(lambda: self._access.control.onboard_kms(self.name, None))
         return self
 
-    def onboard(self, source: NamedPart | str = "src") -> Self:
-        """Receive the keys of another KMS and end the onboard phase; raise `Refused` with the KMS's text."""
+    def onboard(self, source: NamedPart | str = "src", *, source_token: str = "") -> Self:
+        """Receive the keys of another KMS and end the onboard phase; raise `Refused` with the KMS's text.
+
+        With a `source_token` the keys are requested from the admin listener of the source.
+        """
         __tracebackhide__ = True
-        raise_refusals(lambda: self._access.control.onboard_kms(self.name, name_of(source)))
+        raise_refusals(lambda: self._access.control.onboard_kms(self.name, name_of(source), source_token))
         return self
 
     def restart(self) -> Self:

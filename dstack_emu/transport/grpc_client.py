@@ -11,7 +11,7 @@ Not here: retries and kept connections. Upstream has no gRPC; this is an additio
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Final, TypeVar
 
 import grpc
@@ -71,6 +71,7 @@ async def call(
     seconds: float,
     secure: bool = False,
     identity: Identity | None = None,
+    metadata: Sequence[tuple[str, str]] = (),
 ) -> A:
     """Call `package.Service/Method` at `host:port`, over TLS if `secure`, with a client certificate if one is given.
 
@@ -98,7 +99,7 @@ async def call(
             f"/{method}", request_serializer=type(request).SerializeToString, response_deserializer=answer.FromString
         )
         try:
-            received: A | None = await stub(request, timeout=seconds)
+            received: A | None = await stub(request, timeout=seconds, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             code, text = error.code(), error.details() or ""
             if code is grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from dstack_emu.attest.version import EMULATOR
 from dstack_emu.cli.commands.common import WARNING, Interrupted, UsageError, add_release, interruptible, say
 from dstack_emu.cli.commands.stack_options import add_kms_options
+from dstack_emu.cli.commands.token_options import add_tokens, tokens
 from dstack_emu.cli.runbook_report import to_stderr, to_stdout
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import StackConfig
@@ -25,6 +26,7 @@ from dstack_emu.runbook.transcript import Transcript
 from dstack_emu.simulator.seed import DEFAULT_SEED, Entropy, Seed
 from dstack_emu.stack import Stack
 from dstack_emu.transport.events import LOGGERS
+from dstack_emu.transport.secrets import Secrets
 
 DESCRIPTION = (
     "Run the five test cases of dstack's runbook for KMS self authorization, on a fresh stack that the command "
@@ -36,13 +38,13 @@ PATIENCE: Final = 60.0
 LOGGED: Final = ("auth", "kms_emu", "simulator", "transport")
 
 
-def _grpc_client() -> KmsClient:
+def _grpc_client(onboard_token: str) -> KmsClient:
     from dstack_emu.runbook.grpc_kms_client import GrpcKmsClient  # grpcio costs time and memory
 
-    return GrpcKmsClient()
+    return GrpcKmsClient(onboard_token)
 
 
-TRANSPORTS: Final[Mapping[str, Callable[[], KmsClient]]] = {"prpc": PrpcKmsClient, "grpc": _grpc_client}
+TRANSPORTS: Final[Mapping[str, Callable[[str], KmsClient]]] = {"prpc": PrpcKmsClient, "grpc": _grpc_client}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--wait", type=_seconds, default=PATIENCE, metavar="SECONDS", help="how long to wait for a KMS (%(default)g)"
     )
     add_kms_options(parser)
+    add_tokens(parser)
     add_release(parser, "the dstack release of the stack, unless the one that runs elsewhere says its own")
     parser.add_argument(
         "--transport", choices=list(TRANSPORTS), default="prpc", help="how to call the KMS (%(default)s)"
@@ -91,6 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--source-url is only for a stack that runs elsewhere: give --against, too")
     if arguments.against and (arguments.kms or arguments.kms_wait):
         raise UsageError("--kms is for the stack that the command starts: leave out --against, or give it to `up`")
+    if (arguments.onboard_token or arguments.source_token) and not arguments.against:
+        raise UsageError("tokens are only for a stack that runs elsewhere: give --against, too")
     try:
         destination = Destination(arguments.evidence) if arguments.evidence else None
     except OSError as error:
@@ -108,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def _run(arguments: argparse.Namespace, destination: Destination | None) -> int:
     report = to_stderr() if arguments.json else to_stdout()
-    transcript = Transcript(report.case, report.step)
+    transcript = Transcript(report.case, report.step, Secrets(*_tokens(arguments)))
     about: dict[str, Any] = {"emulator": EMULATOR, "transport": arguments.transport}
     by_grpc = arguments.transport == "grpc"
     if arguments.against:
@@ -139,14 +144,29 @@ async def _run(arguments: argparse.Namespace, destination: Destination | None) -
         _write(destination, transcript, target, about, logs)
         say(f"Evidence: {destination.path}")
     if arguments.json:
-        print(json.dumps({**about, "ok": transcript.ok, "cases": transcript.to_json()}), flush=True)
+        document = json.dumps({**about, "ok": transcript.ok, "cases": transcript.to_json()})
+        print(transcript.secrets.redact(document), flush=True)
     return 0 if transcript.ok else 1
 
 
+def _tokens(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Return the tokens; none for a stack that the command starts, which demands none."""
+    return tokens(arguments) if arguments.against else ("", "")
+
+
 async def _run_cases(arguments: argparse.Namespace, target: Target, transcript: Transcript, entropy: Entropy) -> None:
-    kms_client = TRANSPORTS[arguments.transport]()
+    onboard_token, source_token = _tokens(arguments)
+    for url in target.urls:
+        transcript.secrets.learn(urlsplit(url).password or "")
+    kms_client = TRANSPORTS[arguments.transport](onboard_token)
     async with RunbookRun(
-        target, kms_client, transcript, entropy=entropy, clock=wall_clock, patience=arguments.wait
+        target,
+        kms_client,
+        transcript,
+        entropy=entropy,
+        clock=wall_clock,
+        patience=arguments.wait,
+        source_token=source_token,
     ) as run:
         await run_cases(run)
 
@@ -172,7 +192,7 @@ def _write(
 ) -> None:
     document = {**about, "ok": transcript.ok, "cases": transcript.to_json(with_times=False)}
     files = {**transcript.files, "runbook.json": json.dumps(document, indent=2) + "\n"}
-    named = {name: normalised(text, target.names) for name, text in files.items()}
+    named = {name: transcript.secrets.redact(normalised(text, target.names)) for name, text in files.items()}
     try:
         destination.write(pack_evidence({**named, **logs}, {**about, "ok": transcript.ok}))
     except OSError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from aiohttp import web
 
 from dstack_emu.cli.commands.common import WARNING, listen_address, say, stop_on_signals
+from dstack_emu.cli.commands.token_options import add_tokens, tokens
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.authorization import Authorization, RemoteApp, remote_kms, tls_url
 from dstack_emu.deployment.errors import StackError
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source-url", metavar="URL", help="the URL of the source as the destination reaches it (default: --kms-src)"
     )
+    add_tokens(parser)
     parser.add_argument("--fresh", action="store_true", help="only write policies that deny everyone")
     parser.add_argument(
         "--serve",
@@ -77,13 +79,15 @@ async def _run(arguments: argparse.Namespace) -> int:
 
 async def _authorize(arguments: argparse.Namespace, policies: list[Path]) -> None:
     app = None if arguments.app is None else RemoteApp(arguments.app)
+    onboard_token, source_token = tokens(arguments)
     flow = Authorization(
-        source=remote_kms("kms-src", arguments.kms_src, _host(arguments.kms_src)),
-        target=remote_kms("kms-dst", arguments.kms_dst, _host(arguments.kms_dst)),
+        source=remote_kms("kms-src", arguments.kms_src, _host(arguments.kms_src), onboard_token),
+        target=remote_kms("kms-dst", arguments.kms_dst, _host(arguments.kms_dst), onboard_token),
         app=app,
         policies=policies,
         source_url=tls_url(arguments.source_url or arguments.kms_src),
         progress=say,
+        source_token=source_token,
     )
     await flow.carry_out()
     if app is not None:
