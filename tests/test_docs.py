@@ -130,7 +130,8 @@ NO_VARIABLES = {"TD_QE", "LEVEL_VARIABLE"}
 
 def documented_variables(heading: str) -> set[str]:
     """Return the variables in the tables of one section of the configuration page."""
-    return {code(name)[0] for name, *_ in rows(section(document("docs/configuration.md"), heading), "variable")}
+    table = rows(section(document("docs/configuration.md"), heading), "variable")
+    return {variable for names, *_ in table for variable in code(names)}
 
 
 def test_variables_that_the_code_names_are_documented() -> None:
@@ -159,7 +160,12 @@ def test_variables_that_set_keys_of_kms_toml_are_documented_as_they_work() -> No
 def test_settings_of_the_container_are_documented() -> None:
     used = {
         name
-        for file in ("docker-compose.yaml", "docker-compose.parts.yaml")
+        for file in (
+            "docker-compose.yaml",
+            "docker-compose.parts.yaml",
+            "compose/kms-src.yaml",
+            "compose/kms-dst.yaml",
+        )
         for name in re.findall(r"\$\{(\w+)", document(file))
     }
     assert used == documented_variables("## The containers")

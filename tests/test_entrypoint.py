@@ -1,0 +1,44 @@
+"""The entry point of the image: the settings in a container's environment become options of `up`."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.repository import ROOT
+from tests.their_kms import script
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Path:
+    """A folder with a `dstack-emu` that prints its arguments, one on a line."""
+    script(tmp_path, "dstack-emu", """printf '%s\\n' "$@\"""")
+    return tmp_path
+
+
+def arguments_of(folder: Path, *arguments: str, **environment: str) -> list[str]:
+    """The arguments that `dstack-emu` gets."""
+    done = subprocess.run(
+        ["sh", str(ROOT / "compose" / "entrypoint"), *arguments],
+        env={"PATH": f"{folder}:{os.environ['PATH']}", "DSTACK_EMU_STATE": "/state", **environment},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
+    return done.stdout.splitlines()
+
+
+def test_own_parts_become_options(started: Path) -> None:
+    always = ["up", "--listen", "0.0.0.0", "--state", "/state"]
+    assert arguments_of(started) == always
+    own = {
+        "EMU_WEBHOOK_SRC": "http://user:a b@hook:3000",
+        "EMU_KMS_DST": "their kms -c {config}",
+        "EMU_KMS_WAIT": "90",
+    }
+    given = ["--kms-wait", "90", "--kms", "dst=their kms -c {config}", "--webhook", "src=http://user:a b@hook:3000"]
+    assert arguments_of(started, **own) == [*always, *given]
+    assert arguments_of(started, "up", "--kms", "src=external", **own) == [*always, *given, "--kms", "src=external"]
+    assert arguments_of(started, "kms", "--config", "x", **own) == ["kms", "--config", "x"]
