@@ -193,6 +193,7 @@ class Emulator(StrictSection):
     """[emulator]: settings of this emulator only; an upstream KMS ignores them."""
 
     rpc_cert_evidence: EvidenceForm = "versioned"
+    rpc_cert_names: list[str] = Field(default_factory=list)
     auth_api_cache: bool = False
     grpc: Grpc = Grpc()
 

@@ -49,7 +49,8 @@ class KmsDependencies:
     """The parts that both phases share.
 
     `clock` gives the time at which evidence and collateral are verified; `issue_clock` gives the dates of certificates.
-    `evidence_form` is the form of the evidence in the RPC certificate. Without `images` (`core.image.verify` switched
+    `evidence_form` is the form of the evidence in the RPC certificate, `rpc_cert_names` its names beside the domain.
+    Without `images` (`core.image.verify` switched
     off) the hash of an OS image is accepted as claimed. `release` is the dstack release of this KMS. A success of the
     webhook is reused for `auth_cache_seconds` by the clock `now`; 0 keeps none.
     """
@@ -65,6 +66,7 @@ class KmsDependencies:
     receiver: Receiver
     log: EventLog
     evidence_form: EvidenceForm = "versioned"
+    rpc_cert_names: Sequence[str] = ()
     images: ImageStore | None = None
     release: Release = DEFAULT
     auth_cache_seconds: int = 0
@@ -123,6 +125,7 @@ class KmsDependencies:
             ),
             log=EventLog("dstack_emu.kms_emu", **({"site": core.site_name} if core.site_name else {})),
             evidence_form=config.emulator.rpc_cert_evidence,
+            rpc_cert_names=config.emulator.rpc_cert_names,
             images=_image_store(core) if core.image.verify else None,
             release=release,
             auth_cache_seconds=release.auth_api_cache_seconds if cached else 0,

@@ -5,7 +5,7 @@ with. Source: dstack `kms/src/main_service.rs`, `kms/src/onboard_service.rs` (`K
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Self
 
@@ -92,13 +92,14 @@ class RootKeys:
         now: int,
         evidence_form: cert.EvidenceForm = "versioned",
         *,
+        more_names: Sequence[str] = (),
         keeps_log_digests: bool = False,
     ) -> str:
-        """Issue the certificate of the RPC listener (PEM)."""
+        """Issue the certificate of the RPC listener (PEM), for its domain and `more_names`."""
         request = cert.CertificateRequest(
             public_key=key.public_key(),
             subject=domain,
-            alt_names=(domain,),
+            alt_names=tuple(dict.fromkeys((domain, *more_names))),
             usage=cert.USAGE_KMS_RPC,
             attestation=attestation,
             evidence_form=evidence_form,

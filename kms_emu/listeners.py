@@ -21,6 +21,7 @@ from dstack_emu.kms_emu.runtime_phase import admin_tls_context, runtime_app, tls
 from dstack_emu.kms_emu.service import KmsService, OnboardService
 from dstack_emu.transport.http import Middleware
 from dstack_emu.transport.listen import Server, bind_tcp, reachable, serve
+from dstack_emu.transport.localhost_socket import bound_host
 from dstack_emu.transport.prpc_server import RpcStatuses
 
 if TYPE_CHECKING:
@@ -72,9 +73,8 @@ class KmsListeners:
         """Return where the admin listener answers in the runtime phase; None without one."""
         if self._admin_sock is None:
             return None
-        host, port = self._admin_sock.getsockname()[:2]
         scheme = "http" if self._config.core.admin.tls.files is None else "https"
-        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        return f"{scheme}://{reachable(self._admin_sock)}"
 
     @property
     def grpc_targets(self) -> dict[str, str]:
@@ -112,8 +112,8 @@ class KmsListeners:
 
     def addresses(self) -> Addresses:
         """Return where the bound sockets listen."""
-        grpc = {key: sock.getsockname()[:2] for key, sock in self._grpc_socks.items()}
-        return Addresses(self._rpc_sock.getsockname()[:2], grpc)
+        grpc = {key: _address(sock) for key, sock in self._grpc_socks.items()}
+        return Addresses(_address(self._rpc_sock), grpc)
 
     def rebind(self, where: Addresses) -> None:
         """Bind the RPC and gRPC sockets again, once they are closed; raise `ListenError`."""
@@ -195,3 +195,7 @@ class KmsListeners:
         tls = admin_tls_context(self._config.core.admin.tls, self._deps)
         self._admin_server = await serve(admin_app(service, self._deps, self._auth.admin), self._admin_sock, tls)
         self._deps.log.info("admin listener", url=self.admin_url)
+
+
+def _address(sock: socket.socket) -> tuple[str, int]:
+    return bound_host(sock), sock.getsockname()[1]

@@ -32,6 +32,7 @@ async def issue_rpc_certificate(deps: KmsDependencies, kms_keys: KmsKeys) -> str
         evidence,
         deps.issue_clock(),
         deps.evidence_form,
+        more_names=deps.rpc_cert_names,
         keeps_log_digests=deps.release.certificate_log_has_digests,
     )
 

@@ -41,6 +41,8 @@ def as_text(value: Any) -> str:
     """A default as a variable says it."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list):
+        return ",".join(value)
     return "" if value is None else str(value)
 
 
@@ -67,6 +69,8 @@ def test_every_key_can_be_set_by_a_variable(key: str) -> None:
             other, text = 0.25, "250ms"
         case Path() | None:
             other, text = Path("/somewhere else"), "/somewhere else"
+        case list():
+            other, text = ["a.example", "::1"], "a.example, ::1"
         case _:
             text = {
                 "core.auth_api.type": "dev",

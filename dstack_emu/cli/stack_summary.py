@@ -55,10 +55,10 @@ def summary(description: dict[str, Any], seconds: float) -> str:
 
 
 def _fresh_steps(description: dict[str, Any]) -> list[str]:
-    kms = description["services"]["kms-src"]
+    kms, domain = description["services"]["kms-src"], description["kms_names"][0]
     return [
         f"curl -s -X POST '{kms}/prpc/Onboard.GetAttestationInfo?json'",
-        f"curl -s -X POST '{kms}/prpc/Onboard.Bootstrap?json' -d '{{\"domain\":\"127.0.0.1\"}}'",
+        f"curl -s -X POST '{kms}/prpc/Onboard.Bootstrap?json' -d '{{\"domain\":\"{domain}\"}}'",
         "# Bootstrap is refused until the policy of kms-src allows it (docs/tutorial.md). Only after a success:",
         f"# curl -s '{kms}/finish'   (a KMS without keys exits, and the stack with it)",
     ]

@@ -40,7 +40,8 @@ class StackConfig:
     heeds a changed policy. `collateral_issued` is the day on which the collateral was issued, ISO 8601 or `today`; it
     expires 30 days later (None: collateral that is valid from 2024 to 2099). `control_token` is
     the token of the control API on an address that is not of this machine alone (None: that of the state folder, or a
-    random one). Ports that are not given are those of PORTS and GRPC_PORTS.
+    random one). `domains` are the names in the certificates of its KMS, beside the address, the first one their domain
+    (none: the address). Ports that are not given are those of PORTS and GRPC_PORTS.
 
     `webhooks` has the URL of a webhook of your own, by the name of the KMS that asks it, `src` or `dst`. `kms` has, by
     the same names, the command line of a KMS of your own (`{config}` is the path of its kms.toml), or its URL, or
@@ -66,6 +67,7 @@ class StackConfig:
     patience: float | None = None
     auth_api_cache: bool = False
     collateral_issued: str | None = None
+    domains: tuple[str, ...] = ()
     control_token: str | None = None
     webhooks: Mapping[str, str] = field(default_factory=dict)
     kms: Mapping[str, str] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from dstack_emu.auth.policy import Contract, parse_contract
 from dstack_emu.auth.server import simple_app
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.deployment.instrumentation import App, Instrumentation
+from dstack_emu.deployment.kms_names import kms_names
 from dstack_emu.deployment.own_app import OwnApp
 from dstack_emu.deployment.policy_files import PolicyFiles
 from dstack_emu.deployment.service_logs import ServiceLogs
@@ -62,6 +63,15 @@ class StackContext:
     app: OwnApp
     urls: dict[str, str] = field(default_factory=dict)
     grpc: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def kms_names(self) -> tuple[str, ...]:
+        """The names in the certificates of its KMS; the first one is the domain. Raises `StackError`."""
+        return kms_names(self.config.host, self.config.domains)
+
+    def require_names(self) -> None:
+        """Raise `StackError` if the certificates of its KMS cannot have the configured names."""
+        kms_names(self.config.host, self.config.domains)
 
     def release_of(self, name: str | None) -> Release:
         """Return the dstack release of a part: the named one, or the stack's."""

@@ -437,5 +437,6 @@ class Deployment:
             "seed": self.config.seed,
             "release": self.config.release,
             "auth_contract": self.context.contract_of(),
+            "kms_names": list(self.context.kms_names),
             "fresh": self.config.fresh,
         }

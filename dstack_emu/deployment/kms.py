@@ -22,6 +22,7 @@ from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.errors import ConfigError
 from dstack_emu.transport.listen import reachable
+from dstack_emu.transport.localhost_socket import bound_host
 
 
 class EmulatedKms(RunningKms):
@@ -81,10 +82,12 @@ class EmulatedKms(RunningKms):
         """Build its kms.toml."""
         emulator = {
             "rpc_cert_evidence": self.spec.rpc_cert_evidence,
+            "rpc_cert_names": list(self._context.kms_names),
             "auth_api_cache": self._has_auth_api_cache(),
             "grpc": {"enabled": grpc},
         }
-        return {**self._settings(webhook, *sock.getsockname()[:2]).document(), "emulator": emulator}
+        settings = self._settings(webhook, bound_host(sock), sock.getsockname()[1])
+        return {**settings.document(), "emulator": emulator}
 
     def _has_auth_api_cache(self) -> bool:
         if self.spec.auth_api_cache is not None:

@@ -67,6 +67,7 @@ def prepare(
         ),
         app=app,
     )
+    context.require_names()
     _require_bootable(context, app)
     context.instrumentation.journal.scrub = context.scrub
     return context, remembered

@@ -25,6 +25,7 @@ from dstack_emu.transport.client import MAX_RESPONSE
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.listen import reachable
+from dstack_emu.transport.localhost_socket import bound_host
 from dstack_emu.transport.tls import client_context
 
 EXTERNAL: Final = "external"
@@ -65,8 +66,9 @@ class RunningForeignKms(RunningKms):
 
     @property
     def domain(self) -> str:
-        """The host in its URL."""
-        return urlsplit(self.url).hostname or super().domain
+        """The host in its URL, unless it is an IPv6 address, which no KMS takes as its domain."""
+        host = urlsplit(self.url).hostname or ""
+        return super().domain if ":" in host or not host else host
 
     # ---- starting and stopping
 
@@ -94,7 +96,7 @@ class RunningForeignKms(RunningKms):
         """Return the URL at which it answers, and the address at which it listens; leave that to it."""
         with self._context.ports.take(self.spec.service) as sock:
             if not is_url(self._configured):
-                return f"http://{reachable(sock)}", *sock.getsockname()[:2]
+                return f"http://{reachable(sock)}", bound_host(sock), sock.getsockname()[1]
         parts = urlsplit(self._configured)
         host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
         return self._configured.rstrip("/"), host if _is_address(host) else "0.0.0.0", port  # noqa: S104 - a name's own

@@ -19,9 +19,6 @@ from dstack_emu.transport.validation import suggestion
 PERMANENT: Final = ("src", "dst")
 """The KMS of every stack. Their files are never deleted; those of another KMS are, when it is removed."""
 
-KMS_DOMAIN: Final = "127.0.0.1"
-"""The name in the KMS's certificates, an IP address, so that the printed URLs are valid under the KMS's root."""
-
 
 class RunningKms(PhaseSource, ABC):
     """A running KMS, with its own webhook and gRPC listeners if it has any.
@@ -57,8 +54,8 @@ class RunningKms(PhaseSource, ABC):
 
     @property
     def domain(self) -> str:
-        """The name in its certificate."""
-        return KMS_DOMAIN
+        """The name in its certificate; the others are an addition of the emulator."""
+        return self._context.kms_names[0]
 
     @property
     def files(self) -> dict[str, str]:

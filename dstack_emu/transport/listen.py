@@ -18,12 +18,14 @@ import socket
 import ssl
 import stat
 import struct
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from dstack_emu.transport.errors import ListenError as ListenError
 from dstack_emu.transport.http.application import Application
 from dstack_emu.transport.http.protocol import HttpServer
+from dstack_emu.transport.localhost_socket import LOCALHOST, LocalhostSocket, parts_of
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -40,6 +42,8 @@ _BACKLOG: Final = 1024
 def bind_tcp(host: str, port: int, *, setting: str = "", listen: bool = True) -> socket.socket:
     """Bind and listen on a TCP address; port 0 takes a free one.
 
+    `localhost` is 127.0.0.1 and, if the machine has it, ::1 (`LocalhostSocket`); `::` is every address of the machine.
+
     If `listen` is false, the port is bound, but clients are refused until something is served on it. Raises
     `ListenError`, which names `setting` if it is given.
     """
@@ -50,16 +54,27 @@ def bind_tcp(host: str, port: int, *, setting: str = "", listen: bool = True) ->
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
         raise ListenError(address, f"no such address: {error}", setting) from error
-    family, kind, protocol, _, target = found[0]
+    try:
+        sock = LocalhostSocket.bind_both(port) if host == LOCALHOST else _bound(found[0])
+    except OSError as error:
+        raise ListenError(error.filename or address, _why(error), setting) from error
+    if listen:
+        sock.listen(_BACKLOG)
+    return sock
+
+
+def _bound(found: tuple[Any, ...]) -> socket.socket:
+    """Bind what getaddrinfo found; the unspecified address of IPv6 takes IPv4's connections, too."""
+    family, kind, protocol, _, target = found
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if target[0] == "::":
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.bind(target)
-        if listen:
-            sock.listen(_BACKLOG)
-    except OSError as error:
+    except OSError:
         sock.close()
-        raise ListenError(address, _why(error), setting) from error
+        raise
     return sock
 
 
@@ -138,6 +153,7 @@ def _why(error: OSError) -> str:
     reasons = {
         errno.EADDRINUSE: "the address is in use",
         errno.EADDRNOTAVAIL: "this machine has no such address",
+        errno.EAFNOSUPPORT: "this machine has no IPv6",
         errno.EACCES: "permission denied",
         errno.ENOENT: "its folder does not exist",
     }
@@ -157,8 +173,10 @@ class _Connections(Protocol):
 class Server:
     """A running server; `serve` makes it."""
 
-    def __init__(self, sock: socket.socket, secure: bool, listener: asyncio.Server, connections: _Connections) -> None:
-        self._listener, self._connections = listener, connections
+    def __init__(
+        self, sock: socket.socket, secure: bool, listeners: Sequence[asyncio.Server], connections: _Connections
+    ) -> None:
+        self._listeners, self._connections = listeners, connections
         self._file: tuple[Path, int] | None = None
         if sock.family == socket.AF_UNIX:
             path = Path(sock.getsockname())
@@ -174,11 +192,12 @@ class Server:
 
     def stop_listening(self) -> None:
         """Accept no further connections; `close` does the rest."""
-        self._listener.close()
+        for listener in self._listeners:
+            listener.close()
 
     async def close(self) -> None:
         """Stop listening, let calls in progress finish (see GRACE), close connections, remove the file."""
-        self._listener.close()
+        self.stop_listening()
         await self._connections.close()
         if self._file is not None:
             path, inode = self._file
@@ -189,18 +208,26 @@ class Server:
 
 async def serve(app: AnyApplication, sock: socket.socket, ssl_context: ssl.SSLContext | None = None) -> Server:
     """Serve an application, our own or aiohttp's, on a bound socket; take ownership of the socket."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted ones inherit it
+    parts = parts_of(sock)
     connections: _Connections | None = None
+    listeners: list[asyncio.Server] = []
     try:
         connections = await _connections(app)
-        listener = await asyncio.get_running_loop().create_server(
-            connections, sock=sock, ssl=ssl_context, backlog=_BACKLOG
-        )
-        return Server(sock, ssl_context is not None, listener, connections)
+        for part in parts:
+            part.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted ones inherit it
+            listeners.append(
+                await asyncio.get_running_loop().create_server(
+                    connections, sock=part, ssl=ssl_context, backlog=_BACKLOG
+                )
+            )
+        return Server(sock, ssl_context is not None, listeners, connections)
     except BaseException:
+        for listener in listeners:
+            listener.close()
         if connections is not None:
             await connections.close()
-        sock.close()
+        for part in parts:
+            part.close()
         raise
 
 

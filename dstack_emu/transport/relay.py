@@ -18,6 +18,7 @@ from typing import Final
 from weakref import WeakValueDictionary
 
 from dstack_emu.transport.listen import reachable, reset
+from dstack_emu.transport.localhost_socket import parts_of
 
 HANDSHAKE_TIMEOUT: Final = 20.0
 """The timeout of a client's TLS handshake in seconds."""
@@ -44,7 +45,7 @@ class Relay:
         self._path, self._certificates = path, certificates
         self._token, self._count = secrets.token_hex(8), 0
         self._carried: set[_Client] = set()
-        self._listening: asyncio.Server | None = None
+        self._listening: list[asyncio.Server] = []
         self._none = asyncio.Event()
         self._none.set()
         self.target = ""
@@ -53,18 +54,20 @@ class Relay:
     async def start(self, sock: socket.socket, tls: ssl.SSLContext | None) -> None:
         """Listen on a bound socket, and take ownership of it."""
         self.target = reachable(sock)
-        self._listening = await asyncio.get_running_loop().create_server(
-            lambda: _Client(self),
-            sock=sock,
-            ssl=tls,
-            backlog=1024,
-            ssl_handshake_timeout=None if tls is None else HANDSHAKE_TIMEOUT,
-        )
+        for part in parts_of(sock):
+            listening = await asyncio.get_running_loop().create_server(
+                lambda: _Client(self),
+                sock=part,
+                ssl=tls,
+                backlog=1024,
+                ssl_handshake_timeout=None if tls is None else HANDSHAKE_TIMEOUT,
+            )
+            self._listening.append(listening)
 
     def stop_listening(self) -> None:
         """Accept no further connections; existing ones continue."""
-        if self._listening is not None:
-            self._listening.close()
+        for listening in self._listening:
+            listening.close()
 
     async def close(self, seconds: float) -> None:
         """Stop listening, wait at most so many seconds until every connection has ended, and abort the rest."""

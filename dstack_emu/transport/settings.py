@@ -132,8 +132,9 @@ def toml_value(_name: str, _path: Sequence[str], text: str) -> int | str:
 def typed_value(model: type[BaseModel], file: str) -> ReadValue:
     """Return a parser of values by the type of their key in `model`; `file` names the model in errors.
 
-    Booleans are `true` or `false`; other values are written as in the file, without quotes. The parser raises
-    `ConfigError` if a variable names no key, or its value does not have the key's type.
+    Booleans are `true` or `false`, a list has commas between its texts; other values are written as in the file,
+    without quotes. The parser raises `ConfigError` if a variable names no key, or its value does not have the key's
+    type.
     """
 
     def read(name: str, path: Sequence[str], text: str) -> Any:
@@ -163,6 +164,8 @@ def _typed(name: str, field: FieldInfo, text: str) -> Any:
         return text == "true"
     if not text and _is_optional(field.annotation):
         return None
+    if field.annotation == list[str]:
+        return [each.strip() for each in text.split(",") if each.strip()]
     kind: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
     try:
         value = TypeAdapter(kind).validate_strings(text)

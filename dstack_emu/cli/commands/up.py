@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import time
+from dataclasses import replace
 
 from dstack_emu.cli.commands.common import WARNING, Interrupted, interruptible, say
 from dstack_emu.cli.commands.stack_options import add_stack_options, stack_config
@@ -31,12 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST",
         help="address to listen on (%(default)s); the control API demands a token unless it is a loopback address",
     )
+    parser.add_argument(
+        "--domain",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name in the certificates of the KMS, beside the address; may be repeated (default: the address)",
+    )
     parser.add_argument("--free-ports", action="store_true", help="take free ports instead of the runbook's")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the stack until a signal."""
-    config = stack_config(arguments, free_ports=arguments.free_ports, host=arguments.listen)
+    config = stack_config(arguments, free_ports=arguments.free_ports, host=arguments.listen.strip("[]"))
+    config = replace(config, domains=tuple(arguments.domain))
     with contextlib.suppress(Interrupted):  # a signal is the regular end of a stack
         asyncio.run(interruptible(_run_stack(config, as_json=arguments.json)))
     return 0
