@@ -181,6 +181,7 @@ def test_block_whose_fault_applied_to_nothing_fails_unless_told_otherwise(dstack
         (lambda live: live.journal.find(outcome="denid"), "did you mean 'denied'?"),
         (lambda live: live.journal.find(caller="outsider"), "did you mean 'outside'?"),
         (lambda live: live.policy("scr"), "there is no KMS 'scr': src, dst; did you mean 'src'?"),
+        (lambda live: live.boot("ap"), "there is no trust domain 'ap': kms-src, kms-dst, app; did you mean 'app'?"),
         (lambda live: live.boot("app", kms="dts"), "there is no KMS 'dts': src, dst; did you mean 'dst'?"),
         (
             lambda live: live.policy("src").allow("kms-srx"),

@@ -137,9 +137,11 @@ class LiveStack:
     ) -> LiveTrustDomain:
         """Let an app (by default the stack's own) fetch keys from a KMS, or the first of several that releases them.
 
-        Raises `Refused` with the KMS's text.
+        Raises `Refused` with the KMS's text, `ControlError` if there is no trust domain or KMS of a name.
         """
-        return (self.app(app) if app is None or isinstance(app, str) else app).boot(kms)
+        if app is None or isinstance(app, str):
+            app = LiveTrustDomain(self._access, app or "app")
+        return app.boot(kms)
 
     def fault(self, *, must_apply: bool = True, **fields: Any) -> LiveFault:
         """Put a fault in force (fields of docs/control.md) for a `with` block, or until the test ends.
