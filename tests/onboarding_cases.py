@@ -5,7 +5,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from http.client import HTTPConnection
@@ -166,6 +166,20 @@ def served(agent: Agent) -> Iterator[Agent]:
         thread.join()
 
 
+Ask = Callable[[KmsServer, dict[str, Any]], str]
+"""Calls Onboard of a receiver, and returns its refusal, empty if it succeeds."""
+
+
+def by_prpc(receiver: KmsServer, request: dict[str, Any]) -> str:
+    """Call Onboard in JSON over HTTP."""
+    connection = HTTPConnection(receiver.url.partition("://")[2], timeout=20)
+    connection.request("POST", "/prpc/Onboard.Onboard?json", json.dumps(request))
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    connection.close()
+    return "" if response.status == 200 else str(answer["error"])
+
+
 class Pair:
     """A source, which starts anew for each onboarding, and a receiver of each release, which stays fresh."""
 
@@ -176,14 +190,17 @@ class Pair:
         switches: tuple[WebhookSwitch, WebhookSwitch],
         agents: tuple[Agent, Agent],
         forger: Forger,
+        *,
+        grpc: bool = False,
     ) -> None:
+        self._grpc = grpc
         self.forger, self._folder, self._pccs, self._forged = forger, folder, pccs, agents
         self._switches = switches
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         (folder / "root.pem").write_bytes(pccs.intel.root.public_bytes(Encoding.PEM))
         self._thread.start()
-        self._receivers: dict[str, KmsServer] = {}
+        self.receivers: dict[str, KmsServer] = {}
 
     def run(self, work: Any) -> Any:
         """Run a coroutine where the KMS run."""
@@ -196,17 +213,17 @@ class Pair:
         source = self.run(self._start("source", 0, "0.6", {"onboard": {"auto_bootstrap_domain": "kms.test"}}))
         self.run(source.stop())
         for name in ("0.5", "0.6"):
-            self._receivers[name] = self.run(self._start(f"receiver-{name}", 1, name, {}))
+            self.receivers[name] = self.run(self._start(f"receiver-{name}", 1, name, {}))
 
     def close(self) -> None:
         """Stop what runs."""
-        for receiver in self._receivers.values():
+        for receiver in self.receivers.values():
             self.run(receiver.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
-    def answers(self, case: Onboarding) -> tuple[bool, str]:
+    def answers(self, case: Onboarding, ask: Ask = by_prpc) -> tuple[bool, str]:
         """Carry an onboarding out: whether the receiver got the keys, and its refusal if not."""
         call = case.handover
         self._show(case.source, call, call.webhook, case.webhook)
@@ -222,7 +239,8 @@ class Pair:
         try:
             url = source.admin_url if case.listener == "admin" else source.url
             token = {"": "", "right": TOKEN, "wrong": f"{TOKEN}s"}[case.token]
-            return self._onboard(case.release, {"source_url": url, "domain": "kms.test", "source_token": token})
+            request = {"source_url": url, "domain": "kms.test", "source_token": token}
+            return self._onboard(case.release, request, ask)
         finally:
             self.run(source.stop())
 
@@ -237,18 +255,12 @@ class Pair:
         for agent, evidence in zip(self._forged, (source, call.evidence), strict=True):
             agent.evidence, agent.vm_config = evidence, call.vm_config
 
-    def _onboard(self, name: str, request: dict[str, Any]) -> tuple[bool, str]:
-        address = self._receivers[name].url.partition("://")[2]
-        connection = HTTPConnection(address, timeout=20)
-        connection.request("POST", "/prpc/Onboard.Onboard?json", json.dumps(request))
-        response = connection.getresponse()
-        answer = json.loads(response.read())
-        connection.close()
+    def _onboard(self, name: str, request: dict[str, Any], ask: Ask) -> tuple[bool, str]:
+        refusal = ask(self.receivers[name], request)
         got, made = self._folder / f"receiver-{name}", self._folder / "source"
-        stored = sorted(path.name for path in got.iterdir())
-        if response.status != 200:
-            assert not stored, "something is stored after a refusal"
-            return False, answer["error"]
+        if refusal:
+            assert not list(got.iterdir()), "something is stored after a refusal"
+            return False, refusal
         for key in ROOT_KEYS:
             assert (got / key).read_bytes() == (made / key).read_bytes()
         for path in got.iterdir():  # Onboard looks at the folder at every call: the receiver is fresh again
@@ -262,6 +274,7 @@ class Pair:
         self, name: str, side: int, release_name: str, core: dict[str, Any], form: str = "versioned"
     ) -> KmsServer:
         certs, sock = self._folder / name, bind_tcp("127.0.0.1", 0)
+        grpc = {"enabled": self._grpc and side == 1, "port": 0, "mtls_port": 0, "admin_port": 0}
         certs.mkdir(exist_ok=True)
         document = {
             "rpc": {"tls": {**self._tls(name), "mutual": {"ca_certs": str(certs / "tmp-ca.crt")}}},
@@ -276,7 +289,7 @@ class Pair:
                 "auth_api": {"webhook": {"url": self._switches[side].url}},
                 **core,
             },
-            "emulator": {"rpc_cert_evidence": form},
+            "emulator": {"rpc_cert_evidence": form, "grpc": grpc},
         }
         server = KmsServer(
             KmsConfig.from_document(document, "kms.toml"),
@@ -291,8 +304,8 @@ class Pair:
 
 
 @contextmanager
-def pair(folder: Path, seed: str) -> Iterator[Pair]:
-    """Serve two KMS with everything around them until the block ends."""
+def pair(folder: Path, seed: str, *, grpc: bool = False) -> Iterator[Pair]:
+    """Serve two KMS with everything around them until the block ends; with `grpc` receivers serve it, too."""
     for name in ("of-source", "of-receiver"):
         (folder / name).mkdir()
     with ExitStack() as stack:
@@ -300,7 +313,7 @@ def pair(folder: Path, seed: str) -> Iterator[Pair]:
         switches = tuple(stack.enter_context(webhook_switch(folder / name)) for name in ("of-source", "of-receiver"))
         forger = Forger(pccs.intel, Seed.of(seed).derive)
         agents = tuple(stack.enter_context(served(Agent(forger))) for _ in range(2))
-        made = Pair(folder, pccs, (switches[0], switches[1]), (agents[0], agents[1]), forger)
+        made = Pair(folder, pccs, (switches[0], switches[1]), (agents[0], agents[1]), forger, grpc=grpc)
         try:
             made.prepare(OnboardingDraw(forger, "preparation").side())
             yield made

@@ -355,6 +355,25 @@ def test_webhook_that_reads_other_policies_fails_what_depends_on_them(
     assert "2 of 6 passed." in out
 
 
+def test_app_whose_log_can_be_read_in_two_ways_is_no_attested_client(fresh_stack: RunningStack, tmp_path: Path) -> None:
+    event = {"event": "compose-hash:", "payload": "00"}
+    made = json.dumps({"name": "forger", "events": [event]})
+    url, kind = f"{fresh_stack.services['control']}/guests", ("-H", "Content-Type: application/json")
+    forger = json.loads(fresh_stack.curl(url, *kind, "-d", made)[1])
+    said = {}
+    for name, app in (("forger", forger["dstack_sock"]), ("app", fresh_stack.services["app"])):
+        services = {**fresh_stack.services, "app": app}
+        file = write(tmp_path / "stack.json", {**fresh_stack.description, "services": services})
+        done = run_command("runbook", "--json", "--against", str(file))
+        steps = [step for case in json.loads(done.stdout)["cases"] for step in case["steps"]]
+        said[name] = done.returncode, [step["asked"] for step in steps if step["ok"] is False]
+        refused = [step["asked"] for step in steps if " is ambiguous: 'compose-hash:' " in step["asked"] + step["got"]]
+        assert bool(refused) is (name == "forger"), steps
+        fresh_stack.reset()
+    assert said["forger"][0] == 1
+    assert said["app"] == (0, [])
+
+
 # ---- a KMS that does not ask
 
 
