@@ -77,8 +77,7 @@ def onboarding(kms: Pair, source: str, receiver: str) -> Onboarding:
     )
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("receiver", ["0.5", "0.6"])
+@pytest.mark.parametrize(("receiver", "way"), [("0.5", "prpc"), ("0.6", "prpc"), ("0.6", "grpc"), ("0.6", "page")])
 @pytest.mark.parametrize("source", ["0.5", "0.6"])
 def test_either_release_takes_keys_of_either_one_unless_a_side_refuses(
     kms: Pair, tmp_path: Path, source: str, receiver: str, way: str
@@ -95,9 +94,7 @@ def test_either_release_takes_keys_of_either_one_unless_a_side_refuses(
             (denied_receiver, "Boot denied: "),
         ):
             released, refusal = kms.answers(wrong, ask)
-            assert (released, refusal.startswith("Failed to onboard: "), said in refusal) == (False, True, True), (
-                refusal
-            )
+            assert (released, said in refusal.removeprefix("Failed to onboard: ")) == (False, True), refusal
         assert kms.answers(right, ask) == (True, "")
         legacy = replace(right, source_form="legacy")
         assert kms.answers(legacy, ask) == (True, ""), "a source of 0.5.8 or so"
@@ -108,7 +105,7 @@ def test_keys_of_a_source_with_a_token_are_handed_over_in_every_way(kms: Pair, t
     right = replace(onboarding(kms, "0.6", "0.6"), listener="admin", source_is_public=False)
     with WAYS[way](tmp_path, kms.receivers["0.6"]) as ask:
         for token in ("", "wrong"):
-            released, refusal = kms.answers(replace(right, token=token), ask)  # type: ignore[arg-type]
+            released, refusal = kms.answers(replace(right, token=token), ask)
             assert (released, "status=401 Unauthorized" in refusal) == (False, True), refusal
         assert kms.answers(replace(right, token="right"), ask) == (True, "")
 
