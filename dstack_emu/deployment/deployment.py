@@ -432,6 +432,7 @@ class Deployment:
                 "DSTACK_SIMULATOR_ENDPOINT": str(app.dstack_sock),
                 "TAPPD_SIMULATOR_ENDPOINT": str(app.tappd_sock),
                 "DSTACK_EMU_SOCKETS": str(app.folder),
+                "DSTACK_EMU_APP": app.url,
             },
             "state": str(self.state),
             "seed": self.config.seed,
