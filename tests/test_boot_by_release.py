@@ -93,7 +93,8 @@ def test_error_of_several_kms_has_every_answer_in_0_6_and_the_first_in_0_5(stack
     with denied(stack, "src", "dst"), refused() as refusal:
         guest.boot(["src", "dst"])
     every = f"failed to get app keys from KMS: {urls[0]}: {answer}; {urls[1]}: {answer}"
-    assert refusal.text == (every if release == "0.6" else f"Failed to get app keys from KMS: {answer}")
+    text = every if release == "0.6" else f"Failed to get app keys from KMS: {answer}"
+    assert refusal.text == f"{text} (app id {guest.app_id}, compose hash {guest.compose_hash})"
     assert not guest.has_keys
 
 

@@ -116,7 +116,9 @@ def test_policy_allows_and_denies_by_compose_file_app_id_and_evidence(
     assert policy("deny", "src", *kms)["kms"] == before["kms"]
 
     guest = json.loads(_ctl(ready_stack, "guest", "add", "mine", f"compose=@{compose}")[1])
-    assert "app not registered" in _ctl(ready_stack, "guest", "boot", "mine")[2]
+    denied = _ctl(ready_stack, "guest", "boot", "mine")[2]
+    assert "app not registered" in denied
+    assert denied.endswith(f"(app id {guest['app_id']}, compose hash {digest})\n")
     policy("allow", "src", "--app-compose", str(compose), "--app-id", guest["app_id"])
     assert json.loads(_ctl(ready_stack, "guest", "boot", "mine")[1])["has_keys"] is True
     policy("deny", "src", "--app-id", guest["app_id"])

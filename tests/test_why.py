@@ -8,6 +8,8 @@ from typing import Any, Final
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dstack_emu.attest import eventlog
 from dstack_emu.auth.allowlist import ALLOWLIST_RULES
@@ -15,6 +17,8 @@ from dstack_emu.auth.boot_info import parse_boot_info
 from dstack_emu.auth.file import FileAuth
 from dstack_emu.auth.policy import CONTRACTS, RULES, Contract, parse_contract
 from dstack_emu.auth.simple import SimpleAuth
+from dstack_emu.inspection.policy_change import smallest_change
+from dstack_emu.inspection.policy_file import Kind, PolicyFile
 from tests.commands import serving
 from tests.repository import ROOT
 from tests.test_attest_properties import NOW, issued, legacy_certificate, signing_request, world
@@ -222,6 +226,59 @@ def test_empty_value_is_never_allowed_by_a_change(tmp_path: Path) -> None:
     found = why(*question, status=1)
     assert (found["change"], found["refusals"][0]["rule"]) == (None, "os_image")
     assert found["no_change_because"].startswith("the request has no osImageHash")
+
+
+def test_change_is_made_where_the_first_spelling_of_an_app_id_is(tmp_path: Path) -> None:
+    first = {"composeHashes": [OTHER], "devices": [f"0x{DEVICE}"]}
+    policy = ADMITTING | {"apps": {APP: first, f"0x{APP_ID}": {}, APP_ID: {}}}
+    question = (write(tmp_path / "b.json", BOOT), "--policy", write(tmp_path / "p.json", policy))
+    (operation,) = why(*question, status=1)["change"]["patch"]
+    assert operation == {"op": "add", "path": f"/apps/{APP}/composeHashes/-", "value": f"0x{BOOT['composeHash']}"}
+
+
+HEX: Final = st.sampled_from(["05" * 32, "0x" + "05" * 32, "A9" * 32, "0xC0" + "c0" * 31, "d1" * 32])
+LISTS: Final = {name: st.lists(HEX, max_size=2) for name in ("devices", "composeHashes", "mrAggregated", "osImages")}
+SECTION: Final = {"devices": LISTS["devices"], "allowAnyDevice": st.booleans()}
+POLICIES: Final = st.fixed_dictionaries(
+    {},
+    optional={
+        "osImages": LISTS["osImages"],
+        "allowedTcbStatuses": st.lists(st.sampled_from(["UpToDate", "OutOfDate"]), max_size=1),
+        "kms": st.fixed_dictionaries({}, optional=SECTION | {"mrAggregated": LISTS["mrAggregated"]}),
+        "apps": st.dictionaries(
+            st.sampled_from([APP, OTHER[:42]]),
+            st.fixed_dictionaries({}, optional=SECTION | {"composeHashes": LISTS["composeHashes"]}),
+        ),
+    },
+)
+
+
+@given(
+    POLICIES,
+    st.sampled_from((*CONTRACTS, None)),
+    st.booleans(),
+    st.sampled_from(["UpToDate", "OutOfDate"]),
+    st.lists(st.sampled_from(["INTEL-SA-1", "INTEL-SA-2"]), unique=True),
+)
+def test_change_admits_the_boot_under_any_policy_and_only_adds(
+    document: dict[str, Any], contract: Contract | None, is_kms: bool, status: str, advisories: list[str]
+) -> None:
+    kind: Kind = "dstack-auth" if contract is None else "auth-simple"
+    policy = PolicyFile(kind, "policy.json", json.dumps(document).encode(), contract)
+    body = json.dumps(BOOT | {"tcbStatus": status, "advisoryIds": advisories}).encode()
+    before = policy.decide(body, is_kms=is_kms)
+    change = smallest_change(policy, body, is_kms=is_kms)
+    assert before.is_allowed == (not change.refusals)
+    if change.obstacle:
+        assert (contract in ("readme", "upstream"), status) == (True, "OutOfDate")
+        return
+    changed = patched(document, change.patch)
+    assert policy.with_document(changed).decide(body, is_kms=is_kms).is_allowed
+    assert bool(change.patch) == (changed != document)
+    if change.patch:
+        for without in range(len(change.patch)):
+            less = [each for number, each in enumerate(change.patch) if number != without]
+            assert not policy.with_document(patched(document, less)).decide(body, is_kms=is_kms).is_allowed
 
 
 # ---- forms of evidence

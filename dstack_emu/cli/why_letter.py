@@ -66,7 +66,9 @@ def _evidence(report: Report, colour: bool) -> Iterator[str]:
     yield from _wrapped("          ", f"collateral: {used.collateral}")
     for check in report.examination.checks:
         if check.ok is False:
-            yield from _wrapped(f"  {paint('FAILED', RED, colour)}  ", f"{check.name}: {check.detail or check.got}")
+            said = f"{check.name}: {check.detail or check.got}"
+            unasked = "" if report.examination.problem else " (a KMS does not check this)"
+            yield from _wrapped("          ", f"FAILED {said}{unasked}")
     if request := report.examination.request:
         info = request.boot_info
         advisories = ", ".join(info.advisory_ids) or "none"

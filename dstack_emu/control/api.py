@@ -6,7 +6,7 @@ Each call has taken effect when it returns. A call that is refused changes nothi
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel
 
@@ -31,6 +31,9 @@ B = TypeVar("B", bound=BaseModel)
 
 READY = "ready"
 """The name of the snapshot that is taken when a stack is ready; `reset` restores it."""
+
+_DENIED: Final = "boot denied: "
+"""The words of a KMS before the reason of a webhook."""
 
 
 class Control(VendorControl):
@@ -164,7 +167,8 @@ class Control(VendorControl):
     async def boot_guest(self, name: str, kms: str | Sequence[str] = "src") -> dict[str, Any]:
         """Let a trust domain fetch its keys from a KMS, or from the first of several that releases them.
 
-        If it has keys already, it is power-cycled first. A refusal by the KMS has status 403 and the KMS's text.
+        If it has keys already, it is power-cycled first. A refusal by the KMS has status 403 and the KMS's text; the
+        denial of a webhook also names whom it denied.
         """
         guest = self._known_guest(name)
         if guest.name.startswith("kms-"):
@@ -180,7 +184,8 @@ class Control(VendorControl):
             await self._deployment.boot(guest, names)
         except (GuestError, FormatError) as error:
             guest.domain.restore(before)
-            raise ControlError(str(error), 403) from error
+            domain = guest.domain
+            raise _refused(error, f"app id {domain.app_id.hex()}, compose hash {domain.compose_hash.hex()}") from error
         return self.guest(name)
 
     def emit_event(self, name: str, event: str, payload: str = "", *, measured: bool = True) -> dict[str, Any]:
@@ -220,7 +225,8 @@ class Control(VendorControl):
         """Onboard a KMS without keys from another KMS, or with `source` None bootstrap it; end its onboard phase.
 
         With a `source_token` the keys are requested from the admin listener of the source. `onboard_token` is sent in
-        place of the token in the KMS's own configuration. A refusal by a KMS has status 403 and the KMS's text.
+        place of the token in the KMS's own configuration. A refusal by a KMS has status 403 and the KMS's text;
+        the denial of a webhook also names the measurement of the KMS without keys.
         """
         kms = await self._asked_kms(name)
         source_url = None if source is None else await self._source_url(source, by_admin=bool(source_token))
@@ -233,7 +239,7 @@ class Control(VendorControl):
             else:
                 await onboarding.onboard(source_url, source_token)
         except StackError as error:
-            raise ControlError(str(error), 403) from error
+            raise _refused(error, f"mr_aggregated {kms.guest.agent.app_info().mr_aggregated.hex()}") from error
         return self.kms(name)
 
     async def _source_url(self, name: str, *, by_admin: bool) -> str:
@@ -322,3 +328,8 @@ class Control(VendorControl):
     def clear_faults(self) -> None:
         """Lift all faults."""
         self._instrumentation.faults.clear()
+
+
+def _refused(error: Exception, who: str) -> ControlError:
+    """Return a refusal in its own words; to a webhook's denial, add what the webhook compares with its policy."""
+    return ControlError(f"{error} ({who})" if _DENIED in str(error).lower() else str(error), 403)

@@ -66,7 +66,8 @@ def _add(policy: PolicyFile, document: dict[str, Any], refusal: Refusal, boot_in
     # With the device, a new section admits no more than this boot under every contract.
     device = {"devices": [_spelt(boot_info["deviceId"], [])]}
     for name in sections:
-        section = section.setdefault(_key(policy, section, name), dict(device))
+        is_app = section is document.get("apps")
+        section = section.setdefault(_key(policy, section, name) if is_app else name, dict(device))
     if last == "apps":
         apps = section.setdefault(last, {})
         app_id = _spelt(refusal.got[0], list(apps))
@@ -79,9 +80,7 @@ def _add(policy: PolicyFile, document: dict[str, Any], refusal: Refusal, boot_in
 
 
 def _key(policy: PolicyFile, section: dict[str, Any], name: str) -> str:
-    """Return the file's spelling of a name: an app id in a path is normalized."""
-    if name in section:
-        return name
+    """Return the file's spelling of an app id, which is normalized in a path; of several the first counts."""
     return next((key for key in section if policy.normalized(key) == name), name)
 
 

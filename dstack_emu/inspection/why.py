@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, Self
 
 from dcap_qvl import QuoteCollateralV3
 
-from dstack_emu.attest.app_info import BootInfo, require_same_config
+from dstack_emu.attest.app_info import TEE_VARIANT_TDX, BootInfo, require_same_config
 from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.errors import AttestError, FormatError
 from dstack_emu.attest.hexadecimal import decode_hex
@@ -86,6 +86,9 @@ def _from_document(document: Mapping[str, Any]) -> BootInfo:
         raise FormatError(f"boot info: tcbStatus: text expected, got {status!r:.80}")
     if not isinstance(advisories, list) or not all(isinstance(each, str) for each in advisories):
         raise FormatError(f"boot info: advisoryIds: a list of texts expected, got {advisories!r:.80}")
+    variant = document.get("teeVariant", TEE_VARIANT_TDX)
+    if not isinstance(variant, str):
+        raise FormatError(f"boot info: teeVariant: text expected, got {variant!r:.80}")
     return BootInfo(
         mr_aggregated=octets("mrAggregated"),
         os_image_hash=octets("osImageHash"),
@@ -97,6 +100,7 @@ def _from_document(document: Mapping[str, Any]) -> BootInfo:
         key_provider_info=octets("keyProviderInfo"),
         tcb_status=status,
         advisory_ids=tuple(advisories),
+        tee_variant=variant,
     )
 
 

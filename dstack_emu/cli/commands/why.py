@@ -87,6 +87,8 @@ def _report(arguments: argparse.Namespace) -> Report:
         what, verification, examination = "boot info", None, Examination((), request)
     else:
         what, verification, examination = _examined(arguments, data, release)
+    if request and not policy:
+        examination = Examination((), BootRequest.of(request.boot_info, release))  # as the KMS sends it
     explained: Explained | None = None
     if examination.request and policy:
         explained = explain(policy, examination.request, arguments.caller)
