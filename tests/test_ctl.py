@@ -159,3 +159,19 @@ def test_policy_show_warns_of_misspelt_keys(ready_stack: RunningStack, tmp_path:
     status, out, err = _ctl(ready_stack, "policy", "show", "src")
     assert (status, json.loads(out)["osImage"]) == (0, [])
     assert err == "Warning: osImage: nothing reads this key, did you mean osImages?\n"
+
+
+@pytest.mark.timeout(120)
+def test_denied_onboarding_names_the_measurement_that_was_denied(ready_stack: RunningStack) -> None:
+    def onboard() -> str:
+        status, _, err = _ctl(ready_stack, "kms", "onboard", "third")
+        assert status == 1
+        return err
+
+    source = json.loads(_ctl(ready_stack, "kms", "show", "src")[1])["guest"]["mr_aggregated"]
+    third = json.loads(_ctl(ready_stack, "kms", "add", "third")[1])["guest"]["mr_aggregated"]
+    assert onboard().endswith(f" (kms-src has the mr_aggregated {source})\n")
+    _ctl(ready_stack, "policy", "allow", "third", "kms-src")
+    assert onboard().endswith(f" (kms-third has the mr_aggregated {third})\n")
+    _ctl(ready_stack, "policy", "allow", "src", "kms-third")
+    assert _ctl(ready_stack, "kms", "onboard", "third")[0] == 0

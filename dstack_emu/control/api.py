@@ -34,6 +34,8 @@ READY = "ready"
 
 _DENIED: Final = "boot denied: "
 """The words of a KMS before the reason of a webhook."""
+_OF_THE_SOURCE: Final = "Source KMS is not allowed"
+"""The words of a KMS whose webhook denied the source of its root keys."""
 
 
 class Control(VendorControl):
@@ -226,7 +228,7 @@ class Control(VendorControl):
 
         With a `source_token` the keys are requested from the admin listener of the source. `onboard_token` is sent in
         place of the token in the KMS's own configuration. A refusal by a KMS has status 403 and the KMS's text;
-        the denial of a webhook also names the measurement of the KMS without keys.
+        the denial of a webhook also names the measurement that it denied.
         """
         kms = await self._asked_kms(name)
         source_url = None if source is None else await self._source_url(source, by_admin=bool(source_token))
@@ -239,7 +241,9 @@ class Control(VendorControl):
             else:
                 await onboarding.onboard(source_url, source_token)
         except StackError as error:
-            raise _refused(error, f"mr_aggregated {kms.guest.agent.app_info().mr_aggregated.hex()}") from error
+            judged = self._known_kms(source) if source is not None and _OF_THE_SOURCE in str(error) else kms
+            measured = judged.guest.agent.app_info().mr_aggregated.hex()
+            raise _refused(error, f"{judged.guest.name} has the mr_aggregated {measured}") from error
         return self.kms(name)
 
     async def _source_url(self, name: str, *, by_admin: bool) -> str:
