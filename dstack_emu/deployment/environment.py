@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from dstack_emu.deployment.config import DESCRIPTION_FILE
+from dstack_emu.deployment.config import DESCRIPTION_FILE, TOKEN_VARIABLE
 
 URLS: Final[Mapping[str, str]] = {
     "DSTACK_EMU_PCCS": "pccs",
@@ -21,8 +21,8 @@ URLS: Final[Mapping[str, str]] = {
 """Variables with the URLs of services."""
 
 
-def environment(description: Mapping[str, Any]) -> dict[str, str]:
-    """Return the variables by which a command finds the stack of this description."""
+def environment(description: Mapping[str, Any], token: str | None = None) -> dict[str, str]:
+    """Return the variables by which a command finds the stack of this description, with its token if there is one."""
     webhooks = {f"auth-{name}": url for name, url in description["webhooks"].items()}
     services, policies = {**description["services"], **webhooks}, description["policies"]
     return {
@@ -35,4 +35,5 @@ def environment(description: Mapping[str, Any]) -> dict[str, str]:
         "DSTACK_EMU_KMS_CA": description["kms_ca"],
         "DSTACK_EMU_STATE": description["state"],
         "DSTACK_EMU_STACK": str(Path(description["state"], DESCRIPTION_FILE)),
+        **({} if token is None else {TOKEN_VARIABLE: token}),
     }

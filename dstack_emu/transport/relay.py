@@ -161,6 +161,7 @@ class _Client(_Side):
         self._relay = relay
         self._connecting: asyncio.Task[None] | None = None
         self.name = ""
+        self._early = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a stream's
@@ -178,11 +179,19 @@ class _Client(_Side):
     async def _connect(self, sock: socket.socket) -> None:
         _, server = await asyncio.get_running_loop().create_unix_connection(_Server, sock=sock)
         self.other, server.other = server, self
+        assert server.transport is not None  # noqa: S101 - just connected
+        if self._early:
+            server.transport.write(self._early)
         if self.transport is None:  # the client has disconnected meanwhile
-            assert server.transport is not None  # noqa: S101 - just connected
             server.transport.close()
         else:
             self.transport.resume_reading()
+
+    def data_received(self, data: bytes) -> None:
+        if self.other is None:  # the first Pythons of 3.11 read although `connection_made` has paused that
+            self._early += data
+        else:
+            super().data_received(data)
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)

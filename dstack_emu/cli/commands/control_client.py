@@ -22,6 +22,7 @@ class Api:
     """The control API at a URL, with the token if it demands one."""
 
     def __init__(self, url: str, token: str | None) -> None:
+        self.token = token
         self._url = url.rstrip("/")
         self._headers = {"Content-Type": "application/json"}
         if token is not None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from dstack_emu.cli.commands.common import UsageError, say
 from dstack_emu.cli.commands.control_client import Api, ControlRefusedError, find_control
 from dstack_emu.cli.commands.policy_subject import add_subject, subject
 from dstack_emu.deployment.config import TOKEN_FILE, TOKEN_VARIABLE
+from dstack_emu.deployment.environment import environment
 from dstack_emu.observability.record_text import texts
 
 DESCRIPTION = (
@@ -62,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return made
 
     command("info", "show the stack and all its parts, as JSON", lambda api, a: api.get("/stack"))
+    env = command("env", "print the variables that `exec` sets, for this stack, as NAME=VALUE lines", _env)
+    env.add_argument("--export", action="store_true", help='as commands for a shell: eval "$(… ctl env --export)"')
     command("health", "check that every service answers", _health)
 
     tail = command("tail", "show each call as it ends, with the calls that it caused", _tail)
@@ -185,6 +189,13 @@ def _name(arguments: argparse.Namespace) -> str:
 
 
 # ---- commands
+
+
+def _env(api: Api, arguments: argparse.Namespace) -> str:
+    variables = environment(api.get("/stack"), api.token)
+    if arguments.export:
+        return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())
+    return "\n".join(f"{name}={value}" for name, value in variables.items())
 
 
 def _health(api: Api, arguments: argparse.Namespace) -> str:

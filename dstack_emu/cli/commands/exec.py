@@ -74,7 +74,8 @@ class _Run:
 
         try:
             async with Stack(config) as stack:
-                return await self._command({**stack.app.environment, **environment(stack.description())})
+                variables = environment(stack.description(), stack.control_token)
+                return await self._command({**stack.app.environment, **variables})
         except asyncio.CancelledError:
             if self._signalled is None:
                 raise
