@@ -23,7 +23,12 @@ from tests.their_webhook import their_webhook
 @pytest.mark.parametrize(
     ("sides", "release"), [(("src",), "0.6"), (("dst",), "0.5"), (("src", "dst"), "0.6")], ids=["src", "dst", "both"]
 )
-def test_flow_runs_through_a_kms_of_ones_own(tmp_path: Path, sides: tuple[str, ...], release: str) -> None:
+def test_flow_runs_through_a_kms_of_ones_own(
+    tmp_path: Path, sides: tuple[str, ...], release: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sides == ("src", "dst"):  # each gets it from the environment, and demands it
+        monkeypatch.setenv("DSTACK_KMS_ONBOARD_TOKEN", "a token of the onboard phase")
+
     async def run() -> None:
         command = their_kms(tmp_path, "--release", release)
         async with own_stack(kms=dict.fromkeys(sides, command), release=release) as stack:

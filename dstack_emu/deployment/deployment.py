@@ -11,7 +11,7 @@ import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
@@ -22,33 +22,24 @@ from dstack_emu.deployment.added_parts import AddedParts, how_to_leave_out
 from dstack_emu.deployment.authorization import Authorization, tls_url
 from dstack_emu.deployment.config import DESCRIPTION_FILE, StackConfig
 from dstack_emu.deployment.deployer import Deployer
+from dstack_emu.deployment.description import describe, measured_by
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.guests import RunningGuest, start_guest
 from dstack_emu.deployment.kms import start_kms, stop_kms
 from dstack_emu.deployment.own_app import NAME as OWN_APP
 from dstack_emu.deployment.own_app import RememberedApp
-from dstack_emu.deployment.own_parts import foreign_webhooks, what_to_allow
+from dstack_emu.deployment.own_parts import what_to_allow
 from dstack_emu.deployment.preparation import prepare
 from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
 from dstack_emu.deployment.service_logs import ServiceLogs
+from dstack_emu.deployment.shared_services import serve_pccs, serve_verifier
 from dstack_emu.deployment.specs import GuestSpec, KmsSpec
 from dstack_emu.deployment.supervision import Supervisor
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
-from dstack_emu.observability.http_call import HttpCall
-from dstack_emu.observability.recorders import verdict_recorder
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.intel import Intel
-from dstack_emu.simulator.pccs import pccs_app
 from dstack_emu.simulator.trust_domain import TrustDomain
-from dstack_emu.transport.http import Response
-from dstack_emu.transport.image_store import ImageStore
 from dstack_emu.transport.listen import Server
-from dstack_emu.transport.ports import IMAGE_URL
-from dstack_emu.verifier.server import verifier_app
-from dstack_emu.verifier.service import Verifier
-
-IMAGE_TIMEOUT: Final = 30.0
-"""The timeout of the download of an OS image in seconds."""
 
 SERVICES: Final = frozenset(
     {"pccs", "verifier", "auth-src", "auth-dst", "agent-src", "agent-dst", "kms-src", "kms-dst", "app"}
@@ -137,10 +128,10 @@ class Deployment:
         self._before = RememberedApp.of(remembered)
         self.context.instrumentation.calls.domains = self.guests.keys
         self.root_ca.write_text(self.intel.root_pem)
-        await self._serve_pccs()
+        self._close_at_end(await serve_pccs(self.context))
         self._app_verifier = self.context.verifier("app")
         self._exit.push_async_callback(self._app_verifier.pccs.close)
-        await self._serve_verifier()
+        self._close_at_end(await serve_verifier(self.context, self._exit))
         self._place_policies()
         for name in self.policies:
             self._close_at_end(await self.context.serve_webhook(name))
@@ -162,34 +153,6 @@ class Deployment:
 
     def _close_at_end(self, server: Server) -> None:
         self._exit.push_async_callback(server.close)
-
-    async def _serve_pccs(self) -> None:
-        self._close_at_end(await self.context.serve("pccs", pccs_app(self.intel), stale=self._answer_expired))
-
-    async def _answer_expired(self, call: HttpCall) -> Response:
-        """Answer for the PCCS with documents that have expired: its handlers read the state, and never wait."""
-        before = self.intel.state
-        self.intel.state = replace(
-            before,
-            tcb_info_dating="expired",
-            qe_identity_dating="expired",
-            pck_crl_dating="expired",
-            root_ca_crl_dating="expired",
-        )
-        try:
-            return await call.proceed()
-        finally:
-            self.intel.state = before
-
-    async def _serve_verifier(self) -> None:
-        """Serve the verifier, with the KMS's own cache of images."""
-        images = ImageStore(self.state / "images", IMAGE_URL, IMAGE_TIMEOUT)
-        self._exit.push_async_callback(images.close)
-        verifier = self.context.verifier("verifier")
-        self._exit.push_async_callback(verifier.pccs.close)
-        observer = verdict_recorder(self.context.instrumentation.journal)
-        app = verifier_app(Verifier(verifier, images, self.context.release_of(None)), observer=observer)
-        self._close_at_end(await self.context.serve("verifier", app))
 
     def _place_policies(self) -> None:
         policies = self.context.policies
@@ -405,39 +368,8 @@ class Deployment:
     @property
     def kms_info(self) -> dict[str, dict[str, Any]]:
         """The answer of each KMS to GetAttestationInfo."""
-        return {name: kms.measured for name, kms in self.kms.items() if kms.measured is not None}
+        return measured_by(self.kms)
 
     def description(self) -> dict[str, Any]:
         """Return everything a client needs to know, as `--json` prints it."""
-        app = self.app
-        return {
-            "services": dict(self.services),
-            "grpc": dict(self.grpc),
-            "policies": {name: str(path) for name, path in self.policies.items()},
-            "webhooks": foreign_webhooks(self.kms.values()),
-            "foreign_kms": {name: files for name, kms in self.kms.items() if (files := kms.files)},
-            "root_ca": str(self.root_ca),
-            "kms_ca": str(self.kms_ca),
-            "kms": self.kms_info,
-            "app": {
-                "app_id": app.domain.app_id.hex(),
-                "instance_id": app.domain.instance_id.hex(),
-                "compose_hash": app.domain.compose_hash.hex(),
-                "dstack_sock": str(app.dstack_sock),
-                "tappd_sock": str(app.tappd_sock),
-                **({"grpc_sock": str(app.folder / "grpc.sock")} if self.config.grpc else {}),
-                **({"decrypted_env": str(app.decrypted_env)} if app.decrypted_env else {}),
-            },
-            "env": {
-                "DSTACK_SIMULATOR_ENDPOINT": str(app.dstack_sock),
-                "TAPPD_SIMULATOR_ENDPOINT": str(app.tappd_sock),
-                "DSTACK_EMU_SOCKETS": str(app.folder),
-                "DSTACK_EMU_APP": app.url,
-            },
-            "state": str(self.state),
-            "seed": self.config.seed,
-            "release": self.config.release,
-            "auth_contract": self.context.contract_of(),
-            "kms_names": list(self.context.kms_names),
-            "fresh": self.config.fresh,
-        }
+        return describe(self.context, self.kms, self.app, self.kms_ca)

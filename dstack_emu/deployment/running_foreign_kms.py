@@ -6,6 +6,7 @@ of them. What happens inside it, and its keys, are its own: no snapshot contains
 
 import ipaddress
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
@@ -19,6 +20,7 @@ from dstack_emu.deployment.guests import RunningGuest
 from dstack_emu.deployment.running_kms import RunningKms
 from dstack_emu.deployment.specs import KmsSpec
 from dstack_emu.deployment.state import KmsState
+from dstack_emu.kms_emu.api_auth import ONBOARD_VARIABLES
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.client import MAX_RESPONSE
@@ -66,9 +68,12 @@ class RunningForeignKms(RunningKms):
 
     @property
     def domain(self) -> str:
-        """The host in its URL, unless it is an IPv6 address, which no KMS takes as its domain."""
+        """The first of the names that are given; else the host in its URL, unless that is an IPv6 address.
+
+        A KMS of upstream's takes no IPv6 address as its domain, and has one name only.
+        """
         host = urlsplit(self.url).hostname or ""
-        return super().domain if ":" in host or not host else host
+        return super().domain if self._context.config.domains or ":" in host or not host else host
 
     # ---- starting and stopping
 
@@ -126,6 +131,12 @@ class RunningForeignKms(RunningKms):
             return self._program.files.log.read_text(errors="backslashreplace").splitlines()
         except FileNotFoundError:
             return []
+
+    @property
+    def _token(self) -> str:
+        """The token that its onboard phase demands: that of kms.toml, or of the variable that it has, too."""
+        variables = (os.environ.get(name, "").strip() for name in ONBOARD_VARIABLES)
+        return super()._token or next(filter(None, variables), "")
 
     # ---- its phase
 

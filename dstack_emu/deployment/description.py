@@ -1,0 +1,51 @@
+"""The description of a stack: the line of `up --json`, and the file stack.json in the state folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dstack_emu.deployment.context import StackContext
+from dstack_emu.deployment.guests import RunningGuest
+from dstack_emu.deployment.own_parts import foreign_webhooks
+from dstack_emu.deployment.running_kms import RunningKms
+
+
+def describe(context: StackContext, kms: Mapping[str, RunningKms], app: RunningGuest, kms_ca: Path) -> dict[str, Any]:
+    """Return everything a client needs to know; `kms_ca` is the file with the KMS's root certificate."""
+    config = context.config
+    return {
+        "services": dict(context.urls),
+        "grpc": dict(context.grpc),
+        "policies": {name: str(path) for name, path in context.policies.paths.items()},
+        "webhooks": foreign_webhooks(kms.values()),
+        "foreign_kms": {name: files for name, each in kms.items() if (files := each.files)},
+        "root_ca": str(context.root_ca),
+        "kms_ca": str(kms_ca),
+        "kms": measured_by(kms),
+        "app": {
+            "app_id": app.domain.app_id.hex(),
+            "instance_id": app.domain.instance_id.hex(),
+            "compose_hash": app.domain.compose_hash.hex(),
+            "dstack_sock": str(app.dstack_sock),
+            "tappd_sock": str(app.tappd_sock),
+            **({"grpc_sock": str(app.folder / "grpc.sock")} if config.grpc else {}),
+            **({"decrypted_env": str(app.decrypted_env)} if app.decrypted_env else {}),
+        },
+        "env": {
+            "DSTACK_SIMULATOR_ENDPOINT": str(app.dstack_sock),
+            "TAPPD_SIMULATOR_ENDPOINT": str(app.tappd_sock),
+            "DSTACK_EMU_SOCKETS": str(app.folder),
+            "DSTACK_EMU_APP": app.url,
+        },
+        "state": str(context.state),
+        "seed": config.seed,
+        "release": config.release,
+        "auth_contract": context.contract_of(),
+        "kms_names": list(context.kms_names),
+        "fresh": config.fresh,
+    }
+
+
+def measured_by(kms: Mapping[str, RunningKms]) -> dict[str, dict[str, Any]]:
+    """Return the answer of each KMS to GetAttestationInfo, of those whose answer is known."""
+    return {name: each.measured for name, each in kms.items() if each.measured is not None}
