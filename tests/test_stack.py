@@ -127,7 +127,7 @@ async def test_port_that_is_taken_is_named_and_nothing_is_left(tmp_path: Path, m
 
 
 async def test_stack_that_cannot_be_made_names_the_part(tmp_path: Path) -> None:
-    (tmp_path / "auth-src.json").write_text('{"osImages": [], "kms": {"mrAggregated": ["0x00"]}}')
+    (tmp_path / "auth-src.json").write_text('{"osImages": [], "kms": {"mrAggregated": []}}')
     config = StackConfig(ports=dict.fromkeys(PORTS, 0), policies=tmp_path)
     with pytest.raises(StackError, match="^kms-src: Bootstrap: KMS is not allowed to bootstrap: "):
         await Stack(config, progress=quiet).__aenter__()
