@@ -374,6 +374,7 @@ def test_letter_puts_got_and_wanted_below_each_other_and_marks_the_difference(tm
     assert [column for column, mark in enumerate(marks) if mark == "^"] == [wanted.index("ff"), wanted.index("ff") + 1]
     assert f'+    "0x{IMAGE}"' in out
     assert "JSON Patch" in out
+    assert f"  composeHash       {BOOT['composeHash']}" in lines[lines.index("Request   POST /bootAuth/app") :]
     assert lines[lines.index("Next") + 1].startswith("  1. ")
 
 
@@ -438,7 +439,7 @@ def test_webhook_is_asked_as_a_kms_asks_and_its_answer_is_shown(tmp_path: Path) 
         assert (found["decision"]["reason"], found["change"]) == ("OS image is not allowed", None)
         code, out, _ = run_inside("why", *question, "--as", "kms")
         assert code == 1
-        assert f"Question  POST {webhook['url']}/bootAuth/kms" in out
+        assert f"Request   POST {webhook['url']}/bootAuth/kms" in out
         assert f"  osImageHash       {IMAGE}" in out
         assert "  reason            OS image is not allowed" in out
         write(policy, ADMITTING)

@@ -27,7 +27,8 @@ def letter(report: Report, *, colour: bool) -> str:
 
 def _lines(report: Report, colour: bool) -> Iterator[str]:
     who = "KMS" if report.caller == "kms" else "app"
-    yield f"{paint(report.verdict.upper(), _TONES[report.verdict], colour)}: {who}, by {printable(str(report.decider))}"
+    by = "the KMS" if report.verdict == "refused" else str(report.decider)
+    yield f"{paint(report.verdict.upper(), _TONES[report.verdict], colour)}: {who}, by {printable(by)}"
     yield from _wrapped("", report.sentence)
     yield ""
     yield from _evidence(report, colour)
@@ -42,10 +43,9 @@ def _lines(report: Report, colour: bool) -> Iterator[str]:
             yield "If that is changed, these are refused next:"
             yield ""
         yield from _comparison(refusal, colour)
-    if explained is None or explained.change is None:
-        yield from _exchange(report, colour)
     if change and change.patch:
         yield from _change(change, colour)
+    yield from _exchange(report, colour)
     for warning in report.warnings:
         yield ""
         yield from (paint(line, YELLOW, colour) for line in _wrapped("Note      ", warning))
@@ -76,14 +76,18 @@ def _evidence(report: Report, colour: bool) -> Iterator[str]:
 
 
 def _exchange(report: Report, colour: bool) -> Iterator[str]:
-    """Show question and answer of a webhook."""
+    """Show the boot info, and the answer of a webhook that was asked."""
     request, explained = report.examination.request, report.explained
     if request is None or explained is None:
         return
     yield ""
-    yield paint(f"Question  POST {report.decider.where.rstrip('/')}/bootAuth/{report.caller}", BOLD, colour)
+    is_webhook = report.decider.kind == "webhook"
+    url = report.decider.where.rstrip("/") if is_webhook else ""
+    yield paint(printable(f"Request   POST {url}/bootAuth/{report.caller}"), BOLD, colour)
     for name, value in request.document.items():
         yield from _wrapped(f"  {printable(name):<18}", value if isinstance(value, str) else json.dumps(value))
+    if not is_webhook:
+        return
     yield paint("Answer", BOLD, colour)
     for name, said in (
         ("isAllowed", json.dumps(explained.is_allowed)),

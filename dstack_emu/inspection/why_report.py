@@ -100,9 +100,9 @@ class Report:
         if explained is None:
             return f"A KMS refuses the evidence, and asks no webhook: {self.examination.problem}."
         if explained.is_allowed:
-            return f"{self.decider} admits this {who}."
+            return f"This {who} is admitted by {self.decider}."
         if explained.refusal is None:
-            return f'{self.decider} denies this {who}: "{explained.reason}".'
+            return f'This {who} is denied by {self.decider}: "{explained.reason}".'
         return _SENTENCES[explained.refusal.rule].format(**_words(explained.refusal))
 
     @property
@@ -170,8 +170,9 @@ _SENTENCES: Final[Mapping[str, str]] = MappingProxyType(
 _ORIGINS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "tcbStatus": "The TCB status comes from the platform and its collateral: update its firmware, or ask at "
-        "another time (--time).",
-        "advisoryIds": "The advisories come from the platform and its collateral: update its firmware, or accept them.",
+        "another time (--time). A status that a policy lists is accepted of every platform.",
+        "advisoryIds": "The advisories come from the platform and its collateral: update its firmware. An advisory "
+        "that a policy lists is accepted of every platform.",
         "osImageHash": "The osImageHash is the SHA-256 of the image's sha256sum.txt, as the VM config names it: is it "
         "the image that was meant?",
         "mrAggregated": "The mrAggregated changes with OS image, memory size, CPUs, app-compose and every runtime "
