@@ -329,7 +329,7 @@ APP_ID = "11" * 20
 
 def test_values_of_a_json_body_are_counted(guest: Guest) -> None:
     for body, error in (
-        ("[" * 100_000, "at most 100000 JSON values expected, got more"),
+        ("[" * 100_001, "at most 100000 JSON values expected, got more"),
         (f'{{"app_id":"{APP_ID}","x":[{"0," * 99_997}0]}}', "at most 100000 JSON values expected, got more"),
         (f'{{"app_id":"{APP_ID}","x":[{"0," * 99_996}0]}}', ""),
         (f'{{"app_id":"{APP_ID}","x":"{"[,{" * 100_000}"}}', ""),

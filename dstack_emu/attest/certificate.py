@@ -10,8 +10,9 @@ import hashlib
 import ipaddress
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final, Literal
 
 from cryptography import x509
@@ -34,6 +35,13 @@ OID_APP_ID: Final = x509.ObjectIdentifier(f"{_PREFIX}.3")
 OID_USAGE: Final = x509.ObjectIdentifier(f"{_PREFIX}.4")
 OID_ATTESTATION: Final = x509.ObjectIdentifier(f"{_PREFIX}.8")
 OID_APP_INFO: Final = x509.ObjectIdentifier(f"{_PREFIX}.9")
+
+_ENCODED_OIDS: Final[Mapping[x509.ObjectIdentifier, bytes]] = MappingProxyType(
+    {
+        oid: der.oid(oid.dotted_string)
+        for oid in (OID_TDX_QUOTE, OID_EVENT_LOG, OID_APP_ID, OID_USAGE, OID_ATTESTATION, OID_APP_INFO)
+    }
+)
 
 USAGE_KMS_RPC: Final = "kms:rpc"
 USAGE_APP_CA: Final = "app:ca"
@@ -214,8 +222,11 @@ def extension_payload(certificate: x509.Certificate, oid: x509.ObjectIdentifier)
 
     The values of other extensions are not parsed.
     """
+    data, wanted = certificate.public_bytes(Encoding.DER), _ENCODED_OIDS[oid]
+    if wanted not in data:  # as in most certificates for most of these extensions
+        return None
     try:
-        value = _raw_extensions(certificate.public_bytes(Encoding.DER)).get(der.oid(oid.dotted_string))
+        value = _raw_extensions(data).get(wanted)
     except FormatError as error:
         raise FormatError(f"Failed to parse certificate: {error}") from error
     if value is None:

@@ -34,8 +34,7 @@ _MISSING: Final[Any] = object()
 
 def unpack(data: bytes) -> tuple[Any, int]:
     """Decode the first value; return it, and how many bytes follow it. Raises `FormatError`."""
-    # No value is shorter than a byte, and each array or map begins with one of a few bytes.
-    if len(data) > MAX_VALUES or len(data.translate(None, _OTHER_BYTES)) > MAX_CONTAINERS:
+    if _may_have_many_values(data):
         _require_few_values(data)
     # A str that is not UTF-8 is read, since its bytes may be what is wanted of it; `text` refuses it.
     unpacker = msgpack.Unpacker(
@@ -61,6 +60,13 @@ def _without_duplicates(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
             raise FormatError(f"duplicate field `{name!s:.200}`")
         found[name] = value
     return found
+
+
+def _may_have_many_values(data: bytes) -> bool:
+    """Return whether values must be counted: none is shorter than a byte, and arrays and maps begin with few bytes."""
+    if len(data) <= MAX_CONTAINERS:
+        return False
+    return len(data) > MAX_VALUES or len(data.translate(None, _OTHER_BYTES)) > MAX_CONTAINERS
 
 
 def _require_few_values(data: bytes) -> None:
