@@ -96,6 +96,7 @@ def test_error_of_several_kms_has_every_answer_in_0_6_and_the_first_in_0_5(stack
     text = every if release == "0.6" else f"Failed to get app keys from KMS: {answer}"
     assert refusal.text == f"{text} (app id {guest.app_id}, compose hash {guest.compose_hash})"
     assert not guest.has_keys
+    assert guest.boot(["src", "dst"]).has_keys
 
 
 def test_kms_without_keys_is_passed_over_and_alone_is_an_error(stack: LiveStack) -> None:
@@ -223,6 +224,8 @@ def test_environment_without_a_key_ends_the_boot_in_0_6_and_is_none_in_0_5(tmp_p
     done = run_command("agent", "--release", "0.6", "--encrypted-env", str(sealed), "--json")
     words = "Error: encrypted env is present but the key provider gave no valid env crypt key\n"
     assert (done.returncode, done.stderr.decode()) == (1, words)
+    with serving("agent", "--release", "0.6") as agent:
+        assert agent["app_id"]
 
 
 # ---- who an app is bound to

@@ -88,6 +88,8 @@ def test_app_info_that_cannot_be_read_is_refused_on_every_rpc(guest: Guest, info
     for values in ({}, {foreign.OID_ATTESTATION: evidence}, {foreign.OID_ATTESTATION: b"nonsense"}):
         (text,) = refusals(guest, guest.temp_ca.issue_with(key, {**values, APP_INFO: info}))
         assert text.startswith("Failed to decode app info as json: "), text
+    readable = {foreign.OID_ATTESTATION: evidence, APP_INFO: msgpack.packb(INFO)}
+    assert guest.get_app_key(guest.temp_ca.issue_with(key, readable)).status == 200
 
 
 @pytest.mark.parametrize(
@@ -138,6 +140,7 @@ def test_bytes_of_events_may_be_sent_as_str(guest: Guest) -> None:
 def test_text_of_an_event_has_to_be_utf_8(guest: Guest) -> None:
     key = foreign.new_key()
     document = msgpack_evidence(guest, foreign.spki_of(key))
+    assert guest.get_app_key(guest.temp_ca.issue(key, msgpack.packb(document, use_bin_type=False))).status == 200
     document["stack"]["data"]["runtime_events"][0]["event"] = b"\xff\xfe"
     identity = guest.temp_ca.issue(key, msgpack.packb(document, use_bin_type=False))
     (text,) = refusals(guest, identity)

@@ -118,6 +118,9 @@ def test_variable_that_cannot_be_is_named(name: str, value: str, said: str) -> N
     with pytest.raises(ConfigError) as refusal:
         configured({f"DSTACK_EMU_KMS_{name}": value})
     assert str(refusal.value).startswith(f"DSTACK_EMU_KMS_{name}: {said}")
+    right = {"CORE__SITE_NAME": "x", "RPC__PORT": "1", "CORE__IMAGE__VERIFY": "false", "CORE__AUTH_API__TYPE": "dev"}
+    right |= {"CORE__IMAGE__DOWNLOAD_TIMEOUT": "2m", "CORE__ADMIN_TOKEN_HASH": "ab" * 32}
+    configured({f"DSTACK_EMU_KMS_{key}": text for key, text in right.items()})
 
 
 @pytest.mark.parametrize(
@@ -138,11 +141,13 @@ def test_duration_without_one_of_its_units_is_refused(text: str) -> None:
         durations(text)
     said = "a duration such as 10s, 2m, 1h or 1d, or never, expected, got "
     assert str(refusal.value).startswith(f"kms.toml: core.auth_api.webhook.timeout: Value error, {said}")
+    assert durations('"30s"') == 30
 
 
 def test_file_whose_section_is_no_table_is_refused_by_key() -> None:
     with pytest.raises(ConfigError, match="^kms.toml: core: Input should be a valid dictionary"):
         configured({"DSTACK_EMU_KMS_CORE__SITE_NAME": "x"}, "core = 1")
+    assert configured({"DSTACK_EMU_KMS_CORE__SITE_NAME": "x"}, "core = {}").core.site_name == "x"
 
 
 def test_command_ends_with_the_variables_name(tmp_path: Path) -> None:
@@ -302,6 +307,7 @@ def test_key_of_a_later_release_is_named(key: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         configured({}, toml_of({key: "/var/lib/kms/keyring"}))
     assert str(refusal.value) == f"kms.toml: {key}: unknown key"
+    assert configured({}, toml_of({"core.cert_dir": "/var/lib/kms"})).core.cert_dir == Path("/var/lib/kms")
 
 
 IGNORED = {

@@ -129,9 +129,10 @@ async def test_agents_answer_is_never_that_to_earlier_report_data(tmp_path: Path
 
 def test_denied_app_gets_no_key_of_a_webhook_that_answers_twice(ready_stack: RunningStack, tmp_path: Path) -> None:
     """The decision about the KMS itself, which allows it, comes before the one about the app."""
+    denial = {**ALLOW, "isAllowed": False, "reason": "no"}
 
     def decide(path: str, body: bytes) -> bytes:
-        return json.dumps(ALLOW if path.endswith("/kms") else {**ALLOW, "isAllowed": False, "reason": "no"}).encode()
+        return json.dumps(ALLOW if path.endswith("/kms") else denial).encode()
 
     copied_keys(tmp_path, ready_stack)
     with (
@@ -142,3 +143,5 @@ def test_denied_app_gets_no_key_of_a_webhook_that_answers_twice(ready_stack: Run
         with foreign.kms(url, identity=guest.identity(), root_ca=guest.root_ca) as connection:
             for _ in range(ROUNDS):
                 assert connection.call("GetAppKey", api_version=1).error == "App not allowed: Boot denied: no"
+            denial.update(ALLOW)
+            assert connection.call("GetAppKey", api_version=1).status == 200

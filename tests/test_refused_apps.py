@@ -170,6 +170,7 @@ def test_app_is_refused_before_it_asks_for_keys(
 def test_compose_file_alone_is_no_app_compose(stack: LiveStack, release: str) -> None:
     with pytest.raises(ControlError, match="app-compose: missing field `manifest_version`$"):
         stack.app(compose={"docker_compose_file": ""}, release=release)
+    stack.app(compose={**MANIFEST, "docker_compose_file": ""}, release=release).remove()
 
 
 @pytest.mark.parametrize(
@@ -185,6 +186,8 @@ def test_launch_token_comes_from_the_user_config(stack: LiveStack, user_config: 
     with pytest.raises(ControlError) as refusal:
         stack.control.add_guest("refused", compose=compose, user_config=user_config)
     assert str(refusal.value).startswith(POLICY + words)
+    stack.control.add_guest("passing", compose=compose, user_config=json.dumps({"dstack": {"launch_token": TOKEN}}))
+    stack.control.remove_guest("passing")
 
 
 def test_acpi_tables_are_required_of_a_guest_of_the_legacy_variant(tmp_path: Path) -> None:
@@ -221,6 +224,16 @@ def test_commands_refuse_it_too(command: tuple[str, ...], tmp_path: Path) -> Non
     done = run_command(*command, "--release", "0.6", "--app-compose", str(compose))
     words = f"Error: {POLICY}Unsupported dstack OS version: current 0.6.0, required >=7\n"
     assert (done.returncode, done.stdout, done.stderr.decode()) == (1, b"", words)
+    compose.write_text(app_compose(needs(os_version=">=0.6")))
+    passing = (*command, "--release", "0.6", "--app-compose", str(compose))
+    if command[0] == "agent":
+        with serving(*passing) as agent:
+            assert agent["app_id"]
+    else:  # boot asks a KMS, which is not there
+        done = run_command(*passing)
+        assert (done.returncode, b"Connection refused" in done.stderr) == (
+            (1, True) if "boot" in command else (0, False)
+        )
 
 
 def test_quote_of_an_app_that_passes_is_made(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def test_config_that_cannot_be_read_is_refused_by_each_rpc_with_its_text(
     request = request_of_version_2(key, evidence, vm_config=requested)
     assert sign_cert(guest, request).error.startswith(text)
     assert requests_about_apps(stack) == before
+    assert sign_cert(guest, request_of_version_2(key, bare, vm_config=vm_config)).status == 200
 
 
 def test_config_of_evidence_that_cannot_be_read_is_overridden_in_0_5(
@@ -129,6 +130,7 @@ def test_other_config_is_refused_in_0_6_and_counts_in_0_5(
         assert (answer.error, asked) == (f"App not allowed: {REFUSAL}", 0)
     else:
         assert (REFUSAL in str(answer.body), asked) == (False, 1)
+    assert get_app_key(guest, vm_config).status == 200
 
 
 def test_config_with_other_spaces_is_another_one_in_0_6_alone(release: str, guest: Guest, vm_config: str) -> None:
@@ -227,3 +229,4 @@ def test_signing_is_refused_in_the_order_of_the_checks(stack: RunningStack, gues
         csr = head(key) + b"\0\0" + date_that_cannot_be + evidence
         assert sign_cert(guest, signed(key, csr, 2)).error.startswith("Boot denied: ")
     assert sign_cert(guest, signed(key, csr, 2)).error.startswith("Failed to sign certificate: ")
+    assert sign_cert(guest, request_of_version_2(key, evidence)).status == 200

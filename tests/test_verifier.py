@@ -286,6 +286,8 @@ async def test_acpi_tables_of_another_image_are_not_verified_in_0_6(service_0_6:
     answer = await service_0_6.verify(**_attestation_request(domain("{}").attest(HARDWARE_LIKE)))
     assert (answer["is_valid"], answer["details"]["acpi_tables_verified"]) == (False, False)
     assert "boot_info" not in answer["details"]
+    answer = await service_0_6.verify(**_attestation_request(domain().attest(HARDWARE_LIKE)))
+    assert (answer["is_valid"], answer["details"]["acpi_tables_verified"]) == (True, True)
 
 
 async def test_config_beside_an_attestation_must_be_the_same_in_0_6(service_0_6: Service) -> None:
@@ -336,6 +338,9 @@ async def test_answers_do_not_tell_the_version(service: Service, service_0_6: Se
 async def test_unreadable_evidence_is_an_internal_error(service: Service, request_body: Json, reason: str) -> None:
     answer = await service.verify(**request_body)
     assert (answer["is_valid"], answer["reason"]) == (False, f"Internal error: {reason}")
+    whole = _quote_request(domain().attest(HARDWARE_LIKE)) if "quote" in request_body else {}
+    whole = whole or _attestation_request(domain().attest(HARDWARE_LIKE))
+    assert (await service.verify(**request_body | whole))["is_valid"]
 
 
 @pytest.mark.parametrize(
@@ -358,6 +363,8 @@ async def test_unreadable_evidence_is_an_internal_error(service: Service, reques
 async def test_what_is_no_request_gets_a_page(service: Service, body: bytes, status: int) -> None:
     got, kind, _ = await service.post(body)
     assert (got, kind) == (status, "text/html")
+    request = _quote_request(domain().attest(HARDWARE_LIKE))
+    assert (await service.post(json.dumps(request).encode()))[:2] == (200, "application/json")
 
 
 async def test_hex_of_either_case_is_read(service: Service) -> None:
@@ -589,6 +596,8 @@ async def test_certificate_refused(made: Callable[[], x509.Certificate], reason:
     with pytest.raises(FormatError) as refused:
         await service.judge.verify_certificate(made().public_bytes(Encoding.PEM), wall_clock)
     assert str(refused.value) == reason
+    good = certificate(attested, KEY).public_bytes(Encoding.PEM)
+    assert (await service.judge.verify_certificate(good, wall_clock))["is_valid"]
 
 
 @pytest.mark.parametrize(
@@ -667,6 +676,7 @@ def test_config_is_refused_with_upstreams_text(text: str, reason: str, tmp_path:
         load(tmp_path / "v.toml", text)
     assert str(refused.value).startswith(reason)
     assert str(tmp_path / "v.toml") in str(refused.value)
+    assert load(tmp_path / "v.toml", "").port == PORTS["verifier"]
 
 
 @pytest.mark.parametrize(

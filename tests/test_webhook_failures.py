@@ -325,6 +325,8 @@ def test_trusted_rpc_refused_without_a_decision(webhook: Webhook, guest: Guest, 
         if method == "SignCert":
             webhook.replies["app"] = reply
             assert webhook.url_of("app") in only_refuses(connection.call(method, **arguments))
+            webhook.replies.clear()
+            assert connection.call(method, **arguments).status == 200
 
 
 @pytest.mark.parametrize("name", MISBEHAVIOURS)
@@ -346,6 +348,8 @@ def test_getmeta_refused_with_an_incomplete_answer(webhook: Webhook, guest: Gues
         assert only_refuses(connection.call("GetMeta")).endswith(f"missing field `{key}`")
         webhook.replies["info"] = ok({**INFO, key: [INFO[key]]})
         assert f"for `{key}`" in only_refuses(connection.call("GetMeta"))
+        webhook.replies.clear()
+        assert connection.call("GetMeta").value["chain_id"] == 31337
 
 
 def test_bootstrap_refused_without_a_decision(ready_stack: RunningStack, webhook: Webhook, tmp_path: Path) -> None:
@@ -454,6 +458,8 @@ def test_silent_webhook_is_given_up_after_the_configured_time(
     try:
         with running_kms(path, ready_stack.services["agent-src"]) as url, foreign.kms(url) as connection:
             refusal = connection.call("GetMeta").error
+            webhook.replies.clear()
+            assert connection.call("GetMeta").status == 200
         assert refusal == SENDING.format(url=webhook.url) + "no answer within 1 s"
     finally:
         released.set()
@@ -475,6 +481,7 @@ async def test_identity_of_another_width_is_not_asked_about_in_0_6(field: str, s
     assert (await old.decide(odd, is_kms=False)).is_allowed
     with pytest.raises(NotAttestedError, match=f"^{said}$"):
         await new.decide(odd, is_kms=False)
+    assert (await new.decide(BOOT_INFO, is_kms=False)).is_allowed
 
 
 async def test_app_without_an_instance_id_is_asked_about_in_0_6() -> None:
