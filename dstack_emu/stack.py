@@ -9,6 +9,7 @@ from dstack_emu.control.api import Control
 from dstack_emu.control.server import ControlService
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.deployment.deployment import Deployment, Progress, log
+from dstack_emu.deployment.vmm import VmmExtension
 
 
 class Stack(Deployment):
@@ -19,6 +20,8 @@ class Stack(Deployment):
         self.control = Control(self)
         self._control_service = ControlService(self.control, self)
         self.extend(self._control_service)
+        if self.config.vmm:
+            self.extend(VmmExtension(self))
 
     @property
     def control_token(self) -> str | None:

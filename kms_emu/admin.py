@@ -5,13 +5,13 @@ It has an address of its own, as in next. GetKmsKey also demands an attested cli
 `kms/src/{admin_auth,admin_service,main_service}.rs` at 312dc605, and the acceptance tests of 0.6.0.
 """
 
-from dstack_emu.kms_emu.api_auth import ListenerAuth
 from dstack_emu.kms_emu.call_log import journaled
 from dstack_emu.kms_emu.dependencies import KmsDependencies
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.kms_emu.image_cache import ImageCache, admin_listener_rpc
 from dstack_emu.kms_emu.runtime_phase import caller
 from dstack_emu.kms_emu.service import Caller, KmsService, admin_handover_rpc
+from dstack_emu.transport.api_auth import ListenerAuth
 from dstack_emu.transport.http import ROCKET_HEADERS, Application
 from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
 from dstack_emu.transport.service import ServiceTable

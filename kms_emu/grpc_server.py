@@ -20,7 +20,7 @@ from multidict import CIMultiDict
 
 from dstack_emu.attest.errors import AttestError
 from dstack_emu.kms_emu.admin import admin_table
-from dstack_emu.kms_emu.api_auth import KmsAuth, ListenerAuth
+from dstack_emu.kms_emu.api_auth import KmsAuth
 from dstack_emu.kms_emu.call_log import log_refusal
 from dstack_emu.kms_emu.caller import caller_of
 from dstack_emu.kms_emu.config import KmsConfig
@@ -36,6 +36,7 @@ from dstack_emu.kms_emu.errors import (
 )
 from dstack_emu.kms_emu.runtime_phase import admin_tls_context
 from dstack_emu.kms_emu.service import Caller, KmsService, OnboardService, kms_table, onboard_table
+from dstack_emu.transport.api_auth import ListenerAuth
 from dstack_emu.transport.grpc_server import (
     GrpcPeer,
     GrpcServer,

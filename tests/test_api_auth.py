@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dstack_emu.kms_emu.api_auth import Credentials
-from dstack_emu.kms_emu.errors import KmsConfigError
+from dstack_emu.transport.api_auth import Credentials
+from dstack_emu.transport.errors import ConfigError
 
 APACHE = "$2y$05$c4WoMPo3SXsafkva.HHa6uXQZWr7oboPiC2bT/r7q1BB8I2s0BRqC"
 """The bcrypt hash of `myPassword` in Apache's own documentation of the file."""
@@ -18,7 +18,7 @@ def credentials(folder: Path, text: str, token: str = "") -> Credentials:
     """Read a file of users."""
     path = folder / "users"
     path.write_text(text)
-    return Credentials.of(token, str(path), "core.admin.htpasswd_file")
+    return Credentials.of([token], str(path), "core.admin.htpasswd_file")
 
 
 def admits(known: Credentials, user: str, password: str) -> bool:
@@ -72,7 +72,7 @@ def test_token_is_the_password_or_the_user_alone(tmp_path: Path) -> None:
     ],
 )
 def test_file_that_cannot_be_used_is_named_without_its_hashes(tmp_path: Path, text: str, said: str) -> None:
-    with pytest.raises(KmsConfigError) as refusal:
+    with pytest.raises(ConfigError) as refusal:
         credentials(tmp_path, text)
     words = str(refusal.value)
     assert words.startswith("core.admin.htpasswd_file: " + said.format(tmp_path / "users"))
@@ -81,8 +81,8 @@ def test_file_that_cannot_be_used_is_named_without_its_hashes(tmp_path: Path, te
 
 
 def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(KmsConfigError, match="failed to read htpasswd file .*/absent: No such file or directory"):
-        Credentials.of("", str(tmp_path / "absent"), "core.admin.htpasswd_file")
+    with pytest.raises(ConfigError, match="failed to read htpasswd file .*/absent: No such file or directory"):
+        Credentials.of([], str(tmp_path / "absent"), "core.admin.htpasswd_file")
 
 
 def test_hash_of_a_cost_that_bcrypt_does_not_have_admits_nobody(tmp_path: Path) -> None:

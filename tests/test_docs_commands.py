@@ -82,8 +82,9 @@ class Terminal:
     def use(self, stack: RunningStack) -> None:
         """Replace the documented folder and ports by those of a stack."""
         self.names[STATE] = stack.description["state"]
-        for name, port in PORTS.items():
-            self.names[f"127.0.0.1:{port}"] = stack.services[name].partition("://")[2]
+        for name, url in stack.services.items():
+            if name in PORTS:  # documented
+                self.names[f"127.0.0.1:{PORTS[name]}"] = url.partition("://")[2]
         self.environment["DSTACK_EMU_CONTROL"] = stack.services["control"]
 
     def here(self, text: str) -> str:

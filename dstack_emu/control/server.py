@@ -62,6 +62,9 @@ class ControlService:
         self._control.became_ready()
         self._readiness.is_ready = True
 
+    async def close(self) -> None:
+        """Do nothing: there is only the server."""
+
 
 @dataclass(slots=True)
 class _Readiness:

@@ -50,6 +50,8 @@ class StackConfig:
     `app_compose` is the file whose bytes are the identity of the stack's app (None: a generated one), `user_config` the
     app's own file. The variables in `env_file` are encrypted for the app, as a deployer does it; the app's guest drops
     those that `allowed_envs` of its app-compose does not name.
+
+    With `vmm` it has a VMM, which deploys machines.
     """
 
     seed: str = DEFAULT_SEED
@@ -75,6 +77,7 @@ class StackConfig:
     app_compose: Path | None = None
     env_file: Path | None = None
     user_config: Path | None = None
+    vmm: bool = False
 
     @classmethod
     def on_free_ports(cls, **settings: object) -> Self:

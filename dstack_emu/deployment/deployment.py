@@ -64,6 +64,10 @@ class Extension(Protocol):
         """Handle that the deployment is ready."""
         ...
 
+    async def close(self) -> None:
+        """Stop what it runs, after its server was closed."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class _OwnApp:
@@ -178,6 +182,7 @@ class Deployment:
 
     async def _start_extensions(self) -> None:
         for extension in self._extensions:
+            self._exit.push_async_callback(extension.close)
             with self.logs.of(extension.name):
                 server = await extension.start(self.context.ports.take(extension.name))
             self._close_at_end(server)

@@ -20,6 +20,7 @@ PORTS: Final[Mapping[str, int]] = MappingProxyType(
         "app": 8090,
         "verifier": 8088,
         "control": 8070,
+        "vmm": 8085,
     }
 )
 """The services in the order in which they are bound, and their ports."""

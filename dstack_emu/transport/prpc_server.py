@@ -12,6 +12,7 @@ answers of the real programs.
 
 import functools
 import logging
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -54,6 +55,7 @@ Context = Callable[[Request], Awaitable[C]]
 Answered = Callable[[str, bool], None]
 """Is called after every call, with its name in the path, and whether it was refused."""
 
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _VERBS: Final = ("GET", "HEAD", "POST")
 _HEADERS: Final = {True: (("Content-Type", JSON_TYPE),), False: (("Content-Type", BINARY_TYPE),)}
 
@@ -191,7 +193,10 @@ class PrpcMount(Generic[C]):
             if (rpc, member.name) not in self.reported and len(self.reported) < MOST_REPORTED:
                 self.reported.add((rpc, member.name))
                 advice = {"did_you_mean": member.nearest} if member.nearest else {}
-                _events.warning("unknown member", rpc=rpc, member=member.name, **advice)
+                shown = (
+                    member.name if _NAME.fullmatch(member.name) else "(not a name)"
+                )  # it could be a misplaced secret
+                _events.warning("unknown member", rpc=rpc, member=shown, **advice)
 
     def _rest_of(self, path: str) -> str:
         """Return the path after the mount's slash, percent-decoded."""

@@ -42,6 +42,7 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
         help="let each KMS use a webhook's successful answer about itself for a second, as 0.6 does",
     )
     add_collateral_issued(parser)
+    parser.add_argument("--vmm", action="store_true", help="run a VMM, too: it deploys machines, as `vmm-cli.py` asks")
     parser.add_argument("--grpc", action="store_true", help="let agents and KMS serve gRPC, too")
     parser.add_argument(
         "--port",
@@ -134,6 +135,7 @@ def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str =
         policies=arguments.policies,
         image_dir=arguments.image_dir,
         grpc=arguments.grpc,
+        vmm=arguments.vmm,
         auth_api_cache=arguments.auth_api_cache,
         collateral_issued=arguments.collateral_issued,
         journal=arguments.journal,

@@ -1,0 +1,119 @@
+"""vmm.toml: what a VMM is configured with, with upstream's names and defaults.
+
+Unknown keys are accepted, as upstream does; a value of another type is refused. Source: dstack `vmm/vmm.toml` and
+`vmm/src/config.rs` at 312dc605.
+"""
+
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dstack_emu.transport.settings import FilePath, Port, read_toml, validate
+
+Protocol = Literal["tcp", "udp"]
+LOCAL_ADDRESS: Final = "127.0.0.1"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, populate_by_name=True)
+
+
+class PortRange(_Section):
+    """Host ports of one protocol that may be mapped, both ends included."""
+
+    protocol: Protocol
+    first: Port = Field(validation_alias="from")
+    last: Port = Field(validation_alias="to")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.first > self.last:
+            raise ValueError(f"from must not be above to, got {self.first} and {self.last}")
+        return self
+
+
+class PortMappingSection(_Section):
+    """`cvm.port_mapping`: whether and which host ports may be mapped, and the address if a mapping names none."""
+
+    enabled: bool = False
+    address: str = LOCAL_ADDRESS
+    range: tuple[PortRange, ...] = Field(default=(PortRange(protocol="tcp", first=1, last=20000),), strict=False)
+
+    def allows(self, protocol: str, port: int) -> bool:
+        """Return whether a host port may be mapped."""
+        return any(each.protocol == protocol and each.first <= port <= each.last for each in self.range)
+
+
+class GpuSection(_Section):
+    """`cvm.gpu`: no GPU is ever found; with `enabled` requests may name some."""
+
+    enabled: bool = False
+    listing: tuple[str, ...] = Field(default=("10de:2335",), strict=False)
+    allow_attach_all: bool = True
+
+
+class NetworkingSection(_Section):
+    """`cvm.networking`: the network of a machine that names none."""
+
+    mode: Literal["user", "bridge"] = "user"
+    bridge: str = ""
+
+
+class CvmSection(_Section):
+    """`cvm`: what machines get, and the limits on them."""
+
+    kms_urls: tuple[str, ...] = Field(default=("http://127.0.0.1:8081",), strict=False)
+    gateway_urls: tuple[str, ...] = Field(default=("http://127.0.0.1:8082",), strict=False)
+    pccs_url: str = ""
+    docker_registry: str = ""
+    cid_start: Annotated[int, Field(ge=3)] = 1000
+    cid_pool_size: Annotated[int, Field(ge=1)] = 1000
+    max_allocable_vcpu: Annotated[int, Field(ge=0)] = 20
+    max_allocable_memory_in_mb: Annotated[int, Field(ge=0)] = 100_000
+    volumes_dir: str = ""
+    port_mapping: PortMappingSection = PortMappingSection()
+    networking: NetworkingSection = NetworkingSection()
+    gpu: GpuSection = GpuSection()
+
+
+class GatewaySection(_Section):
+    """`gateway`: how the apps of machines are reached."""
+
+    base_domain: str = "localhost"
+    port: Port = 8082
+    agent_port: Port = 8090
+
+
+class AuthSection(_Section):
+    """`auth`: the credentials of callers. With `enabled` and none configured, every call is refused."""
+
+    enabled: bool = False
+    tokens: tuple[str, ...] = Field(default=(), strict=False)
+    htpasswd_file: str = ""
+
+
+class ImageSection(_Section):
+    """`image`: the folder of local OS images."""
+
+    path: FilePath = Path("./images")
+
+
+class VmmConfig(_Section):
+    """The configuration of one VMM. `run_path` is the folder of its machines."""
+
+    address: str = "unix:./vmm.sock"
+    port: Port | None = None
+    run_path: FilePath = Path("./run/vm")
+    kms_url: str = "http://127.0.0.1:8081"
+    event_buffer_size: Annotated[int, Field(ge=1)] = 20
+    node_name: str = ""
+    image: ImageSection = ImageSection()
+    cvm: CvmSection = CvmSection()
+    gateway: GatewaySection = GatewaySection()
+    auth: AuthSection = AuthSection()
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a file; raise `ConfigError`, which names the file and each wrong key."""
+        return validate(cls, read_toml(path), str(path))

@@ -1,0 +1,75 @@
+"""What runs a machine: the interface that the VMM's caller implements, and what the machine tells its host.
+
+The VMM knows no trust domain. It hands over what its folder says (`Launch`), and learns of the boot by the host API
+(`HostApi`), as the real one does over vsock.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from google.protobuf.message import Message
+
+from dstack_emu.vmm.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What a machine is started with.
+
+    `folder` is the machine's own, for sockets and files; `compose_file` the text of its app-compose.json;
+    `instance_seed` 20 bytes. The KMS and gateway URLs are the machine's, or the VMM's.
+    """
+
+    manifest: Manifest
+    folder: Path
+    compose_file: str
+    user_config: str
+    encrypted_env: bytes
+    instance_seed: bytes
+    kms_urls: tuple[str, ...]
+    gateway_urls: tuple[str, ...]
+
+
+class HostApi(Protocol):
+    """What a guest tells its host: the methods of upstream's HostApi that the VMM handles."""
+
+    def notify(self, event: str, payload: str) -> None:
+        """Handle an event: `boot.progress`, `boot.error`, `shutdown.progress`, `instance.info`, or any other."""
+        ...
+
+    def log(self, text: str, channel: str = "serial") -> None:
+        """Append a text to a log: `serial`, `stdout` or `stderr`."""
+        ...
+
+
+class Machine(Protocol):
+    """A machine that runs."""
+
+    async def wait(self) -> None:
+        """Wait until it has ended, by itself or by `stop`; return at once if it has."""
+        ...
+
+    async def stop(self) -> None:
+        """End it at once, and release what it holds; return when that is done."""
+        ...
+
+    async def shutdown(self) -> None:
+        """Let its guest power off: it reports `shutdown.progress` and then ends. Return at once."""
+        ...
+
+    async def guest_call(self, method: str) -> Message:
+        """Call a method of its guest API, such as `Info`; raise `VmmError` with the reason if it does not answer."""
+        ...
+
+
+class MachineFactory(Protocol):
+    """Starts machines."""
+
+    def check(self, launch: Launch) -> None:
+        """Raise `VmmError` if a machine of this configuration cannot be loaded, such as without its image."""
+        ...
+
+    async def start(self, launch: Launch, host: HostApi) -> Machine:
+        """Start a machine, and return while it boots; raise `VmmError` if it cannot be started at all."""
+        ...

@@ -1,0 +1,123 @@
+"""vm-manifest.json: what a machine is configured with, as upstream stores it.
+
+Source: dstack `vmm/src/app.rs` at 312dc605; a folder of 0.5.11 has the same members but `networks`.
+"""
+
+from typing import Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dstack_emu.attest.proto import vmm_pb2 as pb
+from dstack_emu.transport.settings import Port
+from dstack_emu.transport.validation import problems
+from dstack_emu.vmm.config import Protocol
+from dstack_emu.vmm.errors import VmmError
+
+AttachMode = Literal["listed", "all"]
+WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
+
+
+class PortMap(_Stored):
+    """A host port, and the port of the machine to which its connections go."""
+
+    address: str
+    protocol: Protocol
+    host_port: Port = Field(validation_alias="from", serialization_alias="from")
+    vm_port: Port = Field(validation_alias="to", serialization_alias="to")
+
+    def conflicts_with(self, other: "PortMap") -> bool:
+        """Return whether both cannot be listened on: same protocol and port, and addresses that overlap."""
+        same = (self.protocol, self.host_port) == (other.protocol, other.host_port)
+        return same and (self.address == other.address or bool(WILDCARDS & {self.address, other.address}))
+
+    def __str__(self) -> str:
+        """Return it as upstream's errors have it: `tcp 127.0.0.1:8080`."""
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{self.protocol} {host}:{self.host_port}"
+
+
+class Gpus(_Stored):
+    """The GPUs of a machine, by slot."""
+
+    attach_mode: AttachMode = "listed"
+    gpus: tuple[str, ...] = ()
+
+
+class Network(_Stored):
+    """One network interface."""
+
+    mode: Literal["user", "bridge"]
+    bridge: str = ""
+
+
+class Manifest(_Stored):
+    """One machine: memory in MB, disk size in GB, the time of its creation in milliseconds since 1970."""
+
+    id: str
+    name: str
+    app_id: str
+    vcpu: int
+    memory: int
+    disk_size: int
+    image: str
+    port_map: tuple[PortMap, ...] = ()
+    created_at_ms: int
+    hugepages: bool = False
+    pin_numa: bool = False
+    gpus: Gpus = Gpus()
+    kms_urls: tuple[str, ...] = ()
+    gateway_urls: tuple[str, ...] = ()
+    no_tee: bool = False
+    networks: tuple[Network, ...] = ()
+    simulated_tee: str | None = None
+
+    @classmethod
+    def parse(cls, content: bytes, source: str) -> Self:
+        """Parse the stored file; raise `VmmError`, which names `source` and the first fault."""
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            raise VmmError(f"{source}: {problems(error)[0]}") from error
+
+    def encode(self) -> bytes:
+        """Encode it as the stored file."""
+        return self.model_dump_json(by_alias=True, indent=2).encode()
+
+    def configuration(
+        self, *, compose_file: str, encrypted_env: bytes, user_config: str, stopped: bool
+    ) -> pb.VmConfiguration:
+        """Return the configuration that VmInfo shows."""
+        networks = [pb.NetworkingConfig(mode=each.mode, bridge_name=each.bridge) for each in self.networks]
+        return pb.VmConfiguration(
+            name=self.name,
+            image=self.image,
+            compose_file=compose_file,
+            vcpu=self.vcpu,
+            memory=self.memory,
+            disk_size=self.disk_size,
+            ports=[
+                pb.PortMapping(
+                    protocol=port.protocol, host_port=port.host_port, vm_port=port.vm_port, host_address=port.address
+                )
+                for port in self.port_map
+            ],
+            encrypted_env=encrypted_env,
+            app_id=self.app_id,
+            user_config=user_config,
+            hugepages=self.hugepages,
+            pin_numa=self.pin_numa,
+            gpus=pb.GpuConfig(
+                gpus=[pb.GpuSpec(slot=slot) for slot in self.gpus.gpus], attach_mode=self.gpus.attach_mode
+            ),
+            kms_urls=self.kms_urls,
+            gateway_urls=self.gateway_urls,
+            stopped=stopped,
+            no_tee=self.no_tee,
+            networking=networks[0] if networks else None,
+            networks=networks,
+            simulated_tee=self.simulated_tee,
+        )

@@ -1,0 +1,72 @@
+"""The VMM's HTTP server: the RPCs at `/prpc`, and logs at `/logs`, behind the credentials of vmm.toml.
+
+Source: dstack `vmm/src/{main,main_routes}.rs` at 312dc605.
+"""
+
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from urllib.parse import parse_qs
+
+from dstack_emu.transport.api_auth import Credentials, ListenerAuth
+from dstack_emu.transport.http import Application, Handler, Request, Response, status_page
+from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
+from dstack_emu.vmm.config import AuthSection
+from dstack_emu.vmm.errors import VmmError
+from dstack_emu.vmm.fleet import Fleet
+from dstack_emu.vmm.logs import CHANNELS, DEFAULT_LINES
+from dstack_emu.vmm.service import VmmService, vmm_table
+
+_TRUE = ("", "true", "on", "yes")
+_FALSE = ("false", "off", "no")
+
+
+def vmm_app(fleet: Fleet) -> Application:
+    """Make the application; raise `ConfigError` if the htpasswd file cannot be used."""
+    release = fleet.release
+    headers = (("X-App-Version", f"v{release.version} (git:{release.revision})"), ("X-Accel-Buffering", "no"))
+    auth = _auth(fleet.config.auth)
+    app = Application(headers=headers, middlewares=[auth.middleware(fleet.log)])
+    app.add("GET", "/logs", _logs(fleet))
+    add_prpc(app, "/prpc", vmm_table(VmmService(fleet)), _anyone, errors=(VmmError,), statuses=RpcStatuses())
+    return app
+
+
+def _auth(section: AuthSection) -> ListenerAuth:
+    """Return the credentials of the listener: enabled with none configured, it admits nobody."""
+    known = Credentials.of(section.tokens, section.htpasswd_file, "auth.htpasswd_file") if section.enabled else None
+    return ListenerAuth("vmm", "dstack-vmm API", "X-Admin-Token", known, takes_query=True)
+
+
+async def _anyone(_request: Request) -> None:
+    """Make no difference between callers: the credentials were checked before."""
+
+
+def _logs(fleet: Fleet) -> Handler:
+    async def logs(request: Request) -> Response:
+        query = {name: values[-1] for name, values in parse_qs(request.query, keep_blank_values=True).items()}
+        try:
+            follows, ansi = _boolean(query.get("follow")), _boolean(query.get("ansi"))
+            lines = int(query.get("lines", DEFAULT_LINES))
+        except ValueError:
+            return status_page(HTTPStatus.NOT_FOUND, request)
+        vm = fleet.vms.get(query.get("id", ""))
+        if vm is None:
+            return Response.of("VM not found", "text/plain", 404)
+        channel = query.get("ch", "serial")
+        if channel not in CHANNELS:
+            return Response.of(f"Unknown channel {channel}", "text/plain", 400)
+        body: bytes | AsyncIterator[bytes] = (
+            vm.logs.follow(channel, lines, ansi=ansi) if follows else vm.logs.tail(channel, lines, ansi=ansi)
+        )
+        return Response(200, body, (("Content-Type", "text/plain; charset=utf-8"),))
+
+    return logs
+
+
+def _boolean(text: str | None) -> bool:
+    """Read a parameter as Rocket reads a lenient boolean; raise `ValueError` for other words."""
+    if text is None or text.lower() in _FALSE:
+        return False
+    if text.lower() in _TRUE:
+        return True
+    raise ValueError(text)

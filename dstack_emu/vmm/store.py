@@ -1,0 +1,191 @@
+"""The folder of a VMM's machines: complete or absent at any moment, whatever ends the process.
+
+A machine's folder is that of upstream: vm-manifest.json, vm-state.json, the logs, and `shared/` with what the guest
+reads. A new machine is written beside and renamed. A change of several files is written to `.change/`, renamed to
+`.changed/`, which decides, and then moved into place; a start of the VMM completes what was decided, and deletes what
+was not. That is stricter than upstream, which writes the files one after the other.
+
+Source: dstack `vmm/src/app.rs` (VmWorkDir) and `dstack-types/src/shared_filenames.rs` at 312dc605.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from dstack_emu.transport.files import replace_file_durably, sync_folder, write_durably
+from dstack_emu.vmm.checks import is_vm_id
+from dstack_emu.vmm.errors import VmmError
+from dstack_emu.vmm.manifest import Manifest
+
+MANIFEST: Final = "vm-manifest.json"
+STATE: Final = "vm-state.json"
+COMPOSE: Final = "shared/app-compose.json"
+ENCRYPTED_ENV: Final = "shared/.encrypted-env"
+USER_CONFIG: Final = "shared/.user-config"
+SYS_CONFIG: Final = "shared/.sys-config.json"
+INSTANCE_INFO: Final = "shared/.instance_info"
+
+_NEW: Final = ".new-"
+_GONE: Final = ".gone-"
+_CHANGE, _CHANGED = ".change", ".changed"
+_REMOVING: Final = ".removing"
+_MODE: Final = 0o600
+
+
+class MachineFolder:
+    """The folder of one machine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def manifest(self) -> Manifest:
+        """Read the manifest; raise `VmmError`."""
+        return Manifest.parse(self._read(MANIFEST), str(self.path / MANIFEST))
+
+    def compose_file(self) -> str:
+        """Read the app-compose.json; raise `VmmError`."""
+        try:
+            return self._read(COMPOSE).decode()
+        except UnicodeDecodeError as error:
+            raise VmmError(f"Failed to read compose file: {error.reason}") from error
+
+    def encrypted_env(self) -> bytes:
+        """Read the encrypted environment, empty if there is none."""
+        return self._read_if_present(ENCRYPTED_ENV)
+
+    def user_config(self) -> str:
+        """Read the user's own file, empty if there is none."""
+        return self._read_if_present(USER_CONFIG).decode(errors="replace")
+
+    def instance_info(self) -> dict[str, str]:
+        """Read what the guest has said of its instance; without any, what there was at the creation."""
+        try:
+            found: object = json.loads(self._read_if_present(INSTANCE_INFO) or b"{}")
+        except ValueError:
+            found = {}
+        return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+
+    def is_started(self) -> bool:
+        """Return whether the machine is to run."""
+        try:
+            state: object = json.loads(self._read_if_present(STATE) or b"{}")
+        except ValueError:
+            return False
+        return isinstance(state, dict) and state.get("started") is True
+
+    def set_started(self, started: bool) -> None:
+        """Store whether the machine is to run."""
+        self.write(STATE, json.dumps({"started": started}).encode())
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace one file; raise `VmmError` if that fails."""
+        try:
+            replace_file_durably(self.path / name, data, _MODE)
+        except OSError as error:
+            raise VmmError(f"{self.path / name}: {error.strerror}") from error
+
+    def change(self, files: Mapping[str, bytes]) -> None:
+        """Replace several files, all or none; raise `VmmError` if that fails, and nothing is changed then."""
+        try:
+            shutil.rmtree(self.path / _CHANGE, ignore_errors=True)
+            _write_tree(self.path / _CHANGE, files)
+            (self.path / _CHANGE).rename(self.path / _CHANGED)
+            sync_folder(self.path)
+            self.recover()
+        except OSError as error:
+            raise VmmError(f"{self.path}: {error.strerror}") from error
+
+    def recover(self) -> None:
+        """Complete a change that was decided, and delete one that was not; raise `OSError`."""
+        shutil.rmtree(self.path / _CHANGE, ignore_errors=True)
+        changed = self.path / _CHANGED
+        if not changed.exists():
+            return
+        for source in sorted(changed.rglob("*")):
+            if source.is_file():
+                target = self.path / source.relative_to(changed)
+                target.parent.mkdir(exist_ok=True)
+                source.replace(target)
+                sync_folder(target.parent)
+        shutil.rmtree(changed)
+
+    def mark_removing(self) -> None:
+        """Store that the machine is being removed, so that a start of the VMM removes the rest."""
+        self.write(_REMOVING, b"")
+
+    @property
+    def is_removing(self) -> bool:
+        """Return whether the removal has begun."""
+        return (self.path / _REMOVING).exists()
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise VmmError(f"{self.path / name}: {error.strerror}") from error
+
+    def _read_if_present(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except OSError:
+            return b""
+
+
+class Store:
+    """The folder of all machines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def open(self) -> None:
+        """Create the folder, and bring every machine into a whole state; raise `OSError`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for found in self.path.iterdir():
+            if found.name.startswith((_NEW, _GONE)):
+                shutil.rmtree(found, ignore_errors=True)
+        for vm_id in list(self.ids()):
+            folder = self.folder(vm_id)
+            folder.recover()
+            if folder.is_removing:
+                self.remove(vm_id)
+
+    def ids(self) -> Iterator[str]:
+        """Yield the ids of the machines; folders without a manifest are passed over."""
+        for found in sorted(self.path.iterdir()):
+            if is_vm_id(found.name) and (found / MANIFEST).is_file():
+                yield found.name
+
+    def folder(self, vm_id: str) -> MachineFolder:
+        """Return the folder of a machine; raise `VmmError` for a text that may be no id."""
+        if not is_vm_id(vm_id):
+            raise VmmError("invalid VM id")
+        return MachineFolder(self.path / vm_id)
+
+    def create(self, manifest: Manifest, files: Mapping[str, bytes]) -> MachineFolder:
+        """Write a new machine's folder, completely or not at all; raise `VmmError` if that fails."""
+        new = self.path / f"{_NEW}{manifest.id}"
+        try:
+            _write_tree(new, {MANIFEST: manifest.encode(), **files})
+            new.rename(self.path / manifest.id)
+            sync_folder(self.path)
+        except OSError as error:
+            shutil.rmtree(new, ignore_errors=True)
+            raise VmmError(f"Failed to write manifest: {error.strerror}") from error
+        return self.folder(manifest.id)
+
+    def remove(self, vm_id: str) -> None:
+        """Delete a machine's folder; raise `OSError`."""
+        gone = self.path / f"{_GONE}{vm_id}"
+        (self.path / vm_id).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _write_tree(root: Path, files: Mapping[str, bytes]) -> None:
+    root.mkdir(mode=0o700)
+    for name, data in files.items():
+        (root / name).parent.mkdir(mode=0o700, exist_ok=True)
+        write_durably(root / name, data, _MODE)
+    for folder in {(root / name).parent for name in files} | {root}:
+        sync_folder(folder)
