@@ -4,6 +4,7 @@ They need Docker with Compose and buildx, so the suite runs them only where DSTA
 does. BASE_IMAGE, BUILD_NETWORK and PIP_CA_FILE are those of docker-compose.yaml.
 """
 
+import ipaddress
 import json
 import os
 import re
@@ -134,8 +135,8 @@ def app(short_folder: Path, image: str) -> App:
 
 
 @contextmanager
-def stack_of(app: App) -> Iterator[RunningStack]:
-    with running_stack("--state", str(app.folder / "state"), *app.options) as stack:
+def stack_of(app: App, *options: str) -> Iterator[RunningStack]:
+    with running_stack("--state", str(app.folder / "state"), *app.options, *options) as stack:
         yield stack
 
 
@@ -158,6 +159,22 @@ def test_app_beside_the_stack_has_its_keys_and_its_environment(app: App, way: st
                     user.partition(":")[0],
                     TOKEN,
                 ]
+        finally:
+            app.remove(*files, environment=variables)
+
+
+def test_app_in_a_network_of_its_own_reaches_the_address_of_the_bridge(app: App, image: str) -> None:
+    files = ("compose.yaml", "tcp.yaml")
+    override = app.folder / "tcp.yaml"
+    override.write_text(re.sub(r"^ +network_mode: host\n", "", override.read_text(), flags=re.MULTILINE))
+    routes = docker("run", "--rm", image, "cat", "/proc/net/route").splitlines()
+    gateway = next(fields[2] for fields in map(str.split, routes) if fields[1] == "00000000")
+    bridge = str(ipaddress.IPv4Address(bytes.fromhex(gateway)[::-1]))  # the kernel prints the bytes in its own order
+    with stack_of(app, "--listen", bridge) as stack:
+        variables = stack.description["env"]
+        try:
+            run = app.compose("run", "--rm", "--user", USERS[1], "wallet", files=files)
+            assert docker(*run, environment=variables) == key_of(stack)
         finally:
             app.remove(*files, environment=variables)
 

@@ -74,7 +74,8 @@ def test_what_is_sealed_opens_with_the_secret_key_alone() -> None:
 
 
 async def test_environment_of_a_stack_without_keys_is_encrypted_at_the_first_boot(files: dict[str, Path]) -> None:
-    async with own_stack(**files, fresh=True) as stack:
+    paths = {name: str(path) for name, path in files.items()}  # as somebody writes them into dstack_settings
+    async with own_stack(**paths, fresh=True) as stack:
         control = stack.control
         assert "decrypted_env" not in stack.description()["app"]
         control.allow("src", "kms-src")
