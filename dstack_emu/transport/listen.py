@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 from dstack_emu.transport.errors import ListenError as ListenError
 from dstack_emu.transport.http.application import Application
 from dstack_emu.transport.http.protocol import HttpServer
-from dstack_emu.transport.localhost_socket import LOCALHOST, LocalhostSocket, parts_of
+from dstack_emu.transport.localhost_socket import LOCALHOST, LocalhostSocket, parts_of, require_ipv6
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -70,6 +70,7 @@ def _bound(found: tuple[Any, ...]) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if target[0] == "::":
+            require_ipv6()
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.bind(target)
     except OSError:

@@ -85,6 +85,14 @@ def _twin(port: int) -> socket.socket | None:
     return sock
 
 
+def require_ipv6() -> None:
+    """Raise `OSError` (EAFNOSUPPORT) if the machine has no IPv6: where it is switched off, `::` can still be bound."""
+    probe = _twin(0)
+    if probe is None:
+        raise OSError(errno.EAFNOSUPPORT, "no IPv6")
+    probe.close()
+
+
 def parts_of(sock: socket.socket) -> tuple[socket.socket, ...]:
     """Return the sockets to serve on, which the caller owns: one, or the two of `localhost`."""
     twin = sock.take_twin() if isinstance(sock, LocalhostSocket) else None
