@@ -12,7 +12,7 @@ import pytest
 from dstack_emu import Stack, StackConfig
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.errors import PartEndedError, StackError
-from tests.commands import run_command
+from tests.commands import run_command, usage_error
 from tests.own_stack import own_stack
 from tests.ports import free_port
 from tests.running import running_kms
@@ -179,7 +179,10 @@ def test_stack_waits_for_a_kms_that_somebody_else_starts(tmp_path: Path, named_b
 def test_runbook_judges_a_kms_of_ones_own(tmp_path: Path) -> None:
     command = their_kms(tmp_path)
     evidence = tmp_path / "evidence.tar.gz"
-    arguments = ("runbook", "--json", "--kms", f"src={command}", "--kms", f"dst={command}", "--evidence", str(evidence))
+    both = ("runbook", "--kms", f"src={command}", "--kms", f"dst={command}")
+    assert usage_error(*both, "--transport", "grpc").startswith("--transport grpc needs gRPC listeners")
+    assert usage_error(*both, "--against", "stack.json").startswith("--kms is for the stack that the command starts")
+    arguments = (*both, "--json", "--evidence", str(evidence))
     done = run_command(*arguments)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ok"]

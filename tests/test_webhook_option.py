@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dstack_emu import StackConfig
+from dstack_emu import Stack, StackConfig
 from dstack_emu.cli.main import main
 from dstack_emu.cli.stack_summary import summary
 from dstack_emu.control.schemas import ControlError
@@ -15,7 +15,6 @@ from dstack_emu.deployment.environment import environment
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.runbook.target import Target, TargetError
 from dstack_emu.testing import LiveStack, Refused
-from tests.own_stack import own_stack
 from tests.their_webhook import TheirWebhook, their_webhook
 
 
@@ -87,23 +86,25 @@ def test_runbook_says_that_it_needs_a_policy_to_write() -> None:
 
 @pytest.mark.parametrize("side", ["src", "dst"])
 def test_denial_names_the_webhook_and_what_it_has_to_allow(side: str) -> None:
+    said: list[str] = []
+
     async def start(webhook: TheirWebhook, **settings: Any) -> dict[str, Any]:
-        async with own_stack(webhooks={side: webhook.url}, **settings) as stack:
+        config = StackConfig.on_free_ports(webhooks={side: with_password(webhook)}, **settings)
+        async with Stack(config, progress=said.append) as stack:
             return {name: guest.agent.app_info() for name, guest in stack.guests.items()}
 
     with their_webhook() as webhook:
         with pytest.raises(StackError) as refused:
             asyncio.run(start(webhook))
         path, asked = webhook.asked[-1]
-        text = str(refused.value)
-        assert path == "/bootAuth/kms"
+        text, announced = str(refused.value), "\n".join(said)
         assert re.match(rf"kms-{side}: \w+: .*boot denied: not on their list", text, re.DOTALL)
-        assert f"kms-{side} asks {webhook.url}, whose policy is yours" in text
-        assert text.endswith("or use --fresh, which asks no webhook by itself")
-        for part in asyncio.run(start(webhook, fresh=True)).values():
-            assert f"mrAggregated {part.mr_aggregated.hex()}, osImageHash {part.os_image_hash.hex()}" in text
-            assert f"appId {part.app_id.hex()}, composeHash {part.compose_hash.hex()}" in text
-        assert f"mrAggregated {asked['mrAggregated']}" in text
+        assert f"kms-{side} asked your webhook {webhook.url}{path} about mrAggregated {asked['mrAggregated']}" in text
+        assert f"appId {asked['appId']}, composeHash {asked['composeHash']}. Allow that there, or use --fresh" in text
+        assert f"kms-{side} asks {webhook.url}, whose policy is yours. All of these must be allowed:" in announced
+        for name, part in asyncio.run(start(webhook, fresh=True)).items():
+            identity = f"mrAggregated {part.mr_aggregated.hex()}, osImageHash {part.os_image_hash.hex()}"
+            assert f"  {'the app' if name == 'app' else name}: {identity}" in announced
         webhook.allowed = {"*"}
         assert set(asyncio.run(start(webhook))) == {"kms-src", "kms-dst", "app"}
 
@@ -145,8 +146,6 @@ def test_wrong_option_is_refused_before_anything_starts(
 
 def test_settings_name_src_or_dst() -> None:
     async def start(config: StackConfig) -> None:
-        from dstack_emu import Stack
-
         async with Stack(config):
             pass
 

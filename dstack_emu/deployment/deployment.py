@@ -28,7 +28,7 @@ from dstack_emu.deployment.guests import RunningGuest, start_guest
 from dstack_emu.deployment.kms import start_kms, stop_kms
 from dstack_emu.deployment.own_app import NAME as OWN_APP
 from dstack_emu.deployment.own_app import RememberedApp
-from dstack_emu.deployment.own_parts import what_to_allow
+from dstack_emu.deployment.own_parts import what_to_allow, what_was_denied
 from dstack_emu.deployment.preparation import prepare
 from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
 from dstack_emu.deployment.service_logs import ServiceLogs
@@ -309,8 +309,7 @@ class Deployment:
     @property
     def _advice(self) -> str:
         """What to do about a refusal, if a webhook of the user's own may have made it."""
-        advice = what_to_allow(self.kms, self.app.agent)
-        return f". {advice}; or use --fresh, which asks no webhook by itself" if advice else ""
+        return what_was_denied(self.context.instrumentation.journal, self.kms, self.app.agent)
 
     async def boot(self, guest: RunningGuest, kms: Sequence[str]) -> None:
         """Let a trust domain fetch its keys from the KMS of these names, tried in order.

@@ -10,6 +10,7 @@ from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.foreign_kms import command_words
 from dstack_emu.deployment.running_foreign_kms import EXTERNAL, is_url
 from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
+from dstack_emu.observability.journal import Journal
 from dstack_emu.simulator.agent import GuestAgent
 from dstack_emu.transport.urls import shown_url
 
@@ -49,20 +50,44 @@ def foreign_webhooks(kms: Iterable[RunningKms]) -> dict[str, str]:
 
 
 def what_to_allow(kms: Mapping[str, RunningKms], app: GuestAgent) -> str:
-    """Say which webhooks of the user's own are asked, and what they have to allow; empty if there is none."""
+    """Say which webhooks of the user's own are asked, and what they have to allow, on several lines.
+
+    It is empty if there is none.
+    """
     urls = foreign_webhooks(kms.values())
     if not urls:
         return ""
     asked = ", ".join(f"kms-{name} asks {url}" for name, url in urls.items())
-    parts = {each.spec.service: each.guest.agent for each in kms.values()} | {"the app": app}
-    allowed = "; ".join(f"{name} ({_identity(agent)})" for name, agent in parts.items())
-    return f"{asked}, whose policy is yours. To get keys, all of these must be allowed: {allowed}"
+    agents = {each.spec.service: each.guest.agent for each in kms.values()} | {"the app": app}
+    allowed = [f"  {name}: {_identity(_members_of(agent))}" for name, agent in agents.items()]
+    return "\n".join([f"{asked}, whose policy is yours. All of these must be allowed:", *allowed])
 
 
-def _identity(agent: GuestAgent) -> str:
-    """Return the members of a webhook's request that tell one trust domain from another, as the request has them."""
+def what_was_denied(journal: Journal, kms: Mapping[str, RunningKms], app: GuestAgent) -> str:
+    """Say what a webhook of the user's own was asked and denied last; empty if there is no such webhook.
+
+    A question of a KMS that is another program is not known; then everything that the webhook has to allow is named.
+    """
+    urls = foreign_webhooks(kms.values())
+    if not urls:
+        return ""
+    for record in reversed(journal.find(service="webhook", outcome="denied")):
+        url = urls.get(record["caller"].removeprefix("kms-"))
+        if url is not None:
+            identity = _identity(record["decision"]["asked"])
+            asked = f"{record['caller']} asked your webhook {url.rstrip('/')}{record['call']} about {identity}"
+            return f". {asked}. Allow that there, or use --fresh, which asks no webhook by itself"
+    return f". {what_to_allow(kms, app)}\nOr use --fresh, which asks no webhook by itself"
+
+
+def _members_of(agent: GuestAgent) -> dict[str, str]:
     info = agent.app_info()
-    return ", ".join(f"{_camel_case(name)} {getattr(info, name).hex()}" for name in REQUEST_MEMBERS)
+    return {name: getattr(info, name).hex() for name in REQUEST_MEMBERS}
+
+
+def _identity(members: Mapping[str, str]) -> str:
+    """Return the members of a webhook's request that tell one trust domain from another, as the request has them."""
+    return ", ".join(f"{_camel_case(name)} {members[name]}" for name in REQUEST_MEMBERS)
 
 
 def _camel_case(name: str) -> str:

@@ -82,6 +82,8 @@ class RunningForeignKms(RunningKms):
         context, program, service = self._context, self._configured, self.spec.service
         webhook, _ = await self._webhook()
         url, host, port = self._address()
+        for suffix in ("grpc", "grpc-mtls") if context.config.grpc else ():
+            context.ports.take(f"{service}-{suffix}").close()  # it has no gRPC: a client shall be refused there
         is_command = program != EXTERNAL and not is_url(program)
         self._program = ForeignKms(
             service,

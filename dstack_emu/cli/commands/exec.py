@@ -73,7 +73,9 @@ class _Run:
         from dstack_emu.stack import Stack  # imported here, because it is slow and --help does not need it
 
         try:
-            async with Stack(config) as stack:
+            # A KMS of the user's own may have to be started by hand: then what is waited for must be seen.
+            progress = {"progress": lambda text: say(f"… {text}")} if config.kms else {}
+            async with Stack(config, **progress) as stack:
                 variables = environment(stack.description(), stack.control_token)
                 return await self._command({**stack.app.environment, **variables})
         except asyncio.CancelledError:

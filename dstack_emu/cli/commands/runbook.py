@@ -96,6 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--kms is for the stack that the command starts: leave out --against, or give it to `up`")
     if (arguments.onboard_token or arguments.source_token) and not arguments.against:
         raise UsageError("tokens are only for a stack that runs elsewhere: give --against, too")
+    if arguments.kms and arguments.transport == "grpc":
+        raise UsageError("--transport grpc needs gRPC listeners, which a KMS of --kms does not have: leave one out")
     try:
         destination = Destination(arguments.evidence) if arguments.evidence else None
     except OSError as error:
