@@ -13,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet install --co
 # setuptools is installed first, in its pinned version: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-build-isolation --editable
 
-.PHONY: help venv up test fuzz decisions crash lint types imports check bench proto lock clean
+.PHONY: help venv up test fuzz decisions check-kms crash lint types imports check bench proto lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ fuzz: $(VENV)/.dev ## Test the decoders' properties with many more examples (EXA
 decisions: $(VENV)/.dev ## Hold many more random decisions against the model of a real KMS (CASES=20000 SEED=x)
 	@DSTACK_EMU_DECISIONS=$(or $(CASES),20000) DSTACK_EMU_DECISIONS_SEED=$(or $(SEED),decisions) \
 	  $(BIN)/python -m pytest -n 2 --dist load --timeout 3600 tests/test_decisions.py tests/test_onboarding_decisions.py $(ARGS)
+
+check-kms: $(VENV)/.dev ## Put every case of check-kms to the emulator's own KMS, in both releases
+	@DSTACK_EMU_CHECK_KMS=all $(BIN)/python -m pytest tests/test_check_kms.py -k own_kms $(ARGS)
 
 crash: $(VENV)/.dev ## Kill a KMS at random moments of its set-up, and check its next start
 	@$(BIN)/python -m tests.crash_campaign $(ARGS)

@@ -32,6 +32,7 @@ PAGES = (
     "docs/api.md",
     "docs/control.md",
     "docs/howto/app.md",
+    "docs/howto/check-kms.md",
     "docs/howto/ci.md",
     "docs/howto/containers.md",
     "docs/howto/kms.md",

@@ -38,6 +38,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "kms": "run one KMS from a kms.toml",
     "auth": "run one auth webhook of a KMS: auth-simple, dstack-auth or auth-mock",
     "check-webhook": "check an auth webhook: what would break a KMS, and what it allows that it should not",
+    "check-kms": "check a KMS: what it must refuse, and what it must release after that",
     "setup": "set up two KMS that run elsewhere, and allow an app",
     "proto": "write the .proto files of all services",
     "health": "check whether a stack, or one service, is ready",

@@ -15,6 +15,8 @@ from dstack_emu.attest.release import Release, release
 from dstack_emu.cli.commands.common import UsageError, add_release
 from dstack_emu.cli.commands.control_client import Api, find_control
 from dstack_emu.cli.commands.inspect import WIDTH
+from dstack_emu.cli.junit import JunitCase, to_junit
+from dstack_emu.cli.progress import ProgressLine
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 from dstack_emu.kms_emu.auth_api import TIMEOUT
 from dstack_emu.simulator.seed import DEFAULT_SEED
@@ -22,8 +24,7 @@ from dstack_emu.transport.urls import shown_url
 from dstack_emu.webhook_check.allowed import CONTRACTS, AllowedRequests, Contract, from_document, from_samples
 from dstack_emu.webhook_check.check import SLOW, Report, check_webhook
 from dstack_emu.webhook_check.expectations import Wanted, parse_expectations, resolve
-from dstack_emu.webhook_check.junit import to_junit
-from dstack_emu.webhook_check.safety import RequestCheck, SafetyReport, check_safety, list_requests
+from dstack_emu.webhook_check.safety import FAILURES, RequestCheck, SafetyReport, check_safety, list_requests
 from dstack_emu.webhook_check.sample_requests import SampleError, SampleRequests
 
 DESCRIPTION = (
@@ -133,7 +134,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("the webhook's URL is missing: dstack-emu check-webhook http://host:port")
     report, safety = asyncio.run(_check(arguments, allowed, contract, expectations, used))
     if arguments.junit is not None:
-        _write(arguments.junit, to_junit(shown_url(arguments.url), report, safety))
+        title = f"check-webhook {shown_url(arguments.url)}"
+        _write(arguments.junit, to_junit(title, _junit_cases(report, safety)))
     is_ok = report.ok and (safety is None or safety.ok)
     if arguments.json:
         document = report.to_json() | {"ok": is_ok, "slow": _slow(report, safety)}
@@ -150,7 +152,7 @@ async def _check(
     expectations: dict[str, Wanted],
     used: Release,
 ) -> tuple[Report, SafetyReport | None]:
-    progress = _Progress()
+    progress = ProgressLine()
     try:
         progress.show("checking the answers")
         report = await check_webhook(arguments.url, allowed.samples, patience=arguments.timeout, release=used)
@@ -169,23 +171,6 @@ async def _check(
         return report, safety
     finally:
         progress.clear()
-
-
-class _Progress:
-    """One line on stderr that says what is being sent, if stderr is a terminal."""
-
-    def __init__(self) -> None:
-        self._is_shown = sys.stderr.isatty()
-
-    def show(self, text: str) -> None:
-        """Replace the line."""
-        if self._is_shown:
-            print(f"\r\033[K{text:.78}", end="", file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        """Remove the line."""
-        if self._is_shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 # ---- what to send
@@ -247,6 +232,15 @@ def _write(path: Path, text: str) -> None:
 
 
 # ---- the report
+
+
+def _junit_cases(report: Report, safety: SafetyReport | None) -> Iterator[JunitCase]:
+    for each in report.findings:
+        is_broken = each.level == "broken"
+        yield JunitCase("check-webhook.answers", each.name, each.seconds, each.level, each.said, is_broken)
+    for check in safety.requests if safety is not None else ():
+        suite, said = f"check-webhook.safety.{check.side}", f"{check.outcome}: {check.said}"
+        yield JunitCase(suite, check.name, check.seconds, check.level, said, check.level in FAILURES)
 
 
 def _slow(report: Report, safety: SafetyReport | None) -> list[str]:
