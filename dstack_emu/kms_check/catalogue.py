@@ -11,6 +11,7 @@ from dstack_emu.kms_check.cases.authorization import AUTHORIZATION, FIRST_CALL
 from dstack_emu.kms_check.cases.bootstrap import BOOTSTRAP
 from dstack_emu.kms_check.cases.evidence import EVIDENCE
 from dstack_emu.kms_check.cases.handover import AS_RECEIVER, AS_SOURCE
+from dstack_emu.kms_check.cases.images import IMAGES
 from dstack_emu.kms_check.cases.keys import KEYS
 from dstack_emu.kms_check.cases.onboarding import ONBOARDING
 from dstack_emu.kms_check.cases.platforms import PLATFORMS
@@ -24,6 +25,7 @@ CASES: Final[Sequence[Case]] = tuple(
         FIRST_CALL,
         AUTHORIZATION,
         EVIDENCE,
+        IMAGES,
         PLATFORMS,
         REQUESTS,
         KEYS,

@@ -27,9 +27,10 @@ from dstack_emu.kms_check.webhook import Webhook
 from dstack_emu.observability.fault_rules import FaultRule
 from dstack_emu.simulator.app_keys import OwnKeys
 from dstack_emu.simulator.image import ImageParts, OsImage
-from dstack_emu.simulator.intel import VALID_FROM, VALID_UNTIL, IntelState, Validity, VendorState
+from dstack_emu.simulator.intel import IntelState
 from dstack_emu.simulator.platform import PlatformState
 from dstack_emu.simulator.trust_domain import AppCompose, TrustDomain
+from dstack_emu.simulator.vendor_state import VALID_FROM, VALID_UNTIL, Validity, VendorState
 from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.tls import Identity
 
