@@ -223,36 +223,3 @@ def test_compose_files_publish_every_port_on_this_machine_only(file: str) -> Non
 def test_image_exposes_every_port() -> None:
     (exposed,) = re.findall(r"^EXPOSE (.*)", document("Dockerfile"), re.MULTILINE)
     assert sorted(map(int, exposed.split())) == sorted(PORTS.values())
-
-
-@pytest.mark.parametrize(
-    ("environment", "words", "expected"),
-    [
-        ({}, [], "up --listen 0.0.0.0 --state /state"),
-        ({}, ["up"], "up --listen 0.0.0.0 --state /state"),
-        ({}, ["quote", "--json"], "quote --json"),
-        (
-            {"EMU_START": "fresh", "EMU_SEED": "a 'b", "EMU_RELEASE": "0.5", "EMU_PORT_KMS_SRC": "9400"},
-            ["up", "--release", "0.6"],
-            "up --listen 0.0.0.0 --state /state --port kms-src=9400 --seed=a 'b --release 0.5 --fresh --release 0.6",
-        ),
-        (
-            {"EMU_START": "ready", "EMU_AUTH_CONTRACT": "next"},
-            [],
-            "up --listen 0.0.0.0 --state /state --auth-contract next",
-        ),
-        ({"EMU_START": "now"}, [], "Error: EMU_START: ready or fresh expected, got 'now'"),
-        ({"EMU_START": "now"}, ["quote"], "quote"),
-    ],
-)
-def test_entry_point_of_the_image_turns_settings_into_options(
-    environment: dict[str, str], words: list[str], expected: str, tmp_path: Path
-) -> None:
-    command = tmp_path / "dstack-emu"
-    command.write_text('#!/bin/sh\necho "$@"\n')
-    command.chmod(0o755)
-    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DSTACK_EMU_STATE": "/state", **environment}
-    entry = [str(ROOT / "compose" / "entrypoint"), *words]
-    done = subprocess.run(entry, env=variables, capture_output=True, text=True, timeout=20, check=False)
-    assert (done.stdout + done.stderr).splitlines() == [expected]
-    assert done.returncode == (2 if expected.startswith("Error") else 0)

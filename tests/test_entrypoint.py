@@ -42,3 +42,28 @@ def test_own_parts_become_options(started: Path) -> None:
     assert arguments_of(started, **own) == [*always, *given]
     assert arguments_of(started, "up", "--kms", "src=external", **own) == [*always, *given, "--kms", "src=external"]
     assert arguments_of(started, "kms", "--config", "x", **own) == ["kms", "--config", "x"]
+
+
+def test_settings_become_options_and_those_of_the_container_come_last(started: Path) -> None:
+    settings = {
+        "EMU_START": "fresh",
+        "EMU_SEED": "--a 'b",
+        "EMU_RELEASE": "0.5",
+        "EMU_AUTH_CONTRACT": "next",
+        "EMU_DOMAIN": "stack other",
+        "EMU_PORT_KMS_SRC": "9400",
+    }
+    assert arguments_of(started, "up", "--release", "0.6", **settings) == [
+        *["up", "--listen", "0.0.0.0", "--state", "/state"],
+        *["--port", "kms-src=9400", "--domain", "stack", "--domain", "other", "--seed=--a 'b"],
+        *["--auth-contract", "next", "--release", "0.5", "--fresh", "--release", "0.6"],
+    ]
+    assert arguments_of(started, EMU_START="ready") == arguments_of(started)
+
+
+def test_start_that_is_neither_ready_nor_fresh_is_refused(started: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        arguments_of(started, EMU_START="now")
+    assert (caught.value.returncode, caught.value.stdout) == (2, "")
+    assert caught.value.stderr == "Error: EMU_START: ready or fresh expected, got 'now'\n"
+    assert arguments_of(started, "quote", EMU_START="now") == ["quote"]
