@@ -171,3 +171,22 @@ def test_member_that_is_named_twice_is_refused(guest: Guest) -> None:
         else:
             (text,) = refusals(guest, identity)
             assert text.endswith(f"failed to decode attestation from msgpack: duplicate field `{name}`")
+
+
+@pytest.mark.parametrize("tee_type", [0, 0x80, 0x82, 0x81000000])
+def test_quote_of_another_tee_is_refused(guest: Guest, tee_type: int) -> None:
+    key = foreign.new_key()
+    document = msgpack_evidence(guest, foreign.spki_of(key))
+    assert guest.get_app_key(guest.temp_ca.issue(key, msgpack.packb(document))).status == 200
+    quote = document["platform"]["data"]["quote"]
+    assert bytes(quote[4:8]) == (0x81).to_bytes(4, "little"), "TDX"
+    quote[4:8] = tee_type.to_bytes(4, "little")
+    (text,) = refusals(guest, guest.temp_ca.issue(key, msgpack.packb(document)))
+    assert text.startswith("invalid quote: failed to verify TDX quote: "), text
+
+
+@pytest.mark.parametrize("spoilt", [" " + "11" * 20, "11 " + "11" * 19, "11" * 20 + "\n"])
+def test_hex_with_blanks_is_refused(guest: Guest, spoilt: str) -> None:
+    with foreign.kms(guest.kms_url, root_ca=guest.root_ca) as connection:
+        assert connection.call("GetAppEnvEncryptPubKey", app_id=spoilt).status == 400
+        assert connection.call("GetAppEnvEncryptPubKey", app_id="11" * 20).status == 200

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -352,3 +353,21 @@ async def test_verifiers_verdicts_are_noted_and_faults_meet_it(stack: Stack, con
     assert f"not valid: {bad['reason']}"[:60] in next(lines(refused))
     assert "verifier" in control.describe()["services"]
     assert (await control.health())["verifier"] == "ok"
+
+
+async def test_clock_that_makes_a_certificate_invalid_ends_the_handshake_and_the_log_says_why(
+    stack: Stack, control: Control, caplog: pytest.LogCaptureFixture
+) -> None:
+    """gRPC clients name the TLS alert in words of their own; what was wrong is in the log of the KMS."""
+    guest = await asyncio.to_thread(Guest.of, stack.services["kms-src"], stack.services["app"])
+    identity = await asyncio.to_thread(guest.identity)
+    caplog.set_level(logging.INFO)
+    for port in ("kms-src-grpc", "kms-src-grpc-mtls"):
+        control.set_clock(set=1_000_000_000)
+        caplog.clear()
+        with pytest.raises(grpc.RpcError) as refusal:
+            await by_grpc(stack, port, lambda client: client.call(GET_META), identity)
+        assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "client certificate is not yet valid" in caplog.text
+        await control.revert()
+        assert (await by_grpc(stack, port, lambda client: client.call(GET_META), identity)).value

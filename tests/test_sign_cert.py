@@ -228,7 +228,8 @@ def test_key_is_refused_for_what_it_is(guest: Guest) -> None:
         )
     assert serialization.load_der_public_key(compressed(good)) == key.public_key()
     assert request_for(guest, key, compressed(good)).error == "Failed to verify csr signature: Invalid signature"
-    for spki in (b"", b"\x30", good[:-1], b"\x31" + good[1:], b"no key"):
+    longer = b"\x30\x81" + good[1:]  # its length is not the shortest, so it is no DER
+    for spki in (b"", b"\x30", good[:-1], b"\x31" + good[1:], b"no key", longer):
         assert request_for(guest, key, spki).error.startswith(
             "Failed to verify csr signature: Failed to parse pubkey: "
         )
