@@ -364,6 +364,8 @@ def test_source_that_the_webhook_denies_gives_no_keys(world: World, source: Kms,
             assert (status, answer) == (400, {"error": said})
             assert [request["osImageHash"] for request in asked] == [world.os_image_hash]
             assert not any((kms.certs / name).exists() for name in ROOT_KEYS)
+    with running(tmp_path, world, *RELEASE) as kms:  # its webhook allows everyone
+        assert onboard(kms, source.description["admin_url"], source_token=TOKEN)[0] == 200
 
 
 def test_source_without_evidence_gives_no_keys(world: World, tmp_path: Path) -> None:
@@ -428,6 +430,8 @@ def test_admin_certificate_without_its_key_ends_the_start(world: World, tmp_path
     keys = {key: value for key, value in handover(tmp_path).items() if key != "core.admin.tls.key"}
     status, line = ends(tmp_path, world, *RELEASE, **variables(keys))
     assert (status, "core.admin.tls has no key" in line) == (2, True), line
+    with running(tmp_path, world, *RELEASE, **variables(handover(tmp_path))) as kms:
+        assert kms.description["admin_url"].startswith("https://")
 
 
 def test_token_hash_of_0_5_has_no_effect_and_is_said(world: World, tmp_path: Path) -> None:
