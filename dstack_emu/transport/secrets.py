@@ -12,6 +12,8 @@ REDACTED: Final = "(a secret was here)"
 SHORTEST_LINE: Final = 24
 """Lines of a longer secret, such as a PEM file, are secrets of their own from this length on."""
 _BASE64: Final = "[A-Za-z0-9+/_-]{0,2}"
+_SLASHES: Final = r"\\{1,15}"
+"""The backslashes of JSON within JSON, up to four times."""
 _SHORT_ESCAPES: Final = {"\n": "n", "\r": "r", "\t": "t"}
 
 
@@ -54,17 +56,17 @@ def require_token(text: str, name: str) -> str:
 
 
 def _spelled(secret: str) -> str:
-    r"""Return a pattern for a text, each character as it is, as %41, as A, or after any number of backslashes."""
+    r"""Return a pattern for a text, each character as it is, as %41, as A, or after up to 15 backslashes."""
     return "".join(map(_character, secret))
 
 
 def _character(character: str) -> str:
     percent = "".join(f"%{byte:02x}" for byte in character.encode(errors="surrogateescape"))
     units = character.encode("utf-16-be", errors="surrogatepass")
-    escaped = "".join(rf"\\+u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
+    escaped = "".join(rf"{_SLASHES}u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
     plus = r"|\+" if character == " " else ""
-    short = rf"|\\+{_SHORT_ESCAPES[character]}" if character in _SHORT_ESCAPES else ""
-    slashes = r"\\+" if character == "\\" else rf"\\*{re.escape(character)}"
+    short = rf"|{_SLASHES}{_SHORT_ESCAPES[character]}" if character in _SHORT_ESCAPES else ""
+    slashes = _SLASHES if character == "\\" else rf"(?:{_SLASHES})?{re.escape(character)}"
     return f"(?:{slashes}|(?i:{percent}|{escaped}){plus}{short})"
 
 
