@@ -68,12 +68,12 @@ class RunningForeignKms(RunningKms):
 
     @property
     def domain(self) -> str:
-        """The first of the names that are given; else the host in its URL, unless that is an IPv6 address.
+        """The host in its URL, which the stack itself uses, unless that is an IPv6 address.
 
         A KMS of upstream's takes no IPv6 address as its domain, and has one name only.
         """
         host = urlsplit(self.url).hostname or ""
-        return super().domain if self._context.config.domains or ":" in host or not host else host
+        return super().domain if ":" in host or not host else host
 
     # ---- starting and stopping
 
