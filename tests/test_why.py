@@ -11,7 +11,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstack_emu.attest import eventlog
+from dstack_emu.attest import der, eventlog
+from dstack_emu.attest.app_info import decode_app_info
+from dstack_emu.attest.certificate import OID_ATTESTATION
 from dstack_emu.auth.allowlist import ALLOWLIST_RULES
 from dstack_emu.auth.boot_info import parse_boot_info
 from dstack_emu.auth.file import FileAuth
@@ -21,7 +23,7 @@ from dstack_emu.inspection.policy_change import smallest_change
 from dstack_emu.inspection.policy_file import Kind, PolicyFile
 from tests.commands import serving
 from tests.repository import ROOT
-from tests.test_attest_properties import NOW, issued, legacy_certificate, signing_request, world
+from tests.test_attest_properties import NOW, issued, legacy_certificate, signing_request, with_extensions, world
 from tests.test_inspect import run_inside
 
 OFFLINE: Final = ("--offline", "--seed", "properties", "--time", str(NOW))
@@ -314,6 +316,33 @@ def test_every_form_of_evidence_is_verified_and_decided(form: str, tmp_path: Pat
         write(tmp_path / "p.json", patched({}, denied["change"]["patch"]))
         assert why(*question, "--as", caller, status=0)["verdict"] == "allowed"
         write(tmp_path / "p.json", {})
+
+
+def test_signing_request_is_decided_by_the_measurements_of_boot_time(tmp_path: Path) -> None:
+    evidence, policy = tmp_path / "evidence", write(tmp_path / "p.json", {})
+    question = (str(evidence), "--policy", policy, *OFFLINE)
+    for data, boot_time in ((signing_request().encoded, True), (world().evidence.encode(), False)):
+        evidence.write_bytes(data)
+        expected = decode_app_info(world().evidence, boot_time=boot_time)
+        asked = why(*question, status=1)["boot_info"]
+        assert (asked["mrAggregated"], asked["keyProviderInfo"]) == (
+            expected.mr_aggregated.hex(),
+            expected.key_provider_info.hex(),
+        )
+        assert bool(asked["keyProviderInfo"]) is not boot_time
+
+
+def test_certificate_whose_evidence_binds_another_key_is_refused(tmp_path: Path) -> None:
+    evidence, policy = tmp_path / "evidence", write(tmp_path / "p.json", {})
+    question = (str(evidence), "--policy", policy, *OFFLINE)
+    stolen = world().domain.attest(bytes(64)).encode()
+    certificate = with_extensions({OID_ATTESTATION: der.octet_string(stolen)})
+    evidence.write_bytes(certificate.public_bytes(Encoding.DER))
+    found = why(*question, status=1)
+    assert (found["verdict"], found["evidence"]["verifies"]) == ("refused", False)
+    assert found["evidence"]["problem"].startswith("binding: got ")
+    evidence.write_bytes(issued().public_bytes(Encoding.DER))
+    assert why(*question, status=1)["verdict"] == "denied"
 
 
 def test_evidence_without_what_a_boot_info_needs_is_unusable(tmp_path: Path) -> None:
