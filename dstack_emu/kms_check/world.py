@@ -65,8 +65,8 @@ class Target(Protocol):
 class World:
     """The surroundings of the KMS, and the KMS itself once it is started (`kms`).
 
-    `issuer`, `app_identity` and `kms_identity` are there once it has keys: the client certificates of honest callers.
-    `notes` are what earlier cases found out, by name.
+    `verifier` verifies evidence under the stack's root. `issuer`, `app_identity` and `kms_identity` are there once it
+    has keys: the client certificates of honest callers.
     """
 
     kms: Target
@@ -94,7 +94,7 @@ class World:
             other=boot_domain(context, GuestSpec(name="other-app", platform="host of app")),
             unknown=boot_domain(context, GuestSpec(name="unknown-app", platform="host of app")),
         )
-        self.notes: dict[str, Any] = {}
+        self.verifier: AttestationVerifier = context.verifier("check-kms")
         self._issues = 0
         self._vendor: IntelState = context.intel.capture()
         self._base = self._base_policy()
@@ -111,11 +111,6 @@ class World:
     def receiver(self) -> TrustDomain:
         """The trust domain of our receiver of keys."""
         return self.deployment.kms["dst"].guest.domain
-
-    @property
-    def verifier(self) -> AttestationVerifier:
-        """A verifier under the stack's root."""
-        return self.deployment.context.verifier("check-kms")
 
     def _base_policy(self) -> dict[str, Any]:
         kms = [info_of(domain) for domain in (self.guest.domain, self.source, self.receiver)]
@@ -266,8 +261,11 @@ async def surroundings(
             guest = await _start_guest(deployment)
             try:
                 world = World(deployment, webhook, guest, release, patience=patience, self_check_cache=self_check_cache)
-                await deployment.kms["src"].onboarding.bootstrap()
-                yield world
+                try:
+                    await deployment.kms["src"].onboarding.bootstrap()
+                    yield world
+                finally:
+                    await world.verifier.pccs.close()
             finally:
                 await guest.close()
     finally:

@@ -197,7 +197,10 @@ def _again(arguments: argparse.Namespace) -> list[str]:
     """Return the words of the command that was given, without the cases."""
     words = ["dstack-emu", "check-kms"]
     words += ["--external"] if arguments.external else ["--kms", arguments.kms]
-    return [*words, "--release", arguments.release.name]
+    words += ["--release", arguments.release.name]
+    if arguments.self_check_cache:
+        words += ["--self-check-cache", f"{arguments.self_check_cache:g}"]
+    return words
 
 
 def _write(path: Path, text: str) -> None:

@@ -172,7 +172,6 @@ async def _(t: Trial) -> None:
 async def _(t: Trial) -> None:
     body = t.released("Bootstrap", await bootstrap(t))
     ca_key, k256_key = (t.octets("Bootstrap", body, name) for name in ("ca_pubkey", "k256_pubkey"))
-    t.world.notes["k256_pubkey"] = k256_key
     try:
         evidence = attestations.decode(t.octets("Bootstrap", body, "attestation"))
     except AttestError as error:
