@@ -79,9 +79,10 @@ def _details(results: Sequence[Result], again: Sequence[str], colour: bool) -> I
 
 
 def _wrapped(label: str, text: str) -> Iterator[str]:
-    if text:
-        indent = _MARGIN + " " * len(label)
-        yield from textwrap.wrap(printable(label + text), WIDTH, initial_indent=_MARGIN, subsequent_indent=indent)
+    indent = _MARGIN + " " * len(label)
+    for number, line in enumerate(text.splitlines()):
+        first = indent if number else _MARGIN + label
+        yield from textwrap.wrap(printable(line), WIDTH, initial_indent=first, subsequent_indent=indent)
 
 
 def _table(results: Sequence[Result], colour: bool) -> Iterator[str]:
