@@ -1,7 +1,7 @@
 """What runs the machines of a VMM: each is a trust domain of this process, which boots as a CVM does.
 
-The containers of an app are not run: the guest's agent is, on its sockets and behind its mapped port. The boot is
-reported by the host API in upstream's steps. Source: dstack `dstack-util/src/system_setup.rs`, and the scripts
+The guest's agent runs on its sockets and behind its mapped port; what else runs is the workload's. The boot is reported
+by the host API in upstream's steps. Source: dstack `dstack-util/src/system_setup.rs`, and the scripts
 `dstack-prepare.sh` and `app-compose.sh`, at 312dc605.
 """
 
@@ -23,6 +23,7 @@ from dstack_emu.attest.image.memory import HIGH_MEMORY, LOW_MEMORY
 from dstack_emu.attest.release import Release
 from dstack_emu.deployment.agent_listeners import AgentAddresses, AgentListeners, SocketFile
 from dstack_emu.deployment.guest_config import local_key_provider
+from dstack_emu.deployment.workloads import BootedGuest, Workload, Workloads
 from dstack_emu.simulator.agent import GuestAgent
 from dstack_emu.simulator.app_keys import AppKeys, CertificateIssuer, OwnKeys
 from dstack_emu.simulator.errors import GuestError
@@ -51,7 +52,8 @@ class MachineSite:
     """What the machines of one host share.
 
     `verifier` verifies the evidence of a KMS, `issued_at` is the time for certificates in Unix seconds, `images` the
-    folder of OS images, and `own_image` the one that exists without a folder.
+    folder of OS images, `own_image` the one that exists without a folder, and `workloads` makes what runs beside the
+    agents.
     """
 
     intel: Intel
@@ -61,6 +63,7 @@ class MachineSite:
     own_image: OsImage
     verifier: AttestationVerifier
     issued_at: Callable[[], int]
+    workloads: Workloads
     headers: Callable[[str], Callable[[], Mapping[str, str]]] | None = None
 
     def image(self, name: str) -> OsImage:
@@ -101,6 +104,7 @@ class DomainMachine:
     _task: "asyncio.Task[None] | None" = None
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _power_off: asyncio.Event = field(default_factory=asyncio.Event)
+    workload: Workload | None = None
 
     # ---- the machine
 
@@ -134,8 +138,7 @@ class DomainMachine:
                 await self._power_off.wait()
                 self.host.notify("shutdown.progress", "powering off")
         except (GuestError, AttestError, ListenError) as error:
-            self.host.log(f"error: {error}\n")
-            self.host.notify("boot.error", str(error))
+            self._report(error)
         finally:
             self._ended.set()
 
@@ -163,14 +166,26 @@ class DomainMachine:
             held.callback(remove_environment, self.launch.folder)
             write_environment(self.launch.folder, environment)
         self._log_measurements(agent)
-        self._progress("setting up docker")
-        if domain.manifest.runner != "bash":
-            self._progress("starting containers")
-            self.host.log("[dstack] this machine runs the guest's agent alone: its containers are not started\n")
+        await self._start_workload(BootedGuest(self.launch, self.host, domain, self._run_folder, environment), held)
+
+    async def _start_workload(self, guest: BootedGuest, held: AsyncExitStack) -> None:
+        """Start what runs beside the agent; the agent runs on if that cannot be started."""
+        self.workload = self.site.workloads.of(guest)
+        held.push_async_callback(self.workload.stop)
+        try:
+            await self.workload.start()
+        except GuestError as error:
+            self._report(error)
         else:
-            self._progress("running main script")
-            self.host.log("[dstack] this machine runs the guest's agent alone: its script is not run\n")
-        self._progress("done")
+            self._progress("done")
+
+    def _report(self, error: Exception) -> None:
+        self.host.log(f"error: {error}\n")
+        self.host.notify("boot.error", str(error))
+
+    @property
+    def _run_folder(self) -> Path:
+        return self.launch.folder / "run"
 
     @property
     def _seed(self) -> Seed:
@@ -205,7 +220,7 @@ class DomainMachine:
 
     async def _listen(self, agent: GuestAgent, held: AsyncExitStack) -> AgentListeners:
         """Open the agent's listeners: its socket files, and its port behind the mappings to port 8090."""
-        folder = self.launch.folder / "run"
+        folder = self._run_folder
         folder.mkdir(exist_ok=True)
         held.callback(shutil.rmtree, folder, ignore_errors=True)
         mapped = next((each for each in self.launch.manifest.port_map if each.vm_port == AGENT_PORT), None)

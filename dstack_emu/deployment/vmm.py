@@ -8,6 +8,7 @@ from dstack_emu.deployment.authorization import tls_url
 from dstack_emu.deployment.context import StackContext
 from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.deployment.machines import DomainMachines, MachineSite
+from dstack_emu.deployment.process_workload import ProcessWorkloads
 from dstack_emu.observability.spans import headers_of
 from dstack_emu.transport.listen import Server, serve
 from dstack_emu.vmm.config import CvmSection, GatewaySection, ImageSection, PortMappingSection, PortRange, VmmConfig
@@ -79,5 +80,6 @@ def _site(context: StackContext) -> MachineSite:
         own_image=context.image,
         verifier=context.verifier("vmm"),
         issued_at=context.instrumentation.clock.issue,
+        workloads=ProcessWorkloads(),
         headers=headers_of,
     )
