@@ -1,10 +1,6 @@
-"""The VMM: machines that are deployed by its RPCs, with the requests of vmm-cli.py, and refused with upstream's texts.
-
-The requests have the members that vmm-cli.py of 312dc605 sends, recorded from it.
-"""
+"""The VMM: machines that are deployed by its RPCs as vmm-cli.py does, and refused with upstream's texts."""
 
 import hashlib
-import itertools
 import json
 import subprocess
 from collections.abc import Iterator
@@ -15,104 +11,9 @@ import pytest
 from dstack_sdk import DstackClient
 
 from dstack_emu.attest.proto import vmm_pb2 as pb
-from dstack_emu.attest.release import DEFAULT
 from dstack_emu.testing import LiveStack
 from tests.ports import free_port
-
-COMPOSE = json.dumps(
-    {
-        "manifest_version": 2,
-        "name": "app1",
-        "runner": "docker-compose",
-        "docker_compose_file": "services: {}",
-        "kms_enabled": True,
-        "gateway_enabled": False,
-        "allowed_envs": [],
-        "secure_time": False,
-    },
-    indent=4,
-    ensure_ascii=False,
-)
-"""As vmm-cli.py writes it."""
-
-APP_ID = hashlib.sha256(COMPOSE.encode()).hexdigest()[:40]
-IMAGE = f"dstack-emu-{DEFAULT.version}"
-
-
-class VmmClient:
-    """Asks a VMM over HTTP, as vmm-cli.py does, with curl."""
-
-    def __init__(self, stack: LiveStack) -> None:
-        self.stack, self.url = stack, stack.services["vmm"]
-
-    def ask(self, path: str, *arguments: str) -> tuple[int, bytes]:
-        command = ["curl", "-sS", "--max-time", "20", "-o", "-", "-w", "\n%{http_code}", *arguments, self.url + path]
-        out = subprocess.run(command, capture_output=True, timeout=30, check=True).stdout
-        body, _, status = out.rpartition(b"\n")
-        return int(status), body
-
-    def rpc(self, method: str, **body: Any) -> Any:
-        """Call one RPC in JSON that succeeds."""
-        status, answer = self.call(method, **body)
-        assert status == 200, answer
-        return answer
-
-    def call(self, method: str, **body: Any) -> tuple[int, Any]:
-        content = ("-H", "Content-Type: application/json", "-d", json.dumps(body))
-        status, answer = self.ask(f"/prpc/{method}?json", *content)
-        return status, json.loads(answer)
-
-    def refused(self, method: str, **body: Any) -> str:
-        """Call one RPC in JSON that is refused with 400; return the text."""
-        status, answer = self.call(method, **body)
-        assert status == 400, answer
-        assert list(answer) == ["error"]
-        text: str = answer["error"]
-        return text
-
-    def deploy(self, **changed: Any) -> str:
-        """Create a machine; return its id."""
-        vm_id: str = self.rpc("CreateVm", **configuration(**changed))["id"]
-        return vm_id
-
-    def info(self, vm_id: str) -> Any:
-        return self.rpc("GetInfo", id=vm_id)["info"]
-
-    def booted(self, vm_id: str, boots: int = 1) -> Any:
-        """Follow a machine's log until its boot of that number has ended; return its info."""
-        follow = ["curl", "-sSN", "--max-time", "20", f"{self.url}/logs?id={vm_id}&follow=true"]
-        with subprocess.Popen(follow, stdout=subprocess.PIPE) as follower:
-            assert follower.stdout is not None
-            ends = (line for line in follower.stdout if line.startswith((b"[dstack] done", b"error: ")))
-            assert len(list(itertools.islice(ends, boots))) == boots
-            follower.kill()
-        return self.info(vm_id)
-
-    def gone(self, vm_id: str) -> None:
-        """Remove a machine, and wait until it is gone."""
-        assert self.rpc("RemoveVm", id=vm_id) is None
-        while self.rpc("GetInfo", id=vm_id)["found"]:
-            pass
-
-
-def configuration(**changed: Any) -> dict[str, Any]:
-    """Return the request of `vmm-cli.py deploy`."""
-    return {
-        "name": "app1",
-        "image": IMAGE,
-        "compose_file": COMPOSE,
-        "vcpu": 1,
-        "memory": 1024,
-        "disk_size": 20,
-        "app_id": None,
-        "user_config": "",
-        "ports": [],
-        "hugepages": False,
-        "pin_numa": False,
-        "stopped": False,
-        "no_tee": False,
-        "swap_size": 0,
-    } | changed
+from tests.vmm import APP_ID, COMPOSE, IMAGE, VmmClient, allow, configuration
 
 
 @pytest.fixture(scope="module")
@@ -124,40 +25,32 @@ def stack() -> Iterator[LiveStack]:
 @pytest.fixture
 def vmm(stack: LiveStack) -> Iterator[VmmClient]:
     """The VMM of the stack, which allows the app; every machine is removed afterwards."""
-    client = VmmClient(stack)
+    client = VmmClient(stack.services["vmm"])
     yield client
     for vm in client.rpc("Status")["vms"]:
         client.gone(vm["id"])
 
 
-def allow(stack: LiveStack) -> None:
-    """Allow the app in the policy of the source KMS."""
-    policy = stack.control.policy("src")
-    compose_hash = hashlib.sha256(COMPOSE.encode()).hexdigest()
-    policy["apps"][f"0x{APP_ID}"] = {"composeHashes": [f"0x{compose_hash}"], "devices": [], "allowAnyDevice": True}
-    stack.control.set_policy("src", policy)
-
-
-def test_app_that_is_not_allowed_does_not_boot_and_boots_once_it_is(vmm: VmmClient) -> None:
+def test_app_that_is_not_allowed_does_not_boot_and_boots_once_it_is(vmm: VmmClient, stack: LiveStack) -> None:
     vm_id = vmm.deploy()
     info = vmm.booted(vm_id)
     assert "App not allowed: Boot denied: app not registered" in info["boot_error"]
     assert (info["status"], info["boot_progress"], info["app_id"]) == ("exited", "requesting app keys", APP_ID)
-    allow(vmm.stack)
+    allow(stack)
     assert vmm.rpc("StartVm", id=vm_id) is None
-    info = vmm.booted(vm_id, 2)
+    info = vmm.booted(vm_id)
     assert (info["status"], info["boot_progress"], info["boot_error"]) == ("running", "done", "")
     assert [event["body"] for event in info["events"] if event["event"] == "boot.progress"][-1] == "done"
 
 
-def test_deployed_app_gets_its_keys_on_its_sockets_and_its_mapped_port(vmm: VmmClient) -> None:
-    allow(vmm.stack)
+def test_deployed_app_gets_its_keys_on_its_sockets_and_its_mapped_port(vmm: VmmClient, stack: LiveStack) -> None:
+    allow(stack)
     port = free_port()
     mapping = {"protocol": "tcp", "host_address": "127.0.0.1", "host_port": port, "vm_port": 8090}
     vm_id = vmm.deploy(ports=[mapping])
     info = vmm.booted(vm_id)
     assert info["boot_progress"] == "done"
-    socket = Path(vmm.stack.description["state"]) / "vms" / vm_id / "run" / "dstack.sock"
+    socket = Path(stack.description["state"]) / "vms" / vm_id / "run" / "dstack.sock"
     for endpoint in (str(socket), f"http://127.0.0.1:{port}"):
         client = DstackClient(endpoint)
         found = client.info()
@@ -169,11 +62,11 @@ def test_deployed_app_gets_its_keys_on_its_sockets_and_its_mapped_port(vmm: VmmC
     assert not socket.exists()
     # The seed of its instance id is kept, as on a machine whose key provider is a KMS.
     vmm.rpc("StartVm", id=vm_id)
-    assert vmm.booted(vm_id, 2)["instance_id"] == info["instance_id"]
+    assert vmm.booted(vm_id)["instance_id"] == info["instance_id"]
 
 
-def test_guest_that_powers_off_is_stopped(vmm: VmmClient) -> None:
-    allow(vmm.stack)
+def test_guest_that_powers_off_is_stopped(vmm: VmmClient, stack: LiveStack) -> None:
+    allow(stack)
     vm_id = vmm.deploy()
     vmm.booted(vm_id)
     assert vmm.rpc("ShutdownVm", id=vm_id) is None
@@ -206,6 +99,7 @@ def test_json_and_protobuf_store_the_same(vmm: VmmClient) -> None:
     }
 
 
+VOLUME = {"source": "a.img", "verity_root": "11" * 32, "target": "/v"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"name": "a/b"}, "Invalid name: a/b"),
     ({"ports": [{"protocol": "tcp", "host_port": 0, "vm_port": 1}]}, "Port mapping is not allowed for tcp:0"),
@@ -230,6 +124,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"networking": {"mode": "x"}}, "unsupported networking mode 'x'"),
     ({"networking": {"mode": "user", "bridge_name": "b"}}, "bridge_name is only valid for bridge networking mode"),
     ({"simulated_tee": ""}, "unsupported TEE variant: "),
+    ({"simulated_tee": "dstack-tdx"}, "tee simulator credentials are not configured on this VMM"),
+    ({"compose_file": "{"}, "invalid app compose JSON: "),
+    ({"compose_file": '{"key_provider": 1}'}, "invalid key_provider: 1, expected one of `none`, "),
+    ({"compose_file": json.dumps({"verity_volumes": [VOLUME]})}, "volumes requested but cvm.volumes_dir is not"),
+    ({"compose_file": json.dumps({"verity_volumes": [VOLUME, VOLUME]})}, "duplicate verity volume target /v"),
+    ({"compose_file": json.dumps({"verity_volumes": [VOLUME | {"target": "v"}]})}, "invalid verity_volumes in app-com"),
+    ({"compose_file": json.dumps({"verity_volumes": [VOLUME | {"verity_root": "00"}]})}, "invalid verity_volumes in "),
     ({"image": "../x"}, "Failed to load VM: Invalid image name"),
     ({"image": "none"}, "Failed to load VM: Failed to load image: "),
     ({"compose_file": "{}"}, "Failed to load VM: Failed to read compose file: "),
@@ -237,11 +138,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changed", "text"), REFUSED, ids=[text for _, text in REFUSED])
-def test_request_that_is_refused_leaves_nothing_behind(vmm: VmmClient, changed: dict[str, Any], text: str) -> None:
+def test_request_that_is_refused_leaves_nothing_behind(
+    vmm: VmmClient, stack: LiveStack, changed: dict[str, Any], text: str
+) -> None:
     said = vmm.refused("CreateVm", **configuration(**changed))
     assert said.startswith(text)
     assert vmm.rpc("Status")["total"] == 0
-    assert list((Path(vmm.stack.description["state"]) / "vms").iterdir()) == []
+    assert list((Path(stack.description["state"]) / "vms").iterdir()) == []
     good = {"stopped": True, **({"networking": None} if "networking" in changed else {})}
     assert vmm.info(vmm.deploy(**good))["status"] == "stopped"
 
@@ -275,8 +178,8 @@ def test_update_that_is_refused_changes_nothing(vmm: VmmClient) -> None:
     assert vmm.info(vm_id)["app_id"] == APP_ID
 
 
-def test_resize_needs_a_machine_that_does_not_run(vmm: VmmClient) -> None:
-    allow(vmm.stack)
+def test_resize_needs_a_machine_that_does_not_run(vmm: VmmClient, stack: LiveStack) -> None:
+    allow(stack)
     vm_id = vmm.deploy()
     vmm.booted(vm_id)
     assert vmm.refused("ResizeVm", id=vm_id, vcpu=2) == f"vm should be stopped before resize: {vm_id}"
@@ -319,15 +222,15 @@ def test_machine_or_method_that_does_not_exist_is_refused(vmm: VmmClient, method
 async def test_machines_run_again_after_a_restart_of_the_stack(short_folder: Path) -> None:
     settings: dict[str, Any] = {"vmm": True, "state": short_folder, "seed": "again"}
     with LiveStack(**settings) as live:
-        vmm = VmmClient(live)
+        vmm = VmmClient(live.services["vmm"])
         allow(live)
         running, stopped = vmm.deploy(), vmm.deploy(stopped=True)
         before = vmm.booted(running)
         assert before["boot_progress"] == "done"
     (short_folder / "vms" / ".new-half").mkdir()
     with LiveStack(**settings) as live:
-        vmm = VmmClient(live)
-        after = vmm.booted(running, 2)
+        vmm = VmmClient(live.services["vmm"])
+        after = vmm.booted(running)
         assert (after["boot_progress"], after["instance_id"]) == ("done", before["instance_id"])
         assert vmm.info(stopped)["status"] == "stopped"
         assert not (short_folder / "vms" / ".new-half").exists()

@@ -379,6 +379,12 @@ def _read_verity_volume(value: Any) -> VerityVolume:
     return VerityVolume(**read_members(value, _VERITY_VOLUME, required=tuple(_VERITY_VOLUME)))
 
 
+def read_verity_volumes(value: Any) -> tuple[VerityVolume, ...]:
+    """Read the member `verity_volumes` of an app-compose.json; raise `ValueError`."""
+    volumes: tuple[VerityVolume, ...] = list_of(_read_verity_volume)(value)
+    return volumes
+
+
 _GPU_POLICY: Final[Mapping[str, Reader]] = MappingProxyType(
     {
         "attest_gpu": read_boolean,
@@ -444,7 +450,7 @@ _MANIFEST_3_MEMBERS: Final[Mapping[str, Reader]] = MappingProxyType(
         "init_script": _read_init_script,
         "event_log_version": _read_event_log_version,
         "requirements": optional(_read_requirements),
-        "verity_volumes": list_of(_read_verity_volume),
+        "verity_volumes": read_verity_volumes,
     }
 )
 

@@ -6,24 +6,28 @@ by the host API in upstream's steps. Source: dstack `dstack-util/src/system_setu
 """
 
 import asyncio
-import datetime
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from google.protobuf.message import Message
 
+from dstack_emu.attest.app_compose import AppManifest, Requirements
 from dstack_emu.attest.encrypted_env import MAX_FILE_SIZE as MAX_ENV_SIZE
 from dstack_emu.attest.errors import AttestError, FormatError
 from dstack_emu.attest.image.memory import HIGH_MEMORY, LOW_MEMORY
+from dstack_emu.attest.os_image import METADATA_FILE
 from dstack_emu.attest.release import Release
+from dstack_emu.attest.vmconfig import VmConfig
 from dstack_emu.deployment.agent_listeners import AgentAddresses, AgentListeners, SocketFile
 from dstack_emu.deployment.guest_config import local_key_provider
-from dstack_emu.deployment.workloads import BootedGuest, Workload, Workloads
+from dstack_emu.deployment.machine_guest import MachineGuest
+from dstack_emu.deployment.workloads import BootedGuest, ServiceStatus, Workload, Workloads
 from dstack_emu.simulator.agent import GuestAgent
 from dstack_emu.simulator.app_keys import AppKeys, CertificateIssuer, OwnKeys
 from dstack_emu.simulator.errors import GuestError
@@ -38,7 +42,7 @@ from dstack_emu.transport.errors import ListenError
 from dstack_emu.transport.listen import bind_tcp
 from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.vmm.errors import VmmError
-from dstack_emu.vmm.machine import HostApi, Launch
+from dstack_emu.vmm.machine import GuestConfig, HostApi, Launch
 
 HOST_IN_GUEST: Final = "10.0.2.2"
 """The address at which a machine reaches its host, in the user-mode network of QEMU."""
@@ -69,12 +73,64 @@ class MachineSite:
     def image(self, name: str) -> OsImage:
         """Return the OS image of that name; raise `VmmError` if there is none."""
         folder = self.images / name
-        if not folder.exists() and name == f"{self.own_image.name}-{self.own_image.version}":
+        if not folder.exists() and name == self.own_image_name:
             return self.own_image
         try:
             return load_image(folder)
         except FormatError as error:
             raise VmmError(f"Failed to load image: {error}") from error
+
+    @property
+    def own_image_name(self) -> str:
+        """The name of the image that exists without a folder."""
+        return f"{self.own_image.name}-{self.own_image.version}"
+
+    def vm_config(self, launch: Launch) -> VmConfig:
+        """Return the configuration that a machine is measured with; raise `VmmError`."""
+        manifest, image = launch.manifest, self.image(launch.manifest.image)
+        config = image.vm_config(
+            max(manifest.vcpu, 1),
+            measured_memory(manifest.memory * MEGABYTE),
+            num_nics=len(manifest.networks) or 1,
+            hugepages=manifest.hugepages,
+            swtpm=manifest.swtpm,
+        )
+        try:
+            variant = attestation_variant(AppManifest.parse(launch.compose_file, self.release).requirements)
+        except FormatError as error:
+            raise VmmError(f"Failed to read compose file: {error}") from error
+        volumes = len(manifest.volumes)
+        return replace(config, image=manifest.image, num_verity_volumes=volumes, tdx_attestation_variant=variant)
+
+    def power_on(self, launch: Launch) -> TrustDomain:
+        """Return the trust domain of a machine; raise `VmmError`, or an error of the guest."""
+        try:
+            app_id = bytes.fromhex(launch.manifest.app_id)
+        except ValueError as error:
+            raise GuestError(f"app id: hex expected, got {launch.manifest.app_id!r:.60}") from error
+        return TrustDomain(
+            self.intel.platform("host of the VMM"),
+            self.image(launch.manifest.image),
+            AppCompose(launch.compose_file),
+            instance_seed=launch.instance_seed,
+            vm_config=self.vm_config(launch),
+            app_id=app_id,
+            user_config=launch.user_config or None,
+            release=self.release,
+        )
+
+
+def attestation_variant(requirements: Requirements | None) -> Literal["legacy", "lite"]:
+    """Return the TDX variant of a machine: what its app requires, lite if it requires nothing."""
+    return "legacy" if requirements is not None and requirements.tdx_measure_acpi_tables else "lite"
+
+
+def measured_memory(asked: int) -> int:
+    """Return the size of the memory in bytes: 2 GiB if the lite variant does not know the size that was asked for.
+
+    Upstream has the legacy variant then, whose images a KMS downloads.
+    """
+    return asked if asked == LOW_MEMORY or asked >= HIGH_MEMORY else LOW_MEMORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +139,22 @@ class DomainMachines:
 
     site: MachineSite
 
-    def check(self, launch: Launch) -> None:
-        """Raise `VmmError` if the machine's image cannot be loaded."""
-        self.site.image(launch.manifest.image)
+    def require_image(self, name: str) -> None:
+        """Raise `VmmError` if the image cannot be loaded."""
+        self.site.image(name)
+
+    def built_in_images(self) -> Mapping[str, bytes]:
+        """Return the metadata.json of the image that exists without a folder."""
+        return {self.site.own_image_name: self.site.own_image.files[METADATA_FILE]}
+
+    def guest_config(self, launch: Launch) -> GuestConfig:
+        """Return what the guest is told about its machine; raise `VmmError` if the image cannot be loaded."""
+        vm_config = self.site.vm_config(launch)
+        try:
+            document = self.site.power_on(launch).launch_config.document
+        except (GuestError, AttestError):  # the guest reports it when it boots
+            document = None
+        return GuestConfig(vm_config.to_json(), document)
 
     async def start(self, launch: Launch, host: HostApi) -> "DomainMachine":
         """Start a machine, and return while it boots."""
@@ -105,6 +174,7 @@ class DomainMachine:
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _power_off: asyncio.Event = field(default_factory=asyncio.Event)
     workload: Workload | None = None
+    _guest: MachineGuest | None = None
 
     # ---- the machine
 
@@ -127,17 +197,18 @@ class DomainMachine:
         self._power_off.set()
 
     async def guest_call(self, method: str) -> Message:
-        """Call its guest API, which this guest does not have yet."""
-        raise VmmError(f"guest API: {method} is not answered by this guest")
+        """Call its guest API; raise `VmmError` if its agent does not answer."""
+        if self._guest is None:
+            raise VmmError(f"the guest of vm {self.launch.manifest.id} does not answer: it boots")
+        return await self._guest.call(method)
 
     async def _run(self) -> None:
         try:
             async with AsyncExitStack() as held:
-                self.host.log(f"===== boot @ {datetime.datetime.now(datetime.UTC).isoformat()} =====\n")
                 await self._boot(held)
                 await self._power_off.wait()
                 self.host.notify("shutdown.progress", "powering off")
-        except (GuestError, AttestError, ListenError) as error:
+        except (GuestError, AttestError, ListenError, VmmError, OSError) as error:
             self._report(error)
         finally:
             self._ended.set()
@@ -153,6 +224,8 @@ class DomainMachine:
         agent = GuestAgent(domain, self._seed.stream("agent"))
         domain.boot()
         held.push_async_callback((await self._listen(agent, held)).close)
+        began = time.monotonic()
+        self._guest = MachineGuest(self.launch.manifest, agent, lambda: time.monotonic() - began, self._services)
         self._progress("requesting app keys")
         keys, issuer = await self._keys(domain)
         if isinstance(issuer, KmsIssuer):
@@ -179,6 +252,9 @@ class DomainMachine:
         else:
             self._progress("done")
 
+    async def _services(self) -> Sequence[ServiceStatus]:
+        return () if self.workload is None else await self.workload.services()
+
     def _report(self, error: Exception) -> None:
         self.host.log(f"error: {error}\n")
         self.host.notify("boot.error", str(error))
@@ -192,31 +268,13 @@ class DomainMachine:
         return self.site.seed.child(f"machine {self.launch.manifest.id}")
 
     def _power_on(self) -> TrustDomain:
-        launch, manifest = self.launch, self.launch.manifest
+        launch = self.launch
         if len(launch.encrypted_env) > MAX_ENV_SIZE:
             raise GuestError(f"encrypted environment: at most {MAX_ENV_SIZE} bytes, got {len(launch.encrypted_env)}")
-        image = self.site.image(manifest.image)
-        return TrustDomain(
-            self.site.intel.platform("host of the VMM"),
-            image,
-            AppCompose(launch.compose_file),
-            instance_seed=launch.instance_seed,
-            vm_config=image.vm_config(manifest.vcpu, self._measured_memory()),
-            app_id=bytes.fromhex(manifest.app_id),
-            user_config=launch.user_config or None,
-            release=self.site.release,
-        )
-
-    def _measured_memory(self) -> int:
-        """Return the size of the memory in bytes: 2 GiB if the lite variant does not know the size that was asked for.
-
-        Upstream has the legacy variant then, whose images a KMS downloads.
-        """
-        asked = self.launch.manifest.memory * MEGABYTE
-        if asked == LOW_MEMORY or asked >= HIGH_MEMORY:
-            return asked
-        self.host.log(f"[dstack] {self.launch.manifest.memory} MB are measured as {LOW_MEMORY // MEGABYTE} MB\n")
-        return LOW_MEMORY
+        domain, asked = self.site.power_on(launch), launch.manifest.memory
+        if domain.vm_config.memory_size != asked * MEGABYTE:
+            self.host.log(f"[dstack] {asked} MB are measured as {domain.vm_config.memory_size // MEGABYTE} MB\n")
+        return domain
 
     async def _listen(self, agent: GuestAgent, held: AsyncExitStack) -> AgentListeners:
         """Open the agent's listeners: its socket files, and its port behind the mappings to port 8090."""

@@ -157,7 +157,9 @@ class PrpcMount(Generic[C]):
             as_json = wants_json(verb, query, request.headers.get("Content-Type"))
             rpc = self._rpc(name)
             ignored = Ignored()
-            if is_query:
+            if not rpc.reads_request:
+                message = rpc.request_type()
+            elif is_query:
                 message = decode_query(rpc.request_type, query, ignored)
             else:
                 decode = functools.partial(_decode, rpc.request_type, body, as_json, ignored)

@@ -20,7 +20,8 @@ A = TypeVar("A", bound=Message)
 class Rpc(Generic[C, Q, A]):
     """One RPC. The handler raises the service's own errors, whose text is meant for the caller.
 
-    With `old_spellings` its answer in JSON has renamed fields under their old names, too.
+    With `old_spellings` its answer in JSON has renamed fields under their old names, too. Over HTTP, one that does not
+    read its request accepts any body and any query.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Rpc(Generic[C, Q, A]):
     response_type: type[A]
     handler: Callable[[C, Q], Awaitable[A]]
     old_spellings: bool = False
+    reads_request: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,15 +4,30 @@ Unknown keys are accepted, as upstream does; a value of another type is refused.
 `vmm/src/config.rs` at 312dc605.
 """
 
+import re
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dstack_emu.transport.settings import FilePath, Port, read_toml, validate
 
 Protocol = Literal["tcp", "udp"]
 LOCAL_ADDRESS: Final = "127.0.0.1"
+
+
+_SIZE: Final = re.compile(r"([0-9]{1,15}) ?([KMGT]?)B?", re.IGNORECASE)
+_UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def _size(value: Any) -> Any:
+    """Parse `4M` as bytes; leave a number as it is."""
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
+        return int(match[1]) * _UNITS[match[2].lower()]
+    return value
+
+
+HumanSize = Annotated[int, BeforeValidator(_size), Field(ge=0)]
 
 
 class _Section(BaseModel):
@@ -60,6 +75,39 @@ class NetworkingSection(_Section):
     bridge: str = ""
 
 
+class AutoRestartSection(_Section):
+    """`cvm.auto_restart`: when machines that ended by themselves are started again; times in seconds.
+
+    It looks every `interval`. The pause before an attempt is `initial_backoff`, and doubles up to `max_backoff`. After
+    `max_retries` attempts it gives up, unless the machine has run for `reset_window` without a break.
+    """
+
+    enabled: bool = True
+    interval: Annotated[int, Field(ge=0)] = 20
+    max_retries: Annotated[int, Field(ge=0)] = 5
+    initial_backoff: Annotated[int, Field(ge=0)] = 5
+    max_backoff: Annotated[int, Field(ge=0)] = 300
+    reset_window: Annotated[int, Field(ge=0)] = 300
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.enabled:
+            if self.interval == 0:
+                raise ValueError("interval must be greater than zero when enabled")
+            if self.initial_backoff == 0:
+                raise ValueError("initial_backoff must be greater than zero when enabled")
+            if self.initial_backoff > self.max_backoff:
+                raise ValueError("initial_backoff must not exceed max_backoff")
+        return self
+
+
+class LogSection(_Section):
+    """`cvm.log`: a log above `max_bytes` (0: never) begins anew, and `max_backups` earlier ones are kept."""
+
+    max_bytes: HumanSize = 4 << 20
+    max_backups: Annotated[int, Field(ge=0)] = 3
+
+
 class CvmSection(_Section):
     """`cvm`: what machines get, and the limits on them."""
 
@@ -75,6 +123,9 @@ class CvmSection(_Section):
     port_mapping: PortMappingSection = PortMappingSection()
     networking: NetworkingSection = NetworkingSection()
     gpu: GpuSection = GpuSection()
+    auto_restart: AutoRestartSection = AutoRestartSection()
+    log: LogSection = LogSection()
+    tee_simulator: dict[str, Any] | None = None
 
 
 class GatewaySection(_Section):

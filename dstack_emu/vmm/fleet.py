@@ -4,7 +4,10 @@ Source: dstack `vmm/src/app.rs` and `vmm/src/main_service.rs` at 312dc605.
 """
 
 import asyncio
+import contextlib
 import json
+import re
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
@@ -16,11 +19,25 @@ from dstack_emu.vmm.config import VmmConfig
 from dstack_emu.vmm.errors import UnknownVmError, VmmError
 from dstack_emu.vmm.machine import Launch, MachineFactory
 from dstack_emu.vmm.manifest import Manifest
-from dstack_emu.vmm.store import COMPOSE, ENCRYPTED_ENV, INSTANCE_INFO, STATE, USER_CONFIG, Store
+from dstack_emu.vmm.requests import created_manifest, has_resources, resized_manifest, updated_manifest
+from dstack_emu.vmm.restart import Decision
+from dstack_emu.vmm.store import (
+    COMPOSE,
+    ENCRYPTED_ENV,
+    INSTANCE_INFO,
+    MANIFEST,
+    STATE,
+    SYS_CONFIG,
+    USER_CONFIG,
+    Store,
+)
+from dstack_emu.vmm.sys_config import sys_config
 from dstack_emu.vmm.vm import Vm
 
 Entropy = Callable[[int], bytes]
+EXHAUSTED: Final = "vmm.auto_restart.exhausted"
 _SEED_SIZE: Final = 20
+_SEED: Final = re.compile(f"[0-9a-f]{{{2 * _SEED_SIZE}}}")
 
 
 class Fleet:
@@ -40,8 +57,9 @@ class Fleet:
         self.vms: dict[str, Vm] = {}
         self.log = EventLog("dstack_emu.vmm")
         self._store = Store(config.run_path.absolute())
-        self._factory, self._clock, self._new_id, self._entropy = factory, clock, new_id, entropy
-        self._removals: set[asyncio.Task[None]] = set()
+        self.factory, self._clock, self._new_id, self._entropy = factory, clock, new_id, entropy
+        self._removals: dict[str, asyncio.Task[None]] = {}
+        self._restarter: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
 
     # ---- opening and closing
@@ -54,11 +72,13 @@ class Fleet:
         for vm in list(self.vms.values()):
             if vm.is_started:
                 await self._start_stored(vm)
+        if self.config.cvm.auto_restart.enabled:
+            self._restarter = asyncio.create_task(self._restart_regularly(), name="restarts of machines")
 
     def _load_stored(self, vm_id: str) -> bool:
         """Load a machine's folder; log what is wrong with one that cannot be loaded, and return whether it was."""
         try:
-            self._load(self._store.folder(vm_id).manifest())
+            self._load(self._store.folder(vm_id).manifest(), self._free_cid())
         except VmmError as error:
             self.log.warning("machine not loaded", id=vm_id, reason=str(error))
             return False
@@ -66,24 +86,21 @@ class Fleet:
 
     async def _start_stored(self, vm: Vm) -> None:
         try:
-            await vm.start(self._launch(vm), self._factory)
+            await self._start(vm)
         except VmmError as error:
             vm.boot_error = str(error)
             self.log.warning("machine not started", id=vm.id, reason=str(error))
 
     async def close(self) -> None:
         """End every machine; their folders stay."""
-        await asyncio.gather(*self._removals, return_exceptions=True)
+        if self._restarter is not None:
+            self._restarter.cancel()
+            await asyncio.gather(self._restarter, return_exceptions=True)
+        await asyncio.gather(*self._removals.values(), return_exceptions=True)
         await asyncio.gather(*(vm.close() for vm in self.vms.values()))
 
-    def _load(self, manifest: Manifest) -> Vm:
-        vm = Vm(
-            self._store.folder(manifest.id),
-            manifest,
-            self._free_cid(),
-            clock=self._clock,
-            events=self.config.event_buffer_size,
-        )
+    def _load(self, manifest: Manifest, cid: int) -> Vm:
+        vm = Vm(self._store.folder(manifest.id), manifest, cid, clock=self._clock, config=self.config)
         self.vms[vm.id] = vm
         return vm
 
@@ -116,7 +133,9 @@ class Fleet:
         A machine that cannot be created or started leaves nothing behind. Raises `VmmError`.
         """
         async with self._changing:
-            manifest = self._manifest_of(request)
+            now = int(self._clock() * 1000)
+            manifest = created_manifest(request, self._new_id(), now, self.config.cvm, self._manifests())
+            self._require_loadable(manifest, request.compose_file)
             files = {
                 COMPOSE: request.compose_file.encode(),
                 INSTANCE_INFO: json.dumps({"app_id": manifest.app_id}).encode(),
@@ -128,105 +147,89 @@ class Fleet:
                 files[USER_CONFIG] = request.user_config.encode()
             cid = self._free_cid()  # refused before anything is written
             self._store.create(manifest, files)
+            vm = self._load(manifest, cid)
             try:
-                vm = self._load(manifest)
-                assert vm.cid == cid  # noqa: S101 - nothing ran meanwhile
-                self._check_loads(vm)
                 if not request.stopped:
-                    await vm.start(self._launch(vm), self._factory)
+                    await self._start(vm)
             except BaseException:
                 self.vms.pop(manifest.id, None)
-                self._store.remove(manifest.id)
+                with contextlib.suppress(OSError):
+                    self._store.remove(manifest.id)
                 raise
         self.log.info("created", id=manifest.id, app_id=manifest.app_id)
         return manifest.id
 
-    def _manifest_of(self, request: pb.VmConfiguration) -> Manifest:
-        """Check a request to create a machine, in upstream's order."""
-        cvm = self.config.cvm
-        checks.check_name(request.name)
-        ports = checks.mapped_ports(request.ports, cvm.port_mapping)
-        app_id = request.app_id.removeprefix("0x").lower() if request.HasField("app_id") else ""
-        gpus = request.gpus if request.HasField("gpus") else pb.GpuConfig(attach_mode="listed")
-        manifest = Manifest(
-            id=self._new_id(),
-            name=request.name,
-            app_id=app_id or checks.app_id_of(request.compose_file),
-            vcpu=request.vcpu,
-            memory=request.memory,
-            disk_size=request.disk_size,
-            image=request.image,
-            port_map=ports,
-            created_at_ms=int(self._clock() * 1000),
-            hugepages=request.hugepages,
-            pin_numa=request.pin_numa,
-            gpus=checks.requested_gpus(gpus, cvm),
-            kms_urls=tuple(request.kms_urls),
-            gateway_urls=tuple(request.gateway_urls),
-            no_tee=request.no_tee or request.HasField("simulated_tee"),
-            networks=checks.requested_networks(request),
-            simulated_tee=checks.requested_tee(request),
-        )
-        checks.check_port_conflicts(ports, self._manifests())
-        return manifest
-
     def _manifests(self, but: str = "") -> Mapping[str, Manifest]:
         return {vm.id: vm.manifest for vm in self.vms.values() if vm.id != but}
 
-    def _check_loads(self, vm: Vm) -> None:
+    def _require_loadable(self, manifest: Manifest, compose_file: str) -> None:
         """Check that a machine's image exists and its compose file is one; the texts begin as upstream's."""
         try:
-            checks.check_image_name(vm.manifest.image)
-            self._factory.check(self._launch(vm))
+            checks.check_image_name(manifest.image)
+            self.factory.require_image(manifest.image)
         except VmmError as error:
             raise VmmError(f"Failed to load VM: {error}") from error
         try:
-            checks.parse_compose(vm.folder.compose_file(), self.release)
+            checks.parse_compose(compose_file, self.release)
         except VmmError as error:
             raise VmmError(f"Failed to load VM: Failed to read compose file: {error}") from error
 
     def _launch(self, vm: Vm) -> Launch:
+        """Return what a machine is started with now, and write what the guest is told of its surroundings."""
         cvm, manifest = self.config.cvm, vm.manifest
         seed = vm.folder.instance_info().get("instance_id_seed", "")
-        return Launch(
+        launch = Launch(
             manifest=manifest,
             folder=vm.folder.path,
             compose_file=vm.folder.compose_file(),
             user_config=vm.folder.user_config(),
             encrypted_env=vm.folder.encrypted_env(),
-            instance_seed=bytes.fromhex(seed) if len(seed) == 2 * _SEED_SIZE else self._entropy(_SEED_SIZE),
+            instance_seed=bytes.fromhex(seed) if _SEED.fullmatch(seed) else self._entropy(_SEED_SIZE),
             kms_urls=manifest.kms_urls or cvm.kms_urls,
             gateway_urls=manifest.gateway_urls or cvm.gateway_urls,
         )
+        if not vm.is_alive:
+            vm.folder.write(SYS_CONFIG, sys_config(self.config, launch, self.factory.guest_config(launch)))
+        return launch
+
+    async def _start(self, vm: Vm) -> None:
+        await vm.start(lambda: self._launch(vm), self.factory)
 
     async def start(self, vm_id: str) -> None:
         """Start a machine; one that runs stays as it is. Raises `VmmError`."""
-        vm = self.find(vm_id, "Failed to start VM: VM not found")
-        if vm.is_removing:
-            raise VmmError("Failed to start VM: VM is being removed")
-        async with self._changing:
-            await vm.start(self._launch(vm), self._factory)
+        try:
+            vm = self.find(vm_id, "VM not found")
+            vm.restart.reset()
+            await self._start(vm)
+        except VmmError as error:
+            raise type(error)(f"Failed to start VM: {error}") from error
 
     async def stop(self, vm_id: str) -> None:
         """End a machine at once; one that does not run stays as it is. Raises `VmmError`."""
-        await self.find(vm_id, "Failed to stop VM: VM not found").stop()
+        vm = self.find(vm_id, "Failed to stop VM: VM not found")
+        vm.restart.reset()
+        await vm.stop()
 
     async def remove(self, vm_id: str) -> None:
         """Begin to remove a machine; it is gone when its folder is. Raises `VmmError`."""
         vm = self.find(vm_id, "Failed to remove VM: VM not found")
-        if vm.is_removing:
+        if vm_id in self._removals:
             return
         vm.folder.mark_removing()
         vm.is_removing = True
-        task = asyncio.create_task(self._remove(vm), name=f"remove machine {vm_id}")
-        self._removals.add(task)
-        task.add_done_callback(self._removals.discard)
+        self._removals[vm_id] = asyncio.create_task(self._remove(vm), name=f"remove machine {vm_id}")
 
     async def _remove(self, vm: Vm) -> None:
-        await vm.close()
-        self._store.remove(vm.id)
-        del self.vms[vm.id]
-        self.log.info("removed", id=vm.id)
+        try:
+            await vm.close()
+            self._store.remove(vm.id)
+            del self.vms[vm.id]
+        except OSError as error:
+            self.log.error("machine not removed", id=vm.id, reason=error.strerror or str(error))
+        else:
+            self.log.info("removed", id=vm.id)
+        finally:
+            del self._removals[vm.id]
 
     async def update(self, request: pb.UpdateVmRequest) -> str:
         """Change a machine for its next start, all of the request or nothing; return the hash that the answer names.
@@ -248,58 +251,63 @@ class Fleet:
                 files[ENCRYPTED_ENV] = request.encrypted_env
             if request.user_config:
                 files[USER_CONFIG] = request.user_config.encode()
-            self._apply(vm, self._updated(vm, request), files)
+            manifest = updated_manifest(
+                vm.manifest,
+                request,
+                request.compose_file or vm.folder.compose_file(),
+                is_at_rest=vm.is_at_rest,
+                cvm=self.config.cvm,
+                others=self._manifests(but=vm.id),
+            )
+            self._apply(vm, manifest, files)
         return answer
-
-    def _updated(self, vm: Vm, request: pb.UpdateVmRequest) -> Manifest:
-        """Return a machine's manifest after an update, whose members are checked in upstream's order."""
-        manifest = self._resized(vm, request)
-        changes: dict[str, object] = {}
-        if request.HasField("gpus"):
-            changes["gpus"] = checks.requested_gpus(request.gpus, self.config.cvm)
-        if request.HasField("no_tee"):
-            changes["no_tee"] = request.no_tee
-        if request.update_ports:
-            ports = checks.changed_ports(request.ports)
-            checks.check_port_conflicts(ports, self._manifests(but=vm.id))
-            changes["port_map"] = ports
-        if request.update_kms_urls:
-            changes["kms_urls"] = tuple(request.kms_urls)
-        if request.update_gateway_urls:
-            changes["gateway_urls"] = tuple(request.gateway_urls)
-        if request.update_networking:
-            changes["networks"] = checks.changed_networks(request.networks)
-        return manifest.model_copy(update=changes)
 
     async def resize(self, request: pb.ResizeVmRequest) -> None:
         """Change the resources of a machine that does not run; raise `VmmError`."""
         async with self._changing:
-            vm = self.find(request.id)
-            if not any(request.HasField(name) for name in ("vcpu", "memory", "disk_size", "image")):
+            if not has_resources(request):
                 raise VmmError("resize request contains no updates")
-            self._apply(vm, self._resized(vm, request), {})
-
-    def _resized(self, vm: Vm, request: pb.ResizeVmRequest | pb.UpdateVmRequest) -> Manifest:
-        changes: dict[str, object] = {}
-        for name in ("vcpu", "memory", "disk_size"):
-            if request.HasField(name):
-                changes[name] = getattr(request, name)
-                if changes[name] == 0:
-                    raise VmmError(f"{name} must be greater than zero")
-        if request.HasField("image"):
-            if not request.image:
-                raise VmmError("image must not be empty")
-            changes["image"] = request.image
-        if changes and vm.status not in ("stopped", "exited"):
-            raise VmmError(f"vm should be stopped before resize: {vm.id}")
-        if "disk_size" in changes and request.disk_size < vm.manifest.disk_size:
-            raise VmmError("Cannot shrink disk size")
-        return vm.manifest.model_copy(update=changes)
+            vm = self.find(request.id)
+            self._apply(vm, resized_manifest(vm.manifest, request, is_at_rest=vm.is_at_rest), {})
 
     def _apply(self, vm: Vm, manifest: Manifest, files: Mapping[str, bytes]) -> None:
+        if manifest.image != vm.manifest.image:
+            self._require_loadable(manifest, vm.folder.compose_file())
         if manifest != vm.manifest or files:
-            vm.folder.change({"vm-manifest.json": manifest.encode(), **files})
+            vm.folder.change({MANIFEST: manifest.encode(), **files})
         vm.manifest = manifest
+
+    # ---- restarts
+
+    async def _restart_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.cvm.auto_restart.interval)
+            await self.restart_exited(time.monotonic())
+
+    async def restart_exited(self, now: float) -> None:
+        """Start machines that ended by themselves, as far as the settings allow; `now` is in seconds."""
+        settings = self.config.cvm.auto_restart
+        for vm in list(self.vms.values()):
+            if vm.is_removing or not vm.is_started:
+                vm.restart.reset()
+            elif vm.is_alive:
+                if vm.restart.observe_running(now, settings):
+                    self.log.info("automatic restart retry budget reset after healthy window", id=vm.id)
+            else:
+                await self._carry_out(vm, vm.restart.observe_exited(now, settings))
+
+    async def _carry_out(self, vm: Vm, decision: Decision) -> None:
+        match decision.kind:
+            case "scheduled":
+                self.log.info("automatic restart scheduled", id=vm.id, delay_secs=decision.number)
+            case "exhausted":
+                self.log.warning("automatic restart retry limit exhausted", id=vm.id, attempts=decision.number)
+                vm.record(EXHAUSTED, f"Automatic restart stopped after {decision.number} failed attempts")
+            case "restart":
+                self.log.info("automatic restart attempt", id=vm.id, attempt=decision.number)
+                await self._start_stored(vm)
+
+    # ---- the rest
 
     async def shutdown(self, vm_id: str) -> None:
         """Let a machine's guest power off; raise `VmmError`."""

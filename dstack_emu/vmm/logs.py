@@ -1,11 +1,16 @@
 """The logs of a machine: `serial`, `stdout` and `stderr`, as files, with their tail and what follows.
 
-Source: dstack `vmm/src/main_routes.rs` at 312dc605.
+A log begins anew at each boot, and if it exceeds a size. Then what it has goes to `.1`, that to `.2`, and so on; the
+file itself is emptied in place, and stays the same file. Source: dstack `vmm/src/{main_routes,logrotate}.rs` at
+312dc605.
 """
 
 import asyncio
+import contextlib
+import datetime
 import re
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -17,36 +22,96 @@ _BLOCK: Final = 64 * 1024
 _ESCAPES: Final = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])")
 
 
-class MachineLogs:
-    """The logs of one machine, to which this process alone appends. Close them when the machine is removed."""
+@dataclass(slots=True)
+class _Log:
+    """One log file; `turn` counts how often it began anew."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    path: Path
+    turn: int = 0
+    segments: int = 0
+
+    def segment(self, number: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.{number}")
+
+    def append(self, text: bytes) -> int:
+        """Append, and return the size in bytes then."""
+        with self.path.open("ab") as file:
+            file.write(text)
+            return file.tell()
+
+    def begin_anew(self) -> None:
+        """Keep what there is as the newest segment; a log without content takes none."""
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        if not content:
+            return
+        if self.segments:
+            for number in range(self.segments - 1, 0, -1):
+                with contextlib.suppress(FileNotFoundError):
+                    self.segment(number).replace(self.segment(number + 1))
+            self.segment(1).write_bytes(content)
+        self.path.write_bytes(b"")
+        self.turn += 1
+
+    def unread(self, turn: int, position: int) -> bytes:
+        """Return what was appended after a position of a turn, in segments that still exist, and in the file."""
+        found = b""
+        for number in range(self.turn - turn, 0, -1):
+            found += _read_from(self.segment(number), position)
+            position = 0
+        return found + _read_from(self.path, position)
+
+    def size(self) -> int:
+        with contextlib.suppress(FileNotFoundError):
+            return self.path.stat().st_size
+        return 0
+
+
+class MachineLogs:
+    """The logs of one machine, to which this process alone appends. Close them when the machine is removed.
+
+    A log above `max_bytes` (0: never) begins anew; `max_backups` segments are kept.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int = 0, max_backups: int = 0) -> None:
+        self._logs = {name: _Log(folder / file, segments=max_backups) for name, file in CHANNELS.items()}
+        self._max_bytes = max_bytes
         self._appended = asyncio.Event()
         self._closed = False
 
+    def begin_boot(self, now: float) -> None:
+        """Begin every log anew; `now` is the time in Unix seconds. Raises `OSError`."""
+        for log in self._logs.values():
+            log.begin_anew()
+        moment = datetime.datetime.fromtimestamp(int(now), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self.append("serial", f"===== boot @ {moment} =====\n")
+
     def append(self, channel: str, text: str) -> None:
         """Append a text to a log; raise `OSError`."""
-        with (self._folder / CHANNELS[channel]).open("ab") as file:
-            file.write(text.encode(errors="replace"))
+        log = self._logs[channel]
+        if log.append(text.encode(errors="replace")) > self._max_bytes > 0:
+            log.begin_anew()
         self._wake()
 
     def tail(self, channel: str, lines: int, *, ansi: bool) -> bytes:
         """Return the last lines of a log."""
-        text, _ = _tail(self._folder / CHANNELS[channel], lines)
+        text = _tail(self._logs[channel].path, lines)
         return text if ansi else without_escapes(text)
 
     async def follow(self, channel: str, lines: int, *, ansi: bool) -> AsyncIterator[bytes]:
         """Yield the last lines of a log, and then what is appended, until the logs are closed."""
-        path = self._folder / CHANNELS[channel]
-        text, position = _tail(path, lines)
+        log = self._logs[channel]
+        text, turn, position = _tail(log.path, lines), log.turn, log.size()
         while True:
             if text:
                 yield text if ansi else without_escapes(text)
             if self._closed:
                 return
             appended = self._appended
-            text, position = _read_from(path, position)
+            text = log.unread(turn, position)
+            turn, position = log.turn, log.size()
             if text:
                 continue
             try:
@@ -69,30 +134,28 @@ def without_escapes(text: bytes) -> bytes:
     return _ESCAPES.sub(b"", text)
 
 
-def _tail(path: Path, lines: int) -> tuple[bytes, int]:
-    """Return the last lines of a file, and its size in bytes then; an absent file is empty."""
+def _tail(path: Path, lines: int) -> bytes:
+    """Return the last lines of a file; an absent file is empty."""
     blocks: list[bytes] = []
     try:
         with path.open("rb") as file:
-            size = position = file.seek(0, 2)
+            position = file.seek(0, 2)
             while position > 0 and sum(block.count(b"\n") for block in blocks) <= lines:
                 start = max(0, position - _BLOCK)
                 file.seek(start)
                 blocks.insert(0, file.read(position - start))
                 position = start
     except FileNotFoundError:
-        return b"", 0
+        return b""
     kept = b"".join(blocks).splitlines(keepends=True)
-    return b"".join(kept[-lines:] if lines else []), size
+    return b"".join(kept[-lines:] if lines else [])
 
 
-def _read_from(path: Path, position: int) -> tuple[bytes, int]:
-    """Return what a file has after a position, and the position after that; a file that became shorter is new."""
+def _read_from(path: Path, position: int) -> bytes:
+    """Return what a file has after a position; an absent file is empty."""
     try:
         with path.open("rb") as file:
-            start = position if file.seek(0, 2) >= position else 0
-            file.seek(start)
-            text = file.read()
+            file.seek(position)
+            return file.read()
     except FileNotFoundError:
-        return b"", 0
-    return text, start + len(text)
+        return b""

@@ -4,6 +4,7 @@ The VMM knows no trust domain. It hands over what its folder says (`Launch`), an
 (`HostApi`), as the real one does over vsock.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +30,14 @@ class Launch:
     instance_seed: bytes
     kms_urls: tuple[str, ...]
     gateway_urls: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GuestConfig:
+    """What the host tells a guest about its machine: the texts of `vm_config` and of `mr_config`, None without one."""
+
+    vm_config: str
+    mr_config: str | None = None
 
 
 class HostApi(Protocol):
@@ -59,15 +68,23 @@ class Machine(Protocol):
         ...
 
     async def guest_call(self, method: str) -> Message:
-        """Call a method of its guest API, such as `Info`; raise `VmmError` with the reason if it does not answer."""
+        """Call a method of its guest API but Shutdown, such as `Info`; raise `VmmError` if it does not answer."""
         ...
 
 
 class MachineFactory(Protocol):
     """Starts machines."""
 
-    def check(self, launch: Launch) -> None:
-        """Raise `VmmError` if a machine of this configuration cannot be loaded, such as without its image."""
+    def require_image(self, name: str) -> None:
+        """Raise `VmmError` if there is no OS image of that name."""
+        ...
+
+    def built_in_images(self) -> Mapping[str, bytes]:
+        """Return the metadata.json of each OS image that exists without a folder, by the image's name."""
+        ...
+
+    def guest_config(self, launch: Launch) -> GuestConfig:
+        """Return what a guest is told about its machine; raise `VmmError` if its image cannot be loaded."""
         ...
 
     async def start(self, launch: Launch, host: HostApi) -> Machine:

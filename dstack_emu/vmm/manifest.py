@@ -54,6 +54,12 @@ class Network(_Stored):
     bridge: str = ""
 
 
+class Volume(_Stored):
+    """A disk beside that of the data: the path of its file."""
+
+    source: str
+
+
 class Manifest(_Stored):
     """One machine: memory in MB, disk size in GB, the time of its creation in milliseconds since 1970."""
 
@@ -74,6 +80,8 @@ class Manifest(_Stored):
     no_tee: bool = False
     networks: tuple[Network, ...] = ()
     simulated_tee: str | None = None
+    swtpm: bool = False
+    volumes: tuple[Volume, ...] = ()
 
     @classmethod
     def parse(cls, content: bytes, source: str) -> Self:

@@ -1,8 +1,9 @@
-"""The VMM's HTTP server: the RPCs at `/prpc`, and logs at `/logs`, behind the credentials of vmm.toml.
+"""The VMM's HTTP server: RPCs, guest API, logs, a list of machines, OpenAPI; behind the credentials of vmm.toml.
 
 Source: dstack `vmm/src/{main,main_routes}.rs` at 312dc605.
 """
 
+import json
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 from urllib.parse import parse_qs
@@ -13,9 +14,17 @@ from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
 from dstack_emu.vmm.config import AuthSection
 from dstack_emu.vmm.errors import VmmError
 from dstack_emu.vmm.fleet import Fleet
+from dstack_emu.vmm.guest_service import guest_table
 from dstack_emu.vmm.logs import CHANNELS, DEFAULT_LINES
+from dstack_emu.vmm.openapi import openapi
+from dstack_emu.vmm.page import CONTENT_SECURITY_POLICY, machines_page
 from dstack_emu.vmm.service import VmmService, vmm_table
 
+_PAGES = (
+    ("/", "The list of machines"),
+    ("/logs", "A log of a machine"),
+    ("/api-docs/openapi.json", "This document"),
+)
 _TRUE = ("", "true", "on", "yes")
 _FALSE = ("false", "off", "no")
 
@@ -27,7 +36,17 @@ def vmm_app(fleet: Fleet) -> Application:
     auth = _auth(fleet.config.auth)
     app = Application(headers=headers, middlewares=[auth.middleware(fleet.log)])
     app.add("GET", "/logs", _logs(fleet))
-    add_prpc(app, "/prpc", vmm_table(VmmService(fleet)), _anyone, errors=(VmmError,), statuses=RpcStatuses())
+    app.add("GET", "/", _page(fleet))
+    tables = {"/prpc": vmm_table(VmmService(fleet)), "/guest": guest_table(fleet)}
+    for mount, table in tables.items():
+        trims = mount == "/prpc"
+        add_prpc(app, mount, table, _anyone, errors=(VmmError,), trim=trims, statuses=RpcStatuses())
+    document = json.dumps(openapi(headers[0][1], tables, _PAGES), indent=2).encode()
+
+    async def describe(_request: Request) -> Response:
+        return Response.of(document, "application/json")
+
+    app.add("GET", "/api-docs/openapi.json", describe)
     return app
 
 
@@ -39,6 +58,13 @@ def _auth(section: AuthSection) -> ListenerAuth:
 
 async def _anyone(_request: Request) -> None:
     """Make no difference between callers: the credentials were checked before."""
+
+
+def _page(fleet: Fleet) -> Handler:
+    async def page(_request: Request) -> Response:
+        return Response.of(machines_page(fleet), "text/html", Content_Security_Policy=CONTENT_SECURITY_POLICY)
+
+    return page
 
 
 def _logs(fleet: Fleet) -> Handler:

@@ -3,24 +3,26 @@
 Source: dstack `vmm/src/main_service.rs` at 312dc605.
 """
 
-import json
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
 
-from dstack_emu.attest.errors import AttestError, FormatError
-from dstack_emu.attest.os_image import METADATA_FILE, ImageInfo
+from dstack_emu.attest.errors import AttestError
 from dstack_emu.attest.proto import vmm_pb2 as pb
 from dstack_emu.transport.client import PrpcClient, RpcError, TransportError
 from dstack_emu.transport.service import Rpc, ServiceTable, without_arguments, without_context
 from dstack_emu.vmm import checks
 from dstack_emu.vmm.errors import VmmError
 from dstack_emu.vmm.fleet import Fleet
+from dstack_emu.vmm.images import Images
 from dstack_emu.vmm.vm import Vm
 
 KMS_TIMEOUT: Final = 10.0
 """Seconds that the KMS has to answer a call that is passed on."""
+PROCESS: Final = "trust domain of this process"
+"""What SvList shows as the command of a machine."""
 
 
 class VmmService:
@@ -28,6 +30,7 @@ class VmmService:
 
     def __init__(self, fleet: Fleet) -> None:
         self.fleet, self.config, self.release = fleet, fleet.config, fleet.release
+        self._images = Images(fleet.config.image.path, fleet.factory.built_in_images())
 
     # ---- machines
 
@@ -113,7 +116,7 @@ class VmmService:
             boot_progress=vm.boot_progress,
             boot_error=vm.boot_error,
             shutdown_progress=vm.shutdown_progress,
-            image_version=self._image_version(manifest.image),
+            image_version=self._images.version(manifest.image),
             events=vm.recorded_events(),
             interfaces=self._interfaces(vm),
         )
@@ -186,26 +189,53 @@ class VmmService:
     # ---- images
 
     async def list_images(self) -> pb.ImageListResponse:
-        """List the local images; a folder whose metadata cannot be read is left out."""
-        folder = self.config.image.path
-        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        infos = ((name, _metadata(folder / name)) for name in names)
-        return pb.ImageListResponse(
-            images=[
-                pb.ImageInfo(
-                    name=name,
-                    description=json.dumps(metadata, separators=(",", ":")),
-                    version=str(metadata.get("version", "")),
-                    is_dev=metadata.get("is_dev") is True,
-                )
-                for name, metadata in infos
-                if metadata is not None
+        """List the local images."""
+        return pb.ImageListResponse(images=self._images.all())
+
+    async def delete_image(self, request: pb.Id) -> Empty:
+        """Delete a local image that no machine uses."""
+        self._images.delete(request.id, (vm.manifest for vm in self.fleet.ordered()))
+        self.fleet.log.info("image deleted", image=request.id)
+        return Empty()
+
+    async def list_registry_images(self) -> pb.RegistryImageListResponse:
+        """List no image: there is no registry."""
+        return pb.RegistryImageListResponse()
+
+    async def pull_registry_image(self, _request: pb.PullRegistryImageRequest) -> Empty:
+        """Refuse: there is no registry."""
+        raise VmmError("image registry is not configured")
+
+    # ---- the processes that run machines
+
+    async def sv_list(self) -> pb.SvListResponse:
+        """List the processes of machines that were started, until they are removed from the list."""
+        return pb.SvListResponse(
+            processes=[
+                pb.SvProcessInfo(id=vm.id, name=vm.manifest.name, status=vm.process, command=PROCESS)
+                for vm in self.fleet.ordered()
+                if vm.process is not None
             ]
         )
 
-    def _image_version(self, name: str) -> str:
-        metadata = _metadata(self.config.image.path / name)
-        return "" if metadata is None else str(metadata.get("version", ""))
+    async def sv_stop(self, request: pb.Id) -> Empty:
+        """End the process of a machine; the machine is still one that is to run."""
+        await self._process(request.id).end_process()
+        return Empty()
+
+    async def sv_remove(self, request: pb.Id) -> Empty:
+        """Remove a process that has ended from the list."""
+        vm = self._process(request.id)
+        if vm.is_alive:
+            raise VmmError("Process is running")
+        vm.process = None
+        return Empty()
+
+    def _process(self, vm_id: str) -> Vm:
+        vm = self.fleet.vms.get(vm_id)
+        if vm is None or vm.process is None:
+            raise VmmError("Supervisor process not found")
+        return vm
 
     # ---- the KMS
 
@@ -226,24 +256,9 @@ class VmmService:
         """List no GPU."""
         return pb.ListGpusResponse(allow_attach_all=self.config.cvm.gpu.allow_attach_all)
 
-    async def list_registry_images(self) -> pb.RegistryImageListResponse:
-        """List no image: there is no registry."""
-        return pb.RegistryImageListResponse()
-
 
 def _first(urls: tuple[str, ...]) -> str:
     return urls[0] if urls else ""
-
-
-def _metadata(folder: Path) -> dict[str, Any] | None:
-    """Read an image's metadata.json; None if it cannot be read."""
-    try:
-        content = (folder / METADATA_FILE).read_bytes()
-        ImageInfo.parse(content)
-        document = json.loads(content)
-    except (OSError, FormatError, ValueError):
-        return None
-    return document if isinstance(document, dict) else None
 
 
 def _matches(vm: Vm, request: pb.StatusRequest) -> bool:
@@ -251,6 +266,11 @@ def _matches(vm: Vm, request: pb.StatusRequest) -> bool:
     if request.ids and vm.id not in request.ids:
         return False
     return any(keyword in text for text in (manifest.name, vm.id, manifest.app_id, manifest.image))
+
+
+def _without_request(name: str, answer: type[Message], method: Callable[[], Awaitable[Message]]) -> Rpc[None, Any, Any]:
+    """Return an RPC without arguments, which never reads what is sent to it."""
+    return Rpc(name, Empty, answer, without_arguments(method), reads_request=False)
 
 
 def vmm_table(service: VmmService) -> ServiceTable[None]:
@@ -266,7 +286,7 @@ def vmm_table(service: VmmService) -> ServiceTable[None]:
         Rpc("ResizeVm", pb.ResizeVmRequest, Empty, without_context(service.resize_vm)),
         Rpc("GetComposeHash", pb.VmConfiguration, pb.ComposeHash, without_context(service.get_compose_hash)),
         Rpc("Status", pb.StatusRequest, pb.StatusResponse, without_context(service.status)),
-        Rpc("ListImages", Empty, pb.ImageListResponse, without_arguments(service.list_images)),
+        _without_request("ListImages", pb.ImageListResponse, service.list_images),
         Rpc(
             "GetAppEnvEncryptPubKey",
             pb.AppId,
@@ -274,10 +294,15 @@ def vmm_table(service: VmmService) -> ServiceTable[None]:
             without_context(service.get_app_env_encrypt_pub_key),
         ),
         Rpc("GetInfo", pb.Id, pb.GetInfoResponse, without_context(service.get_info)),
-        Rpc("Version", Empty, pb.VersionResponse, without_arguments(service.version)),
-        Rpc("GetMeta", Empty, pb.GetMetaResponse, without_arguments(service.get_meta)),
-        Rpc("ListGpus", Empty, pb.ListGpusResponse, without_arguments(service.list_gpus)),
-        Rpc("ReloadVms", Empty, pb.ReloadVmsResponse, without_arguments(service.reload_vms)),
-        Rpc("ListRegistryImages", Empty, pb.RegistryImageListResponse, without_arguments(service.list_registry_images)),
+        _without_request("Version", pb.VersionResponse, service.version),
+        _without_request("GetMeta", pb.GetMetaResponse, service.get_meta),
+        _without_request("ListGpus", pb.ListGpusResponse, service.list_gpus),
+        _without_request("ReloadVms", pb.ReloadVmsResponse, service.reload_vms),
+        _without_request("SvList", pb.SvListResponse, service.sv_list),
+        Rpc("SvStop", pb.Id, Empty, without_context(service.sv_stop)),
+        Rpc("SvRemove", pb.Id, Empty, without_context(service.sv_remove)),
+        _without_request("ListRegistryImages", pb.RegistryImageListResponse, service.list_registry_images),
+        Rpc("PullRegistryImage", pb.PullRegistryImageRequest, Empty, without_context(service.pull_registry_image)),
+        Rpc("DeleteImage", pb.Id, Empty, without_context(service.delete_image)),
     ]
     return ServiceTable("Teepod.", {rpc.name: rpc for rpc in rpcs})

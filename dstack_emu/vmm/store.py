@@ -8,6 +8,7 @@ was not. That is stricter than upstream, which writes the files one after the ot
 Source: dstack `vmm/src/app.rs` (VmWorkDir) and `dstack-types/src/shared_filenames.rs` at 312dc605.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -82,20 +83,26 @@ class MachineFolder:
     def write(self, name: str, data: bytes) -> None:
         """Replace one file; raise `VmmError` if that fails."""
         try:
+            self.recover()  # an earlier change of this file must not be completed after it
             replace_file_durably(self.path / name, data, _MODE)
         except OSError as error:
             raise VmmError(f"{self.path / name}: {error.strerror}") from error
 
     def change(self, files: Mapping[str, bytes]) -> None:
-        """Replace several files, all or none; raise `VmmError` if that fails, and nothing is changed then."""
+        """Replace several files, all or none; raise `VmmError` if that fails, and nothing is changed then.
+
+        Once the change is decided it is not undone: files that cannot be moved into place yet are read where they are.
+        """
         try:
-            shutil.rmtree(self.path / _CHANGE, ignore_errors=True)
+            self.recover()
             _write_tree(self.path / _CHANGE, files)
             (self.path / _CHANGE).rename(self.path / _CHANGED)
+        except OSError as error:
+            shutil.rmtree(self.path / _CHANGE, ignore_errors=True)
+            raise VmmError(f"{self.path}: {error.strerror}") from error
+        with contextlib.suppress(OSError):
             sync_folder(self.path)
             self.recover()
-        except OSError as error:
-            raise VmmError(f"{self.path}: {error.strerror}") from error
 
     def recover(self) -> None:
         """Complete a change that was decided, and delete one that was not; raise `OSError`."""
@@ -121,6 +128,8 @@ class MachineFolder:
         return (self.path / _REMOVING).exists()
 
     def _read(self, name: str) -> bytes:
+        with contextlib.suppress(OSError):
+            return (self.path / _CHANGED / name).read_bytes()
         try:
             return (self.path / name).read_bytes()
         except OSError as error:
@@ -128,8 +137,8 @@ class MachineFolder:
 
     def _read_if_present(self, name: str) -> bytes:
         try:
-            return (self.path / name).read_bytes()
-        except OSError:
+            return self._read(name)
+        except VmmError:
             return b""
 
 
@@ -171,14 +180,16 @@ class Store:
             new.rename(self.path / manifest.id)
             sync_folder(self.path)
         except OSError as error:
-            shutil.rmtree(new, ignore_errors=True)
+            for path in (new, self.path / manifest.id):
+                shutil.rmtree(path, ignore_errors=True)
             raise VmmError(f"Failed to write manifest: {error.strerror}") from error
         return self.folder(manifest.id)
 
     def remove(self, vm_id: str) -> None:
-        """Delete a machine's folder; raise `OSError`."""
+        """Delete a machine's folder, if there is one; raise `OSError`."""
         gone = self.path / f"{_GONE}{vm_id}"
-        (self.path / vm_id).rename(gone)
+        with contextlib.suppress(FileNotFoundError):
+            (self.path / vm_id).rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 
 

@@ -9,17 +9,23 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from dstack_emu.attest.proto import vmm_pb2 as pb
+from dstack_emu.transport.events import EventLog
 from dstack_emu.vmm.checks import human_time
+from dstack_emu.vmm.config import VmmConfig
 from dstack_emu.vmm.errors import VmmError
 from dstack_emu.vmm.logs import MachineLogs
 from dstack_emu.vmm.machine import Launch, Machine, MachineFactory
 from dstack_emu.vmm.manifest import Manifest
+from dstack_emu.vmm.restart import RestartState
 from dstack_emu.vmm.store import INSTANCE_INFO, MachineFolder
 
 MAX_PAYLOAD: Final = 4096
 """The size of an event's payload in bytes, above which the event is dropped."""
 
 Status = Literal["running", "stopping", "stopped", "exited", "removing"]
+ProcessStatus = Literal["running", "stopped", "exited(0)"]
+
+_log = EventLog("dstack_emu.vmm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +38,26 @@ class GuestEvent:
 
 
 class Vm:
-    """A machine: its folder, whether it is to run, and the machine that runs. It is the host API of its guest."""
+    """A machine: its folder, whether it is to run, and the machine that runs. It is the host API of its guest.
+
+    `process` is the status of its process, None before its first start and after it was removed.
+    """
 
     def __init__(
-        self, folder: MachineFolder, manifest: Manifest, cid: int, *, clock: Callable[[], float], events: int
+        self, folder: MachineFolder, manifest: Manifest, cid: int, *, clock: Callable[[], float], config: VmmConfig
     ) -> None:
         self.folder, self.manifest, self.cid = folder, manifest, cid
-        self.logs = MachineLogs(folder.path)
+        self.logs = MachineLogs(folder.path, config.cvm.log.max_bytes, config.cvm.log.max_backups)
         self.is_started = folder.is_started()
         self.is_removing = False
         self.boot_progress = self.boot_error = self.shutdown_progress = ""
-        self.events: deque[GuestEvent] = deque(maxlen=events)
+        self.events: deque[GuestEvent] = deque(maxlen=config.event_buffer_size)
+        self.restart = RestartState()
+        self.process: ProcessStatus | None = None
         self._clock = clock
         self._machine: Machine | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._changing = asyncio.Lock()
         self._started_at: float | None = None
         self._exited_at: float | None = None
 
@@ -71,6 +83,11 @@ class Vm:
         return "stopping" if self.is_alive else "stopped"
 
     @property
+    def is_at_rest(self) -> bool:
+        """Return whether its resources may be changed."""
+        return self.status in ("stopped", "exited")
+
+    @property
     def instance_id(self) -> str:
         """Return the instance id that its guest reported (hex), empty before."""
         return self.folder.instance_info().get("instance_id", "")
@@ -92,27 +109,35 @@ class Vm:
 
     # ---- running
 
-    async def start(self, launch: Launch, factory: MachineFactory) -> None:
-        """Start it unless it runs; raise `VmmError` if it cannot be started."""
-        self.set_started(True)
-        self.boot_error = self.shutdown_progress = ""
-        if self._machine is not None:
-            self.boot_progress = "running"
-            return
-        self.boot_progress = "booting"
-        self._machine = await factory.start(launch, self)
-        self._started_at, self._exited_at = self._clock(), None
-        self._watcher = asyncio.create_task(self._watch(self._machine), name=f"machine {self.id}")
+    async def start(self, launch: Callable[[], Launch], factory: MachineFactory) -> None:
+        """Start it unless it runs; raise `VmmError` if it cannot be started.
+
+        `launch` is called when no other start or stop is in progress.
+        """
+        async with self._changing:
+            if self.is_removing:
+                raise VmmError("VM is being removed")
+            prepared = launch()
+            self.set_started(True)
+            self.boot_error = self.shutdown_progress = ""
+            if self._machine is not None:
+                self.boot_progress = "running"
+                return
+            self.boot_progress = "booting"
+            self._begin_logs()
+            self._machine = await factory.start(prepared, self)
+            self.process = "running"
+            self._started_at, self._exited_at = self._clock(), None
+            self._watcher = asyncio.create_task(self._watch(self._machine), name=f"machine {self.id}")
 
     async def _watch(self, machine: Machine) -> None:
         await machine.wait()
-        if self._machine is machine:
-            self._machine, self._exited_at = None, self._clock()
+        self._machine, self._exited_at, self.process = None, self._clock(), "exited(0)"
 
     async def stop(self) -> None:
         """End it at once, and mark it as not started."""
         self.set_started(False)
-        await self._end()
+        await self.end_process()
 
     async def shutdown(self) -> None:
         """Let its guest power off; raise `VmmError` if it does not run."""
@@ -120,16 +145,19 @@ class Vm:
 
     async def close(self) -> None:
         """End the machine; what is stored of it stays as it is, so that the next start of the VMM starts it again."""
-        await self._end()
+        await self.end_process()
         self.logs.close()
 
-    async def _end(self) -> None:
-        machine = self._machine
-        if machine is not None:
-            await machine.stop()
-        if self._watcher is not None:
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watcher
+    async def end_process(self) -> None:
+        """End what runs it, whether or not it is to run."""
+        async with self._changing:
+            if self._machine is not None:
+                await self._machine.stop()
+                if self._watcher is not None:
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await self._watcher
+            if self.process is not None:
+                self.process = "stopped"
 
     def machine(self) -> Machine:
         """Return the machine that runs; raise `VmmError` if none does."""
@@ -139,8 +167,15 @@ class Vm:
 
     def set_started(self, started: bool) -> None:
         """Store whether it is to run."""
-        self.folder.set_started(started)
+        if started != self.is_started:
+            self.folder.set_started(started)
         self.is_started = started
+
+    def _begin_logs(self) -> None:
+        try:
+            self.logs.begin_boot(self._clock())
+        except OSError as error:
+            raise VmmError(f"{self.folder.path}: {error.strerror}") from error
 
     # ---- the host API
 
@@ -159,8 +194,15 @@ class Vm:
                     self.set_started(False)
             case "instance.info":
                 self.folder.write(INSTANCE_INFO, json.dumps(json.loads(payload)).encode())
+        self.record(event, payload)
+
+    def record(self, event: str, payload: str) -> None:
+        """Keep an event, and drop the oldest one if there are too many."""
         self.events.append(GuestEvent(event, payload, int(self._clock() * 1000)))
 
     def log(self, text: str, channel: str = "serial") -> None:
-        """Append a text to one of its logs."""
-        self.logs.append(channel, text)
+        """Append a text to one of its logs; a text that cannot be written is lost, and the machine runs on."""
+        try:
+            self.logs.append(channel, text)
+        except OSError as error:
+            _log.warning("log not written", id=self.id, channel=channel, reason=error.strerror or str(error))

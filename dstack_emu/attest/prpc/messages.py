@@ -9,7 +9,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from dstack_emu.attest.proto import dstack_guest_pb2, dstack_guest_v1_pb2, kms_pb2, kms_v05_pb2, vmm_pb2
+from dstack_emu.attest.proto import dstack_guest_pb2, dstack_guest_v1_pb2, guest_api_pb2, kms_pb2, kms_v05_pb2, vmm_pb2
 from dstack_emu.attest.prpc.scalars import SCALARS, Scalar
 
 OLD_SPELLINGS: Final[Mapping[str, str]] = {"kms.AttestationInfoResponse.tee_variant": "attestation_mode"}
@@ -97,6 +97,7 @@ _FILES: Final = (
     kms_pb2.DESCRIPTOR,
     kms_v05_pb2.DESCRIPTOR,
     vmm_pb2.DESCRIPTOR,
+    guest_api_pb2.DESCRIPTOR,
 )
 _TABLES: Final[Mapping[object, MessageTable]] = {
     descriptor: _describe(descriptor)

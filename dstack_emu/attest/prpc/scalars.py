@@ -106,17 +106,26 @@ def _write_bool(value: bool) -> str:
 
 
 def _unsigned(bits: int) -> Scalar:
+    return _integer(f"u{bits}", 0, (1 << bits) - 1, r"\+?")
+
+
+def _signed(bits: int) -> Scalar:
+    return _integer(f"i{bits}", -(1 << bits - 1), (1 << bits - 1) - 1, r"[+-]?")
+
+
+def _integer(kind: str, lowest: int, highest: int, signs: str) -> Scalar:
+    digits = re.compile(signs + r"[0-9]{1,20}")  # they hold any u64; more would only cost time
+
     def read(value: object, name: str) -> int:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise mistyped(value, f"u{bits}", name)
-        if not 0 <= value < 1 << bits:
-            raise FormatError(f"invalid value: integer `{value}`, expected u{bits} for field `{name}`")
+            raise mistyped(value, kind, name)
+        if not lowest <= value <= highest:
+            raise FormatError(f"invalid value: integer `{value}`, expected {kind} for field `{name}`")
         return value
 
     def parse(text: str, name: str) -> int:
-        # Twenty digits hold any u64; more would only cost time. A leading plus is what Rust's parser takes.
-        if not re.fullmatch(r"\+?[0-9]{1,20}", text):
-            raise FormatError(f"invalid digit in field `{name}`, expected u{bits}")
+        if not digits.fullmatch(text):  # a leading plus is what Rust's parser takes
+            raise FormatError(f"invalid digit in field `{name}`, expected {kind}")
         return read(int(text), name)
 
     return Scalar(True, read, parse, str)
@@ -128,5 +137,6 @@ SCALARS: Final[Mapping[int, Scalar]] = {
     FieldDescriptor.TYPE_BOOL: Scalar(True, _read_bool, _parse_bool, _write_bool),
     FieldDescriptor.TYPE_UINT32: _unsigned(32),
     FieldDescriptor.TYPE_UINT64: _unsigned(64),
+    FieldDescriptor.TYPE_INT64: _signed(64),
 }
 """The types that occur in the .proto files. Another one there is a KeyError."""
