@@ -124,8 +124,9 @@ def test_keys_and_defaults_of_dstack_verifier_toml_are_documented() -> None:
     assert written == VerifierConfig()
 
 
-NO_VARIABLES = {"TD_QE", "LEVEL_VARIABLE"}
-"""Texts of that form that are not variables: the id in a QE identity, an attribute of a command."""
+NO_VARIABLES = {"TD_QE", "LEVEL_VARIABLE", "PCCS_URL"}
+"""Texts of that form that are not variables: the id in a QE identity, an attribute of a command, a
+variable of the apps of a VMM."""
 
 
 def documented_variables(heading: str) -> set[str]:

@@ -77,6 +77,8 @@ class Release:
     """A guest requires the usage kms:rpc of a KMS that signs its certificates, and not only of one that gives keys."""
     refuses_encrypted_env_without_key: bool
     """An encrypted environment that cannot be decrypted for want of a key ends the boot."""
+    strict_pre_launch_script: bool
+    """A command of the pre-launch script that fails ends the launch."""
 
     # The KMS.
     any_client_certificate_issuer: bool
@@ -155,6 +157,7 @@ _0_5: Final = Release(
     reports_every_kms=False,
     verifies_usage_of_issuer=False,
     refuses_encrypted_env_without_key=False,
+    strict_pre_launch_script=False,
     any_client_certificate_issuer=False,
     get_meta_has_os_image_verification=False,
     attestation_mode_alias=True,
@@ -198,6 +201,7 @@ _0_6: Final = Release(
     reports_every_kms=True,
     verifies_usage_of_issuer=True,
     refuses_encrypted_env_without_key=True,
+    strict_pre_launch_script=True,
     any_client_certificate_issuer=True,
     get_meta_has_os_image_verification=True,
     attestation_mode_alias=False,

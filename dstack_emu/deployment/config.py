@@ -15,6 +15,9 @@ from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 JOURNAL_SIZE: Final = 2000
 """The number of calls that a stack's journal keeps in memory; older ones are dropped."""
 
+VMM_WORKLOADS: Final = ("process", "docker")
+"""What may run in the machines of a VMM, the default first."""
+
 DESCRIPTION_FILE: Final = "stack.json"
 """The file with the stack's description, in its state folder."""
 
@@ -51,7 +54,9 @@ class StackConfig:
     app's own file. The variables in `env_file` are encrypted for the app, as a deployer does it; the app's guest drops
     those that `allowed_envs` of its app-compose does not name.
 
-    With `vmm` it has a VMM, which deploys machines.
+    With `vmm` it has a VMM, which deploys machines. `vmm_workload` is what runs in them: `process`, or `docker` for
+    their containers on the engine of this host, where scripts of an app run in a container of `vmm_script_image` (None:
+    of the image of the app's first service).
     """
 
     seed: str = DEFAULT_SEED
@@ -78,6 +83,8 @@ class StackConfig:
     env_file: Path | None = None
     user_config: Path | None = None
     vmm: bool = False
+    vmm_workload: str = VMM_WORKLOADS[0]
+    vmm_script_image: str | None = None
 
     @classmethod
     def on_free_ports(cls, **settings: object) -> Self:

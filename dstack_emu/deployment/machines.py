@@ -57,7 +57,7 @@ class MachineSite:
 
     `verifier` verifies the evidence of a KMS, `issued_at` is the time for certificates in Unix seconds, `images` the
     folder of OS images, `own_image` the one that exists without a folder, and `workloads` makes what runs beside the
-    agents.
+    agents. With `writes_environment` an app's decrypted environment is in files of its machine's folder while it runs.
     """
 
     intel: Intel
@@ -68,6 +68,7 @@ class MachineSite:
     verifier: AttestationVerifier
     issued_at: Callable[[], int]
     workloads: Workloads
+    writes_environment: bool = True
     headers: Callable[[str], Callable[[], Mapping[str, str]]] | None = None
 
     def image(self, name: str) -> OsImage:
@@ -162,6 +163,10 @@ class DomainMachines:
         machine.start()
         return machine
 
+    async def discard(self, vm_id: str) -> None:
+        """Delete what a machine's workload has left outside its folder."""
+        await self.site.workloads.discard(vm_id)
+
 
 @dataclass(slots=True)
 class DomainMachine:
@@ -235,7 +240,7 @@ class DomainMachine:
         self._progress("data disk ready")
         environment = decrypt_environment(domain, self.launch.encrypted_env, keys)
         await agent.provide(keys, issuer)
-        if self.launch.encrypted_env:
+        if self.launch.encrypted_env and self.site.writes_environment:
             held.callback(remove_environment, self.launch.folder)
             write_environment(self.launch.folder, environment)
         self._log_measurements(agent)

@@ -13,7 +13,7 @@ from dstack_emu.attest.release import release
 from dstack_emu.auth.errors import AuthConfigError
 from dstack_emu.auth.policy import parse_contract
 from dstack_emu.deployment.clock import wall_clock
-from dstack_emu.deployment.config import DESCRIPTION_FILE, StackConfig
+from dstack_emu.deployment.config import DESCRIPTION_FILE, VMM_WORKLOADS, StackConfig
 from dstack_emu.deployment.context import ServicePorts, StackContext
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.guests import boot_domain
@@ -100,13 +100,17 @@ def _state_folder(given: Path | None, closing: AsyncExitStack) -> Path:
 
 
 def _require_release(config: StackConfig) -> None:
-    """Verify that release and contract exist, and that the release has what is set; raise `StackError`."""
+    """Verify that release and contract exist, and that release and stack have what is set; raise `StackError`."""
     try:
         stack_release = release(config.release)
         if config.auth_contract is not None:
             parse_contract(config.auth_contract, "auth_contract")
     except (FormatError, AuthConfigError) as error:
         raise StackError(str(error)) from error
+    if config.vmm_workload not in VMM_WORKLOADS:
+        raise StackError(f"vmm_workload: {' or '.join(VMM_WORKLOADS)} expected, got {config.vmm_workload!r:.40}")
+    if not config.vmm and (config.vmm_workload != VMM_WORKLOADS[0] or config.vmm_script_image is not None):
+        raise StackError("vmm_workload and vmm_script_image are settings of a VMM, which this stack has not: add --vmm")
     if config.auth_api_cache and not stack_release.auth_api_cache_seconds:
         raise StackError(
             f"auth_api_cache: a KMS of dstack {stack_release.name} keeps no answer of its webhook: "

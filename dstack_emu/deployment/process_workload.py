@@ -47,3 +47,6 @@ class ProcessWorkloads:
     def of(self, guest: BootedGuest) -> ProcessWorkload:
         """Return the workload of a machine."""
         return ProcessWorkload(guest)
+
+    async def discard(self, vm_id: str) -> None:
+        """Do nothing: a machine leaves nothing outside its folder."""

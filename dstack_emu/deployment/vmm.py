@@ -1,5 +1,6 @@
 """The VMM of a stack: machines that are deployed by its RPCs, on the stack's Intel, PCCS and KMS."""
 
+import asyncio
 import socket
 import uuid
 from typing import Final
@@ -7,13 +8,18 @@ from typing import Final
 from dstack_emu.deployment.authorization import tls_url
 from dstack_emu.deployment.context import StackContext
 from dstack_emu.deployment.deployment import Deployment
+from dstack_emu.deployment.docker_workload import DockerWorkloads
+from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.machines import DomainMachines, MachineSite
 from dstack_emu.deployment.process_workload import ProcessWorkloads
+from dstack_emu.deployment.workloads import Workloads
 from dstack_emu.observability.spans import headers_of
+from dstack_emu.simulator.errors import GuestError
 from dstack_emu.transport.listen import Server, serve
 from dstack_emu.vmm.config import CvmSection, GatewaySection, ImageSection, PortMappingSection, PortRange, VmmConfig
 from dstack_emu.vmm.fleet import Fleet
 from dstack_emu.vmm.server import vmm_app
+from dstack_emu.vmm.store import Store
 
 RUN_FOLDER: Final = "vms"
 """The folder of the machines, in the state folder."""
@@ -29,14 +35,17 @@ class VmmExtension:
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
         self._fleet: Fleet | None = None
+        self._docker: DockerWorkloads | None = None
 
     async def start(self, sock: socket.socket) -> Server:
         """Serve it on a bound socket, and start the machines of the state folder."""
         context = self._deployment.context
         entropy = context.seed.stream("vmm")
+        if context.config.vmm_workload == "docker":
+            self._docker = await _docker(context)
         self._fleet = Fleet(
             _config(context),
-            DomainMachines(_site(context)),
+            DomainMachines(_site(context, self._docker or ProcessWorkloads())),
             release=context.release_of(None),
             clock=context.instrumentation.clock.now,
             new_id=lambda: str(uuid.UUID(bytes=entropy(16), version=4)),
@@ -49,9 +58,13 @@ class VmmExtension:
         """Do nothing: the VMM is ready before the KMS are."""
 
     async def close(self) -> None:
-        """End every machine."""
+        """End every machine; of those in a temporary folder nothing is left."""
         if self._fleet is not None:
             await self._fleet.close()
+        if self._docker is not None:
+            if self._fleet is not None and self._deployment.config.state is None:
+                await asyncio.gather(*map(self._docker.discard, self._fleet.vms))
+            await self._docker.close()
 
 
 def _config(context: StackContext) -> VmmConfig:
@@ -71,7 +84,24 @@ def _config(context: StackContext) -> VmmConfig:
     )
 
 
-def _site(context: StackContext) -> MachineSite:
+async def _docker(context: StackContext) -> DockerWorkloads:
+    """Return the workloads on the container engine of this host, without what an earlier run left there."""
+    store = Store(context.state.absolute() / RUN_FOLDER)
+    store.open()
+    workloads = DockerWorkloads(
+        store.path,
+        pccs_url=context.urls["pccs"],
+        script_image=context.config.vmm_script_image or "",
+        strict_pre_launch=context.release_of(None).strict_pre_launch_script,
+    )
+    try:
+        await workloads.open(set(store.ids()))
+    except GuestError as error:
+        raise StackError(f"vmm: {error}") from error
+    return workloads
+
+
+def _site(context: StackContext, workloads: Workloads) -> MachineSite:
     return MachineSite(
         intel=context.intel,
         seed=context.seed.child("vmm"),
@@ -80,6 +110,7 @@ def _site(context: StackContext) -> MachineSite:
         own_image=context.image,
         verifier=context.verifier("vmm"),
         issued_at=context.instrumentation.clock.issue,
-        workloads=ProcessWorkloads(),
+        workloads=workloads,
+        writes_environment=isinstance(workloads, ProcessWorkloads),
         headers=headers_of,
     )

@@ -86,3 +86,7 @@ class Workloads(Protocol):
     def of(self, guest: BootedGuest) -> Workload:
         """Return the workload of a machine, which does not run yet."""
         ...
+
+    async def discard(self, vm_id: str) -> None:
+        """Delete what a machine that does not run, and never will again, has left outside its folder."""
+        ...

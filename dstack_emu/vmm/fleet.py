@@ -222,6 +222,7 @@ class Fleet:
     async def _remove(self, vm: Vm) -> None:
         try:
             await vm.close()
+            await self.factory.discard(vm.id)
             self._store.remove(vm.id)
             del self.vms[vm.id]
         except OSError as error:

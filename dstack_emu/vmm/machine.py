@@ -90,3 +90,7 @@ class MachineFactory(Protocol):
     async def start(self, launch: Launch, host: HostApi) -> Machine:
         """Start a machine, and return while it boots; raise `VmmError` if it cannot be started at all."""
         ...
+
+    async def discard(self, vm_id: str) -> None:
+        """Delete what a machine that does not run, and never will again, has left outside its folder."""
+        ...

@@ -8,7 +8,7 @@ from pathlib import Path
 from dstack_emu.auth.policy import CONTRACTS
 from dstack_emu.cli.commands.common import add_release
 from dstack_emu.cli.commands.guest_options import add_collateral_issued
-from dstack_emu.deployment.config import TOKEN_VARIABLE, StackConfig
+from dstack_emu.deployment.config import TOKEN_VARIABLE, VMM_WORKLOADS, StackConfig
 from dstack_emu.simulator.seed import DEFAULT_SEED
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 from dstack_emu.transport.urls import shown_url
@@ -43,6 +43,17 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
     )
     add_collateral_issued(parser)
     parser.add_argument("--vmm", action="store_true", help="run a VMM, too: it deploys machines, as `vmm-cli.py` asks")
+    parser.add_argument(
+        "--vmm-workload",
+        choices=VMM_WORKLOADS,
+        default=VMM_WORKLOADS[0],
+        help="what runs in machines of the VMM: with `docker` their containers, on this host's engine (%(default)s)",
+    )
+    parser.add_argument(
+        "--vmm-script-image",
+        metavar="IMAGE",
+        help="the image in whose containers scripts of an app run (default: that of its first service)",
+    )
     parser.add_argument("--grpc", action="store_true", help="let agents and KMS serve gRPC, too")
     parser.add_argument(
         "--port",
@@ -136,6 +147,8 @@ def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str =
         image_dir=arguments.image_dir,
         grpc=arguments.grpc,
         vmm=arguments.vmm,
+        vmm_workload=arguments.vmm_workload,
+        vmm_script_image=arguments.vmm_script_image,
         auth_api_cache=arguments.auth_api_cache,
         collateral_issued=arguments.collateral_issued,
         journal=arguments.journal,

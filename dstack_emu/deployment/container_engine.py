@@ -1,0 +1,216 @@
+"""The container engine of this host, by the `docker` command: what machines made on it is found by labels alone.
+
+Nothing here prunes: what has no label of a machine is never touched. Source of the commands: the reference of the
+Docker CLI; they work from Docker 20.10 with Compose 2.24 on.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dstack_emu.simulator.errors import GuestError
+
+HOST_NETWORK: Final = "dstack-emu-host"
+"""The network whose gateway is 10.0.2.2: the engine gives this host that address, and no container joins it."""
+
+_CLIENT: Final = re.compile(
+    r"PATH|HOME|USER|TMPDIR|LANG|LC_ALL|XDG_RUNTIME_DIR|SSH_AUTH_SOCK|DOCKER_\w+|BUILDKIT_\w+|BUILDX_\w+"
+    r"|(?i:https?_proxy|no_proxy)"
+)
+"""The variables of this process that the commands of the engine need."""
+_NOT_FROM_APPS: Final = re.compile(rf"{_CLIENT.pattern}|LD_\w+|COMPOSE_(?!PROFILES$)\w+|GO\w+|SSL_CERT_\w+")
+"""The variables of an app that would configure the commands on this host."""
+_LINES, _LINE_SIZE = 12, 400
+"""How much of a failed command's output an error has: lines, and characters of each."""
+_MAX_LINE: Final = 1 << 20
+"""The size in bytes above which a line of output is read in parts."""
+
+Output = Callable[[str, str], None]
+"""Takes a text, and the name of its stream: `stdout` or `stderr`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a command ended: its status, what it printed to stdout, and the last lines of all its output."""
+
+    status: int
+    stdout: str
+    last_lines: str
+
+    def succeeded(self, what: str) -> "Result":
+        """Return it if its status is 0; otherwise raise `GuestError`: `what`, and the last lines."""
+        if self.status != 0:
+            raise GuestError(f"{what}: {self.last_lines or f'status {self.status}, without a word'}")
+        return self
+
+
+def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of an app that its commands on this host may have."""
+    return {name: value for name, value in environment.items() if not _NOT_FROM_APPS.fullmatch(name)}
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The engine that the `docker` command of this process reaches."""
+
+    program: str = "docker"
+
+    async def check(self) -> None:
+        """Raise `GuestError` if engine or Compose do not answer; the text says what to do."""
+        hint = "or choose --vmm-workload process"
+        (await self.run("version", "--format", "{{.Server.Version}}")).succeeded(
+            f"`{self.program} version`: no container engine answers; start it, {hint}"
+        )
+        (await self.run("compose", "version", "--short")).succeeded(
+            f"`{self.program} compose version`: install the compose plugin of the Docker CLI, {hint}"
+        )
+
+    async def run(
+        self,
+        *arguments: str,
+        text: str = "",
+        variables: Mapping[str, str] | None = None,
+        output: Output | None = None,
+        folder: str | None = None,
+    ) -> Result:
+        """Run a command to its end; pass each line of its output on as it comes. It ends if the caller is cancelled.
+
+        `text` is its standard input, `variables` are set beside what the client needs, `folder` is its working folder.
+        Raises `GuestError` if there is no such program.
+        """
+        last: deque[str] = deque(maxlen=_LINES)
+        printed: list[str] = []
+
+        def took(line: str, stream: str) -> None:
+            if stream == "stdout":
+                printed.append(line)
+            if line.strip():
+                last.append(line.strip()[:_LINE_SIZE])
+            if output is not None:
+                output(line, stream)
+
+        async with self.process(*arguments, variables=variables, folder=folder) as process:
+            assert process.stdin is not None  # noqa: S101 - they are pipes
+            assert process.stdout is not None  # noqa: S101
+            assert process.stderr is not None  # noqa: S101
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                process.stdin.write(text.encode())
+                await process.stdin.drain()
+            process.stdin.close()
+            await asyncio.gather(
+                _pass_on(process.stdout, "stdout", took), _pass_on(process.stderr, "stderr", took), process.wait()
+            )
+        return Result(process.returncode or 0, "".join(printed), "\n".join(last))
+
+    @asynccontextmanager
+    async def process(
+        self, *arguments: str, variables: Mapping[str, str] | None = None, folder: str | None = None
+    ) -> AsyncIterator[asyncio.subprocess.Process]:
+        """Run a command with pipes; terminate it on the way out, if it still runs. Raises `GuestError`."""
+        client = {name: value for name, value in os.environ.items() if _CLIENT.fullmatch(name)}
+        try:
+            process = await asyncio.create_subprocess_exec(
+                self.program,
+                *arguments,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env={**(variables or {}), **client},
+                cwd=folder,
+                limit=_MAX_LINE,
+                start_new_session=True,  # Ctrl-C in a terminal ends the machine, which then ends the command
+            )
+        except OSError as error:
+            raise GuestError(
+                f"`{self.program}`: {error.strerror}: install the Docker CLI with its compose plugin, put it on PATH, "
+                "or choose --vmm-workload process"
+            ) from error
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.terminate()
+                await process.communicate()
+
+    # ---- what has a label
+
+    async def inspect(self, label: str) -> list[dict[str, Any]]:
+        """Return the engine's description of each container with a label (`name` or `name=value`)."""
+        ids = await self._listed("container", "--all", label=label)
+        if not ids:
+            return []
+        found = await self.run("container", "inspect", *ids)  # fails if one of them ended meanwhile, and has the others
+        described: list[dict[str, Any]] = json.loads(found.stdout or "[]")
+        return described
+
+    async def end(self, label: str, *, seconds: int) -> None:
+        """Stop and remove all containers and networks with a label; named volumes stay, anonymous ones go."""
+        containers = await self._listed("container", "--all", label=label)
+        if containers:
+            if seconds:
+                await self.run("container", "stop", "--time", str(seconds), *containers)
+            await self.run("container", "rm", "--force", "--volumes", *containers)
+        await self._remove("network", await self._listed("network", label=label))
+
+    async def discard(self, label: str) -> None:
+        """Remove what `end` leaves of a machine with a label: its volumes, and the images that were built for it."""
+        await self._remove("volume", await self._listed("volume", label=label))
+        await self._remove("image", await self._listed("image", label=label))
+
+    async def values(self, label: str, wanted: str) -> set[str]:
+        """Return the values of another label on volumes and images with a label."""
+        found: set[str] = set()
+        for kind, path in (("volume", ".Labels"), ("image", ".Config.Labels")):
+            names = await self._listed(kind, label=label)
+            if names:
+                shown = await self.run(kind, "inspect", "--format", f'{{{{index {path} "{wanted}"}}}}', *names)
+                found.update(shown.stdout.split())
+        return found
+
+    async def _listed(self, kind: str, *options: str, label: str) -> list[str]:
+        listed = await self.run(kind, "ls", "--quiet", *options, "--filter", f"label={label}")
+        return list(dict.fromkeys(listed.succeeded(f"`docker {kind} ls`").stdout.split()))
+
+    async def _remove(self, kind: str, names: list[str]) -> None:
+        if names:
+            await self.run(kind, "rm", *names)
+
+    # ---- the address of the host
+
+    async def add_host_address(self, address: str, subnet: str) -> str:
+        """Give this host an address that every container can route to; return why that failed, empty if it did not."""
+        known = await self.run("network", "inspect", HOST_NETWORK)
+        if known.status == 0:
+            return ""
+        made = await self.run("network", "create", "--subnet", subnet, "--gateway", address, HOST_NETWORK)
+        is_there = made.status == 0 or "already exists" in made.last_lines  # another stack was faster
+        return "" if is_there else made.last_lines
+
+    async def drop_host_address(self, label: str) -> None:
+        """Take the address away unless there are containers with a label, of whichever stack."""
+        if not await self._listed("container", "--all", label=label):
+            await self.run("network", "rm", HOST_NETWORK)
+
+
+async def _pass_on(stream: asyncio.StreamReader, name: str, took: Callable[[str, str], None]) -> None:
+    while line := await read_line(stream):
+        took(line, name)
+
+
+async def read_line(stream: asyncio.StreamReader) -> str:
+    """Read a line with its end, or a part of one that is too long; empty at the end."""
+    try:
+        line = await stream.readuntil(b"\n")
+    except asyncio.IncompleteReadError as error:
+        line = error.partial
+    except asyncio.LimitOverrunError as error:
+        line = await stream.readexactly(error.consumed)
+    return line.decode(errors="replace")

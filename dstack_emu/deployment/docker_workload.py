@@ -1,0 +1,304 @@
+"""The containers of a machine, run by Docker Compose on the engine of this host.
+
+The steps are those of dstack's `app-compose.sh` (312dc605), without its prune of images and volumes. What a machine
+made has its labels, so that it can be taken away whatever happened to this process. The decrypted environment is passed
+to Compose as variables of its process, and the compose file by its standard input: neither is written to the disk.
+"""
+
+import asyncio
+import contextlib
+import datetime
+import hashlib
+import json
+import socket
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from dstack_emu.attest.app_compose import CONTAINER_RUNNERS
+from dstack_emu.deployment.container_engine import Engine, passed_on
+from dstack_emu.deployment.guest_compose import Adapted, GuestFolders, GuestPort, GuestProject, adapt
+from dstack_emu.deployment.guest_scripts import ScriptRunner, script_of
+from dstack_emu.deployment.workloads import BootedGuest, Endpoint, ServiceStatus
+from dstack_emu.simulator.errors import GuestError
+from dstack_emu.transport.events import EventLog
+from dstack_emu.vmm.config import Protocol
+
+HOST_ADDRESS: Final = "10.0.2.2"
+HOST_SUBNET: Final = "10.0.2.0/30"
+VMM_LABEL: Final = "dstack-emu.vmm"
+"""The label with the path of a VMM's machines."""
+MACHINE_LABEL: Final = "dstack-emu.machine"
+"""The label with a machine's id."""
+PROJECT_LABEL: Final = "dstack-emu.project"
+"""The label with a machine's project, which no machine of another VMM has."""
+LOOPBACK: Final = "127.0.0.1"
+STOP_SECONDS: Final = 3
+"""How long containers have to end after SIGTERM."""
+_STATES: Final[Mapping[str, Literal["created", "running", "exited"]]] = {
+    "created": "created",
+    "running": "running",
+    "restarting": "running",
+    "paused": "running",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DockerWorkloads:
+    """Makes the workloads of a VMM whose machines are in the folder `machines`.
+
+    Scripts run in containers of `script_image` (empty: of the image of the app's first service); `pccs_url` is what
+    `PCCS_URL` is for an app's files.
+    """
+
+    machines: Path
+    pccs_url: str = ""
+    script_image: str = ""
+    strict_pre_launch: bool = True
+    engine: Engine = field(default_factory=Engine)
+    log: EventLog = field(default_factory=lambda: EventLog("dstack_emu.vmm"))
+
+    async def open(self, known: Collection[str]) -> None:
+        """Check the engine, and take away what an earlier run left; `known` are the ids of the machines.
+
+        Volumes of a known machine stay. Raises `GuestError` if the engine does not answer.
+        """
+        await self.engine.check()
+        label = f"{VMM_LABEL}={self.machines}"
+        await self.engine.end(label, seconds=0)
+        for vm_id in await self.engine.values(label, MACHINE_LABEL) - set(known):
+            await self.engine.discard(f"{PROJECT_LABEL}={self.project(vm_id)}")
+
+    def of(self, guest: BootedGuest) -> "DockerWorkload":
+        """Return the workload of a machine."""
+        return DockerWorkload(self, guest)
+
+    async def discard(self, vm_id: str) -> None:
+        """Take away what a machine that does not run left on the engine; what fails is logged, and done by `open`."""
+        label = f"{PROJECT_LABEL}={self.project(vm_id)}"
+        try:
+            await self.engine.end(label, seconds=0)
+            await self.engine.discard(label)
+        except GuestError as error:
+            self.log.warning("containers not removed", id=vm_id, reason=str(error))
+
+    async def close(self) -> None:
+        """Take the address of the host away if no machine needs it."""
+        with contextlib.suppress(GuestError):
+            await self.engine.drop_host_address(VMM_LABEL)
+
+    def project(self, vm_id: str) -> str:
+        """Return the name of a machine's compose project: that of no machine of another VMM."""
+        return f"dstack-emu-{hashlib.sha256(f'{self.machines}/{vm_id}'.encode()).hexdigest()[:12]}"
+
+    def labels(self, vm_id: str) -> dict[str, str]:
+        """Return the labels of all that is made for a machine."""
+        return {VMM_LABEL: str(self.machines), MACHINE_LABEL: vm_id, PROJECT_LABEL: self.project(vm_id)}
+
+
+class DockerWorkload:
+    """The containers of one machine."""
+
+    def __init__(self, workloads: DockerWorkloads, guest: BootedGuest) -> None:
+        self._workloads, self._guest, self._engine = workloads, guest, workloads.engine
+        self._id = guest.launch.manifest.id
+        self._project = workloads.project(self._id)
+        self._label = f"{PROJECT_LABEL}={self._project}"
+        folder = guest.launch.folder
+        self._folders = GuestFolders(guest.run, folder / "dstack", folder / "root")
+        self._published: Mapping[GuestPort, int] = {}
+        self._logs: asyncio.Task[None] | None = None
+
+    # ---- starting
+
+    async def start(self) -> None:
+        """Run scripts and containers, and report the steps; raise `GuestError`."""
+        guest = self._guest
+        guest.progress("setting up docker")
+        runner = guest.domain.manifest.runner
+        if runner not in (*CONTAINER_RUNNERS, "bash"):
+            raise GuestError(f"unsupported runner: {runner}")
+        await self._engine.end(self._label, seconds=0)  # what a run that was killed has left
+        self._write_home()
+        await self._add_host_address()
+        environment = {"PCCS_URL": self._workloads.pccs_url, **guest.environment}
+        self._report_dropped(environment)
+        environment = await self._run_scripts(environment)
+        if runner == "bash":
+            await self._run_main(environment)
+        else:
+            await self._start_containers(environment)
+
+    def _write_home(self) -> None:
+        """Write the files of `/dstack`, and make the folders of the guest; docker-compose.yaml only if it is absent."""
+        launch, home = self._guest.launch, self._folders.home
+        for folder in (self._folders.run, home, self._folders.root):
+            folder.mkdir(exist_ok=True)
+            folder.chmod(0o755)  # a container's user may be anyone
+        (home / "app-compose.json").write_text(launch.compose_file)
+        (home / "user_config").write_text(launch.user_config)
+        compose = self._guest.domain.manifest.docker_compose_file
+        if compose is not None:
+            (home / "docker-compose.yaml").write_text(compose)
+
+    async def _add_host_address(self) -> None:
+        failed = await self._engine.add_host_address(HOST_ADDRESS, HOST_SUBNET)
+        if failed:
+            self._say(f"{HOST_ADDRESS} is not this host ({failed}); containers reach it as host.docker.internal")
+
+    def _report_dropped(self, environment: Mapping[str, str]) -> None:
+        for name in sorted(environment.keys() - passed_on(environment).keys()):
+            self._say(f"{name} is not passed on: it would configure the Docker CLI of this host")
+
+    async def _run_scripts(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Run init and pre-launch scripts; return the environment with what the latter exports."""
+        guest, environment = self._guest, dict(environment)
+        manifest = guest.domain.manifest
+        pre_launch = script_of(guest.launch.compose_file, "pre_launch_script")
+        if not manifest.init_script and pre_launch is None:
+            return environment
+        runner = await self._script_runner(environment)
+        if manifest.init_script:
+            guest.progress("init-script")
+            for number, script in enumerate(manifest.init_script):
+                await runner.source(f"init-script-{number}", script, {}, options="-e")
+        if pre_launch is not None:
+            guest.progress("pre-launch")
+            options = "-euo pipefail" if self._workloads.strict_pre_launch else ""
+            environment |= await runner.source("pre-launch-script", pre_launch, environment, options=options)
+        return environment
+
+    async def _script_runner(self, environment: Mapping[str, str]) -> ScriptRunner:
+        image = self._workloads.script_image
+        if not image and self._guest.domain.manifest.docker_compose_file is not None:
+            services = (await self._configured(environment)).get("services") or {}
+            image = next((service["image"] for service in services.values() if service.get("image")), "")
+        if not image:
+            raise GuestError(
+                "a script runs in a container, and no service names an image for it: name one by --vmm-script-image"
+            )
+        labels = self._workloads.labels(self._id)
+        return ScriptRunner(self._engine, image, self._project, labels, self._folders, self._print)
+
+    async def _run_main(self, environment: Mapping[str, str]) -> None:
+        self._guest.progress("running main script")
+        script = script_of(self._guest.launch.compose_file, "bash_script")
+        if script is None:
+            raise GuestError("app-compose.json: bash_script expected with the runner bash")
+        self._published = {port: _free_port(port[0]) for port in self._mapped}
+        await (await self._script_runner(environment)).main(script, environment, self._published)
+
+    async def _start_containers(self, environment: Mapping[str, str]) -> None:
+        self._guest.progress("starting containers")
+        failed = "failed to start containers"
+        try:
+            labels = self._workloads.labels(self._id)
+            project = GuestProject(self._project, labels, self._folders, self._mapped)
+            adapted = adapt(await self._configured(environment), project, _free_port)
+            self._published = adapted.published
+            await self._up(adapted, environment, "--remove-orphans", "--build")
+            self._logs = asyncio.create_task(self._follow(), name=f"logs of {self._project}")
+            if adapted.with_health_check:
+                wait = ("--wait", "--no-recreate", "--no-deps", *adapted.with_health_check)
+                await self._up(adapted, environment, *wait)
+        except GuestError as error:
+            raise GuestError(f"{failed}: {error}") from error
+        await self._add_host_address()  # another stack may have taken it away before there were containers
+
+    async def _configured(self, environment: Mapping[str, str]) -> dict[str, Any]:
+        """Return the compose file as Compose reads it."""
+        file = str(self._folders.home / "docker-compose.yaml")
+        command = self._compose("--file", file, "config", "--format", "json")
+        result = await self._engine.run(*command, variables=passed_on(environment))
+        document: dict[str, Any] = json.loads(result.succeeded("docker_compose_file").stdout)
+        return document
+
+    async def _up(self, adapted: Adapted, environment: Mapping[str, str], *options: str) -> None:
+        result = await self._engine.run(
+            *self._compose("--file", "-", "up", "--detach", *options),
+            text=json.dumps(adapted.document),
+            variables=passed_on(environment),
+            output=lambda line, _: self._guest.host.log(line),
+        )
+        result.succeeded("docker compose up")
+
+    def _compose(self, *arguments: str) -> tuple[str, ...]:
+        home = str(self._folders.home)
+        options = ("--ansi", "never", "--progress", "plain", "--project-name", self._project)
+        return ("compose", *options, "--project-directory", home, *arguments)
+
+    @property
+    def _mapped(self) -> frozenset[GuestPort]:
+        """The ports of the guest that are mapped to the host."""
+        return frozenset((port.protocol, port.vm_port) for port in self._guest.launch.manifest.port_map)
+
+    # ---- logs
+
+    def _say(self, text: str) -> None:
+        self._guest.host.log(f"[dstack] {text}\n")
+
+    def _print(self, line: str, stream: str) -> None:
+        """Log a line of what runs in the machine."""
+        self._guest.host.log(line)
+        self._guest.host.log(line, stream)
+
+    async def _follow(self) -> None:
+        """Log what the containers print, until they have ended."""
+        await self._engine.run(*self._compose("logs", "--follow", "--no-color"), output=self._print)
+
+    # ---- running
+
+    def endpoint(self, protocol: Protocol, port: int) -> Endpoint | None:
+        """Return where a port of the guest is published on this host."""
+        found = self._published.get((protocol, port))
+        return None if found is None else (LOOPBACK, found)
+
+    async def services(self) -> Sequence[ServiceStatus]:
+        """Return the containers of the machine."""
+        listed = await self._engine.run(
+            "container", "ls", "--all", "--no-trunc", "--filter", f"label={self._label}", "--format", "{{json .}}"
+        )
+        return [_status(json.loads(line)) for line in listed.stdout.splitlines()]
+
+    async def logs(self, service: str, lines: int) -> bytes:
+        """Return the last lines of a container; raise `GuestError` if the machine has none of that name."""
+        if service not in {status.name for status in await self.services()}:
+            raise GuestError(f"no container {service!r:.100} in this machine")
+        printed: list[str] = []
+        arguments = ("container", "logs", "--tail", str(lines), service)
+        await self._engine.run(*arguments, output=lambda line, _: printed.append(line))
+        return "".join(printed).encode()
+
+    async def stop(self) -> None:
+        """Stop and remove containers and networks; named volumes stay."""
+        try:
+            await self._engine.end(self._label, seconds=STOP_SECONDS)
+        except GuestError as error:
+            self._workloads.log.warning("containers not removed", id=self._id, reason=str(error))
+        if self._logs is not None:
+            self._logs.cancel()
+            await asyncio.gather(self._logs, return_exceptions=True)
+        await self._workloads.close()
+
+
+def _free_port(protocol: str) -> int:
+    """Return a port of 127.0.0.1 that was free a moment ago."""
+    kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
+    with socket.socket(socket.AF_INET, kind) as sock:
+        sock.bind((LOOPBACK, 0))
+        port: int = sock.getsockname()[1]
+    return port
+
+
+def _status(listed: Mapping[str, str]) -> ServiceStatus:
+    created = datetime.datetime.strptime(listed["CreatedAt"][:25], "%Y-%m-%d %H:%M:%S %z")
+    return ServiceStatus(
+        name=listed["Names"],
+        image=listed["Image"],
+        state=_STATES.get(listed["State"], "exited"),
+        status=listed["Status"],
+        id=listed["ID"],
+        command=listed["Command"].strip('"'),
+        created=int(created.timestamp()),
+    )
