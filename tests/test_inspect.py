@@ -792,7 +792,8 @@ def test_command_ends_quietly_when_nobody_reads_on() -> None:
         done = subprocess.run(
             ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, input=data, capture_output=True, timeout=60
         )
-        assert (done.returncode, done.stdout, done.stderr) == (141, b"{", b"")
+        assert (done.stdout, done.stderr) == (b"{", b"")
+        assert done.returncode in (0, 141)  # 0 if everything was written before the reader ended
 
 
 # ---- whatever it is given
