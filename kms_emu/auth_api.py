@@ -14,7 +14,7 @@ from dstack_emu.attest.strict_json import ConstantError, StrictJson, has_lone_su
 from dstack_emu.kms_emu.errors import NotAttestedError, UnavailableError
 from dstack_emu.transport.client import MoreHeaders
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
-from dstack_emu.transport.http_client import HttpClient
+from dstack_emu.transport.http_client import HttpClient, Route, direct
 from dstack_emu.transport.status import status_line
 from dstack_emu.transport.urls import shown_url
 
@@ -123,12 +123,15 @@ class WebhookAuth:
         timeout: float = TIMEOUT,
         headers: MoreHeaders | None = None,
         release: Release = DEFAULT,
+        route: Route = direct,
     ) -> None:
         self.url = url
         self._more_headers = headers
         self._variant_members = release.boot_info_variant_members
         user_agent = {"User-Agent": kms_user_agent(release)}
-        self._client = HttpClient(timeout=timeout, max_answer=MAX_ANSWER, headers=user_agent, unpacks=False)
+        self._client = HttpClient(
+            timeout=timeout, max_answer=MAX_ANSWER, headers=user_agent, unpacks=False, route=route
+        )
         base = url.rstrip("/")
         self._boot_auth = {True: f"{base}/bootAuth/kms", False: f"{base}/bootAuth/app"}
 

@@ -21,6 +21,7 @@ from dstack_emu.kms_emu.onboarding import Receiver
 from dstack_emu.transport.client import MoreHeaders
 from dstack_emu.transport.events import EventLog
 from dstack_emu.transport.http import Middleware
+from dstack_emu.transport.http_client import Route, direct
 from dstack_emu.transport.image_store import ImageStore
 from dstack_emu.transport.pccs_client import AttestationVerifier, Clock, PccsClient
 from dstack_emu.transport.ratls import TIMEOUT as SOURCE_TIMEOUT
@@ -34,7 +35,7 @@ class KmsInstruments:
     `middlewares` wrap the applications of its listeners; `verifier` replaces the one with the configured PCCS and root;
     `headers` are added to requests to its agent and to a source KMS. `timeout` is the time limit of each such request
     in seconds (None: each client's own). `now`, a clock in seconds with their fraction, limits how long answers of the
-    webhook are kept.
+    webhook are kept. `route` says where its clients connect to, for a KMS in a network of its own.
     """
 
     middlewares: Sequence[Middleware] = ()
@@ -42,6 +43,7 @@ class KmsInstruments:
     headers: MoreHeaders | None = None
     timeout: float | None = None
     now: Callable[[], float] = time.monotonic
+    route: Route = direct
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +101,16 @@ class KmsDependencies:
         with context("Failed to initialize KMS state"), context("failed to load attestation verifier"):
             anchor = trust_anchor(core.attestation, "core.")
         agent = GuestAgentClient(agent_address, timeout=timeout or AGENT_TIMEOUT, headers=headers)
-        auth = auth or _auth_api(core, release)
+        auth = auth or _auth_api(core, release, instruments.route)
         if release.identity_widths_are_checked:
             auth = IdentityCheckedAuth(auth)
         attestation = core.attestation
-        pccs = PccsClient(core.pccs, ttl=attestation.collateral_ttl, revalidates_at_once=attestation.emulated_pccs)
+        pccs = PccsClient(
+            core.pccs,
+            ttl=attestation.collateral_ttl,
+            revalidates_at_once=attestation.emulated_pccs,
+            route=instruments.route,
+        )
         verifier = instruments.verifier or AttestationVerifier(pccs, anchor, clock)
         return cls(
             core=core,
@@ -122,11 +129,12 @@ class KmsDependencies:
                 timeout or SOURCE_TIMEOUT,
                 headers,
                 release.substitutes_own_image_for_legacy_source_alone,
+                instruments.route,
             ),
             log=EventLog("dstack_emu.kms_emu", **({"site": core.site_name} if core.site_name else {})),
             evidence_form=config.emulator.rpc_cert_evidence,
             rpc_cert_names=config.emulator.rpc_cert_names,
-            images=_image_store(core) if core.image.verify else None,
+            images=_image_store(core, instruments.route) if core.image.verify else None,
             release=release,
             auth_cache_seconds=release.auth_api_cache_seconds if cached else 0,
             now=instruments.now,
@@ -141,13 +149,13 @@ class KmsDependencies:
             await self.images.close()
 
 
-def _auth_api(core: Core, release: Release) -> AuthApi:
+def _auth_api(core: Core, release: Release, route: Route) -> AuthApi:
     if core.auth_api.type == "dev":
         return DevAuth(core.auth_api.dev.gateway_app_id)
     webhook = core.auth_api.webhook
-    return WebhookAuth(webhook.url, timeout=webhook.timeout, release=release)
+    return WebhookAuth(webhook.url, timeout=webhook.timeout, release=release, route=route)
 
 
-def _image_store(core: Core) -> ImageStore:
+def _image_store(core: Core, route: Route) -> ImageStore:
     image = core.image
-    return ImageStore(image.cache_dir, image.download_url, image.download_timeout)
+    return ImageStore(image.cache_dir, image.download_url, image.download_timeout, route=route)

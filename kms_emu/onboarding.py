@@ -25,6 +25,7 @@ from dstack_emu.kms_emu.errors import BootDeniedError, InvalidRequestError, NotA
 from dstack_emu.kms_emu.gate import boot_info_of, require_kms_allowed
 from dstack_emu.kms_emu.keys import Entropy, KmsKeys, RootKeys
 from dstack_emu.transport.client import MoreHeaders
+from dstack_emu.transport.http_client import Route, direct
 from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.ratls import (
     TIMEOUT,
@@ -61,6 +62,7 @@ class Receiver:
     timeout: float = TIMEOUT
     headers: MoreHeaders | None = None
     own_image_for_legacy_alone: bool = DEFAULT.substitutes_own_image_for_legacy_source_alone
+    route: Route = direct
 
     async def take_keys(self, source_url: str, domain: str, now: int, token: str = "") -> KmsKeys:
         """Request the root keys of `source_url` (with or without `/prpc`); raise the first refusal on the way.
@@ -114,7 +116,14 @@ class Receiver:
                 raise VerificationError("Source KMS certificate does not contain attestation")
             source.append(peer.attestation)
 
-        return RaTlsClient(url, verifier=self.verifier, check_peer=require_attested, timeout=self.timeout, **options)
+        return RaTlsClient(
+            url,
+            verifier=self.verifier,
+            check_peer=require_attested,
+            timeout=self.timeout,
+            route=self.route,
+            **options,
+        )
 
     async def _ask(self, url: str, now: int) -> pb.KmsKeyResponse:
         """Request the keys with a certificate under the source's temporary CA."""

@@ -37,6 +37,7 @@ from dstack_emu.simulator.guest_files import KmsAccess
 from dstack_emu.simulator.seed import Entropy
 from dstack_emu.simulator.trust_domain import KeyProvider, TrustDomain
 from dstack_emu.transport.client import MoreHeaders
+from dstack_emu.transport.http_client import Route, direct
 from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.ratls import (
     TIMEOUT,
@@ -143,16 +144,18 @@ async def fetch_keys(
     *,
     patience: float = TIMEOUT,
     headers: MoreHeaders | None = None,
+    route: Route = direct,
 ) -> tuple[AppKeys, KmsIssuer]:
     """Boot a domain through the first KMS (`https://host:port`) that gives it keys: measure their source, and complete
     the boot.
 
     A guest whose release measures the KMS does so if the KMS's certificate contains evidence. `patience` is the timeout
-    of each call to a KMS in seconds, now and later; `headers` are added to each call. Raises `GuestError` with the
-    refusals of all KMS or of the first one, by release, or `KmsUnreachableError` if no KMS sent an answer; the domain
-    then remains as it was before the call. What the guest refuses once it has keys leads to no other KMS.
+    of each call to a KMS in seconds, now and later; `headers` are added to each call; `route` says where they go.
+    Raises `GuestError` with the refusals of all KMS or of the first one, by release, or `KmsUnreachableError` if no KMS
+    sent an answer; the domain then remains as it was before the call. What the guest refuses once it has keys leads to
+    no other KMS.
     """
-    connect = functools.partial(RaTlsClient, timeout=patience, headers=headers)
+    connect = functools.partial(RaTlsClient, timeout=patience, headers=headers, route=route)
 
     async def request_keys(url: str) -> _Released:
         with _refused_as():

@@ -9,6 +9,7 @@ from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.auth.policy import Contract, parse_contract
 from dstack_emu.auth.server import simple_app
 from dstack_emu.deployment.config import StackConfig
+from dstack_emu.deployment.guest_network import HOST_IN_GUEST
 from dstack_emu.deployment.instrumentation import App, Instrumentation
 from dstack_emu.deployment.kms_names import kms_names
 from dstack_emu.deployment.own_app import OwnApp
@@ -66,8 +67,12 @@ class StackContext:
 
     @property
     def kms_names(self) -> tuple[str, ...]:
-        """The names in the certificates of its KMS; the first one is the domain. Raises `StackError`."""
-        return kms_names(self.config.host, self.config.domains)
+        """The names in the certificates of its KMS; the first one is the domain. Raises `StackError`.
+
+        Machines of a VMM also use the name of their host.
+        """
+        names = kms_names(self.config.host, self.config.domains)
+        return (*names, HOST_IN_GUEST) if self.config.vmm and HOST_IN_GUEST not in names else names
 
     def require_names(self) -> None:
         """Raise `StackError` if the certificates of its KMS cannot have the configured names."""

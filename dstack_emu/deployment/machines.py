@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
+from urllib.parse import urlsplit
 
 from google.protobuf.message import Message
 
@@ -26,8 +27,10 @@ from dstack_emu.attest.release import Release
 from dstack_emu.attest.vmconfig import VmConfig
 from dstack_emu.deployment.agent_listeners import AgentAddresses, AgentListeners, SocketFile
 from dstack_emu.deployment.guest_config import local_key_provider
+from dstack_emu.deployment.guest_network import LOOPBACK, host_route
 from dstack_emu.deployment.machine_guest import MachineGuest
-from dstack_emu.deployment.workloads import BootedGuest, ServiceStatus, Workload, Workloads
+from dstack_emu.deployment.machine_ports import open_ports
+from dstack_emu.deployment.workloads import BootedGuest, Endpoint, ServiceStatus, Workload, Workloads
 from dstack_emu.simulator.agent import GuestAgent
 from dstack_emu.simulator.app_keys import AppKeys, CertificateIssuer, OwnKeys
 from dstack_emu.simulator.errors import GuestError
@@ -41,12 +44,10 @@ from dstack_emu.simulator.trust_domain import AppCompose, KeyProvider, TrustDoma
 from dstack_emu.transport.errors import ListenError
 from dstack_emu.transport.listen import bind_tcp
 from dstack_emu.transport.pccs_client import AttestationVerifier
+from dstack_emu.vmm.config import Protocol
 from dstack_emu.vmm.errors import VmmError
 from dstack_emu.vmm.machine import GuestConfig, HostApi, Launch
 
-HOST_IN_GUEST: Final = "10.0.2.2"
-"""The address at which a machine reaches its host, in the user-mode network of QEMU."""
-LOOPBACK: Final = "127.0.0.1"
 AGENT_PORT: Final = 8090
 MEGABYTE: Final = 1024**2
 
@@ -180,6 +181,7 @@ class DomainMachine:
     _power_off: asyncio.Event = field(default_factory=asyncio.Event)
     workload: Workload | None = None
     _guest: MachineGuest | None = None
+    _agent_url: str = ""
 
     # ---- the machine
 
@@ -225,10 +227,13 @@ class DomainMachine:
         self.host.notify("boot.progress", text)
 
     async def _boot(self, held: AsyncExitStack) -> None:
+        await open_ports(self.launch.manifest.port_map, self._endpoint, held)
         domain = self._power_on()
         agent = GuestAgent(domain, self._seed.stream("agent"))
         domain.boot()
-        held.push_async_callback((await self._listen(agent, held)).close)
+        listeners = await self._listen(agent, held)
+        held.push_async_callback(listeners.close)
+        self._agent_url = listeners.url
         began = time.monotonic()
         self._guest = MachineGuest(self.launch.manifest, agent, lambda: time.monotonic() - began, self._services)
         self._progress("requesting app keys")
@@ -281,15 +286,23 @@ class DomainMachine:
             self.host.log(f"[dstack] {asked} MB are measured as {domain.vm_config.memory_size // MEGABYTE} MB\n")
         return domain
 
+    # ---- its ports
+
+    def _endpoint(self, protocol: Protocol, port: int) -> Endpoint | None:
+        """Return what listens at a port of the machine now."""
+        found = None if self.workload is None else self.workload.endpoint(protocol, port)
+        if found is None and self._agent_url and (protocol, port) == ("tcp", AGENT_PORT):
+            parts = urlsplit(self._agent_url)
+            return parts.hostname or LOOPBACK, parts.port or AGENT_PORT
+        return found
+
     async def _listen(self, agent: GuestAgent, held: AsyncExitStack) -> AgentListeners:
-        """Open the agent's listeners: its socket files, and its port behind the mappings to port 8090."""
+        """Open the agent's listeners: its socket files, and its port, to which mappings to port 8090 lead."""
         folder = self._run_folder
         folder.mkdir(exist_ok=True)
         held.callback(shutil.rmtree, folder, ignore_errors=True)
-        mapped = next((each for each in self.launch.manifest.port_map if each.vm_port == AGENT_PORT), None)
-        host, port = (LOOPBACK, 0) if mapped is None else (mapped.address, mapped.host_port)
         addresses = AgentAddresses(
-            bind_tcp(host, port, setting="ports"),
+            bind_tcp(LOOPBACK, 0),
             SocketFile(folder / "dstack.sock", "run_path"),
             SocketFile(folder / "tappd.sock", "run_path"),
         )
@@ -300,9 +313,16 @@ class DomainMachine:
         if kind == "kms":
             name = self.launch.manifest.name
             headers = None if self.site.headers is None else self.site.headers(name)
-            urls = [url.replace(HOST_IN_GUEST, LOOPBACK).removesuffix("/prpc") for url in self.launch.kms_urls]
-            now = self.site.issued_at()
-            return await fetch_keys(domain, urls, self.site.verifier, self._seed.stream("boot"), now, headers=headers)
+            urls = [url.rstrip("/").removesuffix("/prpc") for url in self.launch.kms_urls]
+            return await fetch_keys(
+                domain,
+                urls,
+                self.site.verifier,
+                self._seed.stream("boot"),
+                self.site.issued_at(),
+                headers=headers,
+                route=host_route,
+            )
         provider = local_key_provider(self.site.seed, "the host") if kind == "local" else KeyProvider("none")
         domain.complete(provider)
         sealing = self._seed.derive("sealing key", 32)

@@ -48,7 +48,11 @@ class ServiceLogs(logging.Handler):
         """Keep a record, if it is of a service of this stack."""
         current = _current.get()
         if current is not None and current[0] is self:
-            self._records.setdefault(current[1], deque(maxlen=KEPT)).append(record)
+            self.keep(current[1], record)
+
+    def keep(self, service: str, record: logging.LogRecord) -> None:
+        """Keep a record of a service."""
+        self._records.setdefault(service, deque(maxlen=KEPT)).append(record)
 
     def records(self, service: str) -> list[logging.LogRecord]:
         """Return the records of a service so far, oldest first."""

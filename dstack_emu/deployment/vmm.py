@@ -5,11 +5,13 @@ import socket
 import uuid
 from typing import Final
 
+from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.deployment.authorization import tls_url
 from dstack_emu.deployment.context import StackContext
 from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.deployment.docker_workload import DockerWorkloads
 from dstack_emu.deployment.errors import StackError
+from dstack_emu.deployment.guest_programs import ProgramSite
 from dstack_emu.deployment.machines import DomainMachines, MachineSite
 from dstack_emu.deployment.process_workload import ProcessWorkloads
 from dstack_emu.deployment.workloads import Workloads
@@ -45,7 +47,7 @@ class VmmExtension:
             self._docker = await _docker(context)
         self._fleet = Fleet(
             _config(context),
-            DomainMachines(_site(context, self._docker or ProcessWorkloads())),
+            DomainMachines(_site(context, self._docker or ProcessWorkloads(_programs(context)))),
             release=context.release_of(None),
             clock=context.instrumentation.clock.now,
             new_id=lambda: str(uuid.UUID(bytes=entropy(16), version=4)),
@@ -99,6 +101,18 @@ async def _docker(context: StackContext) -> DockerWorkloads:
     except GuestError as error:
         raise StackError(f"vmm: {error}") from error
     return workloads
+
+
+def _programs(context: StackContext) -> ProgramSite:
+    """Return what the KMS and webhooks that run in machines share: the stack's PCCS and root."""
+    return ProgramSite(
+        context.release_of(None),
+        context.seed.child("vmm"),
+        context.urls["pccs"],
+        TrustAnchor(context.intel.root_der),
+        context.instrumentation.clock,
+        context.instrumentation.clock.issue,
+    )
 
 
 def _site(context: StackContext, workloads: Workloads) -> MachineSite:

@@ -21,7 +21,7 @@ from dstack_emu.attest.strict_json import read_json
 from dstack_emu.transport.aside import run_aside
 from dstack_emu.transport.errors import TransportError as TransportError
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
-from dstack_emu.transport.http_client import HttpClient
+from dstack_emu.transport.http_client import HttpClient, Route, direct
 
 A = TypeVar("A", bound=Message)
 
@@ -50,7 +50,8 @@ class PrpcClient:
     """Calls the RPCs of one address. Close it, or use it in `async with`.
 
     `address` is `http://host:port` or `https://…`, with a path if the service has a mount, or a socket file as
-    `unix:/path` or `/path`. `timeout` is for a whole call, in seconds. `headers` are added to each request.
+    `unix:/path` or `/path`. `timeout` is for a whole call, in seconds. `headers` are added to each request. `route`
+    says where it connects to.
 
     `check_server` is awaited after every answer, before its status is read. Its argument is the leaf certificate (DER)
     that the server of this connection presented, or None without TLS. If it raises, the call ends with that error. A
@@ -65,13 +66,14 @@ class PrpcClient:
         ssl: tls.SSLContext | None = None,
         check_server: CheckServer | None = None,
         headers: MoreHeaders | None = None,
+        route: Route = direct,
     ) -> None:
         self._socket = address.removeprefix("unix:") if address.startswith(("unix:", "/")) else None
         if self._socket is None and not address.startswith(("http://", "https://")):
             raise TransportError(address, "neither an http(s) URL nor a socket path")
         self._base = "http://localhost" if self._socket is not None else address.rstrip("/")
         self._check_server, self._headers = check_server, headers
-        self._client = HttpClient(timeout=timeout, max_answer=MAX_RESPONSE, tls=ssl, unix=self._socket)
+        self._client = HttpClient(timeout=timeout, max_answer=MAX_RESPONSE, tls=ssl, unix=self._socket, route=route)
 
     async def __aenter__(self) -> "PrpcClient":
         return self

@@ -26,6 +26,18 @@ from dstack_emu.transport.http.origin import Origin, RequestTarget
 
 MAX_REDIRECTS: Final = 10
 
+Route = Callable[[str, int], tuple[str, int]]
+"""Returns the address and the port to connect to for host and port of a URL, or raises `OSError` if nothing is there.
+
+It returns a host that it leaves as it is, otherwise an IP address. What the URL names stays what a certificate is
+checked for, and what the header Host has."""
+
+
+def direct(host: str, port: int) -> tuple[str, int]:
+    """Return what the URL names: the route of every client that is given no other."""
+    return host, port
+
+
 _REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
 _WITH_BODY: Final = frozenset(("POST", "PUT", "PATCH"))
 
@@ -49,7 +61,7 @@ class HttpClient:
     `timeout` is for a whole request, in seconds. `max_answer` is the maximum length of a body in bytes, uncompressed.
     `headers` are sent with every request. `tls` are the settings for https (None: the system's authorities verify
     servers). With `unix`, every request goes to that socket file, and the host in its URL is ignored. With `unpacks`
-    false, a compressed body is returned as it is.
+    false, a compressed body is returned as it is. `route` says where the client connects to.
     """
 
     def __init__(
@@ -61,11 +73,12 @@ class HttpClient:
         tls: ssl.SSLContext | None = None,
         unix: str | None = None,
         unpacks: bool = True,
+        route: Route = direct,
     ) -> None:
         self.timeout, self._max_answer = timeout, max_answer
         always = {"Accept": "*/*", "Connection": "close"}
         self._headers = _lines({"User-Agent": f"dstack-emu/{EMULATOR}", **(headers or {}), **always})
-        self._tls, self._unix, self._unpacks = tls, unix, unpacks
+        self._tls, self._unix, self._unpacks, self._route = tls, unix, unpacks, route
         self._target = Memo(RequestTarget.parse, lambda url, target: 3 * len(url), max_entries=64, max_bytes=1 << 16)
         self._open: set[ClientConnection] = set()
 
@@ -128,11 +141,13 @@ class HttpClient:
             _, connection = await loop.create_unix_connection(self._new, self._unix)
             return connection
         tls = self._settings() if origin.is_secure else None
-        failure: OSError = socket.gaierror(f"no address of {origin.host}")
-        for host in (origin.host,) if origin.is_address else await _addresses(origin):
+        name, port = self._route(origin.host, origin.port)
+        failure: OSError = socket.gaierror(f"no address of {name}")
+        is_address = origin.is_address or name != origin.host
+        for host in (name,) if is_address else await _addresses(origin):
             try:
                 _, connection = await loop.create_connection(
-                    self._new, host, origin.port, ssl=tls, server_hostname=origin.host if tls else None
+                    self._new, host, port, ssl=tls, server_hostname=origin.host if tls else None
                 )
             except ssl.SSLError:
                 raise

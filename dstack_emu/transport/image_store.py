@@ -39,7 +39,7 @@ from dstack_emu.attest.os_image import (
 from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.attest.vmconfig import VmConfig
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
-from dstack_emu.transport.http_client import HttpClient
+from dstack_emu.transport.http_client import HttpClient, Route, direct
 from dstack_emu.transport.image_archive import Limits, Stopped, StoppedError, unpack, verify_image_files
 from dstack_emu.transport.status import status_line
 from dstack_emu.transport.urls import shown_url
@@ -76,14 +76,22 @@ class ImageStore:
     `download_url` contains PLACEHOLDER; `timeout` is for a whole download, in seconds.
     """
 
-    def __init__(self, cache_dir: Path, download_url: str, timeout: float, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        cache_dir: Path,
+        download_url: str,
+        timeout: float,
+        limits: Limits | None = None,
+        *,
+        route: Route = direct,
+    ) -> None:
         self._images, self._measurements = cache_dir / "images", cache_dir / "measurements"
         self._download_url, self._timeout = download_url, timeout
         self._limits = limits or Limits()
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._coming: dict[str, asyncio.Lock] = {}
         # An archive may be served with Content-Encoding gzip; the client must not decompress it.
-        self._client = HttpClient(timeout=timeout, max_answer=self._limits.archive, unpacks=False)
+        self._client = HttpClient(timeout=timeout, max_answer=self._limits.archive, unpacks=False, route=route)
         # Many VMs boot one image in the same way, and each calls often.
         self._read_config = Memo(_read_config, lambda text, _: 3 * len(text), max_entries=256, max_bytes=4 << 20)
         self._lite_registers = Memo(

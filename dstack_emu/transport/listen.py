@@ -63,6 +63,19 @@ def bind_tcp(host: str, port: int, *, setting: str = "", listen: bool = True) ->
     return sock
 
 
+def bind_udp(host: str, port: int, *, setting: str = "") -> socket.socket:
+    """Bind a UDP port of an IP address; raise `ListenError`, which names `setting` if it is given."""
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"{address} (UDP)", _why(error), setting) from error
+    sock.setblocking(False)
+    return sock
+
+
 def _bound(found: tuple[Any, ...]) -> socket.socket:
     """Bind what getaddrinfo found; the unspecified address of IPv6 takes IPv4's connections, too."""
     family, kind, protocol, _, target = found

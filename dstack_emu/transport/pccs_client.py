@@ -34,7 +34,7 @@ from dstack_emu.attest.verify import TrustAnchor, VerifiedAttestation, require_b
 from dstack_emu.transport.aside import LARGE_EVIDENCE, run_aside
 from dstack_emu.transport.client import MoreHeaders, TransportError
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError, NoAnswerInTimeError
-from dstack_emu.transport.http_client import HttpAnswer, HttpClient
+from dstack_emu.transport.http_client import HttpAnswer, HttpClient, Route, direct
 from dstack_emu.transport.urls import shown_url
 
 Clock = Callable[[], int]
@@ -81,11 +81,12 @@ class PccsClient:
         ttl: float = 0,
         headers: MoreHeaders | None = None,
         revalidates_at_once: bool = False,
+        route: Route = direct,
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self._ttl, self._revalidates_at_once = ttl, revalidates_at_once
         self._more_headers = headers
-        self._client = HttpClient(timeout=timeout, max_answer=MAX_DOCUMENT)
+        self._client = HttpClient(timeout=timeout, max_answer=MAX_DOCUMENT, route=route)
         self.keys = CollateralKeys()
         # Callers choose the platform, so the caches need a limit.
         self._documents: BoundedCache[str, _Held] = BoundedCache(1024, 16 << 20)

@@ -31,6 +31,7 @@ from dstack_emu.attest.kdf import pkcs8_pem
 from dstack_emu.attest.report_data import ratls_report_data
 from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.transport.client import MoreHeaders, PrpcClient, RpcError, TransportError
+from dstack_emu.transport.http_client import Route, direct
 from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.status import status_line
 from dstack_emu.transport.tls import Identity, client_context
@@ -117,6 +118,7 @@ class RaTlsClient:
         check_peer: Callable[[AttestedServer], None] | None = None,
         timeout: float = TIMEOUT,
         headers: MoreHeaders | None = None,
+        route: Route = direct,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise RaTlsError(
@@ -133,7 +135,7 @@ class RaTlsClient:
                 raise _within(f"failed to validate the server attestation of {shown_url(url)}", error) from error
 
         tls = client_context(identity, root_ca)
-        self._client = PrpcClient(url, timeout=timeout, ssl=tls, check_server=check, headers=headers)
+        self._client = PrpcClient(url, timeout=timeout, ssl=tls, check_server=check, headers=headers, route=route)
 
     async def call(self, method: str, request: Message, answer: type[M]) -> M:
         """Call a method and return its answer.

@@ -1,10 +1,9 @@
 """Forwards connections from a listening socket to a server on a socket file, and terminates TLS.
 
-It is for a server that cannot use a bound socket, or whose TLS is unsuitable. A slow reader slows down the writer, so
-that nothing accumulates here. The certificate of each client is recorded under the name that its connection has at the
-server; a name is used only once.
+It is for a server that cannot use a bound socket, or whose TLS is unsuitable. The certificate of each client is
+recorded under the name that its connection has at the server; a name is used only once.
 
-Not here: TLS settings (the caller passes an ssl.SSLContext). The forwarded bytes are not examined.
+Not here: TLS settings (the caller passes an ssl.SSLContext), and the forwarding of bytes (`transport.forward`).
 """
 
 import asyncio
@@ -17,6 +16,7 @@ from collections.abc import MutableMapping
 from typing import Final
 from weakref import WeakValueDictionary
 
+from dstack_emu.transport.forward import ClientSide, Side
 from dstack_emu.transport.listen import reachable, reset
 from dstack_emu.transport.localhost_socket import parts_of
 
@@ -126,79 +126,26 @@ async def start_relay(
     return relay
 
 
-class _Side(asyncio.Protocol):
-    """One of the two ends of a forwarded connection."""
-
-    other: "_Side | None" = None
-    transport: asyncio.Transport | None = None
-
-    def data_received(self, data: bytes) -> None:
-        if self.other is not None and self.other.transport is not None:
-            self.other.transport.write(data)
-
-    def pause_writing(self) -> None:
-        if self.other is not None and self.other.transport is not None:
-            self.other.transport.pause_reading()
-
-    def resume_writing(self) -> None:
-        if self.other is not None and self.other.transport is not None:
-            self.other.transport.resume_reading()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.transport = None
-        if self.other is not None and self.other.transport is not None:
-            self.other.transport.close()  # after the pending bytes are written
-
-
-class _Server(_Side):
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a stream's
-        self.transport = transport
-
-
-class _Client(_Side):
+class _Client(ClientSide):
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
-        self._connecting: asyncio.Task[None] | None = None
+        self._sock: socket.socket | None = None
         self.name = ""
-        self._early = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a stream's
-        self.transport = transport
-        transport.pause_reading()  # until the server is connected
         channel = transport.get_extra_info("ssl_object")
         try:
-            sock = self._relay.connect(self, None if channel is None else channel.getpeercert(binary_form=True))
+            self._sock = self._relay.connect(self, None if channel is None else channel.getpeercert(binary_form=True))
         except OSError as error:
             _log.error("a connection cannot be forwarded: %s", error)
+            assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a stream's
             transport.abort()
             return
-        self._connecting = asyncio.create_task(self._connect(sock))
+        super().connection_made(transport)
 
-    async def _connect(self, sock: socket.socket) -> None:
-        _, server = await asyncio.get_running_loop().create_unix_connection(_Server, sock=sock)
-        self.other, server.other = server, self
-        assert server.transport is not None  # noqa: S101 - just connected
-        if self._early:
-            server.transport.write(self._early)
-        if self.transport is None:  # the client has disconnected meanwhile
-            server.transport.close()
-        else:
-            self.transport.resume_reading()
-
-    def data_received(self, data: bytes) -> None:
-        if self.other is None:  # the first Pythons of 3.11 read although `connection_made` has paused that
-            self._early += data
-        else:
-            super().data_received(data)
+    async def connect(self, server: Side) -> None:
+        await asyncio.get_running_loop().create_unix_connection(lambda: server, sock=self._sock)
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
         self._relay.ended(self)
-
-    def abort(self) -> None:
-        """Abort both ends."""
-        for side in (self, self.other):
-            if side is not None and side.transport is not None:
-                side.transport.abort()
