@@ -51,11 +51,14 @@ def files() -> dict[str, bytes]:
     return {**keys.files(certificate), BOOTSTRAP_INFO: b"{}"}
 
 
-def killed_at(step: int, action: Callable[[], object], *, lines: bool = True) -> bool:
+TRACED = frozenset({cert_dir.__file__, transport_files.__file__})
+
+
+def killed_at(step: int, action: Callable[[], object], *, lines: bool = True, traced: frozenset[str] = TRACED) -> bool:
     """Run an action in a process of its own that dies before its n-th step; whether it came that far."""
     child = os.fork()
     if child == 0:
-        _arm(step, lines)
+        _arm(step, traced if lines else frozenset())
         action()
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -66,7 +69,7 @@ def killed_at(step: int, action: Callable[[], object], *, lines: bool = True) ->
     return False
 
 
-def _arm(step: int, lines: bool) -> None:
+def _arm(step: int, traced: frozenset[str]) -> None:
     left = step
 
     def count() -> None:
@@ -76,7 +79,7 @@ def _arm(step: int, lines: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def trace(frame: FrameType, event: str, _argument: Any) -> Any:
-        if frame.f_code.co_filename not in (cert_dir.__file__, transport_files.__file__):
+        if frame.f_code.co_filename not in traced:
             return None
         if event == "line":
             count()
@@ -87,7 +90,7 @@ def _arm(step: int, lines: bool) -> None:
             count()
 
     sys.addaudithook(audit)
-    if lines:
+    if traced:
         sys.settrace(trace)
 
 

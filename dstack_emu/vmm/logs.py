@@ -107,13 +107,13 @@ class MachineLogs:
         while True:
             if text:
                 yield text if ansi else without_escapes(text)
-            if self._closed:
-                return
             appended = self._appended
             text = log.unread(turn, position)
             turn, position = log.turn, log.size()
             if text:
                 continue
+            if self._closed:
+                return
             try:
                 await asyncio.wait_for(appended.wait(), HEARTBEAT)
             except TimeoutError:

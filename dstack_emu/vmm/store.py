@@ -178,11 +178,11 @@ class Store:
         try:
             _write_tree(new, {MANIFEST: manifest.encode(), **files})
             new.rename(self.path / manifest.id)
-            sync_folder(self.path)
         except OSError as error:
-            for path in (new, self.path / manifest.id):
-                shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
             raise VmmError(f"Failed to write manifest: {error.strerror}") from error
+        with contextlib.suppress(OSError):  # it exists: this is no failure that could still be undone
+            sync_folder(self.path)
         return self.folder(manifest.id)
 
     def remove(self, vm_id: str) -> None:
