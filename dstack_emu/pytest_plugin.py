@@ -160,6 +160,14 @@ def dstack_current(request: pytest.FixtureRequest) -> "LiveStack":
 
 
 @pytest.fixture
+def dstack_vmm(dstack_current: "LiveStack") -> str:
+    """The URL of the stack's VMM; machines that the test deploys are removed after it."""
+    if "vmm" not in dstack_current.services:
+        raise pytest.UsageError("dstack_vmm: the stack has no VMM: add vmm=True to the fixture dstack_settings")
+    return dstack_current.services["vmm"]
+
+
+@pytest.fixture
 def dstack_app(dstack_current: "LiveStack") -> "Callable[..., LiveTrustDomain]":
     """`dstack_app()`: the stack's own app; `dstack_app("wallet", compose={…})`: a new one."""
     return dstack_current.app

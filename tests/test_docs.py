@@ -19,6 +19,7 @@ from dstack_emu.kms_emu.api_auth import ADMIN_VARIABLES, ONBOARD_VARIABLES
 from dstack_emu.kms_emu.config import VARIABLES, KmsConfig
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 from dstack_emu.verifier.config import VerifierConfig
+from dstack_emu.vmm.config import VmmConfig
 from tests.commands import run_command
 from tests.documents import DOCUMENTS, PACKAGES, code, document, rows, section
 from tests.repository import ROOT
@@ -122,6 +123,15 @@ def test_keys_and_defaults_of_dstack_verifier_toml_are_documented() -> None:
     given = [(code(key)[0], code(default)[0]) for key, default, _ in table if default != "none"]
     written = VerifierConfig.model_validate(tomllib.loads("\n".join(f"{key} = {value}" for key, value in given)))
     assert written == VerifierConfig()
+
+
+def test_keys_and_defaults_of_vmm_toml_are_documented() -> None:
+    table = rows(section(document("docs/configuration.md"), "## vmm.toml"), "key")
+    assert [code(key)[0] for key, *_ in table] == list(keys_of(VmmConfig))
+    given = [(code(key)[0], code(default)[0]) for key, default, _ in table if default != "none"]
+    written = VmmConfig.model_validate(tomllib.loads("\n".join(f"{key} = {value}" for key, value in given)))
+    assert written == VmmConfig()
+    assert [code(key)[0] for key, default, _ in table if default == "none"] == ["port", "cvm.tee_simulator"]
 
 
 NO_VARIABLES = {"TD_QE", "LEVEL_VARIABLE", "PCCS_URL"}

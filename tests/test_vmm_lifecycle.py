@@ -23,10 +23,11 @@ from dstack_emu.attest.proto import vmm_pb2 as pb
 from dstack_emu.attest.release import DEFAULT
 from dstack_emu.vmm.config import AutoRestartSection, CvmSection, LogSection, VmmConfig
 from dstack_emu.vmm.errors import VmmError
-from dstack_emu.vmm.fleet import EXHAUSTED, Fleet
+from dstack_emu.vmm.fleet import Fleet
 from dstack_emu.vmm.logs import MachineLogs
 from dstack_emu.vmm.machine import GuestConfig, HostApi, Launch
 from dstack_emu.vmm.restart import Decision, RestartState
+from dstack_emu.vmm.restarter import EXHAUSTED
 from tests.repository import ROOT
 
 MEMORY = "/dev/shm"
@@ -73,6 +74,9 @@ class IdleMachines:
 
     def guest_config(self, launch: Launch) -> GuestConfig:
         return GuestConfig("{}")
+
+    async def discard(self, vm_id: str) -> None:
+        pass
 
     async def start(self, launch: Launch, host: HostApi) -> IdleMachine:
         if self.refusal:
@@ -162,7 +166,7 @@ async def test_machine_that_ends_by_itself_is_started_again_until_that_is_given_
     for now in range(0, 60):
         machines.started[-1].ended.set()
         await turns()
-        await fleet.restart_exited(now)
+        await fleet.restarter.look(now)
     assert (len(machines.started), str(vm.status)) == (3, "exited")
     assert [event.event for event in vm.events] == [EXHAUSTED]
     assert fleet.vms[stopped].status == "stopped"
@@ -172,12 +176,12 @@ async def test_machine_that_ends_by_itself_is_started_again_until_that_is_given_
     await fleet.start(vm.id)
     machines.started[-1].ended.set()
     await turns()
-    await fleet.restart_exited(100)
-    await fleet.restart_exited(105)
+    await fleet.restarter.look(100)
+    await fleet.restarter.look(105)
     assert str(vm.status) == "running"
     await fleet.stop(vm.id)
-    await fleet.restart_exited(106)
-    await fleet.restart_exited(500)
+    await fleet.restarter.look(106)
+    await fleet.restarter.look(500)
     assert str(vm.status) == "stopped"
 
 
@@ -189,7 +193,7 @@ async def test_machine_that_is_healthy_for_long_may_be_restarted_as_often_again(
     machines.started[-1].ended.set()
     await turns()
     for now in (0, 5, 6, 106):
-        await fleet.restart_exited(now)
+        await fleet.restarter.look(now)
     assert "automatic restart retry budget reset after healthy window" in caplog.text
     assert vm.status == "running"
 

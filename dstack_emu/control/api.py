@@ -26,6 +26,7 @@ from dstack_emu.observability.journal import Journal
 from dstack_emu.observability.service_calls import UnknownCallError
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.transport.urls import shown_url
+from dstack_emu.vmm.errors import VmmError
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -128,7 +129,7 @@ class Control(VendorControl):
         try:
             async with self._restoring:
                 await apply_state(self._deployment, state)
-        except (StackError, GuestError, KmsError, FormatError) as error:
+        except (StackError, GuestError, KmsError, FormatError, VmmError) as error:
             raise ControlError(f"the state cannot be restored: {error}", 409) from error
 
     # ---- trust domains

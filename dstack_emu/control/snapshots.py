@@ -1,9 +1,9 @@
 """Snapshots: the state of a whole stack as data, which can be saved to a file and restored.
 
 It consists of the states of the parts (`deployment.state`): the policy files, the vendor's state, the clock, faults,
-each trust domain's log and keys, each KMS's phase and folder, and the positions of every random stream and of the
-journal. It does not contain what the seed determines, ports, or connections. Capturing and restoring both empty the
-caches of collateral, so that the requests that follow are the same.
+each trust domain's log and keys, each KMS's phase and folder, the machines of the VMM, and the positions of every
+random stream and of the journal. It does not contain what the seed determines, ports, or connections. Capturing and
+restoring both empty the caches of collateral, so that the requests that follow are the same.
 
 Restoring changes only what differs. A KMS whose keys have changed since is restarted, which takes about ten
 milliseconds more; so does a trust domain or a KMS that has to be started again.
@@ -26,6 +26,7 @@ from dstack_emu.simulator.platform import PlatformState
 from dstack_emu.simulator.vendor_state import VendorState
 from dstack_emu.transport.urls import shown_url
 from dstack_emu.transport.validation import describe
+from dstack_emu.vmm.state import FleetState
 
 FORMAT: Final = "dstack-emu state"
 VERSION: Final = 1
@@ -47,6 +48,7 @@ class StackState(StateModel):
     guests: dict[str, GuestState]
     kms: dict[str, KmsState]
     journal: Count
+    machines: FleetState | None = None
 
     @classmethod
     def read(cls, document: Any) -> Self:
@@ -79,6 +81,7 @@ def capture_state(deployment: Deployment) -> StackState:
         guests={name: guest.capture() for name, guest in deployment.guests.items()},
         kms={name: kms.capture() for name, kms in deployment.kms.items()},
         journal=instrumentation.journal.capture(),
+        machines=None if deployment.machines is None else deployment.machines.capture(),
     )
     instrumentation.clear_caches()
     return state
@@ -110,6 +113,8 @@ async def apply_state(deployment: Deployment, state: StackState) -> None:
             await deployment.kms[name].restore(kms_state)
         for name, guest_state in state.guests.items():
             await deployment.guests[name].restore(guest_state)
+        if deployment.machines is not None:
+            await deployment.machines.restore(state.machines or FleetState())
         instrumentation.faults.restore(FaultRulesState(state.fault_count, state.faults))
         instrumentation.clear_caches()
         deployment.remember_added()
@@ -140,6 +145,8 @@ def _require_whole(deployment: Deployment, state: StackState) -> None:
         if theirs != ours:
             asked = f"{shown_url(theirs)!r:.200}, not {shown_url(ours)!r:.200}"
             raise ControlError(f"the state is of a stack in which the webhook of kms-{name} is {asked}")
+    if state.machines is not None and state.machines.machines and deployment.machines is None:
+        raise ControlError("the state has machines of a VMM: start this stack with --vmm")
     policies = {name for name, kms in state.kms.items() if kms.spec.webhook == "own"}
     if state.policies.keys() != policies:
         raise ControlError(f"state: policies: {', '.join(sorted(policies))} expected")

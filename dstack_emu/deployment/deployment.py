@@ -34,12 +34,14 @@ from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
 from dstack_emu.deployment.service_logs import ServiceLogs
 from dstack_emu.deployment.shared_services import serve_pccs, serve_verifier
 from dstack_emu.deployment.specs import GuestSpec, KmsSpec
+from dstack_emu.deployment.state import RestorableService
 from dstack_emu.deployment.supervision import Supervisor
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.trust_domain import TrustDomain
 from dstack_emu.transport.listen import Server
+from dstack_emu.vmm.state import FleetState
 
 SERVICES: Final = frozenset(
     {"pccs", "verifier", "auth-src", "auth-dst", "agent-src", "agent-dst", "kms-src", "kms-dst", "app"}
@@ -86,7 +88,7 @@ class Deployment:
 
     When a part fails meanwhile, the block is cancelled and ends with a `PartEndedError`. Once it is entered, `services`
     has URLs and `grpc` targets by name, `intel` and `root_ca` the trust root, `kms` and `guests` the running parts,
-    `kms_info` what both KMS measure, `app.domain` the app, and `logs` what the parts log.
+    `kms_info` what both KMS measure, `app.domain` the app, `machines` those of its VMM, and `logs` what the parts log.
     """
 
     def __init__(self, config: StackConfig | None = None, progress: Progress = log.info) -> None:
@@ -94,6 +96,7 @@ class Deployment:
         self.logs = ServiceLogs()
         self.guests: dict[str, RunningGuest] = {}
         self.kms: dict[str, RunningKms] = {}
+        self.machines: RestorableService[FleetState] | None = None
         self._progress = progress
         self._extensions: list[Extension] = []
         self._exit = AsyncExitStack()

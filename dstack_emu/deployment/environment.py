@@ -19,6 +19,8 @@ URLS: Final[Mapping[str, str]] = {
     "DSTACK_EMU_CONTROL": "control",
 }
 """Variables with the URLs of services."""
+VMM_VARIABLE: Final = "DSTACK_VMM_URL"
+"""The variable from which vmm-cli.py takes the URL of the VMM, if the stack has one."""
 
 
 def environment(description: Mapping[str, Any], token: str | None = None) -> dict[str, str]:
@@ -28,6 +30,7 @@ def environment(description: Mapping[str, Any], token: str | None = None) -> dic
     return {
         **description["env"],
         **{variable: services[name] for variable, name in URLS.items()},
+        **({VMM_VARIABLE: services["vmm"]} if "vmm" in services else {}),
         # A webhook of the user's own has no policy here: the variable is empty, so that no other stack's is taken.
         "DSTACK_EMU_POLICY_SRC": policies.get("src", ""),
         "DSTACK_EMU_POLICY_DST": policies.get("dst", ""),

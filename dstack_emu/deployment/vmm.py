@@ -21,6 +21,7 @@ from dstack_emu.transport.listen import Server, serve
 from dstack_emu.vmm.config import CvmSection, GatewaySection, ImageSection, PortMappingSection, PortRange, VmmConfig
 from dstack_emu.vmm.fleet import Fleet
 from dstack_emu.vmm.server import vmm_app
+from dstack_emu.vmm.state import FleetState
 from dstack_emu.vmm.store import Store
 
 RUN_FOLDER: Final = "vms"
@@ -42,7 +43,7 @@ class VmmExtension:
     async def start(self, sock: socket.socket) -> Server:
         """Serve it on a bound socket, and start the machines of the state folder."""
         context = self._deployment.context
-        entropy = context.seed.stream("vmm")
+        entropy = self._entropy = context.seed.stream("vmm")
         if context.config.vmm_workload == "docker":
             self._docker = await _docker(context)
         self._fleet = Fleet(
@@ -54,7 +55,19 @@ class VmmExtension:
             entropy=entropy,
         )
         await self._fleet.open()
+        self._deployment.machines = self
         return await serve(context.instrumentation.instrument(self.name, vmm_app(self._fleet)), sock)
+
+    def capture(self) -> FleetState:
+        """Return its machines as data."""
+        machines = self._fleet.capture() if self._fleet is not None else FleetState()
+        return machines.model_copy(update={"drawn": self._entropy.capture()})
+
+    async def restore(self, state: FleetState) -> None:
+        """Make its machines what they were; raise `VmmError` if one cannot be stored."""
+        if self._fleet is not None:
+            await self._fleet.restore(state)
+        self._entropy.restore(state.drawn)
 
     def became_ready(self) -> None:
         """Do nothing: the VMM is ready before the KMS are."""

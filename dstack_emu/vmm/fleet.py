@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import json
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
@@ -20,7 +19,8 @@ from dstack_emu.vmm.errors import UnknownVmError, VmmError
 from dstack_emu.vmm.machine import Launch, MachineFactory
 from dstack_emu.vmm.manifest import Manifest
 from dstack_emu.vmm.requests import created_manifest, has_resources, resized_manifest, updated_manifest
-from dstack_emu.vmm.restart import Decision
+from dstack_emu.vmm.restarter import Restarter
+from dstack_emu.vmm.state import FleetState, MachineState
 from dstack_emu.vmm.store import (
     COMPOSE,
     ENCRYPTED_ENV,
@@ -35,7 +35,6 @@ from dstack_emu.vmm.sys_config import sys_config
 from dstack_emu.vmm.vm import Vm
 
 Entropy = Callable[[int], bytes]
-EXHAUSTED: Final = "vmm.auto_restart.exhausted"
 _SEED_SIZE: Final = 20
 _SEED: Final = re.compile(f"[0-9a-f]{{{2 * _SEED_SIZE}}}")
 
@@ -59,7 +58,8 @@ class Fleet:
         self._store = Store(config.run_path.absolute())
         self.factory, self._clock, self._new_id, self._entropy = factory, clock, new_id, entropy
         self._removals: dict[str, asyncio.Task[None]] = {}
-        self._restarter: asyncio.Task[None] | None = None
+        self.restarter = Restarter(config.cvm.auto_restart, self.vms, self._start_stored, self.log)
+        self._restarts: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
 
     # ---- opening and closing
@@ -73,7 +73,7 @@ class Fleet:
             if vm.is_started:
                 await self._start_stored(vm)
         if self.config.cvm.auto_restart.enabled:
-            self._restarter = asyncio.create_task(self._restart_regularly(), name="restarts of machines")
+            self._restarts = asyncio.create_task(self.restarter.run(), name="restarts of machines")
 
     def _load_stored(self, vm_id: str) -> bool:
         """Load a machine's folder; log what is wrong with one that cannot be loaded, and return whether it was."""
@@ -93,9 +93,9 @@ class Fleet:
 
     async def close(self) -> None:
         """End every machine; their folders stay."""
-        if self._restarter is not None:
-            self._restarter.cancel()
-            await asyncio.gather(self._restarter, return_exceptions=True)
+        if self._restarts is not None:
+            self._restarts.cancel()
+            await asyncio.gather(self._restarts, return_exceptions=True)
         await asyncio.gather(*self._removals.values(), return_exceptions=True)
         await asyncio.gather(*(vm.close() for vm in self.vms.values()))
 
@@ -224,13 +224,13 @@ class Fleet:
             await vm.close()
             await self.factory.discard(vm.id)
             self._store.remove(vm.id)
-            del self.vms[vm.id]
+            self.vms.pop(vm.id, None)
         except OSError as error:
             self.log.error("machine not removed", id=vm.id, reason=error.strerror or str(error))
         else:
             self.log.info("removed", id=vm.id)
         finally:
-            del self._removals[vm.id]
+            self._removals.pop(vm.id, None)
 
     async def update(self, request: pb.UpdateVmRequest) -> str:
         """Change a machine for its next start, all of the request or nothing; return the hash that the answer names.
@@ -278,35 +278,37 @@ class Fleet:
             vm.folder.change({MANIFEST: manifest.encode(), **files})
         vm.manifest = manifest
 
-    # ---- restarts
+    # ---- as data
 
-    async def _restart_regularly(self) -> None:
-        while True:
-            await asyncio.sleep(self.config.cvm.auto_restart.interval)
-            await self.restart_exited(time.monotonic())
+    def capture(self) -> FleetState:
+        """Return the machines as they are now, without those that are being removed."""
+        machines = {vm.id: self._captured(vm) for vm in self.vms.values() if not vm.is_removing}
+        return FleetState(machines=machines)
 
-    async def restart_exited(self, now: float) -> None:
-        """Start machines that ended by themselves, as far as the settings allow; `now` is in seconds."""
-        settings = self.config.cvm.auto_restart
-        for vm in list(self.vms.values()):
-            if vm.is_removing or not vm.is_started:
-                vm.restart.reset()
-            elif vm.is_alive:
-                if vm.restart.observe_running(now, settings):
-                    self.log.info("automatic restart retry budget reset after healthy window", id=vm.id)
-            else:
-                await self._carry_out(vm, vm.restart.observe_exited(now, settings))
+    def _captured(self, vm: Vm) -> MachineState:
+        files = vm.folder.files()
+        return MachineState(manifest=vm.manifest, files=files, is_started=vm.is_started, is_alive=vm.is_alive)
 
-    async def _carry_out(self, vm: Vm, decision: Decision) -> None:
-        match decision.kind:
-            case "scheduled":
-                self.log.info("automatic restart scheduled", id=vm.id, delay_secs=decision.number)
-            case "exhausted":
-                self.log.warning("automatic restart retry limit exhausted", id=vm.id, attempts=decision.number)
-                vm.record(EXHAUSTED, f"Automatic restart stopped after {decision.number} failed attempts")
-            case "restart":
-                self.log.info("automatic restart attempt", id=vm.id, attempt=decision.number)
-                await self._start_stored(vm)
+    async def restore(self, state: FleetState) -> None:
+        """Make the machines what they were: others are removed, and those that differ are made anew.
+
+        A machine that ran boots again, and this does not wait for it. Raises `VmmError` if one cannot be stored.
+        """
+        async with self._changing:
+            await asyncio.gather(*self._removals.values(), return_exceptions=True)
+            for vm in list(self.vms.values()):
+                if state.machines.get(vm.id) != self._captured(vm):
+                    vm.is_removing = True
+                    await self._remove(vm)
+                    if vm.id in self.vms:
+                        raise VmmError(f"machine {vm.id} cannot be removed: see the log")
+            for vm_id, machine in state.machines.items():
+                if vm_id not in self.vms:
+                    started = {STATE: json.dumps({"started": machine.is_started}).encode()}
+                    self._store.create(machine.manifest, {**machine.files, **started})
+                    vm = self._load(machine.manifest, self._free_cid())
+                    if machine.is_alive:
+                        await self._start_stored(vm)
 
     # ---- the rest
 

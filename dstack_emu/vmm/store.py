@@ -60,6 +60,12 @@ class MachineFolder:
         """Read the user's own file, empty if there is none."""
         return self._read_if_present(USER_CONFIG).decode(errors="replace")
 
+    def files(self) -> dict[str, bytes]:
+        """Return the contents of the files that the guest reads, but what is written at each start, by their names."""
+        names = (COMPOSE, ENCRYPTED_ENV, USER_CONFIG, INSTANCE_INFO)
+        contents = {name: self._read_if_present(name) for name in names}
+        return {name: content for name, content in contents.items() if content}
+
     def instance_info(self) -> dict[str, str]:
         """Read what the guest has said of its instance; without any, what there was at the creation."""
         try:

@@ -1,0 +1,138 @@
+"""A VMM without a stack, for `dstack-emu vmm`: its machines get their keys from KMS that run elsewhere.
+
+Its machines run on a platform of the emulated Intel of a seed, so a KMS must trust that Intel, and have its PCCS.
+"""
+
+import os
+import socket
+import uuid
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from dstack_emu.attest.release import Release
+from dstack_emu.attest.verify import TrustAnchor
+from dstack_emu.deployment.clock import ISSUED_AT, wall_clock
+from dstack_emu.deployment.guest_programs import ProgramSite
+from dstack_emu.deployment.machines import DomainMachines, MachineSite
+from dstack_emu.deployment.process_workload import ProcessWorkloads
+from dstack_emu.simulator.image import OsImage
+from dstack_emu.simulator.intel import Intel
+from dstack_emu.simulator.seed import Seed
+from dstack_emu.transport.errors import ConfigError
+from dstack_emu.transport.listen import bind_tcp, bind_unix, serve
+from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
+from dstack_emu.vmm.config import VmmConfig
+from dstack_emu.vmm.discovery import DiscoveryFile
+from dstack_emu.vmm.fleet import Fleet
+from dstack_emu.vmm.server import vmm_app
+
+UNIX = "unix:"
+
+
+@dataclass(frozen=True, slots=True)
+class VmmSettings:
+    """What is not in vmm.toml: the seed of the emulated Intel, and the root that KMS have, None for the seed's.
+
+    `discovery` is the folder of discovery files, `config_file` the file that the configuration is from.
+    """
+
+    config: VmmConfig
+    release: Release
+    seed: str
+    pccs_url: str
+    discovery: Path
+    anchor: TrustAnchor | None = None
+    config_file: Path | None = None
+
+
+class StandaloneVmm:
+    """A VMM at `url`. Enter it to start it; leaving it ends every machine, and keeps their folders."""
+
+    def __init__(self, settings: VmmSettings) -> None:
+        self.settings = settings
+        self.url = ""
+        self.discovery_file: Path | None = None
+        self._exit = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._exit.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._exit.aclose()
+
+    async def _start(self) -> None:
+        settings, config = self.settings, self.settings.config
+        sock, address = _bound(config)
+        self._exit.callback(sock.close)
+        fleet = Fleet(
+            config,
+            DomainMachines(self._site()),
+            release=settings.release,
+            clock=wall_clock,
+            new_id=lambda: str(uuid.uuid4()),
+            entropy=os.urandom,
+        )
+        app = vmm_app(fleet)
+        try:
+            self._exit.push_async_callback(fleet.close)
+            await fleet.open()
+        except OSError as error:
+            raise ConfigError(f"run_path: {error.filename or config.run_path}: {error.strerror}") from error
+        server = await serve(app, sock)
+        self._exit.push_async_callback(server.close)
+        self.url = server.url
+        discovered = DiscoveryFile.write(
+            settings.discovery,
+            address,
+            config,
+            config_file=settings.config_file,
+            version=f"v{settings.release.version}",
+            now=wall_clock(),
+        )
+        self._exit.callback(discovered.remove)
+        self.discovery_file = discovered.path
+
+    def _site(self) -> MachineSite:
+        settings = self.settings
+        seed = Seed.of(settings.seed)
+        intel = Intel(seed)
+        pccs = PccsClient(settings.pccs_url)
+        self._exit.push_async_callback(pccs.close)
+        anchor = settings.anchor or TrustAnchor.of(intel.root)
+
+        programs = ProgramSite(
+            settings.release, seed.child("vmm"), settings.pccs_url, anchor, wall_clock, lambda: ISSUED_AT
+        )
+        return MachineSite(
+            intel=intel,
+            seed=seed.child("vmm"),
+            release=settings.release,
+            images=settings.config.image.path,
+            own_image=OsImage.from_seed(seed.derive, version=settings.release.version),
+            verifier=AttestationVerifier(pccs, anchor, wall_clock),
+            issued_at=lambda: ISSUED_AT,
+            workloads=ProcessWorkloads(programs),
+        )
+
+
+def _bound(config: VmmConfig) -> tuple[socket.socket, str]:
+    """Bind the configured address; return the socket, and the address as the discovery file has it."""
+    address = config.address
+    if address.startswith(UNIX):
+        return bind_unix(address.removeprefix(UNIX), setting="address"), address
+    host, colon, port = address.rpartition(":") if config.port is None else (address, ":", str(config.port))
+    if not colon or not host or not port.isdecimal():
+        raise ConfigError(f"address: unix:PATH, host:port, or host with the key port expected, got {address!r:.200}")
+    sock = bind_tcp(host.strip("[]"), int(port), setting="address")
+    number = sock.getsockname()[1]
+    return sock, f"{host}:{number}"
