@@ -1,5 +1,6 @@
 """A stack as a user runs it: the command in a process of its own, on free ports, asked over its sockets."""
 
+import asyncio
 import json
 import subprocess
 import tempfile
@@ -108,3 +109,20 @@ def running_stack(*arguments: str, environment: dict[str, str] | None = None) ->
             yield RunningStack(json.loads(line), process, errors)
         finally:
             process.end()
+
+
+@contextmanager
+def counted_turns() -> Iterator[list[int]]:
+    """Count the turns of the event loop."""
+    turns = [0]
+
+    async def turn() -> None:
+        while True:
+            await asyncio.sleep(0)
+            turns[0] += 1
+
+    task = asyncio.create_task(turn())
+    try:
+        yield turns
+    finally:
+        task.cancel()

@@ -125,6 +125,7 @@ async def test_one_value_changed_is_denied_with_its_reason(
     webhook: Client, caller: str, changed: dict[str, Any], reason: str
 ) -> None:
     assert await ask(webhook, caller, **changed) == denied(reason)
+    assert await ask(webhook, caller) == ALLOWED
 
 
 async def test_an_app_is_not_checked_for_kms_values_nor_a_kms_for_app_values(webhook: Client) -> None:

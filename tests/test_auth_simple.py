@@ -149,6 +149,7 @@ async def test_one_value_changed_is_denied_with_its_reason(
     config: Path, caller: str, changed: dict[str, Any], reason: str
 ) -> None:
     assert await decide(config, caller, **changed) == denied(reason)
+    assert await decide(config, caller) == ALLOWED
 
 
 @pytest.mark.parametrize(

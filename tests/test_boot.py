@@ -299,6 +299,8 @@ def test_guest_of_another_seed_is_told_so(ready_stack: RunningStack) -> None:
     assert with_own.endswith(hint)
     with_the_stacks = refusal("--kms", kms, "--seed", "other", "--pccs", pccs)
     assert with_the_stacks.endswith(f"Failed to parse root CA CRL: InvalidCrlSignatureForPublicKey{hint}")
+    with serving("boot", "--kms", kms, "--pccs", pccs) as agent:
+        assert agent["app_id"] == ready_stack.description["app"]["app_id"]
 
 
 def test_server_that_is_no_kms_is_refused(ready_stack: RunningStack) -> None:

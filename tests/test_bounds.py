@@ -11,8 +11,7 @@ import ssl
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,16 +25,20 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from dstack_emu.attest.app_compose import AppManifest
 from dstack_emu.attest.attestation import decode
 from dstack_emu.attest.csr import parse_request
+from dstack_emu.attest.encrypted_env import parse_env
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.image import ImageMeasurement
 from dstack_emu.attest.image.td_hob import TdHobWitness
+from dstack_emu.attest.mr_config import MrConfigDocument
 from dstack_emu.attest.pck import PckExtension
 from dstack_emu.attest.proto import dstack_guest_pb2 as guest_pb2
 from dstack_emu.attest.proto import kms_pb2
 from dstack_emu.attest.proto.prpc_pb2 import PrpcError
 from dstack_emu.attest.prpc import trim_prefix
+from dstack_emu.attest.release import DEFAULT
 from dstack_emu.attest.strict_json import StrictJson, TooManyValuesError, read_json, require_few_values
 from dstack_emu.attest.vmconfig import VmConfig
 from dstack_emu.auth.file_server import file_app
@@ -50,7 +53,7 @@ from dstack_emu.transport.listen import bind_tcp
 from dstack_emu.transport.service import Rpc, ServiceTable
 from tests import foreign
 from tests.foreign import Guest, ask_agent, new_key, spki_of
-from tests.running import RunningStack
+from tests.running import RunningStack, counted_turns
 from tests.test_verifier import domain, serving_verifier
 from tests.test_webhook_failures import copied_keys, kms_toml
 from tests.toy import Toy, application, connect, raw, read_answer, served
@@ -486,6 +489,20 @@ def test_values_of_a_text_are_counted_outside_of_strings(read: Callable[..., Any
         require_few_values('"",' * 1_000_000)
 
 
+DOCUMENTS: dict[str, Callable[[str], object]] = {
+    "app-compose": lambda text: AppManifest.parse(text, DEFAULT),
+    "mr_config": MrConfigDocument.parse,
+    "environment": lambda text: parse_env(text.encode(), ()),
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_values_of_a_guests_documents_are_counted(name: str) -> None:
+    for zeros, error in ((100_000, "at most 100000 JSON values expected"), (99_999, "object expected")):
+        with pytest.raises(FormatError, match=error):
+            DOCUMENTS[name](f"[{'0,' * (zeros - 1)}0]")
+
+
 # ---- webhooks and verifier
 
 
@@ -540,23 +557,6 @@ def test_body_in_pieces_of_a_byte_takes_no_more_memory_than_its_bytes() -> None:
 
 
 # ---- the event loop
-
-
-@contextmanager
-def counted_turns() -> Iterator[list[int]]:
-    """Count the turns of the event loop."""
-    turns = [0]
-
-    async def turn() -> None:
-        while True:
-            await asyncio.sleep(0)
-            turns[0] += 1
-
-    task = asyncio.create_task(turn())
-    try:
-        yield turns
-    finally:
-        task.cancel()
 
 
 LARGE = [

@@ -13,16 +13,19 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from dstack_emu.control.api import Control
 from dstack_emu.control.routes import ROUTES, openapi
 from dstack_emu.control.schemas import ControlError
+from dstack_emu.control.server import Readiness, control_app
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.stack import Stack
 from dstack_emu.transport.listen import bind_tcp, serve
 from tests import foreign
 from tests.commands import ask
 from tests.own_stack import own_stack
+from tests.running import counted_turns
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -515,3 +518,27 @@ async def test_wrong_request_is_refused_with_the_reason(
 ) -> None:
     seen, answer = await _ask(stack, method, path, body)
     assert (seen, problem in answer["error"]) == (status, True), answer
+
+
+async def test_other_calls_are_answered_while_a_large_body_is_read(control: Control) -> None:
+    turns: list[int] = []
+
+    @web.middleware
+    async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
+        await request.read()
+        with counted_turns() as counted:
+            try:
+                return await handler(request)
+            finally:
+                turns.append(counted[0])
+
+    app = control_app(control, Readiness(is_ready=True), None)
+    app.middlewares.append(count)
+    server = await serve(app, bind_tcp("127.0.0.1", 0))
+    async with aiohttp.ClientSession(server.url) as session:
+        for text, status in (("x" * 1024 * 1024, 400), ("soon", 400), ("2026-12-01T00:00:00Z", 200)):
+            async with session.post("/clock", json={"set": text}) as answer:
+                assert answer.status == status
+    await server.close()
+    assert turns[0] > 0
+    assert turns[1:] == [0, 0], "a small body needs no thread"

@@ -25,12 +25,19 @@ from dstack_emu.attest.collateral import CollateralKey, CollateralKeys
 from dstack_emu.attest.errors import FormatError, VerificationError
 from dstack_emu.attest.quote import Quote
 from dstack_emu.attest.verify import TrustAnchor, verify_quote
+from dstack_emu.deployment.guest_config import GuestConfig, power_on
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.pccs import pccs_app
 from dstack_emu.simulator.platform import TCB_STATUSES, Platform, PlatformState, TcbStatus
-from dstack_emu.simulator.seed import Seed
-from dstack_emu.simulator.trust_domain import AppCompose, DomainSettings, TrustDomain
+from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
+from dstack_emu.simulator.trust_domain import (
+    TD_ATTRIBUTES,
+    TD_ATTRIBUTES_DEBUG,
+    AppCompose,
+    DomainSettings,
+    TrustDomain,
+)
 from dstack_emu.simulator.vendor_state import VendorState
 from dstack_emu.transport.listen import bind_tcp, serve
 from tests import foreign
@@ -227,18 +234,25 @@ async def test_quote_with_a_td15_report_holds(world: World) -> None:
     assert json.loads(verified.to_json())["report"]["TD15"]["base"]["mr_config_id"] == (b"m" * 48).hex()
 
 
-async def test_quote_of_a_debug_domain_is_refused(world: World) -> None:
-    domain = TrustDomain(
-        world.platform,
-        world.domain.image,
-        AppCompose.named("app"),
-        instance_seed=bytes(32),
-        settings=DomainSettings(debug=True),
-    )
-    quote = domain.attest(REPORT_DATA).quote
-    collateral = await dcap_qvl.get_collateral(world.url, quote)
-    with pytest.raises(ValueError, match="Debug mode is enabled"):
-        dcap_qvl.verify_with_root_ca(quote, collateral, world.intel.root_der, now())
+ATTRIBUTES = {
+    "debug": (TD_ATTRIBUTES_DEBUG, "Debug mode is enabled"),
+    "no SEPT_VE_DISABLE": (bytes(8), "SEPT_VE_DISABLE is not enabled"),
+    "migration": (bytes((*TD_ATTRIBUTES[:3], TD_ATTRIBUTES[3] | 0x20, *TD_ATTRIBUTES[4:])), "TD migration is enabled"),
+    "a reserved bit": (bytes((*TD_ATTRIBUTES[:7], 1)), "Reserved bits in TD attributes are set"),
+}
+
+
+@pytest.mark.parametrize(("attributes", "said"), ATTRIBUTES.values(), ids=ATTRIBUTES)
+def test_kms_refuses_attributes_that_weaken_a_domain(ready_stack: RunningStack, attributes: bytes, said: str) -> None:
+    guest = foreign.Guest.of(ready_stack.services["kms-src"], ready_stack.services["app"])
+    domain = power_on(Intel(Seed.of(DEFAULT_SEED)), GuestConfig())
+    key = foreign.new_key()
+    evidence = domain.attest(foreign.binding_of(foreign.spki_of(key)))
+    weak = replace(Quote.parse(evidence.quote).report, td_attributes=attributes)
+    weakened = replace(evidence, quote=domain.platform.quote(weak)).encode()
+    refusal = guest.get_app_key(guest.temp_ca.issue(key, weakened)).error
+    assert refusal == f"invalid quote: failed to verify TDX quote: {said}"
+    assert guest.get_app_key(guest.temp_ca.issue(key, evidence.encode())).status == 200
 
 
 async def test_revoked_platform_is_refused(world: World) -> None:

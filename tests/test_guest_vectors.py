@@ -341,14 +341,17 @@ def impostor(stack: RunningStack) -> Iterator[tuple[str, list[str]]]:
         server.server_close()
 
 
-@pytest.mark.parametrize("release", RELEASES)
-def test_app_that_poses_as_the_kms_gives_no_keys(ready_stack: RunningStack, release: str) -> None:
-    with impostor(ready_stack) as (url, calls):
-        done = run_command("boot", "--kms", url, "--release", release, "--pccs", ready_stack.services["pccs"], "--json")
+def test_app_that_poses_as_the_kms_gives_no_keys(each_ready_stack: RunningStack) -> None:
+    services = each_ready_stack.services
+    options = ("--release", each_ready_stack.release.name, "--pccs", services["pccs"])
+    with impostor(each_ready_stack) as (url, calls):
+        done = run_command("boot", "--kms", url, *options, "--json")
     assert (done.returncode, done.stdout) == (1, b"")
     refused = f"failed to validate the server attestation of {url}/prpc: Invalid server cert usage: app:custom\n"
     assert done.stderr.decode().endswith(refused)
     assert [path.partition("?")[0] for path in calls] == ["/prpc/GetTempCaCert", "/prpc/GetAppKey"]
+    with serving("boot", "--kms", services["kms-src"], *options) as agent:
+        assert agent["app_id"] == each_ready_stack.description["app"]["app_id"]
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -182,6 +182,8 @@ def test_guest_of_another_image_is_refused_by_both(
     assert answer["details"]["os_image_hash_verified"] is False
     assert answer["details"]["app_info"] is None
     assert "boot_info" not in answer["details"]
+    true = booted(tmp_path / "true", GOOD)
+    assert (app_key(guest, true).status, verified(ready_stack, true)["is_valid"]) == (200, True)
 
 
 def test_refused_guest_gets_no_certificate_and_no_root_keys(

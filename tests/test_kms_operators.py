@@ -75,6 +75,7 @@ def test_every_route_asks_for_a_credential(guarded: Kms, route: str, arguments: 
     head, _, body = answer.replace("\r", "").partition("\n\n")
     assert 'WWW-Authenticate: Basic realm="dstack-kms onboard"' in head
     assert body == ""
+    assert guarded.curl("/health", "-H", f"Authorization: Bearer {TOKEN}") == (200, "OK")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_verification_that_is_switched_off_is_said_at_the_start(
     ("key", "value", "said"),
     [
         ("core.onboard.auth_token", TOKEN, "core.onboard.auth_token is not known to dstack 0.5"),
-        ("core.onboard.htpasswd_file", "/users", "core.onboard.htpasswd_file is not known to dstack 0.5"),
+        ("core.onboard.htpasswd_file", "users", "core.onboard.htpasswd_file is not known to dstack 0.5"),
         (
             "core.onboard.public_key_handover",
             "false",
@@ -213,8 +214,12 @@ def test_verification_that_is_switched_off_is_said_at_the_start(
 def test_setting_that_would_protect_nothing_in_0_5_ends_the_start(
     world: World, tmp_path: Path, key: str, value: str, said: str
 ) -> None:
-    status, line = ends(tmp_path, world, "--release", "0.5", **variables({key: value}))
+    (tmp_path / "users").write_text(USERS)
+    keys = variables({key: str(tmp_path / value) if key.endswith("_file") else value})
+    status, line = ends(tmp_path, world, "--release", "0.5", **keys)
     assert (status, said in line, TOKEN in line) == (2, True, False)
+    with running(tmp_path, world, *RELEASE, **keys) as kms:
+        assert kms.curl("/health")[0] == (200 if key.endswith("handover") else 401)
 
 
 def test_variable_has_no_effect_in_0_5(world: World, tmp_path: Path) -> None:
@@ -368,7 +373,7 @@ def test_source_that_the_webhook_denies_gives_no_keys(world: World, source: Kms,
         assert onboard(kms, source.description["admin_url"], source_token=TOKEN)[0] == 200
 
 
-def test_source_without_evidence_gives_no_keys(world: World, tmp_path: Path) -> None:
+def test_source_without_evidence_gives_no_keys(world: World, source: Kms, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "fresh").mkdir()
     keys = {**handover(tmp_path / "source"), "core.attest_rpc_cert": "false"}
@@ -380,6 +385,7 @@ def test_source_without_evidence_gives_no_keys(world: World, tmp_path: Path) -> 
         assert status == 400
         assert answer["error"].endswith("Source KMS certificate does not contain attestation")
         assert not any((fresh.certs / name).exists() for name in ROOT_KEYS)
+        assert onboard(fresh, source.description["admin_url"], source_token=TOKEN)[0] == 200
 
 
 def test_kms_of_0_5_does_not_send_the_token(world: World, source: Kms, tmp_path: Path) -> None:
@@ -387,6 +393,8 @@ def test_kms_of_0_5_does_not_send_the_token(world: World, source: Kms, tmp_path:
         status, answer = onboard(kms, source.description["admin_url"], source_token=TOKEN)
         assert status == 400
         assert "Request failed with status=401 Unauthorized" in answer["error"]
+    with running(tmp_path, world, *RELEASE) as kms:
+        assert onboard(kms, source.description["admin_url"], source_token=TOKEN)[0] == 200
 
 
 def test_admin_listener_of_0_5_hands_nothing_over(world: World, tmp_path: Path, identity: tuple[str, ...]) -> None:
@@ -424,6 +432,8 @@ def test_admin_listener_that_cannot_be_ends_the_start(
 ) -> None:
     status, line = ends(tmp_path, world, *RELEASE, **variables({**handover(tmp_path), **keys}))
     assert (status, said in line, TOKEN in line) == (2, True, False), line
+    with running(tmp_path, world, *RELEASE, **variables(handover(tmp_path))) as kms:
+        assert call(kms, "Admin.ClearImageCache", *BEARER) == (200, "null")
 
 
 def test_admin_certificate_without_its_key_ends_the_start(world: World, tmp_path: Path) -> None:

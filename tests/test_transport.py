@@ -236,6 +236,14 @@ async def test_what_nobody_serves_is_a_page_or_json_by_accept(method: str, path:
             assert (answer.status, answer.kind) == (status, "text/html"), accept
 
 
+async def test_choices_of_an_accept_header_are_read_up_to_the_64th() -> None:
+    async with served(application(Toy(), "kms")) as server:
+        for others, kind in ((63, "application/json"), (64, "text/html")):
+            accept = f"{'text/plain;q=0.5,' * others}application/json"
+            answer = await exchange(server, raw("GET", "/nothing", headers={"Accept": accept}))
+            assert (answer.status, answer.kind) == (404, kind)
+
+
 async def test_a_page_of_the_owner_at_the_mount_goes_before_the_422() -> None:
     async def page(_request: Request) -> Response:
         return Response.of("dashboard", "text/plain")

@@ -8,6 +8,7 @@ request with a foreign Origin is refused, and without a token one with a foreign
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import json
 import logging
@@ -18,7 +19,7 @@ from typing import Any, Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from yarl import URL
 
 from dstack_emu.attest.strict_json import read_json
@@ -29,6 +30,7 @@ from dstack_emu.control.token import is_authorized, is_needed, make_token
 from dstack_emu.deployment.config import TOKEN_FILE, TOKEN_VARIABLE
 from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.observability.journal import Record
+from dstack_emu.transport.aside import run_aside
 from dstack_emu.transport.listen import Server, serve
 from dstack_emu.transport.validation import describe
 
@@ -47,7 +49,7 @@ class ControlService:
 
     def __init__(self, control: Control, deployment: Deployment) -> None:
         self._control, self._deployment = control, deployment
-        self._readiness = _Readiness()
+        self._readiness = Readiness()
         self.token: str | None = None
         """The token that it demands, None if none; known once it has started."""
 
@@ -67,7 +69,7 @@ class ControlService:
 
 
 @dataclass(slots=True)
-class _Readiness:
+class Readiness:
     """Whether the stack is ready, as `/health` reports it."""
 
     is_ready: bool = False
@@ -83,7 +85,7 @@ class _Streams:
 _STREAMS: Final = web.AppKey("streams", _Streams)
 
 
-def control_app(control: Control, readiness: _Readiness, token: str | None) -> web.Application:
+def control_app(control: Control, readiness: Readiness, token: str | None) -> web.Application:
     """Make the application; it demands the token unless that is None."""
     app = web.Application(middlewares=[_guard(token)], client_max_size=MAX_BODY)
 
@@ -116,12 +118,8 @@ def _handler(control: Control, route: Route) -> Callable[[web.Request], Awaitabl
     async def handle(request: web.Request) -> web.Response:
         body: Any = None
         if route.body is not None:
-            body = _parsed(await request.read())
-            if route.validates:
-                try:
-                    body = route.body.model_validate({} if body is None else body)
-                except ValidationError as error:
-                    raise ControlError(describe(error, route.body.model_fields)) from error
+            content = await request.read()
+            body = await run_aside(len(content), functools.partial(_body_of, route.body, content, route.validates))
         unknown = sorted(request.query.keys() - route.query)
         if unknown:
             known = ", ".join(route.query) or "none"
@@ -132,6 +130,17 @@ def _handler(control: Control, route: Route) -> Callable[[web.Request], Awaitabl
         return web.json_response({} if answer is None else answer)
 
     return handle
+
+
+def _body_of(schema: type[BaseModel], content: bytes, validates: bool) -> Any:
+    """Parse a body, and validate it against the schema if `validates` is set; raise `ControlError`."""
+    body = _parsed(content)
+    if not validates:
+        return body
+    try:
+        return schema.model_validate({} if body is None else body)
+    except ValidationError as error:
+        raise ControlError(describe(error, schema.model_fields)) from error
 
 
 def _parsed(body: bytes) -> Any:
