@@ -29,6 +29,8 @@ _NOT_FROM_APPS: Final = re.compile(rf"{_CLIENT.pattern}|LD_\w+|COMPOSE_(?!PROFIL
 """The variables of an app that would configure the commands on this host."""
 _LINES, _LINE_SIZE = 12, 400
 """How much of a failed command's output an error has: lines, and characters of each."""
+_PATIENCE: Final = 2.0
+"""How long a command has to end after SIGTERM, in seconds."""
 _MAX_LINE: Final = 1 << 20
 """The size in bytes above which a line of output is read in parts."""
 
@@ -38,7 +40,7 @@ Output = Callable[[str, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a command ended: its status, what it printed to stdout, and the last lines of all its output."""
+    """How a command ended: its status, what was kept of its stdout, and the last lines of its output."""
 
     status: int
     stdout: str
@@ -78,25 +80,27 @@ class Engine:
         text: str = "",
         variables: Mapping[str, str] | None = None,
         output: Output | None = None,
-        folder: str | None = None,
+        has_secrets: bool = False,
     ) -> Result:
-        """Run a command to its end; pass each line of its output on as it comes. It ends if the caller is cancelled.
+        """Run a command to its end; it ends if the caller is cancelled.
 
-        `text` is its standard input, `variables` are set beside what the client needs, `folder` is its working folder.
-        Raises `GuestError` if there is no such program.
+        `text` is its standard input, `variables` are set beside what the client needs. Each line of its output is
+        passed on to `output` as it comes, or kept; with `has_secrets` stdout is kept, and in no error. Raises
+        `GuestError` if there is no such program.
         """
         last: deque[str] = deque(maxlen=_LINES)
         printed: list[str] = []
 
         def took(line: str, stream: str) -> None:
-            if stream == "stdout":
+            is_kept = stream == "stdout" and (has_secrets or output is None)
+            if is_kept:
                 printed.append(line)
-            if line.strip():
-                last.append(line.strip()[:_LINE_SIZE])
-            if output is not None:
+            elif output is not None:
                 output(line, stream)
+            if line.strip() and not (is_kept and has_secrets):
+                last.append(line.strip()[:_LINE_SIZE])
 
-        async with self.process(*arguments, variables=variables, folder=folder) as process:
+        async with self.process(*arguments, variables=variables) as process:
             assert process.stdin is not None  # noqa: S101 - they are pipes
             assert process.stdout is not None  # noqa: S101
             assert process.stderr is not None  # noqa: S101
@@ -111,7 +115,7 @@ class Engine:
 
     @asynccontextmanager
     async def process(
-        self, *arguments: str, variables: Mapping[str, str] | None = None, folder: str | None = None
+        self, *arguments: str, variables: Mapping[str, str] | None = None
     ) -> AsyncIterator[asyncio.subprocess.Process]:
         """Run a command with pipes; terminate it on the way out, if it still runs. Raises `GuestError`."""
         client = {name: value for name, value in os.environ.items() if _CLIENT.fullmatch(name)}
@@ -123,7 +127,6 @@ class Engine:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 env={**(variables or {}), **client},
-                cwd=folder,
                 limit=_MAX_LINE,
                 start_new_session=True,  # Ctrl-C in a terminal ends the machine, which then ends the command
             )
@@ -135,10 +138,7 @@ class Engine:
         try:
             yield process
         finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.terminate()
-                await process.communicate()
+            await _end(process)
 
     # ---- what has a label
 
@@ -187,17 +187,26 @@ class Engine:
 
     async def add_host_address(self, address: str, subnet: str) -> str:
         """Give this host an address that every container can route to; return why that failed, empty if it did not."""
-        known = await self.run("network", "inspect", HOST_NETWORK)
-        if known.status == 0:
-            return ""
         made = await self.run("network", "create", "--subnet", subnet, "--gateway", address, HOST_NETWORK)
-        is_there = made.status == 0 or "already exists" in made.last_lines  # another stack was faster
+        is_there = made.status == 0 or (await self.run("network", "inspect", HOST_NETWORK)).status == 0
         return "" if is_there else made.last_lines
 
     async def drop_host_address(self, label: str) -> None:
         """Take the address away unless there are containers with a label, of whichever stack."""
         if not await self._listed("container", "--all", label=label):
             await self.run("network", "rm", HOST_NETWORK)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """End a command that still runs: `docker run` passes SIGTERM on to its container, and waits for that."""
+    with contextlib.suppress(ProcessLookupError):
+        if process.returncode is None:
+            process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.communicate(), _PATIENCE)
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
 
 
 async def _pass_on(stream: asyncio.StreamReader, name: str, took: Callable[[str, str], None]) -> None:

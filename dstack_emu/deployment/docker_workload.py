@@ -132,15 +132,15 @@ class DockerWorkload:
 
     def _write_home(self) -> None:
         """Write the files of `/dstack`, and make the folders of the guest; docker-compose.yaml only if it is absent."""
-        launch, home = self._guest.launch, self._folders.home
-        for folder in (self._folders.run, home, self._folders.root):
+        launch = self._guest.launch
+        for folder in (self._folders.run, self._folders.home, self._folders.root):
             folder.mkdir(exist_ok=True)
             folder.chmod(0o755)  # a container's user may be anyone
-        (home / "app-compose.json").write_text(launch.compose_file)
-        (home / "user_config").write_text(launch.user_config)
+        self._folders.write("app-compose.json", launch.compose_file)
+        self._folders.write("user_config", launch.user_config)
         compose = self._guest.domain.manifest.docker_compose_file
         if compose is not None:
-            (home / "docker-compose.yaml").write_text(compose)
+            self._folders.write("docker-compose.yaml", compose)
 
     async def _add_host_address(self) -> None:
         failed = await self._engine.add_host_address(HOST_ADDRESS, HOST_SUBNET)
@@ -191,11 +191,13 @@ class DockerWorkload:
 
     async def _start_containers(self, environment: Mapping[str, str]) -> None:
         self._guest.progress("starting containers")
-        failed = "failed to start containers"
+        if self._guest.domain.manifest.docker_compose_file is None:
+            raise GuestError("failed to start containers: app-compose.json: docker_compose_file expected")
         try:
             labels = self._workloads.labels(self._id)
             project = GuestProject(self._project, labels, self._folders, self._mapped)
             adapted = adapt(await self._configured(environment), project, _free_port)
+            self._folders.require_inside(adapted.document)
             self._published = adapted.published
             await self._up(adapted, environment, "--remove-orphans", "--build")
             self._logs = asyncio.create_task(self._follow(), name=f"logs of {self._project}")
@@ -203,14 +205,14 @@ class DockerWorkload:
                 wait = ("--wait", "--no-recreate", "--no-deps", *adapted.with_health_check)
                 await self._up(adapted, environment, *wait)
         except GuestError as error:
-            raise GuestError(f"{failed}: {error}") from error
+            raise GuestError(f"failed to start containers: {error}") from error
         await self._add_host_address()  # another stack may have taken it away before there were containers
 
     async def _configured(self, environment: Mapping[str, str]) -> dict[str, Any]:
         """Return the compose file as Compose reads it."""
         file = str(self._folders.home / "docker-compose.yaml")
         command = self._compose("--file", file, "config", "--format", "json")
-        result = await self._engine.run(*command, variables=passed_on(environment))
+        result = await self._engine.run(*command, variables=passed_on(environment), has_secrets=True)
         document: dict[str, Any] = json.loads(result.succeeded("docker_compose_file").stdout)
         return document
 

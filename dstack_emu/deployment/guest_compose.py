@@ -1,10 +1,11 @@
-"""The compose file of a machine, changed so that it runs on the engine of this host and not in a guest. Pure.
+"""The compose file of a machine, changed so that it runs on the engine of this host and not in a guest.
 
 It is changed after Compose has read it: `docker compose config --format json` gives one form for every way of writing.
 Folders of the guest become folders of the machine; ports of the guest become free ports; names get the project's
 prefix. What would give an app this host instead of its guest is refused.
 """
 
+import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -34,11 +35,15 @@ class GuestFolders:
     root: Path
 
     def on_host(self, path: str) -> str:
-        """Return the path on this host of a path in the guest; paths below `home` are resolved by Compose already."""
-        given = PurePosixPath(path)
-        if given.is_relative_to(self.home):
-            return path
-        inside = PurePosixPath("/" + "/".join(part for part in given.parts[1:] if part != ".."))
+        """Return the path on this host of an absolute path in the guest.
+
+        Relative paths of a compose file are below `home` here, or beside it, because Compose has resolved them.
+        """
+        inside = PurePosixPath("/" + posixpath.normpath(path).lstrip("/"))
+        if inside.is_relative_to(self.home):
+            return str(inside)
+        if inside.is_relative_to(self.home.parent):
+            inside = "/" / inside.relative_to(self.home.parent)
         run = PurePosixPath("/run", *inside.parts[3:]) if inside.is_relative_to("/var/run") else inside
         if run in (PurePosixPath("/run", name) for name in _SOCKETS):
             return str(self.run / run.name)
@@ -47,6 +52,26 @@ class GuestFolders:
         if inside.is_relative_to("/dstack"):
             return str(self.home / inside.relative_to("/dstack"))
         return str(self.root / inside.relative_to("/"))
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a new file of `/dstack` in the place of what is there, a link too; raise `GuestError`."""
+        path = self.home / name
+        try:
+            path.unlink(missing_ok=True)
+            with path.open("x") as file:
+                file.write(text)
+        except OSError as error:
+            raise GuestError(f"/dstack/{name}: {error.strerror}") from error
+        return path
+
+    def require_inside(self, document: Document) -> None:
+        """Raise `GuestError` if a changed compose file mounts what is outside, by a link that a script has made."""
+        for name, service in (document.get("services") or {}).items():
+            for volume in service.get("volumes") or ():
+                if volume.get("type") != "bind":
+                    continue
+                if not Path(volume["source"]).resolve().is_relative_to(self.home.parent.resolve()):
+                    raise GuestError(f"service {name}: {volume['target']}: its source is a link to a file of this host")
 
 
 @dataclass(frozen=True, slots=True)

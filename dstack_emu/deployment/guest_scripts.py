@@ -38,8 +38,7 @@ class ScriptRunner:
 
         Raises `GuestError` with the last lines if it fails, or ends its shell.
         """
-        file = self.folders.home / f".{name}.sh"
-        file.write_text(script)
+        file = self.folders.write(f".{name}.sh", script)
         lines = ["exec 3>&1 1>&2", _DUMP, r"printf '\0==\0' >&3"]
         lines += [f"set {options}"] if options else []
         lines += [f". /dstack/{file.name}", _DUMP]
@@ -48,7 +47,8 @@ class ScriptRunner:
                 "run", "--rm", "--name", f"{self.project}-{name}", *self._options(environment),
                 "--entrypoint", "sh", self.image, "-c", _SHELL, "sh", "-c", "\n".join(lines),
                 variables=passed_on(environment),
-                output=lambda line, stream: self.output(line, stream) if stream == "stderr" else None,
+                output=self.output,
+                has_secrets=True,
             )  # fmt: skip
         finally:
             file.unlink(missing_ok=True)
