@@ -23,8 +23,10 @@ venv: $(VENV)/.dev ## Create .venv with the tools for tests and checks (`. .venv
 up: $(VENV)/.runtime ## Run the whole stack in the foreground (options: ARGS="--fresh")
 	@exec $(BIN)/dstack-emu up $(ARGS)
 
+# The compiled code is kept, even if the environment forbids it: each worker and each command would compile it again.
 test: $(VENV)/.dev ## Run the tests (options: ARGS="-k quote")
-	@$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m compileall -q dstack_emu auth kms_emu simulator
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 fuzz: $(VENV)/.dev ## Test the decoders' properties with many more examples (EXAMPLES=5000)
 	@DSTACK_EMU_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest -n auto --timeout 3600 tests/test_attest_properties.py $(ARGS)

@@ -24,13 +24,19 @@ for _number, _handler in (
 
 LONGEST = (
     "test_faults",
-    "test_docs_commands",
-    "test_wheel",
-    "test_recipes",
-    "test_stack",
-    "test_exec",
     "test_runbook_command",
+    "test_docs_commands",
+    "test_check_kms",
+    "test_exec",
+    "test_wheel",
+    "test_stack",
+    "test_webhook_safety",
+    "test_decisions",
+    "test_auth_command",
     "test_grpc_limits",
+    "test_stack_foreign_kms",
+    "test_auth_contract",
+    "test_recipes",
 )
 """Files that take longest. They begin first, so that no worker is left alone with one of them at the end."""
 
@@ -43,8 +49,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # xdist's
 def pytest_xdist_auto_num_workers() -> int:
-    """Return how many workers `-n auto` starts: one more than there are processors, because tests also wait."""
-    return len(os.sched_getaffinity(0)) + 1
+    """Return how many workers `-n auto` starts: two more than there are processors, because tests also wait."""
+    return len(os.sched_getaffinity(0)) + 2
 
 
 @pytest.fixture(scope="session")

@@ -90,6 +90,22 @@ def start(
     return Command(int(pid), told, os.fdopen(out, encoding="utf-8"))
 
 
+def command_for_shells(path: Path) -> int:
+    """Write a program that does as `dstack-emu`; return a descriptor.
+
+    A shell that is passed the descriptor, and has its number in the variable `COMMAND_SERVER`, starts the program by
+    forking. Anywhere else the program starts as any other does.
+    """
+    shim = ROOT / "tests/command_shim.py"
+    path.write_text(
+        "#!/bin/sh\n"
+        f'[ -z "$COMMAND_SERVER" ] || exec {sys.executable} -I -S {shim} "$@"\n'
+        f'exec {sys.executable} -m dstack_emu "$@"\n'
+    )
+    path.chmod(0o755)
+    return _server().fileno()
+
+
 def _pipe(passed: contextlib.ExitStack) -> tuple[int, int]:
     """Make a pipe whose writing end is closed with `passed`."""
     reading, writing = os.pipe()

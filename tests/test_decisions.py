@@ -1,4 +1,4 @@
-"""A thousand random calls of KMS of both releases: no key is released that the documents do not release.
+"""Four hundred random calls of KMS of both releases: no key is released that the documents do not release.
 
 `decision_model` says what a real KMS does, `decision_cases` draws policies, images, platform states and evidence, and
 the KMS, webhooks and PCCS of a stack decide over their sockets. A release that the model refuses fails; a refusal where
@@ -27,7 +27,7 @@ from tests.foreign import Answer, Guest
 from tests.repository import ROOT
 from tests.webhook_switch import WebhookSwitch, webhook_switch
 
-CASES: Final = int(os.environ.get("DSTACK_EMU_DECISIONS", "1000"))
+CASES: Final = int(os.environ.get("DSTACK_EMU_DECISIONS", "400"))
 """How many cases are drawn, half of them for each release."""
 SEED: Final = os.environ.get("DSTACK_EMU_DECISIONS_SEED", "decisions")
 OID_APP_ID: Final = x509.ObjectIdentifier("1.3.6.1.4.1.62397.1.3")

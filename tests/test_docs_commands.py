@@ -14,17 +14,21 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dstack_emu import StackConfig
 from dstack_emu.transport.ports import PORTS
 from tests.documents import DOCUMENTS, Block, blocks, code, document, prose
+from tests.processes import command_for_shells
 from tests.repository import ROOT
 from tests.running import READY_TIMEOUT, RunningStack, running_stack
 from tests.scratch import run_pytest
 
 STATE = "/tmp/emu"
+WORK_TIMEOUT = 100
+"""Seconds for the blocks of a page that run in one shell: they only work, which takes long on a busy machine."""
 ANYTHING = "…"
 TUTORIAL = "docs/tutorial.md"
 PAGES = (
@@ -58,7 +62,10 @@ READY = re.compile(r"Ctrl-C stops it|protects nothing|→ \S+ \w+ +200")
 
 
 class Terminal:
-    """A shell in which a reader pastes blocks; `dstack-emu` and `python` are those of this checkout."""
+    """A shell in which a reader pastes blocks; `dstack-emu` and `python` are those of this checkout.
+
+    The commands that a reader types are forked, those that a command starts are not.
+    """
 
     def __init__(self, folder: Path, stack: RunningStack | None = None) -> None:
         for tool in ("bash", "curl", "jq"):
@@ -67,18 +74,24 @@ class Terminal:
         self.folder = folder
         self.names: dict[str, str] = {}
         self.environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONPATH": str(ROOT)}
-        self._install("dstack-emu", f"{sys.executable} -m dstack_emu")
-        self._install("python", sys.executable)
+        (folder / "bin").mkdir(exist_ok=True)
+        self.passed = command_for_shells(folder / "bin/dstack-emu")
+        python = folder / "bin/python"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        python.chmod(0o755)
         self.environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
         if stack:
             self.use(stack)
 
-    def _install(self, name: str, command: str) -> None:
-        """Put a program on the path that runs `command`."""
-        path = self.folder / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-        path.chmod(0o755)
+    @property
+    def _shell(self) -> dict[str, Any]:
+        """How a shell is started whose commands are forked."""
+        return {
+            "cwd": self.folder,
+            "env": {**self.environment, "COMMAND_SERVER": str(self.passed)},
+            "pass_fds": (self.passed,),
+            "text": True,
+        }
 
     def use(self, stack: RunningStack) -> None:
         """Replace the documented folder and ports by those of a stack."""
@@ -100,12 +113,10 @@ class Terminal:
         done = subprocess.run(
             ["bash"],
             input="\n".join(script),
-            cwd=self.folder,
-            env=self.environment,
             capture_output=True,
-            text=True,
-            timeout=50,
+            timeout=WORK_TIMEOUT,
             check=False,
+            **self._shell,
         )
         outputs = done.stdout.split("\n@@@\n")
         assert done.returncode == 0, f"{pasted[len(outputs) - 1][0].text}\nfails:\n{done.stderr}"
@@ -120,11 +131,9 @@ class Terminal:
         script = f"set -e\n{before}\n{last.replace('dstack-emu ', 'exec dstack-emu ', 1)}"
         process = subprocess.Popen(
             ["bash", "-c", script],
-            cwd=self.folder,
-            env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            **self._shell,
         )
         deadline = threading.Timer(READY_TIMEOUT, process.kill)
         deadline.start()
@@ -156,7 +165,7 @@ class Terminal:
             assert (done.returncode, "skipped" in done.stdout) == (0, False), done.stdout + done.stderr
         else:
             command = [sys.executable, "-c", self.here(block.text)]
-            subprocess.run(command, cwd=ROOT, env=self.environment, check=True, timeout=50)
+            subprocess.run(command, cwd=ROOT, env=self.environment, check=True, timeout=WORK_TIMEOUT)
 
 
 def checked(text: str) -> str:
@@ -226,7 +235,7 @@ def reset(stack: RunningStack) -> Iterator[RunningStack]:
     )
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_of_a_page_work(page: str, reset: RunningStack, tmp_path: Path) -> None:
     terminal = Terminal(tmp_path, reset)
@@ -270,7 +279,7 @@ def tutorial_stack(command: str, terminal: Terminal) -> Iterator[RunningStack]:
         yield running
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_tutorial_answers_as_written(tmp_path: Path) -> None:
     shown = blocks(document(TUTORIAL))
     starts = [number for number, block in enumerate(shown) if "dstack-emu up" in block.text]

@@ -1,0 +1,37 @@
+"""Run a `dstack-emu` command out of a shell by the process that forks commands: `python -I -S command_shim.py …`.
+
+The variable `COMMAND_SERVER` has the descriptor of the socket of `command_server`. The command has this process's
+streams, folder and environment without that variable: what the command itself starts does not have the descriptor. This
+process passes on signals, and ends as the command ends. Only what starts quickly is imported.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main() -> None:
+    """Start the command, wait for it, and end with its status, or by the signal that ended it."""
+    server = socket.socket(fileno=int(os.environ.pop("COMMAND_SERVER")))
+    reading, writing = os.pipe()
+    message = {"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until it is known where they are passed on to
+    socket.send_fds(server, [json.dumps(message).encode()], (0, 1, 2, writing))
+    os.close(writing)
+    with os.fdopen(reading) as status:
+        command = int(status.readline())
+        for number in PASSED_ON:
+            signal.signal(number, lambda received, _: os.kill(command, received))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        code = int(status.readline())
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
+
+
+main()
