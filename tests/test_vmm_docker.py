@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from dstack_emu.testing import LiveStack
+from tests.ports import free_port
 from tests.running import RunningStack, running_stack
 from tests.test_containers_app import docker, image, run_docker
 from tests.vmm import VmmClient
@@ -191,19 +192,37 @@ def test_app_that_is_not_allowed_has_no_container_until_it_is(deployer: Deployer
 
 
 def test_two_machines_have_the_names_of_one_file_and_both_reach_the_host(deployer: Deployer, image: str) -> None:
+    pccs = deployer.stack.services["pccs"].replace("127.0.0.1", "10.0.2.2")
     with socket.create_server(("0.0.0.0", 0)) as server:
         port = server.getsockname()[1]
         ask = f"""
-import socket, time
+import os, socket, urllib.request
 for host in ("10.0.2.2", "host.docker.internal"):
     with socket.create_connection((host, {port}), 20) as asked:
         print(host, asked.recv(10).decode(), flush=True)
 print("name", socket.gethostbyname("app-main") == socket.gethostbyname("main"), flush=True)
-time.sleep(600)
+print("pccs", urllib.request.urlopen("{pccs}/health", timeout=20).status, flush=True)
+os.chdir("/usr/share/doc")
+os.execvp("python3", ["python3", "-m", "http.server", "8000"])
 """
-        service = {"image": image, "command": ["python3", "-c", ask], "container_name": "app-main", "init": True}
+        test = ["CMD", "python3", "-c", "import socket; socket.create_connection(('127.0.0.1', 8000))"]
+        service = {
+            "image": image,
+            "command": ["python3", "-c", ask],
+            "container_name": "app-main",
+            "init": True,
+            "ports": ["8000:8000"],
+            "healthcheck": {"test": test, "interval": "200ms", "retries": 100},
+        }
         compose_file = app_compose({"main": service}, volumes=("data",))
-        machines = [deployer.deploy(compose_file) for _ in range(2)]
+        mapped = [free_port() for _ in range(2)]
+        machines = [
+            deployer.deploy(
+                compose_file,
+                ports=[{"protocol": "tcp", "host_address": "127.0.0.1", "host_port": each, "vm_port": 8000}],
+            )
+            for each in mapped
+        ]
         for _ in range(4):
             with server.accept()[0] as asking:
                 asking.sendall(b"answered")
@@ -212,6 +231,18 @@ time.sleep(600)
             for host in ("10.0.2.2", "host.docker.internal"):
                 assert deployer.line(vm_id, host) == "answered"
             assert deployer.line(vm_id, "name") == "True"
+            assert deployer.line(vm_id, "pccs") == "200"
+            (container,) = deployer.vmm.rpc("../guest/ListContainers", id=vm_id)["containers"]
+            assert container["state"] == "running"
+    for each in mapped:
+        fetched = subprocess.run(
+            ["curl", "-sf", f"http://127.0.0.1:{each}/"], capture_output=True, timeout=20, check=True
+        )
+        assert b"Directory listing" in fetched.stdout
+    inside = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=20).status)"
+    for vm_id, other in zip(machines, reversed(mapped), strict=True):
+        found = docker("ps", "--quiet", "--filter", f"label=dstack-emu.machine={vm_id}")
+        assert docker("exec", found, "python3", "-c", inside, f"http://10.0.2.2:{other}/") == "200"
     made = deployer.engine.made()
     assert (len(made["container"]), len(made["network"])) == (2, 2)
 

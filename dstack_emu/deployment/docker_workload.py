@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import datetime
 import hashlib
+import ipaddress
 import json
 import socket
 from collections.abc import Collection, Mapping, Sequence
@@ -19,21 +20,20 @@ from typing import Any, Final, Literal
 from dstack_emu.attest.app_compose import CONTAINER_RUNNERS
 from dstack_emu.deployment.container_engine import Engine, passed_on
 from dstack_emu.deployment.guest_compose import Adapted, GuestFolders, GuestPort, GuestProject, adapt
+from dstack_emu.deployment.guest_network import HOST_IN_GUEST, LOOPBACK
 from dstack_emu.deployment.guest_scripts import ScriptRunner, script_of
+from dstack_emu.deployment.host_relays import HOST_SUBNET, HostRelays
 from dstack_emu.deployment.workloads import BootedGuest, Endpoint, ServiceStatus
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.transport.events import EventLog
 from dstack_emu.vmm.config import Protocol
 
-HOST_ADDRESS: Final = "10.0.2.2"
-HOST_SUBNET: Final = "10.0.2.0/30"
 VMM_LABEL: Final = "dstack-emu.vmm"
 """The label with the path of a VMM's machines."""
 MACHINE_LABEL: Final = "dstack-emu.machine"
 """The label with a machine's id."""
 PROJECT_LABEL: Final = "dstack-emu.project"
 """The label with a machine's project, which no machine of another VMM has."""
-LOOPBACK: Final = "127.0.0.1"
 STOP_SECONDS: Final = 3
 """How long containers have to end after SIGTERM."""
 _STATES: Final[Mapping[str, Literal["created", "running", "exited"]]] = {
@@ -48,6 +48,7 @@ _STATES: Final[Mapping[str, Literal["created", "running", "exited"]]] = {
 class DockerWorkloads:
     """Makes the workloads of a VMM whose machines are in the folder `machines`.
 
+    `host_ports` are ports of 127.0.0.1 that machines reach at 10.0.2.2, beside the ports that are mapped to machines.
     Scripts run in containers of `script_image` (empty: of the image of the app's first service); `pccs_url` is what
     `PCCS_URL` is for an app's files.
     """
@@ -56,6 +57,8 @@ class DockerWorkloads:
     pccs_url: str = ""
     script_image: str = ""
     strict_pre_launch: bool = True
+    host_ports: frozenset[int] = frozenset()
+    relays: HostRelays = field(default_factory=HostRelays)
     engine: Engine = field(default_factory=Engine)
     log: EventLog = field(default_factory=lambda: EventLog("dstack_emu.vmm"))
 
@@ -84,6 +87,11 @@ class DockerWorkloads:
             self.log.warning("containers not removed", id=vm_id, reason=str(error))
 
     async def close(self) -> None:
+        """Release what the machines shared."""
+        await self.relays.close()
+        await self.drop_host_address()
+
+    async def drop_host_address(self) -> None:
         """Take the address of the host away if no machine needs it."""
         with contextlib.suppress(GuestError):
             await self.engine.drop_host_address(VMM_LABEL)
@@ -109,6 +117,7 @@ class DockerWorkload:
         self._folders = GuestFolders(guest.run, folder / "dstack", folder / "root")
         self._published: Mapping[GuestPort, int] = {}
         self._logs: asyncio.Task[None] | None = None
+        self._relays = HostRelays()
 
     # ---- starting
 
@@ -143,9 +152,17 @@ class DockerWorkload:
             self._folders.write("docker-compose.yaml", compose)
 
     async def _add_host_address(self) -> None:
-        failed = await self._engine.add_host_address(HOST_ADDRESS, HOST_SUBNET)
+        failed = await self._engine.add_host_address(HOST_IN_GUEST, HOST_SUBNET)
         if failed:
-            self._say(f"{HOST_ADDRESS} is not this host ({failed}); containers reach it as host.docker.internal")
+            self._say(f"{HOST_IN_GUEST} is not this host ({failed}); containers reach it as host.docker.internal")
+            return
+        await self._workloads.relays.open(self._workloads.host_ports)
+        mapped = self._guest.launch.manifest.port_map
+        await self._relays.open(
+            port.host_port
+            for port in mapped
+            if port.protocol == "tcp" and ipaddress.ip_address(port.address).is_loopback
+        )
 
     def _report_dropped(self, environment: Mapping[str, str]) -> None:
         for name in sorted(environment.keys() - passed_on(environment).keys()):
@@ -281,7 +298,8 @@ class DockerWorkload:
         if self._logs is not None:
             self._logs.cancel()
             await asyncio.gather(self._logs, return_exceptions=True)
-        await self._workloads.close()
+        await self._relays.close()
+        await self._workloads.drop_host_address()
 
 
 def _free_port(protocol: str) -> int:

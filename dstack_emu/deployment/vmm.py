@@ -4,6 +4,7 @@ import asyncio
 import socket
 import uuid
 from typing import Final
+from urllib.parse import urlsplit
 
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.deployment.authorization import tls_url
@@ -107,6 +108,7 @@ async def _docker(context: StackContext) -> DockerWorkloads:
         store.path,
         pccs_url=context.urls["pccs"],
         script_image=context.config.vmm_script_image or "",
+        host_ports=frozenset(port for port in (urlsplit(url).port for url in context.urls.values()) if port),
         strict_pre_launch=context.release_of(None).strict_pre_launch_script,
     )
     try:
