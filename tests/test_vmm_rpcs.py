@@ -1,12 +1,14 @@
 """The RPCs of the VMM beside deployment: processes, images, guests, reloading; and how requests are read."""
 
 import hashlib
+import http.client
 import json
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -54,6 +56,33 @@ def test_call_without_arguments_reads_no_body(vmm: VmmClient, method: str) -> No
     assert vmm.ask(f"{path}?json", *as_json, "-d", '{"other": 1}') == expected
     assert vmm.ask(path, "--data-binary", "\x01\x02")[0] == 200
     assert vmm.refused(f"{method}s") == f"Service not found: {method}s"
+
+
+JUNK: list[Any] = [None, [], "x", 1, {"id": 1}, {"id": None}, {"ports": {}}, {"gpus": []}, {"compose_file": "\ud800"}]
+SERVICES = {
+    "/prpc": vmm_pb2.DESCRIPTOR.services_by_name["Vmm"],
+    "/guest": guest_api_pb2.DESCRIPTOR.services_by_name["ProxiedGuestApi"],
+}
+
+
+@pytest.mark.parametrize(
+    "path", [f"{mount}/{method.name}" for mount, service in SERVICES.items() for method in service.methods]
+)
+def test_call_with_any_body_is_answered_or_refused_with_a_reason(vmm: VmmClient, path: str) -> None:
+    url = urlsplit(vmm.url)
+    connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=20)
+    as_json = [("?json", json.dumps(body).encode(), "application/json") for body in JUNK]
+    as_json += [("?json", body, "application/json") for body in (b"", b"{", b"\xff", b"[" * 10_000)]
+    binary = [("", body, "application/octet-stream") for body in (b"\x08", b"\x0a\xff", b"\xff" * 20, b"\x0a\x01\xff")]
+    for query, body, kind in [*as_json, *binary]:
+        connection.request("POST", path + query, body, {"Content-Type": kind})
+        answer = connection.getresponse()
+        text = answer.read()
+        assert answer.status in (200, 400), (query, body, text)
+        assert b"internal error" not in text, (query, body, text)
+    connection.close()
+    assert [vm["name"] for vm in vmm.rpc("Status")["vms"]] == []
+    assert vmm.info(vmm.deploy(stopped=True))["status"] == "stopped"
 
 
 def test_get_is_a_transport_of_every_call(vmm: VmmClient) -> None:
@@ -246,7 +275,7 @@ def test_openapi_document_has_every_public_route_and_is_always_the_same(vmm: Vmm
     rpcs = {f"/prpc/{method.name}" for method in vmm_pb2.DESCRIPTOR.services_by_name["Vmm"].methods}
     guest = guest_api_pb2.DESCRIPTOR.services_by_name["ProxiedGuestApi"]
     rpcs |= {f"/guest/{method.name}" for method in guest.methods}
-    assert set(described["paths"]) == rpcs | {"/", "/logs", "/api-docs/openapi.json"}
+    assert set(described["paths"]) == rpcs | {"/", "/health", "/logs", "/api-docs/openapi.json"}
     version = vmm.rpc("Version")
     assert described["info"]["version"] == f"v{version['version']} (git:{version['rev']})"
     schemas = described["components"]["schemas"]
@@ -263,6 +292,10 @@ def test_page_lists_machines_without_script(vmm: VmmClient) -> None:
     assert "tcp 127.0.0.1:7778 to 80" in body
     assert "<td>&lt;b&gt;&amp;</td>" in body
     assert "<script" not in body
+
+
+def test_health_of_the_stack_has_that_of_its_vmm(stack: LiveStack) -> None:
+    assert set(stack.control.health().values()) == {"ok"}
 
 
 def test_app_id_that_is_no_hex_ends_the_boot_and_is_corrected_by_another_machine(vmm: VmmClient) -> None:

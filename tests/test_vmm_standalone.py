@@ -22,6 +22,7 @@ from dstack_emu.testing import LiveStack
 from dstack_emu.transport.errors import ConfigError
 from dstack_emu.vmm.config import VmmConfig
 from tests.repository import ROOT
+from tests.scratch import run_pytest, write
 from tests.vmm import VmmClient, allow, configuration
 
 
@@ -144,7 +145,7 @@ async def test_configuration_that_is_wrong_is_refused(tmp_path: Path, line: str,
 
 # ---- credentials
 
-GUARDED = ["/prpc/Version", "/guest/Info?id=x", "/", "/api-docs/openapi.json", "/logs?id=x"]
+GUARDED = ["/prpc/Version", "/guest/Info?id=x", "/", "/health", "/api-docs/openapi.json", "/logs?id=x"]
 
 
 async def test_every_route_asks_for_a_credential(tmp_path: Path) -> None:
@@ -271,3 +272,41 @@ def test_snapshot_has_the_machines() -> None:
         live.control.load(saved)
         assert vmm.booted(kept)["boot_progress"] == "done"
         assert vmm.rpc("Status")["total"] == 2
+
+
+FIXTURE_TESTS = """
+import json
+import urllib.request
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def dstack_settings():
+    return {"vmm": True}
+
+
+def call(url, method, body):
+    request = urllib.request.Request(f"{url}/prpc/{method}?json", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_vmm(dstack_vmm, dstack_env, number):
+    assert dstack_env["DSTACK_VMM_URL"] == dstack_vmm
+    assert call(dstack_vmm, "Status", {})["total"] == 0
+    compose = json.dumps({"manifest_version": 2, "name": "a", "runner": "docker-compose"})
+    image = call(dstack_vmm, "ListImages", {})["images"][0]["name"]
+    assert call(dstack_vmm, "CreateVm", {"compose_file": compose, "image": image, "stopped": True})["id"]
+"""
+
+
+def test_fixture_has_the_vmm_and_removes_what_a_test_deploys(tmp_path: Path) -> None:
+    write(tmp_path, {"test_it.py": FIXTURE_TESTS})
+    done = run_pytest(tmp_path, "-q")
+    assert done.returncode == 0, done.stdout
+    write(tmp_path, {"test_it.py": FIXTURE_TESTS.replace('"vmm": True', "")})
+    done = run_pytest(tmp_path, "-q", "-k", "1")
+    assert "add vmm=True to the fixture dstack_settings" in done.stdout

@@ -23,6 +23,7 @@ from dstack_emu.vmm.service import VmmService, vmm_table
 _PAGES = (
     ("/", "The list of machines"),
     ("/logs", "A log of a machine"),
+    ("/health", "Whether it answers"),
     ("/api-docs/openapi.json", "This document"),
 )
 _TRUE = ("", "true", "on", "yes")
@@ -37,6 +38,7 @@ def vmm_app(fleet: Fleet) -> Application:
     app = Application(headers=headers, middlewares=[auth.middleware(fleet.log)])
     app.add("GET", "/logs", _logs(fleet))
     app.add("GET", "/", _page(fleet))
+    app.add("GET", "/health", _health)
     tables = {"/prpc": vmm_table(VmmService(fleet)), "/guest": guest_table(fleet)}
     for mount, table in tables.items():
         trims = mount == "/prpc"
@@ -54,6 +56,10 @@ def _auth(section: AuthSection) -> ListenerAuth:
     """Return the credentials of the listener: enabled with none configured, it admits nobody."""
     known = Credentials.of(section.tokens, section.htpasswd_file, "auth.htpasswd_file") if section.enabled else None
     return ListenerAuth("vmm", "dstack-vmm API", "X-Admin-Token", known, takes_query=True)
+
+
+async def _health(_request: Request) -> Response:
+    return Response.of('{"status": "ok", "service": "dstack-emu-vmm"}', "application/json")
 
 
 async def _anyone(_request: Request) -> None:
