@@ -370,6 +370,26 @@ async def test_answer_that_is_no_document_is_refused_with_the_text_of_the_librar
 
 
 @pytest.mark.parametrize("pccs", ["without ETags"], indirect=True)
+async def test_document_of_a_mebibyte_is_read_and_one_of_a_byte_more_is_not(pccs: Pccs) -> None:
+    size = 1024 * 1024
+
+    async def pad(request: Request, handler: Handler) -> Response:
+        answer = await handler(request)
+        return replace(answer, body=answer.body.ljust(size)) if request.path == QE_IDENTITY_PATH else answer
+
+    pccs.app.middlewares.append(pad)
+    server = await serve(pccs.app, bind_tcp("127.0.0.1", 0))
+    async with _verifier(pccs, server.url) as through:
+        assert await _status(through, pccs.evidence()) == "UpToDate"
+        size += 1
+        with pytest.raises(UnverifiableError, match=f"{QE_IDENTITY_PATH}.*1048576 bytes"):
+            await _status(through, pccs.evidence())
+        size -= 1
+        assert await _status(through, pccs.evidence()) == "UpToDate"
+    await server.close()
+
+
+@pytest.mark.parametrize("pccs", ["without ETags"], indirect=True)
 async def test_root_crl_comes_before_tcb_info_and_says_where_it_was_sought(
     pccs: Pccs, url: str, verifier: AttestationVerifier
 ) -> None:
@@ -403,6 +423,19 @@ async def test_verdict_ends_after_a_second_though_the_clock_stands_still(
     assert await verifier.verify(evidence) is first
     monkeypatch.setattr(loop, "time", lambda: began + 1)
     assert await verifier.verify(evidence) is not first
+
+
+@pytest.mark.parametrize("pccs", ["ours"], indirect=True)
+async def test_verdicts_of_one_second_take_no_more_than_eight_mebibytes(
+    verifier: AttestationVerifier, pccs: Pccs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = asyncio.get_running_loop().time()
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: began)  # no verdict ends by itself
+    for text, is_kept in (("x", True), ("x" * 1_500_000, False)):  # a character counts as four bytes
+        first, second = (replace(pccs.domain.attest(bytes((n,)) * 64), config=text) for n in (1, 2))
+        verdict = await verifier.verify(first)
+        await verifier.verify(second)
+        assert (await verifier.verify(first) is verdict) is is_kept
 
 
 def test_size_of_evidence_counts_what_its_sender_chooses(pccs: Pccs) -> None:
