@@ -339,6 +339,11 @@ async def test_trust_domain_that_lies_or_is_debugged_gets_no_keys(
         ("x", {"compose": "{"}, "app-compose: Expecting property name"),
         ("x", {"memory_size": 5}, "requires memory_size =="),
         ("x", {"colour": "red"}, "colour: unknown key"),
+        (
+            "x",
+            {"encrypted_env": "00" * (256 * 1024 + 2)},
+            "encrypted_env: String should have at most 524290 characters",
+        ),
     ],
 )
 async def test_trust_domain_that_cannot_be_is_refused_and_leaves_nothing(
