@@ -65,6 +65,21 @@ def test_deployed_app_gets_its_keys_on_its_sockets_and_its_mapped_port(vmm: VmmC
     assert vmm.booted(vm_id)["instance_id"] == info["instance_id"]
 
 
+def test_machine_may_be_stopped_or_removed_while_it_boots(vmm: VmmClient, stack: LiveStack) -> None:
+    allow(stack)
+    vm_id, other = vmm.deploy(), vmm.deploy()
+    folder = Path(stack.description["state"]) / "vms"
+    assert vmm.rpc("RemoveVm", id=other) is None
+    assert vmm.rpc("StopVm", id=vm_id) is None
+    assert vmm.info(vm_id)["status"] == "stopped"
+    while vmm.rpc("GetInfo", id=other)["found"]:
+        pass
+    assert [path.name for path in folder.iterdir()] == [vm_id]
+    assert not (folder / vm_id / "run").exists()
+    vmm.rpc("StartVm", id=vm_id)
+    assert vmm.booted(vm_id)["boot_progress"] == "done"
+
+
 def test_guest_that_powers_off_is_stopped(vmm: VmmClient, stack: LiveStack) -> None:
     allow(stack)
     vm_id = vmm.deploy()
