@@ -124,6 +124,7 @@ class KmsProgram:
         self._container = container
         self._written: KmsConfig | None = None
         self._server: KmsServer | None = None
+        self._onboard: Endpoint | None = None
 
     async def start(self) -> None:
         """Start it by its kms.toml."""
@@ -146,6 +147,7 @@ class KmsProgram:
                     release=site.release,
                 )
                 await self._server.start()
+                self._onboard = _address(self._server.url)
             except BaseException:
                 sock.close()
                 raise
@@ -197,10 +199,10 @@ class KmsProgram:
         if written is None or server is None or server.phase == "stopped":
             return None
         rpc, onboard, admin = written.rpc, written.core.onboard, written.core.admin
-        if port == onboard.port and server.phase == "onboard":
-            return _address(server.url)
-        if port == rpc.port:
+        if port == rpc.port:  # also in the onboard phase, if that has no other port
             return _address(f"//{server.runtime_address}")
+        if port == onboard.port and server.phase == "onboard":
+            return self._onboard
         if admin.enabled and port == admin.port and server.admin_url is not None:
             return _address(server.admin_url)
         return None

@@ -6,7 +6,9 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -17,15 +19,18 @@ from dstack_emu.cli.commands.token_options import add_tokens, tokens
 from dstack_emu.cli.runbook_report import to_stderr, to_stdout
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import StackConfig
+from dstack_emu.deployment.guest_network import HOST_IN_GUEST
 from dstack_emu.runbook.cases import run_cases
+from dstack_emu.runbook.deploy import DeployedKms, Vmm
 from dstack_emu.runbook.evidence import Destination, normalised, normalised_log, pack_evidence
 from dstack_emu.runbook.kms_client import KmsClient, PrpcKmsClient
 from dstack_emu.runbook.runner import RunbookError, RunbookRun
-from dstack_emu.runbook.target import Target, TargetError
+from dstack_emu.runbook.target import SIDES, Target, TargetError
 from dstack_emu.runbook.transcript import Transcript
 from dstack_emu.simulator.seed import DEFAULT_SEED, Entropy, Seed
 from dstack_emu.stack import Stack
 from dstack_emu.transport.events import LOGGERS
+from dstack_emu.transport.ports import PORTS
 from dstack_emu.transport.secrets import Secrets
 
 DESCRIPTION = (
@@ -63,6 +68,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run it on a fresh stack that runs elsewhere: stack.json in its state folder, or JSON with the same keys",
     )
     parser.add_argument(
+        "--deploy",
+        action="store_true",
+        help="deploy the two KMS into machines of a VMM, as the runbook does, and remove them at the end",
+    )
+    parser.add_argument(
+        "--runbook-ports",
+        action="store_true",
+        help="with --deploy, use the runbook's ports for webhooks and KMS: 3101, 3102, 9301, 9302 (free ones)",
+    )
+    parser.add_argument(
         "--source-url", metavar="URL", help="the URL of kms-src as kms-dst reaches it, if it is another one"
     )
     parser.add_argument(
@@ -98,6 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("tokens are only for a stack that runs elsewhere: give --against, too")
     if arguments.kms and arguments.transport == "grpc":
         raise UsageError("--transport grpc needs gRPC listeners, which a KMS of --kms does not have: leave one out")
+    _check_deploy(arguments)
     try:
         destination = Destination(arguments.evidence) if arguments.evidence else None
     except OSError as error:
@@ -111,6 +127,14 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         if destination is not None:
             destination.discard()
+
+
+def _check_deploy(arguments: argparse.Namespace) -> None:
+    if arguments.runbook_ports and not arguments.deploy:
+        raise UsageError("--runbook-ports is about the machines of --deploy: give --deploy, too")
+    others = {"--against": arguments.against, "--kms": arguments.kms, "--transport grpc": arguments.transport == "grpc"}
+    if arguments.deploy and (given := next((name for name, value in others.items() if value), None)):
+        raise UsageError(f"--deploy deploys its own two KMS, which serve pRPC: leave out {given}, or --deploy")
 
 
 async def _run(arguments: argparse.Namespace, destination: Destination | None) -> int:
@@ -133,14 +157,20 @@ async def _run(arguments: argparse.Namespace, destination: Destination | None) -
             grpc=by_grpc,
             kms=dict(arguments.kms),
             kms_wait=arguments.kms_wait,
+            vmm=arguments.deploy,
         )
+        if arguments.runbook_ports:
+            webhooks = {name: PORTS[name] for name in ("auth-src", "auth-dst")}
+            config = replace(config, ports={**config.ports, **webhooks})
         async with Stack(config, progress=lambda text: say(f"… {text}")) as stack:
-            target = _target_of(stack)
-            await _run_cases(arguments, target, transcript, Seed.of(arguments.seed).child("runbook").stream("client"))
-            logs = {
-                f"logs/{name}.log": normalised_log(stack.log_lines(name, logging.INFO), target.names)
-                for name in stack.services
-            }
+            entropy = Seed.of(arguments.seed).child("runbook").stream("client")
+            if arguments.deploy:
+                target, lines = await _run_deployed(arguments, stack, transcript, entropy)
+            else:
+                target = _target_of(stack)
+                await _run_cases(arguments, target, transcript, entropy)
+                lines = {name: stack.log_lines(name, logging.INFO) for name in stack.services}
+            logs = {f"logs/{name}.log": normalised_log(each, target.names) for name, each in lines.items()}
     report.summary(transcript)
     if destination is not None:
         _write(destination, transcript, target, about, logs)
@@ -173,11 +203,47 @@ async def _run_cases(arguments: argparse.Namespace, target: Target, transcript: 
         await run_cases(run)
 
 
-def _target_of(stack: Stack) -> Target:
-    """Return the target of our own stack, from the description that it would print."""
-    addresses = {urlsplit(url).netloc: name for name, url in stack.services.items()}
-    names = {**addresses, **{target: name for name, target in stack.grpc.items()}, str(stack.state): "STATE"}
-    return Target.of(stack.description(), "the stack", stack.state, names, by_grpc=stack.config.grpc)
+async def _run_deployed(
+    arguments: argparse.Namespace, stack: Stack, transcript: Transcript, entropy: Entropy
+) -> tuple[Target, dict[str, list[str]]]:
+    """Run the cases on two KMS that are deployed for it; return the target and the lines of the logs by name."""
+    vmm, deployed = Vmm(stack.services["vmm"], arguments.wait), {}
+    try:
+        for side in SIDES:
+            say(f"… deploying kms-{side}")
+            port = PORTS[f"kms-{side}"] if arguments.runbook_ports else 0
+            deployed[side] = await vmm.deploy(f"kms-{side}", stack.services[f"auth-{side}"], port)
+        target = _target_of(stack, deployed)
+        await _run_cases(arguments, target, transcript, entropy)
+        lines = {
+            name: stack.log_lines(name, logging.INFO)
+            for name in stack.services
+            if not name.startswith(("kms-", "agent-"))
+        }
+        lines |= {f"kms-{side}": await vmm.log(kms.vm_id) for side, kms in deployed.items()}
+        for kms in deployed.values():
+            await vmm.remove(kms.vm_id)
+    finally:
+        await vmm.close()
+    return target, lines
+
+
+def _target_of(stack: Stack, deployed: Mapping[str, DeployedKms] = MappingProxyType({})) -> Target:
+    """Return the target of our own stack, from the description that it would print, with the KMS that are deployed."""
+    description = stack.description()
+    for side, kms in deployed.items():
+        description["services"] = {**description["services"], f"kms-{side}": kms.url}
+    if deployed:
+        description["source_url"] = deployed["src"].source_url
+    addresses = {urlsplit(url).netloc: name for name, url in description["services"].items()}
+    inside = {f"{HOST_IN_GUEST}:{kms.port}": f"{HOST_IN_GUEST}:KMS-{side}" for side, kms in deployed.items()}
+    names = {
+        **addresses,
+        **inside,
+        **{target: name for name, target in stack.grpc.items()},
+        str(stack.state): "STATE",
+    }
+    return Target.of(description, "the stack", stack.state, names, by_grpc=stack.config.grpc)
 
 
 def _let_logs_through() -> None:
