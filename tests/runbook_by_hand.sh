@@ -1,7 +1,7 @@
 # The KMS authorization runbook by hand, on a stack without keys: curl, two policy files, and every answer in a file.
 #
 # Runs in the folder that holds the two policies, auth-src.json and auth-dst.json. KMS_SRC and KMS_DST are the hosts and
-# ports of the two KMS.
+# ports of the two KMS, KMS_SOURCE the URL of the first one as the second one reaches it, if that is another.
 
 call() { # call NAME URL BODY: POST the body and keep the answer in NAME.json
   curl -sk -X POST "$2?json" -H 'Content-Type: application/json' -d "$3" -o "$1.json"
@@ -43,7 +43,7 @@ until_serving "$KMS_SRC"
 call kms-src-meta "$runtime_src/KMS.GetMeta" '{}'
 
 # Case 3: the receiver takes no keys of a source that its policy denies.
-onboard="{\"source_url\":\"$runtime_src\",\"domain\":\"kms-dst.example\"}"
+onboard="{\"source_url\":\"${KMS_SOURCE:-$runtime_src}\",\"domain\":\"kms-dst.example\"}"
 policy src "$src_image,$dst_image" "$src,$dst"
 policy dst "$src_image" "$nobody"
 call onboard-dst-denied "$onboard_dst/Onboard.Onboard" "$onboard"

@@ -542,3 +542,27 @@ def test_runbook_passes_on_a_stack_of_release_0_5(transport: str) -> None:
     (bare,) = [step for case in report["cases"] for step in case["steps"] if step["name"] == "5.10"]
     status = "400" if transport == "prpc" else "UNAUTHENTICATED"
     assert bare["got"] == f"{status} App not allowed: No attestation provided"
+
+
+def test_runbook_deploys_its_kms_and_passes_in_both_releases(tmp_path: Path) -> None:
+    for release in ("0.5", "0.6"):
+        file = tmp_path / f"{release}.tar.gz"
+        done = run_command("runbook", "--deploy", "--release", release, "--json", "--evidence", str(file))
+        assert done.returncode == 0, done.stderr.decode()
+        assert json.loads(done.stdout)["ok"] is True
+        log = contents(file.read_bytes())["logs/kms-dst.log"].decode()
+        assert "[dstack] kms: quotes are verified under the emulated Intel's root" in log
+        assert log.endswith("[dstack] done\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--deploy", "--transport", "grpc"], "leave out --transport grpc, or --deploy"),
+        (["--deploy", "--kms", "src=external"], "leave out --kms, or --deploy"),
+        (["--deploy", "--against", "x.json"], "leave out --against, or --deploy"),
+        (["--runbook-ports"], "--runbook-ports is about the machines of --deploy: give --deploy, too"),
+    ],
+)
+def test_deploy_goes_without_what_names_other_kms(arguments: list[str], text: str) -> None:
+    assert text in usage_error("runbook", *arguments)

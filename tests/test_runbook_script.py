@@ -11,15 +11,18 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
+from tests.kms_machines import KMS_TOML, app_compose, kms_service, mapping
 from tests.recorded import EXTERNAL
 from tests.repository import ROOT
 from tests.running import RunningStack, running_stack
+from tests.vmm import VmmClient
 
 BY_HAND = ROOT / "tests" / "runbook_by_hand.sh"
 DOCUMENT = EXTERNAL.parent / "seeds" / "kms-self-authorization-runbook.txt"
@@ -79,14 +82,43 @@ def commands(text: str) -> Iterator[str]:
         yield "\n".join(command)
 
 
-def read(command: str, folder: Path, stack: RunningStack) -> str:
+@dataclass(frozen=True)
+class Place:
+    """Where the runbook is run: hosts and ports of KMS and webhooks by name, and the source as kms-dst reaches it."""
+
+    addresses: Mapping[str, str]
+    source: str
+
+    @classmethod
+    def stack(cls, stack: RunningStack) -> Self:
+        """The KMS of a stack."""
+        addresses = {name: url.partition("://")[2] for name, url in stack.services.items()}
+        return cls(addresses, f"https://{addresses['kms-src']}/prpc")
+
+    @classmethod
+    def machines(cls, stack: RunningStack) -> Self:
+        """Two KMS that are deployed by the requests of vmm-cli.py, with the webhooks of a stack on their host."""
+        addresses = dict(cls.stack(stack).addresses)
+        vmm = VmmClient(stack.services["vmm"])
+        for side in ("src", "dst"):
+            webhook = f"http://10.0.2.2:{addresses[f'auth-{side}'].rpartition(':')[2]}"
+            toml = KMS_TOML.replace("${AUTH_WEBHOOK_URL:-http://auth-api:8000}", webhook)
+            port = mapping(8000)
+            vm_id = vmm.deploy(name=f"kms-{side}", compose_file=app_compose({"kms": kms_service()}, toml), ports=[port])
+            assert vmm.booted(vm_id)["boot_progress"] == "done"
+            addresses[f"kms-{side}"] = f"127.0.0.1:{port['host_port']}"
+        return cls(addresses, f"https://10.0.2.2:{addresses['kms-src'].rpartition(':')[2]}/prpc")
+
+
+def read(command: str, folder: Path, place: Place) -> str:
     """A command as it is read here: our folder, our ports, and no failing curl where a refusal is expected."""
     if "denied.json" in command:
         command = command.replace("curl -sf ", "curl -s ")
     for side, port in (("src", 9301), ("dst", 9302)):
-        command = command.replace(f"127.0.0.1:{port}", stack.services[f"kms-{side}"].partition("://")[2])
+        command = command.replace(f"127.0.0.1:{port}", place.addresses[f"kms-{side}"])
     for side, port in (("src", 3101), ("dst", 3102)):
-        command = command.replace(f"127.0.0.1:{port}", stack.services[f"auth-{side}"].partition("://")[2])
+        command = command.replace(f"127.0.0.1:{port}", place.addresses[f"auth-{side}"])
+    command = command.replace('"source_url\\":\\"${KMS_SRC_RUNTIME%/}/prpc', f'"source_url\\":\\"{place.source}')
     return command.replace(FOLDER, str(folder))
 
 
@@ -95,13 +127,13 @@ def is_left_out(command: str) -> bool:
     return any(re.search(pattern, command) for pattern in LEFT_OUT)
 
 
-def by_hand(folder: Path, stack: RunningStack) -> str:
+def by_hand(folder: Path, place: Place) -> str:
     """Return our own script."""
-    addresses = (f"KMS_{side.upper()}={stack.services[f'kms-{side}'].partition('://')[2]}" for side in ("src", "dst"))
-    return "\n".join((f"cd {folder}", *addresses, BY_HAND.read_text()))
+    addresses = (f"KMS_{side.upper()}={place.addresses[f'kms-{side}']}" for side in ("src", "dst"))
+    return "\n".join((f"cd {folder}", *addresses, f"KMS_SOURCE={place.source}", BY_HAND.read_text()))
 
 
-def of_the_document(folder: Path, stack: RunningStack) -> str:
+def of_the_document(folder: Path, place: Place) -> str:
     """Return the document's commands, having made sure that they were taken out of it whole."""
     text = document()
     kept = [command for command in commands(text) if not is_left_out(command)]
@@ -113,22 +145,26 @@ def of_the_document(folder: Path, stack: RunningStack) -> str:
         assert any(re.search(reason, command) for command in commands(text)), f"nothing to leave out: {reason}"
     for end in FUSED:
         assert re.search(end, DOCUMENT.read_text(), re.MULTILINE), f"nothing to take apart: {end}"
-    return "\n".join(read(command, folder, stack) for command in kept)
+    return "\n".join(read(command, folder, place) for command in kept)
 
 
-Script = Callable[[Path, RunningStack], str]
+Script = Callable[[Path, Place], str]
 SCRIPTS: dict[str, Script] = {"ours": by_hand}
 if DOCUMENT.exists() and shutil.which("jq"):
     SCRIPTS["the document's"] = of_the_document
 
 
+@pytest.mark.parametrize("where", [Place.stack, Place.machines], ids=["stack", "machines"])
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
-def test_runbook_by_hand_gives_what_it_expects(script: Script, tmp_path: Path) -> None:
+def test_runbook_by_hand_gives_what_it_expects(
+    script: Script, where: Callable[[RunningStack], Place], tmp_path: Path
+) -> None:
     folder = tmp_path / "kms-self-auth"
-    with running_stack("--fresh", "--policies", str(folder)) as stack:
+    is_deployed = where == Place.machines
+    with running_stack("--fresh", *(["--vmm"] if is_deployed else []), "--policies", str(folder)) as stack:
         done = subprocess.run(
             ["bash", "-eu", "-o", "pipefail"],
-            input=script(folder, stack),
+            input=script(folder, where(stack)),
             cwd=tmp_path,
             env={**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"},
             capture_output=True,
@@ -137,13 +173,13 @@ def test_runbook_by_hand_gives_what_it_expects(script: Script, tmp_path: Path) -
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert_as_expected(folder, stack)
+        assert_as_expected(folder, None if is_deployed else stack.description["kms"])
     if script is of_the_document:
         assert (tmp_path / "kms-self-auth-results.tar.gz").stat().st_size > 1000
 
 
-def assert_as_expected(folder: Path, stack: RunningStack) -> None:
-    """What the document says of each case, of the files that its commands leave."""
+def assert_as_expected(folder: Path, measured: dict[str, Any] | None) -> None:
+    """What the document says of each case, of the files that its commands leave, and what the KMS are, if known."""
 
     def left(name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
@@ -152,7 +188,7 @@ def assert_as_expected(folder: Path, stack: RunningStack) -> None:
     for side in ("src", "dst"):
         info = left(f"kms-{side}-attestation")
         assert {"device_id", "mr_aggregated", "os_image_hash", "tee_variant"} <= set(info)
-        assert info == stack.description["kms"][side]
+        assert measured is None or info == measured[side]
     # Case 1
     assert left("bootstrap-src-denied") == {
         "error": "KMS is not allowed to bootstrap: boot denied: aggregated MR not allowed"

@@ -5,7 +5,7 @@ import contextlib
 import socket
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from dstack_emu.transport.forward import ClientSide, Side
 from dstack_emu.transport.localhost_socket import parts_of
@@ -85,8 +85,7 @@ class DatagramRelay(asyncio.DatagramProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Remember the socket of the clients."""
-        assert isinstance(transport, asyncio.DatagramTransport)  # noqa: S101 - a datagram socket's
-        self._transport = transport
+        self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: Address) -> None:
         """Pass a client's datagram on."""
