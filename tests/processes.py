@@ -15,11 +15,14 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tests.repository import ROOT
 
 END_TIMEOUT = 20
+COMMAND_SERVER = "COMMAND_SERVER"
+"""The variable that names the descriptor to `command_shim`."""
+SHIM = ROOT / "tests/command_shim.py"
 
 
 class Command:
@@ -90,16 +93,25 @@ def start(
     return Command(int(pid), told, os.fdopen(out, encoding="utf-8"))
 
 
+def forked(*arguments: str) -> tuple[list[str], dict[str, Any]]:
+    """Return a command line of `dstack-emu` that is forked, and how `subprocess` has to start it.
+
+    For what needs the whole of `subprocess`. It must not be killed: signals that can be handled reach the command.
+    """
+    server = _server().fileno()
+    settings = {"env": {**os.environ, COMMAND_SERVER: str(server)}, "pass_fds": (server,)}
+    return [sys.executable, "-I", "-S", str(SHIM), *arguments], settings
+
+
 def command_for_shells(path: Path) -> int:
     """Write a program that does as `dstack-emu`; return a descriptor.
 
     A shell that is passed the descriptor, and has its number in the variable `COMMAND_SERVER`, starts the program by
     forking. Anywhere else the program starts as any other does.
     """
-    shim = ROOT / "tests/command_shim.py"
     path.write_text(
         "#!/bin/sh\n"
-        f'[ -z "$COMMAND_SERVER" ] || exec {sys.executable} -I -S {shim} "$@"\n'
+        f'[ -z "${COMMAND_SERVER}" ] || exec {sys.executable} -I -S {SHIM} "$@"\n'
         f'exec {sys.executable} -m dstack_emu "$@"\n'
     )
     path.chmod(0o755)

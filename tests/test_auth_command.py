@@ -157,7 +157,7 @@ def test_simple_never_decides_by_half_a_file(policy: Path, tmp_path: Path) -> No
             writer = threading.Thread(target=change)
             writer.start()
             try:
-                answers = [decision(said["url"]) for _ in range(200)]
+                answers = [decision(said["url"]) for _ in range(80)]
             finally:
                 done.set()
                 writer.join()

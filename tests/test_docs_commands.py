@@ -21,7 +21,7 @@ import pytest
 from dstack_emu import StackConfig
 from dstack_emu.transport.ports import PORTS
 from tests.documents import DOCUMENTS, Block, blocks, code, document, prose
-from tests.processes import command_for_shells
+from tests.processes import COMMAND_SERVER, command_for_shells
 from tests.repository import ROOT
 from tests.running import READY_TIMEOUT, RunningStack, running_stack
 from tests.scratch import run_pytest
@@ -88,7 +88,7 @@ class Terminal:
         """How a shell is started whose commands are forked."""
         return {
             "cwd": self.folder,
-            "env": {**self.environment, "COMMAND_SERVER": str(self.passed)},
+            "env": {**self.environment, COMMAND_SERVER: str(self.passed)},
             "pass_fds": (self.passed,),
             "text": True,
         }

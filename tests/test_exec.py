@@ -1,18 +1,19 @@
 """`dstack-emu exec`: what the command sees, what becomes of its streams, signals and exit status, and of the stack."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dstack_emu.deployment.environment import URLS
 from tests.commands import run_command, usage_error
+from tests.processes import forked
 from tests.repository import ROOT
 from tests.running import RunningStack
 
@@ -20,15 +21,15 @@ from tests.running import RunningStack
 @contextmanager
 def executing(script: str, short_folder: Path, *options: str) -> Iterator["subprocess.Popen[str]"]:
     """Run a Python script in a stack until the block ends, with temporary folders in one of ours."""
-    command = [sys.executable, "-m", "dstack_emu", "exec", *options, "--", sys.executable, "-c", script]
-    environment = {**os.environ, "TMPDIR": str(short_folder)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)  # type: ignore[call-overload]
+    command, settings = forked("exec", *options, "--", sys.executable, "-c", script)
+    settings["env"]["TMPDIR"] = str(short_folder)
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes, **settings)
     try:
         yield process
     finally:
-        process.kill()
-        process.communicate()
+        process.terminate()
+        process.communicate(timeout=20)
 
 
 ASK = """

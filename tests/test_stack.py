@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from dstack_emu.stack import Stack
 from dstack_emu.transport.listen import ListenError, bind_tcp
 from dstack_emu.transport.ports import PORTS
 from tests import tls
-from tests.processes import start
+from tests.processes import forked, start
 from tests.repository import ROOT
 from tests.running import READY_TIMEOUT, running_stack
 
@@ -147,11 +146,9 @@ async def test_stack_that_cannot_be_made_names_the_part(tmp_path: Path) -> None:
     ],
 )
 def test_signal_ends_it_cleanly_at_any_time(said: str | None, number: int, short_folder: Path) -> None:
-    command = [sys.executable, "-m", "dstack_emu", "up", "--json", "--free-ports"]
-    environment = {**os.environ, "TMPDIR": str(short_folder)}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command, settings = forked("up", "--json", "--free-ports")
+    settings["env"]["TMPDIR"] = str(short_folder)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
     assert process.stdout is not None
     assert process.stderr is not None
     if said is None:
