@@ -1,6 +1,6 @@
-"""The one way a webhook reads its config file: whole, anew on every request, and regular files alone.
+"""Reads the config file of a webhook: all of it, again for every request, and only if it is a regular file.
 
-It does not parse: what the bytes mean is for each webhook to say.
+It does not parse: each webhook interprets the bytes itself.
 """
 
 import os
@@ -11,19 +11,19 @@ from typing import Final
 from dstack_emu.auth.errors import AuthConfigError
 
 READS: Final = 4
-"""How often a file is read at most that changes while it is read."""
+"""How many times a file that changes while it is read is read at most."""
 TICK: Final = 0.012
-"""Seconds, more than between two ticks of a file's clock: a file that was changed less long ago may have been changed
-once more, and its times be the same."""
+"""Seconds, more than the resolution of a file's times: a file that was changed less than that ago may have been changed
+once more without a change of its times."""
 
 
 def read_config(path: str) -> bytes:
     """Return the whole file's bytes; raise `AuthConfigError`, which names the file.
 
-    It is read in the event loop's thread: it is small, and a hop to another thread costs more. A file that is written
-    to in place meanwhile is read again, `READS` times at most: half of the old and half of the new text could be a
-    policy that nobody wrote. A file that was just changed is read once more, a tick of its clock later: until
-    then its times do not show another change.
+    The file is read in the event loop's thread, because it is small, and another thread would take longer. A file that
+    is written to in place meanwhile is read again, at most `READS` times: a mixture of the old and the new text could be
+    a policy that nobody wrote. A file that was just changed is read once more after `TICK`, because its times do not
+    show another change before.
     """
     try:
         with open(path, "rb", buffering=0, opener=_open_nonblocking) as file:

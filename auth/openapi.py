@@ -1,7 +1,6 @@
-"""The answer of `GET /openapi.json`: the webhook's interface, for people and client generators.
+"""The answer of `GET /openapi.json`: the webhook's interface, for readers and client generators.
 
-Upstream ships such a file beside auth-mock and does not serve it. This describes; `boot_info` and `allowlist`
-validate.
+Upstream has such a file beside auth-mock, and does not serve it. It only describes; `boot_info` and `allowlist` validate.
 """
 
 from typing import Any, Final
@@ -89,10 +88,10 @@ def _document(title: str, schemas: dict[str, Any], refusals: dict[str, Any]) -> 
         "openapi": "3.0.3",
         "info": {"title": title, "version": "1.0.0"},
         "paths": {
-            "/": {"get": _get("What the webhook stands for", "Info")},
-            "/bootAuth/app": {"post": _boot_auth("May this app boot?", refusals)},
-            "/bootAuth/kms": {"post": _boot_auth("May this KMS boot?", refusals)},
-            "/health": {"get": _get("Is the webhook up?", "Health")},
+            "/": {"get": _get("Describe the webhook", "Info")},
+            "/bootAuth/app": {"post": _boot_auth("Decide whether an app is allowed to boot", refusals)},
+            "/bootAuth/kms": {"post": _boot_auth("Decide whether a KMS is allowed to boot", refusals)},
+            "/health": {"get": _get("Report that the webhook answers", "Health")},
         },
         "components": {"schemas": schemas},
     }
@@ -103,7 +102,7 @@ def _get(summary: str, schema: str) -> dict[str, object]:
 
 
 def _boot_auth(summary: str, refusals: dict[str, Any]) -> dict[str, object]:
-    decision = {"description": "The decision; a denial is a 200 too", "content": _json("Decision")}
+    decision = {"description": "The decision; a denial has status 200, too", "content": _json("Decision")}
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": _json("BootInfo")},

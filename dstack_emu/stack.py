@@ -7,8 +7,9 @@ async with Stack(StackConfig(seed="mine")) as stack:
 
 from dstack_emu.control.api import Control
 from dstack_emu.control.server import ControlService
+from dstack_emu.deployment.authorization import Progress
 from dstack_emu.deployment.config import StackConfig
-from dstack_emu.deployment.deployment import Deployment, Progress, log
+from dstack_emu.deployment.deployment import Deployment, log
 from dstack_emu.deployment.vmm import VmmExtension
 
 

@@ -50,7 +50,7 @@ def test_importing_the_package_imports_nothing_else_of_it() -> None:
     assert done.stdout == "[]\n"
 
 
-# ---- the rooms behind the names
+# ---- what an import of a public name loads
 
 STACK_ALONE = {
     "dstack_emu.control",

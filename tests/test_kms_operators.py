@@ -50,7 +50,7 @@ ROUTES = ("/", "/health", "/finish", "/nothing", "/prpc/Onboard.GetAttestationIn
 
 @pytest.fixture(scope="module")
 def guarded(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kms]:
-    """A fresh KMS that asks for a token or a user."""
+    """A fresh KMS that demands a token or a user."""
     folder = tmp_path_factory.mktemp("guarded")
     (folder / "users").write_text(USERS)
     keys = {"core.onboard.auth_token": TOKEN, "core.onboard.htpasswd_file": str(folder / "users")}

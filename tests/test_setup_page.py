@@ -222,7 +222,7 @@ def loaded(url: str, text: str, folder: Path) -> Browser:
 
 
 def test_page_that_was_opened_with_a_token_sends_it_along(world: World, tmp_path: Path) -> None:
-    """A KMS that asks for a token takes the keys of another one's admin listener over, all on its page."""
+    """A KMS that demands a token gets the keys from another KMS's admin listener, all on its page."""
     source_folder, folder = tmp_path / "source", tmp_path / "fresh"
     source_folder.mkdir()
     folder.mkdir()

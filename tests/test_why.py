@@ -386,10 +386,10 @@ def test_what_cannot_be_used_ends_with_status_2(tmp_path: Path) -> None:
     assert why(request, "--policy", policy, status=1)["verdict"] == "denied"
 
 
-# ---- the letter
+# ---- as text
 
 
-def test_letter_puts_got_and_wanted_below_each_other_and_marks_the_difference(tmp_path: Path) -> None:
+def test_text_shows_got_and_wanted_below_each_other_and_marks_the_difference(tmp_path: Path) -> None:
     listed = IMAGE[:16] + "ff" + IMAGE[18:]
     policy = write(tmp_path / "p.json", ADMITTING | {"osImages": [OTHER, f"0x{listed}"]})
     code, out, _ = run_inside("why", write(tmp_path / "b.json", BOOT), "--policy", policy)

@@ -8,27 +8,26 @@ are added as an `Extension`.
 import asyncio
 import json
 import logging
-import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Self
 
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.added_parts import FILE as ADDED_FILE
 from dstack_emu.deployment.added_parts import AddedParts, how_to_leave_out
-from dstack_emu.deployment.authorization import Authorization, tls_url
+from dstack_emu.deployment.authorization import Authorization, Progress, tls_url
 from dstack_emu.deployment.config import DESCRIPTION_FILE, StackConfig
 from dstack_emu.deployment.deployer import Deployer
 from dstack_emu.deployment.description import describe, measured_by
 from dstack_emu.deployment.errors import StackError
+from dstack_emu.deployment.extension import Extension
+from dstack_emu.deployment.foreign_parts import what_to_allow, what_was_denied
 from dstack_emu.deployment.guests import RunningGuest, start_guest
 from dstack_emu.deployment.kms import start_kms, stop_kms
 from dstack_emu.deployment.own_app import NAME as OWN_APP
-from dstack_emu.deployment.own_app import RememberedApp
-from dstack_emu.deployment.own_parts import what_to_allow, what_was_denied
+from dstack_emu.deployment.own_app import DomainRule, RememberedApp
 from dstack_emu.deployment.preparation import prepare
 from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
 from dstack_emu.deployment.service_logs import ServiceLogs
@@ -39,7 +38,6 @@ from dstack_emu.deployment.supervision import Supervisor
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.intel import Intel
-from dstack_emu.simulator.trust_domain import TrustDomain
 from dstack_emu.transport.listen import Server
 from dstack_emu.vmm.state import FleetState
 
@@ -48,39 +46,7 @@ SERVICES: Final = frozenset(
 )
 """The services of a deployment without extensions."""
 
-Progress = Callable[[str], None]
-
 log = logging.getLogger("dstack_emu.stack")
-
-
-class Extension(Protocol):
-    """An additional service of a deployment, which binds the port `name` in `transport.ports.PORTS` for it."""
-
-    name: str
-
-    async def start(self, sock: socket.socket) -> Server:
-        """Serve the extension on a bound socket, before the authorization flow; the deployment closes the server."""
-        ...
-
-    def became_ready(self) -> None:
-        """Handle that the deployment is ready."""
-        ...
-
-    async def close(self) -> None:
-        """Stop what it runs, after its server was closed."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _OwnApp:
-    """The deployment's own app, for the policies."""
-
-    domain: TrustDomain
-
-    async def rule(self) -> dict[policy_files.AppRule, str]:
-        """Return its rule, and the hash of its OS image (hex)."""
-        rule = policy_files.AppRule(self.domain.app_id.hex(), self.domain.compose_hash.hex())
-        return {rule: self.domain.image.os_image_hash.hex()}
 
 
 class Deployment:
@@ -278,16 +244,15 @@ class Deployment:
         await self._report_policies_of_other_stacks()
 
     async def _report_policies_of_other_stacks(self) -> None:
-        apps = await _OwnApp(self.app.domain).rule()
+        apps = await DomainRule(self.app.domain).rule()
         for text in policy_files.of_other_stacks(self.policies.values(), self.kms_info.values(), apps):
             self._progress(text)
 
     async def _authorize(self) -> None:
         """Carry out the whole flow: measure, allow, bootstrap, onboard, finish, and boot the app."""
         source, target = (self.kms[name].onboarding for name in PERMANENT)
-        flow = Authorization(
-            source, target, _OwnApp(self.app.domain), list(self.policies.values()), tls_url(source.url), self._progress
-        )
+        app, policies = DomainRule(self.app.domain), list(self.policies.values())
+        flow = Authorization(source, target, app, policies, tls_url(source.url), self._progress)
         known = {self.kms[name].spec.service: info for name, info in self.kms_info.items()}
         if advice := what_to_allow(self.kms, self.app.agent):
             self._progress(advice)

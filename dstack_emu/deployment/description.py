@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from dstack_emu.deployment.context import StackContext
+from dstack_emu.deployment.foreign_parts import foreign_webhooks
 from dstack_emu.deployment.guests import RunningGuest
-from dstack_emu.deployment.own_parts import foreign_webhooks
 from dstack_emu.deployment.running_kms import RunningKms
 
 

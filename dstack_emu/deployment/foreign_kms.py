@@ -1,260 +1,230 @@
-"""A KMS that is another program: its kms.toml is written, its command is run, and it is waited for.
+"""A KMS of a stack that is another program, in a trust domain of the stack.
 
-The program finds its guest agent by the variable DSTACK_AGENT_ADDRESS, as upstream's does. Whoever runs it without a
-command of ours, in a debugger or a container, gets the same file and the same address. Nothing here knows what a KMS
-answers, except that `/health` has the status 200 in both phases, without TLS in the first one and with TLS after that.
+Its agent and its PCCS are the stack's, and so is its webhook unless another one is named. The journal has what it asks
+of them. What happens inside it, and its keys, are its own: no snapshot contains them.
 """
 
-import asyncio
-import contextlib
+import ipaddress
+import json
 import os
-import shlex
-import signal
-import socket
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import suppress
 from typing import Final
+from urllib.parse import urlsplit
 
-from dstack_emu.deployment.authorization import Phase, PolledPhase, plain_url, tls_url
+from dstack_emu.deployment.authorization import TIMEOUT, Phase, tls_url
+from dstack_emu.deployment.context import StackContext
 from dstack_emu.deployment.errors import StackError
-from dstack_emu.deployment.kms_toml import KmsSettings
+from dstack_emu.deployment.guests import RunningGuest
+from dstack_emu.deployment.kms_process import KmsFiles, KmsProcess
+from dstack_emu.deployment.running_kms import RunningKms
+from dstack_emu.deployment.specs import KmsSpec
+from dstack_emu.deployment.state import KmsState
+from dstack_emu.kms_emu.api_auth import ONBOARD_VARIABLES
+from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
+from dstack_emu.simulator.seed import Seed
+from dstack_emu.transport.client import MAX_RESPONSE
+from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
+from dstack_emu.transport.http_client import HttpClient
+from dstack_emu.transport.listen import reachable
+from dstack_emu.transport.localhost_socket import bound_host
+from dstack_emu.transport.tls import client_context
 
-PLACE_OF_CONFIG: Final = "{config}"
-AGENT_VARIABLE: Final = "DSTACK_AGENT_ADDRESS"
+EXTERNAL: Final = "external"
+"""In the place of a command: somebody else starts the program, at the address that its kms.toml names."""
 
-PAUSE: Final = 0.05
-"""Seconds between two attempts to reach a KMS that does not answer yet."""
-ATTEMPT: Final = 5.0
-"""The timeout of one attempt in seconds."""
-REPORTED_EVERY: Final = 5.0
-"""Seconds between two lines that tell what is waited for."""
-GRACE: Final = 5.0
-"""Seconds that a program has to end after SIGTERM, before it is killed."""
-LAST_LINES, LAST_BYTES = 8, 4096
-"""How much of a program's output an error shows."""
+COMMAND_PATIENCE, EXTERNAL_PATIENCE = 60.0, 600.0
+"""Seconds until a program has to answer: one that a command starts, and one that somebody starts by hand."""
 
-
-def command_words(command: str, config: Path) -> list[str]:
-    """Split a command line as a shell does, and put the path of kms.toml in the place of `{config}`.
-
-    Raises `StackError`, which says what is wrong with it.
-    """
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise StackError(f"the command {command!r:.200} cannot be split into words: {error}") from error
-    if not any(PLACE_OF_CONFIG in word for word in words):
-        raise StackError(
-            f"the command {command!r:.200} has no {PLACE_OF_CONFIG}: "
-            f"write it where the path of kms.toml belongs, as in 'dstack-kms -c {PLACE_OF_CONFIG}'"
-        )
-    return [word.replace(PLACE_OF_CONFIG, str(config)) for word in words]
+NO_ANSWER: Final = "no answer"
+"""The phase of a KMS that does not answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class KmsFiles:
-    """The files of a foreign KMS: its configuration, and what it prints."""
-
-    config: Path
-    log: Path
-
-    @classmethod
-    def in_folder(cls, folder: Path) -> "KmsFiles":
-        """Name the files in a folder."""
-        return cls(folder / "kms.toml", folder / "kms.log")
+def is_url(program: str) -> bool:
+    """Return whether a setting names the URL of a KMS that somebody else starts, and not a command."""
+    return program.startswith(("http://", "https://"))
 
 
-class ForeignKms:
-    """A KMS that is another program. `start` it, wait until it `answers`, and `stop` it.
-
-    `name` is what messages call it, `url` where it answers (of either scheme), `agent` the address of its guest agent
-    (unix:/path or http://host:port). `command` is run without a shell; with None, somebody else starts the program, and
-    it is only waited for. `patience` is how many seconds it has until it answers, `progress` tells what is waited for.
-    """
+class ForeignKms(RunningKms):
+    """Another program as a KMS of a stack. `program` is its command line, its URL, or `external`."""
 
     def __init__(
-        self,
-        name: str,
-        settings: KmsSettings,
-        files: KmsFiles,
-        *,
-        url: str,
-        agent: str,
-        command: str | None,
-        patience: float,
-        progress: Callable[[str], None],
+        self, context: StackContext, spec: KmsSpec, guest: RunningGuest, program: str, progress: Callable[[str], None]
     ) -> None:
-        self.name, self.settings, self.files, self.url, self.agent = name, settings, files, url, agent
-        self._command, self._patience, self._progress = command, patience, progress
-        self._phases = PolledPhase(name, url)
-        self._process: asyncio.subprocess.Process | None = None
-        self._restarting = asyncio.Lock()
+        super().__init__(context, spec, guest)
+        self._configured, self._progress = program, progress
+        self._phase: str = NO_ANSWER
+        self._root = ""
+
+    @property
+    def phase(self) -> str:
+        """Its phase when it was last asked."""
+        return self._phase
+
+    @property
+    def has_judged_itself(self) -> bool:
+        """Whether it has keys: then a KMS has verified its own evidence, as upstream's does, once in its life."""
+        return self._phase == "runtime"
+
+    @property
+    def domain(self) -> str:
+        """The host in its URL, which the stack itself uses, unless that is an IPv6 address.
+
+        A KMS of upstream's takes no IPv6 address as its domain, and has one name only.
+        """
+        host = urlsplit(self.url).hostname or ""
+        return super().domain if ":" in host or not host else host
 
     # ---- starting and stopping
 
-    async def start(self) -> None:
-        """Write kms.toml and run the command, if there is one; raise `StackError` if that cannot be done."""
-        words = None if self._command is None else command_words(self._command, self.files.config)
-        try:
-            self.settings.write(self.files.config)
-        except OSError as error:
-            raise StackError(f"{self.name}: {self.files.config} cannot be written: {error.strerror}") from error
-        if words is None:
-            self._progress(f"{self.name} is yours to start: {self._how_to_start}")
-            return
-        self._require_free_port()
-        try:
-            with self.files.log.open("wb") as log:
-                self._process = await asyncio.create_subprocess_exec(
-                    *words,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env={**os.environ, AGENT_VARIABLE: self.agent},
-                    start_new_session=True,  # a terminal's Ctrl-C is for us, and its children are stopped with it
-                )
-        except FileNotFoundError as error:
-            raise StackError(f"{self.name}: {words[0]}: command not found") from error
-        except OSError as error:
-            raise StackError(f"{self.name}: {words[0]} cannot be run: {error.strerror}") from error
+    async def start(self, entropy_seed: Seed) -> None:
+        """Write its kms.toml and run its command, if it has one; raise `StackError` if that cannot be done."""
+        context, program, service = self._context, self._configured, self.spec.service
+        webhook, _ = await self._webhook()
+        url, host, port = self._address()
+        for suffix in ("grpc", "grpc-mtls") if context.config.grpc else ():
+            context.ports.take(f"{service}-{suffix}").close()  # it has no gRPC: a client shall be refused there
+        is_command = program != EXTERNAL and not is_url(program)
+        self._program = KmsProcess(
+            service,
+            self._settings(webhook, host, port),
+            KmsFiles.in_folder(self.guest.folder),
+            url=url,
+            agent=f"unix:{self.guest.dstack_sock}",
+            command=program if is_command else None,
+            patience=context.config.kms_wait or (COMMAND_PATIENCE if is_command else EXTERNAL_PATIENCE),
+            progress=self._progress,
+        )
+        self._exit.push_async_callback(self._program.stop)
+        context.urls[service] = url
+        await self._program.start()
 
-    def _require_free_port(self) -> None:
-        """Raise `StackError` if another program listens at its address: that would be taken for this KMS."""
-        host, port = self.settings.host, self.settings.port
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise StackError(f"{self.name}: {host}:{port} cannot be its address: {error.strerror}") from error
+    def _address(self) -> tuple[str, str, int]:
+        """Return the URL at which it answers, and the address at which it listens; leave that to it."""
+        with self._context.ports.take(self.spec.service) as sock:
+            if not is_url(self._configured):
+                return f"http://{reachable(sock)}", bound_host(sock), sock.getsockname()[1]
+        parts = urlsplit(self._configured)
+        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        return self._configured.rstrip("/"), host if _is_address(host) else "0.0.0.0", port  # noqa: S104 - a name's own
 
-    async def stop(self) -> None:
-        """End the program that was started here, and the processes that it started: SIGTERM, after 5 s SIGKILL."""
-        process = self._process
-        if process is None:
-            return
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if process.returncode is not None:
-                return
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), GRACE)
-
-    async def restart(self) -> Phase:
-        """Stop the program, run its command again, and return its phase.
-
-        Raises `StackError` if it does not answer, or if it is not run here.
-        """
-        if self._process is None:
-            raise StackError(f"{self.name} is run by somebody else: restart it there")
-        async with self._restarting:
-            await self.stop()
-            await self.start()
-        return await self.answers()
-
-    # ---- waiting
-
-    async def answers(self) -> Phase:
-        """Wait until it answers, and return its phase.
-
-        Raises `StackError` if the program ends, or does not answer in time; the text says what was waited for, and has
-        the last lines of the program.
-        """
-        began, reported, problem = time.monotonic(), 0.0, ""
-        while (waited := time.monotonic() - began) < self._patience:
-            self._require_running("before it answered")
-            if waited - reported >= REPORTED_EVERY:
-                reported = waited
-                self._progress(
-                    f"waiting for {self.name} at {self.url} ({waited:.0f} of {self._patience:g} s): {problem}"
-                )
-            try:
-                async with asyncio.timeout(min(ATTEMPT, self._patience - waited)):
-                    return await self.phase()
-            except TimeoutError:
-                problem = "it accepts connections and does not answer"
-            except StackError as error:
-                problem = str(error)
-            await asyncio.sleep(PAUSE)
-        self._require_running("before it answered")
-        raise StackError(f"{problem}; waited {self._patience:g} s for it: {self._how_to_start}{self._output}")
-
-    async def phase(self) -> Phase:
-        """Return its phase; raise `StackError` if it does not answer, or is neither in the one nor the other."""
-        return await self._phases.current()
-
-    async def reached_runtime(self) -> None:
-        """Wait until it answers over TLS; raise `StackError` after 30 s, or if the program ends."""
-        reached, ended = asyncio.ensure_future(self._phases.reached_runtime()), asyncio.ensure_future(self.ended())
-        try:
-            await asyncio.wait((reached, ended), return_when=asyncio.FIRST_COMPLETED)
-            if not reached.done():
-                self._require_running("instead of its runtime phase")
-            try:
-                reached.result()
-            except StackError as error:
-                raise StackError(f"{error}{self._output}") from error
-        finally:
-            reached.cancel()
-            ended.cancel()
-            await asyncio.gather(reached, ended, return_exceptions=True)
+    async def ready(self) -> None:
+        """Wait until it answers; raise `StackError` if it ends or does not answer in time."""
+        await self._entered(await self._program.answers())
 
     async def ended(self) -> None:
-        """Wait until the program ends, which is an error whatever its status is: raise `StackError`.
+        """Wait until the program ends; raise `StackError`."""
+        await self._program.ended()
 
-        A program that somebody else started is not watched; then this does not return.
-        """
-        while (process := self._process) is not None:
-            await process.wait()
-            async with self._restarting:
-                if self._process is process:
-                    self._require_running("while it was needed")
-        await asyncio.get_running_loop().create_future()
-
-    def _require_running(self, when: str) -> None:
-        process = self._process
-        if process is None or process.returncode is None:
-            return
-        status = process.returncode
-        how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
-        raise StackError(f"{self.name}: the command {self._command!r:.200} ended {how} {when}{self._output}")
+    async def restart(self) -> None:
+        """Run its command again; raise `StackError` if somebody else runs it, or if it does not start."""
+        await self._entered(await self._program.restart())
 
     @property
-    def is_run_here(self) -> bool:
-        """Whether it is run by a command of ours."""
-        return self._command is not None
+    def files(self) -> dict[str, str]:
+        """The files that it reads and writes, and its agent's address, for who starts it."""
+        program = self._program
+        files = {"config": str(program.files.config), "agent": program.agent}
+        return files | ({"log": str(program.files.log)} if program.is_run_here else {})
 
-    def url_of(self, phase: Phase) -> str:
-        """Return its URL in a phase."""
-        return plain_url(self.url) if phase == "onboard" else tls_url(self.url)
-
-    # ---- what messages say
-
-    @property
-    def _how_to_start(self) -> str:
-        where = f"kms.toml is {self.files.config}, its agent is {AGENT_VARIABLE}={self.agent}"
-        if self._command is not None:
-            return f"it is run by {self._command!r:.200}; {where}"
-        return f"start it at {self.url}; {where}"
-
-    @property
-    def _output(self) -> str:
-        if self._process is None:
-            return ""
-        lines = self.last_lines()
-        if not lines:
-            return f"; it printed nothing to {self.files.log}"
-        return "".join([f"; the last lines in {self.files.log}:", *(f"\n  {line}" for line in lines)])
-
-    def last_lines(self) -> list[str]:
-        """Return the last lines of the program's output, at most 8."""
+    def printed(self) -> list[str]:
+        """Return the lines that it has printed, if it was started here."""
         try:
-            with self.files.log.open("rb") as log:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_BYTES))
-                return log.read().decode(errors="backslashreplace").splitlines()[-LAST_LINES:]
-        except OSError:
+            return self._program.files.log.read_text(errors="backslashreplace").splitlines()
+        except FileNotFoundError:
             return []
+
+    @property
+    def _token(self) -> str:
+        """The token that its onboard phase demands: that of kms.toml, or of the variable that it has, too."""
+        variables = (os.environ.get(name, "").strip() for name in ONBOARD_VARIABLES)
+        return super()._token or next(filter(None, variables), "")
+
+    # ---- its phase
+
+    async def current(self) -> Phase:
+        """Return its phase; raise `StackError` if it does not answer."""
+        phase = await self._program.phase()
+        if phase != self._phase:
+            await self._entered(phase)
+        return phase
+
+    async def reached_runtime(self) -> None:
+        """Wait until it answers over TLS; raise `StackError` if it does not."""
+        await self._program.reached_runtime()
+        await self._entered("runtime")
+
+    async def refresh(self) -> None:
+        """Ask it for its phase."""
+        try:
+            await self.current()
+        except StackError:
+            self._phase = NO_ANSWER
+
+    async def _entered(self, phase: Phase) -> None:
+        """Publish its URL, whose scheme depends on its phase, and note the root of its keys."""
+        self._phase = phase
+        is_runtime = phase == "runtime"
+        self._context.urls[self.spec.service] = self._program.url_of(phase)
+        self._root = await self._read_root() if is_runtime else ""
+
+    async def _read_root(self) -> str:
+        """Return the root certificate (PEM) of its keys: that in its folder or, if it has another one, in GetMeta.
+
+        It is empty if the KMS states none, such as one whose webhook does not answer.
+        """
+        path = self.cert_dir / ROOT_CA_CERT
+        with suppress(OSError):
+            return path.read_text()
+        # The certificate of the connection is not verified: this is how its root becomes known.
+        client = HttpClient(timeout=TIMEOUT, max_answer=MAX_RESPONSE, tls=client_context())
+        try:
+            answer = await client.send("POST", f"{tls_url(self._program.url)}/prpc/KMS.GetMeta?json", b"{}")
+            root = str(json.loads(answer.body)["ca_cert"])
+        except (NoAnswerError, AnswerTooLongError, ValueError, KeyError, TypeError):
+            return ""
+        finally:
+            await client.close()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(root)
+        return root
+
+    # ---- state
+
+    def capture(self) -> KmsState:
+        """Return the present state, without keys; raise `StackError` if it does not answer."""
+        if self._phase == NO_ANSWER:
+            raise StackError(f"{self.spec.service} at {self.url} does not answer")
+        return KmsState.model_construct(
+            spec=self.spec,
+            phase=self._phase,
+            files={},
+            own_boot_info=None,
+            requests=0,
+            failures=0,
+            measured=self.measured,
+            foreign_root=self._root,
+        )
+
+    async def require_restorable(self, state: KmsState) -> None:
+        """Raise `StackError` unless it has the phase and the keys of the state, which nobody else can give it."""
+        about = f"{self.spec.service} is another program, whose keys are in no snapshot"
+        if state.foreign_root is None:
+            raise StackError(f"{about}, and the state is of a KMS of the emulator: start the stack without --kms")
+        phase = await self.current()
+        if phase != state.phase:
+            raise StackError(f"{about}: it is in its {phase} phase, and was in its {state.phase} phase then")
+        if self._root != state.foreign_root:
+            raise StackError(f"{about}: it has other keys than then")
+
+    async def restore(self, state: KmsState) -> None:
+        """Restore what the stack knows of it."""
+        self.measured = state.measured
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

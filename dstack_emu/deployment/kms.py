@@ -8,9 +8,9 @@ from typing import Any
 from dstack_emu.deployment.authorization import Phase
 from dstack_emu.deployment.context import StackContext
 from dstack_emu.deployment.errors import StackError
+from dstack_emu.deployment.foreign_kms import ForeignKms
 from dstack_emu.deployment.guest_config import local_key_provider
 from dstack_emu.deployment.guests import start_guest
-from dstack_emu.deployment.running_foreign_kms import RunningForeignKms
 from dstack_emu.deployment.running_kms import RunningKms
 from dstack_emu.deployment.specs import KmsSpec
 from dstack_emu.deployment.state import KmsState
@@ -196,7 +196,7 @@ async def start_kms(
     program = context.config.kms.get(spec.name)
     kms: RunningKms = EmulatedKms(context, spec, guest)
     if program is not None:
-        kms = RunningForeignKms(context, spec, guest, program, progress)
+        kms = ForeignKms(context, spec, guest, program, progress)
     try:
         provider = local_key_provider(context.seed, spec.service)
         try:

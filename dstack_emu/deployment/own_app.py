@@ -13,6 +13,7 @@ from dstack_emu.attest.app_compose import AppManifest
 from dstack_emu.attest.encrypted_env import MAX_FILE_SIZE, parse_env, plain_env
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.release import release
+from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.specs import GuestSpec
@@ -102,6 +103,18 @@ def read_env_file(path: Path) -> dict[str, str]:
             raise FormatError(f"env-file {path}: line {number}: NAME=VALUE expected")
         variables[name.strip()] = value.strip()
     return variables
+
+
+@dataclass(frozen=True, slots=True)
+class DomainRule:
+    """The rule of a policy that allows the app of a trust domain, as `AppToAllow`."""
+
+    domain: TrustDomain
+
+    async def rule(self) -> dict[policy_files.AppRule, str]:
+        """Return its rule, and the hash of its OS image (hex)."""
+        rule = policy_files.AppRule(self.domain.app_id.hex(), self.domain.compose_hash.hex())
+        return {rule: self.domain.image.os_image_hash.hex()}
 
 
 @dataclass(frozen=True, slots=True)

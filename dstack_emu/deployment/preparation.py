@@ -16,10 +16,10 @@ from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import DESCRIPTION_FILE, VMM_WORKLOADS, StackConfig
 from dstack_emu.deployment.context import ServicePorts, StackContext
 from dstack_emu.deployment.errors import StackError
+from dstack_emu.deployment.foreign_parts import require_foreign_parts
 from dstack_emu.deployment.guests import boot_domain
 from dstack_emu.deployment.instrumentation import Instrumentation
 from dstack_emu.deployment.own_app import OwnApp
-from dstack_emu.deployment.own_parts import require_own_parts
 from dstack_emu.deployment.policy_files import PolicyFiles
 from dstack_emu.deployment.running_kms import PERMANENT
 from dstack_emu.deployment.service_logs import ServiceLogs
@@ -45,7 +45,7 @@ def prepare(
     none. Raises `StackError`, or `ListenError` if a port is taken.
     """
     _require_release(config)
-    require_own_parts(config)
+    require_foreign_parts(config)
     services = services - {f"auth-{name}" for name in config.webhooks}
     app = OwnApp.of(config)
     state = _state_folder(config.state, closing)

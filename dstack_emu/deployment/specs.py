@@ -1,6 +1,6 @@
 """The specifications of a stack's trust domains and KMS, in the control API and in saved states."""
 
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
@@ -9,6 +9,7 @@ from dstack_emu.attest.encrypted_env import MAX_FILE_SIZE
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.hexadecimal import decode_hex
 from dstack_emu.attest.release import release
+from dstack_emu.simulator.image import GIB
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 
@@ -22,7 +23,6 @@ def _release_name(text: object) -> str:
 
 ReleaseName = Annotated[str, BeforeValidator(_release_name)]
 Hex = Annotated[str, StringConstraints(pattern=r"^(0x)?([0-9a-fA-F]{2})*$", max_length=20_000)]
-GIB: Final = 1024**3
 
 
 class _Spec(BaseModel):

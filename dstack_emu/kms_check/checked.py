@@ -10,7 +10,7 @@ from dstack_emu.attest.certificate import CertificateAuthority, load_authority
 from dstack_emu.attest.kdf import load_p256_pem
 from dstack_emu.deployment.authorization import plain_url, tls_url
 from dstack_emu.deployment.errors import StackError
-from dstack_emu.deployment.foreign_kms import ForeignKms, KmsFiles
+from dstack_emu.deployment.kms_process import KmsFiles, KmsProcess
 from dstack_emu.deployment.kms_toml import KmsSettings
 from dstack_emu.kms_check.calls import request
 from dstack_emu.kms_check.errors import UnusableError
@@ -47,7 +47,7 @@ class CheckedKms:
             settings={"auth_api": {"webhook": {"timeout": WEBHOOK_TIMEOUT}}},
             release=world.release,
         )
-        self._program = ForeignKms(
+        self._program = KmsProcess(
             "the KMS",
             self._settings,
             KmsFiles.in_folder(folder),

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 
 from dstack_emu.attest.errors import AttestError
 from dstack_emu.attest.release import Release
+from dstack_emu.deployment.authorization import Progress
 from dstack_emu.kms_check.calls import Answer
 from dstack_emu.kms_check.case import Case, Phase
 from dstack_emu.kms_check.cases import bootstrap, onboarding
@@ -18,7 +19,6 @@ from dstack_emu.kms_check.trial import DepartureError, Step, Trial
 from dstack_emu.kms_check.world import World, surroundings
 
 Outcome = Literal["pass", "warning", "FAIL", "allowed", "skipped"]
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from dstack_emu.kms_check.evidence import Issuer
 from dstack_emu.kms_check.webhook import Webhook
 from dstack_emu.observability.fault_rules import FaultRule
 from dstack_emu.simulator.app_keys import OwnKeys
-from dstack_emu.simulator.image import ImageParts, OsImage
+from dstack_emu.simulator.image import GIB, ImageParts, OsImage
 from dstack_emu.simulator.intel import IntelState
 from dstack_emu.simulator.platform import PlatformState
 from dstack_emu.simulator.trust_domain import AppCompose, TrustDomain
@@ -38,7 +38,6 @@ CHECKED: Final = "kms-checked"
 """The name of the trust domain of the KMS that is checked."""
 AGENT: Final = "agent-checked"
 """The service of its guest agent."""
-GIB: Final = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)

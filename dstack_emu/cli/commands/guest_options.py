@@ -81,6 +81,12 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     guest.add_argument(
         "--instance", default="", metavar="NAME", help="another instance of the app; each name has its own instance id"
     )
+    _add_machine(guest)
+    _add_quote_options(guest)
+
+
+def _add_machine(guest: argparse._ArgumentGroup) -> None:
+    """Add the options of its OS image and its VM."""
     guest.add_argument(
         "--image", default="dstack-emu", metavar="NAME", help="name of the generated OS image (%(default)s)"
     )
@@ -99,6 +105,10 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     guest.add_argument(
         "--sys-config", type=Path, metavar="FILE", help="a sys-config.json whose vm_config replaces these options"
     )
+
+
+def _add_quote_options(guest: argparse._ArgumentGroup) -> None:
+    """Add the options that a quote shows."""
     guest.add_argument("--debug", action="store_true", help="a debug trust domain, which every verifier refuses")
     guest.add_argument(
         "--mr-config-id",

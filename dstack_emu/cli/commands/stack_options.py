@@ -42,18 +42,7 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
         help="let each KMS use a webhook's successful answer about itself for a second, as 0.6 does",
     )
     add_collateral_issued(parser)
-    parser.add_argument("--vmm", action="store_true", help="run a VMM, too: it deploys machines, as `vmm-cli.py` asks")
-    parser.add_argument(
-        "--vmm-workload",
-        choices=VMM_WORKLOADS,
-        default=VMM_WORKLOADS[0],
-        help="what runs in machines of the VMM: with `docker` their containers, on this host's engine (%(default)s)",
-    )
-    parser.add_argument(
-        "--vmm-script-image",
-        metavar="IMAGE",
-        help="the image in whose containers scripts of an app run (default: that of its first service)",
-    )
+    _add_vmm_options(parser)
     parser.add_argument("--grpc", action="store_true", help="let agents and KMS serve gRPC, too")
     parser.add_argument(
         "--port",
@@ -64,18 +53,7 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
         help="the port of one service (0: a free one); may be repeated; names and defaults: "
         + ", ".join(f"{name}={port}" for name, port in _PORTS.items()),
     )
-    parser.add_argument(
-        "--state",
-        type=Path,
-        metavar="DIR",
-        help="keep keys, sockets and policies in this folder, and resume from it (default: a temporary folder)",
-    )
-    parser.add_argument(
-        "--policies",
-        type=Path,
-        metavar="DIR",
-        help="keep auth-src.json and auth-dst.json in this folder (default: in the state folder)",
-    )
+    _add_folders(parser)
     parser.add_argument(
         "--webhook",
         action="append",
@@ -92,6 +70,40 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="boot this OS image instead of a generated one (see `dstack-emu image build`)",
     )
+    _add_app_options(parser)
+
+
+def _add_vmm_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--vmm", action="store_true", help="run a VMM, too: it deploys machines, as `vmm-cli.py` asks")
+    parser.add_argument(
+        "--vmm-workload",
+        choices=VMM_WORKLOADS,
+        default=VMM_WORKLOADS[0],
+        help="what runs in machines of the VMM: with `docker` their containers, on this host's engine (%(default)s)",
+    )
+    parser.add_argument(
+        "--vmm-script-image",
+        metavar="IMAGE",
+        help="the image in whose containers scripts of an app run (default: that of its first service)",
+    )
+
+
+def _add_folders(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--state",
+        type=Path,
+        metavar="DIR",
+        help="keep keys, sockets and policies in this folder, and resume from it (default: a temporary folder)",
+    )
+    parser.add_argument(
+        "--policies",
+        type=Path,
+        metavar="DIR",
+        help="keep auth-src.json and auth-dst.json in this folder (default: in the state folder)",
+    )
+
+
+def _add_app_options(parser: argparse.ArgumentParser) -> None:
     app = parser.add_argument_group("the app")
     app.add_argument(
         "--app-compose",

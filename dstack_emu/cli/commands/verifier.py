@@ -13,6 +13,7 @@ from typing import Any
 from dstack_emu.attest.errors import AttestError, FormatError
 from dstack_emu.attest.release import Release
 from dstack_emu.attest.verify import TrustAnchor
+from dstack_emu.cli.commands.collateral_options import PCCS
 from dstack_emu.cli.commands.common import WARNING, UsageError, add_release, listen_address, say, stop_on_signals
 from dstack_emu.cli.commands.root_options import NamedAnchor, add_root, chosen_root, default_root
 from dstack_emu.deployment.clock import wall_clock
@@ -40,8 +41,6 @@ DESCRIPTION = (
     f"if not. Upstream's dstack-verifier.toml and its variables ({VARIABLES}…) are read; options override "
     "both. " + WARNING
 )
-
-PCCS = f"http://127.0.0.1:{PORTS['pccs']}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

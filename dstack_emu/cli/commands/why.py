@@ -20,7 +20,7 @@ from dstack_emu.cli.commands.common import UsageError, add_release
 from dstack_emu.cli.commands.inspect import add_input, identify, read_bytes
 from dstack_emu.cli.commands.root_options import add_root, chosen_root, default_root
 from dstack_emu.cli.terminal import printable, wants_colour
-from dstack_emu.cli.why_letter import letter
+from dstack_emu.cli.why_text import render
 from dstack_emu.inspection.checks import Expectations
 from dstack_emu.inspection.policy_file import PolicyFile
 from dstack_emu.inspection.why import BootRequest, Examination, Explained, UnusableError, ask, examine, explain
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = _report(arguments)
     except (UnusableError, AuthError, UnavailableError, TransportError, AttestError) as error:
         raise UsageError(printable(f"{arguments.file}: {_advice(error)}")) from error
-    print(as_json(report) if arguments.json else letter(report, colour=wants_colour(sys.stdout)))
+    print(as_json(report) if arguments.json else render(report, colour=wants_colour(sys.stdout)))
     return 0 if report.verdict == "allowed" else 1
 
 

@@ -20,7 +20,7 @@ SHOWN: Final = 3
 _TONES: Final = {"allowed": GREEN, "denied": RED, "refused": RED}
 
 
-def letter(report: Report, *, colour: bool) -> str:
+def render(report: Report, *, colour: bool) -> str:
     """Render a report as text."""
     return "\n".join(_lines(report, colour))
 

@@ -13,7 +13,7 @@ import pytest
 
 from dstack_emu.attest.release import RELEASES
 from dstack_emu.deployment.errors import StackError
-from dstack_emu.deployment.foreign_kms import ForeignKms, KmsFiles
+from dstack_emu.deployment.kms_process import KmsFiles, KmsProcess
 from dstack_emu.deployment.kms_toml import KmsSettings
 from dstack_emu.kms_emu.config import KmsConfig
 from dstack_emu.simulator.intel import Intel
@@ -40,12 +40,12 @@ def settings_in(folder: Path, **changes: object) -> KmsSettings:
 
 def foreign_kms(
     folder: Path, command: str | None, *, patience: float = 30, settings: KmsSettings | None = None
-) -> ForeignKms:
+) -> KmsProcess:
     """A KMS of a command in a folder; what it reports is dropped."""
     settings = settings or settings_in(folder)
     url = f"http://{settings.host}:{settings.port}"
     files = KmsFiles.in_folder(folder)
-    return ForeignKms(
+    return KmsProcess(
         "kms-x",
         settings,
         files,
@@ -58,7 +58,7 @@ def foreign_kms(
 
 
 @asynccontextmanager
-async def started(kms: ForeignKms) -> AsyncIterator[ForeignKms]:
+async def started(kms: KmsProcess) -> AsyncIterator[KmsProcess]:
     await kms.start()
     try:
         yield kms
@@ -66,7 +66,7 @@ async def started(kms: ForeignKms) -> AsyncIterator[ForeignKms]:
         await kms.stop()
 
 
-def refusal(kms: ForeignKms) -> str:
+def refusal(kms: KmsProcess) -> str:
     """What starting it and waiting for it is refused with."""
 
     async def attempt() -> None:
@@ -154,7 +154,7 @@ def test_port_in_use_is_not_taken_for_the_program(tmp_path: Path) -> None:
 
 
 def test_program_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dstack_emu.deployment.foreign_kms.GRACE", 0.1)
+    monkeypatch.setattr("dstack_emu.deployment.kms_process.GRACE", 0.1)
     stubborn = script(tmp_path, "stubborn", "trap '' TERM", 'echo $$ > "$1.pid"', "while :; do sleep 1; done")
     kms = foreign_kms(tmp_path, f"{stubborn} {{config}}")
     pid_file = tmp_path / "kms.toml.pid"

@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.deployment.errors import StackError
-from dstack_emu.deployment.foreign_kms import command_words
-from dstack_emu.deployment.running_foreign_kms import EXTERNAL, is_url
+from dstack_emu.deployment.foreign_kms import EXTERNAL, is_url
+from dstack_emu.deployment.kms_process import command_words
 from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
 from dstack_emu.observability.journal import Journal
 from dstack_emu.simulator.agent import GuestAgent
@@ -17,7 +17,7 @@ from dstack_emu.transport.urls import shown_url
 REQUEST_MEMBERS = ("mr_aggregated", "os_image_hash", "device_id", "app_id", "compose_hash")
 
 
-def require_own_parts(config: StackConfig) -> None:
+def require_foreign_parts(config: StackConfig) -> None:
     """Verify the settings `webhooks`, `kms` and `kms_wait`; raise `StackError`, which says what is wrong."""
     for setting, given in (("webhook", config.webhooks), ("kms", config.kms)):
         for name in given:

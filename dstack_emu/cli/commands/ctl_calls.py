@@ -1,0 +1,235 @@
+"""The calls of the control API that `dstack-emu ctl` makes: a function for each command, which returns what to print.
+
+An answer that is not text is printed as JSON, and None is not printed. Each raises `ControlRefusedError` if the stack
+refuses, and `UsageError` if the arguments do not make a call.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dstack_emu.auth.policy import Policy
+from dstack_emu.auth.spelling import unread_keys
+from dstack_emu.cli.commands.common import UsageError, say
+from dstack_emu.cli.commands.control_client import Api, ControlRefusedError
+from dstack_emu.cli.commands.policy_subject import subject
+from dstack_emu.deployment.environment import environment
+from dstack_emu.observability.record_text import texts
+
+
+def pair(text: str) -> tuple[str, Any]:
+    """Read KEY=VALUE for argparse. A value in JSON is parsed; @FILE stands for the text of a file."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"KEY=VALUE expected, got {text!r:.60}")
+    if value.startswith("@"):
+        try:
+            return key, Path(value[1:]).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise argparse.ArgumentTypeError(f"{key}: cannot read {value[1:]} ({error})") from error
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        return key, value
+    # A number of many digits is hex without letters, such as an app id.
+    return key, value if isinstance(parsed, int | float) and len(value) > 15 else parsed
+
+
+def _name(arguments: argparse.Namespace) -> str:
+    if not arguments.name:
+        raise UsageError(f"ctl {arguments.do} {arguments.verb}: a name expected; `ctl {arguments.do}` lists the names")
+    return urllib.parse.quote(arguments.name, safe="")
+
+
+def env(api: Api, arguments: argparse.Namespace) -> str:
+    """Return the variables that `exec` sets, as lines NAME=VALUE or as commands for a shell."""
+    variables = environment(api.get("/stack"), api.token)
+    if arguments.export:
+        return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())
+    return "\n".join(f"{name}={value}" for name, value in variables.items())
+
+
+def health(api: Api, arguments: argparse.Namespace) -> str:
+    """Return `ready`, or refuse with what is wrong with each service."""
+    answers: dict[str, str] = api.get("/stack/health")
+    if wrong := {name: said for name, said in answers.items() if said != "ok"}:
+        raise ControlRefusedError("; ".join(wrong.values()))
+    return "ready"
+
+
+def tail(api: Api, arguments: argparse.Namespace) -> None:
+    """Print the calls that have ended and, unless told not to, those that end from now on."""
+    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    past = api.get(f"/journal?limit={max(arguments.last, 0)}")
+    records = _following(api, past["position"], past["records"], follow=not arguments.no_follow)
+    shown = (
+        (json.dumps(record, separators=(",", ":")) for record in records)
+        if arguments.json
+        else texts(records, colours=colours, details=not arguments.short)
+    )
+    for line in shown:
+        print(line, flush=True)
+
+
+def _following(api: Api, position: int, past: list[Any], *, follow: bool) -> Iterator[Any]:
+    yield from past
+    if follow:
+        with api.open("GET", f"/journal/stream?since={position}") as stream:
+            for line in stream:
+                yield json.loads(line)
+
+
+def journal(api: Api, arguments: argparse.Namespace) -> Any:
+    """Return the records that match, or their number, or remove all."""
+    if arguments.verb == "clear":
+        return api.send("DELETE", "/journal")
+    query = urllib.parse.urlencode(arguments.matching)
+    if arguments.verb == "count":
+        return str(api.get(f"/journal/count?{query}")["calls"])
+    return api.get(f"/journal?{query}")["records"]
+
+
+def policy(api: Api, arguments: argparse.Namespace) -> Any:
+    """Return a policy, or change it."""
+    path = f"/policies/{urllib.parse.quote(arguments.side, safe='')}"
+    if arguments.verb == "show":
+        policy = api.get(path)
+        for warning in unread_keys(policy, Policy):
+            say(f"Warning: {warning}")
+        return policy
+    if arguments.verb == "set":
+        if not arguments.what:
+            raise UsageError("ctl policy set: a file expected (- for stdin)")
+        return api.send("PUT", path, _read_json(arguments.what))
+    body = subject(arguments)
+    if arguments.verb == "allow":
+        body["this_device_only"] = arguments.this_device_only
+    return api.send("POST", f"{path}/{arguments.verb}", body)
+
+
+def _read_json(name: str) -> Any:
+    try:
+        return json.loads(sys.stdin.read() if name == "-" else Path(name).read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name}: JSON expected ({error})") from error
+
+
+def platform(api: Api, arguments: argparse.Namespace) -> Any:
+    """Return platforms, add one, or change its state."""
+    if not arguments.name:
+        if arguments.set or arguments.new:
+            raise UsageError("ctl platform: a name expected; `ctl platform` lists the names")
+        return api.get("/platforms")
+    path = f"/platforms/{urllib.parse.quote(arguments.name, safe='')}"
+    made = api.send("PUT", path, {}) if arguments.new else None
+    if arguments.set:
+        return api.send("PATCH", path, dict(arguments.set))
+    return made or api.get(path)
+
+
+def vendor(api: Api, arguments: argparse.Namespace) -> Any:
+    """Return or change the vendor's state."""
+    return api.send("PATCH", "/vendor", dict(arguments.set)) if arguments.set else api.get("/vendor")
+
+
+def clock(api: Api, arguments: argparse.Namespace) -> Any:
+    """Return or change the clock."""
+    verb, value = arguments.verb, arguments.value
+    if verb == "show":
+        return api.get("/clock")
+    if verb in ("set", "advance") and value is None:
+        raise UsageError(
+            f"ctl clock {verb}: a value expected, such as "
+            + ("2026-06-01T12:00:00Z" if verb == "set" else "12h or 30d")
+        )
+    if verb in ("resume", "wall") and value is not None:
+        raise UsageError(f"ctl clock {verb} takes no value, got {value!r:.60}")
+    return api.send("POST", "/clock", {{"wall": "follow_the_wall"}.get(verb, verb): True if value is None else value})
+
+
+def fault(api: Api, arguments: argparse.Namespace) -> Any:
+    """Return faults, add one, or lift them."""
+    words = arguments.words
+    if not words:
+        return api.get("/faults")
+    if words[0] == "clear":
+        for fault in words[1:]:
+            api.send("DELETE", f"/faults/{urllib.parse.quote(fault, safe='')}")
+        return None if words[1:] else api.send("DELETE", "/faults")
+    try:
+        return api.send("POST", "/faults", dict(map(pair, words)) | ({"later": True} if arguments.later else {}))
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"ctl fault: {error}") from error
+
+
+def guest(api: Api, arguments: argparse.Namespace) -> Any:
+    """Return trust domains, or change one."""
+    fields = dict(arguments.fields)
+    match arguments.verb:
+        case "list":
+            return api.get("/guests")
+        case "show":
+            return api.get(f"/guests/{_name(arguments)}")
+        case "add":
+            return api.send("POST", "/guests", {"name": arguments.name, **fields})
+        case "boot":
+            return api.send("POST", f"/guests/{_name(arguments)}/boot", fields)
+        case "event":
+            return api.send("POST", f"/guests/{_name(arguments)}/events", fields)
+    return api.send("DELETE", f"/guests/{_name(arguments)}")
+
+
+def kms(api: Api, arguments: argparse.Namespace) -> Any:
+    """Return KMS, or change one."""
+    fields = dict(arguments.fields)
+    match arguments.verb:
+        case "list":
+            return api.get("/kms")
+        case "show":
+            return api.get(f"/kms/{_name(arguments)}")
+        case "add":
+            return api.send("POST", "/kms", {"name": arguments.name, **fields})
+        case "onboard":
+            return api.send("POST", f"/kms/{_name(arguments)}/onboard", fields)
+        case "restart":
+            return api.send("POST", f"/kms/{_name(arguments)}/restart", fields)
+    return api.send("DELETE", f"/kms/{_name(arguments)}")
+
+
+def snapshot(api: Api, arguments: argparse.Namespace) -> None:
+    """Take a snapshot."""
+    api.send("POST", "/snapshots", {"name": arguments.name})
+
+
+def revert(api: Api, arguments: argparse.Namespace) -> None:
+    """Restore a snapshot."""
+    api.send("POST", f"/snapshots/{urllib.parse.quote(arguments.name, safe='')}/revert", {})
+
+
+def save(api: Api, arguments: argparse.Namespace) -> None:
+    """Write the state of the stack to a file."""
+    text = json.dumps(api.get("/state"), indent=1) + "\n"
+    try:
+        arguments.file.touch(mode=0o600)  # it contains private keys
+        arguments.file.write_text(text)
+    except OSError as error:
+        raise UsageError(f"{arguments.file} cannot be written: {error.strerror}") from error
+
+
+def load(api: Api, arguments: argparse.Namespace) -> None:
+    """Restore the state in a file."""
+    api.send("PUT", "/state", _read_json(str(arguments.file)))
+
+
+def call(api: Api, arguments: argparse.Namespace) -> Any:
+    """Make the call that the arguments spell out."""
+    body = arguments.body
+    if body is None and arguments.method in ("POST", "PUT", "PATCH"):
+        body = {}
+    return api.send(arguments.method, arguments.path, body)
