@@ -21,8 +21,8 @@ def read_config(path: str) -> bytes:
     """Return the whole file's bytes; raise `AuthConfigError`, which names the file.
 
     The file is read in the event loop's thread, because it is small, and another thread would take longer. A file that
-    is written to in place meanwhile is read again, at most `READS` times: a mixture of the old and the new text could be
-    a policy that nobody wrote. A file that was just changed is read once more after `TICK`, because its times do not
+    is written to in place meanwhile is read again, at most `READS` times: a mixture of the old and the new text could
+    be a policy that nobody wrote. A file that was just changed is read once more after `TICK`, because its times do not
     show another change before.
     """
     try:

@@ -1,6 +1,7 @@
 """The answer of `GET /openapi.json`: the webhook's interface, for readers and client generators.
 
-Upstream has such a file beside auth-mock, and does not serve it. It only describes; `boot_info` and `allowlist` validate.
+Upstream has such a file beside auth-mock, and does not serve it. It only describes the interface; `boot_info` and
+`allowlist` validate requests.
 """
 
 from typing import Any, Final
