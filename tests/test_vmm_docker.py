@@ -21,6 +21,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from dstack_emu.attest.release import RELEASES
 from dstack_emu.testing import LiveStack
 from tests.ports import free_port
 from tests.running import RunningStack, running_stack
@@ -38,6 +39,7 @@ KEY = "from dstack_sdk import DstackClient; print('key', DstackClient().get_key(
 ENVIRONMENT = (
     "import os; print('env', sorted('='.join(v) for v in os.environ.items() if v[0][:4] == 'APP_'), flush=True)"
 )
+ANSWERS = "python3 -c 'import socket; socket.create_connection((\"127.0.0.1\", 8000))' 2>/dev/null"
 KINDS = ("container", "network", "volume", "image")
 
 
@@ -274,6 +276,10 @@ def test_scripts_run_in_containers_before_those_of_the_app(deployer: Deployer, i
 
 def test_script_that_fails_starts_no_container(deployer: Deployer, image: str) -> None:
     service = {"image": image, "command": "true"}
+    needs_file = deployer.deploy(app_compose({"main": service | {"env_file": "x"}}, pre_launch_script="true"))
+    assert deployer.vmm.booted(needs_file)["boot_error"].endswith(
+        "(--vmm-script-image names the image for scripts without it)"
+    )
     for script, text in (
         ("echo why\nfalse\necho on", "pre-launch-script failed with status 1: why"),
         ("echo $UNSET", "pre-launch-script failed with status 1: .*UNSET: unbound variable"),
@@ -392,15 +398,20 @@ def test_containers_that_cannot_start_are_a_boot_error_and_leave_the_agent(deplo
 
 
 def test_bash_app_runs_in_a_container_that_runs_on(image: str) -> None:
-    script = f'python3 -c "{KEY}"\npython3 -c "{ENVIRONMENT}"\npython3 -m http.server 8000 &\necho done >&2'
+    script = (
+        f'python3 -c "{KEY}"\npython3 -c "{ENVIRONMENT}"\npython3 -m http.server 8000 &\nuntil {ANSWERS}; do :; done'
+    )
     bash: dict[str, Any] = {"runner": "bash", "docker_compose_file": None}
     with LiveStack(vmm=True, vmm_workload="docker", vmm_script_image=image) as live:
         deployer = Deployer(live)
         compose_file = app_compose({}, bash_script=script, **bash)
         blob = deployer.encrypted(compose_file, {"APP_TOKEN": "t"})
-        vm_id = deployer.deploy(compose_file, encrypted_env=blob)
+        port = {"protocol": "tcp", "host_address": "127.0.0.1", "host_port": free_port(), "vm_port": 8000}
+        vm_id = deployer.deploy(compose_file, encrypted_env=blob, ports=[port])
         info = deployer.vmm.booted(vm_id)
         assert (info["boot_error"], info["boot_progress"]) == ("", "done")
+        curl = ["curl", "-sf", "--max-time", "20", f"http://127.0.0.1:{port['host_port']}/"]
+        assert b"app-compose.json" in subprocess.run(curl, capture_output=True, timeout=30, check=True).stdout
         assert len(deployer.line(vm_id, "key")) == 64
         assert deployer.line(vm_id, "env") == str(["APP_TOKEN=t"])
         failing = deployer.deploy(app_compose({}, bash_script="echo why >&2; exit 3", **bash))
@@ -409,7 +420,23 @@ def test_bash_app_runs_in_a_container_that_runs_on(image: str) -> None:
             "main script failed with status 3: why",
             "running main script",
         )
+        # With an image for scripts, a script may make a file that the compose file needs to be read.
+        service = {"image": image, "command": ["python3", "-c", ENVIRONMENT], "env_file": "made.env"}
+        made = app_compose({"main": service}, pre_launch_script="echo APP_MADE=m > made.env")
+        vm_id = deployer.deploy(made)
+        assert deployer.vmm.booted(vm_id)["boot_error"] == ""
+        assert deployer.line(vm_id, "env") == str(["APP_MADE=m"])
     assert deployer.engine.made() == {kind: [] for kind in KINDS}  # a stack without --state leaves nothing
+
+
+def test_failing_command_of_a_pre_launch_script_ends_no_launch_in_0_5(image: str) -> None:
+    service = {"image": image, "command": ["python3", "-c", ENVIRONMENT], "environment": ["APP_MADE"]}
+    compose_file = app_compose({"main": service}, pre_launch_script='false\nexport APP_MADE="m$UNSET"')
+    with LiveStack(release="0.5", vmm=True, vmm_workload="docker") as live:
+        deployer = Deployer(live)
+        vm_id = deployer.deploy(compose_file, image=f"dstack-emu-{RELEASES['0.5'].version}")
+        assert deployer.vmm.booted(vm_id)["boot_error"] == ""
+        assert deployer.line(vm_id, "env") == str(["APP_MADE=m"])
 
 
 def test_stack_that_was_killed_leaves_nothing_that_the_next_one_does_not_take(short_folder: Path, image: str) -> None:

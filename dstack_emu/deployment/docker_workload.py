@@ -189,7 +189,10 @@ class DockerWorkload:
     async def _script_runner(self, environment: Mapping[str, str]) -> ScriptRunner:
         image = self._workloads.script_image
         if not image and self._guest.domain.manifest.docker_compose_file is not None:
-            services = (await self._configured(environment)).get("services") or {}
+            try:
+                services = (await self._configured(environment)).get("services") or {}
+            except GuestError as error:  # perhaps for want of a file that a script makes
+                raise GuestError(f"{error}\n(--vmm-script-image names the image for scripts without it)") from error
             image = next((service["image"] for service in services.values() if service.get("image")), "")
         if not image:
             raise GuestError(
