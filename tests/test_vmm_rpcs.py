@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import itertools
 import json
 import shutil
 import subprocess
@@ -65,23 +66,21 @@ SERVICES = {
 }
 
 
-@pytest.mark.parametrize(
-    "path", [f"{mount}/{method.name}" for mount, service in SERVICES.items() for method in service.methods]
-)
-def test_call_with_any_body_is_answered_or_refused_with_a_reason(vmm: VmmClient, path: str) -> None:
+@pytest.mark.parametrize("mount", SERVICES)
+def test_call_with_any_body_is_answered_or_refused_with_a_reason(vmm: VmmClient, mount: str) -> None:
     url = urlsplit(vmm.url)
     connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=20)
-    as_json = [("?json", json.dumps(body).encode(), "application/json") for body in JUNK]
-    as_json += [("?json", body, "application/json") for body in (b"", b"{", b"\xff", b"[" * 10_000)]
-    binary = [("", body, "application/octet-stream") for body in (b"\x08", b"\x0a\xff", b"\xff" * 20, b"\x0a\x01\xff")]
-    for query, body, kind in [*as_json, *binary]:
-        connection.request("POST", path + query, body, {"Content-Type": kind})
+    sent = [("?json", json.dumps(body).encode(), "application/json") for body in JUNK]
+    sent += [("?json", body, "application/json") for body in (b"", b"{", b"\xff", b"[" * 10_000)]
+    sent += [("", body, "application/octet-stream") for body in (b"\x08", b"\x0a\xff", b"\xff" * 20, b"\x0a\x01\xff")]
+    for method, (query, body, kind) in itertools.product(SERVICES[mount].methods, sent):
+        connection.request("POST", f"{mount}/{method.name}{query}", body, {"Content-Type": kind})
         answer = connection.getresponse()
         text = answer.read()
-        assert answer.status in (200, 400), (query, body, text)
-        assert b"internal error" not in text, (query, body, text)
+        assert answer.status in (200, 400), (method.name, body, text)
+        assert b"internal error" not in text, (method.name, body, text)
     connection.close()
-    assert [vm["name"] for vm in vmm.rpc("Status")["vms"]] == []
+    assert vmm.rpc("Status")["vms"] == []
     assert vmm.info(vmm.deploy(stopped=True))["status"] == "stopped"
 
 
