@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from dstack_emu.testing.stack_thread import SyncControl
     from dstack_emu.webhook_check.check import Report
+    from dstack_emu.webhook_check.safety import SafetyReport
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -248,6 +249,12 @@ def dstack_journal(dstack_current: "LiveStack") -> "LiveJournal":
 def dstack_check_webhook(dstack_current: "LiveStack") -> "Callable[[str], Report]":
     """`dstack_check_webhook(url).broken == ()`: whether a KMS understands a webhook of your own."""
     return dstack_current.check_webhook
+
+
+@pytest.fixture
+def dstack_check_webhook_safety(dstack_current: "LiveStack") -> "Callable[..., SafetyReport]":
+    """`dstack_check_webhook_safety(url).unsafe == ()`: whether a webhook of your own allows what it should not."""
+    return dstack_current.check_webhook_safety
 
 
 @pytest.fixture

@@ -211,6 +211,13 @@ def test_documented_workflows_use_inputs_and_outputs_that_exist() -> None:
     assert "steps.emulator.outputs.files" in document("docs/howto/ci.md")
 
 
+def test_compose_file_of_the_vmm_publishes_its_port() -> None:
+    (stack,) = yaml.safe_load(document("compose/vmm.yaml"))["services"].values()
+    port = f"${{EMU_PORT_VMM:-{PORTS['vmm']}}}"
+    assert stack["ports"] == [f"127.0.0.1:{port}:{port}"]
+    assert stack["environment"] == {"EMU_VMM": "1", "EMU_PORT_VMM": "${EMU_PORT_VMM:-}"}
+
+
 @pytest.mark.parametrize("file", ["docker-compose.yaml", "docker-compose.parts.yaml"])
 def test_compose_files_publish_every_port_on_this_machine_only(file: str) -> None:
     services = yaml.safe_load(document(file))["services"]

@@ -52,18 +52,25 @@ def test_settings_become_options_and_those_of_the_container_come_last(started: P
         "EMU_AUTH_CONTRACT": "next",
         "EMU_DOMAIN": "stack other",
         "EMU_PORT_KMS_SRC": "9400",
+        "EMU_PORT_VMM": "9500",
+        "EMU_VMM": "1",
     }
     assert arguments_of(started, "up", "--release", "0.6", **settings) == [
         *["up", "--listen", "0.0.0.0", "--state", "/state"],
-        *["--port", "kms-src=9400", "--domain", "stack", "--domain", "other", "--seed=--a 'b"],
+        *["--port", "vmm=9500", "--port", "kms-src=9400", "--domain", "stack", "--domain", "other", "--vmm"],
+        "--seed=--a 'b",
         *["--auth-contract", "next", "--release", "0.5", "--fresh", "--release", "0.6"],
     ]
     assert arguments_of(started, EMU_START="ready") == arguments_of(started)
 
 
-def test_start_that_is_neither_ready_nor_fresh_is_refused(started: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [("EMU_START", "now", "ready or fresh expected, got 'now'"), ("EMU_VMM", "yes", "1 or nothing expected, got 'yes'")],
+)
+def test_setting_with_another_value_is_refused(started: Path, name: str, value: str, expected: str) -> None:
     with pytest.raises(subprocess.CalledProcessError) as caught:
-        arguments_of(started, EMU_START="now")
+        arguments_of(started, **{name: value})
     assert (caught.value.returncode, caught.value.stdout) == (2, "")
-    assert caught.value.stderr == "Error: EMU_START: ready or fresh expected, got 'now'\n"
-    assert arguments_of(started, "quote", EMU_START="now") == ["quote"]
+    assert caught.value.stderr == f"Error: {name}: {expected}\n"
+    assert arguments_of(started, "quote", **{name: value}) == ["quote"]

@@ -190,7 +190,8 @@ async def test_chances_are_the_same_after_going_back(control: Control) -> None:
         ({"kind": "delay", "seconds": float("nan")}, "seconds: Input should be"),
         ({"script": ["maybe"]}, "script: allow, deny, pass, hang"),
         ({"script": ["allow"], "times": 2}, "times and probability"),
-        ({"kind": "hang", "services": "pccs"}, "services: unknown key"),
+        ({"kind": "hang", "services": "pccs"}, "services: unknown key; did you mean 'service'?"),
+        ({"kind": "hang", "path": "/"}, "path: unknown key; known: service, call, "),
     ],
 )
 async def test_fault_that_makes_no_sense_is_refused(control: Control, fault: dict[str, Any], problem: str) -> None:

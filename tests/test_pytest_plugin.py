@@ -79,11 +79,12 @@ def dstack_settings():
     return {"patience": 5.0}
 
 
-def test_option(dstack_stack, dstack_session_stack, dstack_check_webhook):
+def test_option(dstack_stack, dstack_session_stack, dstack_check_webhook, dstack_check_webhook_safety):
     assert dstack_stack is dstack_session_stack
     assert dstack_stack.description["release"] == "0.5"
     assert dstack_stack.image("another").version == "0.5.11"
     assert dstack_check_webhook(dstack_stack.services["auth-src"]).broken == ()
+    assert dstack_check_webhook_safety(dstack_stack.services["auth-src"]).ok
     checks = dstack_stack.journal.find("/bootAuth/kms", service="auth-src")
     assert checks[0]["decision"]["allowed"]
 

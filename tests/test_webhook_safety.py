@@ -1,5 +1,6 @@
 """check-webhook's decisions: webhooks that fail open are named, and dstack's own rules pass under each contract."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from dstack_emu.webhook_check.allowed import CONTRACTS, Contract, from_document
 from dstack_emu.webhook_check.changes import Change, changes_of
 from dstack_emu.webhook_check.expected import expected
 from dstack_emu.webhook_check.safety import list_requests
-from dstack_emu.webhook_check.sample_requests import SampleRequests
+from dstack_emu.webhook_check.sample_requests import SampleError, SampleRequests
 from tests.commands import run_command, serving, usage_error
 from tests.recorded import golden
 
@@ -279,6 +280,32 @@ def test_policy_of_a_running_stack_is_found(dstack_stack: LiveStack) -> None:
     assert done.returncode == 1
     unproven = [each for each in json.loads(done.stdout)["requests"] if each["level"] == "unproven"]
     assert [each["said"].partition(":")[0] for each in unproven] == ["no entry of apps has composeHashes"]
+
+
+def test_webhook_of_a_stack_has_to_allow_its_kms_and_its_app(tmp_path: Path, policy_file: Path) -> None:
+    compose = tmp_path / "app-compose.json"
+    compose.write_text('{"manifest_version": 2, "name": "wallet", "runner": "bash", "bash_script": "true"}')
+    digest = hashlib.sha256(compose.read_bytes()).hexdigest()
+    app = {"composeHashes": [digest], "devices": [], "allowAnyDevice": True}
+    policy_file.write_text(json.dumps(policy() | {"apps": {digest[:40]: app}}))
+    no_tcb = [f"{side}: tcbStatus is not looked at: allowed with any value" for side in ("kms", "app")]
+    with (
+        webhook(NO_TCB, policy_file) as url,
+        LiveStack(webhooks={"src": url}, app_compose=compose, fresh=True) as stack,
+    ):
+        assert list(stack.check_webhook_safety(url).summary()) == no_tcb
+        assert stack.check_webhook_safety(url, expect={"* tcbStatus *": "any"}).ok
+        stack.policy("dst").allow("kms-src", "app")
+        assert stack.check_webhook_safety(stack.services["auth-dst"]).ok
+        (unproven,) = stack.check_webhook_safety(url, allowed=policy() | {"kms": {}}).failures[:1]
+        assert unproven.said.startswith("kms.mrAggregated is empty: it admits no KMS")
+        with pytest.raises(SampleError, match="did you mean 'app tcbStatus OutOfDate'"):
+            stack.check_webhook_safety(url, expect={"app tcbStatus OutOfDat": "denied"})
+
+        done = run_command("check-webhook", url, "--control", stack.services["control"], "--json")
+        report = json.loads(done.stdout)
+        source = f"the source KMS and the app of the stack at {stack.services['control']}"
+        assert (done.returncode, report["allowed"], report["summary"]) == (1, source, no_tcb)
 
 
 def test_table_has_the_recorded_answers_of_dstack_auth() -> None:

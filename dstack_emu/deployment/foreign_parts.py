@@ -55,12 +55,17 @@ def what_to_allow(kms: Mapping[str, RunningKms], app: GuestAgent) -> str:
     It is empty if there is none.
     """
     urls = foreign_webhooks(kms.values())
-    if not urls:
-        return ""
+    return "\n  ".join([_whose_policy(urls), *_whom_to_allow(kms, app)]) if urls else ""
+
+
+def _whose_policy(urls: Mapping[str, str]) -> str:
     asked = ", ".join(f"kms-{name} asks {url}" for name, url in urls.items())
+    return f"{asked}, whose policy is yours. All of these must be allowed:"
+
+
+def _whom_to_allow(kms: Mapping[str, RunningKms], app: GuestAgent) -> list[str]:
     agents = {each.spec.service: each.guest.agent for each in kms.values()} | {"the app": app}
-    allowed = [f"  {name}: {_identity(_members_of(agent))}" for name, agent in agents.items()]
-    return "\n".join([f"{asked}, whose policy is yours. All of these must be allowed:", *allowed])
+    return [f"{name}: {_identity(_members_of(agent))}" for name, agent in agents.items()]
 
 
 def what_was_denied(journal: Journal, kms: Mapping[str, RunningKms], app: GuestAgent) -> str:
@@ -77,7 +82,8 @@ def what_was_denied(journal: Journal, kms: Mapping[str, RunningKms], app: GuestA
             identity = _identity(record["decision"]["asked"])
             asked = f"{record['caller']} asked your webhook {url.rstrip('/')}{record['call']} about {identity}"
             return f". {asked}. Allow that there, or use --fresh, which asks no webhook by itself"
-    return f". {what_to_allow(kms, app)}\nOr use --fresh, which asks no webhook by itself"
+    allowed = "; ".join(_whom_to_allow(kms, app))  # an error is one line
+    return f". {_whose_policy(urls)} {allowed}. Or use --fresh, which asks no webhook by itself"
 
 
 def _members_of(agent: GuestAgent) -> dict[str, str]:

@@ -18,7 +18,10 @@ from dstack_emu.testing.kms import LiveKms, LivePolicy
 from dstack_emu.testing.platforms import LiveImage, LivePlatform, LiveVendor
 from dstack_emu.testing.stack_thread import StackThread, SyncControl
 from dstack_emu.testing.trust_domains import LiveTrustDomain
+from dstack_emu.webhook_check.allowed import from_document, from_guests
 from dstack_emu.webhook_check.check import Report, check_webhook
+from dstack_emu.webhook_check.expectations import parse_expectations
+from dstack_emu.webhook_check.safety import SafetyReport, check_safety
 from dstack_emu.webhook_check.sample_requests import SampleRequests
 
 T = TypeVar("T")
@@ -156,6 +159,26 @@ class LiveStack:
         """Send a webhook every request that a KMS sends, as `dstack-emu check-webhook` does, and return the report."""
         seed, release = self.in_thread(lambda stack: (stack.config.seed, stack.context.release_of(None)))
         return self._thread.wait(check_webhook(url, SampleRequests.of_seed(seed, release), release=release))
+
+    def check_webhook_safety(
+        self, url: str, *, allowed: Any = None, expect: Mapping[str, str] | None = None
+    ) -> SafetyReport:
+        """Change one thing at a time in a request that a webhook allows, and report what it still allows.
+
+        `allowed` and `expect` are the parsed JSON of `dstack-emu check-webhook --allowed` and `--expect`. By default
+        the webhook has to allow the source KMS and the app of the stack. The answers of auth-simple under the contract
+        of the stack's release are expected. Raises `SampleError` if an argument cannot be used.
+        """
+        seed, release = self.in_thread(lambda stack: (stack.config.seed, stack.context.release_of(None)))
+        contract, samples = release.auth_contract, SampleRequests.of_seed(seed, release)
+        if allowed is None:
+            requests = from_guests(
+                self.control.describe()["guests"], samples, "the source KMS and the app of the stack"
+            )
+        else:
+            requests = from_document(allowed, samples, contract, "the argument `allowed`")
+        expectations = parse_expectations(expect or {})
+        return self._thread.wait(check_safety(url, requests, contract, expectations=expectations, release=release))
 
     def snapshot(self, name: str = "snapshot") -> None:
         """Take a snapshot of the stack."""

@@ -22,6 +22,15 @@ CONTRACTS: Final[tuple[Contract, ...]] = get_args(Contract)
 Side = Literal["kms", "app"]
 SIDES: Final[tuple[Side, ...]] = get_args(Side)
 _UP_TO_DATE: Final = "UpToDate"
+_SHOWN: Final = {
+    "mrAggregated": "mr_aggregated",
+    "osImageHash": "os_image_hash",
+    "appId": "app_id",
+    "composeHash": "compose_hash",
+    "instanceId": "instance_id",
+    "deviceId": "device_id",
+}
+"""Members of a request, and what the control API calls them."""
 _ADMITS_EMPTY_DEVICES: Final = frozenset[Contract](("upstream", "next", "file"))
 
 
@@ -73,6 +82,18 @@ def from_samples(samples: SampleRequests, source: str) -> AllowedRequests:
 def _as_sent(boot_info: BootInfo) -> AllowedRequest:
     facts = Facts(frozenset({_UP_TO_DATE, boot_info.tcb_status}), frozenset(boot_info.advisory_ids))
     return AllowedRequest(boot_info, facts)
+
+
+def from_guests(guests: Mapping[str, Mapping[str, Any]], samples: SampleRequests, source: str) -> AllowedRequests:
+    """Take the source KMS and the app of a running stack, whose policy is not known, as its control API shows them.
+
+    The `mr_aggregated` of an app that has its keys is not that of its request: then that of `samples` is taken.
+    """
+    app = {wire: guests["app"][name] for wire, name in _SHOWN.items()}
+    kms = {wire: guests["kms-src"][name] for wire, name in _SHOWN.items()}
+    if guests["app"]["has_keys"]:
+        del app["mrAggregated"]
+    return from_samples(samples.with_values({"kms": kms, "app": app}), source)
 
 
 def from_document(document: Any, samples: SampleRequests, contract: Contract, source: str) -> AllowedRequests:

@@ -21,7 +21,14 @@ from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, 
 from dstack_emu.kms_emu.auth_api import TIMEOUT
 from dstack_emu.simulator.seed import DEFAULT_SEED
 from dstack_emu.transport.urls import shown_url
-from dstack_emu.webhook_check.allowed import CONTRACTS, AllowedRequests, Contract, from_document, from_samples
+from dstack_emu.webhook_check.allowed import (
+    CONTRACTS,
+    AllowedRequests,
+    Contract,
+    from_document,
+    from_guests,
+    from_samples,
+)
 from dstack_emu.webhook_check.check import SLOW, Report, check_webhook
 from dstack_emu.webhook_check.expectations import Wanted, parse_expectations, resolve
 from dstack_emu.webhook_check.safety import FAILURES, RequestCheck, SafetyReport, check_safety, list_requests
@@ -66,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--control",
         metavar="URL",
         default=os.environ.get("DSTACK_EMU_CONTROL") or None,
-        help="take what the policy of a running stack's source KMS allows, if there is no --allowed; the stack's "
-        "control API, by default that in DSTACK_EMU_CONTROL",
+        help="take what the policy of a running stack's source KMS allows, or its source KMS and app if it asks a "
+        "webhook of yours, if there is no --allowed; the stack's control API, by default that in DSTACK_EMU_CONTROL",
     )
     parser.add_argument(
         "--seed",
@@ -197,11 +204,14 @@ def _of_stack(url: str, named: Contract | None) -> tuple[AllowedRequests, Contra
     if not url.startswith("http://"):
         raise UsageError(f"--control: an http:// URL expected, got {url!r:.100}")
     api = Api(*find_control(url, None, None))
-    stack, policy = api.get("/stack"), api.get("/policies/src")
+    stack = api.get("/stack")
     used = release(stack["release"])
     contract: Contract = named or used.auth_contract
     samples = SampleRequests.of_seed(stack["seed"], used)
-    source = f"the policy of the source KMS at {shown_url(url)}"
+    if "src" in stack["webhooks"]:
+        source = f"the source KMS and the app of the stack at {shown_url(url)}"
+        return from_guests(api.get("/guests"), samples, source), contract, used
+    source, policy = f"the policy of the source KMS at {shown_url(url)}", api.get("/policies/src")
     try:
         return from_document(policy, samples, contract, source), contract, used
     except SampleError as error:
