@@ -215,7 +215,7 @@ def test_compose_file_of_the_vmm_publishes_its_port() -> None:
     (stack,) = yaml.safe_load(document("compose/vmm.yaml"))["services"].values()
     port = f"${{EMU_PORT_VMM:-{PORTS['vmm']}}}"
     assert stack["ports"] == [f"127.0.0.1:{port}:{port}"]
-    assert stack["environment"] == {"EMU_VMM": "1", "EMU_PORT_VMM": "${EMU_PORT_VMM:-}"}
+    assert stack["environment"] == {"EMU_VMM": "${EMU_VMM:-1}", "EMU_PORT_VMM": "${EMU_PORT_VMM:-}"}
 
 
 @pytest.mark.parametrize("file", ["docker-compose.yaml", "docker-compose.parts.yaml"])

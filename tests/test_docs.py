@@ -176,6 +176,7 @@ def test_settings_of_the_container_are_documented() -> None:
             "docker-compose.parts.yaml",
             "compose/kms-src.yaml",
             "compose/kms-dst.yaml",
+            "compose/vmm.yaml",
         )
         for name in re.findall(r"\$\{(\w+)", document(file))
     }
