@@ -66,7 +66,10 @@ def test_settings_become_options_and_those_of_the_container_come_last(started: P
 
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
-    [("EMU_START", "now", "ready or fresh expected, got 'now'"), ("EMU_VMM", "yes", "1 or nothing expected, got 'yes'")],
+    [
+        ("EMU_START", "now", "ready or fresh expected, got 'now'"),
+        ("EMU_VMM", "yes", "1 or nothing expected, got 'yes'"),
+    ],
 )
 def test_setting_with_another_value_is_refused(started: Path, name: str, value: str, expected: str) -> None:
     with pytest.raises(subprocess.CalledProcessError) as caught:
