@@ -249,3 +249,12 @@ async def test_machines_run_again_after_a_restart_of_the_stack(short_folder: Pat
         assert (after["boot_progress"], after["instance_id"]) == ("done", before["instance_id"])
         assert vmm.info(stopped)["status"] == "stopped"
         assert not (short_folder / "vms" / ".new-half").exists()
+
+
+def test_key_for_an_environment_is_that_of_the_kms(vmm: VmmClient, stack: LiveStack) -> None:
+    answer = vmm.rpc("GetAppEnvEncryptPubKey", app_id=APP_ID)
+    kms = f"{stack.services['kms-src']}/prpc/GetAppEnvEncryptPubKey?json"
+    content = ("-H", "Content-Type: application/json", "-d", json.dumps({"app_id": APP_ID}))
+    done = subprocess.run(["curl", "-sSk", *content, kms], capture_output=True, timeout=30, check=True)
+    assert answer["public_key"] == json.loads(done.stdout)["public_key"]
+    assert len(bytes.fromhex(answer["signature_v1"])) == 65

@@ -13,6 +13,7 @@ from dstack_emu.attest.errors import AttestError
 from dstack_emu.attest.proto import vmm_pb2 as pb
 from dstack_emu.transport.client import PrpcClient, RpcError, TransportError
 from dstack_emu.transport.service import Rpc, ServiceTable, without_arguments, without_context
+from dstack_emu.transport.tls import client_context
 from dstack_emu.vmm import checks
 from dstack_emu.vmm.errors import VmmError
 from dstack_emu.vmm.fleet import Fleet
@@ -240,12 +241,13 @@ class VmmService:
     # ---- the KMS
 
     async def get_app_env_encrypt_pub_key(self, request: pb.AppId) -> pb.PublicKeyResponse:
-        """Pass a call on to the KMS."""
+        """Pass a call on to the KMS, whose certificate is not verified: its root keys sign the answer."""
         url = self.config.kms_url
         if not url:
             raise VmmError("KMS is not configured")
         try:
-            async with PrpcClient(f"{url.rstrip('/')}/prpc", timeout=KMS_TIMEOUT) as kms:
+            tls = client_context() if url.startswith("https://") else None
+            async with PrpcClient(f"{url.rstrip('/')}/prpc", timeout=KMS_TIMEOUT, ssl=tls) as kms:
                 return await kms.call("GetAppEnvEncryptPubKey", request, pb.PublicKeyResponse)
         except (TransportError, RpcError, AttestError) as error:
             raise VmmError(f"Failed to get app env encrypt pub key: {error}") from error
