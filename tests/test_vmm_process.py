@@ -258,3 +258,20 @@ def test_paths_of_a_container_lead_nowhere_else(tmp_path: Path) -> None:
     assert files.locate("/var/run/dstack.sock") == tmp_path / "run" / "dstack.sock"
     assert files.locate("../../etc/passwd", "/kms") == tmp_path / "containers" / "a" / "root" / "etc/passwd"
     assert files.locate("/y") == tmp_path / "root" / "x"
+
+
+@pytest.mark.parametrize("restart", ["unless-stopped", "no"])
+def test_kms_that_ends_runs_again_if_its_service_says_so(vmm: VmmClient, restart: str) -> None:
+    port = mapping(8000)
+    services = {"kms": kms_service(restart=restart), "auth-api": AUTH_MOCK}
+    vm_id = vmm.deploy(compose_file=app_compose(services), ports=[port])
+    vmm.booted(vm_id)
+    where = f"http://127.0.0.1:{port['host_port']}"
+    subprocess.run(["curl", "-sS", f"{where}/finish"], check=True, timeout=30, capture_output=True)  # without keys
+    while b"kms ended: Failed to onboard" not in vmm.ask(f"/logs?id={vm_id}&lines=100")[1]:
+        pass
+    command = ["curl", "-s", "--retry", "20", "--retry-all-errors", "--retry-delay", "1", f"{where}/finish"]
+    if restart == "no":
+        assert subprocess.run(command[:2] + command[-1:], timeout=30, check=False).returncode != 0
+        return
+    assert subprocess.run(command, timeout=30, check=True, capture_output=True).stdout == b"OK"
