@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dstack_emu import Stack, StackConfig
+from dstack_emu.cli.stack_summary import summary
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.policy_files import AppRule
@@ -176,6 +177,16 @@ async def test_parts_that_were_added_come_back_with_their_identity_and_keys(
         assert stack.kms["third"].capture().files["root-ca.key"] == root
         assert {"third", "src"} <= stack.kms_info.keys()
         assert "removed" not in stack.guests
+        shown = re.findall(r"^  (\S+) +https?://\S+ +(.+)", summary(stack.description(), 1.0), re.MULTILINE)
+        assert (
+            dict(shown).items()
+            >= {
+                "auth-src": "auth webhook of kms-src",
+                "agent-third": "guest agent of kms-third",
+                "kms-third": "KMS third",
+                "wallet": "guest agent of a trust domain",
+            }.items()
+        )
         stack.control.deny("third", "wallet")
 
     async with own_stack(state=short_folder) as stack:  # the policy decides again

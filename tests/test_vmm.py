@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from dstack_sdk import DstackClient
 
 from dstack_emu.attest.proto import vmm_pb2 as pb
+from dstack_emu.cli.stack_summary import summary
 from dstack_emu.testing import LiveStack
 from tests.ports import free_port
 from tests.vmm import APP_ID, COMPOSE, IMAGE, VmmClient, allow, configuration
@@ -29,6 +31,10 @@ def vmm(stack: LiveStack) -> Iterator[VmmClient]:
     yield client
     for vm in client.rpc("Status")["vms"]:
         client.gone(vm["id"])
+
+
+def test_what_up_prints_has_the_vmm(stack: LiveStack) -> None:
+    assert re.search(rf"  vmm +{stack.services['vmm']} +VMM, which deploys machines\n", summary(stack.description, 1.0))
 
 
 def test_app_that_is_not_allowed_does_not_boot_and_boots_once_it_is(vmm: VmmClient, stack: LiveStack) -> None:

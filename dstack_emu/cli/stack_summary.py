@@ -5,16 +5,15 @@ from typing import Any
 
 _WHAT = {
     "pccs": "collateral for this stack's quotes",
-    "auth-src": "auth webhook of kms-src",
-    "auth-dst": "auth webhook of kms-dst",
-    "agent-src": "guest agent of kms-src",
-    "agent-dst": "guest agent of kms-dst",
     "kms-src": "KMS, source",
     "kms-dst": "KMS, destination",
     "app": "guest agent of the app",
     "verifier": "verifies evidence and OS images",
     "control": "control API, for `dstack-emu ctl`",
+    "vmm": "VMM, which deploys machines",
 }
+_OF_A_KMS = {"auth": "auth webhook of kms-", "agent": "guest agent of kms-", "kms": "KMS "}
+"""What the services of a KMS are, by the first part of their names; the second is the KMS."""
 
 
 def summary(description: dict[str, Any], seconds: float) -> str:
@@ -24,7 +23,7 @@ def summary(description: dict[str, Any], seconds: float) -> str:
         "ready, without keys: both KMS are in the onboard phase, and both policies deny everyone" if fresh else "ready"
     )
     lines = [f"dstack-emu is {state} ({seconds:.1f} s). It protects nothing.", ""]
-    lines += [f"  {name:<10} {url:<28} {_WHAT[name]}" for name, url in description["services"].items()]
+    lines += [f"  {name:<10} {url:<28} {_what(name)}" for name, url in description["services"].items()]
     lines += [
         f"  auth-{name:<5} {url:<28} your auth webhook of kms-{name}" for name, url in description["webhooks"].items()
     ]
@@ -52,6 +51,14 @@ def summary(description: dict[str, Any], seconds: float) -> str:
     lines += [f"  {line}" for line in (_fresh_steps(description) if fresh else _ready_steps(description))]
     lines += ["", f"State: {description['state']}. Ctrl-C stops it."]
     return "\n".join(lines)
+
+
+def _what(name: str) -> str:
+    """Say what a service is; trust domains and KMS that control added are services, too."""
+    kind, _, kms = name.partition("-")
+    if name in _WHAT or not kms or kind not in _OF_A_KMS:
+        return _WHAT.get(name, "guest agent of a trust domain")
+    return _OF_A_KMS[kind] + kms
 
 
 def _fresh_steps(description: dict[str, Any]) -> list[str]:
