@@ -13,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet install --co
 # setuptools is installed first, in its pinned version: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-build-isolation --editable
 
-.PHONY: help venv up test fuzz decisions check-kms crash lint types imports check bench proto lock clean
+.PHONY: help venv up test fuzz decisions check-kms machines crash lint types imports check bench proto lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ decisions: $(VENV)/.dev ## Hold many more random decisions against the model of 
 
 check-kms: $(VENV)/.dev ## Put every case of check-kms to the emulator's own KMS, in both releases
 	@DSTACK_EMU_CHECK_KMS=all $(BIN)/python -m pytest tests/test_check_kms.py -k own_kms $(ARGS)
+
+machines: $(VENV)/.dev ## Deploy many machines at once, remove them, and check that nothing is left (COUNT=50)
+	@DSTACK_EMU_MACHINES=$(or $(COUNT),50) $(BIN)/python -m pytest --timeout 600 tests/test_vmm_process.py -k nothing_behind $(ARGS)
 
 crash: $(VENV)/.dev ## Kill a KMS at random moments of its set-up, and check its next start
 	@$(BIN)/python -m tests.crash_campaign $(ARGS)
