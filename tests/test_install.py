@@ -59,13 +59,14 @@ def test_package_installs_from_a_git_repository(git_environment: dict[str, str],
     assert names == {"dstack_emu"}
 
     (installed / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     program = "import dstack_emu.simulator, dstack_emu.kms_emu, dstack_emu.auth as auth; print(auth.__file__)"
     for arguments, expected in (
         (["-c", program], str(installed / "dstack_emu" / "auth")),
         (["-m", "dstack_emu", "--version"], "dstack-emu"),
     ):
         python = [str(environment / "bin" / "python"), *arguments]
-        done = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(python, cwd=tmp_path, env=bare, capture_output=True, text=True, timeout=60, check=False)
         assert expected in done.stdout, done.stderr
 
 
