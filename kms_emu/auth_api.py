@@ -21,7 +21,7 @@ from dstack_emu.transport.urls import shown_url
 TIMEOUT: Final = 10.0
 """Seconds that a KMS waits for its webhook, unless `core.auth_api.webhook.timeout` is set."""
 MAX_ANSWER: Final = 1024 * 1024
-SHOWN: Final = 512
+SHOWN_BYTES: Final = 512
 _JSON_TYPE: Final = {"Content-Type": "application/json"}
 
 
@@ -168,7 +168,7 @@ class WebhookAuth:
         except NoAnswerError as error:
             raise UnavailableError(f"error sending request for url ({shown_at}): {error}") from error
         data, status = answer.body, answer.status
-        shown = data[:SHOWN].decode(errors="replace")
+        shown = data[:SHOWN_BYTES].decode(errors="replace")
         if not 200 <= status < 300:
             raise UnavailableError(f"auth api {shown_at} returned {status_line(status)}: {shown}")
         return _Answer(f"failed to decode response from {shown_at}, status={status_line(status)}, body={shown}", data)

@@ -12,7 +12,7 @@ from typing import Final
 
 MAX_AGE: Final = 60
 """Seconds for which a report counts; one from the future counts too."""
-MAX_SIZE: Final = 4096
+READ_SIZE: Final = 4096
 """Bytes of the file that are read."""
 
 FILE: Final = "<health_file>"
@@ -55,7 +55,7 @@ def _read(path: str) -> str:
         if not stat.S_ISREG(file.stat().st_mode):
             raise UnhealthyError(FILE, f"cannot read {path}: not a regular file")
         with file.open("rb") as stream:
-            return stream.read(MAX_SIZE).decode(errors="replace")
+            return stream.read(READ_SIZE).decode(errors="replace")
     except FileNotFoundError as error:
         raise UnhealthyError(FILE, f"{path} has not been written yet") from error
     except (OSError, ValueError) as error:

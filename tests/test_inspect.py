@@ -31,7 +31,7 @@ from dstack_emu.attest.report_data import bootstrap_report_data
 from dstack_emu.cli.commands.inspect import WIDTH, render
 from dstack_emu.cli.main import main
 from dstack_emu.inspection.fields import as_json
-from dstack_emu.inspection.identify import MAX_SIZE, Finding, inspect_input
+from dstack_emu.inspection.identify import MAX_INPUT_SIZE, Finding, inspect_input
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.platform import PlatformState
 from dstack_emu.simulator.seed import Seed
@@ -657,7 +657,7 @@ def test_attestation_info_tells_whether_the_device_is_of_the_ppid() -> None:
         (b"0\x82\xff\xff", "^looks like DER, but DER: 65535 bytes of content announced, 0 present$"),
         (b"-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n", "^looks like PEM, but "),
         (b"-----BEGIN nothing", "^PEM of certificates or a CRL expected, got no whole label$"),
-        (b"a" * (MAX_SIZE + 1), f"^input of at most {MAX_SIZE} bytes expected, got more$"),
+        (b"a" * (MAX_INPUT_SIZE + 1), f"^input of at most {MAX_INPUT_SIZE} bytes expected, got more$"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line(data: bytes, refusal: str) -> None:

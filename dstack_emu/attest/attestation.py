@@ -36,7 +36,7 @@ from dstack_emu.attest.msgpack_struct import (
 from dstack_emu.attest.quote import Quote
 from dstack_emu.attest.scale import Decoder
 
-MAX_SIZE: Final = 10 * 1024 * 1024
+MAX_ATTESTATION_SIZE: Final = 10 * 1024 * 1024
 REPORT_DATA_SIZE: Final = 64
 _unsigned_64: Final = unsigned(64)
 _PACKED_OCTETS: Final[tuple[bytes, ...]] = tuple(msgpack.packb(octet) for octet in range(256))
@@ -112,8 +112,8 @@ class Attestation:
 
 def decode(data: bytes) -> Attestation:
     """Decode either wire form, with no bytes left over; raise `FormatError`, with upstream's text if it has one."""
-    if len(data) > MAX_SIZE:
-        raise FormatError(f"attestation bytes too large: {len(data)} > {MAX_SIZE}")
+    if len(data) > MAX_ATTESTATION_SIZE:
+        raise FormatError(f"attestation bytes too large: {len(data)} > {MAX_ATTESTATION_SIZE}")
     if not data:
         raise FormatError("Empty attestation bytes")
     first = data[0]

@@ -17,7 +17,7 @@ TEE_TYPE_TDX: Final = 0x81
 ATTESTATION_KEY_ECDSA_P256: Final = 2
 CERTIFICATION_QE_REPORT: Final = 6
 CERTIFICATION_PCK_CHAIN: Final = 5
-MAX_SIZE: Final = 64 * 1024
+MAX_QUOTE_SIZE: Final = 64 * 1024
 """The maximum size of a quote in bytes. Hardware's have about 5000, and up to 16 KiB with their padding."""
 HEADER_SIZE: Final = 48
 TD10_SIZE: Final = 584
@@ -264,9 +264,9 @@ class Quote:
 
 
 def require_size(quote: bytes) -> None:
-    """Raise `FormatError` if a quote has more than MAX_SIZE bytes."""
-    if len(quote) > MAX_SIZE:
-        raise FormatError(f"quote: at most {MAX_SIZE} bytes expected, got {len(quote)}")
+    """Raise `FormatError` if a quote has more than MAX_QUOTE_SIZE bytes."""
+    if len(quote) > MAX_QUOTE_SIZE:
+        raise FormatError(f"quote: at most {MAX_QUOTE_SIZE} bytes expected, got {len(quote)}")
 
 
 def _read_report(reader: "_Reader") -> TdReport:

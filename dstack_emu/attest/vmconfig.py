@@ -30,7 +30,7 @@ from dstack_emu.attest.json_struct import (
     unsigned,
 )
 
-MAX_SIZE: Final = 1024 * 1024
+MAX_LENGTH: Final = 1024 * 1024
 """The maximum length of a configuration in characters. With an image's measurement documents it has about 10,000."""
 
 MAX_VALUES: Final = 4096
@@ -125,9 +125,9 @@ class VmConfig:
 
 
 def require_size(text: str) -> None:
-    """Raise `FormatError` if a configuration has more than MAX_SIZE characters."""
-    if len(text) > MAX_SIZE:
-        raise FormatError(f"Failed to parse vm config: at most {MAX_SIZE} characters expected, got {len(text)}")
+    """Raise `FormatError` if a configuration has more than MAX_LENGTH characters."""
+    if len(text) > MAX_LENGTH:
+        raise FormatError(f"Failed to parse vm config: at most {MAX_LENGTH} characters expected, got {len(text)}")
 
 
 _MEMBERS: Final[Mapping[str, Reader]] = MappingProxyType(

@@ -14,7 +14,7 @@ from dstack_emu.inspection.why_report import Report
 WIDTH: Final = 100
 GROUP: Final = 8
 """Hex digits between two blanks: four bytes."""
-SHOWN: Final = 3
+SHOWN_VALUES: Final = 3
 """Values of a policy that are shown beside one that was got, the most similar first."""
 
 _TONES: Final = {"allowed": GREEN, "denied": RED, "refused": RED}
@@ -106,12 +106,12 @@ def _comparison(refusal: Refusal, colour: bool) -> Iterator[str]:
     for got in refusal.got:
         wanted = sorted(refusal.expected, key=lambda one: (-_likeness(_bare(got), _bare(one)), one))
         yield f"  got     {_aligned(got)}"
-        for one in wanted[:SHOWN]:
+        for one in wanted[:SHOWN_VALUES]:
             yield f"  wanted  {_aligned(one)}"
             if marks := _marks(_bare(got), _bare(one)):
                 yield f"          {paint(marks, RED, colour)}"
-        if len(wanted) > SHOWN:
-            yield f"          … and {len(wanted) - SHOWN} more"
+        if len(wanted) > SHOWN_VALUES:
+            yield f"          … and {len(wanted) - SHOWN_VALUES} more"
     if not refusal.expected:
         yield "  wanted  nothing is listed there"
 

@@ -53,8 +53,8 @@ def _bare_hex(value: Any) -> Any:
     return value.lower().removeprefix("0x") if isinstance(value, str) else value
 
 
-Moment = Annotated[float, BeforeValidator(moment), Field(ge=0, le=LATEST, allow_inf_nan=False)]
-Duration = Annotated[float, BeforeValidator(duration), Field(ge=-LATEST, le=LATEST, allow_inf_nan=False)]
+Timestamp = Annotated[float, BeforeValidator(moment), Field(ge=0, le=LATEST, allow_inf_nan=False)]
+TimeSpan = Annotated[float, BeforeValidator(duration), Field(ge=-LATEST, le=LATEST, allow_inf_nan=False)]
 HexText = Annotated[
     str,
     BeforeValidator(_bare_hex),
@@ -95,8 +95,8 @@ class PlatformChange(RequestBody):
 class Dates(RequestBody):
     """The dates of issue and of expiry of a collateral document."""
 
-    issued: Moment = VALID_FROM.timestamp()
-    next_update: Moment
+    issued: Timestamp = VALID_FROM.timestamp()
+    next_update: Timestamp
 
     def validity(self) -> Validity:
         """Return the dates as the vendor takes them."""
@@ -121,15 +121,15 @@ class VendorChange(RequestBody):
     recovery_qe_status: TcbStatus | None = None
     recovery_qe_advisory_ids: tuple[Advisory, ...] | None = None
     collateral: Dating | Dates | None = None
-    collateral_until: Moment | None = None
+    collateral_until: Timestamp | None = None
 
 
 class ClockChange(RequestBody):
     """One change of the clock; `freeze` takes true, or the time at which it stops."""
 
-    set: Moment | None = None
-    advance: Duration | None = None
-    freeze: bool | Moment | None = None
+    set: Timestamp | None = None
+    advance: TimeSpan | None = None
+    freeze: bool | Timestamp | None = None
     resume: bool | None = None
     follow_the_wall: bool | None = None
 

@@ -4,7 +4,6 @@ Its agent and its PCCS are the stack's, and so is its webhook unless another one
 of them. What happens inside it, and its keys, are its own: no snapshot contains them.
 """
 
-import ipaddress
 import json
 import os
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.listen import reachable
 from dstack_emu.transport.localhost_socket import bound_host
 from dstack_emu.transport.tls import client_context
+from dstack_emu.transport.urls import is_ip_address
 
 EXTERNAL: Final = "external"
 """In the place of a command: somebody else starts the program, at the address that its kms.toml names."""
@@ -106,7 +106,7 @@ class ForeignKms(RunningKms):
                 return f"http://{reachable(sock)}", bound_host(sock), sock.getsockname()[1]
         parts = urlsplit(self._configured)
         host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-        return self._configured.rstrip("/"), host if _is_address(host) else "0.0.0.0", port  # noqa: S104 - a name's own
+        return self._configured.rstrip("/"), host if is_ip_address(host) else "0.0.0.0", port  # noqa: S104 - a name's own
 
     async def ready(self) -> None:
         """Wait until it answers; raise `StackError` if it ends or does not answer in time."""
@@ -220,11 +220,3 @@ class ForeignKms(RunningKms):
     async def restore(self, state: KmsState) -> None:
         """Restore what the stack knows of it."""
         self.measured = state.measured
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True

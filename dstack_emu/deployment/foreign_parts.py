@@ -12,7 +12,7 @@ from dstack_emu.deployment.kms_process import command_words
 from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
 from dstack_emu.observability.journal import Journal
 from dstack_emu.simulator.agent import GuestAgent
-from dstack_emu.transport.urls import shown_url
+from dstack_emu.transport.urls import is_http_url, shown_url
 
 REQUEST_MEMBERS = ("mr_aggregated", "os_image_hash", "device_id", "app_id", "compose_hash")
 
@@ -24,24 +24,16 @@ def require_foreign_parts(config: StackConfig) -> None:
             if name not in PERMANENT:
                 raise StackError(f"{setting}: {' or '.join(PERMANENT)} expected, got {name!r:.60}")
     for name, url in config.webhooks.items():
-        if not _is_http_url(url):
+        if not is_http_url(url):
             raise StackError(f"webhook of {name}: http(s)://host:port expected, got {shown_url(url)!r:.200}")
     for name, program in config.kms.items():
         if is_url(program):
-            if not _is_http_url(program) or urlsplit(program).path not in ("", "/"):
+            if not is_http_url(program) or urlsplit(program).path not in ("", "/"):
                 raise StackError(f"kms {name}: http(s)://host:port expected, got {shown_url(program)!r:.200}")
         elif program != EXTERNAL:
             command_words(program, Path("kms.toml"))
     if config.kms_wait is not None and not (isfinite(config.kms_wait) and config.kms_wait > 0):
         raise StackError(f"kms_wait: a number of seconds above 0 expected, got {config.kms_wait!r:.40}")
-
-
-def _is_http_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
 
 
 def foreign_webhooks(kms: Iterable[RunningKms]) -> dict[str, str]:

@@ -40,7 +40,7 @@ from dstack_emu.inspection.fields import (
     load_json,
 )
 
-MAX_SIZE: Final = 10 * 1024 * 1024
+MAX_INPUT_SIZE: Final = 10 * 1024 * 1024
 MAX_WRAPPINGS: Final = 3
 """How many encodings may be nested: base64 of hex of a quote has two."""
 SMALLEST_PART: Final = 64
@@ -65,8 +65,8 @@ class Finding:
 
 def inspect_input(data: bytes) -> Finding:
     """Identify and describe the input; raise `FormatError`, with one line of text, if it is of no known kind."""
-    if len(data) > MAX_SIZE:
-        raise FormatError(f"input of at most {MAX_SIZE} bytes expected, got more")
+    if len(data) > MAX_INPUT_SIZE:
+        raise FormatError(f"input of at most {MAX_INPUT_SIZE} bytes expected, got more")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from cryptography, about odd certificates: they are shown as they are
         found = _recognise(data, 0)

@@ -7,7 +7,7 @@ from typing import Literal
 from dstack_emu.attest.release import Release
 from dstack_emu.kms_check.trial import Trial
 
-Phase = Literal["bootstrap", "keyed", "runtime", "onboard", "onboarded"]
+Stage = Literal["bootstrap", "keyed", "runtime", "onboard", "onboarded"]
 """When a case runs: on a fresh KMS, before it is bootstrapped; once it has keys, before its first call; after that. On
 a second KMS, which is to receive keys; and after it has received them."""
 
@@ -20,7 +20,7 @@ def _always(_release: Release) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One case: `group/name`, a sentence that says what it proves, its phase, and the calls.
+    """One case: `group/name`, a sentence that says what it proves, its stage, and the calls.
 
     `applies` says for which releases of dstack it is meant. Without `is_followed` no success is required after it,
     because the case contains one itself.
@@ -28,7 +28,7 @@ class Case:
 
     name: str
     about: str
-    phase: Phase
+    stage: Stage
     act: Act
     applies: Callable[[Release], bool] = _always
     is_followed: bool = True
@@ -40,10 +40,10 @@ class Case:
 
 
 class CaseList:
-    """The cases of one phase, in the order in which they were added."""
+    """The cases of one stage, in the order in which they were added."""
 
-    def __init__(self, phase: Phase) -> None:
-        self._phase: Phase = phase
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
         self.cases: list[Case] = []
 
     def add(
@@ -56,7 +56,7 @@ class CaseList:
         is_followed: bool = True,
     ) -> None:
         """Add a case."""
-        self.cases.append(Case(name, about, self._phase, act, applies, is_followed))
+        self.cases.append(Case(name, about, self._stage, act, applies, is_followed))
 
     def case(
         self, name: str, about: str, *, applies: Callable[[Release], bool] = _always, is_followed: bool = True

@@ -11,7 +11,7 @@ from dstack_emu.attest.errors import AttestError
 from dstack_emu.attest.release import Release
 from dstack_emu.deployment.authorization import Progress
 from dstack_emu.kms_check.calls import Answer
-from dstack_emu.kms_check.case import Case, Phase
+from dstack_emu.kms_check.case import Case, Stage
 from dstack_emu.kms_check.cases import bootstrap, onboarding
 from dstack_emu.kms_check.checked import CheckedKms, authority_in
 from dstack_emu.kms_check.errors import UnusableError
@@ -67,17 +67,17 @@ Observer = Callable[[Result, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One start of the KMS: the phases of its cases, and how it gets its keys."""
+    """One start of the KMS: the stages of its cases, and how it gets its keys."""
 
-    fresh: Phase
-    runtime: Phase
+    fresh: Stage
+    runtime: Stage
     give_keys: str
     """The case that gives it keys."""
     request_keys: Callable[[Trial], Awaitable[Answer]]
 
     @property
-    def phases(self) -> tuple[Phase, ...]:
-        """All its phases."""
+    def stages(self) -> tuple[Stage, ...]:
+        """All its stages."""
         return self.fresh, "keyed", self.runtime
 
 
@@ -98,7 +98,7 @@ async def run_cases(
     """Run cases on a KMS in surroundings that run; raise `UnusableError` if it does not start."""
     run, left = _Run(settings, len(cases), observe, progress), list(cases)
     for number, start in enumerate((BOOTSTRAPPED, RECEIVER), 1):
-        of_start = [case for case in left if case.phase in start.phases]
+        of_start = [case for case in left if case.stage in start.stages]
         left = [case for case in left if case not in of_start]
         if not of_start:
             continue
@@ -134,15 +134,15 @@ class _Run:
 
     async def perform(self, world: World, kms: CheckedKms, cases: Sequence[Case], start: Start) -> None:
         """Run the cases of one start: before it has keys, before its first call, and after that."""
-        by_phase = {phase: [case for case in cases if case.phase == phase] for phase in start.phases}
+        by_stage = {stage: [case for case in cases if case.stage == stage] for stage in start.stages}
         try:
-            await self._run_fresh(world, kms, by_phase[start.fresh])
-            if not by_phase["keyed"] and not by_phase[start.runtime]:
+            await self._run_fresh(world, kms, by_stage[start.fresh])
+            if not by_stage["keyed"] and not by_stage[start.runtime]:
                 return
             await self._reach_runtime(world, kms, start)
-            await self._run_all(world, kms, by_phase["keyed"], _authority)
+            await self._run_all(world, kms, by_stage["keyed"], _authority)
             world.enter_runtime(await _authority(Trial(world)))
-            await self._run_all(world, kms, by_phase[start.runtime], _releases)
+            await self._run_all(world, kms, by_stage[start.runtime], _releases)
         except _NoFurtherError as error:
             done = {result.case.name for result in self.results}
             self.skip([case for case in cases if case.name not in done], str(error))

@@ -51,7 +51,7 @@ GrpcStatus = Literal[
 ]
 """Every status of gRPC except OK."""
 
-Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+DelaySeconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -94,7 +94,7 @@ class FaultRule(BaseModel):
     times: Annotated[int, Field(ge=1)] | None = None
     after: Annotated[int, Field(ge=0)] = 0
     probability: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seconds: Seconds = 1.0
+    seconds: DelaySeconds = 1.0
     status: Annotated[int, Field(ge=200, le=599)] = 500
     grpc_status: GrpcStatus | None = None
     body: str | dict[str, Any] | list[Any] | None = None

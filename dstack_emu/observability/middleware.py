@@ -24,7 +24,7 @@ UNRECORDED_PATHS: Final = frozenset(("/health", "/metrics", REVALIDATION_PATH))
 UNFAULTED_PATHS: Final = frozenset((REVALIDATION_PATH,))
 """Paths to which no fault applies."""
 
-ERROR_LENGTH: Final = 500
+RECORDED_ERROR_LENGTH: Final = 500
 """Characters that the journal keeps of an error that is not JSON."""
 
 _DROPPED: Final = Response()
@@ -129,6 +129,6 @@ def _error_text(body: bytes) -> str:
     try:
         document = json.loads(text)
     except ValueError:
-        return text[:ERROR_LENGTH]
+        return text[:RECORDED_ERROR_LENGTH]
     said = document.get("error") if isinstance(document, dict) else None
-    return said if isinstance(said, str) else text[:ERROR_LENGTH]
+    return said if isinstance(said, str) else text[:RECORDED_ERROR_LENGTH]

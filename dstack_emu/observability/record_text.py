@@ -6,7 +6,7 @@ from typing import Any, Final
 from dstack_emu.observability.journal import Record
 
 COLOURS: Final = {"ok": "32", "denied": "31", "refused": "31", "unanswered": "33", "dim": "2"}
-ERROR_LENGTH: Final = 200
+SHOWN_ERROR_LENGTH: Final = 200
 """Characters of an error in a line."""
 
 
@@ -94,7 +94,7 @@ def _listed(values: str | list[str]) -> str:
 
 def _short(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= ERROR_LENGTH else text[: ERROR_LENGTH - 1] + "…"
+    return text if len(text) <= SHOWN_ERROR_LENGTH else text[: SHOWN_ERROR_LENGTH - 1] + "…"
 
 
 def _paint(name: str, text: str) -> str:

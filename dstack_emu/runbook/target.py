@@ -18,6 +18,7 @@ from dstack_emu.attest.certificate import load_pem
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.release import Release, release
 from dstack_emu.attest.verify import TrustAnchor
+from dstack_emu.transport.urls import is_http_url
 from dstack_emu.transport.validation import problems
 
 SIDES: Final = ("src", "dst")
@@ -29,12 +30,7 @@ class TargetError(Exception):
 
 
 def _http(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
+    if not is_http_url(url):
         raise ValueError(f"http(s)://host:port expected, got {url!r:.100}")
     return url.rstrip("/")
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from dstack_emu.runbook.kms_client import KmsAnswer
 from dstack_emu.transport.secrets import Secrets
 
-SHOWN: Final = 80
+SHOWN_CHARACTERS: Final = 80
 """The length up to which a line shows a value in full; the files contain every value in full."""
 
 BEGINNING: Final = 12
@@ -135,10 +135,10 @@ class Transcript:
 
 
 def short(value: Any) -> str:
-    """Return a value in at most SHOWN characters."""
+    """Return a value in at most SHOWN_CHARACTERS characters."""
     text = value if isinstance(value, str) else json.dumps(value)
     text = " ".join(text.split())
-    return text if len(text) <= SHOWN else f"{text[:BEGINNING]}… ({len(text)} characters)"
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:BEGINNING]}… ({len(text)} characters)"
 
 
 def arguments_of(arguments: Mapping[str, Any]) -> str:

@@ -31,19 +31,19 @@ def _seconds(value: Any) -> Any:
 
 Seconds = Annotated[float, BeforeValidator(_seconds)]
 
-NEVER: Final = 100.0 * 365 * 86400
-"""Seconds of a time limit that never comes: a hundred years, which every event loop can wait for."""
+HUNDRED_YEARS: Final = 100.0 * 365 * 86400
+"""The seconds that `never` stands for, for which every event loop can wait."""
 _DURATION_UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def _duration(value: Any) -> float:
     """Read a duration as dstack's configuration has it: whole seconds, minutes, hours or days with their unit."""
     if value == "never":
-        return NEVER
+        return HUNDRED_YEARS
     match = re.fullmatch(r"([0-9]{1,20})([smhd])", value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(f"a duration such as 10s, 2m, 1h or 1d, or never, expected, got {value!r:.40}")
-    return min(float(match[1]) * _DURATION_UNITS[match[2]], NEVER)
+    return min(float(match[1]) * _DURATION_UNITS[match[2]], HUNDRED_YEARS)
 
 
 Duration = Annotated[float, BeforeValidator(_duration)]

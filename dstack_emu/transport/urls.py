@@ -1,5 +1,6 @@
-"""URLs as texts may show them: a user and a password in one are for the server that it names, and for nobody else."""
+"""URLs: their checks, and their text without the user and the password, which are for their server alone."""
 
+import ipaddress
 import re
 from typing import Final
 from urllib.parse import urlsplit
@@ -26,6 +27,20 @@ def shown_url(url: str) -> str:
 def without_credentials(text: str) -> str:
     """Return a text in which no URL has a user or a password."""
     return _IN_TEXT.sub(r"\1", text) if "@" in text else text
+
+
+def is_http_url(url: str) -> bool:
+    """Return whether a text is an http or https URL with a host, and with no port or one that can be reached."""
+    return _is_url(url) and urlsplit(url).scheme in ("http", "https")
+
+
+def is_ip_address(host: str) -> bool:
+    """Return whether a host is an IPv4 or IPv6 address, without brackets, and not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_url(url: str) -> bool:

@@ -29,7 +29,7 @@ SLOW: Final = 1.0
 """Seconds from which an answer causes a warning: GetAppKey waits for two answers."""
 LONG_REASON: Final = 1000
 """Characters from which a reason causes a warning."""
-SHOWN: Final = 120
+SHOWN_CHARACTERS: Final = 120
 """Characters shown of an expected error."""
 
 Level = Literal["ok", "warning", "broken", "skipped"]
@@ -257,7 +257,7 @@ class _Checker:
             with self._timed():
                 decision = await self.auth.decide(case.boot_info, is_kms=case.is_kms)
         except UnavailableError as error:
-            return AnswerCheck(case.name, "ok", f"an error, as expected: {str(error)[:SHOWN]}")
+            return AnswerCheck(case.name, "ok", f"an error, as expected: {str(error)[:SHOWN_CHARACTERS]}")
         if decision.is_allowed:
             return AnswerCheck(case.name, "warning", "allowed: it decides without the fields of the request")
         return AnswerCheck(case.name, "ok", _said(decision))

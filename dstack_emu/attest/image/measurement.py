@@ -9,7 +9,7 @@ from dstack_emu.attest.errors import FormatError
 
 MEASUREMENT_VERSION: Final = 3
 OVMF_VARIANT: Final = "pre202505"
-MAX_SIZE: Final = 64 * 1024
+MAX_DOCUMENT_SIZE: Final = 64 * 1024
 """The maximum size of the document in bytes; an image's has about 500."""
 
 _T = TypeVar("_T")
@@ -66,8 +66,8 @@ class ImageMeasurement:
         `TdxOsImageMeasurement: `.
         """
         try:
-            if len(data) > MAX_SIZE:
-                raise FormatError(f"at most {MAX_SIZE} bytes expected, got {len(data)}")
+            if len(data) > MAX_DOCUMENT_SIZE:
+                raise FormatError(f"at most {MAX_DOCUMENT_SIZE} bytes expected, got {len(data)}")
             document = cbor2.loads(data, allow_duplicate_keys=False, strict_hashable_types=True)
             version = _member(document, "version", int)
             image = _member(document, "image", dict)

@@ -9,7 +9,6 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from dstack_emu.attest.release import Release, release
 from dstack_emu.cli.commands.common import UsageError, add_release
@@ -20,7 +19,7 @@ from dstack_emu.cli.progress import ProgressLine
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 from dstack_emu.kms_emu.auth_api import TIMEOUT
 from dstack_emu.simulator.seed import DEFAULT_SEED
-from dstack_emu.transport.urls import shown_url
+from dstack_emu.transport.urls import is_http_url, shown_url
 from dstack_emu.webhook_check.allowed import (
     CONTRACTS,
     AllowedRequests,
@@ -110,12 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _url(text: str) -> str:
-    try:
-        parts = urlsplit(text)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
+    if not is_http_url(text):
         raise argparse.ArgumentTypeError(f"http(s)://host:port expected, got {text!r:.200}")
     return text
 

@@ -14,7 +14,7 @@ from dstack_emu.attest.errors import FormatError
 from dstack_emu.cli.commands.common import UsageError
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 from dstack_emu.inspection.fields import UNKNOWN_NAME, UNREAD, Description, Named, as_json
-from dstack_emu.inspection.identify import MAX_SIZE, Finding, inspect_input
+from dstack_emu.inspection.identify import MAX_INPUT_SIZE, Finding, inspect_input
 
 DESCRIPTION = (
     "Show a quote, a versioned attestation, certificates, a signing request, collateral, or an answer that has one of "
@@ -101,9 +101,9 @@ def read_bytes(name: str) -> bytes:
     """Read a file (or standard input), at most one byte more than may be identified; raise `UsageError`."""
     try:
         if name == "-":
-            return sys.stdin.buffer.read(MAX_SIZE + 1)
+            return sys.stdin.buffer.read(MAX_INPUT_SIZE + 1)
         with Path(name).open("rb") as file:
-            return file.read(MAX_SIZE + 1)
+            return file.read(MAX_INPUT_SIZE + 1)
     except OSError as error:
         raise UsageError(f"{printable(name)} cannot be read: {error.strerror or error}") from error
 

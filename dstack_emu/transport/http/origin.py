@@ -1,13 +1,13 @@
 """Parses a URL into the server to connect to and the parts of a request to it."""
 
 import base64
-import ipaddress
 import string
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote, unquote, urlsplit
 
 from dstack_emu.transport.failures import NoAnswerError
+from dstack_emu.transport.urls import is_ip_address
 
 _PORTS: Final = {"http": 80, "https": 443}
 _IN_PATH: Final = "/:@!$&'()*+,;=%~"
@@ -50,16 +50,8 @@ class RequestTarget:
         authority = named if port in (None, _PORTS[parts.scheme]) else f"{named}:{port}"
         path = quote(parts.path or "/", _IN_PATH) + (f"?{quote(parts.query, _IN_QUERY)}" if parts.query else "")
         lines = f"Host: {authority}\r\n{_credentials(parts.username, parts.password)}"
-        origin = Origin(host, port or _PORTS[parts.scheme], parts.scheme == "https", _is_address(host))
+        origin = Origin(host, port or _PORTS[parts.scheme], parts.scheme == "https", is_ip_address(host))
         return cls(origin, path.encode(), lines.encode())
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _credentials(user: str | None, password: str | None) -> str:
