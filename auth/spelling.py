@@ -1,4 +1,4 @@
-"""Keys of a policy file that nothing reads: a misspelt key is an absent one, and no error, because files may have more.
+"""Keys of a policy file that nothing reads. A misspelt key is no error, because files may have further keys.
 
 One file serves servers of several versions, so an unknown key alone says nothing; the nearest known one does. A key
 that begins with `_`, `$` or `//` is a comment.

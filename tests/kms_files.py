@@ -1,4 +1,4 @@
-"""What a KMS of one's own starts from: a kms.toml on free ports beside a stack, and a stack's keys."""
+"""The files of a separate KMS: a kms.toml on free ports beside a stack, and a stack's keys."""
 
 import shutil
 from pathlib import Path

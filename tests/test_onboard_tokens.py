@@ -33,7 +33,7 @@ VARIABLES = {"DSTACK_KMS_ONBOARD_TOKEN": ONBOARD_TOKEN, "DSTACK_KMS_SOURCE_TOKEN
 
 @contextmanager
 def guarded(stack: RunningStack, folder: Path, release: str = "0.6") -> Iterator[dict[str, Any]]:
-    """Two KMS of one's own beside a fresh stack, each with a token; the source's keys are on its admin listener."""
+    """Two separate KMS beside a fresh stack, each with a token; the source's keys are on its admin listener."""
     described: dict[str, Any] = {**stack.description, "services": dict(stack.services), "grpc": {}}
     with ExitStack() as stack_of_kms:
         for side in ("src", "dst"):
@@ -145,7 +145,7 @@ KEY = "5e" * 32
 
 
 class Repeating(BaseHTTPRequestHandler):
-    """A KMS that is none: it repeats all that it is sent, and a private key that it has given before, in many forms."""
+    """A server in the place of a KMS: it repeats what it is sent, and an earlier private key, in many forms."""
 
     def do_POST(self) -> None:
         """Answer with an error, or at first with what the runbook needs to go on."""

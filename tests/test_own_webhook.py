@@ -1,4 +1,4 @@
-"""Another webhook than ours: a few lines of one's own decide, and a KMS that is pointed at them obeys."""
+"""A webhook of a user: a few lines decide, and a KMS that is configured with its URL follows the decision."""
 
 import re
 import subprocess
@@ -65,7 +65,7 @@ def allowed(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def webhook(allowed: Path) -> Iterator[str]:
-    """A webhook of one's own, in a process of its own."""
+    """A webhook of a user, in its own process."""
     command = [sys.executable, "-c", WEBHOOK, str(allowed)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -49,12 +49,12 @@ def test_flow_runs_through_a_kms_of_ones_own(
 
 
 def config_of(stack: Stack, side: str) -> Path:
-    """The kms.toml of a KMS of one's own."""
+    """The kms.toml of a KMS that is another program."""
     return Path(stack.description()["foreign_kms"][side]["config"])
 
 
 async def boots_by_policy(stack: Stack) -> None:
-    """Deny the app, see it refused by both KMS, and put the stack back, which lets it boot."""
+    """Deny the app, see both KMS refuse it, and reset the stack, after which the app boots."""
     for side in ("src", "dst"):
         stack.control.deny(side, "app")
         with pytest.raises(ControlError, match="Boot denied: app not registered"):

@@ -50,7 +50,7 @@ def require_few_values(text: str, most: int = MAX_VALUES) -> None:
     """Count the values of a text before it is parsed; raise `TooManyValuesError` if there are more than `most`."""
     if len(text) <= most or _count_values(text) <= most:  # no value is shorter than a character
         return
-    # What stands in strings does not count. Each string is a value or the name of one.
+    # The content of strings does not count. Each string is a value or the name of one.
     pieces = text.replace("\\\\", "").replace('\\"', "").split('"', 4 * most)
     if len(pieces) > 4 * most or sum(map(_count_values, pieces[::2])) - len(pieces[::2]) >= most:
         raise TooManyValuesError(most)

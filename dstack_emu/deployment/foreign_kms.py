@@ -122,7 +122,7 @@ class ForeignKms(RunningKms):
 
     @property
     def files(self) -> dict[str, str]:
-        """The files that it reads and writes, and its agent's address, for who starts it."""
+        """The files that it reads and writes, and its agent's address, for the user who starts it."""
         program = self._program
         files = {"config": str(program.files.config), "agent": program.agent}
         return files | ({"log": str(program.files.log)} if program.is_run_here else {})
@@ -207,7 +207,7 @@ class ForeignKms(RunningKms):
         )
 
     async def require_restorable(self, state: KmsState) -> None:
-        """Raise `StackError` unless it has the phase and the keys of the state, which nobody else can give it."""
+        """Raise `StackError` unless it has the phase and the keys of the state, which only the program itself has."""
         about = f"{self.spec.service} is another program, whose keys are in no snapshot"
         if state.foreign_root is None:
             raise StackError(f"{about}, and the state is of a KMS of the emulator: start the stack without --kms")

@@ -59,7 +59,7 @@ class RunningKms(PhaseSource, ABC):
 
     @property
     def files(self) -> dict[str, str]:
-        """The files and the agent's address of a KMS that is another program, for who starts it; else empty."""
+        """The files and the agent's address, for the user who starts the KMS; empty unless it is another program."""
         return {}
 
     @property

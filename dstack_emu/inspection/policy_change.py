@@ -1,4 +1,4 @@
-"""The smallest change of a policy file that admits a boot: what its refusals name is added, until nothing is refused.
+"""The smallest change of a policy file that admits a boot: what refusals name is added until nothing is refused.
 
 Only additions are made, each of one value at the place that a refusal names, so that the changed file admits as little
 more as it can. The change is a JSON Patch (RFC 6902), and a unified diff of the JSON in the usual form.
@@ -85,7 +85,7 @@ def _key(policy: PolicyFile, section: dict[str, Any], name: str) -> str:
 
 
 def _spelt(value: str, beside: Sequence[str]) -> str:
-    """Write hex with 0x, or without, if what it stands beside has none."""
+    """Write hex as its neighbours in the file are written: with 0x or without."""
     digits = value.lower().removeprefix("0x")
     is_bare = bool(beside) and not any(one.lower().startswith("0x") for one in beside)
     return digits if is_bare else f"0x{digits}"

@@ -1,4 +1,4 @@
-"""Why a boot is admitted or refused: evidence and a policy in, each step's result out, as a KMS takes the steps.
+"""Why a boot is admitted or refused: from evidence and a policy, the result of each step that a KMS carries out.
 
 A KMS verifies the evidence, makes a boot info of it, and asks its webhook; evidence that it refuses reaches no webhook.
 Not here: the OS image, which a KMS verifies after its webhook has allowed it, and TLS.

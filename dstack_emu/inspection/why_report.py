@@ -1,4 +1,4 @@
-"""The result of `dstack-emu why`: the JSON object, the sentence that says it, and the steps that follow from it.
+"""The result of `dstack-emu why`: the JSON object, a sentence, and what to do next.
 
 `docs/why.schema.json` is the schema of the object.
 """

@@ -79,7 +79,7 @@ class CheckedKms:
         await self._program.stop()
 
     def require_running(self) -> None:
-        """Raise `UnusableError` with the program's last words if it has ended."""
+        """Raise `UnusableError` with the program's last output if it has ended."""
         if self._ended is not None and self._ended.done():
             try:
                 self._ended.result()

@@ -1,6 +1,6 @@
 """Clients of a KMS, honest and forged: certificates and signing requests with evidence of a trust domain.
 
-The evidence is changed as anybody could change it: no vendor key is used except by the platforms that quote.
+The evidence is changed only as an attacker could change it: only the platforms that quote use a vendor key.
 """
 
 import datetime
@@ -126,7 +126,7 @@ class Issuer:
 
 
 def stranger(name: str, now: int) -> CertificateAuthority:
-    """Invent a CA of that name, which nobody knows."""
+    """Make a CA of that name, which no KMS knows."""
     key = new_key()
     return self_signed(CertificateRequest(public_key=key.public_key(), subject=name, ca_path_length=0), key, now)
 

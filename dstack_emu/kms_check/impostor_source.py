@@ -1,4 +1,4 @@
-"""A source of root keys that is none: a TLS server with any certificate, which answers as it is told."""
+"""An impostor of a source of root keys: a TLS server with any certificate and any answer."""
 
 import ssl
 import tempfile

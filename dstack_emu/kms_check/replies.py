@@ -1,4 +1,4 @@
-"""What a webhook may answer that is no decision: none of it may count as permission."""
+"""Answers of a webhook that are no decision: none of them may count as permission."""
 
 import gzip
 import json
@@ -63,7 +63,7 @@ async def _no_http(request: Request) -> Response:
 
 
 async def _denies_then_allows(request: Request) -> Response:
-    """Deny, and send a permission after it on the same connection: no later request may take that for its answer."""
+    """Deny, and send a permission after it on the same connection: no later request may use that as its answer."""
     denial = json.dumps(DENY).encode()
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(denial)
     request.transport.write(head + denial)

@@ -23,7 +23,7 @@ Outcome = Literal["pass", "warning", "FAIL", "allowed", "skipped"]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of one case; `said` is the reason if it did not pass."""
+    """The result of one case; `said` is the reason if it did not pass."""
 
     case: Case
     outcome: Outcome

@@ -1,4 +1,4 @@
-"""One trial of a KMS by one case: the calls that it makes, and what each of them must come to.
+"""One trial of a KMS by one case: the calls that it makes, and the result that each of them must have.
 
 A wrong decision ends the trial with a `DepartureError`. A right decision in other words than upstream's is a warning.
 """
@@ -22,7 +22,7 @@ REFUSED_STATUS: Final = 400
 
 
 class DepartureError(Exception):
-    """The KMS did not do what it must: what was done, what came of it, and what was expected."""
+    """The KMS did not do what it must: what was done, the result, and what was expected."""
 
     def __init__(self, what: str, got: str, expected: str) -> None:
         super().__init__(f"{what}: {expected} expected, got {got}")
@@ -31,7 +31,7 @@ class DepartureError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One call of a trial, or one comparison: what was expected and what came."""
+    """One call of a trial, or one comparison: what was expected and what was got."""
 
     what: str
     expected: str
@@ -100,7 +100,7 @@ class Trial:
         return await server_certificate(self.world.kms.url, patience=self.world.patience)
 
     async def settle(self) -> None:
-        """Wait until the KMS no longer uses an earlier answer about itself, if it was said to keep one."""
+        """Wait until the KMS no longer uses an earlier answer about itself, if the options say that it keeps one."""
         if self.world.self_check_cache:
             await asyncio.sleep(self.world.self_check_cache)
 

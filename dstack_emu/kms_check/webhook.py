@@ -68,7 +68,7 @@ class Webhook:
 
     @property
     def url(self) -> str:
-        """What core.auth_api.webhook.url is."""
+        """The value of core.auth_api.webhook.url."""
         return f"http://127.0.0.1:{self._port}"
 
     async def close(self) -> None:
@@ -92,7 +92,7 @@ class Webhook:
 
     @contextmanager
     def replies(self, question: Question, reply: Reply, *, about: bytes = b"") -> Iterator[None]:
-        """Answer a question so while the block runs; with `about`, an app id, only if it is about that one."""
+        """Answer a question by a reply while the block runs; with `about`, only a question about that app id."""
         self._replies[question] = reply, about.hex()
         try:
             yield

@@ -24,7 +24,7 @@ Ignored = list[IgnoredMember]
 
 
 def ignore(name: str, table: MessageTable, ignored: Ignored | None) -> None:
-    """Remember an ignored member, if somebody wants to know."""
+    """Remember an ignored member, if a caller collects them."""
     if ignored is not None and len(ignored) < MOST_NAMED:
         shown = name[:_SHOWN]
         near = get_close_matches(_plain(shown), known := {_plain(each): each for each in table.by_name}, 1, _ALIKE)

@@ -73,7 +73,7 @@ class _Run:
         from dstack_emu.stack import Stack  # imported here, because it is slow and --help does not need it
 
         try:
-            # A KMS of the user's own may have to be started by hand: then what is waited for must be seen.
+            # The user may have to start a KMS by hand, and must see then what the stack waits for.
             progress = {"progress": lambda text: say(f"… {text}")} if config.kms else {}
             async with Stack(config, **progress) as stack:
                 variables = environment(stack.description(), stack.control_token)

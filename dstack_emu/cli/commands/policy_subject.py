@@ -1,6 +1,6 @@
-"""Whom `ctl policy allow` and `deny` are about: a trust domain of the stack, an app-compose.json, an app id, evidence.
+"""What `ctl policy allow` and `deny` change: a trust domain of the stack, an app-compose.json, an app id, or evidence.
 
-Nothing in evidence is verified here: whoever allows something must know where it came from.
+Nothing in evidence is verified here: the user must know where it came from.
 """
 
 import argparse

@@ -91,7 +91,7 @@ async def _authorize(arguments: argparse.Namespace, policies: list[Path]) -> Non
     )
     await flow.carry_out()
     if app is not None:
-        # KMS with keys do not state their measurements, but the app does: without this, it would be waited for in vain.
+        # KMS with keys do not state their measurements, but the app does; otherwise setup would wait for nothing.
         if others := policy_files.of_other_stacks(policies, [], await app.rule()):
             raise StackError(others[0])
         say("waiting for the app's keys")

@@ -1,4 +1,4 @@
-"""A fresh KMS that is to make keys: whoever denies it, and whatever fails meanwhile, it makes and stores none."""
+"""A fresh KMS that is bootstrapped: if it is denied, or if a service fails, it makes and stores no keys."""
 
 from contextlib import AbstractContextManager
 from typing import Any, Final
@@ -7,9 +7,8 @@ from dstack_emu.attest import attestation as attestations
 from dstack_emu.attest.errors import AttestError
 from dstack_emu.attest.report_data import bootstrap_report_data
 from dstack_emu.kms_check.case import Act, CaseList
-from dstack_emu.kms_check.replies import DENIALS, NO_DECISION
+from dstack_emu.kms_check.cases.webhook_answers import add_webhook_answers
 from dstack_emu.kms_check.trial import DepartureError, Trial
-from dstack_emu.kms_check.webhook import Reply
 from dstack_emu.kms_check.world import AGENT, CHECKED, World, info_of
 
 DOMAIN: Final = "127.0.0.1"
@@ -39,26 +38,14 @@ async def _(t: Trial) -> None:
         t.equal(name, t.octets(name, body, name), getattr(info, name))
 
 
-def _replied(reply: Reply, text: str) -> Act:
-    async def act(t: Trial) -> None:
-        with t.world.webhook.replies("kms", reply):
-            await refuses(t, text)
-
-    return act
-
-
-for _name, (_reply, _text) in DENIALS.items():
-    BOOTSTRAP.add(
-        f"bootstrap/webhook-{_name}",
-        "a KMS that its webhook denies makes no keys",
-        _replied(_reply, f"{NOT_ALLOWED}boot denied: {_text}"),
-    )
-for _name, (_reply, _text) in NO_DECISION.items():
-    BOOTSTRAP.add(
-        f"bootstrap/webhook-{_name}",
-        "a KMS without a decision of its webhook makes no keys",
-        _replied(_reply, _text or NOT_ALLOWED),
-    )
+add_webhook_answers(
+    BOOTSTRAP,
+    "bootstrap",
+    refuses,
+    NOT_ALLOWED,
+    denied="a KMS that its webhook denies makes no keys",
+    undecided="a KMS without a decision of its webhook makes no keys",
+)
 
 
 @BOOTSTRAP.case("bootstrap/webhook-down", "a KMS whose webhook cannot be reached makes no keys")

@@ -1,4 +1,4 @@
-"""A KMS that is to receive root keys from our source: whoever denies it, it gets and stores none."""
+"""A KMS that is onboarded from our source: if either side denies it, it gets and stores no root keys."""
 
 import json
 from collections.abc import Callable
@@ -12,17 +12,16 @@ from dstack_emu.deployment.specs import GuestSpec
 from dstack_emu.kms_check import evidence as forge
 from dstack_emu.kms_check.calls import call
 from dstack_emu.kms_check.case import Act, CaseList
+from dstack_emu.kms_check.cases.webhook_answers import add_webhook_answers
 from dstack_emu.kms_check.evidence import Key, bound, new_key
 from dstack_emu.kms_check.impostor_source import impostor_source
-from dstack_emu.kms_check.replies import DENIALS, NO_DECISION
 from dstack_emu.kms_check.trial import Trial
-from dstack_emu.kms_check.webhook import Reply
 from dstack_emu.kms_check.world import AGENT, World
 
 ONBOARDING: Final = CaseList("onboard")
 DOMAIN: Final = "127.0.0.1"
 NOBODY: Final = "https://127.0.0.1:1"
-"""An address at which nobody listens."""
+"""A URL at which no server listens."""
 SOURCE_NOT_ALLOWED: Final = "Failed to onboard: Source KMS is not allowed for onboarding: "
 UNPROVEN: Final = "failed to verify the attestation report presented by the server: "
 
@@ -46,26 +45,14 @@ async def refuses(t: Trial, text: str = "", url: str = "") -> None:
 # ---- the receiver denies the source
 
 
-def _replied(reply: Reply, text: str) -> Act:
-    async def act(t: Trial) -> None:
-        with t.world.webhook.replies("kms", reply):
-            await refuses(t, text)
-
-    return act
-
-
-for _name, (_reply, _text) in DENIALS.items():
-    ONBOARDING.add(
-        f"onboard/webhook-{_name}",
-        "a receiver whose webhook denies the source takes no keys",
-        _replied(_reply, f"{SOURCE_NOT_ALLOWED}boot denied: {_text}"),
-    )
-for _name, (_reply, _text) in NO_DECISION.items():
-    ONBOARDING.add(
-        f"onboard/webhook-{_name}",
-        "a receiver without a decision about the source takes no keys",
-        _replied(_reply, _text or SOURCE_NOT_ALLOWED),
-    )
+add_webhook_answers(
+    ONBOARDING,
+    "onboard",
+    refuses,
+    SOURCE_NOT_ALLOWED,
+    denied="a receiver whose webhook denies the source takes no keys",
+    undecided="a receiver without a decision about the source takes no keys",
+)
 
 
 @ONBOARDING.case("onboard/webhook-down", "a receiver whose webhook cannot be reached takes no keys")
