@@ -38,7 +38,7 @@ def add_collateral(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--offline",
         action="store_true",
-        help="make the collateral of the seed's emulated vendor here instead: it takes every platform for UpToDate",
+        help="make the collateral of the seed's emulated vendor here instead: every platform is UpToDate in it",
     )
 
 

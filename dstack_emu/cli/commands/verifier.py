@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pccs", metavar="URL", help=f"where to fetch collateral ({PCCS})")
     add_root(parser)
-    add_release(parser, "the dstack release that the verifier is")
+    add_release(parser, "the dstack release of the verifier")
     once = parser.add_mutually_exclusive_group()
     once.add_argument(
         "--verify",

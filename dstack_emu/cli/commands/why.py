@@ -44,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decider.add_argument("--allowlist", metavar="FILE", help="decide by this allowlist of dstack-auth")
     decider.add_argument("--webhook", metavar="URL", help="ask this webhook")
     parser.add_argument(
-        "--as", dest="caller", choices=("app", "kms"), default="app", help="as what the evidence boots (%(default)s)"
+        "--as",
+        dest="caller",
+        choices=("app", "kms"),
+        default="app",
+        help="whether the evidence is that of an app or of a KMS (%(default)s)",
     )
     parser.add_argument("--contract", choices=CONTRACTS, help="auth-simple's contract (the release's)")
     add_release(parser, "the dstack release of the KMS")
