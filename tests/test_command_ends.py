@@ -102,3 +102,13 @@ def test_interrupt_while_a_command_imports_ends_it_quietly(
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=READY_TIMEOUT)
     assert not NOISE.search(done.stderr), done.stderr
     assert done.returncode in (-signal.SIGINT, 128 + signal.SIGINT, 0)
+
+
+def test_check_that_is_interrupted_while_it_works_ends_quietly(tmp_path: Path) -> None:
+    with (tmp_path / "errors").open("w+") as errors:
+        command = start("check-kms", "--kms", "dstack-emu kms -c {config}", "--only", "keys/*", stderr=errors)
+        while not Path(errors.name).read_text():  # its first line of progress
+            assert command.poll(0.01) is None
+        command.send_signal(signal.SIGINT)
+        assert command.wait(READY_TIMEOUT) in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert not NOISE.search(Path(errors.name).read_text())

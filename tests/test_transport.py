@@ -1,6 +1,7 @@
 """The pRPC HTTP transport: recorded calls to a toy service, raw sockets, curl, the published SDK, TLS."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -836,3 +837,22 @@ async def test_an_unknown_member_is_ignored_as_upstream_does_and_logged_once_wit
         assert [len(line) for line in logged()] == [len("unknown member rpc=GetKey member=") + 64] * 8
         good = await post(server, "/GetQuote?json", b'{"report_data": "c0ffee"}')
     assert (json.loads(good.body)["report_data"], logged()) == ("c0ffee", [])
+
+
+async def test_server_that_is_cancelled_while_it_starts_leaves_nothing_in_the_loop() -> None:
+    """The descriptor of its socket is soon another socket's, which the loop must be able to watch."""
+    for steps in range(4):
+        sock = bind_tcp("127.0.0.1", 0)
+        starting = asyncio.create_task(serve(Application(), sock))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await (await starting).close()
+        sock.close()
+        server = await serve(Application(), bind_tcp("127.0.0.1", 0))
+        reader, writer = await asyncio.open_connection(*server.url.removeprefix("http://").split(":"))
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 404")
+        writer.close()
+        await server.close()

@@ -264,13 +264,16 @@ def test_snapshot_has_the_machines() -> None:
         live.control.revert("two")
         assert [vm["name"] for vm in vmm.rpc("Status")["vms"]] == ["app1", "b"]
         after = vmm.booted(kept)
+        assert after["boot_error"] == ""
         assert (after["boot_progress"], after["instance_id"]) == ("done", before["instance_id"])
         assert after["configuration"] == before["configuration"]
         assert vmm.rpc("GetInfo", id=other)["found"] is False
         live.control.reset()
         assert vmm.rpc("Status")["total"] == 0
         live.control.load(saved)
-        assert vmm.booted(kept)["boot_progress"] == "done"
+        final = vmm.booted(kept)
+        assert final["boot_error"] == ""
+        assert final["boot_progress"] == "done"
         assert vmm.rpc("Status")["total"] == 2
 
 

@@ -16,7 +16,7 @@ from dstack_emu.attest.errors import AttestError
 from dstack_emu.attest.release import DEFAULT, RELEASES
 from dstack_emu.attest.version import EMULATOR
 from dstack_emu.cli import logs
-from dstack_emu.cli.commands.common import WARNING, UsageError, say
+from dstack_emu.cli.commands.common import WARNING, Interrupted, UsageError, say
 from dstack_emu.deployment.errors import PartEndedError, StackError
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.simulator.errors import GuestError
@@ -100,6 +100,8 @@ def _run(words: Sequence[str]) -> int:
     try:
         status: int = module.run(arguments)
         return status
+    except Interrupted as ended:
+        return ended.status
     except (UsageError, StackError, ConfigError, ListenError) as error:
         say(f"Error: {_one_line(error)}")
         return USED_WRONGLY

@@ -18,7 +18,7 @@ import socket
 import ssl
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
@@ -229,11 +229,7 @@ async def serve(app: AnyApplication, sock: socket.socket, ssl_context: ssl.SSLCo
         connections = await _connections(app)
         for part in parts:
             part.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted ones inherit it
-            listeners.append(
-                await asyncio.get_running_loop().create_server(
-                    connections, sock=part, ssl=ssl_context, backlog=_BACKLOG
-                )
-            )
+            listeners.append(await accept_on(part, connections, tls=ssl_context))
         return Server(sock, ssl_context is not None, listeners, connections)
     except BaseException:
         for listener in listeners:
@@ -243,6 +239,35 @@ async def serve(app: AnyApplication, sock: socket.socket, ssl_context: ssl.SSLCo
         for part in parts:
             part.close()
         raise
+
+
+async def accept_on(
+    sock: socket.socket,
+    factory: Callable[[], asyncio.BaseProtocol],
+    *,
+    tls: ssl.SSLContext | None = None,
+    handshake_timeout: float | None = None,
+) -> asyncio.Server:
+    """Accept connections on a bound socket, whose protocols `factory` makes; if this is cancelled, close the socket.
+
+    asyncio's own `create_server` leaves the socket in its selector if it is cancelled while it begins to listen. The
+    descriptor then belongs to another socket soon, whose use fails with `No such file or directory`.
+    """
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(
+        factory,
+        sock=sock,
+        ssl=tls,
+        backlog=_BACKLOG,
+        ssl_handshake_timeout=None if tls is None else handshake_timeout,
+        start_serving=False,
+    )
+    try:
+        await server.start_serving()
+    except BaseException:
+        server.close()
+        raise
+    return server
 
 
 async def _connections(app: AnyApplication) -> _Connections:

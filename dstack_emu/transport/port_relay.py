@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Final, cast
 
 from dstack_emu.transport.forward import ClientSide, Side
+from dstack_emu.transport.listen import accept_on
 from dstack_emu.transport.localhost_socket import parts_of
 
 FindTarget = Callable[[], tuple[str, int] | None]
@@ -30,8 +31,7 @@ class PortRelay:
     async def start(self, sock: socket.socket) -> None:
         """Listen on a bound socket, and take ownership of it."""
         for part in parts_of(sock):
-            loop = asyncio.get_running_loop()
-            self._listening.append(await loop.create_server(lambda: _TcpClient(self), sock=part, backlog=1024))
+            self._listening.append(await accept_on(part, lambda: _TcpClient(self)))
 
     async def close(self) -> None:
         """Stop listening, and abort every connection."""

@@ -17,7 +17,7 @@ from typing import Final
 from weakref import WeakValueDictionary
 
 from dstack_emu.transport.forward import ClientSide, Side
-from dstack_emu.transport.listen import reachable, reset
+from dstack_emu.transport.listen import accept_on, reachable, reset
 from dstack_emu.transport.localhost_socket import parts_of
 
 HANDSHAKE_TIMEOUT: Final = 20.0
@@ -55,13 +55,7 @@ class Relay:
         """Listen on a bound socket, and take ownership of it."""
         self.target = reachable(sock)
         for part in parts_of(sock):
-            listening = await asyncio.get_running_loop().create_server(
-                lambda: _Client(self),
-                sock=part,
-                ssl=tls,
-                backlog=1024,
-                ssl_handshake_timeout=None if tls is None else HANDSHAKE_TIMEOUT,
-            )
+            listening = await accept_on(part, lambda: _Client(self), tls=tls, handshake_timeout=HANDSHAKE_TIMEOUT)
             self._listening.append(listening)
 
     def stop_listening(self) -> None:

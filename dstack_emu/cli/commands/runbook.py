@@ -13,7 +13,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from dstack_emu.attest.version import EMULATOR
-from dstack_emu.cli.commands.common import WARNING, Interrupted, UsageError, add_release, interruptible, say
+from dstack_emu.cli.commands.common import WARNING, UsageError, add_release, interruptible, say
 from dstack_emu.cli.commands.stack_options import add_kms_options
 from dstack_emu.cli.commands.token_options import add_tokens, tokens
 from dstack_emu.cli.runbook_report import to_stderr, to_stdout
@@ -120,8 +120,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--evidence: cannot write {arguments.evidence}: {error.strerror}") from error
     try:
         return asyncio.run(interruptible(_run(arguments, destination)))
-    except Interrupted as signal:
-        return signal.status
     except (RunbookError, TargetError) as error:
         raise UsageError(str(error)) from error
     finally:
