@@ -41,7 +41,7 @@ port = 8000
 """Its keys are those of the compose files that dstack deploys a KMS with."""
 
 
-def kms_service(image: str = "docker.io/dstacktee/dstack-kms:0.5.5@sha256:00", **more: Any) -> dict[str, Any]:
+def kms_service(image: str = "registry.example/dstacktee/dstack-kms:0.5.5@sha256:00", **more: Any) -> dict[str, Any]:
     """The service of a KMS, as dstack's compose files have it."""
     return {
         "image": image,

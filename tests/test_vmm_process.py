@@ -188,7 +188,7 @@ def test_machines_deployed_at_once_leave_nothing_behind(vmm: VmmClient, stack: L
 
 IMAGES = {
     "dstacktee/dstack-kms": True,
-    "ghcr.io/dstack-tee/dstack-kms@sha256:00": True,
+    "registry.example/dstack-tee/dstack-kms@sha256:00": True,
     "registry.example:5000/dstack-kms:fixed": True,
     "dstacktee/kms:1": True,
     "localhost/dstack-auth-simple:latest": True,
@@ -206,7 +206,7 @@ def test_programs_are_found_by_the_name_of_their_image(image: str, known: bool) 
 
 
 def test_other_programs_of_the_image_of_a_kms_are_not_taken_for_it() -> None:
-    image = "ghcr.io/dstack-tee/dstack-kms:1"
+    image = "registry.example/dstack-tee/dstack-kms:1"
     assert program_for(image, ("node", "/opt/auth-eth/dist/main.js")) is None
     assert program_for(image, ("sh", "-c", "mkdir -p /kms/certs && exec dstack-kms -c /kms/kms.toml")) is not None
 
