@@ -1,5 +1,7 @@
 """Ports for tests of what does not answer."""
 
+import contextlib
+import random
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +16,12 @@ def refusing_port() -> Iterator[int]:
 
 
 def free_port() -> int:
-    """Return a port for a program that binds it by itself."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Return a port for a program that binds it by itself.
+
+    It is below those that the system gives to connections and to listeners on any free port, so none of them takes it.
+    """
+    while True:
+        port = random.randrange(20_000, 32_768)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port

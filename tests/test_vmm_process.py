@@ -160,6 +160,7 @@ def test_mapped_port_passes_on_the_end_of_one_direction_and_resets_where_nothing
         client.recv(1)
 
 
+@pytest.mark.timeout(300)
 def test_machines_deployed_at_once_leave_nothing_behind(vmm: VmmClient, stack: LiveStack) -> None:
     def left() -> tuple[int, int, int, int]:
         tasks = stack.in_thread(lambda _: len(asyncio.all_tasks()))
@@ -170,8 +171,11 @@ def test_machines_deployed_at_once_leave_nothing_behind(vmm: VmmClient, stack: L
     def deploy(number: int) -> None:
         ports = [mapping(8000) for _ in range(number)]
         ids = [vmm.deploy(compose_file=app_compose({"kms": kms_service()}), ports=[port]) for port in ports]
-        while any(vm["boot_progress"] != "done" for vm in vmm.rpc("Status", brief=True)["vms"]):
-            pass
+        booting = ids
+        while booting:
+            vms = vmm.rpc("Status", brief=True)["vms"]
+            assert [vm["boot_error"] for vm in vms if vm["boot_error"]] == []
+            booting = [vm["id"] for vm in vms if vm["boot_progress"] != "done"]
         for vm_id in ids:
             assert vmm.rpc("RemoveVm", id=vm_id) is None
         while vmm.rpc("Status")["total"]:
