@@ -5,12 +5,16 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from dstack_emu.attest.release import DEFAULT, RELEASES
 from tests.running import RunningStack, running_stack
+
+if TYPE_CHECKING:
+    from dstack_emu.testing import LiveStack
+    from tests.vmm import VmmClient
 
 # A background job of a script, or of nohup, is started with these ignored, and so would be what the tests start here.
 for _number, _handler in (
@@ -74,6 +78,15 @@ def shared_fresh_stack() -> Iterator[RunningStack]:
         yield stack
 
 
+@pytest.fixture(scope="session")
+def shared_vmm_stack() -> "Iterator[LiveStack]":
+    """The stack with a VMM of this worker; `vmm_stack` has it as it began."""
+    from dstack_emu.testing import LiveStack  # slow to import, and few files need it
+
+    with LiveStack(vmm=True) as stack:
+        yield stack
+
+
 @pytest.fixture(scope="module")
 def ready_stack(shared_stack: RunningStack) -> RunningStack:
     """A ready stack for the tests of a file; a test that changes a policy restores it."""
@@ -115,3 +128,21 @@ def fresh_stack(shared_fresh_stack: RunningStack) -> RunningStack:
 def dstack_settings() -> dict[str, Any]:
     """The plugin's stack, one for all tests of a worker: a fault that hangs takes no longer than it must."""
     return {"patience": 1.0}
+
+
+@pytest.fixture(scope="module")
+def vmm_stack(shared_vmm_stack: "LiveStack") -> "LiveStack":
+    """A stack with a VMM, as it began."""
+    shared_vmm_stack.reset()
+    return shared_vmm_stack
+
+
+@pytest.fixture
+def vmm(vmm_stack: "LiveStack") -> "Iterator[VmmClient]":
+    """The VMM of that stack; every machine is removed afterwards."""
+    from tests.vmm import VmmClient
+
+    client = VmmClient(vmm_stack.services["vmm"])
+    yield client
+    for vm in client.rpc("Status")["vms"]:
+        client.gone(vm["id"])

@@ -83,8 +83,14 @@ def test_service_that_does_not_answer_is_named(option: str) -> None:
 
 
 def test_health_of_nothing_and_of_no_url_is_refused() -> None:
-    assert usage_error("health") == "nothing to check: give --state DIR, --url URL or --kms HOST:PORT"
+    nothing = "nothing to check: give --state DIR, --url URL or --kms HOST:PORT, or set DSTACK_EMU_STATE"
+    assert usage_error("health", environment={"DSTACK_EMU_STATE": ""}) == nothing
     assert usage_error("health", "--url", "ftp://x") == "http(s)://host:port/path expected, got 'ftp://x'"
+
+
+def test_health_finds_the_stack_by_the_folder_in_the_environment(ready_stack: RunningStack) -> None:
+    done = run_command("health", environment={"DSTACK_EMU_STATE": ready_stack.description["state"]})
+    assert (done.returncode, done.stdout) == (0, b"ready\n"), done.stderr
 
 
 def test_setup_where_nothing_answers_says_who(tmp_path: Path) -> None:

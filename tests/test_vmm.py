@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +17,31 @@ from tests.ports import free_port
 from tests.vmm import APP_ID, COMPOSE, IMAGE, VmmClient, allow, configuration
 
 
-@pytest.fixture(scope="module")
-def stack() -> Iterator[LiveStack]:
-    with LiveStack(vmm=True) as live:
-        yield live
+def test_what_up_prints_has_the_vmm(vmm_stack: LiveStack) -> None:
+    line = rf"  vmm +{vmm_stack.services['vmm']} +VMM, which deploys machines\n"
+    assert re.search(line, summary(vmm_stack.description, 1.0))
 
 
-@pytest.fixture
-def vmm(stack: LiveStack) -> Iterator[VmmClient]:
-    """The VMM of the stack, which allows the app; every machine is removed afterwards."""
-    client = VmmClient(stack.services["vmm"])
-    yield client
-    for vm in client.rpc("Status")["vms"]:
-        client.gone(vm["id"])
-
-
-def test_what_up_prints_has_the_vmm(stack: LiveStack) -> None:
-    assert re.search(rf"  vmm +{stack.services['vmm']} +VMM, which deploys machines\n", summary(stack.description, 1.0))
-
-
-def test_app_that_is_not_allowed_does_not_boot_and_boots_once_it_is(vmm: VmmClient, stack: LiveStack) -> None:
+def test_app_that_is_not_allowed_does_not_boot_and_boots_once_it_is(vmm: VmmClient, vmm_stack: LiveStack) -> None:
     vm_id = vmm.deploy()
     info = vmm.booted(vm_id)
     assert "App not allowed: Boot denied: app not registered" in info["boot_error"]
     assert (info["status"], info["boot_progress"], info["app_id"]) == ("exited", "requesting app keys", APP_ID)
-    allow(stack)
+    allow(vmm_stack)
     assert vmm.rpc("StartVm", id=vm_id) is None
     info = vmm.booted(vm_id)
     assert (info["status"], info["boot_progress"], info["boot_error"]) == ("running", "done", "")
     assert [event["body"] for event in info["events"] if event["event"] == "boot.progress"][-1] == "done"
 
 
-def test_deployed_app_gets_its_keys_on_its_sockets_and_its_mapped_port(vmm: VmmClient, stack: LiveStack) -> None:
-    allow(stack)
+def test_deployed_app_gets_its_keys_on_its_sockets_and_its_mapped_port(vmm: VmmClient, vmm_stack: LiveStack) -> None:
+    allow(vmm_stack)
     port = free_port()
     mapping = {"protocol": "tcp", "host_address": "127.0.0.1", "host_port": port, "vm_port": 8090}
     vm_id = vmm.deploy(ports=[mapping])
     info = vmm.booted(vm_id)
     assert info["boot_progress"] == "done"
-    socket = Path(stack.description["state"]) / "vms" / vm_id / "run" / "dstack.sock"
+    socket = Path(vmm_stack.description["state"]) / "vms" / vm_id / "run" / "dstack.sock"
     for endpoint in (str(socket), f"http://127.0.0.1:{port}"):
         client = DstackClient(endpoint)
         found = client.info()
@@ -71,10 +56,10 @@ def test_deployed_app_gets_its_keys_on_its_sockets_and_its_mapped_port(vmm: VmmC
     assert vmm.booted(vm_id)["instance_id"] == info["instance_id"]
 
 
-def test_machine_may_be_stopped_or_removed_while_it_boots(vmm: VmmClient, stack: LiveStack) -> None:
-    allow(stack)
+def test_machine_may_be_stopped_or_removed_while_it_boots(vmm: VmmClient, vmm_stack: LiveStack) -> None:
+    allow(vmm_stack)
     vm_id, other = vmm.deploy(), vmm.deploy()
-    folder = Path(stack.description["state"]) / "vms"
+    folder = Path(vmm_stack.description["state"]) / "vms"
     assert vmm.rpc("RemoveVm", id=other) is None
     assert vmm.rpc("StopVm", id=vm_id) is None
     assert vmm.info(vm_id)["status"] == "stopped"
@@ -86,8 +71,8 @@ def test_machine_may_be_stopped_or_removed_while_it_boots(vmm: VmmClient, stack:
     assert vmm.booted(vm_id)["boot_progress"] == "done"
 
 
-def test_guest_that_powers_off_is_stopped(vmm: VmmClient, stack: LiveStack) -> None:
-    allow(stack)
+def test_guest_that_powers_off_is_stopped(vmm: VmmClient, vmm_stack: LiveStack) -> None:
+    allow(vmm_stack)
     vm_id = vmm.deploy()
     vmm.booted(vm_id)
     assert vmm.rpc("ShutdownVm", id=vm_id) is None
@@ -160,12 +145,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changed", "text"), REFUSED, ids=[text for _, text in REFUSED])
 def test_request_that_is_refused_leaves_nothing_behind(
-    vmm: VmmClient, stack: LiveStack, changed: dict[str, Any], text: str
+    vmm: VmmClient, vmm_stack: LiveStack, changed: dict[str, Any], text: str
 ) -> None:
     said = vmm.refused("CreateVm", **configuration(**changed))
     assert said.startswith(text)
     assert vmm.rpc("Status")["total"] == 0
-    assert list((Path(stack.description["state"]) / "vms").iterdir()) == []
+    assert list((Path(vmm_stack.description["state"]) / "vms").iterdir()) == []
     good = {"stopped": True, **({"networking": None} if "networking" in changed else {})}
     assert vmm.info(vmm.deploy(**good))["status"] == "stopped"
 
@@ -199,8 +184,8 @@ def test_update_that_is_refused_changes_nothing(vmm: VmmClient) -> None:
     assert vmm.info(vm_id)["app_id"] == APP_ID
 
 
-def test_resize_needs_a_machine_that_does_not_run(vmm: VmmClient, stack: LiveStack) -> None:
-    allow(stack)
+def test_resize_needs_a_machine_that_does_not_run(vmm: VmmClient, vmm_stack: LiveStack) -> None:
+    allow(vmm_stack)
     vm_id = vmm.deploy()
     vmm.booted(vm_id)
     assert vmm.refused("ResizeVm", id=vm_id, vcpu=2) == f"vm should be stopped before resize: {vm_id}"
@@ -257,9 +242,9 @@ async def test_machines_run_again_after_a_restart_of_the_stack(short_folder: Pat
         assert not (short_folder / "vms" / ".new-half").exists()
 
 
-def test_key_for_an_environment_is_that_of_the_kms(vmm: VmmClient, stack: LiveStack) -> None:
+def test_key_for_an_environment_is_that_of_the_kms(vmm: VmmClient, vmm_stack: LiveStack) -> None:
     answer = vmm.rpc("GetAppEnvEncryptPubKey", app_id=APP_ID)
-    kms = f"{stack.services['kms-src']}/prpc/GetAppEnvEncryptPubKey?json"
+    kms = f"{vmm_stack.services['kms-src']}/prpc/GetAppEnvEncryptPubKey?json"
     content = ("-H", "Content-Type: application/json", "-d", json.dumps({"app_id": APP_ID}))
     done = subprocess.run(["curl", "-sSk", *content, kms], capture_output=True, timeout=30, check=True)
     assert answer["public_key"] == json.loads(done.stdout)["public_key"]

@@ -12,7 +12,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,9 @@ CLI = os.environ.get("DSTACK_VMM_CLI", "")
 AS_CLIENT = ["-H", "Content-Type: application/json", "-H", "Host: localhost", "-H", "Accept-Encoding: identity"]
 
 
-@pytest.fixture(scope="module")
-def stack() -> Iterator[LiveStack]:
-    with LiveStack(vmm=True) as live:
-        allow(live)
-        yield live
-
-
-@pytest.fixture
-def vmm(stack: LiveStack) -> Iterator[VmmClient]:
-    client = VmmClient(stack.services["vmm"])
-    yield client
-    for vm in client.rpc("Status")["vms"]:
-        client.gone(vm["id"])
+@pytest.fixture(scope="module", autouse=True)
+def _allowed(vmm_stack: LiveStack) -> None:
+    allow(vmm_stack)
 
 
 # ---- recorded requests
@@ -102,9 +91,9 @@ def test_recorded_requests_have_the_answers_that_the_client_reads(vmm: VmmClient
 class VmmCli:
     """Runs vmm-cli.py with a home of its own."""
 
-    def __init__(self, stack: LiveStack, home: Path) -> None:
+    def __init__(self, vmm_stack: LiveStack, home: Path) -> None:
         self.command = [sys.executable, CLI] if Path(CLI).is_file() else shlex.split(CLI)
-        self.environment = {**os.environ, "HOME": str(home), "DSTACK_VMM_URL": stack.services["vmm"]}
+        self.environment = {**os.environ, "HOME": str(home), "DSTACK_VMM_URL": vmm_stack.services["vmm"]}
         self.home = home
 
     def run(self, *words: str, answer: str = "") -> str:
@@ -125,22 +114,22 @@ class VmmCli:
 
 @pytest.mark.skipif(not CLI, reason="DSTACK_VMM_CLI is not set: vmm-cli.py of dstack was not run")
 @pytest.mark.timeout(180)
-def test_real_client_with_each_of_its_subcommands(vmm: VmmClient, stack: LiveStack, tmp_path: Path) -> None:
-    cli = VmmCli(stack, tmp_path)
+def test_real_client_with_each_of_its_subcommands(vmm: VmmClient, vmm_stack: LiveStack, tmp_path: Path) -> None:
+    cli = VmmCli(vmm_stack, tmp_path)
     (tmp_path / "compose.yaml").write_text("services: {}\n")
     (tmp_path / "env").write_text("A=1\nB=2\n")
     (tmp_path / "user").write_text("mine")
-    kms = stack.services["kms-src"].replace("http://", "https://")
+    kms = vmm_stack.services["kms-src"].replace("http://", "https://")
     assert "Compose hash: " in cli.run(
         *("compose", "--name", "app1", "--docker-compose", "compose.yaml", "--kms", "--env-file", "env"),
         *("--output", "app.json"),
     )
     compose = (tmp_path / "app.json").read_text()
     compose_hash = hashlib.sha256(compose.encode()).hexdigest()
-    policy = stack.control.policy("src")
+    policy = vmm_stack.control.policy("src")
     rule = {"composeHashes": [f"0x{compose_hash}"], "devices": [], "allowAnyDevice": True}
     policy["apps"][f"0x{compose_hash[:40]}"] = rule
-    stack.control.set_policy("src", policy)
+    vmm_stack.control.set_policy("src", policy)
     port = f"tcp:127.0.0.1:{free_port()}:8090"
     deploy = ("deploy", "--name", "app1", "--image", IMAGE, "--compose", "app.json", "--port", port)
     said = cli.run(*deploy, "--env-file", "env", "--kms-url", kms, "--user-config", "user", answer="y\n")

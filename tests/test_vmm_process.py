@@ -7,7 +7,6 @@ import re
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,6 @@ from tests.vmm import VmmClient, allow
 
 MACHINES = int(os.environ.get("DSTACK_EMU_MACHINES", "20"))
 """How many are deployed at once; `make machines` deploys more."""
-
-
-@pytest.fixture(scope="module")
-def stack() -> Iterator[LiveStack]:
-    with LiveStack(vmm=True) as live:
-        yield live
-
-
-@pytest.fixture
-def vmm(stack: LiveStack) -> Iterator[VmmClient]:
-    client = VmmClient(stack.services["vmm"])
-    yield client
-    for vm in client.rpc("Status")["vms"]:
-        client.gone(vm["id"])
 
 
 def kms_rpc(url: str, method: str, **body: Any) -> Any:
@@ -87,20 +72,20 @@ def test_app_gets_its_keys_from_a_kms_in_a_machine_whose_certificate_has_the_nam
 
 
 def test_app_gets_its_keys_from_the_kms_of_the_stack_at_the_address_of_the_host(
-    vmm: VmmClient, stack: LiveStack
+    vmm: VmmClient, vmm_stack: LiveStack
 ) -> None:
-    allow(stack)
-    vm_id = vmm.deploy(kms_urls=[f"https://10.0.2.2:{stack.services['kms-src'].rpartition(':')[2]}"])
+    allow(vmm_stack)
+    vm_id = vmm.deploy(kms_urls=[f"https://10.0.2.2:{vmm_stack.services['kms-src'].rpartition(':')[2]}"])
     assert vmm.booted(vm_id)["boot_progress"] == "done"
 
 
-def test_service_reaches_the_host_at_its_address_and_not_at_loopback(vmm: VmmClient, stack: LiveStack) -> None:
-    policy_port = stack.services["auth-src"].rpartition(":")[2]
+def test_service_reaches_the_host_at_its_address_and_not_at_loopback(vmm: VmmClient, vmm_stack: LiveStack) -> None:
+    policy_port = vmm_stack.services["auth-src"].rpartition(":")[2]
     for host, text in (("127.0.0.1", "Connection refused"), ("10.0.2.2", "OS image is not allowed")):
         port = mapping(8000)
         toml = KMS_TOML.replace("${AUTH_WEBHOOK_URL:-http://auth-api:8000}", f"http://{host}:{policy_port}")
         vmm.booted(vmm.deploy(compose_file=app_compose({"kms": kms_service()}, toml), ports=[port]))
-        stack.control.set_policy("src", {"osImages": [], "kms": {"mrAggregated": [], "devices": []}, "apps": {}})
+        vmm_stack.control.set_policy("src", {"osImages": [], "kms": {"mrAggregated": [], "devices": []}, "apps": {}})
         said = kms_rpc(f"http://127.0.0.1:{port['host_port']}", "Onboard.Bootstrap", domain="kms.example.test")
         assert text in said["error"], said
 
@@ -161,11 +146,11 @@ def test_mapped_port_passes_on_the_end_of_one_direction_and_resets_where_nothing
 
 
 @pytest.mark.timeout(300)
-def test_machines_deployed_at_once_leave_nothing_behind(vmm: VmmClient, stack: LiveStack) -> None:
+def test_machines_deployed_at_once_leave_nothing_behind(vmm: VmmClient, vmm_stack: LiveStack) -> None:
     def left() -> tuple[int, int, int, int]:
-        tasks = stack.in_thread(lambda _: len(asyncio.all_tasks()))
+        tasks = vmm_stack.in_thread(lambda _: len(asyncio.all_tasks()))
         children = Path(f"/proc/self/task/{threading.main_thread().native_id}/children").read_text().split()
-        folders = os.listdir(Path(stack.description["state"]) / "vms")
+        folders = os.listdir(Path(vmm_stack.description["state"]) / "vms")
         return len(os.listdir("/proc/self/fd")), tasks, len(folders), len(children)
 
     def deploy(number: int) -> None:

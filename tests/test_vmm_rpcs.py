@@ -6,7 +6,6 @@ import itertools
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,28 +19,17 @@ from tests.vmm import APP_ID, COMPOSE, IMAGE, VmmClient, allow, configuration
 WITHOUT_ARGUMENTS = ["ListImages", "Version", "GetMeta", "ListGpus", "ReloadVms", "SvList", "ListRegistryImages"]
 
 
-@pytest.fixture(scope="module")
-def stack() -> Iterator[LiveStack]:
-    with LiveStack(vmm=True) as live:
-        allow(live)
-        yield live
+@pytest.fixture(scope="module", autouse=True)
+def _allowed(vmm_stack: LiveStack) -> None:
+    allow(vmm_stack)
 
 
-@pytest.fixture
-def vmm(stack: LiveStack) -> Iterator[VmmClient]:
-    """The VMM of the stack, which allows the app; every machine is removed afterwards."""
-    client = VmmClient(stack.services["vmm"])
-    yield client
-    for vm in client.rpc("Status")["vms"]:
-        client.gone(vm["id"])
+def run_path(vmm_stack: LiveStack) -> Path:
+    return Path(vmm_stack.description["state"]) / "vms"
 
 
-def run_path(stack: LiveStack) -> Path:
-    return Path(stack.description["state"]) / "vms"
-
-
-def images(stack: LiveStack) -> Path:
-    return Path(stack.description["state"]) / "vm-images"
+def images(vmm_stack: LiveStack) -> Path:
+    return Path(vmm_stack.description["state"]) / "vm-images"
 
 
 # ---- how requests are read
@@ -155,11 +143,11 @@ def test_process_of_a_machine_is_listed_from_its_first_start_until_it_is_removed
 # ---- the folder of machines
 
 
-def test_folder_that_appears_is_loaded_as_a_stopped_machine(vmm: VmmClient, stack: LiveStack) -> None:
+def test_folder_that_appears_is_loaded_as_a_stopped_machine(vmm: VmmClient, vmm_stack: LiveStack) -> None:
     vm_id = vmm.deploy()
     vmm.booted(vm_id)
-    copy, half = run_path(stack) / "copied", run_path(stack) / "half"
-    shutil.copytree(run_path(stack) / vm_id, copy, ignore=shutil.ignore_patterns("*.sock"))
+    copy, half = run_path(vmm_stack) / "copied", run_path(vmm_stack) / "half"
+    shutil.copytree(run_path(vmm_stack) / vm_id, copy, ignore=shutil.ignore_patterns("*.sock"))
     manifest = json.loads((copy / "vm-manifest.json").read_text())
     (copy / "vm-manifest.json").write_text(json.dumps(manifest | {"id": "copied", "name": "copied"}))
     half.mkdir()
@@ -172,13 +160,13 @@ def test_folder_that_appears_is_loaded_as_a_stopped_machine(vmm: VmmClient, stac
     assert vmm.rpc("ReloadVms") == {"loaded": 0, "updated": 0, "removed": 1}
 
 
-def test_guest_is_told_of_its_surroundings(vmm: VmmClient, stack: LiveStack) -> None:
+def test_guest_is_told_of_its_surroundings(vmm: VmmClient, vmm_stack: LiveStack) -> None:
     vm_id = vmm.deploy(vcpu=3, memory=4096, kms_urls=["https://kms.example.test"])
-    shared = run_path(stack) / vm_id / "shared"
+    shared = run_path(vmm_stack) / vm_id / "shared"
     config = json.loads((shared / ".sys-config.json").read_text())
     assert config["kms_urls"] == ["https://kms.example.test"]
     assert config["host_api_url"] == "vsock://2:10000/api"
-    assert config["collateral_urls"] == {"pccs": stack.services["pccs"]}
+    assert config["collateral_urls"] == {"pccs": vmm_stack.services["pccs"]}
     vm_config = json.loads(config["vm_config"])
     assert (vm_config["cpu_count"], vm_config["memory_size"]) == (3, 4096 * 1024**2)
     assert (vm_config["image"], vm_config["spec_version"]) == (IMAGE, 1)
@@ -196,11 +184,11 @@ def test_guest_is_told_of_its_surroundings(vmm: VmmClient, stack: LiveStack) -> 
     ],
 )
 def test_app_decides_the_variant_of_attestation_and_the_tpm(
-    vmm: VmmClient, stack: LiveStack, changes: dict[str, Any], memory: int, variant: str | None, swtpm: bool | None
+    vmm: VmmClient, vmm_stack: LiveStack, changes: dict[str, Any], memory: int, variant: str | None, swtpm: bool | None
 ) -> None:
     compose = json.dumps(json.loads(COMPOSE) | {"manifest_version": "3"} | changes)
     vm_id = vmm.deploy(compose_file=compose, memory=memory)
-    config = json.loads((run_path(stack) / vm_id / "shared" / ".sys-config.json").read_text())
+    config = json.loads((run_path(vmm_stack) / vm_id / "shared" / ".sys-config.json").read_text())
     vm_config = json.loads(config["vm_config"])
     assert (vm_config.get("tdx_attestation_variant"), vm_config.get("swtpm")) == (variant, swtpm)
 
@@ -208,10 +196,10 @@ def test_app_decides_the_variant_of_attestation_and_the_tpm(
 # ---- images
 
 
-def test_image_is_listed_until_it_is_deleted_and_no_machine_uses_it(vmm: VmmClient, stack: LiveStack) -> None:
+def test_image_is_listed_until_it_is_deleted_and_no_machine_uses_it(vmm: VmmClient, vmm_stack: LiveStack) -> None:
     known = vmm.rpc("ListImages")["images"]
     assert [image["name"] for image in known] == [IMAGE]
-    folder = images(stack)
+    folder = images(vmm_stack)
     made = folder / "other-1"
     made.mkdir(parents=True)
     (made / "metadata.json").write_text(known[0]["description"])
@@ -293,8 +281,8 @@ def test_page_lists_machines_without_script(vmm: VmmClient) -> None:
     assert "<script" not in body
 
 
-def test_health_of_the_stack_has_that_of_its_vmm(stack: LiveStack) -> None:
-    assert set(stack.control.health().values()) == {"ok"}
+def test_health_of_the_stack_has_that_of_its_vmm(vmm_stack: LiveStack) -> None:
+    assert set(vmm_stack.control.health().values()) == {"ok"}
 
 
 def test_app_id_that_is_no_hex_ends_the_boot_and_is_corrected_by_another_machine(vmm: VmmClient) -> None:

@@ -24,6 +24,9 @@ DESCRIPTION_FILE: Final = "stack.json"
 TOKEN_FILE: Final = "control.token"  # noqa: S105 - the name of a file
 """The file with the token of the control API, in the state folder, of a stack whose control API demands one."""
 
+STATE_VARIABLE: Final = "DSTACK_EMU_STATE"
+"""The environment variable with a stack's state folder, for commands that look for one."""
+
 TOKEN_VARIABLE: Final = "DSTACK_EMU_TOKEN"  # noqa: S105 - the name of a variable
 """The environment variable with that token: `up` uses it instead of a random one, and clients send it."""
 

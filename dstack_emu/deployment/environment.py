@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from dstack_emu.deployment.config import DESCRIPTION_FILE, TOKEN_VARIABLE
+from dstack_emu.deployment.config import DESCRIPTION_FILE, STATE_VARIABLE, TOKEN_VARIABLE
 
 URLS: Final[Mapping[str, str]] = {
     "DSTACK_EMU_PCCS": "pccs",
@@ -36,7 +36,7 @@ def environment(description: Mapping[str, Any], token: str | None = None) -> dic
         "DSTACK_EMU_POLICY_DST": policies.get("dst", ""),
         "DSTACK_EMU_ROOT_CA": description["root_ca"],
         "DSTACK_EMU_KMS_CA": description["kms_ca"],
-        "DSTACK_EMU_STATE": description["state"],
+        STATE_VARIABLE: description["state"],
         "DSTACK_EMU_STACK": str(Path(description["state"], DESCRIPTION_FILE)),
         **({} if token is None else {TOKEN_VARIABLE: token}),
     }

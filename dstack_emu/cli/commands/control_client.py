@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dstack_emu.cli.commands.common import UsageError
-from dstack_emu.deployment.config import DESCRIPTION_FILE, TOKEN_FILE, TOKEN_VARIABLE
+from dstack_emu.deployment.config import DESCRIPTION_FILE, STATE_VARIABLE, TOKEN_FILE, TOKEN_VARIABLE
 from dstack_emu.transport.ports import PORTS
 
 TIMEOUT: Final = 120.0
@@ -75,7 +75,7 @@ def find_control(url: str | None, state: Path | None, token: str | None) -> tupl
     """
     if url is None and state is None:
         url = os.environ.get("DSTACK_EMU_CONTROL") or None
-        if url is None and (named := os.environ.get("DSTACK_EMU_STATE")):
+        if url is None and (named := os.environ.get(STATE_VARIABLE)):
             state = Path(named)
     if state is not None:
         path = state / DESCRIPTION_FILE

@@ -2,9 +2,11 @@
 
 import argparse
 import asyncio
+import os
 from pathlib import Path
 
 from dstack_emu.cli.commands.common import UsageError, say
+from dstack_emu.deployment.config import STATE_VARIABLE
 from dstack_emu.deployment.healthcheck import check
 from dstack_emu.transport.urls import without_credentials
 
@@ -16,7 +18,12 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("--state", type=Path, metavar="DIR", help="the folder given to `up --state`")
+    parser.add_argument(
+        "--state",
+        type=Path,
+        metavar="DIR",
+        help=f"the folder given to `up --state` (${STATE_VARIABLE}, if no option is given)",
+    )
     parser.add_argument(
         "--url",
         action="append",
@@ -31,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the services and print what is wrong."""
-    if arguments.state is None and not arguments.url and not arguments.kms:
-        raise UsageError("nothing to check: give --state DIR, --url URL or --kms HOST:PORT")
+    if not arguments.state and not arguments.url and not arguments.kms:
+        arguments.state = _state_of_environment()
     targets = [*arguments.url, *(f"kms:{address}" for address in arguments.kms)]
     try:
         problems = [problem for target in targets if (problem := check(target))]
@@ -49,3 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not problems:
         print("ready")
     return 1 if problems else 0
+
+
+def _state_of_environment() -> Path:
+    if state := os.environ.get(STATE_VARIABLE):
+        return Path(state)
+    raise UsageError(f"nothing to check: give --state DIR, --url URL or --kms HOST:PORT, or set {STATE_VARIABLE}")
