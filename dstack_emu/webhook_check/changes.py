@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from dstack_emu.simulator.platform import TCB_STATUSES
+
 Kind = Literal[
     "value",
     "empty",
@@ -32,14 +34,7 @@ HEX_MEMBERS: Final = (
     "deviceId",
     "keyProviderInfo",
 )
-TCB_STATUSES: Final = (
-    "UpToDate",
-    "SWHardeningNeeded",
-    "ConfigurationNeeded",
-    "ConfigurationAndSWHardeningNeeded",
-    "OutOfDate",
-    "OutOfDateConfigurationNeeded",
-)
+_SENT_STATUSES: Final[tuple[str, ...]] = tuple(status for status in TCB_STATUSES if status != "Revoked")
 """The statuses that a verification answers; a KMS makes no request about a platform that is `Revoked`."""
 _NEVER_SENT: Final = ("Revoked", "TDRelaunchAdvised", "TDRelaunchAdvisedConfigurationNeeded", "Unknown")
 """Statuses of Intel's documents that end a verification, or are of later documents, and one that is none."""
@@ -120,7 +115,7 @@ def _of_hex(document: Mapping[str, Any], member: str) -> Iterator[Change]:
 
 def _of_status(document: Mapping[str, Any]) -> Iterator[Change]:
     member, status = "tcbStatus", str(document["tcbStatus"])
-    for other in TCB_STATUSES:
+    for other in _SENT_STATUSES:
         if other != status:
             yield _value(document, member, other, other, is_sent=True)
     for other in _NEVER_SENT:
