@@ -1,9 +1,9 @@
 """Fork commands of `dstack-emu` out of one process that has imported them all.
 
 A command takes half a second to import what it needs, and the tests start hundreds. Each message on the socket, whose
-descriptor is argument 1, is JSON with `arguments`, `environment` and `folder`. It brings four descriptors: the three
-streams of the command, and where its process id and then its exit status are written, each on a line. This process runs
-no command itself and has no thread, so what it forks is as good as new. It ends with the socket.
+descriptor is argument 1, is JSON with `arguments`, `environment`, `folder` and `finalizes`. It brings four descriptors:
+the three streams of the command, and where its process id and then its exit status are written, each on a line. This
+process runs no command itself and has no thread, so what it forks is as good as new. It ends with the socket.
 """
 
 import gc
@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from dstack_emu.cli.main import COMMANDS, main
 
@@ -23,8 +23,8 @@ EAGER = ("dstack_emu.runbook.grpc_kms_client", "dstack_emu.stack", "grpc.aio")
 MAX_MESSAGE = 1 << 20
 
 
-def serve(requests: socket.socket) -> list[str] | None:
-    """Fork a process for each message; return in it with the command's arguments, and here with none at the end."""
+def serve(requests: socket.socket) -> dict[str, Any] | None:
+    """Fork a process for each message, in which this returns with the message; return None here at the end."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # what it forks first is nobody's to wait for
     while True:
         message, descriptors, _, _ = socket.recv_fds(requests, MAX_MESSAGE, 4)
@@ -37,8 +37,8 @@ def serve(requests: socket.socket) -> list[str] | None:
             os.close(descriptor)
 
 
-def _begin(message: dict[str, Any], stdin: int, stdout: int, stderr: int, status: int) -> list[str]:
-    """Fork the command, which returns with its arguments; wait for it, tell its exit status, and end."""
+def _begin(message: dict[str, Any], stdin: int, stdout: int, stderr: int, status: int) -> dict[str, Any]:
+    """Fork the command, which returns with the message; wait for it, tell its exit status, and end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     command = os.fork()
     if command != 0:
@@ -59,14 +59,29 @@ def _begin(message: dict[str, Any], stdin: int, stdout: int, stderr: int, status
     os.chdir(message["folder"])
     os.environ.clear()
     os.environ.update(message["environment"])
-    arguments: list[str] = message["arguments"]
-    return arguments
+    return message
+
+
+def _run(arguments: list[str]) -> NoReturn:
+    """Run a command, and end at once with its status, its output written.
+
+    The interpreter's own end would take twenty times as long as the fork: it visits every object of the modules.
+    """
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
     for module in (*(f"dstack_emu.cli.commands.{name.replace('-', '_')}" for name in COMMANDS), *EAGER):
         importlib.import_module(module)
     gc.freeze()  # so that a collection in a command touches none of the pages that they share
-    command_line = serve(socket.socket(fileno=int(sys.argv[1])))
-    if command_line is not None:
-        main(command_line)
+    command = serve(socket.socket(fileno=int(sys.argv[1])))
+    if command is not None:
+        if command["finalizes"]:
+            main(command["arguments"])
+        _run(command["arguments"])

@@ -18,7 +18,13 @@ def main() -> None:
     """Start the command, wait for it, and end with its status, or by the signal that ended it."""
     server = socket.socket(fileno=int(os.environ.pop("COMMAND_SERVER")))
     reading, writing = os.pipe()
-    message = {"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}
+    finalizes = os.environ.pop("COMMAND_FINALIZES", "") != ""
+    message = {
+        "arguments": sys.argv[1:],
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "finalizes": finalizes,
+    }
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # until it is known where they are passed on to
     socket.send_fds(server, [json.dumps(message).encode()], (0, 1, 2, writing))
     os.close(writing)

@@ -22,6 +22,8 @@ from tests.repository import ROOT
 END_TIMEOUT = 20
 COMMAND_SERVER = "COMMAND_SERVER"
 """The variable that names the descriptor to `command_shim`."""
+COMMAND_FINALIZES = "COMMAND_FINALIZES"
+"""The variable that lets the interpreter of a forked command end as it does for a user."""
 SHIM = ROOT / "tests/command_shim.py"
 
 
@@ -78,9 +80,18 @@ def start(
     stdout: IO[bytes] | None = None,
     environment: Mapping[str, str] | None = None,
     folder: Path = ROOT,
+    finalizes: bool = False,
 ) -> Command:
-    """Start a command; `environment` is added to the one of the tests. Without `stdin` it reads nothing."""
-    message = {"arguments": arguments, "environment": {**os.environ, **(environment or {})}, "folder": str(folder)}
+    """Start a command; `environment` is added to the one of the tests. Without `stdin` it reads nothing.
+
+    Once it has run, it ends at once; if it `finalizes`, the interpreter ends as it does for a user.
+    """
+    message = {
+        "arguments": arguments,
+        "environment": {**os.environ, **(environment or {})},
+        "folder": str(folder),
+        "finalizes": finalizes,
+    }
     with contextlib.ExitStack() as passed:
         status, theirs = _pipe(passed)
         out, printed = _pipe(passed)
@@ -99,7 +110,7 @@ def forked(*arguments: str) -> tuple[list[str], dict[str, Any]]:
     For what needs the whole of `subprocess`. It must not be killed: signals that can be handled reach the command.
     """
     server = _server().fileno()
-    settings = {"env": {**os.environ, COMMAND_SERVER: str(server)}, "pass_fds": (server,)}
+    settings = {"env": {**os.environ, COMMAND_SERVER: str(server), COMMAND_FINALIZES: "1"}, "pass_fds": (server,)}
     return [sys.executable, "-I", "-S", str(SHIM), *arguments], settings
 
 

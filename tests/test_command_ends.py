@@ -32,7 +32,8 @@ def unread() -> Iterator[BinaryIO]:
 def ended(*arguments: str, stdout: BinaryIO, environment: dict[str, str] | None = None) -> tuple[int, str]:
     """Run a command to its end; return its status and what it said on stderr."""
     with tempfile.TemporaryFile("w+") as errors:
-        status = start(*arguments, stdout=stdout, stderr=errors, environment=environment).wait(READY_TIMEOUT)
+        command = start(*arguments, stdout=stdout, stderr=errors, environment=environment, finalizes=True)
+        status = command.wait(READY_TIMEOUT)
         errors.seek(0)
         return status, errors.read()
 
@@ -106,7 +107,9 @@ def test_interrupt_while_a_command_imports_ends_it_quietly(
 
 def test_check_that_is_interrupted_while_it_works_ends_quietly(tmp_path: Path) -> None:
     with (tmp_path / "errors").open("w+") as errors:
-        command = start("check-kms", "--kms", "dstack-emu kms -c {config}", "--only", "keys/*", stderr=errors)
+        command = start(
+            "check-kms", "--kms", "dstack-emu kms -c {config}", "--only", "keys/*", stderr=errors, finalizes=True
+        )
         while not Path(errors.name).read_text():  # its first line of progress
             assert command.poll(0.01) is None
         command.send_signal(signal.SIGINT)
