@@ -169,6 +169,19 @@ def test_program_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pyt
         os.kill(pid, 0)
 
 
+async def test_port_is_given_to_nobody_before_the_program_answers(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+
+    def bind() -> None:
+        with socket.socket() as other:  # without SO_REUSEADDR, as for any free port
+            other.bind((settings.host, settings.port))
+
+    async with started(foreign_kms(tmp_path, "sh -c 'sleep 60' {config}", settings=settings)):
+        with pytest.raises(OSError, match="Address already in use"):
+            bind()
+    bind()
+
+
 async def until(holds: Callable[[], bool]) -> None:
     """Wait until something that another process does is done; fail after half a minute."""
     end = time.monotonic() + 30

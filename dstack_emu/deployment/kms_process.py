@@ -91,6 +91,7 @@ class KmsProcess:
         self._phases = PolledPhase(name, url)
         self._process: asyncio.subprocess.Process | None = None
         self._restarting = asyncio.Lock()
+        self._claim: socket.socket | None = None
 
     # ---- starting and stopping
 
@@ -104,7 +105,7 @@ class KmsProcess:
         if words is None:
             self._progress(f"{self.name} is yours to start: {self._how_to_start}")
             return
-        self._require_free_port()
+        self._claim = self._claimed_port()
         try:
             with self.files.log.open("wb") as log:
                 self._process = await asyncio.create_subprocess_exec(
@@ -115,24 +116,36 @@ class KmsProcess:
                     env={**os.environ, AGENT_VARIABLE: self.agent},
                     start_new_session=True,  # a terminal's Ctrl-C is for us, and its children are stopped with it
                 )
-        except FileNotFoundError as error:
-            raise StackError(f"{self.name}: {words[0]}: command not found") from error
         except OSError as error:
-            raise StackError(f"{self.name}: {words[0]} cannot be run: {error.strerror}") from error
+            self._release_port()
+            missing = isinstance(error, FileNotFoundError)
+            reason = ": command not found" if missing else f" cannot be run: {error.strerror}"
+            raise StackError(f"{self.name}: {words[0]}{reason}") from error
 
-    def _require_free_port(self) -> None:
-        """Raise `StackError` if another program listens at its address: that would be taken for this KMS."""
+    def _claimed_port(self) -> socket.socket:
+        """Bind its port, so that the system gives it to nobody until it answers: others would be taken for this KMS.
+
+        The socket does not listen, so a program that sets SO_REUSEADDR, as servers do, can bind the port as well.
+        Raises `StackError` if another program listens there.
+        """
         host, port = self.settings.host, self.settings.port
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise StackError(f"{self.name}: {host}:{port} cannot be its address: {error.strerror}") from error
+        claim = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            claim.bind((host, port))
+        except OSError as error:
+            claim.close()
+            raise StackError(f"{self.name}: {host}:{port} cannot be its address: {error.strerror}") from error
+        return claim
+
+    def _release_port(self) -> None:
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
 
     async def stop(self) -> None:
         """End the program that was started here, and the processes that it started: SIGTERM, after 5 s SIGKILL."""
+        self._release_port()
         process = self._process
         if process is None:
             return
@@ -174,7 +187,9 @@ class KmsProcess:
                 )
             try:
                 async with asyncio.timeout(min(ATTEMPT, self._patience - waited)):
-                    return await self.phase()
+                    phase = await self.phase()
+                self._release_port()
+                return phase
             except TimeoutError:
                 problem = "it accepts connections and does not answer"
             except StackError as error:
