@@ -26,13 +26,13 @@ from dstack_emu.testing import LiveStack
 from tests.ports import free_port
 from tests.running import RunningStack, running_stack
 from tests.test_containers_app import docker, image, run_docker
-from tests.vmm import VmmClient
+from tests.vmm import PATIENCE, VmmClient
 
 __all__ = ["image"]
 
 pytestmark = [
     pytest.mark.skipif(not os.environ.get("DSTACK_EMU_CONTAINERS"), reason="DSTACK_EMU_CONTAINERS is not set"),
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(600),
 ]
 
 KEY = "from dstack_sdk import DstackClient; print('key', DstackClient().get_key('wallet').key, flush=True)"
@@ -103,8 +103,8 @@ class Deployer:
         content = ("-H", "Content-Type: application/json", "-d", json.dumps({"app_id": app_id_of(compose_file)}))
         kms = self.stack.services["kms-src"]
         url = f"{kms}/prpc/KMS.GetAppEnvEncryptPubKey?json"
-        command = ["curl", "-sS", "--insecure", "--max-time", "20", *content, url]
-        answer = json.loads(subprocess.run(command, capture_output=True, timeout=30, check=True).stdout)
+        command = ["curl", "-sS", "--insecure", "--max-time", PATIENCE, *content, url]
+        answer = json.loads(subprocess.run(command, capture_output=True, timeout=100, check=True).stdout)
         return sealed(variables, bytes.fromhex(answer["public_key"]))
 
     def serial(self, vm_id: str, channel: str = "serial") -> str:
@@ -203,7 +203,7 @@ for host in ("10.0.2.2", "host.docker.internal"):
     with socket.create_connection((host, {port}), 20) as asked:
         print(host, asked.recv(10).decode(), flush=True)
 print("name", socket.gethostbyname("app-main") == socket.gethostbyname("main"), flush=True)
-print("pccs", urllib.request.urlopen("{pccs}/health", timeout=20).status, flush=True)
+print("pccs", urllib.request.urlopen("{pccs}/health", timeout=90).status, flush=True)
 os.chdir("/usr/share/doc")
 os.execvp("python3", ["python3", "-m", "http.server", "8000"])
 """
@@ -238,10 +238,10 @@ os.execvp("python3", ["python3", "-m", "http.server", "8000"])
             assert container["state"] == "running"
     for each in mapped:
         fetched = subprocess.run(
-            ["curl", "-sf", f"http://127.0.0.1:{each}/"], capture_output=True, timeout=20, check=True
+            ["curl", "-sf", f"http://127.0.0.1:{each}/"], capture_output=True, timeout=90, check=True
         )
         assert b"Directory listing" in fetched.stdout
-    inside = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=20).status)"
+    inside = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=90).status)"
     for vm_id, other in zip(machines, reversed(mapped), strict=True):
         found = docker("ps", "--quiet", "--filter", f"label=dstack-emu.machine={vm_id}")
         assert docker("exec", found, "python3", "-c", inside, f"http://10.0.2.2:{other}/") == "200"
@@ -410,8 +410,8 @@ def test_bash_app_runs_in_a_container_that_runs_on(image: str) -> None:
         vm_id = deployer.deploy(compose_file, encrypted_env=blob, ports=[port])
         info = deployer.vmm.booted(vm_id)
         assert (info["boot_error"], info["boot_progress"]) == ("", "done")
-        curl = ["curl", "-sf", "--max-time", "20", f"http://127.0.0.1:{port['host_port']}/"]
-        assert b"app-compose.json" in subprocess.run(curl, capture_output=True, timeout=30, check=True).stdout
+        curl = ["curl", "-sf", "--max-time", PATIENCE, f"http://127.0.0.1:{port['host_port']}/"]
+        assert b"app-compose.json" in subprocess.run(curl, capture_output=True, timeout=100, check=True).stdout
         assert len(deployer.line(vm_id, "key")) == 64
         assert deployer.line(vm_id, "env") == str(["APP_TOKEN=t"])
         failing = deployer.deploy(app_compose({}, bash_script="echo why >&2; exit 3", **bash))

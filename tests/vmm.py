@@ -26,6 +26,8 @@ COMPOSE = json.dumps(
 
 APP_ID = hashlib.sha256(COMPOSE.encode()).hexdigest()[:40]
 IMAGE = f"dstack-emu-{DEFAULT.version}"
+PATIENCE = "90"
+"""How long an answer may take, in seconds: containers of a machine that is stopped may need long on a busy engine."""
 
 
 class VmmClient:
@@ -35,8 +37,8 @@ class VmmClient:
         self.url = url
 
     def ask(self, path: str, *arguments: str) -> tuple[int, bytes]:
-        command = ["curl", "-sS", "--max-time", "20", "-o", "-", "-w", "\n%{http_code}", *arguments, self.url + path]
-        out = subprocess.run(command, capture_output=True, timeout=30, check=True).stdout
+        command = ["curl", "-sS", "--max-time", PATIENCE, "-o", "-", "-w", "\n%{http_code}", *arguments, self.url + path]
+        out = subprocess.run(command, capture_output=True, timeout=100, check=True).stdout
         body, _, status = out.rpartition(b"\n")
         return int(status), body
 
@@ -69,7 +71,7 @@ class VmmClient:
 
     def booted(self, vm_id: str) -> Any:
         """Follow a machine's log until its last boot has ended; return its info."""
-        follow = ["curl", "-sSN", "--max-time", "20", f"{self.url}/logs?id={vm_id}&follow=true"]
+        follow = ["curl", "-sSN", "--max-time", PATIENCE, f"{self.url}/logs?id={vm_id}&follow=true"]
         with subprocess.Popen(follow, stdout=subprocess.PIPE) as follower:
             assert follower.stdout is not None
             ends = (line for line in follower.stdout if line.startswith((b"[dstack] done", b"error: ")))
