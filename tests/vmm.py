@@ -37,7 +37,18 @@ class VmmClient:
         self.url = url
 
     def ask(self, path: str, *arguments: str) -> tuple[int, bytes]:
-        command = ["curl", "-sS", "--max-time", PATIENCE, "-o", "-", "-w", "\n%{http_code}", *arguments, self.url + path]
+        command = [
+            "curl",
+            "-sS",
+            "--max-time",
+            PATIENCE,
+            "-o",
+            "-",
+            "-w",
+            "\n%{http_code}",
+            *arguments,
+            self.url + path,
+        ]
         out = subprocess.run(command, capture_output=True, timeout=100, check=True).stdout
         body, _, status = out.rpartition(b"\n")
         return int(status), body
