@@ -17,7 +17,7 @@ from typing import Final, Self
 
 from google.protobuf.empty_pb2 import Empty
 
-from dstack_emu.attest.app_compose import verify_key_provider_inputs
+from dstack_emu.attest.app_policy import verify_key_provider_inputs
 from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.certificate import (
     USAGE_KMS_RPC,

@@ -11,13 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal, Self
 
-from dstack_emu.attest.app_compose import (
-    AppManifest,
-    Machine,
-    verify_gpu_policy,
-    verify_key_provider_id,
-    verify_policy,
-)
+from dstack_emu.attest.app_compose import AppManifest
+from dstack_emu.attest.app_policy import GuestFacts, verify_gpu_policy, verify_key_provider_id, verify_policy
 from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.boot import (
     AppIdentity,
@@ -184,9 +179,9 @@ class TrustDomain:
 
         Raises `GuestError` if the guest refuses the app-compose; nothing is measured then.
         """
-        machine = Machine(self.image.version, self.vm_config_json, user_config=self.user_config)
+        facts = GuestFacts(self.image.version, self.vm_config_json, user_config=self.user_config)
         with _refusing():
-            verify_policy(self.manifest, machine, self.release)
+            verify_policy(self.manifest, facts, self.release)
         with _refusing("Failed to measure app info: "):
             verify_gpu_policy(self.manifest)
         self._measure_all(events_before_keys(self.identity, self.release))

@@ -6,13 +6,9 @@ from typing import Any
 
 import pytest
 
-from dstack_emu.attest.app_compose import (
-    AppManifest,
-    GpuPolicy,
-    Machine,
-    Port,
-    PortPolicy,
-    VerityVolume,
+from dstack_emu.attest.app_compose import AppManifest, GpuPolicy, Port, PortPolicy, VerityVolume
+from dstack_emu.attest.app_policy import (
+    GuestFacts,
     launch_token_hash,
     verify_gpu_policy,
     verify_key_provider_id,
@@ -28,7 +24,7 @@ TOKEN = "unit-test-launch-token-0000000001"
 # Of upstream's own unit test.
 TOKEN_HASH = "28faa1319055d733ad9651f5ab7689c15b04609846bcd27b3c5bc8df6246f5a3"
 LITE = json.dumps({"tdx_attestation_variant": "lite"})
-MACHINE = Machine(os_version="0.6.0", vm_config=LITE, user_config=json.dumps({"dstack": {"launch_token": TOKEN}}))
+FACTS = GuestFacts(os_version="0.6.0", vm_config=LITE, user_config=json.dumps({"dstack": {"launch_token": TOKEN}}))
 
 
 def manifest(release: Any = V0_6, /, **changes: Any) -> AppManifest:
@@ -42,9 +38,9 @@ def parse_refusal(text: str, release: Any = V0_6) -> str:
     return str(caught.value).removeprefix("app-compose: ")
 
 
-def policy_refusal(manifest: AppManifest, machine: Machine = MACHINE, release: Any = V0_6) -> str:
+def policy_refusal(manifest: AppManifest, facts: GuestFacts = FACTS, release: Any = V0_6) -> str:
     with pytest.raises(VerificationError) as caught:
-        verify_policy(manifest, machine, release)
+        verify_policy(manifest, facts, release)
     assert str(caught.value).startswith("Failed to verify app-compose policy: ")
     return str(caught.value).removeprefix("Failed to verify app-compose policy: ")
 
@@ -262,7 +258,7 @@ def test_unknown_file_system_is_refused_once_there_are_keys() -> None:
 def test_0_6_boots_manifests_up_to_3(value: Any) -> None:
     read = manifest(manifest_version=value)
     assert read.manifest_version == int(value)
-    verify_policy(read, MACHINE, V0_6)
+    verify_policy(read, FACTS, V0_6)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +289,7 @@ def test_0_6_refuses_to_boot_manifest_4() -> None:
 
 @pytest.mark.parametrize("value", [0, 1, 2, 3, 4, 2**32 - 1])
 def test_0_5_boots_any_number(value: int) -> None:
-    verify_policy(manifest(V0_5, manifest_version=value), MACHINE, V0_5)
+    verify_policy(manifest(V0_5, manifest_version=value), FACTS, V0_5)
 
 
 @pytest.mark.parametrize("value", ["2", "3", -1, 2**32, 2.5, None])
@@ -312,18 +308,18 @@ def test_0_5_refuses_what_is_no_number_of_32_bits(value: Any) -> None:
     ],
 )
 def test_what_needs_manifest_3_is_refused_below_it(change: dict[str, Any], words: str, version: Any) -> None:
-    verify_policy(manifest(**change, manifest_version="3"), MACHINE, V0_6)
+    verify_policy(manifest(**change, manifest_version="3"), FACTS, V0_6)
     assert policy_refusal(manifest(**change, manifest_version=version)) == (
         f'{words} manifest_version >= 3; use string manifest_version "3" so older guests fail closed'
     )
     if "init_script" not in change:  # which is one text in 0.5
-        verify_policy(manifest(V0_5, **change), MACHINE, V0_5)
+        verify_policy(manifest(V0_5, **change), FACTS, V0_5)
 
 
 @pytest.mark.parametrize("runner", ["docker-compose", "bash"])
 def test_snapshotter_belongs_to_nerdctl_compose(runner: str) -> None:
     change = {"manifest_version": "3", "snapshotter": "overlayfs"}
-    verify_policy(manifest(**change, runner="nerdctl-compose"), MACHINE, V0_6)
+    verify_policy(manifest(**change, runner="nerdctl-compose"), FACTS, V0_6)
     words = "snapshotter is only supported by the nerdctl-compose runner"
     assert policy_refusal(manifest(**change, runner=runner)) == words
 
@@ -333,7 +329,7 @@ def test_snapshotter_belongs_to_nerdctl_compose(runner: str) -> None:
 
 @pytest.mark.parametrize("requirement", [">=0.6.0", ">=0.5.0, <0.7.0", "0.6", "~0.6.0", "*"])
 def test_os_version_that_fits_passes(requirement: str) -> None:
-    verify_policy(requiring(os_version=requirement), MACHINE, V0_6)
+    verify_policy(requiring(os_version=requirement), FACTS, V0_6)
 
 
 @pytest.mark.parametrize(
@@ -349,16 +345,16 @@ def test_os_version_that_does_not_fit_is_refused(requirement: str, words: str) -
     assert policy_refusal(requiring(os_version=requirement)) == words
 
 
-def test_os_version_of_the_machine_that_is_none_is_refused() -> None:
-    machine = Machine(os_version="0.6", vm_config=LITE)
+def test_os_version_of_the_guest_that_is_none_is_refused() -> None:
+    facts = GuestFacts(os_version="0.6", vm_config=LITE)
     words = "Invalid current dstack OS version: 0.6: semantic version expected, got '0.6'"
-    assert policy_refusal(requiring(os_version="*"), machine) == words
-    verify_policy(requiring(), machine, V0_6)
+    assert policy_refusal(requiring(os_version="*"), facts) == words
+    verify_policy(requiring(), facts, V0_6)
 
 
 @pytest.mark.parametrize("platforms", [None, ["dstack-tdx"], ["dstack-amd-sev-snp", "dstack-tdx"]])
 def test_platforms_that_have_this_one_pass(platforms: Any) -> None:
-    verify_policy(requiring(platforms=platforms), MACHINE, V0_6)
+    verify_policy(requiring(platforms=platforms), FACTS, V0_6)
 
 
 @pytest.mark.parametrize(
@@ -386,16 +382,16 @@ def test_platforms_that_have_not_this_one_are_refused(platforms: list[str], word
 )
 def test_acpi_tables_decide_about_the_attestation_variant(measured: bool, good: str, bad: str, needed: str) -> None:
     required = requiring(tdx_measure_acpi_tables=measured)
-    verify_policy(required, Machine("0.6.0", good), V0_6)
-    assert policy_refusal(required, Machine("0.6.0", bad)) == (
+    verify_policy(required, GuestFacts("0.6.0", good), V0_6)
+    assert policy_refusal(required, GuestFacts("0.6.0", bad)) == (
         "unsupported TDX attestation mode: "
         f"requirements.tdx_measure_acpi_tables={str(measured).lower()} requires {needed}"
     )
-    verify_policy(required, Machine("0.6.0", bad, tee_variant="dstack-gcp-tdx"), V0_6)
+    verify_policy(required, GuestFacts("0.6.0", bad, tee_variant="dstack-gcp-tdx"), V0_6)
 
 
 def test_acpi_tables_need_a_vm_config_that_can_be_read() -> None:
-    refused = policy_refusal(requiring(tdx_measure_acpi_tables=True), Machine("0.6.0", "no JSON"))
+    refused = policy_refusal(requiring(tdx_measure_acpi_tables=True), GuestFacts("0.6.0", "no JSON"))
     assert refused.startswith(
         "failed to parse vm_config for requirements.tdx_measure_acpi_tables: Failed to parse vm config: "
     )
@@ -407,7 +403,7 @@ def test_launch_token_hash_equals_upstreams() -> None:
 
 @pytest.mark.parametrize("spelled", [TOKEN_HASH, TOKEN_HASH.upper()])
 def test_launch_token_that_fits_passes(spelled: str) -> None:
-    verify_policy(requiring(launch_token_hash=spelled), MACHINE, V0_6)
+    verify_policy(requiring(launch_token_hash=spelled), FACTS, V0_6)
 
 
 @pytest.mark.parametrize(
@@ -430,8 +426,8 @@ def test_launch_token_that_fits_passes(spelled: str) -> None:
     ],
 )
 def test_launch_token_that_does_not_fit_is_refused(user_config: str | None, words: str) -> None:
-    machine = Machine("0.6.0", LITE, user_config=user_config)
-    assert policy_refusal(requiring(launch_token_hash=TOKEN_HASH), machine) == words
+    facts = GuestFacts("0.6.0", LITE, user_config=user_config)
+    assert policy_refusal(requiring(launch_token_hash=TOKEN_HASH), facts) == words
 
 
 @pytest.mark.parametrize(
@@ -451,7 +447,7 @@ def test_plain_sha256_of_the_token_is_not_its_hash() -> None:
 
 
 def test_user_config_is_not_read_without_the_requirement() -> None:
-    verify_policy(requiring(), Machine("0.6.0", LITE, user_config="no JSON"), V0_6)
+    verify_policy(requiring(), GuestFacts("0.6.0", LITE, user_config="no JSON"), V0_6)
 
 
 @pytest.mark.parametrize(
@@ -474,7 +470,7 @@ def test_health_check_that_cannot_be_made_is_refused(runner: str, requirements: 
     refused = manifest(manifest_version="3", runner=runner, requirements=requirements)
     assert policy_refusal(refused) == words
     for passing in (requirements | {"health_check": False}, {"health_check": True, "health_status_file": "/health"}):
-        verify_policy(manifest(manifest_version="3", runner=runner, requirements=passing), MACHINE, V0_6)
+        verify_policy(manifest(manifest_version="3", runner=runner, requirements=passing), FACTS, V0_6)
 
 
 def test_first_requirement_that_fails_is_named() -> None:

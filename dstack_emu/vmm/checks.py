@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from dstack_emu.attest.app_compose import TEE_VARIANTS, AppManifest
+from dstack_emu.attest.app_compose import AppManifest
+from dstack_emu.attest.app_policy import TEE_VARIANTS
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.proto import vmm_pb2 as pb
 from dstack_emu.attest.release import Release
