@@ -30,7 +30,7 @@ from dstack_emu.attest.quote import TD10_FIELDS, Quote, TdReport15
 from dstack_emu.attest.report_data import bootstrap_report_data
 from dstack_emu.cli.commands.inspect import WIDTH, render
 from dstack_emu.cli.main import main
-from dstack_emu.inspection.fields import as_json
+from dstack_emu.inspection.description import as_json
 from dstack_emu.inspection.identify import MAX_INPUT_SIZE, Finding, inspect_input
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.platform import PlatformState

@@ -26,19 +26,11 @@ from dstack_emu.attest.eventlog import log_from_json
 from dstack_emu.attest.pck import device_id
 from dstack_emu.attest.quote import QE_VENDOR_ID, Quote, TdReport15
 from dstack_emu.attest.report_data import bootstrap_report_data
+from dstack_emu.inspection.certificate_fields import describe_crl
 from dstack_emu.inspection.checks import Binding, Evidence
-from dstack_emu.inspection.fields import (
-    NO_DEVICE,
-    Description,
-    describe_certificates,
-    describe_collateral,
-    describe_crl,
-    describe_evidence,
-    describe_log,
-    describe_replay,
-    describe_request,
-    load_json,
-)
+from dstack_emu.inspection.description import Description, load_json
+from dstack_emu.inspection.fields import describe_certificates, describe_collateral, describe_evidence, describe_request
+from dstack_emu.inspection.log_fields import NO_DEVICE, describe_log, describe_replay
 
 MAX_INPUT_SIZE: Final = 10 * 1024 * 1024
 MAX_WRAPPINGS: Final = 3

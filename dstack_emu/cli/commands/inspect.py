@@ -13,7 +13,7 @@ from typing import Any, Final
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.cli.commands.common import UsageError
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
-from dstack_emu.inspection.fields import UNKNOWN_NAME, UNREAD, Description, Named, as_json
+from dstack_emu.inspection.description import UNKNOWN_NAME, UNREAD, Description, Named, as_json
 from dstack_emu.inspection.identify import MAX_INPUT_SIZE, Finding, inspect_input
 
 DESCRIPTION = (
