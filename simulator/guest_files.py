@@ -117,12 +117,17 @@ def decrypt_environment(domain: TrustDomain, sealed: bytes, keys: AppKeys) -> di
 def write_environment(folder: Path, environment: Mapping[str, str]) -> Path:
     """Write the two files of an app's environment, for their owner alone; return that of systemd's format."""
     document = json.dumps(environment, separators=(",", ":"), ensure_ascii=False)
-    for name, text in ((DECRYPTED_ENV, environment_file(environment)), (DECRYPTED_ENV_JSON, document)):
-        (folder / name).unlink(missing_ok=True)
-        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+    write_private(folder / DECRYPTED_ENV, environment_file(environment))
+    write_private(folder / DECRYPTED_ENV_JSON, document)
     return folder / DECRYPTED_ENV
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a new file for its owner alone, in the place of one that may exist; raise `OSError`."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def remove_environment(folder: Path) -> None:

@@ -80,6 +80,11 @@ class Release:
     strict_pre_launch_script: bool
     """A command of the pre-launch script that fails ends the launch."""
 
+    gateway_failure_ends_boot: bool
+    """A guest that no gateway registers does not boot; otherwise it boots without, reports it, and tries again."""
+    keeps_gateway_keys_before_registration: bool
+    """Keys and certificates for gateways are kept as soon as they are made; otherwise once a gateway has answered."""
+
     # The KMS.
     any_client_certificate_issuer: bool
     """A client certificate needs evidence and no particular issuer; otherwise the temporary CA must have issued it."""
@@ -158,6 +163,8 @@ _0_5: Final = Release(
     verifies_usage_of_issuer=False,
     refuses_encrypted_env_without_key=False,
     strict_pre_launch_script=False,
+    gateway_failure_ends_boot=True,
+    keeps_gateway_keys_before_registration=False,
     any_client_certificate_issuer=False,
     get_meta_has_os_image_verification=False,
     attestation_mode_alias=True,
@@ -202,6 +209,8 @@ _0_6: Final = Release(
     verifies_usage_of_issuer=True,
     refuses_encrypted_env_without_key=True,
     strict_pre_launch_script=True,
+    gateway_failure_ends_boot=False,
+    keeps_gateway_keys_before_registration=True,
     any_client_certificate_issuer=True,
     get_meta_has_os_image_verification=True,
     attestation_mode_alias=False,

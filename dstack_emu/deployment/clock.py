@@ -5,6 +5,7 @@ that a seed gives the same bytes on any day; after that they have the clock's da
 checks the dates of a TLS peer's certificate by the wall clock.
 """
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class StackClock:
 
     def __init__(self, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
+        self._waiting: set[asyncio.Future[None]] = set()
         self.restore(ClockState())
 
     def __call__(self) -> int:
@@ -65,6 +67,18 @@ class StackClock:
         """Restore a captured state."""
         self._state = state
         self.now = self._wall if state.frozen_at is None and not state.ahead else self._set_now
+        while self._waiting:
+            self._waiting.pop().set_result(None)
+
+    async def reached(self, moment: float) -> None:
+        """Wait until the clock shows a time in Unix seconds; while it is frozen that may be forever."""
+        while (left := moment - self.now()) > 0:
+            changed = asyncio.get_running_loop().create_future()
+            self._waiting.add(changed)
+            try:
+                await asyncio.wait([changed], timeout=None if self.is_frozen else left)
+            finally:
+                self._waiting.discard(changed)
 
     def _set_now(self) -> float:
         state = self._state

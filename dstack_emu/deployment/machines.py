@@ -9,130 +9,42 @@ import asyncio
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 from urllib.parse import urlsplit
 
 from google.protobuf.message import Message
 
-from dstack_emu.attest.app_compose import AppManifest, Requirements
 from dstack_emu.attest.encrypted_env import MAX_FILE_SIZE as MAX_ENV_SIZE
-from dstack_emu.attest.errors import AttestError, FormatError
-from dstack_emu.attest.image.memory import HIGH_MEMORY, LOW_MEMORY
+from dstack_emu.attest.errors import AttestError
 from dstack_emu.attest.os_image import METADATA_FILE
-from dstack_emu.attest.release import Release
-from dstack_emu.attest.vmconfig import VmConfig
 from dstack_emu.deployment.agent_listeners import AgentAddresses, AgentListeners, SocketFile
+from dstack_emu.deployment.gateway_registration import kept_registered, register_at_boot
 from dstack_emu.deployment.guest_config import local_key_provider
 from dstack_emu.deployment.guest_network import LOOPBACK, host_route
 from dstack_emu.deployment.machine_guest import MachineGuest
 from dstack_emu.deployment.machine_ports import open_ports
-from dstack_emu.deployment.workloads import BootedGuest, Endpoint, ServiceStatus, Workload, Workloads
+from dstack_emu.deployment.machine_site import MEGABYTE, MachineSite
+from dstack_emu.deployment.workloads import BootedGuest, Endpoint, ServiceStatus, Workload
 from dstack_emu.simulator.agent import GuestAgent
 from dstack_emu.simulator.app_keys import AppKeys, CertificateIssuer, OwnKeys
 from dstack_emu.simulator.errors import GuestError
+from dstack_emu.simulator.gateway_client import GatewayClient, remove_gateway_files
 from dstack_emu.simulator.guest_boot import KmsIssuer, fetch_keys
 from dstack_emu.simulator.guest_files import decrypt_environment, remove_environment, write_environment
-from dstack_emu.simulator.image import OsImage
-from dstack_emu.simulator.image_files import load_image
-from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import Seed
-from dstack_emu.simulator.trust_domain import AppCompose, KeyProvider, TrustDomain
+from dstack_emu.simulator.trust_domain import KeyProvider, TrustDomain
+from dstack_emu.transport.client import MoreHeaders
 from dstack_emu.transport.errors import ListenError
 from dstack_emu.transport.listen import bind_tcp
-from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.vmm.config import Protocol
 from dstack_emu.vmm.errors import VmmError
 from dstack_emu.vmm.machine import GuestConfig, HostApi, Launch
 
 AGENT_PORT: Final = 8090
-MEGABYTE: Final = 1024**2
-
-
-@dataclass(frozen=True, slots=True)
-class MachineSite:
-    """What the machines of one host share.
-
-    `verifier` verifies the evidence of a KMS, `issued_at` is the time for certificates in Unix seconds, `images` the
-    folder of OS images, `own_image` the one that exists without a folder, and `workloads` makes what runs beside the
-    agents. With `writes_environment` an app's decrypted environment is in files of its machine's folder while it runs.
-    """
-
-    intel: Intel
-    seed: Seed
-    release: Release
-    images: Path
-    own_image: OsImage
-    verifier: AttestationVerifier
-    issued_at: Callable[[], int]
-    workloads: Workloads
-    writes_environment: bool = True
-    headers: Callable[[str], Callable[[], Mapping[str, str]]] | None = None
-
-    def image(self, name: str) -> OsImage:
-        """Return the OS image of that name; raise `VmmError` if there is none."""
-        folder = self.images / name
-        if not folder.exists() and name == self.own_image_name:
-            return self.own_image
-        try:
-            return load_image(folder)
-        except FormatError as error:
-            raise VmmError(f"Failed to load image: {error}") from error
-
-    @property
-    def own_image_name(self) -> str:
-        """The name of the image that exists without a folder."""
-        return f"{self.own_image.name}-{self.own_image.version}"
-
-    def vm_config(self, launch: Launch) -> VmConfig:
-        """Return the configuration that a machine is measured with; raise `VmmError`."""
-        manifest, image = launch.manifest, self.image(launch.manifest.image)
-        config = image.vm_config(
-            max(manifest.vcpu, 1),
-            measured_memory(manifest.memory * MEGABYTE),
-            num_nics=len(manifest.networks) or 1,
-            hugepages=manifest.hugepages,
-            swtpm=manifest.swtpm,
-        )
-        try:
-            variant = attestation_variant(AppManifest.parse(launch.compose_file, self.release).requirements)
-        except FormatError as error:
-            raise VmmError(f"Failed to read compose file: {error}") from error
-        volumes = len(manifest.volumes)
-        return replace(config, image=manifest.image, num_verity_volumes=volumes, tdx_attestation_variant=variant)
-
-    def power_on(self, launch: Launch) -> TrustDomain:
-        """Return the trust domain of a machine; raise `VmmError`, or an error of the guest."""
-        try:
-            app_id = bytes.fromhex(launch.manifest.app_id)
-        except ValueError as error:
-            raise GuestError(f"app id: hex expected, got {launch.manifest.app_id!r:.60}") from error
-        return TrustDomain(
-            self.intel.platform("host of the VMM"),
-            self.image(launch.manifest.image),
-            AppCompose(launch.compose_file),
-            instance_seed=launch.instance_seed,
-            vm_config=self.vm_config(launch),
-            app_id=app_id,
-            user_config=launch.user_config or None,
-            release=self.release,
-        )
-
-
-def attestation_variant(requirements: Requirements | None) -> Literal["legacy", "lite"]:
-    """Return the TDX variant of a machine: what its app requires, lite if it requires nothing."""
-    return "legacy" if requirements is not None and requirements.tdx_measure_acpi_tables else "lite"
-
-
-def measured_memory(asked: int) -> int:
-    """Return the size of the memory in bytes: 2 GiB if the lite variant does not know the size that was asked for.
-
-    Upstream has the legacy variant then, whose images a KMS downloads.
-    """
-    return asked if asked == LOW_MEMORY or asked >= HIGH_MEMORY else LOW_MEMORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +128,7 @@ class DomainMachine:
                 await self._power_off.wait()
                 self.host.notify("shutdown.progress", "powering off")
         except (GuestError, AttestError, ListenError, VmmError, OSError) as error:
-            self._report(error)
+            self._report(str(error))
         finally:
             self._ended.set()
 
@@ -245,11 +157,37 @@ class DomainMachine:
         self._progress("data disk ready")
         environment = decrypt_environment(domain, self.launch.encrypted_env, keys)
         await agent.provide(keys, issuer)
+        await self._register(domain, keys, issuer, held)
         if self.launch.encrypted_env and self.site.writes_environment:
             held.callback(remove_environment, self.launch.folder)
             write_environment(self.launch.folder, environment)
         self._log_measurements(agent)
         await self._start_workload(BootedGuest(self.launch, self.host, domain, self._run_folder, environment), held)
+
+    async def _register(
+        self, domain: TrustDomain, keys: AppKeys, issuer: CertificateIssuer, held: AsyncExitStack
+    ) -> None:
+        """Register at the gateway, if the app has one, now and as long as the machine runs."""
+        if not domain.manifest.has_gateway:
+            return
+        self._progress("setting up dstack-gateway")
+        folder, urls, clock = self.launch.folder, self.launch.gateway_urls, self.site.clock
+        client = GatewayClient(
+            domain,
+            keys,
+            issuer,
+            self._seed.stream("gateway"),
+            clock,
+            folder,
+            headers=self._headers,
+            route=host_route,
+        )
+        held.callback(remove_gateway_files, folder)
+        if failed := await register_at_boot(client, urls, self.site.release):
+            self._report(failed)
+        await held.enter_async_context(
+            kept_registered(client, urls, clock, lambda text: self.host.log(f"[dstack] dstack-gateway: {text}\n"))
+        )
 
     async def _start_workload(self, guest: BootedGuest, held: AsyncExitStack) -> None:
         """Start what runs beside the agent; the agent runs on if that cannot be started."""
@@ -258,16 +196,16 @@ class DomainMachine:
         try:
             await self.workload.start()
         except GuestError as error:
-            self._report(error)
+            self._report(str(error))
         else:
             self._progress("done")
 
     async def _services(self) -> Sequence[ServiceStatus]:
         return () if self.workload is None else await self.workload.services()
 
-    def _report(self, error: Exception) -> None:
-        self.host.log(f"error: {error}\n")
-        self.host.notify("boot.error", str(error))
+    def _report(self, text: str) -> None:
+        self.host.log(f"error: {text}\n")
+        self.host.notify("boot.error", text)
 
     @property
     def _run_folder(self) -> Path:
@@ -276,6 +214,11 @@ class DomainMachine:
     @property
     def _seed(self) -> Seed:
         return self.site.seed.child(f"machine {self.launch.manifest.id}")
+
+    @property
+    def _headers(self) -> MoreHeaders | None:
+        """What is added to the calls of its guest."""
+        return None if self.site.headers is None else self.site.headers(self.launch.manifest.name)
 
     def _power_on(self) -> TrustDomain:
         launch = self.launch
@@ -311,8 +254,6 @@ class DomainMachine:
     async def _keys(self, domain: TrustDomain) -> tuple[AppKeys, CertificateIssuer]:
         kind = domain.manifest.key_provider_kind
         if kind == "kms":
-            name = self.launch.manifest.name
-            headers = None if self.site.headers is None else self.site.headers(name)
             urls = [url.rstrip("/").removesuffix("/prpc") for url in self.launch.kms_urls]
             return await fetch_keys(
                 domain,
@@ -320,7 +261,7 @@ class DomainMachine:
                 self.site.verifier,
                 self._seed.stream("boot"),
                 self.site.issued_at(),
-                headers=headers,
+                headers=self._headers,
                 route=host_route,
             )
         provider = local_key_provider(self.site.seed, "the host") if kind == "local" else KeyProvider("none")

@@ -14,9 +14,10 @@ from typing import Self
 
 from dstack_emu.attest.release import Release
 from dstack_emu.attest.verify import TrustAnchor
-from dstack_emu.deployment.clock import ISSUED_AT, wall_clock
+from dstack_emu.deployment.clock import ISSUED_AT, StackClock, wall_clock
 from dstack_emu.deployment.guest_programs import ProgramSite
-from dstack_emu.deployment.machines import DomainMachines, MachineSite
+from dstack_emu.deployment.machine_site import MachineSite
+from dstack_emu.deployment.machines import DomainMachines
 from dstack_emu.deployment.process_workload import ProcessWorkloads
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.intel import Intel
@@ -122,6 +123,7 @@ class StandaloneVmm:
             verifier=AttestationVerifier(pccs, anchor, wall_clock),
             issued_at=lambda: ISSUED_AT,
             workloads=ProcessWorkloads(programs),
+            clock=StackClock(),
         )
 
 

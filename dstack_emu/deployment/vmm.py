@@ -13,7 +13,8 @@ from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.deployment.docker_workload import DockerWorkloads
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.guest_programs import ProgramSite
-from dstack_emu.deployment.machines import DomainMachines, MachineSite
+from dstack_emu.deployment.machine_site import MachineSite
+from dstack_emu.deployment.machines import DomainMachines
 from dstack_emu.deployment.process_workload import ProcessWorkloads
 from dstack_emu.deployment.workloads import Workloads
 from dstack_emu.observability.spans import headers_of
@@ -93,6 +94,7 @@ def _config(context: StackContext) -> VmmConfig:
         image=ImageSection(path=context.state / IMAGES_FOLDER),
         cvm=CvmSection(
             kms_urls=(kms_url,),
+            gateway_urls=(),
             pccs_url=context.urls["pccs"],
             port_mapping=PortMappingSection(enabled=True, range=everything),
         ),
@@ -140,6 +142,7 @@ def _site(context: StackContext, workloads: Workloads) -> MachineSite:
         verifier=context.verifier("vmm"),
         issued_at=context.instrumentation.clock.issue,
         workloads=workloads,
+        clock=context.instrumentation.clock,
         writes_environment=isinstance(workloads, ProcessWorkloads),
         headers=headers_of,
     )

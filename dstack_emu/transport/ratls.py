@@ -49,10 +49,14 @@ Attester = Callable[[bytes], Awaitable[Attestation]]
 
 @dataclass(frozen=True, slots=True)
 class AttestedServer:
-    """What a server's certificate proves; `attestation` is None if it has no evidence."""
+    """What a server's certificate proves; `attestation` is None if it has no evidence.
+
+    `usage` and `app_id` (20 bytes) are what its issuer says, None if it says nothing.
+    """
 
     attestation: VerifiedAttestation | None
     usage: str | None
+    app_id: bytes | None = None
 
 
 async def make_identity(
@@ -164,17 +168,17 @@ async def peer_of(certificate_der: bytes | None, verifier: AttestationVerifier |
         raise VerificationError("No TLS info in response")
     certificate = load_der(certificate_der)
     usage = _read("Failed to get special usage", usage_of, certificate)
-    _read("Failed to get app id", app_id_of, certificate)
+    app_id = _read("Failed to get app id", app_id_of, certificate)
     if verifier is None:
-        return AttestedServer(None, usage)
+        return AttestedServer(None, usage, app_id)
     attestation = _read("Failed to parse attestation", attestation_of, certificate)
     if attestation is None:
-        return AttestedServer(None, usage)
+        return AttestedServer(None, usage, app_id)
     try:
         verified = await verifier.verify_bound(attestation, certificate_spki(certificate))
     except AttestError as error:
         raise _within("failed to verify the attestation report presented by the server", error) from error
-    return AttestedServer(verified, usage)
+    return AttestedServer(verified, usage, app_id)
 
 
 def _read(text: str, read: Callable[[x509.Certificate], T], certificate: x509.Certificate) -> T:
