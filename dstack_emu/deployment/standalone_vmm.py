@@ -28,6 +28,7 @@ from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
 from dstack_emu.vmm.config import VmmConfig
 from dstack_emu.vmm.discovery import DiscoveryFile
 from dstack_emu.vmm.fleet import Fleet
+from dstack_emu.vmm.one_shot import OneShot, Prepared
 from dstack_emu.vmm.server import vmm_app
 
 UNIX = "unix:"
@@ -77,7 +78,7 @@ class StandaloneVmm:
         self._exit.callback(sock.close)
         fleet = Fleet(
             config,
-            DomainMachines(self._site()),
+            DomainMachines(_site(settings, self._exit)),
             release=settings.release,
             clock=wall_clock,
             new_id=lambda: str(uuid.uuid4()),
@@ -103,28 +104,38 @@ class StandaloneVmm:
         self._exit.callback(discovered.remove)
         self.discovery_file = discovered.path
 
-    def _site(self) -> MachineSite:
-        settings = self.settings
-        seed = Seed.of(settings.seed)
-        intel = Intel(seed)
-        pccs = PccsClient(settings.pccs_url)
-        self._exit.push_async_callback(pccs.close)
-        anchor = settings.anchor or TrustAnchor.of(intel.root)
 
-        programs = ProgramSite(
-            settings.release, seed.child("vmm"), settings.pccs_url, anchor, wall_clock, lambda: ISSUED_AT
+async def prepare_machine(settings: VmmSettings, file: Path, folder: Path | None) -> Prepared:
+    """Prepare the machine that a file describes, and start nothing; raise `VmmError`."""
+    async with AsyncExitStack() as held:
+        site = _site(settings, held)
+        once = OneShot(
+            file, settings.config, DomainMachines(site), settings.release, str(uuid.uuid4()), int(wall_clock() * 1000)
         )
-        return MachineSite(
-            intel=intel,
-            seed=seed.child("vmm"),
-            release=settings.release,
-            images=settings.config.image.path,
-            own_image=OsImage.from_seed(seed.derive, version=settings.release.version),
-            verifier=AttestationVerifier(pccs, anchor, wall_clock),
-            issued_at=lambda: ISSUED_AT,
-            workloads=ProcessWorkloads(programs),
-            clock=StackClock(),
-        )
+        return once.prepare(folder)
+
+
+def _site(settings: VmmSettings, held: AsyncExitStack) -> MachineSite:
+    """Return what machines share; `held` closes it."""
+    seed = Seed.of(settings.seed)
+    intel = Intel(seed)
+    pccs = PccsClient(settings.pccs_url)
+    held.push_async_callback(pccs.close)
+    anchor = settings.anchor or TrustAnchor.of(intel.root)
+    programs = ProgramSite(
+        settings.release, seed.child("vmm"), settings.pccs_url, anchor, wall_clock, lambda: ISSUED_AT
+    )
+    return MachineSite(
+        intel=intel,
+        seed=seed.child("vmm"),
+        release=settings.release,
+        images=settings.config.image.path,
+        own_image=OsImage.from_seed(seed.derive, version=settings.release.version),
+        verifier=AttestationVerifier(pccs, anchor, wall_clock),
+        issued_at=lambda: ISSUED_AT,
+        workloads=ProcessWorkloads(programs),
+        clock=StackClock(),
+    )
 
 
 def _bound(config: VmmConfig) -> tuple[socket.socket, str]:

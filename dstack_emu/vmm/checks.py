@@ -162,13 +162,6 @@ def requested_tee(request: pb.VmConfiguration) -> str | None:
     return request.simulated_tee
 
 
-def mac_address(vm_id: str, number: int = 0) -> str:
-    """Return the MAC address of a machine's interface of that number."""
-    text = vm_id if number == 0 else f"{vm_id}:{number}"
-    first, *rest = hashlib.sha256(text.encode()).digest()[:6]
-    return bytes([(first & 0xFE) | 2, *rest]).hex(":")
-
-
 def human_time(seconds: float) -> str:
     """Return a duration as humantime has it, in whole seconds: `1day 2h 3m 4s`; below one second `0s`."""
     left = int(seconds)

@@ -1,14 +1,16 @@
 """vmm.toml: what a VMM is configured with, with upstream's names and defaults.
 
-Unknown keys are accepted, as upstream does; a value of another type is refused. Source: dstack `vmm/vmm.toml` and
-`vmm/src/config.rs` at 312dc605.
+Unknown keys are accepted, as upstream does; a value of another type is refused. Some keys have no effect here, and
+stand here because upstream refuses wrong values of them. Source: dstack `vmm/vmm.toml` and `vmm/src/config.rs` at
+312dc605.
 """
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from dstack_emu.transport.settings import FilePath, Port, read_toml, validate
 
@@ -28,6 +30,26 @@ def _size(value: Any) -> Any:
 
 
 HumanSize = Annotated[int, BeforeValidator(_size), Field(ge=0)]
+
+
+def _ip_address(value: str) -> str:
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError as error:
+        raise ValueError(f"an IP address expected, got {value!r:.80}") from error
+
+
+def _vsock_address(value: str) -> str:
+    """Check `vsock:CID`, whose CID is decimal, or hex after `0x`."""
+    if not _VSOCK.fullmatch(value):
+        raise ValueError(f"vsock:CID expected, such as vsock:2, got {value!r:.80}")
+    return value
+
+
+_VSOCK: Final = re.compile(r"vsock:([0-9]{1,10}|0x[0-9A-Fa-f]{1,8})")
+IpAddress = Annotated[str, AfterValidator(_ip_address)]
+VsockAddress = Annotated[str, AfterValidator(_vsock_address)]
+Texts = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class _Section(BaseModel):
@@ -52,7 +74,7 @@ class PortMappingSection(_Section):
     """`cvm.port_mapping`: whether and which host ports may be mapped, and the address if a mapping names none."""
 
     enabled: bool = False
-    address: str = LOCAL_ADDRESS
+    address: IpAddress = LOCAL_ADDRESS
     range: tuple[PortRange, ...] = Field(default=(PortRange(protocol="tcp", first=1, last=20000),), strict=False)
 
     def allows(self, protocol: str, port: int) -> bool:
@@ -64,15 +86,28 @@ class GpuSection(_Section):
     """`cvm.gpu`: no GPU is ever found; with `enabled` requests may name some."""
 
     enabled: bool = False
-    listing: tuple[str, ...] = Field(default=("10de:2335",), strict=False)
+    listing: Texts = ("10de:2335",)
+    exclude: Texts = ()
+    include: Texts = ()
     allow_attach_all: bool = True
 
 
 class NetworkingSection(_Section):
-    """`cvm.networking`: the network of a machine that names none."""
+    """`cvm.networking`: the network of a machine that names none, and what the MAC addresses of all begin with.
 
-    mode: Literal["user", "bridge"] = "user"
+    `mac_prefix` has up to three bytes, in hex and with colons between them.
+    """
+
+    mode: Literal["user", "bridge", "custom"] = "user"
     bridge: str = ""
+    mac_prefix: Annotated[str, Field(pattern=r"^([0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){0,2})?$")] = ""
+    netdev: str = ""
+
+
+class NetworkFilterSection(_Section):
+    """`cvm.network_filter`: without effect, because there is no bridge."""
+
+    mode: Literal["none", "libvirt"] = "none"
 
 
 class AutoRestartSection(_Section):
@@ -106,22 +141,27 @@ class LogSection(_Section):
 
     max_bytes: HumanSize = 4 << 20
     max_backups: Annotated[int, Field(ge=0)] = 3
+    check_interval_secs: Annotated[int, Field(ge=0)] = 5
 
 
 class CvmSection(_Section):
     """`cvm`: what machines get, and the limits on them."""
 
-    kms_urls: tuple[str, ...] = Field(default=("http://127.0.0.1:8081",), strict=False)
-    gateway_urls: tuple[str, ...] = Field(default=("http://127.0.0.1:8082",), strict=False)
+    platform: Literal["auto", "tdx", "amd-sev-snp"] = "auto"
+    kms_urls: Texts = ("http://127.0.0.1:8081",)
+    gateway_urls: Texts = ("http://127.0.0.1:8082",)
     pccs_url: str = ""
+    nvidia_attestation_proxy_url: str | None = None
     docker_registry: str = ""
     cid_start: Annotated[int, Field(ge=3)] = 1000
     cid_pool_size: Annotated[int, Field(ge=1)] = 1000
     max_allocable_vcpu: Annotated[int, Field(ge=0)] = 20
     max_allocable_memory_in_mb: Annotated[int, Field(ge=0)] = 100_000
     volumes_dir: str = ""
+    host_share_mode: str = "9p"
     port_mapping: PortMappingSection = PortMappingSection()
     networking: NetworkingSection = NetworkingSection()
+    network_filter: NetworkFilterSection = NetworkFilterSection()
     gpu: GpuSection = GpuSection()
     auto_restart: AutoRestartSection = AutoRestartSection()
     log: LogSection = LogSection()
@@ -140,7 +180,7 @@ class AuthSection(_Section):
     """`auth`: the credentials of callers. With `enabled` and none configured, every call is refused."""
 
     enabled: bool = False
-    tokens: tuple[str, ...] = Field(default=(), strict=False)
+    tokens: Texts = ()
     htpasswd_file: str = ""
 
 
@@ -150,11 +190,40 @@ class ImageSection(_Section):
     path: FilePath = Path("./images")
 
 
+class SupervisorSection(_Section):
+    """`supervisor`: without effect, because machines have no processes."""
+
+    exe: str = "./supervisor"
+    sock: str = "./run/supervisor.sock"
+    pid_file: str = "./run/supervisor.pid"
+    log_file: str = "./run/supervisor.log"
+    auto_start: bool = True
+
+
+class HostApiSection(_Section):
+    """`host_api`: without effect, because guests and VMM are in one process."""
+
+    address: VsockAddress = "vsock:2"
+    port: Annotated[int, Field(ge=1, le=0xFFFF_FFFF)] = 10000
+
+
+class KeyProviderSection(_Section):
+    """`key_provider`: without effect, because a machine with a local key provider has its key at once."""
+
+    enabled: bool = True
+    address: IpAddress = LOCAL_ADDRESS
+    port: Port = 3443
+
+
 class VmmConfig(_Section):
-    """The configuration of one VMM. `run_path` is the folder of its machines."""
+    """The configuration of one VMM. `run_path` is the folder of its machines.
+
+    `image_path` is the older name of `image.path`, which counts if there are both.
+    """
 
     address: str = "unix:./vmm.sock"
     port: Port | None = None
+    image_path: FilePath | None = None
     run_path: FilePath = Path("./run/vm")
     kms_url: str = "http://127.0.0.1:8081"
     event_buffer_size: Annotated[int, Field(ge=1)] = 20
@@ -163,6 +232,15 @@ class VmmConfig(_Section):
     cvm: CvmSection = CvmSection()
     gateway: GatewaySection = GatewaySection()
     auth: AuthSection = AuthSection()
+    supervisor: SupervisorSection = SupervisorSection()
+    host_api: HostApiSection = HostApiSection()
+    key_provider: KeyProviderSection = KeyProviderSection()
+
+    @model_validator(mode="after")
+    def _images_by_their_older_name(self) -> Self:
+        if self.image_path is None or "path" in self.image.model_fields_set:
+            return self
+        return self.model_copy(update={"image": ImageSection(path=self.image_path)})
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -50,7 +50,7 @@ class Gpus(_Stored):
 class Network(_Stored):
     """One network interface."""
 
-    mode: Literal["user", "bridge"]
+    mode: Literal["user", "bridge", "custom"]
     bridge: str = ""
 
 

@@ -18,6 +18,7 @@ from dstack_emu.vmm import checks
 from dstack_emu.vmm.errors import VmmError
 from dstack_emu.vmm.fleet import Fleet
 from dstack_emu.vmm.images import Images
+from dstack_emu.vmm.networks import interfaces
 from dstack_emu.vmm.vm import Vm
 
 KMS_TIMEOUT: Final = 10.0
@@ -119,7 +120,7 @@ class VmmService:
             shutdown_progress=vm.shutdown_progress,
             image_version=self._images.version(manifest.image),
             events=vm.recorded_events(),
-            interfaces=self._interfaces(vm),
+            interfaces=interfaces(manifest, self.config.cvm.networking),
         )
 
     def _app_url(self, vm: Vm, instance_id: str) -> str | None:
@@ -135,20 +136,6 @@ class VmmService:
         domain = urls[0].partition("://")[2].partition(":")[0].partition("/")[0] if urls else gateway.base_domain
         port = "" if gateway.port == 443 else f":{gateway.port}"
         return f"https://{instance_id}-{gateway.agent_port}.{domain}{port}"
-
-    def _interfaces(self, vm: Vm) -> list[pb.NetworkInterfaceStatus]:
-        default = self.config.cvm.networking
-        networks = [(each.mode, each.bridge) for each in vm.manifest.networks] or [(default.mode, default.bridge)]
-        return [
-            pb.NetworkInterfaceStatus(
-                mode=mode,
-                backend="slirp" if mode == "user" else "tap_bridge",
-                mac=checks.mac_address(vm.id, number),
-                bridge_name=(bridge or default.bridge) if mode == "bridge" else None,
-                netdev_id=f"net{number}",
-            )
-            for number, (mode, bridge) in enumerate(networks)
-        ]
 
     async def get_compose_hash(self, request: pb.VmConfiguration) -> pb.ComposeHash:
         """Hash a compose file."""
