@@ -20,7 +20,7 @@ from bench.kms import TIMEOUT, call
 from bench.load import Connection, closed_loop, connect_tls, post
 from bench.processes import OTHER_CORE, SERVER_CORE, CpuMeter, on_core, running_stack
 from dstack_emu.attest.attestation import Attestation, decode
-from dstack_emu.attest.certificate import load_authority
+from dstack_emu.attest.issuing import load_authority
 from dstack_emu.attest.kdf import load_p256_pem, p256_from_uniform
 from dstack_emu.attest.proto import dstack_guest_pb2, kms_pb2
 from dstack_emu.deployment.config import StackConfig

@@ -24,7 +24,7 @@ from google.protobuf.message import Message
 from bench.load import Connection, connect_tls, connect_unix, post
 from bench.processes import OTHER_CORE, SERVER_CORE, command, on_core, running, running_stack
 from dstack_emu.attest.attestation import Attestation, decode
-from dstack_emu.attest.certificate import load_authority
+from dstack_emu.attest.issuing import load_authority
 from dstack_emu.attest.kdf import load_p256_pem
 from dstack_emu.attest.proto import dstack_guest_pb2, kms_pb2
 from dstack_emu.attest.release import Release

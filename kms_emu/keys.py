@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from dstack_emu.attest import certificate as cert
+from dstack_emu.attest import issuing
 from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.cache import BoundedCache
 from dstack_emu.attest.csr import SigningRequest
@@ -46,8 +47,8 @@ class RootKeys:
     in the same memory as the root keys that they follow from.
     """
 
-    root_ca: cert.CertificateAuthority
-    temp_ca: cert.CertificateAuthority
+    root_ca: issuing.CertificateAuthority
+    temp_ca: issuing.CertificateAuthority
     k256: PrivateKey
     _secrets: "BoundedCache[tuple[bytes, bytes], AppSecrets]" = field(
         default_factory=lambda: BoundedCache(1024, 1 << 20), init=False, repr=False
@@ -58,16 +59,19 @@ class RootKeys:
         cls, temp_key: ec.EllipticCurvePrivateKey, root_key: ec.EllipticCurvePrivateKey, k256: PrivateKey, now: int
     ) -> Self:
         """Issue both CA certificates for keys that are new, or were taken over from another KMS."""
-        temp = cert.CertificateRequest(
+        temp = issuing.CertificateRequest(
             public_key=temp_key.public_key(),
             subject="Dstack Client Temp CA",
-            organization=cert.ORGANIZATION,
+            organization=issuing.ORGANIZATION,
             ca_path_length=0,
         )
-        root = cert.CertificateRequest(
-            public_key=root_key.public_key(), subject="Dstack KMS CA", organization=cert.ORGANIZATION, ca_path_length=1
+        root = issuing.CertificateRequest(
+            public_key=root_key.public_key(),
+            subject="Dstack KMS CA",
+            organization=issuing.ORGANIZATION,
+            ca_path_length=1,
         )
-        return cls(cert.self_signed(root, root_key, now), cert.self_signed(temp, temp_key, now), k256)
+        return cls(issuing.self_signed(root, root_key, now), issuing.self_signed(temp, temp_key, now), k256)
 
     @functools.cached_property
     def root_scalar(self) -> bytes:
@@ -96,7 +100,7 @@ class RootKeys:
         keeps_log_digests: bool = False,
     ) -> str:
         """Issue the certificate of the RPC listener (PEM), for its domain and `more_names`."""
-        request = cert.CertificateRequest(
+        request = issuing.CertificateRequest(
             public_key=key.public_key(),
             subject=domain,
             alt_names=tuple(dict.fromkeys((domain, *more_names))),
@@ -138,7 +142,7 @@ class KmsKeys:
         k256 = k256_key(secret, files.K256_KEY)
         domain = domain or folder.read_text(files.RPC_DOMAIN)
         root_ca, temp_ca = (
-            cert.CertificateAuthority(cert.load_pem(folder.read_text(name), name), key)
+            issuing.CertificateAuthority(cert.load_pem(folder.read_text(name), name), key)
             for name, key in ((files.ROOT_CA_CERT, root_key), (files.TMP_CA_CERT, temp_key))
         )
         return cls(RootKeys(root_ca, temp_ca, k256), rpc_key, domain.strip())
@@ -249,15 +253,15 @@ def sign_certificate(
     """
     app_id = grant.boot_info.app_id
     key = derive_p256(roots.root_scalar, [app_id, b"app-ca"])
-    ca_request = cert.CertificateRequest(
+    ca_request = issuing.CertificateRequest(
         public_key=key.public_key(),
         subject="Dstack App CA",
-        organization=cert.ORGANIZATION,
+        organization=issuing.ORGANIZATION,
         ca_path_length=0,
         app_id=app_id,
         usage=cert.USAGE_APP_CA,
     )
-    app_ca = cert.CertificateAuthority(roots.root_ca.issue(ca_request, now), key)
+    app_ca = issuing.CertificateAuthority(roots.root_ca.issue(ca_request, now), key)
     leaf_request = request.certificate_request(usage=cert.USAGE_APP_LEAF, app_id=app_id)
     if has_verified_app_info and leaf_request.app_info is not None:
         leaf_request = replace(leaf_request, app_info=grant.app_info())

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from google.protobuf.empty_pb2 import Empty
 
-from dstack_emu.attest.certificate import load_authority
 from dstack_emu.attest.errors import AttestError, FormatError, UnverifiableError, VerificationError
+from dstack_emu.attest.issuing import load_authority
 from dstack_emu.attest.kdf import load_p256_pem, p256_from_uniform
 from dstack_emu.attest.proto import kms_pb2 as pb
 from dstack_emu.attest.release import DEFAULT

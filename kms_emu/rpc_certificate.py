@@ -7,7 +7,8 @@ Source: dstack `kms/src/main.rs` at 312dc605.
 from typing import Final
 
 from dstack_emu.attest.attestation import Attestation
-from dstack_emu.attest.certificate import CertificateAuthority, spki_der
+from dstack_emu.attest.certificate import spki_der
+from dstack_emu.attest.issuing import CertificateAuthority
 from dstack_emu.attest.report_data import ratls_report_data
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT
 from dstack_emu.kms_emu.dependencies import KmsDependencies

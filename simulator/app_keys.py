@@ -9,16 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
-from dstack_emu.attest.certificate import (
-    USAGE_APP_LEAF,
-    CertificateAuthority,
-    CertificateRequest,
-    pem,
-    self_signed,
-    spki_der,
-)
+from dstack_emu.attest.certificate import USAGE_APP_LEAF, pem, spki_der
 from dstack_emu.attest.csr import SigningRequest
 from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.issuing import CertificateAuthority, CertificateRequest, self_signed
 from dstack_emu.attest.kdf import derive_key, derive_p256, pkcs8_der
 from dstack_emu.attest.release import Release
 from dstack_emu.attest.report_data import ratls_report_data

@@ -19,15 +19,10 @@ from google.protobuf.empty_pb2 import Empty
 
 from dstack_emu.attest.app_policy import verify_key_provider_inputs
 from dstack_emu.attest.attestation import Attestation
-from dstack_emu.attest.certificate import (
-    USAGE_KMS_RPC,
-    CertificateAuthority,
-    certificate_spki,
-    load_authority,
-    load_pem,
-)
+from dstack_emu.attest.certificate import USAGE_KMS_RPC, certificate_spki, load_pem
 from dstack_emu.attest.csr import SigningRequest
 from dstack_emu.attest.errors import AttestError, VerificationError
+from dstack_emu.attest.issuing import CertificateAuthority, load_authority
 from dstack_emu.attest.kdf import load_p256_pem, p256_from_uniform
 from dstack_emu.attest.proto import kms_pb2 as pb
 from dstack_emu.attest.release import Release

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from dstack_emu.attest.certificate import CertificateAuthority, load_authority, load_pem
+from dstack_emu.attest.certificate import load_pem
 from dstack_emu.attest.encrypted_env import MAX_FILE_SIZE, decrypt_env, environment_file
 from dstack_emu.attest.errors import AttestError, FormatError
+from dstack_emu.attest.issuing import CertificateAuthority, load_authority
 from dstack_emu.attest.kdf import load_p256_pem
 from dstack_emu.simulator.app_keys import AppKeys
 from dstack_emu.simulator.errors import GuestError

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dstack_emu.attest import attestation, certificate, collateral, der, eventlog, image, scale
+from dstack_emu.attest import attestation, certificate, collateral, der, eventlog, image, issuing, scale
 from dstack_emu.attest.app_info import decode_app_info, vm_config_of
 from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.csr import CertificateConfig, SigningRequest
@@ -152,15 +152,15 @@ def signing_requests_v1() -> list[bytes]:
     return [start + scale.vec(w.evidence.quote) + scale.vec(log)]
 
 
-def certificate_request(evidence: Attestation) -> certificate.CertificateRequest:
+def certificate_request(evidence: Attestation) -> issuing.CertificateRequest:
     return signing_request(evidence).certificate_request(usage=certificate.USAGE_APP_LEAF, app_id=bytes(20))
 
 
 @functools.cache
-def authority() -> certificate.CertificateAuthority:
+def authority() -> issuing.CertificateAuthority:
     key = world().intel.seed.p256("ca")
-    request = certificate.CertificateRequest(public_key=key.public_key(), subject="CA", ca_path_length=0)
-    return certificate.self_signed(request, key, NOW)
+    request = issuing.CertificateRequest(public_key=key.public_key(), subject="CA", ca_path_length=0)
+    return issuing.self_signed(request, key, NOW)
 
 
 def issued() -> x509.Certificate:
@@ -193,8 +193,8 @@ def with_extensions(values: dict[x509.ObjectIdentifier, bytes]) -> x509.Certific
         .issuer_name(authority().certificate.subject)
         .public_key(key.public_key())
         .serial_number(1)
-        .not_valid_before(certificate.NOT_BEFORE)
-        .not_valid_after(certificate.NOT_BEFORE)
+        .not_valid_before(issuing.NOT_BEFORE)
+        .not_valid_after(issuing.NOT_BEFORE)
     )
     for oid, value in values.items():
         builder = builder.add_extension(x509.UnrecognizedExtension(oid, value), critical=False)

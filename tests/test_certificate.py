@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID
 
 from dstack_emu.attest import certificate as c
+from dstack_emu.attest import issuing
 from dstack_emu.attest.csr import SigningRequest
 from dstack_emu.attest.errors import AttestError, FormatError, VerificationError
 from dstack_emu.attest.kdf import load_p256_pem, p256_key
@@ -35,7 +36,7 @@ def _reissue(recorded: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> x50
     attribute, of_issuer = _texts(recorded.subject), _texts(recorded.issuer)
     public = recorded.public_key()
     assert isinstance(public, ec.EllipticCurvePublicKey)
-    request = c.CertificateRequest(
+    request = issuing.CertificateRequest(
         public_key=public,
         subject=attribute[x509.NameOID.COMMON_NAME],
         organization=attribute.get(x509.NameOID.ORGANIZATION_NAME),
@@ -50,8 +51,8 @@ def _reissue(recorded: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> x50
         not_before=int(recorded.not_valid_before_utc.timestamp()),
         not_after=int(recorded.not_valid_after_utc.timestamp()),
     )
-    issuer = c.self_signed(
-        c.CertificateRequest(
+    issuer = issuing.self_signed(
+        issuing.CertificateRequest(
             public_key=key.public_key(),
             subject=of_issuer[x509.NameOID.COMMON_NAME],
             organization=of_issuer.get(x509.NameOID.ORGANIZATION_NAME),
@@ -87,9 +88,11 @@ def test_golden_certificates_are_issued_again_to_the_byte_but_for_the_issuers_ke
 
 def test_key_usage_is_a_bit_string_of_two_bytes_that_openssl_reads(tmp_path: Path) -> None:
     key = p256_key(b"\x07" * 32)
-    request = c.CertificateRequest(public_key=key.public_key(), subject="x", ca_path_length=0)
-    authority = c.self_signed(request, key, NOW)
-    leaf = authority.issue(c.CertificateRequest(public_key=key.public_key(), subject="y", alt_names=["y.test"]), NOW)
+    request = issuing.CertificateRequest(public_key=key.public_key(), subject="x", ca_path_length=0)
+    authority = issuing.self_signed(request, key, NOW)
+    leaf = authority.issue(
+        issuing.CertificateRequest(public_key=key.public_key(), subject="y", alt_names=["y.test"]), NOW
+    )
     for certificate, encoded, names in (
         (authority.certificate, "0303078600", "Digital Signature, Certificate Sign, CRL Sign"),
         (leaf, "0303078000", "Digital Signature"),
@@ -149,15 +152,15 @@ def test_signing_request_cut_short_is_refused_with_the_field() -> None:
 
 def test_date_that_x509_cannot_hold_is_a_refusal() -> None:
     key = p256_key(b"\x07" * 32)
-    request = c.CertificateRequest(public_key=key.public_key(), subject="x", not_after=2**63)
+    request = issuing.CertificateRequest(public_key=key.public_key(), subject="x", not_after=2**63)
     with pytest.raises(FormatError, match="^Failed to sign certificate: not_after: a time that X.509 can hold"):
-        c.self_signed(request, key, NOW)
+        issuing.self_signed(request, key, NOW)
 
 
 def test_same_request_and_time_give_the_same_bytes() -> None:
     key = load_p256_pem(golden("keys.json")["root_sets"][0]["root_ca_key_pem"], "root CA key")
-    request = c.CertificateRequest(public_key=key.public_key(), subject="x", alt_names=["a.example", "10.0.0.1"])
-    first, second = (c.self_signed(request, key, NOW).certificate.public_bytes(Encoding.DER) for _ in range(2))
+    request = issuing.CertificateRequest(public_key=key.public_key(), subject="x", alt_names=["a.example", "10.0.0.1"])
+    first, second = (issuing.self_signed(request, key, NOW).certificate.public_bytes(Encoding.DER) for _ in range(2))
     assert first == second
 
 

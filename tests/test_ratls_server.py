@@ -31,16 +31,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from dstack_emu.attest import der
 from dstack_emu.attest.attestation import Attestation
-from dstack_emu.attest.certificate import (
-    OID_ATTESTATION,
-    OID_TDX_QUOTE,
-    CertificateRequest,
-    load_pem,
-    pem,
-    self_signed,
-)
+from dstack_emu.attest.certificate import OID_ATTESTATION, OID_TDX_QUOTE, load_pem, pem
 from dstack_emu.attest.errors import VerificationError
 from dstack_emu.attest.eventlog import TdxEvent
+from dstack_emu.attest.issuing import CertificateRequest, self_signed
 from dstack_emu.attest.kdf import pkcs8_pem
 from dstack_emu.transport.http.application import Application
 from dstack_emu.transport.http.message import Request, Response

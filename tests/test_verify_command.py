@@ -14,7 +14,7 @@ from dcap_qvl import QuoteCollateralV3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dstack_emu.attest import certificate, collateral, der, eventlog
+from dstack_emu.attest import certificate, collateral, der, eventlog, issuing
 from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.csr import CONFIRM
 from dstack_emu.attest.errors import FormatError, VerificationError
@@ -297,10 +297,10 @@ def test_report_data_is_held_against_what_is_named_asked_and_bound() -> None:
 def authority_issues(evidence: Attestation) -> bytes:
     """A certificate with that evidence, for a key that it may not bind."""
     key = world().intel.seed.p256("a CA of the tests")
-    request = certificate.CertificateRequest(
+    request = issuing.CertificateRequest(
         public_key=key.public_key(), subject="x", attestation=evidence.stripped(), server_auth=True
     )
-    return certificate.self_signed(request, key, NOW).certificate.public_bytes(Encoding.PEM)
+    return issuing.self_signed(request, key, NOW).certificate.public_bytes(Encoding.PEM)
 
 
 def test_signing_request_is_held_against_signature_and_confirm_word() -> None:

@@ -15,8 +15,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from dstack_emu.attest import scale
 from dstack_emu.attest.app_info import decode_app_info
 from dstack_emu.attest.attestation import Attestation, decode, from_quote_and_log
-from dstack_emu.attest.certificate import CertificateRequest, load_spki, verification_key
+from dstack_emu.attest.certificate import load_spki, verification_key
 from dstack_emu.attest.errors import FormatError, VerificationError
+from dstack_emu.attest.issuing import CertificateRequest
 from dstack_emu.attest.scale import Decoder
 
 CONFIRM: Final = "please sign cert:"

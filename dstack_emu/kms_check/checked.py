@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from dstack_emu.attest.certificate import CertificateAuthority, load_authority
+from dstack_emu.attest.issuing import CertificateAuthority, load_authority
 from dstack_emu.attest.kdf import load_p256_pem
 from dstack_emu.deployment.authorization import plain_url, tls_url
 from dstack_emu.deployment.errors import StackError

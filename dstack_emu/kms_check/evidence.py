@@ -15,18 +15,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from dstack_emu.attest import der, scale
 from dstack_emu.attest.attestation import Attestation
-from dstack_emu.attest.certificate import (
-    OID_ATTESTATION,
-    OID_EVENT_LOG,
-    OID_TDX_QUOTE,
-    CertificateAuthority,
-    CertificateRequest,
-    pem,
-    self_signed,
-    spki_der,
-)
+from dstack_emu.attest.certificate import OID_ATTESTATION, OID_EVENT_LOG, OID_TDX_QUOTE, pem, spki_der
 from dstack_emu.attest.csr import CONFIRM, CertificateConfig, SigningRequest
 from dstack_emu.attest.eventlog import RuntimeEvent, TdxEvent, log_to_json
+from dstack_emu.attest.issuing import CertificateAuthority, CertificateRequest, self_signed
 from dstack_emu.attest.kdf import p256_from_uniform, pkcs8_pem
 from dstack_emu.attest.report_data import ratls_report_data
 from dstack_emu.simulator.trust_domain import TrustDomain

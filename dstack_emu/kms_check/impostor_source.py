@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from dstack_emu.attest.attestation import Attestation
-from dstack_emu.attest.certificate import USAGE_KMS_RPC, CertificateRequest, pem
+from dstack_emu.attest.certificate import USAGE_KMS_RPC, pem
+from dstack_emu.attest.issuing import CertificateRequest
 from dstack_emu.attest.kdf import pkcs8_pem
 from dstack_emu.kms_check.evidence import Key, stranger
 from dstack_emu.transport.http import Application, Request, Response

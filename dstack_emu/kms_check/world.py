@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from dstack_emu.attest.app_info import AppInfo, BootInfo, decode_app_info
-from dstack_emu.attest.certificate import CertificateAuthority
+from dstack_emu.attest.issuing import CertificateAuthority
 from dstack_emu.attest.release import Release
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.authorization import Progress

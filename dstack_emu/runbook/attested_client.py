@@ -6,8 +6,9 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from dstack_emu.attest.attestation import Attestation
-from dstack_emu.attest.certificate import CertificateAuthority, CertificateRequest, load_authority, pem, spki_der
+from dstack_emu.attest.certificate import pem, spki_der
 from dstack_emu.attest.csr import CertificateConfig, SigningRequest
+from dstack_emu.attest.issuing import CertificateAuthority, CertificateRequest, load_authority
 from dstack_emu.attest.kdf import load_p256_pem, p256_from_uniform, pkcs8_pem
 from dstack_emu.attest.report_data import ratls_report_data
 from dstack_emu.kms_emu.agent_client import GuestAgentClient

@@ -14,19 +14,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf.message import Message
 
 from dstack_emu.attest.attestation import Attestation
-from dstack_emu.attest.certificate import (
-    CertificateAuthority,
-    CertificateRequest,
-    app_id_of,
-    attestation_of,
-    certificate_spki,
-    load_der,
-    pem,
-    self_signed,
-    spki_der,
-    usage_of,
-)
+from dstack_emu.attest.certificate import app_id_of, attestation_of, certificate_spki, load_der, pem, spki_der, usage_of
 from dstack_emu.attest.errors import AttestError, FormatError, UnverifiableError, VerificationError
+from dstack_emu.attest.issuing import CertificateAuthority, CertificateRequest, self_signed
 from dstack_emu.attest.kdf import pkcs8_pem
 from dstack_emu.attest.report_data import ratls_report_data
 from dstack_emu.attest.verify import VerifiedAttestation
