@@ -223,7 +223,7 @@ async def test_dry_run_accepts_a_network(tmp_path: Path, network: dict[str, Any]
 )
 async def test_dry_run_that_is_refused_writes_nothing(tmp_path: Path, changed: dict[str, Any], text: str) -> None:
     assert (await refusal(tmp_path, **changed)).startswith(text)
-    assert os.listdir(tmp_path) == ["vm.json"]  # noqa: PTH208 - Path has no call for it in an async function
+    assert os.listdir(tmp_path) == ["vm.json"]
     assert await refusal(tmp_path) == ""
 
 
