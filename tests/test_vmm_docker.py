@@ -129,6 +129,8 @@ def sealed(variables: dict[str, str], public_key: bytes) -> str:
 def stack() -> Iterator[LiveStack]:
     with LiveStack(vmm=True, vmm_workload="docker") as live:
         yield live
+    if not docker("ps", "--all", "--quiet", "--filter", "label=dstack-emu.vmm"):  # of another stack on this engine
+        assert "dstack-emu-host" not in docker("network", "ls", "--format", "{{.Name}}").split()
 
 
 @pytest.fixture
@@ -139,7 +141,6 @@ def deployer(stack: LiveStack) -> Iterator[Deployer]:
     for vm in made.vmm.rpc("Status")["vms"]:
         made.vmm.gone(vm["id"])
     assert made.engine.made() == {kind: [] for kind in KINDS}
-    assert "dstack-emu-host" not in docker("network", "ls", "--format", "{{.Name}}").split()
 
 
 def test_app_gets_key_and_allowed_variables_as_another_user(deployer: Deployer, image: str) -> None:
@@ -371,7 +372,7 @@ def test_containers_that_cannot_start_are_a_boot_error_and_leave_the_agent(deplo
     idle = {"image": image, "command": "sleep 600", "init": True}
     for service, text in (
         (idle | {"healthcheck": unhealthy}, "failed to start containers: docker compose up: .*is unhealthy"),
-        (idle | {"image": "127.0.0.1:1/absent"}, "failed to start containers: docker compose up: .*127.0.0.1:1"),
+        (idle | {"image": "127.0.0.1:1/absent"}, "failed to start containers: docker compose pull: .*127.0.0.1:1"),
         (idle | {"privileged": True}, "failed to start containers: service main: privileged: .*"),
         (
             idle | {"volumes": ["/var/run/docker.sock:/var/run/docker.sock"]},

@@ -9,8 +9,10 @@ import contextlib
 import json
 import os
 import re
+import signal
+import socket
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -29,8 +31,8 @@ _NOT_FROM_APPS: Final = re.compile(rf"{_CLIENT.pattern}|LD_\w+|COMPOSE_(?!PROFIL
 """The variables of an app that would configure the commands on this host."""
 _LINES, _LINE_SIZE = 12, 400
 """How much of a failed command's output an error has: lines, and characters of each."""
-_PATIENCE: Final = 2.0
-"""How long a command has to end after SIGTERM, in seconds."""
+_ATTEMPTS: Final = 3
+"""How often the removal of what has a label is tried."""
 _MAX_LINE: Final = 1 << 20
 """The size in bytes above which a line of output is read in parts."""
 
@@ -81,13 +83,27 @@ class Engine:
         variables: Mapping[str, str] | None = None,
         output: Output | None = None,
         has_secrets: bool = False,
+        creates: bool = False,
     ) -> Result:
-        """Run a command to its end; it ends if the caller is cancelled.
+        """Run a command to its end; it is killed if the caller is cancelled.
 
-        `text` is its standard input, `variables` are set beside what the client needs. Each line of its output is
-        passed on to `output` as it comes, or kept; with `has_secrets` stdout is kept, and in no error. Raises
-        `GuestError` if there is no such program.
+        A command that `creates` something is not killed, but awaited also by a caller that is cancelled: the engine
+        would go on without it, and what it made would appear after everything was removed. So such a command must not
+        pull, build, or wait for a container. `text` is its standard input, `variables` are set beside what the client
+        needs. Each line of its output is passed on to `output` as it comes, or kept; with `has_secrets` stdout is
+        kept, and in no error. Raises `GuestError` if there is no such program.
         """
+        running = self._run(*arguments, text=text, variables=variables, output=output, has_secrets=has_secrets)
+        return await (_finished(running) if creates else running)
+
+    async def _run(
+        self,
+        *arguments: str,
+        text: str,
+        variables: Mapping[str, str] | None,
+        output: Output | None,
+        has_secrets: bool,
+    ) -> Result:
         last: deque[str] = deque(maxlen=_LINES)
         printed: list[str] = []
 
@@ -117,7 +133,7 @@ class Engine:
     async def process(
         self, *arguments: str, variables: Mapping[str, str] | None = None
     ) -> AsyncIterator[asyncio.subprocess.Process]:
-        """Run a command with pipes; terminate it on the way out, if it still runs. Raises `GuestError`."""
+        """Run a command with pipes; kill it on the way out, if it still runs. Raises `GuestError`."""
         client = {name: value for name, value in os.environ.items() if _CLIENT.fullmatch(name)}
         try:
             process = await asyncio.create_subprocess_exec(
@@ -128,7 +144,7 @@ class Engine:
                 stderr=asyncio.subprocess.PIPE,
                 env={**(variables or {}), **client},
                 limit=_MAX_LINE,
-                start_new_session=True,  # Ctrl-C in a terminal ends the machine, which then ends the command
+                start_new_session=True,  # Ctrl-C in a terminal ends the machine, which then kills the group
             )
         except OSError as error:
             raise GuestError(
@@ -151,19 +167,27 @@ class Engine:
         described: list[dict[str, Any]] = json.loads(found.stdout or "[]")
         return described
 
-    async def end(self, label: str, *, seconds: int) -> None:
-        """Stop and remove all containers and networks with a label; named volumes stay, anonymous ones go."""
-        containers = await self._listed("container", "--all", label=label)
+    async def stop(self, label: str, *, seconds: int) -> None:
+        """Let the containers with a label end after SIGTERM; kill those that run after that many seconds."""
+        containers = await self._listed("container", label=label)
         if containers:
-            if seconds:
-                await self.run("container", "stop", "--time", str(seconds), *containers)
-            await self.run("container", "rm", "--force", "--volumes", *containers)
-        await self._remove("network", await self._listed("network", label=label))
+            await self.run("container", "stop", "--time", str(seconds), *containers)
+
+    async def end(self, label: str) -> None:
+        """Kill and remove all containers and networks with a label; named volumes stay, anonymous ones go.
+
+        Raises `GuestError` if something cannot be removed.
+        """
+        await self._remove("container", "--force", "--volumes", label=label)
+        await self._remove("network", label=label)
 
     async def discard(self, label: str) -> None:
-        """Remove what `end` leaves of a machine with a label: its volumes, and the images that were built for it."""
-        await self._remove("volume", await self._listed("volume", label=label))
-        await self._remove("image", await self._listed("image", label=label))
+        """Remove what `end` leaves of a machine with a label: its volumes, and the images that were built for it.
+
+        Raises `GuestError` if something cannot be removed.
+        """
+        await self._remove("volume", label=label)
+        await self._remove("image", label=label)
 
     async def values(self, label: str, wanted: str) -> set[str]:
         """Return the values of another label on volumes and images with a label."""
@@ -175,19 +199,39 @@ class Engine:
                 found.update(shown.stdout.split())
         return found
 
+    async def require_image(self, name: str) -> None:
+        """Pull an image unless the engine has it; raise `GuestError`."""
+        if not await self.has_images(name):
+            (await self.run("image", "pull", "--quiet", name)).succeeded("docker image pull")
+
+    async def has_images(self, *names: str) -> bool:
+        """Return whether the engine has all of these images."""
+        return (await self.run("image", "inspect", "--format", "{{.Id}}", *names)).status == 0
+
     async def _listed(self, kind: str, *options: str, label: str) -> list[str]:
         listed = await self.run(kind, "ls", "--quiet", *options, "--filter", f"label={label}")
         return list(dict.fromkeys(listed.succeeded(f"`docker {kind} ls`").stdout.split()))
 
-    async def _remove(self, kind: str, names: list[str]) -> None:
-        if names:
-            await self.run(kind, "rm", *names)
+    async def _remove(self, kind: str, *options: str, label: str) -> None:
+        """Remove all of a kind that have a label, again if something of it was in use; raise `GuestError`."""
+        every = ("--all",) if kind == "container" else ()
+        removed = Result(0, "", "")
+        for _ in range(_ATTEMPTS):
+            names = await self._listed(kind, *every, label=label)
+            if not names:
+                return
+            removed = await self.run(kind, "rm", *options, *names)
+            if removed.status == 0:
+                return
+        removed.succeeded(f"`docker {kind} rm`")
 
     # ---- the address of the host
 
     async def add_host_address(self, address: str, subnet: str) -> str:
         """Give this host an address that every container can route to; return why that failed, empty if it did not."""
-        made = await self.run("network", "create", "--subnet", subnet, "--gateway", address, HOST_NETWORK)
+        if _is_own(address):
+            return ""
+        made = await self.run("network", "create", "--subnet", subnet, "--gateway", address, HOST_NETWORK, creates=True)
         is_there = made.status == 0 or (await self.run("network", "inspect", HOST_NETWORK)).status == 0
         return "" if is_there else made.last_lines
 
@@ -197,16 +241,30 @@ class Engine:
             await self.run("network", "rm", HOST_NETWORK)
 
 
+async def _finished(running: Coroutine[Any, Any, Result]) -> Result:
+    """Await a command to its end, even if that is no longer asked for."""
+    task = asyncio.create_task(running)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
+
+
 async def _end(process: asyncio.subprocess.Process) -> None:
-    """End a command that still runs: `docker run` passes SIGTERM on to its container, and waits for that."""
-    with contextlib.suppress(ProcessLookupError):
-        if process.returncode is None:
-            process.terminate()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.communicate(), _PATIENCE)
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
+    """Kill a command that still runs, with the plugin that it has started, which would hold its pipes open."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.communicate()
+
+
+def _is_own(address: str) -> bool:
+    """Return whether this host has an IPv4 address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        sock.bind((address, 0))
+        return True
+    return False
 
 
 async def _pass_on(stream: asyncio.StreamReader, name: str, took: Callable[[str, str], None]) -> None:

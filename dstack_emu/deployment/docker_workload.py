@@ -1,8 +1,7 @@
 """The containers of a machine, run by Docker Compose on the engine of this host.
 
 The steps are those of dstack's `app-compose.sh` (312dc605), without its prune of images and volumes. What a machine
-made has its labels, so that it can be taken away whatever happened to this process. The decrypted environment is passed
-to Compose as variables of its process, and the compose file by its standard input: neither is written to the disk.
+made has its labels, so that it can be taken away whatever happened to this process.
 """
 
 import asyncio
@@ -15,11 +14,12 @@ import socket
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from dstack_emu.attest.app_compose import CONTAINER_RUNNERS
+from dstack_emu.deployment.compose_project import ComposeProject
 from dstack_emu.deployment.container_engine import Engine, passed_on
-from dstack_emu.deployment.guest_compose import Adapted, GuestFolders, GuestPort, GuestProject, adapt
+from dstack_emu.deployment.guest_compose import GuestFolders, GuestPort, GuestProject, adapt
 from dstack_emu.deployment.guest_network import HOST_IN_GUEST, LOOPBACK
 from dstack_emu.deployment.guest_scripts import ScriptRunner, script_of
 from dstack_emu.deployment.host_relays import HOST_SUBNET, HostRelays
@@ -35,7 +35,7 @@ MACHINE_LABEL: Final = "dstack-emu.machine"
 PROJECT_LABEL: Final = "dstack-emu.project"
 """The label with a machine's project, which no machine of another VMM has."""
 STOP_SECONDS: Final = 3
-"""How long containers have to end after SIGTERM."""
+"""How long the containers of a machine that powers off have to end after SIGTERM."""
 _STATES: Final[Mapping[str, Literal["created", "running", "exited"]]] = {
     "created": "created",
     "running": "running",
@@ -69,7 +69,7 @@ class DockerWorkloads:
         """
         await self.engine.check()
         label = f"{VMM_LABEL}={self.machines}"
-        await self.engine.end(label, seconds=0)
+        await self.engine.end(label)
         for vm_id in await self.engine.values(label, MACHINE_LABEL) - set(known):
             await self.engine.discard(f"{PROJECT_LABEL}={self.project(vm_id)}")
 
@@ -81,18 +81,14 @@ class DockerWorkloads:
         """Take away what a machine that does not run left on the engine; what fails is logged, and done by `open`."""
         label = f"{PROJECT_LABEL}={self.project(vm_id)}"
         try:
-            await self.engine.end(label, seconds=0)
+            await self.engine.end(label)
             await self.engine.discard(label)
         except GuestError as error:
             self.log.warning("containers not removed", id=vm_id, reason=str(error))
 
     async def close(self) -> None:
-        """Release what the machines shared."""
+        """Release what the machines shared; the address of the host too, if no machine of another stack needs it."""
         await self.relays.close()
-        await self.drop_host_address()
-
-    async def drop_host_address(self) -> None:
-        """Take the address of the host away if no machine needs it."""
         with contextlib.suppress(GuestError):
             await self.engine.drop_host_address(VMM_LABEL)
 
@@ -115,6 +111,7 @@ class DockerWorkload:
         self._label = f"{PROJECT_LABEL}={self._project}"
         folder = guest.launch.folder
         self._folders = GuestFolders(guest.run, folder / "dstack", folder / "root")
+        self._compose = ComposeProject(self._engine, self._project, self._folders.home, guest.host.log)
         self._published: Mapping[GuestPort, int] = {}
         self._logs: asyncio.Task[None] | None = None
         self._relays = HostRelays()
@@ -128,7 +125,7 @@ class DockerWorkload:
         runner = guest.domain.manifest.runner
         if runner not in (*CONTAINER_RUNNERS, "bash"):
             raise GuestError(f"unsupported runner: {runner}")
-        await self._engine.end(self._label, seconds=0)  # what a run that was killed has left
+        await self._engine.end(self._label)  # what a run that was killed has left
         self._write_home()
         await self._add_host_address()
         environment = {"PCCS_URL": self._workloads.pccs_url, **guest.environment}
@@ -190,7 +187,7 @@ class DockerWorkload:
         image = self._workloads.script_image
         if not image and self._guest.domain.manifest.docker_compose_file is not None:
             try:
-                services = (await self._configured(environment)).get("services") or {}
+                services = (await self._compose.configured(environment)).get("services") or {}
             except GuestError as error:  # perhaps for want of a file that a script makes
                 raise GuestError(f"{error}\n(--vmm-script-image names the image for scripts without it)") from error
             image = next((service["image"] for service in services.values() if service.get("image")), "")
@@ -216,39 +213,15 @@ class DockerWorkload:
         try:
             labels = self._workloads.labels(self._id)
             project = GuestProject(self._project, labels, self._folders, self._mapped)
-            adapted = adapt(await self._configured(environment), project, _free_port)
+            adapted = adapt(await self._compose.configured(environment), project, _free_port)
             self._folders.require_inside(adapted.document)
             self._published = adapted.published
-            await self._up(adapted, environment, "--remove-orphans", "--build")
-            self._logs = asyncio.create_task(self._follow(), name=f"logs of {self._project}")
-            if adapted.with_health_check:
-                wait = ("--wait", "--no-recreate", "--no-deps", *adapted.with_health_check)
-                await self._up(adapted, environment, *wait)
+            await self._compose.start(adapted.document, environment)
+            self._logs = asyncio.create_task(self._compose.follow(self._print), name=f"logs of {self._project}")
+            await self._compose.wait(adapted.with_health_check, adapted.document, environment)
         except GuestError as error:
             raise GuestError(f"failed to start containers: {error}") from error
         await self._add_host_address()  # another stack may have taken it away before there were containers
-
-    async def _configured(self, environment: Mapping[str, str]) -> dict[str, Any]:
-        """Return the compose file as Compose reads it."""
-        file = str(self._folders.home / "docker-compose.yaml")
-        command = self._compose("--file", file, "config", "--format", "json")
-        result = await self._engine.run(*command, variables=passed_on(environment), has_secrets=True)
-        document: dict[str, Any] = json.loads(result.succeeded("docker_compose_file").stdout)
-        return document
-
-    async def _up(self, adapted: Adapted, environment: Mapping[str, str], *options: str) -> None:
-        result = await self._engine.run(
-            *self._compose("--file", "-", "up", "--detach", *options),
-            text=json.dumps(adapted.document),
-            variables=passed_on(environment),
-            output=lambda line, _: self._guest.host.log(line),
-        )
-        result.succeeded("docker compose up")
-
-    def _compose(self, *arguments: str) -> tuple[str, ...]:
-        home = str(self._folders.home)
-        options = ("--ansi", "never", "--progress", "plain", "--project-name", self._project)
-        return ("compose", *options, "--project-directory", home, *arguments)
 
     @property
     def _mapped(self) -> frozenset[GuestPort]:
@@ -264,10 +237,6 @@ class DockerWorkload:
         """Log a line of what runs in the machine."""
         self._guest.host.log(line)
         self._guest.host.log(line, stream)
-
-    async def _follow(self) -> None:
-        """Log what the containers print, until they have ended."""
-        await self._engine.run(*self._compose("logs", "--follow", "--no-color"), output=self._print)
 
     # ---- running
 
@@ -292,17 +261,21 @@ class DockerWorkload:
         await self._engine.run(*arguments, output=lambda line, _: printed.append(line))
         return "".join(printed).encode()
 
+    async def shutdown(self) -> None:
+        """Let the containers end after SIGTERM."""
+        with contextlib.suppress(GuestError):  # `stop` says why
+            await self._engine.stop(self._label, seconds=STOP_SECONDS)
+
     async def stop(self) -> None:
-        """Stop and remove containers and networks; named volumes stay."""
+        """Kill and remove the containers, and remove the networks; named volumes stay."""
         try:
-            await self._engine.end(self._label, seconds=STOP_SECONDS)
+            await self._engine.end(self._label)
         except GuestError as error:
             self._workloads.log.warning("containers not removed", id=self._id, reason=str(error))
         if self._logs is not None:
             self._logs.cancel()
             await asyncio.gather(self._logs, return_exceptions=True)
         await self._relays.close()
-        await self._workloads.drop_host_address()
 
 
 def _free_port(protocol: str) -> int:

@@ -6,7 +6,7 @@ to Compose; the main script of the `bash` runner is the standard input of a shel
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -42,14 +42,11 @@ class ScriptRunner:
         lines = ["exec 3>&1 1>&2", _DUMP, r"printf '\0==\0' >&3"]
         lines += [f"set {options}"] if options else []
         lines += [f". /dstack/{file.name}", _DUMP]
+        container = f"{self.project}-{name}"
         try:
-            result = await self.engine.run(
-                "run", "--rm", "--name", f"{self.project}-{name}", *self._options(environment),
-                "--entrypoint", "sh", self.image, "-c", _SHELL, "sh", "-c", "\n".join(lines),
-                variables=passed_on(environment),
-                output=self.output,
-                has_secrets=True,
-            )  # fmt: skip
+            await self._create(container, environment, "-c", _SHELL, "sh", "-c", "\n".join(lines))
+            result = await self.engine.run("start", "--attach", container, output=self.output, has_secrets=True)
+            await self.engine.run("rm", "--force", "--volumes", container)
         finally:
             file.unlink(missing_ok=True)
         result.succeeded(f"{name} failed with status {result.status}")
@@ -66,20 +63,29 @@ class ScriptRunner:
             for (protocol, port), on_host in published.items()
             for word in ("--publish", f"127.0.0.1:{on_host}:{port}/{protocol}")
         ]
-        variables = passed_on(environment)
-        started = await self.engine.run(
-            "run", "--detach", "--init", "--name", name, *ports, *self._options(environment),
-            "--entrypoint", "sh", self.image, "-c", _IDLE,
-            variables=variables,
-        )  # fmt: skip
+        await self._create(name, environment, "-c", _IDLE, options=("--init", *ports))
+        started = await self.engine.run("start", name)
         started.succeeded("failed to start the main script")
         ended = await self.engine.run(
             "exec", "--interactive", name, "sh", "-c", _SHELL, text=script, output=self.output
         )
         ended.succeeded(f"main script failed with status {ended.status}")
 
+    async def _create(
+        self, name: str, environment: Mapping[str, str], *arguments: str, options: Sequence[str] = ()
+    ) -> None:
+        """Create a container whose command is `sh` with arguments; raise `GuestError`."""
+        await self.engine.require_image(self.image)
+        created = await self.engine.run(
+            "create", "--name", name, *options, *self._options(environment),
+            "--entrypoint", "sh", self.image, *arguments,
+            variables=passed_on(environment),
+            creates=True,
+        )  # fmt: skip
+        created.succeeded("docker create")
+
     def _options(self, environment: Mapping[str, str]) -> list[str]:
-        """Return the options of `docker run` that give a container what a guest's own shell has."""
+        """Return the options of `docker create` that give a container what a guest's own shell has."""
         run, home = self.folders.run, self.folders.home
         mounts = {run: "/var/run/dstack", run / "dstack.sock": "/var/run/dstack.sock", home: "/dstack"}
         mounts[run / "tappd.sock"] = "/var/run/tappd.sock"

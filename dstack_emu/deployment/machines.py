@@ -127,6 +127,8 @@ class DomainMachine:
                 await self._boot(held)
                 await self._power_off.wait()
                 self.host.notify("shutdown.progress", "powering off")
+                if self.workload is not None:
+                    await self.workload.shutdown()
         except (GuestError, AttestError, ListenError, VmmError, OSError) as error:
             self._report(str(error))
         finally:

@@ -196,6 +196,9 @@ class ProcessWorkload:
         found = self._logs.lines(service)[-lines:] if lines else []
         return "".join(f"{line}\n" for line in found).encode()
 
+    async def shutdown(self) -> None:
+        """Do nothing: the programs end in order at any time."""
+
     async def stop(self) -> None:
         """End the programs."""
         await self._exit.aclose()

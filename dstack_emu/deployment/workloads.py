@@ -75,8 +75,12 @@ class Workload(Protocol):
         """Return the last lines of one of its services; raise `GuestError` if there is no such service."""
         ...
 
+    async def shutdown(self) -> None:
+        """Let what runs end in order, because the guest powers off; `stop` is called after it."""
+        ...
+
     async def stop(self) -> None:
-        """End all that runs, and release it; files that a restart of the machine needs stay."""
+        """End all that runs at once, and release it; files that a restart of the machine needs stay."""
         ...
 
 
