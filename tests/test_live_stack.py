@@ -174,9 +174,9 @@ def test_block_whose_fault_applied_to_nothing_fails_unless_told_otherwise(dstack
     [
         (
             lambda live: live.journal.calls("/bootAuth/kmss"),
-            "'/bootAuth/kmss' is no call of the journal; there is",
+            "call: '/bootAuth/kmss' is no call of the journal; did you mean '/bootAuth/kms'?",
         ),
-        (lambda live: live.journal.calls("/bootAuth/kmss"), "did you mean '/bootAuth/kms'?"),
+        (lambda live: live.journal.calls("zzz"), "call: 'zzz' is no call of the journal; there is /, /bootAuth/app, "),
         (lambda live: live.journal.find(service="kms-scr"), "service: 'kms-scr' is no service of the journal"),
         (lambda live: live.journal.find(outcome="denid"), "did you mean 'denied'?"),
         (lambda live: live.journal.find(caller="outsider"), "did you mean 'outside'?"),

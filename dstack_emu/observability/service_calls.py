@@ -23,6 +23,9 @@ _CALLERS: Final = (OUTSIDE, "stack", "verifier")
 _NOT_SERVED: Final[Mapping[str, tuple[str, ...]]] = {"webhook": ("/", "/bootAuth/app", "/bootAuth/kms")}
 """What the journal records of services outside the stack: a KMS's requests to a webhook that somebody else runs."""
 
+_SHOWN: Final = 20
+"""The number of names above which an error that has a suggestion does not list them all."""
+
 _BOOT: Final = "Boot"
 """The call that the journal records for the boot of a trust domain."""
 
@@ -99,8 +102,10 @@ def _matching(field: str, pattern: str, known: Collection[str], what: str) -> se
 
 
 def _unknown(field: str, pattern: str, known: Collection[str], what: str) -> UnknownCallError:
-    there_is = ", ".join(sorted(known))
-    return UnknownCallError(f"{field}: {pattern!r:.60} is no {what}; there is {there_is}{suggestion(pattern, known)}")
+    near = suggestion(pattern, known)
+    shown = sorted(known) if len(known) <= _SHOWN or not near else ()
+    there_is = f"; there is {', '.join(shown)}" if shown else ""
+    return UnknownCallError(f"{field}: {pattern!r:.60} is no {what}{there_is}{near}")
 
 
 def _listed(services: Collection[str]) -> str:
