@@ -67,8 +67,9 @@ class PolicyDecision:
     """A webhook's answer, and why.
 
     `rule` names the rule that decided, `differs_from` the other contracts of `policy.evaluate` that would have
-    decided otherwise, `config_error` what is wrong with a file because of which everything is denied, and `refusal`
-    what the rule compared. All four are for logs, tests and explanations and never go over the wire.
+    decided otherwise, `config_error` what is wrong with a file because of which everything is denied, `refusal` what
+    the rule compared, `state` which state of a chain decided, and `chain_error` why none did. They are for logs, tests
+    and explanations and never go over the wire.
     """
 
     is_allowed: bool
@@ -78,6 +79,8 @@ class PolicyDecision:
     differs_from: tuple[str, ...] = ()
     config_error: str = ""
     refusal: Refusal | None = None
+    state: str = ""
+    chain_error: str = ""
 
 
 MAX_VALUES: Final = 1024

@@ -46,3 +46,11 @@ class BootInfoError(AuthError):
 
 class MistypedBootInfoError(AuthError):
     """A JSON body that dstack-auth cannot read as a boot info: which member, and why."""
+
+
+class BootInfoBoundsError(AuthError):
+    """A boot info with a member that is too long, or no hex: which one, what was got, and what is expected."""
+
+
+class ChainError(AuthError):
+    """A chain that gives no decision: what was called, what came, and what is expected; a node's error as it is."""

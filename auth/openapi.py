@@ -75,6 +75,27 @@ def document(title: str) -> dict[str, object]:
     return _document(title, _SCHEMAS, refusals)
 
 
+def eth_document(title: str, *, bounds_request: bool) -> dict[str, object]:
+    """Build the OpenAPI 3.0.3 document of auth-eth-bun, under this title; `bounds_request` as next has it."""
+    info = {**_SCHEMAS["Info"], "description": "What the contract says of itself, in the latest state."}
+    info["required"] = ["status", "kmsContractAddr", "ethRpcUrl", *info["required"][2:], "appAuthImplementation"]
+    info["properties"] = {**info["properties"], "ethRpcUrl": _TEXT, "appAuthImplementation": _TEXT}
+    failure = {"type": "object", "required": ["status", "message"], "properties": {"status": _TEXT, "message": _TEXT}}
+    schemas = _SCHEMAS | {"Info": info, "Failure": failure}
+    refusal = "Decision" if bounds_request else "Refusal"
+    refusals = {
+        "400": {
+            "description": "No boot info (JSON) or not JSON (text)",
+            "content": {**_json(refusal), "text/plain": {"schema": _TEXT}},
+        },
+        "413": {"description": "The body is too large", "content": {"text/plain": {"schema": _TEXT}}},
+    }
+    document = _document(title, schemas, refusals)
+    unavailable = {"description": "The chain gives no answer", "content": _json("Failure")}
+    document["paths"]["/"]["get"]["responses"]["500"] = unavailable
+    return document
+
+
 def allowlist_document(title: str) -> dict[str, object]:
     """Build the OpenAPI 3.0.3 document of dstack-auth, under this title."""
     schemas = {name: schema for name, schema in _SCHEMAS.items() if name != "Refusal"}
@@ -84,7 +105,7 @@ def allowlist_document(title: str) -> dict[str, object]:
     return _document(title, schemas | {"BootInfo": _ALLOWLIST_BOOT_INFO}, refusals)
 
 
-def _document(title: str, schemas: dict[str, Any], refusals: dict[str, Any]) -> dict[str, object]:
+def _document(title: str, schemas: dict[str, Any], refusals: dict[str, Any]) -> dict[str, Any]:
     return {
         "openapi": "3.0.3",
         "info": {"title": title, "version": "1.0.0"},

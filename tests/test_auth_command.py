@@ -11,6 +11,8 @@ import pytest
 
 from dstack_emu.attest.release import DEFAULT
 from tests.commands import ask, serving, usage_error
+from tests.json_rpc_server import CONTRACT, running_chain
+from tests.ports import refusing_port
 
 BOOT_INFO: dict[str, Any] = {
     "mrAggregated": "ab" * 32,
@@ -208,6 +210,81 @@ def test_file_takes_no_variables(policy: Path) -> None:
         assert decision(said["url"])["isAllowed"]
 
 
+# ---- auth eth
+
+
+CONTRACT_OPTIONS = ("--kms-contract", CONTRACT)
+
+
+def test_eth_asks_its_contract_and_says_so(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with (
+        running_chain() as chain,
+        serving(
+            "auth", "eth", *FREE, "--eth-rpc-url", chain.url, *CONTRACT_OPTIONS, "--eth-chain-id", "1337", log=log
+        ) as said,
+    ):
+        assert said == {"url": said["url"], "rpc_url": chain.url, "kms_contract": CONTRACT, "compat": "next"}
+        allowed = {"isAllowed": True, "reason": "", "gatewayAppId": "0xgateway"}
+        assert decision(said["url"]) == decision(said["url"], "kms") == allowed
+        chain.decision = False, "Compose hash not allowed"
+        refused = denied("Compose hash not allowed", "0xgateway")
+        assert decision(said["url"]) == refused
+        chain.chain_id = 1
+        assert decision(said["url"]) == denied("authorization backend unavailable", "")
+        assert ask(said["url"], "/")[1]["chainId"] == 1
+        assert "500" in ask(said["url"], "/openapi.json")[1]["paths"]["/"]["get"]["responses"]
+    state = "(block 100 of chain 1337, latest 100, just asked)"
+    assert log_lines(log) == [
+        f"auth.eth: {line}"
+        for line in (
+            f"app boot auth result: {_compact(allowed)} {state}",
+            f"KMS boot auth result: {_compact(allowed)} {state}",
+            "app boot denied by rule app_compose_hash of the contract",
+            f"app boot auth result: {_compact(refused)} {state}",
+            "application authorization backend failed",
+            'batch ["0xgateway",1,"0x9876543210987654321098765432109876543210"]',
+        )
+    ]
+
+
+def test_eth_takes_the_variables_of_the_original_and_options_go_before_them(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with running_chain() as chain:
+        environment = {
+            "PORT": "0",
+            "HOST": "127.0.0.2",
+            "ETH_RPC_URL": chain.url,
+            "KMS_CONTRACT_ADDR": CONTRACT,
+            "ETH_FINALITY_CONFIRMATIONS": "2",
+            "ETH_CHAIN_ID": "1",
+        }
+        with serving("auth", "eth", "--eth-chain-id", "1337", environment=environment) as said:
+            assert said["url"].startswith("http://127.0.0.2:")
+            assert decision(said["url"])["isAllowed"]
+            assert chain.calls[-1] == ("gatewayAppId", "0x62")
+        with serving("auth", "eth", "--release", "0.5", environment=environment, log=log) as said:
+            assert said["compat"] == "0.5.11"
+            assert decision(said["url"])["isAllowed"]
+            assert chain.calls[-1] == ("gatewayAppId", "latest")
+    unread = "has no effect: auth-eth-bun of 0.5.11 does not read it"
+    assert log.read_text().startswith(f"ETH_CHAIN_ID {unread}\nETH_FINALITY_CONFIRMATIONS {unread}\n")
+
+
+def test_eth_without_chain_runs_and_denies_and_logs_why_with_v(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with (
+        refusing_port() as port,
+        serving("auth", "eth", "-v", *FREE, log=log, environment={"ETH_RPC_URL": f"http://127.0.0.1:{port}"}) as said,
+    ):
+        assert decision(said["url"], "kms") == denied("authorization backend unavailable", "")
+        assert ask(said["url"], "/health") == (200, {"status": "ok"})
+    lines = log_lines(log)
+    assert lines[0].startswith("KMS_CONTRACT_ADDR (--kms-contract) is not set: everything is denied")
+    assert "auth.eth: KMS authorization backend failed" in lines
+    assert "auth.eth: eth_chainId: Connection refused" in lines
+
+
 # ---- auth mock
 
 
@@ -259,6 +336,18 @@ def test_mock_takes_the_variables_of_the_original(
             ("simple", "--release", "0.7"),
             {},
             "argument --release: dstack release: 0.5 or 0.6 expected, got '0.7' (see dstack-emu auth --help)",
+        ),
+        (("eth",), {"ETH_CHAIN_ID": "01"}, 'ETH_CHAIN_ID must be a non-negative integer, got "01"'),
+        (
+            ("eth", "--kms-contract", "0x12"),
+            {},
+            "KMS_CONTRACT_ADDR: an address expected, 0x and 40 hex digits, got '0x12'",
+        ),
+        (("mock", "--eth-rpc-url", "x"), {}, "--eth-rpc-url is for `auth eth`; `auth mock` asks no chain"),
+        (
+            ("eth", "-c", "x"),
+            {},
+            "--config is for `auth simple` and `auth file`; `auth eth` decides by the contract alone",
         ),
         (("simple",), {"PORT": "65536"}, 'PORT is "65536", expected a number of 0 (a free one) to 65535'),
     ],

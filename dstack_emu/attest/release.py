@@ -17,6 +17,7 @@ from dstack_emu.attest.version import REVISION
 
 MrConfigVersion = Literal[1, 2, 3]
 AuthContract = Literal["readme", "0.6"]
+AuthEthRevision = Literal["0.5.11", "next"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,8 @@ class Release:
     """The members of the webhook's request that name the TEE variant."""
     auth_contract: AuthContract
     """The contract of auth-simple by default."""
+    auth_eth_revision: AuthEthRevision
+    """The revision of auth-eth-bun by default."""
 
     @property
     def revision(self) -> str:
@@ -182,6 +185,7 @@ _0_5: Final = Release(
     identity_widths_are_checked=False,
     boot_info_variant_members=("teeVariant", "attestationMode"),
     auth_contract="readme",
+    auth_eth_revision="0.5.11",
 )
 
 _0_6: Final = Release(
@@ -228,6 +232,7 @@ _0_6: Final = Release(
     identity_widths_are_checked=True,
     boot_info_variant_members=("teeVariant",),
     auth_contract="0.6",
+    auth_eth_revision="next",
 )
 
 RELEASES: Final[Mapping[str, Release]] = MappingProxyType({each.name: each for each in (_0_5, _0_6)})

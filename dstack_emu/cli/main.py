@@ -37,7 +37,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "image": "build, measure, compare and serve OS images",
     "kms": "run one KMS from a kms.toml",
     "vmm": "run one VMM, which deploys machines with keys from KMS that run elsewhere",
-    "auth": "run one auth webhook of a KMS: auth-simple, dstack-auth or auth-mock",
+    "auth": "run one auth webhook of a KMS: auth-simple, dstack-auth, auth-eth-bun or auth-mock",
     "check-webhook": "check an auth webhook: what would break a KMS, and what it allows that it should not",
     "check-kms": "check a KMS: what it must refuse, and what it must release after that",
     "setup": "set up two KMS that run elsewhere, and allow an app",

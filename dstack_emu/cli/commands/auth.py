@@ -1,50 +1,68 @@
-"""`dstack-emu auth`: run one auth webhook: auth-simple, dstack-auth or auth-mock.
+"""`dstack-emu auth`: run one auth webhook: auth-simple, dstack-auth, auth-eth-bun or auth-mock.
 
-The webhooks read the environment variables of upstream's programs: PORT is read here, the others in `auth.simple` and
-`auth.mock`; dstack-auth reads none. An option overrides its variable.
+The webhooks read the environment variables of upstream's programs: PORT and HOST are read here, the others in
+`auth.simple`, `auth.eth_settings` and `auth.mock`; dstack-auth reads none. An option overrides its variable.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
 from dstack_emu.auth.config_file import read_config
 from dstack_emu.auth.errors import AuthConfigError
+from dstack_emu.auth.eth_server import eth_app
+from dstack_emu.auth.eth_settings import NO_CONTRACT, EthSettings, unread_variables
 from dstack_emu.auth.file import DEFAULT_ALLOWLIST_PATH, parse_allowlist_file
 from dstack_emu.auth.file_server import file_app
 from dstack_emu.auth.mock import MockSettings
 from dstack_emu.auth.server import mock_app, simple_app
 from dstack_emu.auth.simple import SimpleSettings, parse_policy
 from dstack_emu.cli.commands.common import WARNING, UsageError, add_release, listen_address, say, stop_on_signals
+from dstack_emu.cli.commands.eth_options import add_eth_options, eth_variables, given_eth_options
+from dstack_emu.cli.commands.inspect import WIDTH
 from dstack_emu.transport.listen import AnyApplication, bind_tcp, serve
+from dstack_emu.transport.urls import shown_url
 
-DESCRIPTION = (
+DESCRIPTION: Final = (
     "Run one auth webhook. `simple` (auth-simple) and `file` (dstack-auth) decide by a JSON file that they read at "
-    "every request; without that file they run and deny everyone. `mock` has a fixed policy that ignores the "
-    "measurements: for tests only. Each request and its decision is logged to stderr. A KMS uses the webhook in "
-    "core.auth_api.webhook.url. If an option is not given, upstream's variables are read: for `simple` and `mock` "
-    "PORT; for `simple` AUTH_CONFIG_PATH and AUTH_SIMPLE_COMPAT; for `mock` MOCK_POLICY (allow-all, deny-all, "
-    "deny-kms, deny-app, allowlist-device, allowlist-mr), MOCK_ALLOWED_DEVICE_IDS, MOCK_ALLOWED_MR_AGGREGATED and the "
-    "values of its answers. " + WARNING
+    "every request; without that file they run and deny everyone. `eth` (auth-eth-bun) asks a DstackKms contract on a "
+    "chain, over JSON-RPC, at every request; if the chain gives no decision, it denies. `mock` has a fixed policy that "
+    "ignores the measurements: for tests only. Each request and its decision is logged to stderr. A KMS uses the "
+    "webhook in core.auth_api.webhook.url. If an option is not given, upstream's variables are read: for all except "
+    "`file` PORT; for `simple` AUTH_CONFIG_PATH and AUTH_SIMPLE_COMPAT; for `eth` ETH_RPC_URL, KMS_CONTRACT_ADDR, "
+    "ETH_CHAIN_ID, ETH_FINALITY_CONFIRMATIONS and HOST, and of ours AUTH_ETH_COMPAT (0.5.11 or next) and "
+    "AUTH_ETH_BLOCK_CACHE; for `mock` MOCK_POLICY (allow-all, deny-all, deny-kms, deny-app, allowlist-device, "
+    "allowlist-mr), MOCK_ALLOWED_DEVICE_IDS, MOCK_ALLOWED_MR_AGGREGATED and the values of its answers. " + WARNING
 )
+EXAMPLES: Final = """\
+examples:
+  dstack-emu auth simple -c auth-config.json
+  dstack-emu auth eth --eth-rpc-url http://127.0.0.1:8545 --kms-contract 0x5FbDB2315678afecb367f032d93F642f64180aa3
+  dstack-emu auth eth -v …                   with -v it also logs why a chain gave no decision
+  curl http://127.0.0.1:3000/                asks the contract for its gateway, as GetMeta of a KMS does
+"""
 
 TALKATIVE: Final = ("auth",)
 """Loggers that show information without -v, because upstream's programs always write these lines."""
 
 DEFAULT_PORT: Final = 3000
-"""Upstream's port of `simple` and `mock`, if PORT is not set."""
+"""Upstream's port of `simple`, `eth` and `mock`, if PORT is not set."""
 DEFAULT_FILE_PORT: Final = 8001
 """Upstream's port of `file`."""
+LOOPBACK: Final = "127.0.0.1"
 LISTEN: Final = "--listen HOST:PORT"
 LISTEN_OR_PORT: Final = f"{LISTEN} or PORT"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = textwrap.fill(DESCRIPTION, WIDTH), EXAMPLES
     parser.add_argument("kind", choices=tuple(_WEBHOOKS), help="the webhook to run")
     parser.add_argument(
         "--listen",
@@ -59,7 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the policy of `simple` (AUTH_CONFIG_PATH, else ./auth-config.json), or the allowlist of `file` "
         f"({DEFAULT_ALLOWLIST_PATH})",
     )
-    add_release(parser, "if AUTH_SIMPLE_COMPAT is not set, `simple` has the contract of this dstack release")
+    add_eth_options(parser, with_tuning=True)
+    add_release(
+        parser,
+        "if AUTH_SIMPLE_COMPAT or AUTH_ETH_COMPAT is not set, `simple` has the contract, and `eth` the revision, of "
+        "this dstack release",
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
     parser.add_argument(
         "--seed", metavar="TEXT", help="accepted, as in every command that serves; has no effect on a webhook"
@@ -76,12 +99,15 @@ class _Webhook:
     default_port: Callable[[], int]
     address_setting: str
     """The name of the setting of the address, for messages."""
+    default_host: str = LOOPBACK
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal."""
+    if arguments.kind != "eth" and (given := given_eth_options(arguments)):
+        raise UsageError(f"{given[0]} is for `auth eth`; `auth {arguments.kind}` asks no chain")
     webhook = _WEBHOOKS[arguments.kind](arguments)
-    address = arguments.listen or ("127.0.0.1", webhook.default_port())
+    address = arguments.listen or (webhook.default_host, webhook.default_port())
     return asyncio.run(_serve(webhook, address, as_json=arguments.json))
 
 
@@ -103,6 +129,24 @@ def _file(arguments: argparse.Namespace) -> _Webhook:
     return _Webhook(file_app(path), "dstack-auth", facts, lambda: DEFAULT_FILE_PORT, LISTEN)
 
 
+def _eth(arguments: argparse.Namespace) -> _Webhook:
+    if arguments.config is not None:
+        raise UsageError("--config is for `auth simple` and `auth file`; `auth eth` decides by the contract alone")
+    environment = {**os.environ, **eth_variables(arguments)}
+    settings = EthSettings.from_env(environment, default_revision=arguments.release.auth_eth_revision)
+    for name in unread_variables(settings, environment):
+        say(f"{name} has no effect: auth-eth-bun of {settings.revision} does not read it")
+    if settings.kms_contract == NO_CONTRACT:
+        say("KMS_CONTRACT_ADDR (--kms-contract) is not set: everything is denied, because no contract is at address 0")
+    facts = {
+        "rpc_url": shown_url(settings.rpc_url),
+        "kms_contract": settings.kms_contract,
+        "compat": settings.revision,
+    }
+    host = os.environ.get("HOST") or LOOPBACK
+    return _Webhook(eth_app(settings), "auth-eth-bun", facts, _port, f"{LISTEN}, or HOST and PORT", host)
+
+
 def _mock(arguments: argparse.Namespace) -> _Webhook:
     if arguments.config is not None:
         raise UsageError(
@@ -122,6 +166,7 @@ def _report_unusable(read: Callable[[], object]) -> None:
 _WEBHOOKS: Final[Mapping[str, Callable[[argparse.Namespace], _Webhook]]] = {
     "simple": _simple,
     "file": _file,
+    "eth": _eth,
     "mock": _mock,
 }
 
