@@ -117,6 +117,30 @@ class Release:
     lite_acpi_tables_verified: bool
     """A verifier says of the lite variant, too, that ACPI tables were verified."""
 
+    # The gateway.
+    gateway_admin_needs_credential: bool
+    """The admin listener starts only with a token, an htpasswd file or insecure_no_auth; otherwise anyone may call."""
+    gateway_checks_keys: bool
+    """RegisterCvm wants a WireGuard key of 32 bytes that no other instance has, and an instance of the same app."""
+    gateway_refuses_ports: bool
+    """RegisterCvm refuses the ports 0 and above 65535 in a policy; otherwise it leaves out those above."""
+    gateway_leaves_out_stale_instances: bool
+    """An app id means only instances with a handshake younger than core.proxy.timeouts.handshake_stale."""
+    gateway_normalizes_domains: bool
+    """A domain is one in any case, with `*.` and a final dot; it must be a DNS name, and its port must not be 0."""
+    gateway_checks_dns_times: bool
+    """CreateDnsCredential refuses dns_txt_ttl and max_dns_wait that are 0."""
+    gateway_checks_peer_urls: bool
+    """SetNodeUrl wants an http(s) URL with a host and without credentials."""
+    gateway_manages_acme_account: bool
+    """SetCaa is implemented, RotateAcmeCredentials exists, and a changed ACME URL needs the latter."""
+    gateway_exit_reads_request: bool
+    """Exit has a request, and refuses one that does not decode."""
+    gateway_static_certificate: bool
+    """core.proxy.base_domain, cert_chain and cert_key are a certificate beside those of domains."""
+    gateway_localhost_key_in_debug: bool
+    """core.debug.insecure_localhost_backend makes `localhost` an app id; core.proxy.localhost_enabled otherwise."""
+
     # Webhooks.
     identity_widths_are_checked: bool
     """A KMS sends its webhook no compose hash that is not 32 bytes, nor an instance id of neither 20 nor 0."""
@@ -182,6 +206,17 @@ _0_5: Final = Release(
     refuses_reversed_validity=False,
     vm_config_must_match=False,
     lite_acpi_tables_verified=False,
+    gateway_admin_needs_credential=False,
+    gateway_checks_keys=False,
+    gateway_refuses_ports=False,
+    gateway_leaves_out_stale_instances=False,
+    gateway_normalizes_domains=False,
+    gateway_checks_dns_times=False,
+    gateway_checks_peer_urls=False,
+    gateway_manages_acme_account=False,
+    gateway_exit_reads_request=False,
+    gateway_static_certificate=False,
+    gateway_localhost_key_in_debug=False,
     identity_widths_are_checked=False,
     boot_info_variant_members=("teeVariant", "attestationMode"),
     auth_contract="readme",
@@ -229,6 +264,17 @@ _0_6: Final = Release(
     refuses_reversed_validity=True,
     vm_config_must_match=True,
     lite_acpi_tables_verified=True,
+    gateway_admin_needs_credential=True,
+    gateway_checks_keys=True,
+    gateway_refuses_ports=True,
+    gateway_leaves_out_stale_instances=True,
+    gateway_normalizes_domains=True,
+    gateway_checks_dns_times=True,
+    gateway_checks_peer_urls=True,
+    gateway_manages_acme_account=True,
+    gateway_exit_reads_request=True,
+    gateway_static_certificate=True,
+    gateway_localhost_key_in_debug=True,
     identity_widths_are_checked=True,
     boot_info_variant_members=("teeVariant",),
     auth_contract="0.6",

@@ -18,6 +18,7 @@ from dstack_emu.attest.version import EMULATOR
 from dstack_emu.cli import logs
 from dstack_emu.cli.commands.common import WARNING, Interrupted, UsageError, say
 from dstack_emu.deployment.errors import PartEndedError, StackError
+from dstack_emu.gateway.errors import GatewayError
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.transport.errors import ConfigError, ListenError, TransportError
@@ -38,6 +39,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "kms": "run one KMS from a kms.toml",
     "vmm": "run one VMM, which deploys machines with keys from KMS that run elsewhere",
     "auth": "run one auth webhook of a KMS: auth-simple, dstack-auth, auth-eth-bun or auth-mock",
+    "gateway": "run one gateway, at which instances register, from a gateway.toml",
     "check-webhook": "check an auth webhook: what would break a KMS, and what it allows that it should not",
     "check-kms": "check a KMS: what it must refuse, and what it must release after that",
     "setup": "set up two KMS that run elsewhere, and allow an app",
@@ -105,7 +107,7 @@ def _run(words: Sequence[str]) -> int:
     except (UsageError, StackError, ConfigError, ListenError) as error:
         say(f"Error: {_one_line(error)}")
         return USED_WRONGLY
-    except (PartEndedError, KmsError, GuestError, AttestError, TransportError) as error:
+    except (PartEndedError, KmsError, GatewayError, GuestError, AttestError, TransportError) as error:
         say(f"Error: {_one_line(error)}")
         return FAILED
 

@@ -45,6 +45,8 @@ def _write_message(table: MessageTable, message: Message, old_spellings: bool) -
 
 
 def _write_field(field: Field, value: Any, old_spellings: bool) -> str:
+    if field.is_map:
+        return "{" + ",".join([f'"{key}":{value[key]}' for key in sorted(value)]) + "}"
     if field.repeated:
         return "[" + ",".join([_write_value(field, item, old_spellings) for item in value]) + "]"
     return _write_value(field, value, old_spellings)

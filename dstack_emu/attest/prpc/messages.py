@@ -9,7 +9,15 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from dstack_emu.attest.proto import dstack_guest_pb2, dstack_guest_v1_pb2, guest_api_pb2, kms_pb2, kms_v05_pb2, vmm_pb2
+from dstack_emu.attest.proto import (
+    dstack_guest_pb2,
+    dstack_guest_v1_pb2,
+    gateway_pb2,
+    guest_api_pb2,
+    kms_pb2,
+    kms_v05_pb2,
+    vmm_pb2,
+)
 from dstack_emu.attest.prpc.scalars import SCALARS, Scalar
 
 OLD_SPELLINGS: Final[Mapping[str, str]] = {"kms.AttestationInfoResponse.tee_variant": "attestation_mode"}
@@ -17,7 +25,11 @@ OLD_SPELLINGS: Final[Mapping[str, str]] = {"kms.AttestationInfoResponse.tee_vari
 one; it is written under both by a service whose release is to serve clients of either."""
 
 OMITTED_WHEN_EMPTY: Final = frozenset(
-    {"dstack_guest.GetQuoteResponse.attestation", "kms.GetMetaResponse.os_image_verification"}
+    {
+        "dstack_guest.GetQuoteResponse.attestation",
+        "gateway.StatusResponse.accel",
+        "kms.GetMetaResponse.os_image_verification",
+    }
 )
 """Fields that JSON leaves out if they are empty or absent: not every release has them.
 
@@ -41,6 +53,8 @@ class Field:
     message: "MessageTable | None"
     is_string: bool
     repeated: bool
+    is_map: bool
+    """A map, which is in answers alone; `message` is that of its entries, with key and value."""
     presence: bool
     omitted_when_empty: bool
 
@@ -86,6 +100,7 @@ def _describe_field(field: FieldDescriptor) -> Field:
         message=message,
         is_string=field.type == FieldDescriptor.TYPE_STRING,
         repeated=field.is_repeated,
+        is_map=field.message_type is not None and field.message_type.GetOptions().map_entry,
         presence=field.has_presence,
         omitted_when_empty=field.full_name in OMITTED_WHEN_EMPTY,
     )
@@ -98,6 +113,7 @@ _FILES: Final = (
     kms_v05_pb2.DESCRIPTOR,
     vmm_pb2.DESCRIPTOR,
     guest_api_pb2.DESCRIPTOR,
+    gateway_pb2.DESCRIPTOR,
 )
 _TABLES: Final[Mapping[object, MessageTable]] = {
     descriptor: _describe(descriptor)

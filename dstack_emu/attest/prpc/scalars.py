@@ -135,6 +135,7 @@ SCALARS: Final[Mapping[int, Scalar]] = {
     FieldDescriptor.TYPE_STRING: Scalar(False, _read_string, _parse_string, encode_basestring_ascii),
     FieldDescriptor.TYPE_BYTES: Scalar(False, _read_bytes, _parse_bytes, _write_bytes),
     FieldDescriptor.TYPE_BOOL: Scalar(True, _read_bool, _parse_bool, _write_bool),
+    FieldDescriptor.TYPE_INT32: _signed(32),
     FieldDescriptor.TYPE_UINT32: _unsigned(32),
     FieldDescriptor.TYPE_UINT64: _unsigned(64),
     FieldDescriptor.TYPE_INT64: _signed(64),

@@ -1,0 +1,52 @@
+"""The applications of a gateway's three HTTP listeners. Source: dstack `gateway/src/main.rs` at 312dc605."""
+
+from collections.abc import Callable
+
+from dstack_emu.attest.release import Release
+from dstack_emu.gateway.caller import Caller, caller_of
+from dstack_emu.gateway.errors import GatewayError
+from dstack_emu.gateway.gateway import Gateway
+from dstack_emu.gateway.service import GatewayService, debug_table, gateway_table
+from dstack_emu.transport.api_auth import ListenerAuth
+from dstack_emu.transport.http import ROCKET_HEADERS, Application, Request, Response
+from dstack_emu.transport.pccs_client import AttestationVerifier
+from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
+
+
+def rpc_app(service: GatewayService, gateway: Gateway, verifier: AttestationVerifier) -> Application:
+    """Make the application of the RPC listener."""
+
+    async def caller(request: Request) -> Caller:
+        return await caller_of(request.client_certificate, verifier)
+
+    app = Application(headers=(*ROCKET_HEADERS, ("X-App-Version", _version(gateway.release))))
+    statuses = RpcStatuses.of(gateway.release)
+    add_prpc(app, "/prpc", gateway_table(service), caller, errors=(GatewayError,), statuses=statuses)
+    app.add("GET", "/health", _health)
+    return app
+
+
+def admin_app(gateway: Gateway, auth: ListenerAuth, end: Callable[[], None]) -> Application:
+    """Make the application of the admin listener; `end` is called if an operator ends the gateway."""
+    return Application(headers=ROCKET_HEADERS, middlewares=[auth.middleware(gateway.log)])
+
+
+def debug_app(service: GatewayService, gateway: Gateway) -> Application:
+    """Make the application of the debug listener."""
+    app = Application(headers=ROCKET_HEADERS)
+    statuses = RpcStatuses.of(gateway.release)
+    add_prpc(app, "/prpc", debug_table(service), _anyone, errors=(GatewayError,), statuses=statuses)
+    app.add("GET", "/health", _health)
+    return app
+
+
+def _version(release: Release) -> str:
+    return f"v{release.version} (git:{release.revision})"
+
+
+async def _health(_request: Request) -> Response:
+    return Response.of("OK", "text/plain")
+
+
+async def _anyone(_request: Request) -> None:
+    """Make no difference between callers."""
