@@ -197,7 +197,7 @@ class RunningGateway:
     def debug_register(self, instance: str, app: str = "app1", key: str = "") -> Any:
         """Register an instance on the debug listener."""
         names = {"instance_id": instance, "app_id": app, "client_public_key": wg_key(key or instance)}
-        return self.rpc("debug", "RegisterCvm", **names)
+        return self.rpc("debug", "RegisterCvm", None, **names)
 
 
 TOML = """

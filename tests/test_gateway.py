@@ -31,7 +31,8 @@ def fresh(gateway: RunningGateway) -> RunningGateway:
 
 def test_instance_is_registered_by_curl_with_its_certificate(fresh: RunningGateway) -> None:
     client = fresh.ca.instance(b"i" * 20)
-    command = ["curl", "-sS", "--cacert", fresh.ca.own.file, "--cert", client.file, "--key", client.file]
+    file = str(client.file)
+    command = ["curl", "-sS", "--cacert", str(fresh.ca.own.file), "--cert", file, "--key", file]
     body = json.dumps({"client_public_key": wg_key("one")})
     url = f"{fresh.urls['rpc']}/prpc/RegisterCvm?json"
     out = subprocess.run([*command, "-d", body, url], capture_output=True, check=True, timeout=20).stdout

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dstack_emu.attest.certificate import CertificateAuthority
+from dstack_emu.attest.issuing import CertificateAuthority
 from dstack_emu.attest.release import Release
 from dstack_emu.attest.report_data import report_data
 from dstack_emu.gateway.agent import GuestAgent

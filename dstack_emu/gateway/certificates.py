@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from dstack_emu.attest.certificate import CertificateAuthority, CertificateRequest, pem, self_signed, spki_der
+from dstack_emu.attest.certificate import pem, spki_der
+from dstack_emu.attest.issuing import CertificateAuthority, CertificateRequest, self_signed
 from dstack_emu.attest.kdf import p256_from_uniform, pkcs8_pem
 from dstack_emu.gateway.state import CertificateEntry
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from dstack_emu.attest.certificate import CertificateAuthority
+from dstack_emu.attest.issuing import CertificateAuthority
 from dstack_emu.attest.proto import gateway_pb2 as pb
 from dstack_emu.attest.release import Release
 from dstack_emu.gateway.agent import GuestAgent

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Final
 from urllib.parse import urlsplit
 
-from dstack_emu.attest.certificate import CertificateAuthority, load_authority
 from dstack_emu.attest.errors import AttestError
+from dstack_emu.attest.issuing import CertificateAuthority, load_authority
 from dstack_emu.attest.kdf import load_p256_pem, pkcs8_pem
 from dstack_emu.attest.release import Release
 from dstack_emu.gateway.agent import TlsIdentity

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from dstack_emu.attest.certificate import CertificateAuthority
+from dstack_emu.attest.issuing import CertificateAuthority
 from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.gateway.admin_auth import admin_auth
 from dstack_emu.gateway.agent import DEFAULT_ADDRESS, GuestAgent
