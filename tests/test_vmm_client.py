@@ -19,9 +19,12 @@ import pytest
 
 from dstack_emu.testing import LiveStack
 from tests.ports import free_port
+from tests.repository import ROOT
 from tests.vmm import APP_ID, COMPOSE, IMAGE, VmmClient, allow
 
 CLI = os.environ.get("DSTACK_VMM_CLI", "")
+RUNTIME = Path(f"/run/user/{os.getuid()}")
+"""Where the program looks for VMMs of this user, whatever XDG_RUNTIME_DIR says."""
 AS_CLIENT = ["-H", "Content-Type: application/json", "-H", "Host: localhost", "-H", "Accept-Encoding: identity"]
 
 
@@ -91,9 +94,9 @@ def test_recorded_requests_have_the_answers_that_the_client_reads(vmm: VmmClient
 class VmmCli:
     """Runs vmm-cli.py with a home of its own."""
 
-    def __init__(self, vmm_stack: LiveStack, home: Path) -> None:
+    def __init__(self, home: Path, **variables: str) -> None:
         self.command = [sys.executable, CLI] if Path(CLI).is_file() else shlex.split(CLI)
-        self.environment = {**os.environ, "HOME": str(home), "DSTACK_VMM_URL": vmm_stack.services["vmm"]}
+        self.environment = {**os.environ, "HOME": str(home), **variables}
         self.home = home
 
     def run(self, *words: str, answer: str = "") -> str:
@@ -115,7 +118,7 @@ class VmmCli:
 @pytest.mark.skipif(not CLI, reason="DSTACK_VMM_CLI is not set: vmm-cli.py of dstack was not run")
 @pytest.mark.timeout(180)
 def test_real_client_with_each_of_its_subcommands(vmm: VmmClient, vmm_stack: LiveStack, tmp_path: Path) -> None:
-    cli = VmmCli(vmm_stack, tmp_path)
+    cli = VmmCli(tmp_path, DSTACK_VMM_URL=vmm_stack.services["vmm"])
     (tmp_path / "compose.yaml").write_text("services: {}\n")
     (tmp_path / "env").write_text("A=1\nB=2\n")
     (tmp_path / "user").write_text("mine")
@@ -144,7 +147,6 @@ def test_real_client_with_each_of_its_subcommands(vmm: VmmClient, vmm_stack: Liv
     assert "[dstack] done" in cli.run("logs", vm_id, "-n", "5")
     assert IMAGE in cli.run("lsimage")
     cli.run("lsgpu")
-    cli.run("vmm", "ls")
     cli.run("kms", "add", "02" + "11" * 32)
     assert "11" * 32 in cli.run("kms", "list")
     cli.run("kms", "remove", "02" + "11" * 32)
@@ -164,3 +166,23 @@ def test_real_client_with_each_of_its_subcommands(vmm: VmmClient, vmm_stack: Liv
     while vmm.rpc("GetInfo", id=vm_id)["found"]:
         pass
     assert "No VMs found" in cli.run("lsvm")
+
+
+@pytest.mark.skipif(not CLI, reason="DSTACK_VMM_CLI is not set: vmm-cli.py of dstack was not run")
+@pytest.mark.skipif(not RUNTIME.is_dir(), reason=f"there is no {RUNTIME}: vmm-cli.py finds a VMM there alone")
+def test_real_client_finds_a_vmm_and_switches_to_it(short_folder: Path) -> None:
+    (short_folder / "vmm.toml").write_text(f'run_path = "{short_folder}/vms"\nnode_name = "{short_folder.name[:12]}"\n')
+    command = [sys.executable, "-m", "dstack_emu", "vmm", "-c", f"{short_folder}/vmm.toml", "--listen", "127.0.0.1:0"]
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_RUNTIME_DIR"}
+    with subprocess.Popen([*command, "--json"], cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline())
+        cli = VmmCli(short_folder)
+        found = next(each for each in json.loads(cli.run("vmm", "ls", "--json")) if each["pid"] == process.pid)
+        assert f"http://{found['address']}" == ready["url"]
+        assert short_folder.name[:12] in cli.run("vmm", "ls")
+        assert f"Switched to VMM {found['id'][:8]} ({ready['url']})" in cli.run("vmm", "switch", found["id"])
+        assert "No VMs found" in cli.run("lsvm")
+        process.terminate()
+        assert process.wait(20) == 0
+    assert found["id"] not in cli.run("vmm", "ls")
