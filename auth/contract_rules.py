@@ -17,7 +17,6 @@ ContractRule = Literal[
     "kms_device",
     "app_registered",
     "app_deployed",
-    "app_tcb_status",
     "app_compose_hash",
     "app_device",
     "allowed",
@@ -38,7 +37,7 @@ APP_REASONS: Final[Mapping[str, ContractRule]] = MappingProxyType(
         "App not registered": "app_registered",
         "OS image is not allowed": "os_image",
         "App not deployed or invalid address": "app_deployed",
-        "TCB status is not up to date": "app_tcb_status",
+        "TCB status is not up to date": "tcb_status",
         "Compose hash not allowed": "app_compose_hash",
         "Device not allowed": "app_device",
     }

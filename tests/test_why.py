@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from dstack_emu.auth.simple import SimpleAuth
 from dstack_emu.inspection.policy_change import smallest_change
 from dstack_emu.inspection.policy_file import Kind, PolicyFile
 from tests.commands import serving
+from tests.json_rpc_server import CONTRACT, Chain, running_chain
 from tests.repository import ROOT
 from tests.test_attest_properties import NOW, issued, legacy_certificate, signing_request, with_extensions, world
 from tests.test_inspect import run_inside
@@ -456,6 +458,73 @@ def test_webhook_logs_misspelt_keys_once_for_each_version_of_its_file(
     assert logged() == []
     write(policy, {"osImagess": []})
     assert logged() == [f"{policy}: osImagess: nothing reads this key, did you mean osImages?"]
+
+
+@pytest.mark.parametrize(
+    ("caller", "reason", "rule", "step"),
+    [
+        (
+            "kms",
+            "TCB status is not up to date",
+            "tcb_status",
+            "If the webhook asks a DstackKms contract: no transaction",
+        ),
+        (
+            "kms",
+            "OS image is not allowed",
+            "os_image",
+            "contract: its owner allows the image by addOsImageHash(0x{os})",
+        ),
+        (
+            "kms",
+            "Aggregated MR not allowed",
+            "kms_mr_aggregated",
+            "a contract's reason: its owner allows the KMS by addKms",
+        ),
+        ("kms", "KMS is not allowed to boot on this device", "kms_device", "the device by addKmsDevice(0x{device})"),
+        ("app", "App not registered", "app_registered", "anyone registers the app by registerApp(0x{app})"),
+        ("app", "App not deployed or invalid address", "app_deployed", "no contract is at its address 0x{app}"),
+        ("app", "TCB status is not up to date", "tcb_status", "setRequireTcbUpToDate(false) of DstackApp 0x{app}"),
+        ("app", "Compose hash not allowed", "app_compose_hash", "by addComposeHash(0x{compose}) of DstackApp 0x{app}"),
+        (
+            "app",
+            "Device not allowed",
+            "app_device",
+            "by addDevice(0x{device}), or every device by setAllowAnyDevice(true)",
+        ),
+        ("kms", "Compose hash not allowed", None, "What the webhook compares is not known here"),
+        ("app", "aggregated MR not allowed", None, "What the webhook compares is not known here"),
+    ],
+)
+def test_reason_of_a_contract_is_known_with_the_transaction_that_admits_it(
+    caller: str, reason: str, rule: str | None, step: str, tmp_path: Path
+) -> None:
+    request = write(tmp_path / "b.json", BOOT)
+    with running_chain() as chain, eth_webhook(chain) as url:
+        chain.decision = False, reason
+        found = why(request, "--webhook", url, "--as", caller, status=1)
+        assert (found["decision"]["rule"], found["decision"]["reason"]) == (rule, reason)
+        names = {"os": "osImageHash", "app": "appId", "compose": "composeHash", "device": "deviceId"}
+        assert step.format(**{name: BOOT[member] for name, member in names.items()}) in found["next_steps"][0]
+        shown = run_inside("why", request, "--webhook", url, "--as", caller)[1].splitlines()
+        assert f'Rule      {f"{rule}: " if rule else ""}"{reason}"' in shown
+
+
+def test_chain_without_a_decision_is_told_from_a_denial(tmp_path: Path) -> None:
+    request = write(tmp_path / "b.json", BOOT)
+    with running_chain() as chain, eth_webhook(chain) as url:
+        chain.chain_id = 1
+        found = why(request, "--webhook", url, status=1)
+        assert found["decision"]["rule"] is None
+        assert found["next_steps"][0].startswith("This is auth-eth: its chain gave no decision.")
+
+
+@contextmanager
+def eth_webhook(chain: Chain) -> Iterator[str]:
+    """Serve the webhook that asks a chain."""
+    options = ("--eth-rpc-url", chain.url, "--kms-contract", CONTRACT, "--eth-chain-id", "1337")
+    with serving("auth", "eth", "--listen", "127.0.0.1:0", *options) as webhook:
+        yield webhook["url"]
 
 
 def test_webhook_is_asked_as_a_kms_asks_and_its_answer_is_shown(tmp_path: Path) -> None:

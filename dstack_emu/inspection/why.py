@@ -18,6 +18,7 @@ from dstack_emu.attest.hexadecimal import decode_hex
 from dstack_emu.attest.release import Release
 from dstack_emu.attest.verify import verify_attestation
 from dstack_emu.auth.boot_info import Refusal
+from dstack_emu.auth.contract_rules import ContractRule, rule_of
 from dstack_emu.auth.policy import Contract
 from dstack_emu.inspection.checks import Check, Collect, Evidence, Expectations, verify_evidence
 from dstack_emu.inspection.policy_change import PolicyChange, pointer, smallest_change
@@ -165,7 +166,10 @@ def _boot_info(
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """A decision: by a policy, with the change that would admit it, or by a webhook, whose policy is not known."""
+    """A decision: by a policy, with the change that would admit it, or by a webhook, whose policy is not known.
+
+    `contract_rule` is the rule of a DstackKms contract that gives a webhook's reason, None if there is none.
+    """
 
     is_allowed: bool
     reason: str
@@ -173,6 +177,7 @@ class Explained:
     rule: str = ""
     differs_from: tuple[Contract | str, ...] = ()
     change: PolicyChange | None = None
+    contract_rule: ContractRule | None = None
 
     @property
     def refusal(self) -> Refusal | None:
@@ -197,7 +202,10 @@ async def ask(url: str, request: BootRequest, caller: Caller, *, release: Releas
         decision = await webhook.decide(request.boot_info, is_kms=caller == "kms")
     finally:
         await webhook.close()
-    return Explained(decision.is_allowed, decision.reason, decision.gateway_app_id)
+    contract_rule = None if decision.is_allowed else rule_of(decision.reason, is_kms=caller == "kms")
+    return Explained(
+        decision.is_allowed, decision.reason, decision.gateway_app_id, contract_rule or "", contract_rule=contract_rule
+    )
 
 
 def refusal_document(refusal: Refusal) -> dict[str, Any]:

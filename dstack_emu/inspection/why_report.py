@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from dstack_emu.auth.boot_info import Refusal
+from dstack_emu.inspection.contract_steps import contract_steps, may_be_of_a_file, member_of
 from dstack_emu.inspection.policy_file import PolicyFile
 from dstack_emu.inspection.why import Caller, Examination, Explained, Verdict, refusal_document
 
@@ -121,8 +122,7 @@ class Report:
             return
         refusal, change = explained.refusal, explained.change
         if refusal is None or change is None:
-            yield "What the webhook compares is not known here: look at its log for the request that is shown."
-            yield "`dstack-emu why --policy FILE` compares with a policy of auth-simple."
+            yield from self._steps_of_webhook(explained)
             return
         yield _ORIGINS[refusal.member]
         if change.obstacle:
@@ -132,6 +132,20 @@ class Report:
         if explained.differs_from:
             others = " or ".join(explained.differs_from)
             yield f"Under the contract {others} the same file admits it (--contract)."
+
+    def _steps_of_webhook(self, explained: Explained) -> Iterator[str]:
+        """Yield what to do about a denial by a webhook, whose policy is not known."""
+        request, rule = self.examination.request, explained.contract_rule
+        known = list(
+            contract_steps(rule, explained.reason, request.document if request else {}, is_kms=self.caller == "kms")
+        )
+        yield from known
+        if rule is not None and (member := member_of(rule)):
+            yield _ORIGINS[member]
+        if not known:
+            yield "What the webhook compares is not known here: look at its log for the request that is shown."
+        if not known or (rule is not None and may_be_of_a_file(rule)):
+            yield "`dstack-emu why --policy FILE` compares with a policy of auth-simple."
 
 
 def _decision(explained: Explained) -> dict[str, Any]:
