@@ -44,7 +44,7 @@ def test_call_without_arguments_reads_no_body(vmm: VmmClient, method: str) -> No
     assert vmm.ask(f"{path}?json", *as_json, "-d", "{not json") == expected
     assert vmm.ask(f"{path}?json", *as_json, "-d", '{"other": 1}') == expected
     assert vmm.ask(path, "--data-binary", "\x01\x02")[0] == 200
-    assert vmm.refused(f"{method}s") == f"Service not found: {method}s"
+    assert vmm.call(f"{method}s") == (404, {"error": f"Service not found: {method}s"})
 
 
 JUNK: list[Any] = [None, [], "x", 1, {"id": 1}, {"id": None}, {"ports": {}}, {"gpus": []}, {"compose_file": "\ud800"}]

@@ -141,6 +141,30 @@ class Release:
     gateway_localhost_key_in_debug: bool
     """core.debug.insecure_localhost_backend makes `localhost` an app id; core.proxy.localhost_enabled otherwise."""
 
+    # The VMM.
+    vmm_v05_messages: bool
+    """Its messages are those of vmm_v05.proto, without network lists, interfaces and simulated TEEs; it has
+    ReportDhcpLease."""
+    vmm_guards_every_route: bool
+    """With `auth` on, every route asks for a credential, of a token or a user; otherwise `/logs` alone, for a token as
+    Bearer."""
+    vmm_log_errors_have_status: bool
+    """`/logs` answers 404 for an unknown machine, and 400 for an unknown channel; otherwise 200, with the text."""
+    vmm_checks_port_conflicts: bool
+    """Two machines, or one, cannot map a host port twice."""
+    vmm_checks_resources: bool
+    """A resize needs a change, numbers above zero, and a name of an image."""
+    vmm_checks_network_modes: bool
+    """A network mode that a request cannot have is refused; otherwise one that is unknown means the default."""
+    vmm_restarts_with_backoff: bool
+    """Machines that ended by themselves are started again after growing pauses, and a limited number of times;
+    otherwise each time that the VMM looks."""
+    vmm_tells_collateral_urls: bool
+    """.sys-config.json has `collateral_urls` beside `pccs_url`."""
+    vmm_rotates_logs: bool
+    """A log begins anew at each start and above a size, and earlier ones are kept; otherwise serial.log alone begins
+    anew, at each start, and what it had goes to serial.history.log."""
+
     # Webhooks.
     identity_widths_are_checked: bool
     """A KMS sends its webhook no compose hash that is not 32 bytes, nor an instance id of neither 20 nor 0."""
@@ -217,6 +241,15 @@ _0_5: Final = Release(
     gateway_exit_reads_request=False,
     gateway_static_certificate=False,
     gateway_localhost_key_in_debug=False,
+    vmm_v05_messages=True,
+    vmm_guards_every_route=False,
+    vmm_log_errors_have_status=False,
+    vmm_checks_port_conflicts=False,
+    vmm_checks_resources=False,
+    vmm_checks_network_modes=False,
+    vmm_restarts_with_backoff=False,
+    vmm_tells_collateral_urls=False,
+    vmm_rotates_logs=False,
     identity_widths_are_checked=False,
     boot_info_variant_members=("teeVariant", "attestationMode"),
     auth_contract="readme",
@@ -275,6 +308,15 @@ _0_6: Final = Release(
     gateway_exit_reads_request=True,
     gateway_static_certificate=True,
     gateway_localhost_key_in_debug=True,
+    vmm_v05_messages=False,
+    vmm_guards_every_route=True,
+    vmm_log_errors_have_status=True,
+    vmm_checks_port_conflicts=True,
+    vmm_checks_resources=True,
+    vmm_checks_network_modes=True,
+    vmm_restarts_with_backoff=True,
+    vmm_tells_collateral_urls=True,
+    vmm_rotates_logs=True,
     identity_widths_are_checked=True,
     boot_info_variant_members=("teeVariant",),
     auth_contract="0.6",

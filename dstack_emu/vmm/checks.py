@@ -16,7 +16,7 @@ from dstack_emu.attest.proto import vmm_pb2 as pb
 from dstack_emu.attest.release import Release
 from dstack_emu.vmm.config import CvmSection, PortMappingSection
 from dstack_emu.vmm.errors import VmmError
-from dstack_emu.vmm.manifest import Gpus, Manifest, Network, PortMap
+from dstack_emu.vmm.manifest import NETWORK_MODES, Gpus, Manifest, Network, PortMap
 
 _NAME: Final = re.compile(r"[A-Za-z0-9 \-_.@~!$^()]*")
 _IMAGE_NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
@@ -118,13 +118,20 @@ def requested_gpus(gpus: pb.GpuConfig, cvm: CvmSection) -> Gpus:
     return Gpus(attach_mode="all")
 
 
-def requested_networks(request: pb.VmConfiguration) -> tuple[Network, ...]:
+def requested_networks(request: pb.VmConfiguration, release: Release) -> tuple[Network, ...]:
     """Return the networks of a new machine, none for the VMM's default: `networks` count more than `networking`."""
+    if not release.vmm_checks_network_modes:
+        return _unchecked_network(request.networking.mode)
     if request.networks:
         return changed_networks(request.networks)
     if request.HasField("networking") and (network := _network(request.networking)) is not None:
         return (network,)
     return ()
+
+
+def _unchecked_network(mode: str) -> tuple[Network, ...]:
+    """Return the network of a mode as 0.5 does: an unknown mode is that of the VMM."""
+    return (Network.model_validate({"mode": mode}),) if mode in NETWORK_MODES else ()
 
 
 def changed_networks(networks: Iterable[pb.NetworkingConfig]) -> tuple[Network, ...]:

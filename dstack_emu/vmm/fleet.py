@@ -6,9 +6,7 @@ Source: dstack `vmm/src/app.rs` and `vmm/src/main_service.rs` at 312dc605.
 import asyncio
 import contextlib
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final
 
 from dstack_emu.attest.proto import vmm_pb2 as pb
 from dstack_emu.attest.release import Release
@@ -16,6 +14,7 @@ from dstack_emu.transport.events import EventLog
 from dstack_emu.vmm import checks
 from dstack_emu.vmm.config import VmmConfig
 from dstack_emu.vmm.errors import UnknownVmError, VmmError
+from dstack_emu.vmm.launching import Entropy, stored_launch
 from dstack_emu.vmm.machine import Launch, MachineFactory
 from dstack_emu.vmm.manifest import Manifest
 from dstack_emu.vmm.requests import created_manifest, has_resources, resized_manifest, updated_manifest
@@ -33,10 +32,6 @@ from dstack_emu.vmm.store import (
 )
 from dstack_emu.vmm.sys_config import sys_config
 from dstack_emu.vmm.vm import Vm
-
-Entropy = Callable[[int], bytes]
-_SEED_SIZE: Final = 20
-_SEED: Final = re.compile(f"[0-9a-f]{{{2 * _SEED_SIZE}}}")
 
 
 class Fleet:
@@ -58,7 +53,9 @@ class Fleet:
         self._store = Store(config.run_path.absolute())
         self.factory, self._clock, self._new_id, self._entropy = factory, clock, new_id, entropy
         self._removals: dict[str, asyncio.Task[None]] = {}
-        self.restarter = Restarter(config.cvm.auto_restart, self.vms, self._start_stored, self.log)
+        self.restarter = Restarter(
+            config.cvm.auto_restart, self.vms, self._start_stored, self.log, backs_off=release.vmm_restarts_with_backoff
+        )
         self._restarts: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
 
@@ -100,7 +97,9 @@ class Fleet:
         await asyncio.gather(*(vm.close() for vm in self.vms.values()))
 
     def _load(self, manifest: Manifest, cid: int) -> Vm:
-        vm = Vm(self._store.folder(manifest.id), manifest, cid, clock=self._clock, config=self.config)
+        vm = Vm(
+            self._store.folder(manifest.id), manifest, cid, clock=self._clock, config=self.config, release=self.release
+        )
         self.vms[vm.id] = vm
         return vm
 
@@ -134,7 +133,7 @@ class Fleet:
         """
         async with self._changing:
             now = int(self._clock() * 1000)
-            manifest = created_manifest(request, self._new_id(), now, self.config.cvm, self._manifests())
+            manifest = created_manifest(request, self._new_id(), now, self.config.cvm, self._manifests(), self.release)
             self._require_loadable(manifest, request.compose_file)
             files = {
                 COMPOSE: request.compose_file.encode(),
@@ -176,20 +175,10 @@ class Fleet:
 
     def _launch(self, vm: Vm) -> Launch:
         """Return what a machine is started with now, and write what the guest is told of its surroundings."""
-        cvm, manifest = self.config.cvm, vm.manifest
-        seed = vm.folder.instance_info().get("instance_id_seed", "")
-        launch = Launch(
-            manifest=manifest,
-            folder=vm.folder.path,
-            compose_file=vm.folder.compose_file(),
-            user_config=vm.folder.user_config(),
-            encrypted_env=vm.folder.encrypted_env(),
-            instance_seed=bytes.fromhex(seed) if _SEED.fullmatch(seed) else self._entropy(_SEED_SIZE),
-            kms_urls=manifest.kms_urls or cvm.kms_urls,
-            gateway_urls=manifest.gateway_urls or cvm.gateway_urls,
-        )
+        launch = stored_launch(vm.folder, vm.manifest, self.config.cvm, self._entropy)
         if not vm.is_alive:
-            vm.folder.write(SYS_CONFIG, sys_config(self.config, launch, self.factory.guest_config(launch)))
+            guest = self.factory.guest_config(launch)
+            vm.folder.write(SYS_CONFIG, sys_config(self.config, launch, guest, self.release))
         return launch
 
     async def _start(self, vm: Vm) -> None:
@@ -258,6 +247,7 @@ class Fleet:
                 request.compose_file or vm.folder.compose_file(),
                 is_at_rest=vm.is_at_rest,
                 cvm=self.config.cvm,
+                release=self.release,
                 others=self._manifests(but=vm.id),
             )
             self._apply(vm, manifest, files)
@@ -266,10 +256,11 @@ class Fleet:
     async def resize(self, request: pb.ResizeVmRequest) -> None:
         """Change the resources of a machine that does not run; raise `VmmError`."""
         async with self._changing:
-            if not has_resources(request):
+            if self.release.vmm_checks_resources and not has_resources(request):
                 raise VmmError("resize request contains no updates")
             vm = self.find(request.id)
-            self._apply(vm, resized_manifest(vm.manifest, request, is_at_rest=vm.is_at_rest), {})
+            resized = resized_manifest(vm.manifest, request, self.release, is_at_rest=vm.is_at_rest)
+            self._apply(vm, resized, {})
 
     def _apply(self, vm: Vm, manifest: Manifest, files: Mapping[str, bytes]) -> None:
         if manifest.image != vm.manifest.image:

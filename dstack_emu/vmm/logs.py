@@ -1,8 +1,9 @@
 """The logs of a machine: `serial`, `stdout` and `stderr`, as files, with their tail and what follows.
 
 A log begins anew at each boot, and if it exceeds a size. Then what it has goes to `.1`, that to `.2`, and so on; the
-file itself is emptied in place, and stays the same file. Source: dstack `vmm/src/{main_routes,logrotate}.rs` at
-312dc605.
+file itself is emptied in place, and stays the same file. In 0.5 serial.log alone begins anew, at each boot, and what it
+had is appended to serial.history.log. Source: dstack `vmm/src/{main_routes,logrotate}.rs` at 312dc605, and
+`vmm/src/app.rs` at 40eaf35e.
 """
 
 import asyncio
@@ -16,6 +17,9 @@ from typing import Final
 
 CHANNELS: Final = {"serial": "serial.log", "stdout": "stdout.log", "stderr": "stderr.log"}
 DEFAULT_LINES: Final = 10_000
+HISTORY: Final = "serial.history.log"
+HISTORY_SIZE: Final = 4 << 20
+"""The most bytes of the history that are kept."""
 HEARTBEAT: Final = 60.0
 """Seconds without output after which a follower is sent a line, so that proxies keep the connection."""
 _BLOCK: Final = 64 * 1024
@@ -72,21 +76,39 @@ class _Log:
 class MachineLogs:
     """The logs of one machine, to which this process alone appends. Close them when the machine is removed.
 
-    A log above `max_bytes` (0: never) begins anew; `max_backups` segments are kept.
+    A log above `max_bytes` (0: never) begins anew; `max_backups` segments are kept. If they do not rotate, there are no
+    segments, and the history.
     """
 
-    def __init__(self, folder: Path, max_bytes: int = 0, max_backups: int = 0) -> None:
-        self._logs = {name: _Log(folder / file, segments=max_backups) for name, file in CHANNELS.items()}
-        self._max_bytes = max_bytes
+    def __init__(self, folder: Path, max_bytes: int = 0, max_backups: int = 0, *, rotates: bool = True) -> None:
+        segments = max_backups if rotates else 0
+        self._logs = {name: _Log(folder / file, segments=segments) for name, file in CHANNELS.items()}
+        self._history = folder / HISTORY
+        self._rotates = rotates
+        self._max_bytes = max_bytes if rotates else 0
         self._appended = asyncio.Event()
         self._closed = False
 
     def begin_boot(self, now: float) -> None:
-        """Begin every log anew; `now` is the time in Unix seconds. Raises `OSError`."""
+        """Begin every log anew, or serial.log alone; `now` is the time in Unix seconds. Raises `OSError`."""
+        moment = datetime.datetime.fromtimestamp(int(now), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        marker = f"===== boot @ {moment} =====\n"
+        if not self._rotates:
+            self._begin_boot_with_history(f"\n{marker}\n")
+            return
         for log in self._logs.values():
             log.begin_anew()
-        moment = datetime.datetime.fromtimestamp(int(now), datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        self.append("serial", f"===== boot @ {moment} =====\n")
+        self.append("serial", marker)
+
+    def _begin_boot_with_history(self, marker: str) -> None:
+        serial = self._logs["serial"]
+        if content := _read_from(serial.path, 0):
+            whole = _read_from(self._history, 0) + marker.encode() + content
+            self._history.write_bytes(_end_of(whole, HISTORY_SIZE))
+        serial.begin_anew()
+        for name, log in self._logs.items():
+            if name != "serial" and log.path.exists():
+                self.append(name, marker)
 
     def append(self, channel: str, text: str) -> None:
         """Append a text to a log; raise `OSError`."""
@@ -149,6 +171,13 @@ def _tail(path: Path, lines: int) -> bytes:
         return b""
     kept = b"".join(blocks).splitlines(keepends=True)
     return b"".join(kept[-lines:] if lines else [])
+
+
+def _end_of(text: bytes, size: int) -> bytes:
+    """Return the end of a text, of at most that size, that begins with a line."""
+    if len(text) <= size:
+        return text
+    return text[text.find(b"\n", len(text) - size) + 1 :]
 
 
 def _read_from(path: Path, position: int) -> bytes:

@@ -3,7 +3,7 @@
 Source: dstack `vmm/src/app.rs` at 312dc605; a folder of 0.5.11 has the same members but `networks`.
 """
 
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,6 +14,8 @@ from dstack_emu.vmm.config import Protocol
 from dstack_emu.vmm.errors import VmmError
 
 AttachMode = Literal["listed", "all"]
+NetworkMode = Literal["user", "bridge", "custom"]
+NETWORK_MODES: Final = frozenset(get_args(NetworkMode))
 WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not listened on
 
 
@@ -50,7 +52,7 @@ class Gpus(_Stored):
 class Network(_Stored):
     """One network interface."""
 
-    mode: Literal["user", "bridge", "custom"]
+    mode: NetworkMode
     bridge: str = ""
 
 

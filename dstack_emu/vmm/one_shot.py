@@ -54,7 +54,7 @@ class OneShot:
         Raises `VmmError`; nothing is written then.
         """
         request = self._request()
-        manifest = created_manifest(request, self.vm_id, self.created_at_ms, self.config.cvm, {})
+        manifest = created_manifest(request, self.vm_id, self.created_at_ms, self.config.cvm, {}, self.release)
         found = interfaces(manifest, self.config.cvm.networking)
         require_bridges(found)
         checks.check_image_name(manifest.image)
@@ -104,7 +104,7 @@ class OneShot:
             STATE: json.dumps({"started": False}).encode(),
             COMPOSE: request.compose_file.encode(),
             INSTANCE_INFO: json.dumps(instance).encode(),
-            SYS_CONFIG: sys_config(self.config, launch, guest),
+            SYS_CONFIG: sys_config(self.config, launch, guest, self.release),
             **{name: content for name, content in given.items() if content},
         }
 

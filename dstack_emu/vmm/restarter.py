@@ -16,12 +16,16 @@ EXHAUSTED: Final = "vmm.auto_restart.exhausted"
 
 @dataclass(frozen=True, slots=True)
 class Restarter:
-    """Looks at the machines `vms`, and starts one with `start`, which raises nothing."""
+    """Looks at the machines `vms`, and starts one with `start`, which raises nothing.
+
+    If it does not back off, it starts each that ended whenever it looks.
+    """
 
     settings: AutoRestartSection
     vms: Mapping[str, Vm]
     start: Callable[[Vm], Awaitable[None]]
     log: EventLog
+    backs_off: bool = True
 
     async def run(self) -> None:
         """Look at the machines every `interval`, until this is cancelled."""
@@ -37,6 +41,9 @@ class Restarter:
             elif vm.is_alive:
                 if vm.restart.observe_running(now, self.settings):
                     self.log.info("automatic restart retry budget reset after healthy window", id=vm.id)
+            elif not self.backs_off:
+                self.log.info("automatic restart", id=vm.id)
+                await self.start(vm)
             else:
                 await self._carry_out(vm, vm.restart.observe_exited(now, self.settings))
 

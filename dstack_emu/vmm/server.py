@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from http import HTTPStatus
 from urllib.parse import parse_qs
 
+from dstack_emu.attest.release import Release
 from dstack_emu.transport.api_auth import Credentials, ListenerAuth
 from dstack_emu.transport.http import Application, Handler, Request, Response, status_page
 from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
@@ -19,6 +20,7 @@ from dstack_emu.vmm.logs import CHANNELS, DEFAULT_LINES
 from dstack_emu.vmm.openapi import openapi
 from dstack_emu.vmm.page import CONTENT_SECURITY_POLICY, machines_page
 from dstack_emu.vmm.service import VmmService, vmm_table
+from dstack_emu.vmm.service_v05 import v05_table
 
 _PAGES = (
     ("/", "The list of machines"),
@@ -34,15 +36,18 @@ def vmm_app(fleet: Fleet) -> Application:
     """Make the application; raise `ConfigError` if the htpasswd file cannot be used."""
     release = fleet.release
     headers = (("X-App-Version", f"v{release.version} (git:{release.revision})"), ("X-Accel-Buffering", "no"))
-    auth = _auth(fleet.config.auth)
-    app = Application(headers=headers, middlewares=[auth.middleware(fleet.log)])
-    app.add("GET", "/logs", _logs(fleet))
+    auth = _auth(fleet.config.auth, release)
+    guards = [auth.middleware(fleet.log)] if release.vmm_guards_every_route else []
+    app = Application(headers=headers, middlewares=guards)
+    logs = _logs(fleet)
+    app.add("GET", "/logs", logs if release.vmm_guards_every_route else _for_bearers(auth, logs))
     app.add("GET", "/", _page(fleet))
     app.add("GET", "/health", _health)
-    tables = {"/prpc": vmm_table(VmmService(fleet)), "/guest": guest_table(fleet)}
+    rpcs = vmm_table(VmmService(fleet))
+    tables = {"/prpc": v05_table(rpcs) if release.vmm_v05_messages else rpcs, "/guest": guest_table(fleet)}
     for mount, table in tables.items():
         trims = mount == "/prpc"
-        add_prpc(app, mount, table, _anyone, errors=(VmmError,), trim=trims, statuses=RpcStatuses())
+        add_prpc(app, mount, table, _anyone, errors=(VmmError,), trim=trims, statuses=RpcStatuses.of(release))
     document = json.dumps(openapi(headers[0][1], tables, _PAGES), indent=2).encode()
 
     async def describe(_request: Request) -> Response:
@@ -52,10 +57,24 @@ def vmm_app(fleet: Fleet) -> Application:
     return app
 
 
-def _auth(section: AuthSection) -> ListenerAuth:
+def _auth(section: AuthSection, release: Release) -> ListenerAuth:
     """Return the credentials of the listener: enabled with none configured, it admits nobody."""
-    known = Credentials.of(section.tokens, section.htpasswd_file, "auth.htpasswd_file") if section.enabled else None
+    users = section.htpasswd_file if release.vmm_guards_every_route else ""
+    known = Credentials.of(section.tokens, users, "auth.htpasswd_file") if section.enabled else None
     return ListenerAuth("vmm", "dstack-vmm API", "X-Admin-Token", known, takes_query=True)
+
+
+def _for_bearers(auth: ListenerAuth, handler: Handler) -> Handler:
+    """Let a handler answer those alone who send a token as Bearer, as 0.5 does."""
+
+    async def guarded(request: Request) -> Response:
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        known = auth.credentials
+        if known is None or (scheme == "Bearer" and known.admit_token(token)):
+            return await handler(request)
+        return status_page(HTTPStatus.UNAUTHORIZED, request)
+
+    return guarded
 
 
 async def _health(_request: Request) -> Response:
@@ -82,11 +101,12 @@ def _logs(fleet: Fleet) -> Handler:
         except ValueError:
             return status_page(HTTPStatus.NOT_FOUND, request)
         vm = fleet.vms.get(query.get("id", ""))
+        has_status = fleet.release.vmm_log_errors_have_status
         if vm is None:
-            return Response.of("VM not found", "text/plain", 404)
+            return Response.of("VM not found", "text/plain", 404 if has_status else 200)
         channel = query.get("ch", "serial")
         if channel not in CHANNELS:
-            return Response.of(f"Unknown channel {channel}", "text/plain", 400)
+            return Response.of(f"Unknown channel {channel}", "text/plain", 400 if has_status else 200)
         body: bytes | AsyncIterator[bytes] = (
             vm.logs.follow(channel, lines, ansi=ansi) if follows else vm.logs.tail(channel, lines, ansi=ansi)
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from dstack_emu.attest.proto import vmm_pb2 as pb
+from dstack_emu.attest.release import Release
 from dstack_emu.transport.events import EventLog
 from dstack_emu.vmm.checks import human_time
 from dstack_emu.vmm.config import VmmConfig
@@ -44,10 +45,19 @@ class Vm:
     """
 
     def __init__(
-        self, folder: MachineFolder, manifest: Manifest, cid: int, *, clock: Callable[[], float], config: VmmConfig
+        self,
+        folder: MachineFolder,
+        manifest: Manifest,
+        cid: int,
+        *,
+        clock: Callable[[], float],
+        config: VmmConfig,
+        release: Release,
     ) -> None:
         self.folder, self.manifest, self.cid = folder, manifest, cid
-        self.logs = MachineLogs(folder.path, config.cvm.log.max_bytes, config.cvm.log.max_backups)
+        self.logs = MachineLogs(
+            folder.path, config.cvm.log.max_bytes, config.cvm.log.max_backups, rotates=release.vmm_rotates_logs
+        )
         self.is_started = folder.is_started()
         self.is_removing = False
         self.boot_progress = self.boot_error = self.shutdown_progress = ""

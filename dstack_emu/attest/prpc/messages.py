@@ -17,6 +17,7 @@ from dstack_emu.attest.proto import (
     kms_pb2,
     kms_v05_pb2,
     vmm_pb2,
+    vmm_v05_pb2,
 )
 from dstack_emu.attest.prpc.scalars import SCALARS, Scalar
 
@@ -112,6 +113,7 @@ _FILES: Final = (
     kms_pb2.DESCRIPTOR,
     kms_v05_pb2.DESCRIPTOR,
     vmm_pb2.DESCRIPTOR,
+    vmm_v05_pb2.DESCRIPTOR,
     guest_api_pb2.DESCRIPTOR,
     gateway_pb2.DESCRIPTOR,
 )

@@ -8,8 +8,8 @@ from dstack_emu.cli.commands.common import UsageError
 
 DESCRIPTION = (
     "Write the .proto files of the guest agent (packages dstack_guest and dstack.guest.v1), the KMS (package kms) and "
-    "the VMM (packages vmm and guest_api) into a folder, to generate clients from. It is an error if a file of such a "
-    "name exists with other contents."
+    "the VMM (packages vmm, vmm_v05 and guest_api) into a folder, to generate clients from. It is an error if a file "
+    "of such a name exists with other contents."
 )
 
 
