@@ -48,6 +48,10 @@ class HttpReply:
     """The answer waits for it."""
 
 
+Fault = Callable[[str, dict[str, Any]], Any]
+"""Called with the name of the method, or of the contract's, and the request; what it returns is the answer, if any."""
+
+
 class RpcError(Exception):
     """An error object: its message, its code, and what else it has."""
 
@@ -67,8 +71,7 @@ class Chain:
     gateway: str = "0xgateway"
     calls: list[tuple[str, Any]] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
-    fault: Callable[[str, dict[str, Any]], Any] = lambda method, request: None
-    """Called with the name of the method, or of the contract's; what it returns is the answer, if it is not None."""
+    fault: Fault = lambda method, request: None
 
     def name_of(self, request: dict[str, Any]) -> str:
         if request["method"] == "eth_call":

@@ -26,11 +26,20 @@ from dstack_emu.auth.eth import EthAuth
 from dstack_emu.auth.eth_server import eth_app
 from dstack_emu.auth.eth_settings import EthSettings, unread_variables
 from dstack_emu.auth.json_rpc import MAX_RPC_ANSWER
-from tests.json_rpc_server import CONTRACT, Chain, HttpReply, RpcError, abi_decision, abi_text, running_chain, word
+from tests.json_rpc_server import (
+    CONTRACT,
+    Chain,
+    Fault,
+    HttpReply,
+    RpcError,
+    abi_decision,
+    abi_text,
+    running_chain,
+    word,
+)
 from tests.ports import refusing_port
 
 Client = TestClient[web.Request, web.Application]
-Fault = Callable[[str, dict[str, Any]], Any]
 
 BOOT_INFO: dict[str, Any] = {
     "mrAggregated": "0x" + "11" * 32,

@@ -20,6 +20,7 @@ from dstack_emu.webhook_check.expected import expected
 from dstack_emu.webhook_check.safety import list_requests
 from dstack_emu.webhook_check.sample_requests import SampleError, SampleRequests
 from tests.commands import run_command, serving, usage_error
+from tests.json_rpc_server import CONTRACT, Fault, abi_decision, running_chain
 from tests.recorded import golden
 
 SAMPLES = SampleRequests.of_seed("dstack-emu")
@@ -250,7 +251,7 @@ def test_slow_requests_are_named(policy_file: Path) -> None:
 
 
 @pytest.mark.parametrize("on_devices", [True, False], ids=["listed devices", "any device"])
-@pytest.mark.parametrize("contract", CONTRACTS)
+@pytest.mark.parametrize("contract", [each for each in CONTRACTS if each != "eth"])
 def test_emulated_server_answers_as_the_table_says(contract: Contract, on_devices: bool, tmp_path: Path) -> None:
     file = tmp_path / "policy.json"
     file.write_text(json.dumps(policy(on_devices=on_devices)))
@@ -265,6 +266,61 @@ def test_emulated_server_answers_as_the_table_says(contract: Contract, on_device
     others = {each["name"] for each in report["requests"] if each["expected"] != each["outcome"]}
     # A repeated member that dstack-auth does not read is refused: docs/fidelity.md.
     assert all(contract == "file" and ", the " in name and name.split()[2] == "twice," for name in others), others
+
+
+@pytest.mark.parametrize("on_devices", [True, False], ids=["listed devices", "any device"])
+def test_emulated_webhook_of_a_contract_answers_as_the_table_says(on_devices: bool, tmp_path: Path) -> None:
+    file, listed = tmp_path / "policy.json", policy(on_devices=on_devices)
+    listed["kms"]["devices"] = [SAMPLES.kms.device_id.hex()]  # a contract admits a KMS on listed devices alone
+    file.write_text(json.dumps(listed))
+    with running_chain() as chain:
+        chain.fault = contract_of(listed, requires_tcb=on_devices)
+        options = ("--listen", "127.0.0.1:0", "--eth-rpc-url", chain.url, "--kms-contract", CONTRACT)
+        with serving("auth", "eth", *options, log=tmp_path / "log") as served:
+            done = run_command("check-webhook", served["url"], "--allowed", str(file), "--contract", "eth", "--json")
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["ok"]) == (0, True)
+    others = {each["name"] for each in report["requests"] if each["expected"] not in ("any", each["outcome"])}
+    assert others == set()
+    open_ones = [each for each in report["requests"] if each["expected"] == "any"]
+    assert all(each["name"].startswith("app tcbStatus ") for each in open_ones)
+    assert {each["outcome"] for each in open_ones} == {"denied" if on_devices else "allowed"}
+
+
+def contract_of(listed: dict[str, Any], *, requires_tcb: bool) -> Fault:
+    """The rules of DstackKms and DstackApp over a policy, of the words that a call has."""
+
+    def decide(name: str, request: dict[str, Any]) -> Any:
+        if name not in ("isAppAllowed", "isKmsAllowed"):
+            return None
+        data = bytes.fromhex(request["params"][0]["data"][2:])[4 + 32 :]
+        words = [data[at : at + 32].hex() for at in range(0, 9 * 32, 32)]
+        size = int.from_bytes(data[int(words[7], 16) :][:32])
+        status = data[int(words[7], 16) + 32 :][:size]
+        reason = _reason(name, words, status == b"UpToDate")
+        return abi_decision(not reason, reason)
+
+    def _reason(name: str, words: list[str], is_up_to_date: bool) -> str:
+        app_id, compose, device, aggregated, image = words[0][24:], words[1], words[3], words[4], words[6]
+        if name == "isKmsAllowed":
+            checks = [
+                (is_up_to_date, "TCB status is not up to date"),
+                (image in listed["osImages"], "OS image is not allowed"),
+                (aggregated in listed["kms"]["mrAggregated"], "Aggregated MR not allowed"),
+                (device in listed["kms"]["devices"], "KMS is not allowed to boot on this device"),
+            ]
+        else:
+            app = listed["apps"].get(app_id, {"composeHashes": (), "devices": (), "allowAnyDevice": False})
+            checks = [
+                (app_id in listed["apps"], "App not registered"),
+                (image in listed["osImages"], "OS image is not allowed"),
+                (is_up_to_date or not requires_tcb, "TCB status is not up to date"),
+                (compose in app["composeHashes"], "Compose hash not allowed"),
+                (app["allowAnyDevice"] or device in app["devices"], "Device not allowed"),
+            ]
+        return next((reason for is_met, reason in checks if not is_met), "")
+
+    return decide
 
 
 def test_policy_of_a_running_stack_is_found(dstack_stack: LiveStack) -> None:

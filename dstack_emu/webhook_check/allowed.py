@@ -16,12 +16,14 @@ from dstack_emu.auth.policy import AppPolicy, KmsPolicy, Policy, accepted_tcb_st
 from dstack_emu.transport.validation import describe
 from dstack_emu.webhook_check.sample_requests import SampleError, SampleRequests, Variation
 
-Contract = Literal["readme", "upstream", "next", "0.6", "file"]
-"""A contract of auth-simple, or `file`: dstack-auth's rules."""
+Contract = Literal["readme", "upstream", "next", "0.6", "file", "eth"]
+"""A contract of auth-simple, or `file`: dstack-auth's rules, or `eth`: those of DstackKms behind auth-eth-bun."""
 CONTRACTS: Final[tuple[Contract, ...]] = get_args(Contract)
 Side = Literal["kms", "app"]
 SIDES: Final[tuple[Side, ...]] = get_args(Side)
 _UP_TO_DATE: Final = "UpToDate"
+_KMS: Final = "kms"
+"""The section of a policy about KMS."""
 _SHOWN: Final = {
     "mrAggregated": "mr_aggregated",
     "osImageHash": "os_image_hash",
@@ -127,7 +129,7 @@ def _of_kms(policy: Policy, sample: BootInfo, contract: Contract) -> AllowedRequ
         if not policy.kms.mr_aggregated:
             raise _NoneAdmittedError("kms.mrAggregated is empty: it admits no KMS")
         chosen = replace(common, mr_aggregated=_choose(policy.kms.mr_aggregated, sample.mr_aggregated))
-        return _on_device(chosen, facts, policy.kms, contract, "kms")
+        return _on_device(chosen, facts, policy.kms, contract, _KMS)
     except _NoneAdmittedError as error:
         return AllowedRequest(sample, missing=str(error))
 
@@ -163,13 +165,17 @@ def _platform(policy: Policy, sample: BootInfo, contract: Contract) -> tuple[Boo
 def _on_device(
     boot_info: BootInfo, facts: Facts, section: KmsPolicy | AppPolicy, contract: Contract, where: str
 ) -> AllowedRequest:
-    if section.allow_any_device:
+    if section.allow_any_device and (contract, where) != ("eth", _KMS):
         return AllowedRequest(boot_info, replace(facts, checks_device=False))
     if section.devices:
         chosen = replace(boot_info, device_id=_choose(section.devices, boot_info.device_id))
         return AllowedRequest(chosen, replace(facts, checks_device=True))
     if contract in _ADMITS_EMPTY_DEVICES:
         return AllowedRequest(boot_info, replace(facts, checks_device=False))
+    if (contract, where) == ("eth", _KMS):
+        raise _NoneAdmittedError(
+            "kms.devices is empty, and a contract cannot admit a KMS on any device: it admits none"
+        )
     raise _NoneAdmittedError(f"{where}.devices is empty, and allowAnyDevice is not true: it admits no device")
 
 

@@ -1,5 +1,7 @@
 """What dstack's auth servers answer to each changed request: a table for auth-simple, and one for dstack-auth.
 
+That of auth-eth is in `contract_table`.
+
 The tables are written from what these servers document and do, not from the emulated ones. auth-simple validates with
 zod: six members are required texts; tcbStatus, advisoryIds and mrSystem (and teeVariant since next) are optional, but
 not null; all others are ignored; hex is compared in lowercase with 0x in front; of a member that is there twice
@@ -16,6 +18,7 @@ from typing import Final, Literal
 
 from dstack_emu.webhook_check.allowed import Contract, Facts, Side
 from dstack_emu.webhook_check.changes import OTHER_PATH, Change, Kind
+from dstack_emu.webhook_check.contract_table import decides_in_contract, expected_of_contract
 
 Outcome = Literal["allowed", "denied", "error"]
 Expected = Literal["allowed", "denied", "error", "any"]
@@ -71,6 +74,8 @@ def expected(change: Change, side: Side, contract: Contract, facts: Facts) -> Ex
         return "error"
     if change.member == "body":  # an object without members
         return "denied" if contract == "file" else "error"
+    if contract == "eth":
+        return expected_of_contract(change, side, facts)
     if change.member == OTHER_PATH:
         return "denied"
     if change.member == "deviceId" and facts.checks_device is None:
@@ -89,6 +94,8 @@ def decides(change: Change, side: Side, contract: Contract, facts: Facts) -> boo
     """
     if change.member in ("body", OTHER_PATH):
         return change.kind != "encoded"
+    if contract == "eth":
+        return decides_in_contract(change.member, side, facts)
     role = _role(change.member, side, contract, facts)
     return role in ("decides", "status", "file decides") or (role == "advisories" and change.kind != "null")
 

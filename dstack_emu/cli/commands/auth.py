@@ -45,6 +45,7 @@ examples:
   dstack-emu auth eth --eth-rpc-url http://127.0.0.1:8545 --kms-contract 0x5FbDB2315678afecb367f032d93F642f64180aa3
   dstack-emu auth eth -v …                   with -v it also logs why a chain gave no decision
   curl http://127.0.0.1:3000/                asks the contract for its gateway, as GetMeta of a KMS does
+  dstack-emu check-webhook http://127.0.0.1:3000 --contract eth --allowed boot-info.json
 """
 
 TALKATIVE: Final = ("auth",)

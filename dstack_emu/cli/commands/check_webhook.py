@@ -84,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contract",
         choices=CONTRACTS,
-        help="compare with auth-simple under this contract, or with dstack-auth (file); by default the release's",
+        help="compare with auth-simple under this contract, with dstack-auth (file), or with auth-eth-bun and a "
+        "DstackKms contract (eth); by default with the release's auth-simple",
     )
     parser.add_argument(
         "--expect",
@@ -282,7 +283,8 @@ def _decisions(safety: SafetyReport, colour: bool) -> Iterator[str]:
 
 
 def _server(contract: Contract) -> str:
-    return "dstack-auth" if contract == "file" else f"auth-simple, contract {contract}"
+    others = {"file": "dstack-auth", "eth": "auth-eth-bun with a DstackKms contract"}
+    return others.get(contract, f"auth-simple, contract {contract}")
 
 
 def _explained(each: RequestCheck) -> str:
