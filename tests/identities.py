@@ -28,16 +28,17 @@ class Identity:
         return self.certificate.public_bytes(Encoding.DER)
 
 
-def self_signed(folder: Path, name: str) -> Identity:
-    """Make a certificate for 127.0.0.1."""
+def self_signed(folder: Path, name: str, *domains: str) -> Identity:
+    """Make a certificate for 127.0.0.1, and for domain names."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    names = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), *map(x509.DNSName, domains)]
     now = datetime.datetime.now(datetime.UTC)
     certificate = (
         x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .sign(key, hashes.SHA256())
     )
     cert_file, key_file = folder / f"{name}.crt", folder / f"{name}.key"

@@ -1,5 +1,6 @@
 """TLS settings of test clients and servers, made by the standard library alone."""
 
+import contextlib
 import ssl
 import tempfile
 from pathlib import Path
@@ -31,3 +32,14 @@ def load(context: ssl.SSLContext, certificate: str, key: str) -> None:
         file = Path(folder, "both.pem")
         file.write_text(key + certificate)
         context.load_cert_chain(file)
+
+
+def client_hello(name: str | None, alpn: tuple[str, ...] = ()) -> bytes:
+    """Return what OpenSSL sends first."""
+    context = client()
+    if alpn:
+        context.set_alpn_protocols(list(alpn))
+    outgoing = ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=name).do_handshake()
+    return outgoing.read()

@@ -1,0 +1,82 @@
+"""Connects to one of the instances that a name means: all are tried at once, and the first that answers is taken."""
+
+import asyncio
+import os
+import socket
+from collections import Counter
+from collections.abc import Sequence
+
+from dstack_emu.gateway.ingress.errors import RefusedConnectionError
+from dstack_emu.gateway.routing import Endpoint, Instance
+
+Candidate = tuple[Instance, Endpoint]
+
+
+class ConnectionCounts:
+    """How many connections there are, in all and to each instance; those that are being opened count, too."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        """All connections of clients, those whose server name is not known yet among them."""
+        self._open = Counter[str]()
+
+    def of(self, instance_id: str) -> int:
+        """Return the number of connections to an instance."""
+        return self._open[instance_id]
+
+    def enter(self, instances: Sequence[Instance], maximum: int) -> None:
+        """Count one connection to each; raise `RefusedConnectionError` if all together have the maximum (0 is none)."""
+        total = sum(self._open[instance.id] for instance in instances)
+        if 0 < maximum <= total:
+            raise RefusedConnectionError(f"app connection limit exceeded: {total}/{maximum}")
+        self._open.update(instance.id for instance in instances)
+
+    def leave(self, instance: Instance) -> None:
+        """Count one connection less."""
+        self._open[instance.id] -= 1
+        if not self._open[instance.id]:
+            del self._open[instance.id]
+
+
+async def connect_first(candidates: Sequence[Candidate], app: str) -> tuple[Instance, socket.socket]:
+    """Return the first socket that is connected, and its instance; raise `RefusedConnectionError` if none is."""
+    attempts = {asyncio.create_task(_connect(endpoint)): instance for instance, endpoint in candidates}
+    failures: list[str] = []
+    try:
+        pending = set(attempts)
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for attempt in done:
+                if attempt.exception() is None:
+                    instance = attempts.pop(attempt)
+                    return instance, attempt.result()
+                failures.append(str(attempt.exception()))
+    finally:
+        for attempt in attempts:
+            _abandon(attempt)
+    raise RefusedConnectionError(f"failed to connect to app {app}: {'; '.join(failures) or 'nobody listens'}")
+
+
+async def _connect(endpoint: Endpoint) -> socket.socket:
+    host, port = endpoint
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, endpoint)
+    except OSError as error:
+        sock.close()
+        raise RefusedConnectionError(f"{host}:{port}: {os.strerror(error.errno) if error.errno else error}") from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _abandon(attempt: asyncio.Task[socket.socket]) -> None:
+    attempt.cancel()
+    attempt.add_done_callback(_close_result)
+
+
+def _close_result(attempt: asyncio.Task[socket.socket]) -> None:
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().close()
