@@ -135,9 +135,10 @@ def test_keys_and_defaults_of_vmm_toml_are_documented() -> None:
     assert unset == ["port", "image_path", "cvm.nvidia_attestation_proxy_url", "cvm.tee_simulator"]
 
 
-NO_VARIABLES = {"TD_QE", "LEVEL_VARIABLE", "PCCS_URL"}
+CAPABILITIES = {"SYS_ADMIN", "SYS_MODULE", "SYS_RAWIO", "DAC_READ_SEARCH"}
+NO_VARIABLES = {"TD_QE", "LEVEL_VARIABLE", "PCCS_URL", *CAPABILITIES}
 """Texts of that form that are not variables: the id in a QE identity, an attribute of a command, a
-variable of the apps of a VMM."""
+variable of the apps of a VMM, capabilities of Linux."""
 
 
 def documented_variables(heading: str) -> set[str]:

@@ -294,6 +294,26 @@ def test_script_that_fails_starts_no_container(deployer: Deployer, image: str) -
         deployer.vmm.gone(vm_id)
 
 
+def test_app_reads_no_file_and_no_variable_of_this_host(
+    deployer: Deployer, image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "secret")  # which the client of the engine has
+    shows = "import os; print('env', [os.environ.get(name) for name in ('APP_A', 'APP_B', 'no_proxy')], flush=True)"
+    service = {
+        "image": image,
+        "command": ["python3", "-c", shows],
+        "environment": {"APP_A": "${no_proxy:-unset}", "APP_B": "${HOME}", "no_proxy": None},
+    }
+    vm_id = deployer.deploy(app_compose({"main": service}))
+    assert deployer.vmm.booted(vm_id)["boot_error"] == ""
+    assert deployer.line(vm_id, "env") == str(["unset", "/root", None])
+    vm_id = deployer.deploy(app_compose({"main": service | {"env_file": "/etc/passwd"}}))
+    assert deployer.vmm.booted(vm_id)["boot_error"] == (
+        "failed to start containers: docker_compose_file: env_file: /etc/passwd: Compose would read it on this host; "
+        "a relative path of a file below /dstack is expected, without variables"
+    )
+
+
 def test_machine_that_is_stopped_while_it_starts_leaves_nothing(deployer: Deployer, image: str) -> None:
     service = {"image": image, "command": "sleep 600", "init": True}
     late = service | {"healthcheck": {"test": ["CMD", "false"], "interval": "1h"}}
@@ -390,7 +410,9 @@ def test_containers_that_cannot_start_are_a_boot_error_and_leave_the_agent(deplo
     assert deployer.vmm.booted(without)["boot_error"] == text
     linked = app_compose({"main": idle | {"volumes": ["./x:/x"]}}, pre_launch_script="ln -s /etc x")
     info = deployer.vmm.booted(deployer.deploy(linked))
-    assert info["boot_error"].endswith("service main: /x: its source is a link to a file of this host")
+    assert info["boot_error"].endswith(
+        "service main: /x: it is a link to a file of this host, which an app must not have"
+    )
     vm_id = deployer.deploy(app_compose({"main": idle | {"healthcheck": unhealthy | {"test": ["CMD", "true"]}}}))
     assert deployer.vmm.booted(vm_id)["boot_progress"] == "done"
     assert docker("ps", "--filter", f"label=dstack-emu.machine={vm_id}", "--format", "{{.Status}}").endswith(
@@ -427,6 +449,11 @@ def test_bash_app_runs_in_a_container_that_runs_on(image: str) -> None:
         vm_id = deployer.deploy(made)
         assert deployer.vmm.booted(vm_id)["boot_error"] == ""
         assert deployer.line(vm_id, "env") == str(["APP_MADE=m"])
+        linked = app_compose({"main": service}, pre_launch_script="ln -s /etc/hostname made.env")
+        assert deployer.vmm.booted(deployer.deploy(linked))["boot_error"] == (
+            "failed to start containers: docker_compose_file: env_file: made.env: it is a link to a file of this host, "
+            "which an app must not read"
+        )
     assert deployer.engine.made() == {kind: [] for kind in KINDS}  # a stack without --state leaves nothing
 
 

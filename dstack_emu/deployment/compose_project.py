@@ -5,11 +5,13 @@ neither is written to the disk. Source of the commands: the reference of Docker 
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from dstack_emu.deployment.compose_reads import require_own, require_own_files
 from dstack_emu.deployment.container_engine import Engine, Output, passed_on
 
 Document = Mapping[str, Any]
@@ -26,9 +28,12 @@ class ComposeProject:
     log: Callable[[str], None]
 
     async def configured(self, environment: Mapping[str, str]) -> dict[str, Any]:
-        """Return the compose file as Compose reads it; raise `GuestError`."""
-        command = self._command("--file", str(self.home / "docker-compose.yaml"), "config", "--format", "json")
-        result = await self.engine.run(*command, variables=passed_on(environment), has_secrets=True)
+        """Return the compose file as Compose reads it, with the app's variables and files alone; raise `GuestError`."""
+        file, variables = self.home / "docker-compose.yaml", self.home / ".env"
+        require_own_files(file, self.home)
+        require_own(variables, self.home, "/dstack/.env")
+        command = self._command("--file", str(file), "config", "--format", "json", variables=variables)
+        result = await self.engine.run(*command, variables=passed_on(environment), has_secrets=True, sees_host=False)
         document: dict[str, Any] = json.loads(result.succeeded("docker_compose_file").stdout)
         return document
 
@@ -78,6 +83,8 @@ class ComposeProject:
         )
         result.succeeded(f"docker compose {command}")
 
-    def _command(self, *arguments: str) -> tuple[str, ...]:
-        options = ("--ansi", "never", "--progress", "plain", "--project-name", self.name)
+    def _command(self, *arguments: str, variables: Path = Path(os.devnull)) -> tuple[str, ...]:
+        """Return the words of a command; `variables` is a file of them, which need not exist."""
+        file = str(variables if variables.is_file() else os.devnull)
+        options = ("--ansi", "never", "--progress", "plain", "--env-file", file, "--project-name", self.name)
         return ("compose", *options, "--project-directory", str(self.home), *arguments)

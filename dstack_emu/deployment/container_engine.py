@@ -9,12 +9,14 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from dstack_emu.simulator.errors import GuestError
@@ -57,7 +59,12 @@ class Result:
 
 def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of an app that its commands on this host may have."""
-    return {name: value for name, value in environment.items() if not _NOT_FROM_APPS.fullmatch(name)}
+    return {name: value for name, value in environment.items() if is_passed_on(name)}
+
+
+def is_passed_on(name: str) -> bool:
+    """Return whether a variable of an app with this name is one for its commands on this host."""
+    return not _NOT_FROM_APPS.fullmatch(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,23 +91,26 @@ class Engine:
         output: Output | None = None,
         has_secrets: bool = False,
         creates: bool = False,
+        sees_host: bool = True,
     ) -> Result:
         """Run a command to its end; it is killed if the caller is cancelled.
 
         A command that `creates` something is not killed, but awaited also by a caller that is cancelled: the engine
         would go on without it, and what it made would appear after everything was removed. So such a command must not
         pull, build, or wait for a container. `text` is its standard input, `variables` are set beside what the client
-        needs. Each line of its output is passed on to `output` as it comes, or kept; with `has_secrets` stdout is
-        kept, and in no error. Raises `GuestError` if there is no such program.
+        needs of this process, or of a guest's environment without `sees_host`, with which no engine is reached. Each
+        line of its output is passed on to `output` as it comes, or kept; with `has_secrets` stdout is kept, and in no
+        error. Raises `GuestError` if there is no such program.
         """
-        running = self._run(*arguments, text=text, variables=variables, output=output, has_secrets=has_secrets)
+        environment = {**(variables or {}), **(_client() if sees_host else _client_in_guest())}
+        running = self._run(*arguments, text=text, environment=environment, output=output, has_secrets=has_secrets)
         return await (_finished(running) if creates else running)
 
     async def _run(
         self,
         *arguments: str,
         text: str,
-        variables: Mapping[str, str] | None,
+        environment: Mapping[str, str],
         output: Output | None,
         has_secrets: bool,
     ) -> Result:
@@ -116,7 +126,7 @@ class Engine:
             if line.strip() and not (is_kept and has_secrets):
                 last.append(line.strip()[:_LINE_SIZE])
 
-        async with self.process(*arguments, variables=variables) as process:
+        async with self.process(*arguments, environment=environment) as process:
             assert process.stdin is not None  # noqa: S101 - they are pipes
             assert process.stdout is not None  # noqa: S101
             assert process.stderr is not None  # noqa: S101
@@ -131,18 +141,17 @@ class Engine:
 
     @asynccontextmanager
     async def process(
-        self, *arguments: str, variables: Mapping[str, str] | None = None
+        self, *arguments: str, environment: Mapping[str, str]
     ) -> AsyncIterator[asyncio.subprocess.Process]:
         """Run a command with pipes; kill it on the way out, if it still runs. Raises `GuestError`."""
-        client = {name: value for name, value in os.environ.items() if _CLIENT.fullmatch(name)}
         try:
             process = await asyncio.create_subprocess_exec(
-                self.program,
+                shutil.which(self.program) or self.program,
                 *arguments,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
-                env={**(variables or {}), **client},
+                env=environment,
                 limit=_MAX_LINE,
                 start_new_session=True,  # Ctrl-C in a terminal ends the machine, which then kills the group
             )
@@ -239,6 +248,17 @@ class Engine:
         """Take the address away unless there are containers with a label, of whichever stack."""
         if not await self._listed("container", "--all", label=label):
             await self.run("network", "rm", HOST_NETWORK)
+
+
+def _client() -> dict[str, str]:
+    """Return the variables of this process that the commands need."""
+    return {name: value for name, value in os.environ.items() if _CLIENT.fullmatch(name)}
+
+
+def _client_in_guest() -> dict[str, str]:
+    """Return what a command has in a guest, and where the client's plugins are."""
+    plugins = os.environ.get("DOCKER_CONFIG") or str(Path.home() / ".docker")
+    return {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", "HOME": "/root", "DOCKER_CONFIG": plugins}
 
 
 async def _finished(running: Coroutine[Any, Any, Result]) -> Result:

@@ -2,7 +2,7 @@
 
 It is changed after Compose has read it: `docker compose config --format json` gives one form for every way of writing.
 Folders of the guest become folders of the machine; ports of the guest become free ports; names get the project's
-prefix. What would give an app this host instead of its guest is refused.
+prefix. What would give an app this host instead of its guest is refused (`host_access`).
 """
 
 import posixpath
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+from dstack_emu.deployment.host_access import refuse_host_access, refuse_host_build
 from dstack_emu.simulator.errors import GuestError
 
 Document = dict[str, Any]
@@ -19,7 +20,6 @@ GuestPort = tuple[str, int]
 
 _SOCKETS: Final = ("dstack.sock", "tappd.sock")
 _ENGINE_SOCKETS: Final = ("/var/run/docker.sock", "/run/docker.sock")
-_HOST_MODES: Final = ("network_mode", "pid", "ipc", "uts", "userns_mode", "cgroup")
 _LOOPBACK: Final = ("127.", "::1")
 
 
@@ -65,13 +65,11 @@ class GuestFolders:
         return path
 
     def require_inside(self, document: Document) -> None:
-        """Raise `GuestError` if a changed compose file mounts what is outside, by a link that a script has made."""
-        for name, service in (document.get("services") or {}).items():
-            for volume in service.get("volumes") or ():
-                if volume.get("type") != "bind":
-                    continue
-                if not Path(volume["source"]).resolve().is_relative_to(self.home.parent.resolve()):
-                    raise GuestError(f"service {name}: {volume['target']}: its source is a link to a file of this host")
+        """Raise `GuestError` if a changed compose file uses what is outside, by a link that a script has made."""
+        root = self.home.parent.resolve()
+        for what, path in _used_paths(document):
+            if not path.resolve().is_relative_to(root):
+                raise GuestError(f"{what}: it is a link to a file of this host, which an app must not have")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +102,16 @@ def adapt(document: Document, project: GuestProject, free_port: Callable[[str], 
     """
     services: Mapping[str, Document] = document.get("services") or {}
     published: dict[GuestPort, int] = {}
+    refuse_host_access(document)
     for name, service in services.items():
-        _refuse_host(name, service)
+        _drop_unset(service)
         _move_paths(name, service, project.folders)
         service["ports"] = list(_published(service.get("ports") or (), project.mapped, free_port, published))
         service["labels"] = {**(service.get("labels") or {}), **project.labels}
         if build := service.get("build"):
+            _drop_unset(build)
             _move_build(build, project)
+            refuse_host_build(name, build, project.folders.home.parent)
         _name_in_network(service)
         if service.get("network_mode") in (None, "bridge"):
             hosts = service.get("extra_hosts") or []
@@ -124,18 +125,33 @@ def adapt(document: Document, project: GuestProject, free_port: Callable[[str], 
     return Adapted(document, published, checked)
 
 
-def _refuse_host(name: str, service: Document) -> None:
-    refused = [f"{mode}: host" for mode in _HOST_MODES if service.get(mode) == "host"]
-    refused += [each for each in ("privileged", "devices", "device_cgroup_rules", "cgroup_parent") if service.get(each)]
-    for mode in ("network_mode", "pid", "ipc"):
-        if str(service.get(mode) or "").startswith("container:"):
-            refused.append(f"{mode}: {service[mode]}")
-    refused += [f"volumes_from: {each}" for each in service.get("volumes_from") or () if each.startswith("container:")]
-    if refused:
-        raise GuestError(
-            f"service {name}: {refused[0]}: in a guest this is about the guest, here it would be about this host; "
-            "remove it to run the app here"
-        )
+def _drop_unset(part: Document) -> None:
+    """Drop what Compose has read already, and variables without a value, for which it would take those of this host."""
+    for key in ("env_file", "label_file", "extends"):
+        part.pop(key, None)
+    for key in ("environment", "args"):
+        if isinstance(part.get(key), dict):
+            part[key] = {name: value for name, value in part[key].items() if value is not None}
+
+
+def _used_paths(document: Document) -> Iterator[tuple[str, Path]]:
+    """Yield each path on this host that a changed compose file uses, and what uses it."""
+    for name, service in (document.get("services") or {}).items():
+        for volume in service.get("volumes") or ():
+            if volume.get("type") == "bind":
+                yield f"service {name}: {volume['target']}", Path(volume["source"])
+        build = service.get("build") or {}
+        context = str(build.get("context", ""))
+        if context.startswith("/"):
+            yield f"service {name}: build", Path(context)
+            yield f"service {name}: build: dockerfile", Path(context, build.get("dockerfile") or "Dockerfile")
+        for other in (build.get("additional_contexts") or {}).values():
+            if other.startswith("/"):
+                yield f"service {name}: build: additional_contexts", Path(other)
+    for kind in ("configs", "secrets"):
+        for key, entry in (document.get(kind) or {}).items():
+            if "file" in entry:
+                yield f"{kind}: {key}", Path(entry["file"])
 
 
 def _move_paths(name: str, service: Document, folders: GuestFolders) -> None:
@@ -152,6 +168,9 @@ def _move_paths(name: str, service: Document, folders: GuestFolders) -> None:
 def _move_build(build: Document, project: GuestProject) -> None:
     if str(build.get("context", "")).startswith("/"):
         build["context"] = project.folders.on_host(build["context"])
+    contexts = build.get("additional_contexts") or {}
+    for name, context in contexts.items():
+        contexts[name] = project.folders.on_host(context) if context.startswith("/") else context
     build["labels"] = {**(build.get("labels") or {}), **project.labels}
 
 
@@ -184,11 +203,6 @@ def _rename(document: Document, project: GuestProject) -> None:
     """Give networks and volumes names and labels of the project."""
     for kind in ("networks", "volumes"):
         for key, settings in (document.get(kind) or {}).items():
-            if settings.get("external"):
-                raise GuestError(f"{kind}: {key}: external: a guest has none; remove `external` to run the app here")
-            device = str((settings.get("driver_opts") or {}).get("device", ""))
-            if settings.get("driver") == "host" or device.startswith("/"):
-                raise GuestError(f"{kind}: {key}: it would be about this host; remove its driver to run the app here")
             settings["name"] = f"{project.name}_{key}"
             settings["labels"] = {**(settings.get("labels") or {}), **project.labels}
 
