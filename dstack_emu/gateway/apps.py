@@ -3,12 +3,17 @@
 from collections.abc import Callable
 
 from dstack_emu.attest.release import Release
+from dstack_emu.gateway.admin import AdminService
+from dstack_emu.gateway.admin_domains import DomainService
+from dstack_emu.gateway.admin_table import admin_table
 from dstack_emu.gateway.caller import Caller, caller_of
 from dstack_emu.gateway.errors import GatewayError
 from dstack_emu.gateway.gateway import Gateway
+from dstack_emu.gateway.page import CONTENT_SECURITY_POLICY, dashboard
 from dstack_emu.gateway.service import GatewayService, debug_table, gateway_table
+from dstack_emu.gateway.wavekv import add_wavekv
 from dstack_emu.transport.api_auth import ListenerAuth
-from dstack_emu.transport.http import ROCKET_HEADERS, Application, Request, Response
+from dstack_emu.transport.http import ROCKET_HEADERS, Application, Handler, Request, Response
 from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
 
@@ -23,12 +28,18 @@ def rpc_app(service: GatewayService, gateway: Gateway, verifier: AttestationVeri
     statuses = RpcStatuses.of(gateway.release)
     add_prpc(app, "/prpc", gateway_table(service), caller, errors=(GatewayError,), statuses=statuses)
     app.add("GET", "/health", _health)
+    add_wavekv(app, gateway)
     return app
 
 
 def admin_app(gateway: Gateway, auth: ListenerAuth, end: Callable[[], None]) -> Application:
     """Make the application of the admin listener; `end` is called if an operator ends the gateway."""
-    return Application(headers=ROCKET_HEADERS, middlewares=[auth.middleware(gateway.log)])
+    app = Application(headers=ROCKET_HEADERS, middlewares=[auth.middleware(gateway.log)])
+    table = admin_table(AdminService(gateway, end), DomainService(gateway), gateway.release)
+    app.add("GET", "/", _dashboard(gateway))
+    for mount in ("/prpc", ""):
+        add_prpc(app, mount, table, _anyone, errors=(GatewayError,), statuses=RpcStatuses.of(gateway.release))
+    return app
 
 
 def debug_app(service: GatewayService, gateway: Gateway) -> Application:
@@ -38,6 +49,13 @@ def debug_app(service: GatewayService, gateway: Gateway) -> Application:
     add_prpc(app, "/prpc", debug_table(service), _anyone, errors=(GatewayError,), statuses=statuses)
     app.add("GET", "/health", _health)
     return app
+
+
+def _dashboard(gateway: Gateway) -> Handler:
+    async def page(_request: Request) -> Response:
+        return Response.of(dashboard(gateway), "text/html", Content_Security_Policy=CONTENT_SECURITY_POLICY)
+
+    return page
 
 
 def _version(release: Release) -> str:

@@ -60,6 +60,8 @@ class Gateway:
         self._store = Store(context.config.core.sync.data_dir)
         self.records = Records(self._with_node(self._store.load()))
         core = context.config.core
+        self.writes = self.publications = self.last_seen = 0
+        self.published: dict[str, int] = {}
         self.connections = Connections()
         self.certificates = LoadedCertificates(context.static)
         self.registry = Registry(
@@ -103,6 +105,31 @@ class Gateway:
     def save(self) -> None:
         """Store everything; raise `GatewayError` if that fails."""
         self._store.save(self.records.capture())
+        self.writes += 1
+
+    def change(self, table: str, key: str | int, entry: object | None) -> None:
+        """Store an entry of one of the tables of the records, or remove it; raise `GatewayError` without a trace."""
+        before: dict[str | int, object] = getattr(self.records, table)
+        after = {**before, key: entry}
+        self.set(table, after if entry is not None else {name: each for name, each in before.items() if name != key})
+
+    def set(self, name: str, value: object) -> None:
+        """Store one attribute of the records; raise `GatewayError` without a trace."""
+        before = getattr(self.records, name)
+        setattr(self.records, name, value)
+        try:
+            self.save()
+        except GatewayError:
+            setattr(self.records, name, before)
+            raise
+
+    def publish(self) -> None:
+        """Publish when each instance was heard of, and that this node runs, as for other nodes."""
+        self.published = {
+            id_: each.handshake_at for id_, each in self.records.instances.items() if each.handshake_at is not None
+        }
+        self.last_seen = self.context.clock()
+        self.publications += len(self.published) + 1
 
     def start(self) -> None:
         """Begin what runs in the background: certificates, and the policies that are not known."""
@@ -113,6 +140,7 @@ class Gateway:
 
     def recycle(self) -> None:
         """Remove the instances that were not heard of for `core.recycle.timeout`."""
+        self.publish()
         try:
             recycled = self.registry.recycle()
         except GatewayError as error:
@@ -175,7 +203,7 @@ class Gateway:
             id=self.node_id,
             uuid=bytes.fromhex(node.uuid),
             url=self.config.core.sync.my_url,
-            last_seen=self.context.clock(),
+            last_seen=self.last_seen,
             wg_public_key=wg.public_key or node.wg_public_key,
             wg_ip=str(wg.ip),
             wg_endpoint=wg.endpoint,
@@ -233,4 +261,4 @@ class Gateway:
 
     def ephemeral_keys(self) -> int:
         """Return how many entries WaveKV's ephemeral store would have: handshakes, and when this node was seen."""
-        return sum(each.handshake_at is not None for each in self.records.instances.values()) + 1
+        return len(self.published) + (self.last_seen > 0)
