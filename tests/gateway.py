@@ -7,6 +7,7 @@ import base64
 import datetime
 import hashlib
 import http.client
+import http.server
 import ipaddress
 import json
 import os
@@ -25,6 +26,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from dstack_emu.attest.release import DEFAULT, RELEASES
 from dstack_emu.gateway.config import GatewayConfig
@@ -34,6 +36,7 @@ from dstack_emu.gateway.server import GatewayDependencies, GatewayServer
 T = TypeVar("T")
 TOKEN = "an operator's token"
 START = 1_800_000_000
+LOCAL_NAMES = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
 DAY = datetime.timedelta(days=1)
 
 
@@ -61,11 +64,15 @@ class TestCa:
         folder.mkdir(exist_ok=True)
         self.own = self._signed(name, None, (x509.BasicConstraints(ca=True, path_length=None), True))
 
-    def client(self, name: str, *extensions: tuple[x509.ExtensionType, bool]) -> Pair:
-        """Make a certificate with some extensions beside the usages of client and server."""
-        usages = x509.ExtendedKeyUsage([x509.OID_CLIENT_AUTH, x509.OID_SERVER_AUTH])
-        names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-        return self._signed(name, self.own, (usages, False), (names, False), *extensions)
+    def client(
+        self,
+        name: str,
+        *extensions: tuple[x509.ExtensionType, bool],
+        alt_names: x509.SubjectAlternativeName = LOCAL_NAMES,
+    ) -> Pair:
+        """Make a certificate with some extensions beside its names and the usages of client and server."""
+        usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH])
+        return self._signed(name, self.own, (usages, False), (alt_names, False), *extensions)
 
     def instance(self, instance: bytes, app: bytes = b"a" * 20, compose: bytes = bytes(32)) -> Pair:
         """Make the certificate of an instance, with its app info as dstack-util requests it."""
@@ -102,6 +109,59 @@ def extension(number: int, payload: bytes) -> tuple[x509.ExtensionType, bool]:
     return x509.UnrecognizedExtension(oid, b"\x04" + length + payload), False
 
 
+class StubAgent:
+    """A guest agent of the standard library: its certificates are of a CA, and its quotes repeat the report data."""
+
+    def __init__(self, ca: TestCa, app_id: bytes) -> None:
+        self.ca, self.app_id = ca, app_id
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.tcb_info = ""
+        self.status = 200
+
+    def answer(self, method: str, request: dict[str, Any]) -> dict[str, Any]:
+        if method == "GetTlsKey":
+            names = [x509.DNSName(name) for name in request["alt_names"]]
+            local = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+            alt_names = x509.SubjectAlternativeName([*names, local])
+            made = self.ca.client(request["subject"], extension(3, self.app_id), alt_names=alt_names)
+            key, leaf = made.file.read_text().split("-----BEGIN CERTIFICATE")
+            chain = [f"-----BEGIN CERTIFICATE{leaf}", self.ca.own.certificate.public_bytes(Encoding.PEM).decode()]
+            return {"key": key, "certificate_chain": chain}
+        if method == "Info":
+            return {"app_id": self.app_id.hex(), "tcb_info": self.tcb_info}
+        return {"attestation" if method == "Attest" else "report_data": request["report_data"]}
+
+    @contextmanager
+    def running(self) -> Iterator[str]:
+        """Serve until the block ends, and yield the URL."""
+        agent = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+                method = urlsplit(self.path).path.rsplit("/", 1)[-1]
+                request = json.loads(body or b"null") or {}
+                agent.asked.append((method, request))
+                answer = json.dumps(agent.answer(method, request)).encode()
+                self.send_response(agent.status)
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *_: Any) -> None:
+                """Say nothing."""
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=lambda: server.serve_forever(0.01), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
 class Table:
     """Where instances listen, by instance id and port."""
 
@@ -118,6 +178,15 @@ class RunningGateway:
     def __init__(self, server: GatewayServer, ca: TestCa, loop: asyncio.AbstractEventLoop, clock: list[int]) -> None:
         self.server, self.ca, self.clock, self._loop = server, ca, clock, loop
         self.urls = dict(server.urls)
+
+    def remember(self) -> None:
+        """Remember the present state for `reset`."""
+        self._remembered = self.call(self.server.gateway.capture)
+
+    def reset(self) -> None:
+        """Put back the state that was remembered, and the clock."""
+        self.clock[0] = START
+        self.call(lambda: self.server.gateway.restore(self._remembered))
 
     def call(self, function: Callable[[], T]) -> T:
         """Call a function in the gateway's thread."""
