@@ -13,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet install --co
 # setuptools is installed first, in its pinned version: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-build-isolation --editable
 
-.PHONY: help venv up test fuzz decisions check-kms machines crash lint types imports check bench proto lock clean
+.PHONY: help venv up test browser fuzz decisions check-kms machines crash lint types imports check bench proto lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,9 @@ up: $(VENV)/.runtime ## Run the whole stack in the foreground (options: ARGS="--
 test: $(VENV)/.dev ## Run the tests (options: ARGS="-k quote")
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m compileall -q dstack_emu auth kms_emu simulator
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+browser: $(VENV)/.dev ## Use the console in Chromium (Debian's chromium-headless-shell)
+	@DSTACK_EMU_BROWSER=1 $(BIN)/python -m pytest -n 0 tests/test_console_browser.py $(ARGS)
 
 fuzz: $(VENV)/.dev ## Test the decoders' properties with many more examples (EXAMPLES=5000)
 	@DSTACK_EMU_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest -n auto --timeout 3600 tests/test_attest_properties.py $(ARGS)

@@ -1,12 +1,13 @@
-"""The public class `Stack`: a deployment, and the control API that observes and changes it while it runs.
+"""The public class `Stack`: a deployment, and the control API that observes and changes it, with its console.
 
 async with Stack(StackConfig(seed="mine")) as stack:
     print(stack.services["kms-src"])
     stack.control.deny("src", "app")
 """
 
+from dstack_emu.console.pages import add_pages, is_public
 from dstack_emu.control.api import Control
-from dstack_emu.control.server import ControlService
+from dstack_emu.control.server import ControlService, Pages
 from dstack_emu.deployment.authorization import Progress
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.deployment.deployment import Deployment, log
@@ -19,7 +20,7 @@ class Stack(Deployment):
     def __init__(self, config: StackConfig | None = None, progress: Progress = log.info) -> None:
         super().__init__(config, progress)
         self.control = Control(self)
-        self._control_service = ControlService(self.control, self)
+        self._control_service = ControlService(self.control, self, Pages(add_pages, is_public))
         self.extend(self._control_service)
         if self.config.vmm:
             self.extend(VmmExtension(self))

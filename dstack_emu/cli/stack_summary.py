@@ -30,6 +30,7 @@ def summary(description: dict[str, Any], seconds: float) -> str:
     if description["grpc"]:
         lines += ["", "gRPC:"]
         lines += [f"  {name:<18} {target}" for name, target in description["grpc"].items()]
+    lines += ["", f"In a browser: {description['services']['control']}/"]
     for name, files in description["foreign_kms"].items():
         lines += ["", f"Your KMS is kms-{name}:"]
         lines += [f"  {what:<7} {where}" for what, where in files.items()]

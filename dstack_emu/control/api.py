@@ -21,6 +21,7 @@ from dstack_emu.observability.journal import Journal
 from dstack_emu.observability.service_calls import UnknownCallError
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.vmm.errors import VmmError
+from dstack_emu.vmm.state import MachineState
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -53,6 +54,11 @@ class Control(KmsControl):
         found = await check_services({k: v for k, v in self._deployment.services.items() if k != "control"})
         found |= await check_grpc(self._deployment.grpc)
         return {name: problem or "ok" for name, problem in found.items()}
+
+    def machines(self) -> dict[str, dict[str, Any]]:
+        """Return the machines of the VMM by id: what was deployed, and whether it runs; none without a VMM."""
+        fleet = self._deployment.machines
+        return {} if fleet is None else {name: _machine(each) for name, each in fleet.capture().machines.items()}
 
     def require_recordable(self, *, call: str = "*", service: str = "*", caller: str = "*", outcome: str = "*") -> None:
         """Refuse names of which the journal can hold no call; a pattern with a wildcard is a name, too."""
@@ -146,3 +152,9 @@ class Control(KmsControl):
     def clear_faults(self) -> None:
         """Lift all faults."""
         self._instrumentation.faults.clear()
+
+
+def _machine(machine: MachineState) -> dict[str, Any]:
+    states = {(True, True): "running", (True, False): "exited", (False, True): "stopping", (False, False): "stopped"}
+    manifest = machine.manifest.model_dump(mode="json", by_alias=True)
+    return {"status": states[machine.is_started, machine.is_alive], **manifest}

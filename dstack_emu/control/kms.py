@@ -4,13 +4,17 @@ from dataclasses import replace
 from typing import Any, Final
 
 from dstack_emu.attest.errors import FormatError
+from dstack_emu.control.certificates import decoded_certificates
 from dstack_emu.control.guests import GuestControl, refused
 from dstack_emu.control.schemas import ControlError, checked
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.running_kms import PERMANENT
 from dstack_emu.deployment.specs import KmsSpec
+from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.transport.urls import shown_url
+
+_CERTIFICATES: Final = (ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT)
 
 _OF_THE_SOURCE: Final = "Source KMS is not allowed"
 """The words of a KMS whose webhook denied the source of its root keys."""
@@ -93,6 +97,10 @@ class KmsControl(GuestControl):
             "certs": str(kms.cert_dir),
             "guest": self.guest(kms.guest.name),
         }
+
+    def kms_certificates(self, name: str) -> dict[str, Any]:
+        """Return the certificates in a KMS's folder, decoded, by file; none before it has keys."""
+        return decoded_certificates(self._known_kms(name).cert_dir / file for file in _CERTIFICATES)
 
     async def restart_kms(self, name: str) -> dict[str, Any]:
         """Start a KMS anew at the same address with its keys, as a new process that has judged nothing yet."""

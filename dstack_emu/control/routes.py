@@ -55,10 +55,14 @@ def _given(body: BaseModel) -> dict[str, Any]:
 
 def _journal(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> dict[str, Any]:
     since, limit = _number(query, "since", 0), _number(query, "limit", 1000)
+    before = _number(query, "before", 0) if "before" in query else None
     patterns = {key: query[key] for key in ("call", "service", "caller", "outcome") if key in query}
     control.require_recordable(**patterns)
     journal = control.journal
-    found = journal.find(**patterns, since=since)[-limit:] if patterns else journal.records(since=since, limit=limit)
+    if patterns:
+        found = journal.find(**patterns, since=since, before=before)[-limit:]
+    else:
+        found = journal.records(since=since, before=before, limit=limit)
     return {"position": journal.position, "records": found if limit else []}
 
 
@@ -106,6 +110,8 @@ _FIND: Final = ("call", "service", "caller", "outcome", "since")
 ROUTES: Final = (
     Route("GET", "/stack", "The stack and every part of it", lambda c, p, q, b: _asked(c, c.describe)),
     Route("GET", "/stack/health", "The health of each service", lambda c, p, q, b: c.health()),
+    Route("GET", "/machines", "The machines of the VMM", lambda c, p, q, b: c.machines()),
+    Route("GET", "/certificates", "The root of the emulated Intel, decoded", lambda c, p, q, b: c.certificates()),
     Route("GET", "/clock", "The clock's time", lambda c, p, q, b: c.clock()),
     Route(
         "POST", "/clock", "Set, advance, freeze or resume it", lambda c, p, q, b: c.set_clock(**_given(b)), ClockChange
@@ -151,6 +157,12 @@ ROUTES: Final = (
     Route("GET", "/kms/{name}", "One KMS", lambda c, p, q, b: _asked(c, lambda: c.kms(p["name"]))),
     Route("DELETE", "/kms/{name}", "Stop it", lambda c, p, q, b: c.remove_kms(p["name"])),
     Route(
+        "GET",
+        "/kms/{name}/certificates",
+        "Its certificates, decoded",
+        lambda c, p, q, b: c.kms_certificates(p["name"]),
+    ),
+    Route(
         "POST",
         "/kms/{name}/onboard",
         "Onboard it from another KMS, or bootstrap it; 403 with the KMS's text if that is refused",
@@ -185,7 +197,9 @@ ROUTES: Final = (
     Route("POST", "/faults", "Put a fault in force", lambda c, p, q, b: c.add_fault(**_given(b)).to_json(), FaultRule),
     Route("DELETE", "/faults", "Lift all faults", lambda c, p, q, b: c.clear_faults()),
     Route("DELETE", "/faults/{id}", "Lift one fault", lambda c, p, q, b: c.lift_fault(p["id"])),
-    Route("GET", "/journal", "Records, or the calls among them that match", _journal, query=(*_FIND, "limit")),
+    Route(
+        "GET", "/journal", "Records, or the calls among them that match", _journal, query=(*_FIND, "before", "limit")
+    ),
     Route("GET", "/journal/count", "How many calls match", _count, query=_FIND),
     Route("DELETE", "/journal", "Forget every record", lambda c, p, q, b: c.journal.clear()),
     Route("POST", "/journal/on", "Record calls", lambda c, p, q, b: _switch(c, True), _Nothing),

@@ -37,18 +37,29 @@ from dstack_emu.transport.validation import describe
 MAX_BODY: Final = 32 * 1024 * 1024
 
 _HEALTH: Final = "/health"
-"""The path that needs no token: it says only whether the stack is ready."""
+"""The path of the API that needs no token: it says only whether the stack is ready."""
 
 log = logging.getLogger("dstack_emu.control")
 
 
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Pages for a browser on the port of the API: what adds their routes, and which paths need no token.
+
+    Those paths must say nothing of the stack. All other guards of the API hold for them, too.
+    """
+
+    add: Callable[[web.Application], None]
+    is_public: Callable[[str], bool]
+
+
 class ControlService:
-    """The control API as a service of a deployment."""
+    """The control API as a service of a deployment, with the pages that use it, if there are any."""
 
     name = "control"
 
-    def __init__(self, control: Control, deployment: Deployment) -> None:
-        self._control, self._deployment = control, deployment
+    def __init__(self, control: Control, deployment: Deployment, pages: Pages | None = None) -> None:
+        self._control, self._deployment, self._pages = control, deployment, pages
         self._readiness = Readiness()
         self.token: str | None = None
         """The token that it demands, None if none; known once it has started."""
@@ -57,7 +68,7 @@ class ControlService:
         """Serve it on a bound socket; raise `StackError` if its token cannot be used."""
         if is_needed(sock):
             self.token = make_token(self._deployment.config.control_token, self._deployment.state)
-        return await serve(control_app(self._control, self._readiness, self.token), sock)
+        return await serve(control_app(self._control, self._readiness, self.token, self._pages), sock)
 
     def became_ready(self) -> None:
         """Take the snapshot that `reset` restores, and report from now on that the stack is ready."""
@@ -85,9 +96,11 @@ class _Streams:
 _STREAMS: Final = web.AppKey("streams", _Streams)
 
 
-def control_app(control: Control, readiness: Readiness, token: str | None) -> web.Application:
+def control_app(
+    control: Control, readiness: Readiness, token: str | None, pages: Pages | None = None
+) -> web.Application:
     """Make the application; it demands the token unless that is None."""
-    app = web.Application(middlewares=[_guard(token)], client_max_size=MAX_BODY)
+    app = web.Application(middlewares=[_guard(token, pages)], client_max_size=MAX_BODY)
 
     async def describe_api(_request: web.Request) -> web.Response:
         return web.json_response(openapi())
@@ -104,6 +117,8 @@ def control_app(control: Control, readiness: Readiness, token: str | None) -> we
     app.router.add_get("/journal/stream", stream)
     for route in ROUTES:
         app.router.add_route(route.method, route.path, _handler(control, route))
+    if pages is not None:
+        pages.add(app)
     app.on_shutdown.append(_end_streams)
     app[_STREAMS] = _Streams()
     return app
@@ -152,14 +167,17 @@ def _parsed(body: bytes) -> Any:
         raise ControlError(f"the body is not JSON: {error}") from error
 
 
-def _guard(token: str | None) -> Middleware:
+def _guard(token: str | None, pages: Pages | None) -> Middleware:
     """Make the middleware that refuses who may not call, and turns errors into answers."""
+
+    def is_public(path: str) -> bool:
+        return path == _HEALTH or (pages is not None and pages.is_public(path))
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         if token is None:
             return await _answer(request, handler, needs_local_host=True)
-        if request.path != _HEALTH and not is_authorized(request.headers.get("Authorization"), token):
+        if not is_public(request.path) and not is_authorized(request.headers.get("Authorization"), token):
             return _unauthorized(request)
         # A page that reaches this by a name of its own (DNS rebinding) has no token, so the name does not matter.
         return await _answer(request, handler, needs_local_host=False)
@@ -183,7 +201,7 @@ async def _answer(request: web.Request, handler: Handler, *, needs_local_host: b
     try:
         if needs_local_host:
             _require_local_host(request)
-        _require_own_page(request)
+        _require_own_page(request, needs_local_host=needs_local_host)
         return await handler(request)
     except ControlError as error:
         return web.json_response({"error": str(error)}, status=error.status)
@@ -202,13 +220,20 @@ def _require_local_host(request: web.Request) -> None:
         raise ControlError(f"Host: localhost or an IP address expected, got {host!r:.100}", 403)
 
 
-def _require_own_page(request: web.Request) -> None:
+def _require_own_page(request: web.Request, *, needs_local_host: bool) -> None:
     """Refuse what a browser would send for a foreign page: raise `ControlError`."""
     origin = request.headers.get("Origin")
-    if origin is not None and not (_is_local(origin) and URL(origin).host == request.url.host):
+    if origin is not None and not (_is_own(origin, request) and (_is_local(origin) or not needs_local_host)):
         raise ControlError(f"Origin: pages of other hosts may not use this; got {origin!r:.100}", 403)
     if request.method in ("POST", "PUT", "PATCH") and request.content_type != "application/json":
         raise ControlError(f"Content-Type: application/json expected, got {request.content_type!r:.100}", 415)
+
+
+def _is_own(origin: str, request: web.Request) -> bool:
+    try:
+        return URL(origin).host == request.url.host
+    except ValueError:
+        return False
 
 
 def _is_local(url: str) -> bool:

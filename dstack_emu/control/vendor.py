@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dstack_emu.attest.errors import FormatError
+from dstack_emu.control.certificates import decoded_certificates
 from dstack_emu.control.policies import PolicyControl
 from dstack_emu.control.schemas import ClockChange, ControlError, Dates, PlatformChange, VendorChange, checked, unknown
 from dstack_emu.deployment.clock import ClockError, StackClock
@@ -47,6 +48,10 @@ class VendorControl(PolicyControl):
         """Return the vendor's state, which applies to all platforms."""
         state = self._deployment.intel.state
         return {f.name: _shown(getattr(state, f.name)) for f in dataclasses.fields(state)}
+
+    def certificates(self) -> dict[str, Any]:
+        """Return the root certificate of the emulated Intel, decoded, by file."""
+        return decoded_certificates([self._deployment.root_ca])
 
     def set_vendor(self, **changes: Any) -> dict[str, Any]:
         """Change the vendor's state for all platforms; its next documents have the new state."""

@@ -149,9 +149,9 @@ class Journal:
 
     # ---- reading
 
-    def records(self, *, since: int = 0, limit: int | None = None) -> list[Record]:
-        """Return the records after a position, oldest first; with `limit`, only the last ones."""
-        found = [call for call in self._ended if call.number > since]
+    def records(self, *, since: int = 0, before: int | None = None, limit: int | None = None) -> list[Record]:
+        """Return the records after a position, and before a number, oldest first; with `limit`, only the last ones."""
+        found = [call for call in self._ended if call.number > since and (before is None or call.number < before)]
         return [record_of(call) for call in (found if limit is None else found[max(0, len(found) - limit) :])]
 
     def find(
@@ -162,6 +162,7 @@ class Journal:
         caller: str = "*",
         outcome: str = "*",
         since: int = 0,
+        before: int | None = None,
     ) -> list[Record]:
         """Return every call that matches, inner ones too.
 
@@ -172,7 +173,7 @@ class Journal:
         given = {key: pattern for key, pattern in patterns.items() if pattern != "*"}
         return [
             found
-            for record in self.records(since=since)
+            for record in self.records(since=since, before=before)
             for found in flattened(record)
             if "call" in found and all(fnmatch.fnmatchcase(found[key], pattern) for key, pattern in given.items())
         ]

@@ -1,0 +1,70 @@
+// Makes elements. Every text becomes a text node: nothing that a stack says can become markup.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value !== null && value !== undefined) element.setAttribute(name, value);
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+// An element with attributes (`onclick` is a listener; false and null are left out) and children, which may be text.
+export function make(tag, attributes = {}, ...children) {
+  return fill(document.createElement(tag), attributes, children);
+}
+
+export function draw(tag, attributes = {}, ...children) {
+  return fill(document.createElementNS(SVG, tag), attributes, children);
+}
+
+export function labelled(text, id, field) {
+  field.id = id;
+  return make("div", {}, make("label", {for: id}, text), field);
+}
+
+export function choice(values, chosen) {
+  return make("select", {}, values.map((value) => make("option", {value, selected: value === chosen}, value || "any")));
+}
+
+// A JSON value as facts: objects become lists of terms, within one another; what is empty is left out.
+export function facts(value) {
+  if (Array.isArray(value)) {
+    if (!value.length) return "none";
+    if (value.every((each) => typeof each !== "object" || each === null)) return value.join(", ");
+    return make("ol", {}, value.map((each) => make("li", {}, facts(each))));
+  }
+  if (value === null || value === "") return "none";
+  if (typeof value !== "object") return make("span", {class: isHex(value) ? "mono" : null}, String(value));
+  const rows = Object.entries(value).map(([name, each]) => [make("dt", {}, worded(name)), make("dd", {}, facts(each))]);
+  return make("dl", {class: "facts"}, rows.flat());
+}
+
+function isHex(value) {
+  return typeof value === "string" && /^(0x)?[0-9a-f]{16,}$/i.test(value);
+}
+
+export function worded(name) {
+  return name.replaceAll("_", " ");
+}
+
+// Runs an action of a button or form, shows its refusal in an alert, and keeps the button from a second press.
+export async function attempt(alert, button, action) {
+  alert.textContent = "";
+  if (button) button.disabled = true;
+  try {
+    return await action();
+  } catch (error) {
+    alert.textContent = error.message;
+    return undefined;
+  } finally {
+    if (button) button.disabled = false;
+  }
+}
+
+export function alertBox() {
+  return make("p", {class: "alert", role: "alert"});
+}

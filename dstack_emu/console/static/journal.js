@@ -1,0 +1,157 @@
+// What the console keeps of the journal: a line for each call from outside, and the last call from each part to each
+// other one. Both are bounded; a whole record is requested from the stack when it is looked at.
+
+import {get, stream} from "./api.js";
+
+export const MOST = 100_000;  // lines; older ones are dropped
+const DROPPED = 1_000;        // at a time, when there are more
+const FIRST = 500;            // records that are requested at the start
+const PAUSE = 2_000;          // milliseconds before the next try to connect
+
+export function number(entry) {
+  return Number(entry.id.split(".")[0]);
+}
+
+export function* flattened(record) {
+  yield record;
+  for (const inner of record.inner ?? []) yield* flattened(inner);
+}
+
+// What came of a call, in a few words.
+export function result(record) {
+  const {decision, verdict, fault} = record;
+  let text = record.outcome === "unanswered" ? "no answer" : String(record.grpc ?? record.status);
+  if (decision) text = decision.allowed === true ? "allowed" : `denied: ${decision.reason || "no reason given"}`;
+  else if (verdict) text = verdict.is_valid ? "valid" : `not valid: ${verdict.reason}`;
+  else if (record.error) text = record.status === null ? record.error : `${record.grpc ?? record.status} ${record.error}`;
+  return fault ? `${text} (fault ${fault.id}: ${fault.kind})` : text;
+}
+
+// The worst that happened in a record: a call that was answered may have met a refusal inside.
+function worst(calls) {
+  const outcomes = new Set(calls.map((each) => each.outcome));
+  return ["denied", "refused", "unanswered"].find((outcome) => outcomes.has(outcome)) ?? "ok";
+}
+
+class Journal {
+  constructor() {
+    this.entries = [];       // lines, oldest first
+    this.edges = new Map();  // "caller service" to the last call between the two
+    this.position = 0;
+    this.version = 0;        // grows with every change
+    this.dropped = false;
+    this._texts = new Map();
+    this._listeners = new Set();
+    this._connection = () => {};
+    this._scheduled = false;
+  }
+
+  // Calls the listener after changes, at most once a frame; returns what ends that.
+  onChange(listener) {
+    this._listeners.add(listener);
+    return () => this._listeners.delete(listener);
+  }
+
+  onConnection(listener) {
+    this._connection = listener;
+  }
+
+  // Keeps up with the stack for as long as the page is open.
+  async start() {
+    for (;;) {
+      try {
+        await this._follow();
+      } catch (error) {
+        this._connection(`not connected: ${error.message}`);
+      }
+      await new Promise((resolve) => setTimeout(resolve, PAUSE));
+    }
+  }
+
+  async _follow() {
+    const known = await get(`/journal?limit=${FIRST}`);
+    const last = known.records.length ? number(known.records.at(-1)) : 0;
+    if (known.position < this.position || this.position < last - FIRST) this._clear();
+    for (const record of known.records) if (number(record) > this.position) this._add(record);
+    this.position = Math.max(this.position, known.position);
+    this._changed();
+    this._connection("connected");
+    for await (const record of stream(this.position)) {
+      if ("rewound_to" in record) this._rewind(record.rewound_to);
+      else this._add(record);
+      this._changed();
+    }
+    this._connection("not connected: the stack has ended");
+  }
+
+  _clear() {
+    this.entries = [];
+    this.edges.clear();
+    this.position = 0;
+  }
+
+  _rewind(position) {
+    while (this.entries.length && this.entries.at(-1).number > position) this.entries.pop();
+    for (const [key, edge] of this.edges) if (edge.number > position) this.edges.delete(key);
+    this.position = position;
+  }
+
+  _add(record) {
+    this.position = number(record);
+    this.entries.push(this._line(record));
+    for (const each of flattened(record)) if (each.call) this._connect(each);
+    if (this.entries.length > MOST + DROPPED) {
+      this.entries.splice(0, this.entries.length - MOST);
+      this.dropped = true;
+    }
+  }
+
+  // Adds older records before the oldest line, and returns whether there may be more.
+  async loadOlder(limit) {
+    const first = this.entries[0]?.number ?? this.position + 1;
+    if (this.entries.length >= MOST) return false;
+    const {records} = await get(`/journal?limit=${limit}&before=${first}`);
+    this.entries = [...records.map((record) => this._line(record)), ...this.entries];
+    this._changed();
+    return records.length === limit;
+  }
+
+  _connect(record) {
+    this.edges.set(`${record.caller} ${record.service}`, {
+      caller: record.caller, service: record.service, call: record.call, outcome: record.outcome,
+      text: result(record), time: record.time, number: this.position,
+    });
+  }
+
+  _line(record) {
+    const calls = [...flattened(record)].filter((each) => each.call);
+    const asked = calls.flatMap((each) => each.decision?.asked?.app_id ?? each.verdict?.app_id ?? []);
+    const all = (name) => this._shared(` ${[...new Set(calls.map((each) => each[name]))].join(" ")} `);
+    return {
+      number: number(record), time: record.time, ms: record.ms, outcome: record.outcome, worst: worst(calls),
+      caller: this._shared(record.caller), service: this._shared(record.service), call: this._shared(record.call),
+      text: this._shared(result(record)), services: all("service"), callers: all("caller"), names: all("call"),
+      apps: this._shared(` ${[...new Set(asked)].join(" ")} `),
+    };
+  }
+
+  // Equal texts are kept once: a journal repeats itself.
+  _shared(text) {
+    if (this._texts.size > 5_000) this._texts.clear();
+    const kept = this._texts.get(text);
+    if (kept === undefined) this._texts.set(text, text);
+    return kept ?? text;
+  }
+
+  _changed() {
+    this.version += 1;
+    if (this._scheduled) return;
+    this._scheduled = true;
+    requestAnimationFrame(() => {
+      this._scheduled = false;
+      for (const listener of this._listeners) listener();
+    });
+  }
+}
+
+export const journal = new Journal();

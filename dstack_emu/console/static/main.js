@@ -1,0 +1,46 @@
+// The frame of the console: the pages by the fragment of the address, and the state of the connection.
+
+import {make} from "./dom.js";
+import {journal} from "./journal.js";
+import * as stack from "./stack.js";
+
+const PAGES = {stack: ["Stack", stack.show]};
+let leave = () => {};
+let shown = 0;
+
+function chosen() {
+  const [name, ...rest] = location.hash.replace(/^#\/?/, "").split("/").map(decodeURIComponent);
+  return Object.hasOwn(PAGES, name) ? [name, rest] : ["stack", []];
+}
+
+async function show() {
+  const [name, rest] = chosen(), turn = ++shown;
+  leave();
+  leave = () => {};
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.dataset.page === name) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  const [title, open] = PAGES[name], heading = make("h1", {tabindex: -1}, title), content = make("div");
+  document.title = `${title} – dstack-emu console`;
+  document.getElementById("main").replaceChildren(heading, content);
+  heading.focus();
+  try {
+    const left = await open(content, rest);
+    if (turn === shown) leave = left;
+    else left();
+  } catch (error) {
+    content.append(make("p", {class: "alert", role: "alert"}, error.message));
+  }
+}
+
+document.getElementById("pages").append(...Object.entries(PAGES).map(([name, [title]]) =>
+  make("li", {}, make("a", {href: `#/${name}`, "data-page": name}, title))));
+document.getElementById("skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  document.getElementById("main").focus();
+});
+addEventListener("hashchange", show);
+journal.onConnection((text) => { document.getElementById("connection").textContent = text; });
+journal.start();
+show();
