@@ -16,7 +16,7 @@ from dstack_emu.attest.proto import vmm_pb2 as pb
 from dstack_emu.attest.release import Release
 from dstack_emu.vmm.config import CvmSection, PortMappingSection
 from dstack_emu.vmm.errors import VmmError
-from dstack_emu.vmm.manifest import NETWORK_MODES, Gpus, Manifest, Network, PortMap
+from dstack_emu.vmm.manifest import NETWORK_MODES, Gpus, GpuSlot, Manifest, Network, PortMap
 
 _NAME: Final = re.compile(r"[A-Za-z0-9 \-_.@~!$^()]*")
 _IMAGE_NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
@@ -106,7 +106,7 @@ def check_port_conflicts(ports: Sequence[PortMap], others: Mapping[str, Manifest
 
 def requested_gpus(gpus: pb.GpuConfig, cvm: CvmSection) -> Gpus:
     """Return the GPUs of a request. This machine has none, so `all` attaches none."""
-    slots = tuple(gpu.slot for gpu in gpus.gpus)
+    slots = tuple(GpuSlot(slot=gpu.slot) for gpu in gpus.gpus)
     if not cvm.gpu.enabled and (slots or gpus.attach_mode == "all"):
         raise VmmError("GPU is not enabled")
     if gpus.attach_mode == "listed":

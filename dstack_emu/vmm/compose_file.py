@@ -21,10 +21,11 @@ def needs_swtpm(compose_file: str, simulated_tee: str | None) -> bool:
 
     Raises `VmmError` for a compose file that is no JSON, or whose key provider is unknown.
     """
-    return _key_provider(compose_file) == "tpm" and simulated_tee not in _WITH_TPM
+    return key_provider_of(compose_file) == "tpm" and simulated_tee not in _WITH_TPM
 
 
-def _key_provider(compose_file: str) -> str:
+def key_provider_of(compose_file: str) -> str:
+    """Return the key provider of an app: `none`, `local`, `kms` or `tpm`; raise `VmmError`."""
     try:
         document: Any = json.loads(compose_file)
     except (ValueError, RecursionError) as error:

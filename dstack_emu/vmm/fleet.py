@@ -75,7 +75,10 @@ class Fleet:
     def _load_stored(self, vm_id: str) -> bool:
         """Load a machine's folder; log what is wrong with one that cannot be loaded, and return whether it was."""
         try:
-            self._load(self._store.folder(vm_id).manifest(), self._free_cid())
+            manifest = self._store.folder(vm_id).manifest()
+            if manifest.id != vm_id:
+                raise VmmError(f"its manifest is that of {manifest.id!r:.80}: a copy of a folder is no machine")
+            self._load(manifest, self._free_cid())
         except VmmError as error:
             self.log.warning("machine not loaded", id=vm_id, reason=str(error))
             return False
@@ -175,6 +178,8 @@ class Fleet:
 
     def _launch(self, vm: Vm) -> Launch:
         """Return what a machine is started with now, and write what the guest is told of its surroundings."""
+        if (pid := vm.folder.qemu()) is not None:
+            raise VmmError(f"QEMU runs this machine, as process {pid}: stop it with the VMM that started it")
         launch = stored_launch(vm.folder, vm.manifest, self.config.cvm, self._entropy)
         if not vm.is_alive:
             guest = self.factory.guest_config(launch)

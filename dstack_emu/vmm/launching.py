@@ -1,10 +1,15 @@
-"""What a machine is started with, as its folder has it."""
+"""What a machine is started with, as its folder has it.
+
+Source of the instance seed's life: dstack `dstack-util/src/system_setup.rs` at 312dc605.
+"""
 
 import re
 from collections.abc import Callable
 from typing import Final
 
+from dstack_emu.vmm.compose_file import key_provider_of
 from dstack_emu.vmm.config import CvmSection
+from dstack_emu.vmm.errors import VmmError
 from dstack_emu.vmm.machine import Launch
 from dstack_emu.vmm.manifest import Manifest
 from dstack_emu.vmm.store import MachineFolder
@@ -16,15 +21,26 @@ _SEED: Final = re.compile(f"[0-9a-f]{{{2 * _SEED_SIZE}}}")
 
 
 def stored_launch(folder: MachineFolder, manifest: Manifest, cvm: CvmSection, entropy: Entropy) -> Launch:
-    """Read a machine's folder; its instance seed is random if it has none. Raises `VmmError`."""
-    seed = folder.instance_info().get("instance_id_seed", "")
+    """Read a machine's folder; raise `VmmError`.
+
+    The instance seed is a new one if there is none yet, or if no key provider keeps the app's disk over a restart.
+    """
+    compose_file = folder.compose_file()
+    seed = folder.instance_info().get("instance_id_seed", "") if _keeps_disk(compose_file) else ""
     return Launch(
         manifest=manifest,
         folder=folder.path,
-        compose_file=folder.compose_file(),
+        compose_file=compose_file,
         user_config=folder.user_config(),
         encrypted_env=folder.encrypted_env(),
         instance_seed=bytes.fromhex(seed) if _SEED.fullmatch(seed) else entropy(_SEED_SIZE),
         kms_urls=manifest.kms_urls or cvm.kms_urls,
         gateway_urls=manifest.gateway_urls or cvm.gateway_urls,
     )
+
+
+def _keeps_disk(compose_file: str) -> bool:
+    try:
+        return key_provider_of(compose_file) != "none"
+    except VmmError:  # the guest will refuse it
+        return True

@@ -1,11 +1,14 @@
 """vm-manifest.json: what a machine is configured with, as upstream stores it.
 
-Source: dstack `vmm/src/app.rs` at 312dc605; a folder of 0.5.11 has the same members but `networks`.
+A manifest of 0.5 has one network, as `networking`. It is read, and written beside `networks`, as upstream does, so that
+either release can take over the folder of the other. Source: dstack `vmm/src/app.rs` and `vmm/src/app/workdir.rs` at
+312dc605, and `vmm/src/app.rs` at 40eaf35e.
 """
 
-from typing import Final, Literal, Self, get_args
+import json
+from typing import Any, Final, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dstack_emu.attest.proto import vmm_pb2 as pb
 from dstack_emu.transport.settings import Port
@@ -42,11 +45,18 @@ class PortMap(_Stored):
         return f"{self.protocol} {host}:{self.host_port}"
 
 
+class GpuSlot(_Stored):
+    """A PCI device of the host."""
+
+    slot: str = ""
+
+
 class Gpus(_Stored):
-    """The GPUs of a machine, by slot."""
+    """The GPUs of a machine, and the switches between them."""
 
     attach_mode: AttachMode = "listed"
-    gpus: tuple[str, ...] = ()
+    gpus: tuple[GpuSlot, ...] = ()
+    bridges: tuple[GpuSlot, ...] = ()
 
 
 class Network(_Stored):
@@ -85,6 +95,20 @@ class Manifest(_Stored):
     swtpm: bool = False
     volumes: tuple[Volume, ...] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_release(cls, document: Any) -> Any:
+        """Take `networking` for `networks` if that is absent or empty, and no GPUs for `null`."""
+        if not isinstance(document, dict):
+            return document
+        found = dict(document)
+        network = found.pop("networking", None)
+        if network is not None and not found.get("networks"):
+            found["networks"] = [network]
+        if found.get("gpus", ...) is None:
+            del found["gpus"]
+        return found
+
     @classmethod
     def parse(cls, content: bytes, source: str) -> Self:
         """Parse the stored file; raise `VmmError`, which names `source` and the first fault."""
@@ -95,7 +119,10 @@ class Manifest(_Stored):
 
     def encode(self) -> bytes:
         """Encode it as the stored file."""
-        return self.model_dump_json(by_alias=True, indent=2).encode()
+        document = self.model_dump(mode="json", by_alias=True)
+        if self.networks:
+            document["networking"] = document["networks"][0]
+        return json.dumps(document, indent=2, ensure_ascii=False).encode()
 
     def configuration(
         self, *, compose_file: str, encrypted_env: bytes, user_config: str, stopped: bool
@@ -121,7 +148,7 @@ class Manifest(_Stored):
             hugepages=self.hugepages,
             pin_numa=self.pin_numa,
             gpus=pb.GpuConfig(
-                gpus=[pb.GpuSpec(slot=slot) for slot in self.gpus.gpus], attach_mode=self.gpus.attach_mode
+                gpus=[pb.GpuSpec(slot=each.slot) for each in self.gpus.gpus], attach_mode=self.gpus.attach_mode
             ),
             kms_urls=self.kms_urls,
             gateway_urls=self.gateway_urls,

@@ -27,6 +27,7 @@ ENCRYPTED_ENV: Final = "shared/.encrypted-env"
 USER_CONFIG: Final = "shared/.user-config"
 SYS_CONFIG: Final = "shared/.sys-config.json"
 INSTANCE_INFO: Final = "shared/.instance_info"
+QEMU_PID: Final = "qemu.pid"
 
 _NEW: Final = ".new-"
 _GONE: Final = ".gone-"
@@ -128,6 +129,15 @@ class MachineFolder:
         """Store that the machine is being removed, so that a start of the VMM removes the rest."""
         self.write(_REMOVING, b"")
 
+    def qemu(self) -> int | None:
+        """Return the process id of a QEMU that runs the machine for upstream's VMM, None if none does."""
+        try:
+            pid = int(self._read_if_present(QEMU_PID))
+            name = Path(f"/proc/{pid}/comm").read_text()
+        except (ValueError, OSError):
+            return None
+        return pid if name.startswith("qemu") else None
+
     @property
     def is_removing(self) -> bool:
         """Return whether the removal has begun."""
@@ -160,11 +170,12 @@ class Store:
         for found in self.path.iterdir():
             if found.name.startswith((_NEW, _GONE)):
                 shutil.rmtree(found, ignore_errors=True)
-        for vm_id in list(self.ids()):
-            folder = self.folder(vm_id)
-            folder.recover()
-            if folder.is_removing:
-                self.remove(vm_id)
+        for found in list(self.path.iterdir()):
+            if is_vm_id(found.name) and found.is_dir():
+                folder = self.folder(found.name)
+                folder.recover()
+                if folder.is_removing:
+                    self.remove(found.name)
 
     def ids(self) -> Iterator[str]:
         """Yield the ids of the machines; folders without a manifest are passed over."""
