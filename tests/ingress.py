@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import uvloop
 
+from dstack_emu.gateway.connections import Connections
 from dstack_emu.gateway.ingress.app_address import AppAddresses, TxtTable
 from dstack_emu.gateway.ingress.record import ConnectionRecord
 from dstack_emu.gateway.ingress.server import Ingress
@@ -80,8 +81,9 @@ class ThisNode:
 class RunningIngress:
     """A running ingress, and what it has told of connections."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, table: Table, ingress: Ingress, port: int) -> None:
-        self._loop, self.table, self.ingress, self.port = loop, table, ingress, port
+    def __init__(self, loop: asyncio.AbstractEventLoop, table: Table, connections: Connections, port: int) -> None:
+        self._loop, self.table, self.port = loop, table, port
+        self.connections = connections
         self.records: queue.Queue[ConnectionRecord] = queue.Queue()
 
     def connect(self) -> socket.socket:
@@ -101,8 +103,7 @@ class RunningIngress:
         """Return the number of connections, of an instance or of all."""
 
         async def count() -> int:
-            counts = self.ingress.counts
-            return counts.of(instance_id) if instance_id else counts.total
+            return self.connections.of(instance_id) if instance_id else self.connections.total
 
         return asyncio.run_coroutine_threadsafe(count(), self._loop).result(TIMEOUT)
 
@@ -116,7 +117,7 @@ def running_ingress(
     running: list[RunningIngress] = []
 
     async def run(stop: asyncio.Event) -> None:
-        sock = bind_tcp("127.0.0.1", 0)
+        sock, connections = bind_tcp("127.0.0.1", 0), Connections()
         ingress = Ingress(
             routes=table,
             reach=table,
@@ -124,9 +125,10 @@ def running_ingress(
             this_node=ThisNode(),
             app_addresses=AppAddresses(TxtTable(table.txt)),
             settings=settings,
+            connections=connections,
             on_end=lambda record: running[0].records.put(record),
         )
-        running.append(RunningIngress(event_loop, table, ingress, sock.getsockname()[1]))
+        running.append(RunningIngress(event_loop, table, connections, sock.getsockname()[1]))
         await ingress.start([sock])
         begun.set()
         await stop.wait()

@@ -6,7 +6,7 @@ Whoever runs it tells where instances listen (`routing.Reach`), what time it is,
 import base64
 import uuid
 from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -37,7 +37,8 @@ class GatewayContext:
     """What a gateway is given.
 
     `clock` is in Unix seconds. `authority` signs wildcard certificates, and `static` are certificates by domain that
-    are served beside those. `app_id` is its own, None if it does not identify itself.
+    are served beside those. `connections` are counted by the ingress. `app_id` is its own, None if it
+    does not identify itself.
     """
 
     config: GatewayConfig
@@ -49,6 +50,7 @@ class GatewayContext:
     authority: CertificateAuthority
     static: Mapping[str, CertificateEntry]
     app_id: bytes | None
+    connections: Connections = field(default_factory=Connections)
 
 
 class Gateway:
@@ -62,7 +64,7 @@ class Gateway:
         core = context.config.core
         self.writes = self.publications = self.last_seen = 0
         self.published: dict[str, int] = {}
-        self.connections = Connections()
+        self.connections = context.connections
         self.certificates = LoadedCertificates(context.static)
         self.registry = Registry(
             self.records, core, self.release, clock=context.clock, entropy=context.entropy, changed=self.save

@@ -15,6 +15,7 @@ from dstack_emu.gateway.admin_auth import admin_auth
 from dstack_emu.gateway.agent import DEFAULT_ADDRESS, GuestAgent
 from dstack_emu.gateway.apps import admin_app, debug_app, rpc_app
 from dstack_emu.gateway.config import GatewayConfig
+from dstack_emu.gateway.connections import Connections
 from dstack_emu.gateway.errors import GatewayError
 from dstack_emu.gateway.gateway import Gateway, GatewayContext
 from dstack_emu.gateway.identity import alt_names, static_certificates, stored_authority, tls_context, write_identity
@@ -46,16 +47,18 @@ class NoReach:
 class GatewayDependencies:
     """What a gateway is given beside its configuration.
 
-    `agent_address` is its guest agent's. `reach` says where instances listen. `clock` is in Unix seconds. Without a
-    `verifier`, one is made of the configured PCCS and root; without an `authority`, a CA is made, and kept with the
-    state. `socks` are sockets that were bound already, by the names of the listeners. `environment` may have the
-    token of the admin listener. `headers` are added to its requests, and `instrument` to its applications.
+    `agent_address` is its guest agent's. `reach` says where instances listen, and `connections` counts what the ingress
+    holds open. `clock` is in Unix seconds. Without a `verifier`, one is made of the configured PCCS and root; without
+    an `authority`, a CA is made, and kept with the state. `socks` are sockets that were bound already, by the names of
+    the listeners. `environment` may have the token of the admin listener. `headers` are added to its requests, and
+    `instrument` to its applications.
     """
 
     clock: Callable[[], int]
     entropy: Callable[[int], bytes]
     agent_address: str = DEFAULT_ADDRESS
     reach: Reach = field(default_factory=NoReach)
+    connections: Connections = field(default_factory=Connections)
     verifier: AttestationVerifier | None = None
     authority: CertificateAuthority | None = None
     socks: Mapping[str, socket.socket] = field(default_factory=dict)
@@ -121,6 +124,7 @@ class GatewayServer:
                 authority=given.authority or stored_authority(config, given.entropy, given.clock()),
                 static=static,
                 app_id=app_id,
+                connections=given.connections,
             )
         )
         service = GatewayService(gateway, self._webhook)

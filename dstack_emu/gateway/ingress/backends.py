@@ -3,39 +3,12 @@
 import asyncio
 import os
 import socket
-from collections import Counter
 from collections.abc import Sequence
 
 from dstack_emu.gateway.ingress.errors import RefusedConnectionError
 from dstack_emu.gateway.routing import Endpoint, Instance
 
 Candidate = tuple[Instance, Endpoint]
-
-
-class ConnectionCounts:
-    """How many connections there are, in all and to each instance; those that are being opened count, too."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        """All connections of clients, those whose server name is not known yet among them."""
-        self._open = Counter[str]()
-
-    def of(self, instance_id: str) -> int:
-        """Return the number of connections to an instance."""
-        return self._open[instance_id]
-
-    def enter(self, instances: Sequence[Instance], maximum: int) -> None:
-        """Count one connection to each; raise `RefusedConnectionError` if all together have the maximum (0 is none)."""
-        total = sum(self._open[instance.id] for instance in instances)
-        if 0 < maximum <= total:
-            raise RefusedConnectionError(f"app connection limit exceeded: {total}/{maximum}")
-        self._open.update(instance.id for instance in instances)
-
-    def leave(self, instance: Instance) -> None:
-        """Count one connection less."""
-        self._open[instance.id] -= 1
-        if not self._open[instance.id]:
-            del self._open[instance.id]
 
 
 async def connect_first(candidates: Sequence[Candidate], app: str) -> tuple[Instance, socket.socket]:

@@ -16,8 +16,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
+from dstack_emu.gateway.connections import Connections
 from dstack_emu.gateway.ingress.app_address import AppAddresses
-from dstack_emu.gateway.ingress.backends import Candidate, ConnectionCounts, connect_first
+from dstack_emu.gateway.ingress.backends import Candidate, connect_first
 from dstack_emu.gateway.ingress.client_hello import ServerNameReader
 from dstack_emu.gateway.ingress.errors import RefusedConnectionError
 from dstack_emu.gateway.ingress.greeting import Greeting
@@ -49,7 +50,7 @@ class Surroundings:
     find_tls: FindTls
     app_addresses: AppAddresses
     pages: Mapping[str, HttpServer]
-    counts: ConnectionCounts
+    connections: Connections
 
 
 class Connection:
@@ -195,7 +196,9 @@ class Connection:
             page = self._shared.pages[destination.id]
             await asyncio.get_running_loop().connect_accepted_socket(page, sock=theirs)
             return ours
-        self._shared.counts.enter(instances, self._shared.settings.max_connections_per_app)
+        self._require_place(instances)
+        for instance in instances:
+            self._shared.connections.opened(instance.id)
         held = set(instances)
         try:
             async with within(self._limits.connect, f"connecting timeout to app {destination.id}"):
@@ -203,10 +206,17 @@ class Connection:
             held.remove(instance)
         finally:
             for other in held:
-                self._shared.counts.leave(other)
+                self._shared.connections.closed(other.id)
         self._instance = instance
         self.record.instance_id, self.record.app_id = instance.id, instance.app_id
         return sock
+
+    def _require_place(self, instances: Sequence[Instance]) -> None:
+        """Refuse one connection too many to all candidates together."""
+        maximum = self._shared.settings.max_connections_per_app
+        total = sum(self._shared.connections.of(instance.id) for instance in instances)
+        if 0 < maximum <= total:
+            raise RefusedConnectionError(f"app connection limit exceeded: {total}/{maximum}")
 
     def _endpoints(self, destination: Destination, instances: Sequence[Instance]) -> Sequence[Candidate]:
         if instances == (LOCALHOST,):
@@ -248,7 +258,7 @@ class Connection:
 
     def _ended(self, reason: str) -> None:
         if self._instance is not None:
-            self._shared.counts.leave(self._instance)
+            self._shared.connections.closed(self._instance.id)
         if self._relay is not None:
             self.record.received, self.record.sent = self._relay.client.received, self._relay.app.received
         self.record.ended = reason

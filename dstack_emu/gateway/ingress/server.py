@@ -7,8 +7,8 @@ import asyncio
 import socket
 from collections.abc import Sequence
 
+from dstack_emu.gateway.connections import Connections
 from dstack_emu.gateway.ingress.app_address import AppAddresses, TxtTable
-from dstack_emu.gateway.ingress.backends import ConnectionCounts
 from dstack_emu.gateway.ingress.connection import Connection, Surroundings
 from dstack_emu.gateway.ingress.greeting import Greeting
 from dstack_emu.gateway.ingress.record import COMPLETE, ConnectionRecord, OnEnd
@@ -24,7 +24,7 @@ from dstack_emu.transport.localhost_socket import parts_of
 class Ingress:
     """The ingress of one gateway.
 
-    `find_tls` is asked for the TLS settings of a client's domain, `counts` has the number of connections, and `on_end`
+    `find_tls` is asked for the TLS settings of a client's domain, `connections` counts, and `on_end`
     is told of every connection when it has ended.
     """
 
@@ -37,7 +37,7 @@ class Ingress:
         this_node: ThisNode,
         app_addresses: AppAddresses | None = None,
         settings: IngressSettings | None = None,
-        counts: ConnectionCounts | None = None,
+        connections: Connections | None = None,
         on_end: OnEnd | None = None,
     ) -> None:
         self._shared = Surroundings(
@@ -47,18 +47,13 @@ class Ingress:
             find_tls=find_tls,
             app_addresses=app_addresses or AppAddresses(TxtTable()),
             pages=special_pages(this_node),
-            counts=counts or ConnectionCounts(),
+            connections=connections or Connections(),
         )
         self._listening: list[asyncio.Server] = []
         self._open: dict[Connection, asyncio.Task[None]] = {}
         self._none = asyncio.Event()
         self._none.set()
         self._on_end, self._events = on_end, EventLog(__name__)
-
-    @property
-    def counts(self) -> ConnectionCounts:
-        """How many connections there are."""
-        return self._shared.counts
 
     async def start(self, sockets: Sequence[socket.socket]) -> None:
         """Accept connections on bound sockets, and take ownership of them."""
@@ -79,12 +74,12 @@ class Ingress:
     def _begin(self, greeting: Greeting) -> None:
         connection = Connection(self._shared, greeting, self._ended)
         self._open[connection] = asyncio.get_running_loop().create_task(connection.run())
-        self.counts.total += 1
+        self._shared.connections.accepted()
         self._none.clear()
 
     def _ended(self, connection: Connection) -> None:
         del self._open[connection]
-        self.counts.total -= 1
+        self._shared.connections.ended()
         if not self._open:
             self._none.set()
         self._log(connection.record)
