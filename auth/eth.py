@@ -7,7 +7,7 @@ Source: dstack, `kms/auth-eth-bun/index.ts` at 40eaf35e (0.5.11) and next 312dc6
 """
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -47,7 +47,7 @@ class _State:
 class EthAuth:
     """Asks the contract of its settings. Close it.
 
-    `now` is a clock in seconds, for the block cache alone. `headers` returns what is added to each call of the chain.
+    `now` is a clock in seconds, for the block cache alone.
     """
 
     def __init__(
@@ -55,10 +55,9 @@ class EthAuth:
         settings: EthSettings,
         *,
         now: Callable[[], float] = time.monotonic,
-        headers: Callable[[], Mapping[str, str]] | None = None,
     ) -> None:
         self.settings: Final = settings
-        self._chain = JsonRpcClient(settings.rpc_url, timeout=settings.timeout, headers=headers)
+        self._chain = JsonRpcClient(settings.rpc_url, timeout=settings.timeout)
         self._head = KeptHead(settings.block_cache, now)
 
     async def close(self) -> None:

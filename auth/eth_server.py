@@ -6,7 +6,7 @@ Source: dstack, `kms/auth-eth-bun/index.ts` at 40eaf35e (0.5.11) and next 312dc6
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
 from aiohttp import web
@@ -32,15 +32,14 @@ def eth_app(
     settings: EthSettings,
     *,
     observer: DecisionObserver | None = None,
-    headers: Callable[[], Mapping[str, str]] | None = None,
 ) -> web.Application:
-    """Build auth-eth-bun over one contract; `headers` returns what is added to each call of the chain.
+    """Build auth-eth-bun over one contract.
 
     `observer` is called after each decision. Logs upstream's lines to `auth.eth`, and for each answer the block whose
     state decided. Why a chain gives no answer is logged at level debug, because upstream's next hides it in its log,
     too; 0.5.11 answers with it.
     """
-    service = EthAuth(settings, headers=headers)
+    service = EthAuth(settings)
     rules = settings.rules
 
     async def info() -> tuple[int, Mapping[str, object]]:

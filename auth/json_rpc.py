@@ -10,7 +10,7 @@ specification (quantities and data).
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from dstack_emu.attest.strict_json import StrictJson
@@ -34,11 +34,11 @@ _DATA: Final = re.compile(r"0x(?:[0-9a-fA-F]{2})*")
 class JsonRpcClient:
     """Calls the methods of one node. Close it.
 
-    `timeout` is for each call, in seconds; `headers` returns what is added to each request.
+    `timeout` is for each call, in seconds.
     """
 
-    def __init__(self, url: str, *, timeout: float, headers: Callable[[], Mapping[str, str]] | None = None) -> None:
-        self._url, self._headers = url, headers
+    def __init__(self, url: str, *, timeout: float) -> None:
+        self._url = url
         self._client = HttpClient(timeout=timeout, max_answer=MAX_RPC_ANSWER)
         self._ids = itertools.count(1)
 
@@ -63,7 +63,7 @@ class JsonRpcClient:
     async def _call(self, method: str, params: Sequence[object]) -> object:
         number = next(self._ids)
         request = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
-        headers = {"Content-Type": "application/json", **(self._headers() if self._headers else {})}
+        headers = {"Content-Type": "application/json"}
         try:
             answer = await self._client.send("POST", self._url, json.dumps(request).encode(), headers)
         except (NoAnswerError, AnswerTooLongError) as error:

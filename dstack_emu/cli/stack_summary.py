@@ -25,7 +25,9 @@ def summary(description: dict[str, Any], seconds: float) -> str:
     lines = [f"dstack-emu is {state} ({seconds:.1f} s). It protects nothing.", ""]
     lines += [f"  {name:<10} {url:<28} {_what(name)}" for name, url in description["services"].items()]
     lines += [
-        f"  auth-{name:<5} {url:<28} your auth webhook of kms-{name}" for name, url in description["webhooks"].items()
+        f"  auth-{name:<5} {url:<28} your auth webhook of kms-{name}"
+        for name, url in description["webhooks"].items()
+        if f"auth-{name}" not in description["services"]
     ]
     if description["grpc"]:
         lines += ["", "gRPC:"]

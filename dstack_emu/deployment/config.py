@@ -18,6 +18,9 @@ JOURNAL_SIZE: Final = 2000
 VMM_WORKLOADS: Final = ("process", "docker")
 """What may run in the machines of a VMM, the default first."""
 
+AUTH_KINDS: Final = ("simple", "eth")
+"""What the webhook of a KMS may be that the stack runs: auth-simple, the default, or auth-eth-bun."""
+
 DESCRIPTION_FILE: Final = "stack.json"
 """The file with the stack's description, in its state folder."""
 
@@ -53,6 +56,10 @@ class StackConfig:
     the same names, the command line of a KMS of your own (`{config}` is the path of its kms.toml), or its URL, or
     `external`, if you start it yourself. It is waited for `kms_wait` seconds (None: 60 for a command, else 600).
 
+    `auth` is the kind of webhook that the stack runs for a KMS, by the same names: one of AUTH_KINDS. Webhooks of the
+    kind `eth` ask the contract `kms_contract` (an address) of the chain whose JSON-RPC is `eth_rpc_url`; the stack has
+    no policy for those KMS.
+
     `app_compose` is the file whose bytes are the identity of the stack's app (None: a generated one), `user_config` the
     app's own file. The variables in `env_file` are encrypted for the app, as a deployer does it; the app's guest drops
     those that `allowed_envs` of its app-compose does not name.
@@ -80,6 +87,9 @@ class StackConfig:
     domains: tuple[str, ...] = ()
     control_token: str | None = None
     webhooks: Mapping[str, str] = field(default_factory=dict)
+    auth: Mapping[str, str] = field(default_factory=dict)
+    eth_rpc_url: str | None = None
+    kms_contract: str | None = None
     kms: Mapping[str, str] = field(default_factory=dict)
     kms_wait: float | None = None
     app_compose: Path | None = None
@@ -88,6 +98,10 @@ class StackConfig:
     vmm: bool = False
     vmm_workload: str = VMM_WORKLOADS[0]
     vmm_script_image: str | None = None
+
+    def asks_chain(self, kms: str) -> bool:
+        """Return whether the webhook of a KMS, by its name, is the stack's auth-eth-bun."""
+        return self.auth.get(kms) == "eth"
 
     @classmethod
     def on_free_ports(cls, **settings: object) -> Self:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from dstack_emu.attest.release import Release, release
 from dstack_emu.attest.verify import TrustAnchor
+from dstack_emu.auth.eth_server import eth_app
 from dstack_emu.auth.policy import Contract, parse_contract
 from dstack_emu.auth.server import simple_app
+from dstack_emu.deployment.chain_webhooks import eth_settings
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.deployment.guest_network import HOST_IN_GUEST
 from dstack_emu.deployment.instrumentation import App, Instrumentation
@@ -108,10 +110,20 @@ class StackContext:
         return self.release_of(release_name).auth_contract if given is None else parse_contract(given)
 
     async def serve_webhook(self, kms: str, release_name: str | None = None) -> Server:
-        """Serve auth-simple over the policy of the KMS of that name, which is of that release."""
+        """Serve the webhook of the KMS of that name, which is of that release.
+
+        It is auth-simple over its policy, or auth-eth-bun.
+        """
+        if self.config.asks_chain(kms):
+            settings = eth_settings(self.config, self.release_of(release_name))
+            return await self.serve(f"auth-{kms}", eth_app(settings, observer=decision_recorder()))
         path = str(self.policies.paths[kms])
         app = simple_app(path, contract=self.contract_of(release_name), observer=decision_recorder())
         return await self.serve(f"auth-{kms}", app)
+
+    def webhook_of(self, kms: str) -> str:
+        """Return what the specification of a first KMS names as its webhook: `own`, or a URL without a policy here."""
+        return self.urls[f"auth-{kms}"] if self.config.asks_chain(kms) else self.config.webhooks.get(kms, "own")
 
     def scrub(self, text: str) -> str:
         """Replace what differs from run to run by names: ports, and the state folder."""

@@ -106,7 +106,9 @@ class Deployment:
         self._exit.push_async_callback(self._app_verifier.pccs.close)
         self._close_at_end(await serve_verifier(self.context, self._exit))
         self._place_policies()
-        for name in self.policies:
+        for name in PERMANENT:
+            if name in self.config.webhooks:
+                continue
             self._close_at_end(await self.context.serve_webhook(name))
         self._exit.push_async_callback(self._close_parts)
         await self._start_parts(remembered.get("kms") or {})
@@ -137,7 +139,7 @@ class Deployment:
     async def _start_parts(self, measured: Mapping[str, Any]) -> None:
         for name in PERMANENT:
             self._progress(f"starting kms-{name}")
-            kms = await self.start_kms(KmsSpec(name=name, webhook=self.config.webhooks.get(name, "own")))
+            kms = await self.start_kms(KmsSpec(name=name, webhook=self.context.webhook_of(name)))
             # A KMS with keys does not state its measurements; those of an earlier run are in the state folder.
             kms.measured = measured.get(name)
         self._progress("starting the app's trust domain")

@@ -12,6 +12,7 @@ from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.release import release
 from dstack_emu.auth.errors import AuthConfigError
 from dstack_emu.auth.policy import parse_contract
+from dstack_emu.deployment.chain_webhooks import require_chain
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import DESCRIPTION_FILE, VMM_WORKLOADS, StackConfig
 from dstack_emu.deployment.context import ServicePorts, StackContext
@@ -46,6 +47,7 @@ def prepare(
     """
     _require_release(config)
     require_foreign_parts(config)
+    require_chain(config)
     services = services - {f"auth-{name}" for name in config.webhooks}
     app = OwnApp.of(config)
     state = _state_folder(config.state, closing)
@@ -63,7 +65,7 @@ def prepare(
         ports=ports,
         policies=PolicyFiles(
             (config.policies or state / "policies").absolute(),
-            [name for name in PERMANENT if name not in config.webhooks],
+            [name for name in PERMANENT if name not in config.webhooks and not config.asks_chain(name)],
         ),
         app=app,
     )

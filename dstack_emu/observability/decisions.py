@@ -20,14 +20,14 @@ _REQUEST_FIELDS: Final = (
 )
 _FIELD_OF: Final = {to_camel(name): name for name in ("advisory_ids", *_REQUEST_FIELDS)}
 _request_of: Final = operator.attrgetter("advisory_ids", *_REQUEST_FIELDS)
-_result_of: Final = operator.attrgetter("reason", "rule", "differs_from")
+_result_of: Final = operator.attrgetter("reason", "rule", "differs_from", "state")
 
 _CACHED: Final = 256
 """Entries of the cache below."""
 
 
 def decision_recorder() -> DecisionObserver:
-    """Make the observer of an auth-simple, which records each decision on the span of its call."""
+    """Make the observer of a webhook, which records each decision on the span of its call."""
     cached: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def record(boot_info: ReceivedBootInfo, is_kms: bool, decision: PolicyDecision) -> None:
@@ -59,6 +59,10 @@ def _document_of(boot_info: ReceivedBootInfo, is_kms: bool, decision: PolicyDeci
     }
     if decision.differs_from:
         document["otherwise_under"] = list(decision.differs_from)
+    if decision.state:
+        document["state"] = decision.state
+    if decision.chain_error:
+        document["chain_error"] = decision.chain_error
     return document
 
 

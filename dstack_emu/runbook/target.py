@@ -189,8 +189,8 @@ def _require_policies(document: Any, name: str) -> None:
         if service not in document.get("services", {}) or side not in document.get("policies", {}):
             raise TargetError(
                 f"{name}: kms-{side} asks the webhook {url}, whose policy the runbook cannot write. Run it on a stack "
-                f"without --webhook; or, if that webhook reads a file in auth-simple's format at every request, name "
-                f"both as services.{service} and policies.{side} in a copy of the description"
+                f"without --webhook and --auth eth; or, if that webhook reads a file in auth-simple's format at every "
+                f"request, name both as services.{service} and policies.{side} in a copy of the description"
             )
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from dstack_emu.auth.policy import CONTRACTS
 from dstack_emu.cli.commands.common import add_release
+from dstack_emu.cli.commands.eth_options import add_eth_options
 from dstack_emu.cli.commands.guest_options import add_collateral_issued
-from dstack_emu.deployment.config import TOKEN_VARIABLE, VMM_WORKLOADS, StackConfig
+from dstack_emu.deployment.config import AUTH_KINDS, TOKEN_VARIABLE, VMM_WORKLOADS, StackConfig
 from dstack_emu.simulator.seed import DEFAULT_SEED
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 from dstack_emu.transport.urls import shown_url
@@ -62,6 +63,16 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=URL",
         help="let the KMS src or dst ask this webhook in place of the stack's own; may be repeated",
     )
+    parser.add_argument(
+        "--auth",
+        action="append",
+        default=[],
+        type=_auth_kind,
+        metavar="[NAME=]KIND",
+        help="the webhook that the stack runs for the KMS src or dst, or for both: simple (auth-simple, the default) "
+        "or eth (auth-eth-bun, which asks the contract below); may be repeated",
+    )
+    add_eth_options(parser, with_tuning=False)
     add_kms_options(parser)
     parser.add_argument("--journal", type=Path, metavar="FILE", help="append a record of each call, as JSON lines")
     parser.add_argument(
@@ -166,6 +177,9 @@ def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str =
         journal=arguments.journal,
         control_token=os.environ.get(TOKEN_VARIABLE) or None,
         webhooks=dict(arguments.webhook),
+        auth={name: kind for each in arguments.auth for name, kind in each.items()},
+        eth_rpc_url=arguments.eth_rpc_url,
+        kms_contract=arguments.kms_contract,
         kms=dict(arguments.kms),
         kms_wait=arguments.kms_wait,
         app_compose=arguments.app_compose,
@@ -179,6 +193,14 @@ def _named(text: str) -> tuple[str, str]:
     if name not in ("src", "dst") or not equals or not value:
         raise argparse.ArgumentTypeError(f"src=… or dst=… expected, got {shown_url(text)!r:.100}")
     return name, value
+
+
+def _auth_kind(text: str) -> dict[str, str]:
+    name, equals, kind = text.rpartition("=")
+    if kind not in AUTH_KINDS or name not in ("src", "dst", *(() if equals else ("",))):
+        kinds = " or ".join(AUTH_KINDS)
+        raise argparse.ArgumentTypeError(f"{kinds}, or src=… or dst=… with one of them, expected, got {text!r:.60}")
+    return {name: kind} if name else {"src": kind, "dst": kind}
 
 
 def _port(text: str) -> tuple[str, int]:
