@@ -15,6 +15,9 @@ from typing import Self
 from dstack_emu.attest.release import Release
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.deployment.clock import ISSUED_AT, StackClock, wall_clock
+from dstack_emu.deployment.config import VMM_WORKLOADS
+from dstack_emu.deployment.docker_machines import open_docker, ports_here
+from dstack_emu.deployment.docker_workload import DockerWorkloads
 from dstack_emu.deployment.guest_programs import ProgramSite
 from dstack_emu.deployment.machine_site import MachineSite
 from dstack_emu.deployment.machines import DomainMachines
@@ -38,7 +41,9 @@ UNIX = "unix:"
 class VmmSettings:
     """What is not in vmm.toml: the seed of the emulated Intel, and the root that KMS have, None for the seed's.
 
-    `discovery` is the folder of discovery files, `config_file` the file that the configuration is from.
+    `discovery` is the folder of discovery files, `config_file` the file that the configuration is from. `workload` is
+    what runs in machines, `process` or `docker`, and `script_image` the image in whose containers scripts run with
+    `docker` (empty: that of an app's first service).
     """
 
     config: VmmConfig
@@ -48,6 +53,8 @@ class VmmSettings:
     discovery: Path
     anchor: TrustAnchor | None = None
     config_file: Path | None = None
+    workload: str = VMM_WORKLOADS[0]
+    script_image: str = ""
 
 
 class StandaloneVmm:
@@ -76,9 +83,13 @@ class StandaloneVmm:
         settings, config = self.settings, self.settings.config
         sock, address = _bound(config)
         self._exit.callback(sock.close)
+        try:
+            site = _site(settings, self._exit, await self._docker())
+        except OSError as error:
+            raise _unusable(config, error) from error
         fleet = Fleet(
             config,
-            DomainMachines(_site(settings, self._exit)),
+            DomainMachines(site),
             release=settings.release,
             clock=wall_clock,
             new_id=lambda: str(uuid.uuid4()),
@@ -89,7 +100,7 @@ class StandaloneVmm:
             self._exit.push_async_callback(fleet.close)
             await fleet.open()
         except OSError as error:
-            raise ConfigError(f"run_path: {error.filename or config.run_path}: {error.strerror}") from error
+            raise _unusable(config, error) from error
         server = await serve(app, sock)
         self._exit.push_async_callback(server.close)
         self.url = server.url
@@ -104,6 +115,25 @@ class StandaloneVmm:
         self._exit.callback(discovered.remove)
         self.discovery_file = discovered.path
 
+    async def _docker(self) -> DockerWorkloads | None:
+        """Open the engine if machines have containers."""
+        settings, cvm = self.settings, self.settings.config.cvm
+        if settings.workload != "docker":
+            return None
+        docker = await open_docker(
+            settings.config.run_path.absolute(),
+            pccs_url=settings.pccs_url,
+            script_image=settings.script_image,
+            host_ports=ports_here((settings.config.kms_url, *cvm.kms_urls, *cvm.gateway_urls, settings.pccs_url)),
+            strict_pre_launch=settings.release.strict_pre_launch_script,
+        )
+        self._exit.push_async_callback(docker.close)
+        return docker
+
+
+def _unusable(config: VmmConfig, error: OSError) -> ConfigError:
+    return ConfigError(f"run_path: {error.filename or config.run_path}: {error.strerror}")
+
 
 async def prepare_machine(settings: VmmSettings, file: Path, folder: Path | None) -> Prepared:
     """Prepare the machine that a file describes, and start nothing; raise `VmmError`."""
@@ -115,7 +145,7 @@ async def prepare_machine(settings: VmmSettings, file: Path, folder: Path | None
         return once.prepare(folder)
 
 
-def _site(settings: VmmSettings, held: AsyncExitStack) -> MachineSite:
+def _site(settings: VmmSettings, held: AsyncExitStack, docker: DockerWorkloads | None = None) -> MachineSite:
     """Return what machines share; `held` closes it."""
     seed = Seed.of(settings.seed)
     intel = Intel(seed)
@@ -133,7 +163,8 @@ def _site(settings: VmmSettings, held: AsyncExitStack) -> MachineSite:
         own_image=OsImage.from_seed(seed.derive, version=settings.release.version),
         verifier=AttestationVerifier(pccs, anchor, wall_clock),
         issued_at=lambda: ISSUED_AT,
-        workloads=ProcessWorkloads(programs),
+        workloads=docker or ProcessWorkloads(programs),
+        writes_environment=docker is None,
         clock=StackClock(),
     )
 

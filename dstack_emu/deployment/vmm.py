@@ -10,21 +10,19 @@ from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.deployment.authorization import tls_url
 from dstack_emu.deployment.context import StackContext
 from dstack_emu.deployment.deployment import Deployment
+from dstack_emu.deployment.docker_machines import open_docker
 from dstack_emu.deployment.docker_workload import DockerWorkloads
-from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.guest_programs import ProgramSite
 from dstack_emu.deployment.machine_site import MachineSite
 from dstack_emu.deployment.machines import DomainMachines
 from dstack_emu.deployment.process_workload import ProcessWorkloads
 from dstack_emu.deployment.workloads import Workloads
 from dstack_emu.observability.spans import headers_of
-from dstack_emu.simulator.errors import GuestError
 from dstack_emu.transport.listen import Server, serve
 from dstack_emu.vmm.config import CvmSection, GatewaySection, ImageSection, PortMappingSection, PortRange, VmmConfig
 from dstack_emu.vmm.fleet import Fleet
 from dstack_emu.vmm.server import vmm_app
 from dstack_emu.vmm.state import FleetState
-from dstack_emu.vmm.store import Store
 
 RUN_FOLDER: Final = "vms"
 """The folder of the machines, in the state folder."""
@@ -104,20 +102,13 @@ def _config(context: StackContext) -> VmmConfig:
 
 async def _docker(context: StackContext) -> DockerWorkloads:
     """Return the workloads on the container engine of this host, without what an earlier run left there."""
-    store = Store(context.state.absolute() / RUN_FOLDER)
-    store.open()
-    workloads = DockerWorkloads(
-        store.path,
+    return await open_docker(
+        context.state.absolute() / RUN_FOLDER,
         pccs_url=context.urls["pccs"],
         script_image=context.config.vmm_script_image or "",
-        host_ports=frozenset(port for port in (urlsplit(url).port for url in context.urls.values()) if port),
+        host_ports=(port for port in (urlsplit(url).port for url in context.urls.values()) if port),
         strict_pre_launch=context.release_of(None).strict_pre_launch_script,
     )
-    try:
-        await workloads.open(set(store.ids()))
-    except GuestError as error:
-        raise StackError(f"vmm: {error}") from error
-    return workloads
 
 
 def _programs(context: StackContext) -> ProgramSite:

@@ -9,7 +9,8 @@ from dstack_emu.auth.policy import CONTRACTS
 from dstack_emu.cli.commands.common import add_release
 from dstack_emu.cli.commands.eth_options import add_eth_options
 from dstack_emu.cli.commands.guest_options import add_collateral_issued
-from dstack_emu.deployment.config import AUTH_KINDS, TOKEN_VARIABLE, VMM_WORKLOADS, StackConfig
+from dstack_emu.cli.commands.workload_options import add_workload
+from dstack_emu.deployment.config import AUTH_KINDS, TOKEN_VARIABLE, StackConfig
 from dstack_emu.simulator.seed import DEFAULT_SEED
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 from dstack_emu.transport.urls import shown_url
@@ -86,17 +87,7 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_vmm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vmm", action="store_true", help="run a VMM, too: it deploys machines, as `vmm-cli.py` asks")
-    parser.add_argument(
-        "--vmm-workload",
-        choices=VMM_WORKLOADS,
-        default=VMM_WORKLOADS[0],
-        help="what runs in machines of the VMM: with `docker` their containers, on this host's engine (%(default)s)",
-    )
-    parser.add_argument(
-        "--vmm-script-image",
-        metavar="IMAGE",
-        help="the image in whose containers scripts of an app run (default: that of its first service)",
-    )
+    add_workload(parser)
 
 
 def _add_folders(parser: argparse.ArgumentParser) -> None:

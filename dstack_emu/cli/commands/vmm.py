@@ -14,6 +14,7 @@ from typing import Final
 
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.cli.commands.common import WARNING, UsageError, add_release, listen_address, say, stop_on_signals
+from dstack_emu.cli.commands.workload_options import add_workload
 from dstack_emu.cli.terminal import printable
 from dstack_emu.deployment.standalone_vmm import UNIX, StandaloneVmm, VmmSettings, prepare_machine
 from dstack_emu.simulator.seed import DEFAULT_SEED
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pccs", metavar="URL", help=f"where to fetch the collateral of a KMS (cvm.pccs_url, or {PCCS})"
     )
     add_release(parser, "the dstack release of the VMM and of its guests")
+    add_workload(parser)
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
     _add_actions(parser)
 
@@ -132,6 +134,8 @@ def _settings(arguments: argparse.Namespace, config: VmmConfig) -> VmmSettings:
         pccs_url=arguments.pccs or config.cvm.pccs_url or PCCS,
         discovery=discovery_folder(os.environ),
         config_file=arguments.config,
+        workload=arguments.vmm_workload,
+        script_image=arguments.vmm_script_image or "",
     )
     if arguments.root is not None:
         settings = replace(settings, anchor=_root(arguments.root))
