@@ -140,6 +140,8 @@ class Release:
     """core.proxy.base_domain, cert_chain and cert_key are a certificate beside those of domains."""
     gateway_localhost_key_in_debug: bool
     """core.debug.insecure_localhost_backend makes `localhost` an app id; core.proxy.localhost_enabled otherwise."""
+    gateway_limits_writes: bool
+    """core.proxy.timeouts.write ends a connection whose receiver takes nothing; otherwise only the idle time does."""
 
     # The VMM.
     vmm_v05_messages: bool
@@ -241,6 +243,7 @@ _0_5: Final = Release(
     gateway_exit_reads_request=False,
     gateway_static_certificate=False,
     gateway_localhost_key_in_debug=False,
+    gateway_limits_writes=True,
     vmm_v05_messages=True,
     vmm_guards_every_route=False,
     vmm_log_errors_have_status=False,
@@ -308,6 +311,7 @@ _0_6: Final = Release(
     gateway_exit_reads_request=True,
     gateway_static_certificate=True,
     gateway_localhost_key_in_debug=True,
+    gateway_limits_writes=False,
     vmm_v05_messages=False,
     vmm_guards_every_route=True,
     vmm_log_errors_have_status=True,

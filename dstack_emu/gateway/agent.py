@@ -55,7 +55,11 @@ class GuestAgent:
 
     async def app_id(self) -> bytes:
         """Request the app id of this gateway; raise `GatewayError`."""
-        return (await self._call("Info", Empty(), pb.AppInfo)).app_id
+        return (await self.info()).app_id
+
+    async def info(self) -> pb.AppInfo:
+        """Request what the agent tells about this gateway; raise `GatewayError`."""
+        return await self._call("Info", Empty(), pb.AppInfo)
 
     async def quotes(self, report_data: bytes) -> tuple[str, str]:
         """Request evidence in both forms; return the answers of GetQuote and Attest in JSON. Raises `GatewayError`."""

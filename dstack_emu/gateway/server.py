@@ -6,7 +6,7 @@ Source: dstack `gateway/src/main.rs` at 312dc605.
 import asyncio
 import resource
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dstack_emu.attest.issuing import CertificateAuthority
@@ -15,10 +15,12 @@ from dstack_emu.gateway.admin_auth import admin_auth
 from dstack_emu.gateway.agent import DEFAULT_ADDRESS, GuestAgent
 from dstack_emu.gateway.apps import admin_app, debug_app, rpc_app
 from dstack_emu.gateway.config import GatewayConfig
+from dstack_emu.gateway.configured_ingress import bind_ingress, configured_ingress
 from dstack_emu.gateway.connections import Connections
 from dstack_emu.gateway.errors import GatewayError
 from dstack_emu.gateway.gateway import Gateway, GatewayContext
 from dstack_emu.gateway.identity import alt_names, static_certificates, stored_authority, tls_context, write_identity
+from dstack_emu.gateway.ingress.server import Ingress
 from dstack_emu.gateway.routing import Endpoint, Instance, Reach
 from dstack_emu.gateway.service import GatewayService
 from dstack_emu.gateway.webhook import Webhook
@@ -28,7 +30,7 @@ from dstack_emu.transport.listen import Server, bind_tcp, serve
 from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
 from dstack_emu.transport.trust_root import trust_anchor
 
-RPC, ADMIN, DEBUG = "rpc", "admin", "debug"
+RPC, ADMIN, DEBUG, INGRESS = "rpc", "admin", "debug", "ingress"
 """The listeners, by the names of their sockets."""
 
 Instrument = Callable[[str, Application], Application]
@@ -51,7 +53,8 @@ class GatewayDependencies:
     holds open. `clock` is in Unix seconds. Without a `verifier`, one is made of the configured PCCS and root; without
     an `authority`, a CA is made, and kept with the state. `socks` are sockets that were bound already, by the names of
     the listeners. `environment` may have the token of the admin listener. `headers` are added to its requests, and
-    `instrument` to its applications.
+    `instrument` to its applications. With `has_ingress` it serves the configured ingress, too; otherwise that is left
+    to whoever runs it.
     """
 
     clock: Callable[[], int]
@@ -65,6 +68,7 @@ class GatewayDependencies:
     environment: Mapping[str, str] = field(default_factory=dict)
     headers: MoreHeaders | None = None
     instrument: Instrument = lambda _listener, app: app
+    has_ingress: bool = False
 
 
 class GatewayServer:
@@ -75,6 +79,8 @@ class GatewayServer:
         self._gateway: Gateway | None = None
         self._socks: dict[str, socket.socket] = dict(given.socks)
         self._servers: dict[str, Server] = {}
+        self._ingress_socks: Sequence[socket.socket] = ()
+        self._ingress: Ingress | None = None
         self._agent = GuestAgent(given.agent_address, headers=given.headers)
         self._webhook = Webhook(config.core.auth, given.headers)
         self._own_verifier: AttestationVerifier | None = None
@@ -90,8 +96,9 @@ class GatewayServer:
 
     @property
     def urls(self) -> dict[str, str]:
-        """Return where its listeners answer, by their names."""
-        return {name: server.url for name, server in self._servers.items()}
+        """Return where its listeners answer, by their names; of the ingress host and first port."""
+        urls = {name: server.url for name, server in self._servers.items()}
+        return urls if self._ingress is None else {**urls, INGRESS: self._ingress.address}
 
     async def start(self) -> None:
         """Check the configuration, bind, get the certificate, and serve.
@@ -136,6 +143,9 @@ class GatewayServer:
         self._servers[RPC] = await serve(
             given.instrument(RPC, rpc_app(service, gateway, verifier)), self._socks[RPC], tls
         )
+        if given.has_ingress:
+            self._ingress = configured_ingress(gateway, self._agent)
+            await self._ingress.start(self._ingress_socks)
         gateway.log.info("gateway", url=self._servers[RPC].url)
 
     def _configured_verifier(self) -> AttestationVerifier:
@@ -154,6 +164,8 @@ class GatewayServer:
         for name, (listener, key) in wanted.items():
             if name not in self._socks:
                 self._socks[name] = bind_tcp(*listener.endpoint(key), setting=key)
+        if self._given.has_ingress:
+            self._ingress_socks = bind_ingress(self.config)
 
     async def _identify(self) -> bytes | None:
         """Get certificate and app id from the guest agent, and write the former; return the latter."""
@@ -192,9 +204,11 @@ class GatewayServer:
         if self._recycling is not None:
             self._recycling.cancel()
             await asyncio.gather(self._recycling, return_exceptions=True)
+        if self._ingress is not None:
+            await self._ingress.close()
         for server in self._servers.values():
             await server.close()
-        for sock in self._socks.values():
+        for sock in (*self._socks.values(), *self._ingress_socks):
             sock.close()
         if self._gateway is not None:
             await self._gateway.close()

@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         entropy=os.urandom,
         agent_address=os.environ.get("DSTACK_AGENT_ADDRESS") or DEFAULT_ADDRESS,
         environment=os.environ,
+        has_ingress=True,
     )
     gateway = GatewayServer(config, given, release=arguments.release)
     return run_server(_run(gateway, as_json=arguments.json), has_grpc=False)

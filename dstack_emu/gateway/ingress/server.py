@@ -17,7 +17,7 @@ from dstack_emu.gateway.ingress.special_ids import ThisNode, special_pages
 from dstack_emu.gateway.ingress.tls import FindTls
 from dstack_emu.gateway.routing import Reach, Routes
 from dstack_emu.transport.events import EventLog
-from dstack_emu.transport.listen import accept_on
+from dstack_emu.transport.listen import accept_on, reachable
 from dstack_emu.transport.localhost_socket import parts_of
 
 
@@ -50,6 +50,8 @@ class Ingress:
             connections=connections or Connections(),
         )
         self._listening: list[asyncio.Server] = []
+        self.address = ""
+        """The address of the first port for clients on this machine, `host:port`, once it is started."""
         self._open: dict[Connection, asyncio.Task[None]] = {}
         self._none = asyncio.Event()
         self._none.set()
@@ -57,6 +59,7 @@ class Ingress:
 
     async def start(self, sockets: Sequence[socket.socket]) -> None:
         """Accept connections on bound sockets, and take ownership of them."""
+        self.address = reachable(sockets[0])
         for part in [part for sock in sockets for part in parts_of(sock)]:
             self._listening.append(await accept_on(part, lambda: Greeting(self._begin)))
 

@@ -19,7 +19,7 @@ class Timeouts:
     dns: float = 5.0
     connect: float = 5.0
     idle: float | None = 600.0
-    write: float | None = 5.0
+    write: float | None = None
     shutdown: float | None = 5.0
     total: float = 18_000.0
 
