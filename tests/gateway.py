@@ -4,6 +4,7 @@ HTTP by the standard library.
 
 import asyncio
 import base64
+import copy
 import datetime
 import hashlib
 import http.client
@@ -78,6 +79,12 @@ class TestCa:
         """Make the certificate of an instance, with its app info as dstack-util requests it."""
         info = [app, compose, instance, b"d" * 32, b"s" * 32, b"g" * 32, b"o" * 32, b"{}", []]
         return self.client("instance", extension(9, msgpack.packb(info)), extension(3, app))
+
+    def replaced(self, file: Path) -> "TestCa":
+        """Return a CA that only says which file has the root of the gateway's certificate."""
+        made = copy.copy(self)
+        made.own = Pair(self.own.certificate, self.own.key, file)
+        return made
 
     def _signed(self, name: str, issuer: Pair | None, *extensions: tuple[x509.ExtensionType, bool]) -> Pair:
         key = ec.generate_private_key(ec.SECP256R1())
@@ -201,13 +208,17 @@ class RunningGateway:
         self._loop.call_soon_threadsafe(run)
         return done.result(20)
 
+    def wait_for_exit(self) -> None:
+        """Wait until an operator has ended it."""
+        asyncio.run_coroutine_threadsafe(self.server.wait(), self._loop).result(20)
+
     def ask(
         self,
         listener: str,
         path: str,
         body: bytes | None = None,
         *,
-        client: Pair | None = None,
+        client: Pair | Path | None = None,
         headers: dict[str, str] | None = None,
         verb: str = "POST",
     ) -> tuple[int, bytes, dict[str, str]]:
@@ -229,21 +240,21 @@ class RunningGateway:
         finally:
             connection.close()
 
-    def client_tls(self, client: Pair | None) -> ssl.SSLContext:
+    def client_tls(self, client: Pair | Path | None) -> ssl.SSLContext:
         """Make the settings of a client that verifies the gateway under the CA."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(self.ca.own.file)
         if client is not None:
-            context.load_cert_chain(client.file)
+            context.load_cert_chain(client if isinstance(client, Path) else client.file)
         return context
 
-    def rpc(self, listener: str, method: str, client: Pair | None = None, **body: Any) -> Any:
+    def rpc(self, listener: str, method: str, client: Pair | Path | None = None, **body: Any) -> Any:
         """Call one RPC in JSON that succeeds."""
         status, answer = self.tried(listener, method, client, **body)
         assert status == 200, answer
         return answer
 
-    def tried(self, listener: str, method: str, client: Pair | None = None, **body: Any) -> tuple[int, Any]:
+    def tried(self, listener: str, method: str, client: Pair | Path | None = None, **body: Any) -> tuple[int, Any]:
         """Call one RPC in JSON."""
         headers = {"Content-Type": "application/json"}
         if listener == "admin":
@@ -252,7 +263,7 @@ class RunningGateway:
         status, answer, _ = self.ask(listener, f"/prpc/{method}?json", content, client=client, headers=headers)
         return status, json.loads(answer)
 
-    def refused(self, listener: str, method: str, client: Pair | None = None, **body: Any) -> str:
+    def refused(self, listener: str, method: str, client: Pair | Path | None = None, **body: Any) -> str:
         """Call one RPC in JSON that is refused with 400; return the text."""
         status, answer = self.tried(listener, method, client, **body)
         assert (status, list(answer)) == (400, ["error"]), answer
@@ -337,9 +348,22 @@ def running_gateway(
 
 
 def with_more(text: str, more: str) -> str:
-    """Add lines to the sections of a TOML text: `more` has sections that the text may have, too."""
-    for part in more.split("[")[1:]:
-        name, _, lines = part.partition("]\n")
-        head = f"[{name}]\n"
-        text = text.replace(head, head + lines) if head in text else f"{text}{head}{lines}"
-    return text
+    """Add lines to the sections of a TOML text: a key of `more` takes the place of the one that was there."""
+    sections = _sections(text)
+    for name, lines in _sections(more).items():
+        sections.setdefault(name, {}).update(lines)
+    top = "\n".join(sections.pop("").values())
+    return top + "".join(f"\n[{name}]\n" + "\n".join(lines.values()) for name, lines in sections.items()) + "\n"
+
+
+def _sections(text: str) -> dict[str, dict[str, str]]:
+    """Return the lines of a TOML text by section and key."""
+    sections: dict[str, dict[str, str]] = {"": {}}
+    name = ""
+    for line in text.splitlines():
+        if line.startswith("["):
+            name = line.strip("[]")
+            sections.setdefault(name, {})
+        elif line:
+            sections[name][line.partition("=")[0].strip()] = line
+    return sections

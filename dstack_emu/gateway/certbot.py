@@ -84,8 +84,8 @@ class Certbot:
         context = self._context
         now = context.clock()
         issued = issue_wildcard(context.authority, domain, context.entropy, now=now, node=context.node_id)
-        self._records.certificates[domain] = issued.entry
         quoted = await self._quotes(CERTIFICATE_TAG, issued.public_key)
+        self._records.certificates[domain] = issued.entry
         if quoted is not None:
             attestation = AttestationEntry(
                 public_key=issued.public_key.hex(),
@@ -208,9 +208,14 @@ class Certbot:
             await self.renew_all()
             await asyncio.sleep(self._records.certbot.renew_interval or _DISABLED_INTERVAL)
 
+    def abandon(self) -> None:
+        """End what runs in the background, and forget which domains it renews."""
+        for task in self._tasks:
+            task.cancel()
+        self._locked.clear()
+
     async def close(self) -> None:
         """End what runs in the background."""
         running = tuple(self._tasks)
-        for task in running:
-            task.cancel()
+        self.abandon()
         await asyncio.gather(*running, return_exceptions=True)

@@ -163,7 +163,10 @@ class Gateway:
         return self.records.capture()
 
     def restore(self, state: GatewayState) -> None:
-        """Make everything what it was; raise `GatewayError` if it cannot be stored."""
+        """Make everything what it was, and begin anew what runs in the background.
+
+        Raises `GatewayError` if it cannot be stored.
+        """
         before = self.records.capture()
         self.records.put(state)
         try:
@@ -172,6 +175,10 @@ class Gateway:
             self.records.put(before)
             raise
         self.certificates.load_all(self.records.certificates)
+        self.published, self.last_seen = {}, 0
+        self.certbot.abandon()
+        self.policies.abandon()
+        self.start()
 
     # ---- what the ingress asks
 

@@ -54,13 +54,22 @@ class PolicyFetcher:
             return
         task = asyncio.create_task(self._fetch(instance_id), name=f"port policy of {instance_id}")
         self._running[instance_id] = task
-        task.add_done_callback(lambda _: self._running.pop(instance_id, None))
+        task.add_done_callback(lambda done: self._ended(instance_id, done))
+
+    def _ended(self, instance_id: str, task: asyncio.Task[None]) -> None:
+        if self._running.get(instance_id) is task:
+            del self._running[instance_id]
+
+    def abandon(self) -> None:
+        """End all requests."""
+        for task in self._running.values():
+            task.cancel()
+        self._running = {}
 
     async def close(self) -> None:
-        """End all requests."""
+        """End all requests, and wait for their end."""
         running = tuple(self._running.values())
-        for task in running:
-            task.cancel()
+        self.abandon()
         await asyncio.gather(*running, return_exceptions=True)
 
     async def _fetch(self, instance_id: str) -> None:
