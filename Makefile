@@ -13,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet install --co
 # setuptools is installed first, in its pinned version: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-build-isolation --editable
 
-.PHONY: help venv up test browser fuzz decisions check-kms machines crash lint types imports check bench proto lock clean
+.PHONY: help venv up test browser fuzz decisions contracts check-kms machines crash lint types imports check bench proto lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -65,11 +65,16 @@ bench: $(VENV)/.dev ## Run the benchmarks
 proto: $(VENV)/.dev ## Generate the protobuf code, after a change of a .proto file
 	@$(BIN)/python tools/generate_proto.py
 
+contracts: ## Compile the contracts of the chain, with a compiler in .vyper (ARGS="--check": compare only)
+	@$(or $(PYTHON),python3) -m venv .vyper
+	@.vyper/bin/python -m pip --disable-pip-version-check --quiet install --only-binary=:all: --requirement tools/vyper.txt
+	@.vyper/bin/python tools/compile_contracts.py $(ARGS)
+
 lock: ## Resolve all dependencies into constraints.txt
 	@PYTHON="$(PYTHON)" .ci/lock
 
 clean: ## Remove .venv, caches and build files
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .vyper build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A candidate is used only if it runs: some systems have shims that are found and then fail.

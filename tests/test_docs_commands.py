@@ -56,7 +56,7 @@ OTHER_TESTS = {
 RUN_ELSEWHERE = ("make", "pip", "docker", "curl --cacert root-ca.crt")
 """What a command begins with that installs, or needs containers: .ci/run and tests/test_install.py run those."""
 
-SERVER = re.compile(r"dstack-emu (up|agent|auth|boot|pccs|kms|verifier|ctl tail$)")
+SERVER = re.compile(r"dstack-emu (up|agent|auth|chain|boot|pccs|kms|verifier|ctl tail$)")
 """A command that runs until it is stopped. In a block it is the last one."""
 
 READY = re.compile(r"Ctrl-C stops it|protects nothing|→ \S+ \w+ +200")
@@ -150,6 +150,8 @@ class Terminal:
             threading.Thread(target=process.stdout.read, daemon=True).start()  # otherwise the pipe would fill
             if url := re.search(r"KMS \(onboard phase\) at http://(\S+)\.", said[-1]):
                 self.names["127.0.0.1:9400"] = url[1]
+            if url := re.search(r"Chain at http://(\S+) \(", said[-1]):
+                self.names["127.0.0.1:8545"] = url[1]
             if url := re.search(r"auth-eth-bun at http://(\S+) ", said[-1]):
                 self.names["127.0.0.1:3000"] = url[1]
             yield

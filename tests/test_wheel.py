@@ -108,7 +108,9 @@ def test_wheel_has_one_package_and_all_of_it(source: Path, wheel: Path) -> None:
     ]
     assert packaged == {str(path.relative_to(source)) for path in files}
     assert "dstack_emu/py.typed" in packaged
-    assert {".py", ".pyi", ".proto", ".typed", ".html"} == {Path(name).suffix for name in packaged}
+    assert {".py", ".pyi", ".proto", ".typed", ".html", ".css", ".js", ".svg", ".vy", ".evm", ".json"} == {
+        Path(name).suffix for name in packaged
+    }
 
 
 # ---- beside packages of others

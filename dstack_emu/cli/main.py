@@ -39,6 +39,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "kms": "run one KMS from a kms.toml",
     "vmm": "run one VMM, which deploys machines with keys from KMS that run elsewhere",
     "auth": "run one auth webhook of a KMS: auth-simple, dstack-auth, auth-eth-bun or auth-mock",
+    "chain": "run a chain with the authorization contracts, and its JSON-RPC",
     "gateway": "run one gateway, at which instances register, from a gateway.toml",
     "check-webhook": "check an auth webhook: what would break a KMS, and what it allows that it should not",
     "check-kms": "check a KMS: what it must refuse, and what it must release after that",

@@ -38,6 +38,9 @@ GRPC_PORTS: Final[Mapping[str, int]] = MappingProxyType(
 )
 """The gRPC listeners, which exist only if gRPC is enabled."""
 
+CHAIN_PORT: Final = 8545
+"""The port of `dstack-emu chain`, which upstream's webhooks ask if they are told no other."""
+
 IMAGE_PORT: Final = 8089
 """The port of `dstack-emu image serve`."""
 IMAGE_URL: Final = f"http://127.0.0.1:{IMAGE_PORT}/mr_{{OS_IMAGE_HASH}}.tar.gz"

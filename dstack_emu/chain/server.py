@@ -1,0 +1,126 @@
+"""The chain's server: JSON-RPC by POST and over a WebSocket, on one port.
+
+Clients send JSON under any content type. Over a WebSocket there is eth_subscribe with newHeads and logs, too. Binds no
+socket. What the EVM executes is done in a thread, one request after the other, so that the loop answers meanwhile.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any, Final
+
+from aiohttp import WSMsgType, web
+
+from dstack_emu.chain.block import Block
+from dstack_emu.chain.errors import InvalidParamsError
+from dstack_emu.chain.filters import LogFilter
+from dstack_emu.chain.quantities import Params, quantity
+from dstack_emu.chain.rpc import Rpc
+from dstack_emu.chain.views import header_view
+
+MAX_BODY: Final = 4 * 1024 * 1024
+"""Bytes of a request or a message."""
+MAX_SUBSCRIPTIONS: Final = 100
+"""Subscriptions of one connection."""
+
+Views = Callable[[Block], list[Any]]
+"""What a subscriber is sent of a block."""
+
+
+class ChainServer:
+    """Serves the methods of a node, and tells subscribers of its blocks."""
+
+    def __init__(self, rpc: Rpc) -> None:
+        self._rpc = rpc
+        self._sockets: set[_Socket] = set()
+
+    def app(self) -> web.Application:
+        """Make the application."""
+        app = web.Application(client_max_size=MAX_BODY)
+        app.router.add_post("/", self._post)
+        app.router.add_get("/", self._get)
+        app.on_shutdown.append(self._close)
+        return app
+
+    def tell(self, block: Block) -> None:
+        """Send a block to its subscribers, from any thread."""
+        for socket in tuple(self._sockets):
+            socket.tell(block)
+
+    async def _post(self, request: web.Request) -> web.Response:
+        answer = await asyncio.to_thread(self._rpc.answer, await request.read())
+        return web.Response(body=answer or b"", content_type="application/json")
+
+    async def _get(self, request: web.Request) -> web.StreamResponse:
+        websocket = web.WebSocketResponse(max_msg_size=MAX_BODY)
+        if not websocket.can_prepare(request).ok:
+            return web.Response(
+                status=405, text="JSON-RPC by POST, or a WebSocket, expected", headers={"Allow": "POST"}
+            )
+        await websocket.prepare(request)
+        socket = _Socket(websocket, self._rpc)
+        self._sockets.add(socket)
+        try:
+            await socket.serve()
+        finally:
+            self._sockets.discard(socket)
+        return websocket
+
+    async def _close(self, _app: web.Application) -> None:
+        for socket in tuple(self._sockets):
+            await socket.websocket.close()
+
+
+class _Socket:
+    """A connection, and what it subscribed to."""
+
+    def __init__(self, websocket: web.WebSocketResponse, rpc: Rpc) -> None:
+        self.websocket = websocket
+        self._rpc = rpc.also({"eth_subscribe": self._subscribe, "eth_unsubscribe": self._unsubscribe})
+        self._views: dict[str, Views] = {}
+        self._last = 0
+        self._loop = asyncio.get_running_loop()
+        self._outgoing = asyncio.Queue[bytes]()
+
+    async def serve(self) -> None:
+        """Answer messages until the connection ends."""
+        writer = asyncio.create_task(self._write())
+        try:
+            async for message in self.websocket:
+                if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
+                    continue
+                body = message.data.encode() if message.type == WSMsgType.TEXT else message.data
+                if answer := await asyncio.to_thread(self._rpc.answer, body):
+                    self._outgoing.put_nowait(answer)
+        finally:
+            writer.cancel()
+
+    def tell(self, block: Block) -> None:
+        """Send what was subscribed to, after the answer to the request that made the block."""
+        for name, views in tuple(self._views.items()):
+            for view in views(block):
+                message = {"subscription": name, "result": view}
+                text = json.dumps({"jsonrpc": "2.0", "method": "eth_subscription", "params": message})
+                self._loop.call_soon_threadsafe(self._outgoing.put_nowait, text.encode())
+
+    async def _write(self) -> None:
+        while True:
+            await self.websocket.send_str((await self._outgoing.get()).decode())
+
+    def _subscribe(self, params: Params) -> str:
+        kind = params.get(0)
+        if len(self._views) >= MAX_SUBSCRIPTIONS:
+            raise InvalidParamsError(f"at most {MAX_SUBSCRIPTIONS} subscriptions of a connection expected")
+        if kind == "newHeads":
+            views: Views = lambda block: [header_view(block)]  # noqa: E731
+        elif kind == "logs":
+            views = LogFilter.of(params.members(1, "filter") if params.get(1) is not None else {}).of_block
+        else:
+            raise InvalidParamsError(f"subscription: newHeads or logs expected, got {kind!r:.40}")
+        self._last += 1
+        name = quantity(self._last)
+        self._views[name] = views
+        return name
+
+    def _unsubscribe(self, params: Params) -> bool:
+        return self._views.pop(str(params.get(0)), None) is not None
