@@ -63,10 +63,17 @@ def allowed(reason: str = "") -> dict[str, Any]:
     return {"isAllowed": True, "reason": reason, "gatewayAppId": "0xgateway"}
 
 
-@pytest.fixture
-def chain() -> Iterator[Chain]:
+@pytest.fixture(scope="module")
+def server() -> Iterator[Chain]:
     with running_chain() as chain:
         yield chain
+
+
+@pytest.fixture
+def chain(server: Chain) -> Chain:
+    """A chain that answers as it should, on one server for all tests."""
+    vars(server).update(vars(Chain(url=server.url)))
+    return server
 
 
 @asynccontextmanager
@@ -74,6 +81,16 @@ async def webhook(chain: Chain, revision: AuthEthRevision = "next", **changed: A
     given = {"rpc_url": chain.url, "kms_contract": CONTRACT, "revision": revision, **changed}
     async with TestClient(TestServer(eth_app(EthSettings(**given)))) as client:
         yield client
+
+
+@asynccontextmanager
+async def deciding(settings: EthSettings, **more: Any) -> AsyncIterator[EthAuth]:
+    """The service without its HTTP server."""
+    service = EthAuth(settings, **more)
+    try:
+        yield service
+    finally:
+        await service.close()
 
 
 async def ask(client: Client, caller: str = "app", **changed: Any) -> Any:
@@ -459,13 +476,14 @@ NONSENSE: dict[str, tuple[Fault, str]] = {
 @pytest.mark.parametrize("name", NONSENSE)
 async def test_nonsense_denies(chain: Chain, name: str) -> None:
     chain.fault, cause = NONSENSE[name]
-    async with webhook(chain, "0.5.11") as client:
-        for caller in ("app", "kms"):
-            answer = await ask(client, caller)
-            assert answer == denied(answer["reason"])
-            assert cause in answer["reason"]
-    async with webhook(chain) as client:
-        assert await ask(client) == await ask(client, "kms") == denied()
+    settings = EthSettings(chain.url, CONTRACT, "0.5.11")
+    async with deciding(settings) as service:
+        for is_kms in (False, True):
+            decision = await service.decide(ASKED, is_kms)
+            assert (decision.is_allowed, decision.gateway_app_id, decision.rule) == (False, "", "chain")
+            assert cause in decision.reason
+    async with deciding(replace(settings, revision="next")) as service:
+        assert (await service.decide(ASKED, False)).reason == UNAVAILABLE
 
 
 @pytest.mark.parametrize("value", [None, 1337, "1337", "0x", "0x0539", "0xzz", "0x1" + "0" * 16, "-0x1", "0x5 ", True])
@@ -544,11 +562,8 @@ def test_whatever_the_contract_returns_it_is_allowed_only_if_the_bytes_say_true(
     chain.fault = result_of(f"0x{data.hex()}")
 
     async def decide() -> PolicyDecision:
-        service = EthAuth(EthSettings(rpc_url=chain.url, kms_contract=CONTRACT, revision="0.5.11"))
-        try:
+        async with deciding(EthSettings(chain.url, CONTRACT, "0.5.11")) as service:
             return await service.decide(ASKED, False)
-        finally:
-            await service.close()
 
     decision = asyncio.run(decide())
     assert not decision.is_allowed or f"0x{data.hex()}" == abi_decision(True, decision.reason)

@@ -52,10 +52,19 @@ def options(chain: Chain, auth: str) -> tuple[str, ...]:
     return "--auth", auth, "--eth-rpc-url", chain.url, "--kms-contract", CONTRACT
 
 
-def test_command_asks_the_chain_for_one_kms_which_states_chain_and_contract() -> None:
-    with running_chain() as chain, running_stack(*options(chain, "src=eth")) as stack:
-        assert list(stack.policies) == ["dst"]
-        assert list(stack.description["webhooks"]) == ["src"]
+def test_command_lets_the_chain_decide_for_one_kms_which_states_url_and_contract() -> None:
+    with running_chain() as chain, running_stack("--fresh", *options(chain, "src=eth")) as stack:
+        assert (list(stack.policies), list(stack.description["webhooks"])) == (["dst"], ["src"])
+        status, info = stack.rpc("kms-src", "Onboard.GetAttestationInfo")
+        assert (status, info["eth_rpc_url"], info["kms_contract_address"]) == (200, chain.url, CONTRACT)
+        assert stack.rpc("kms-dst", "Onboard.GetAttestationInfo")[1]["eth_rpc_url"] == ""
+        domain = {"domain": stack.description["kms_names"][0]}
+        chain.decision = False, "Aggregated MR not allowed"
+        status, answer = stack.rpc("kms-src", "Onboard.Bootstrap", domain)
+        assert (status, "Aggregated MR not allowed" in answer["error"]) == (400, True)
+        chain.decision = True, ""
+        assert stack.rpc("kms-src", "Onboard.Bootstrap", domain)[0] == 200
+        assert stack.curl(f"{stack.services['kms-src']}/finish")[0] == 200
         status, meta = stack.rpc("kms-src", "KMS.GetMeta")
         assert status == 200
         assert (meta["chain_id"], meta["kms_contract_address"], meta["gateway_app_id"]) == (
@@ -64,21 +73,8 @@ def test_command_asks_the_chain_for_one_kms_which_states_chain_and_contract() ->
             chain.gateway,
         )
         assert meta["app_auth_implementation"] == "0x9876543210987654321098765432109876543210"
-        assert stack.rpc("kms-dst", "KMS.GetMeta")[1]["chain_id"] == 0
-        assert stack.curl(f"{stack.services['auth-src']}/")[0] == 200
         chain.fault = _failing
         assert stack.rpc("kms-src", "KMS.GetMeta")[0] == 400
-
-
-def test_kms_in_its_onboard_phase_states_url_and_contract() -> None:
-    with running_chain() as chain, running_stack("--fresh", *options(chain, "eth")) as stack:
-        for kms in ("kms-src", "kms-dst"):
-            status, info = stack.rpc(kms, "Onboard.GetAttestationInfo")
-            assert (status, info["eth_rpc_url"], info["kms_contract_address"]) == (200, chain.url, CONTRACT)
-        chain.decision = False, "Aggregated MR not allowed"
-        status, answer = stack.rpc("kms-src", "Onboard.Bootstrap", {"domain": stack.description["kms_names"][0]})
-        assert status == 400
-        assert "Aggregated MR not allowed" in answer["error"]
 
 
 @pytest.mark.parametrize(

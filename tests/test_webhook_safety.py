@@ -268,13 +268,11 @@ def test_emulated_server_answers_as_the_table_says(contract: Contract, on_device
     assert all(contract == "file" and ", the " in name and name.split()[2] == "twice," for name in others), others
 
 
-@pytest.mark.parametrize("on_devices", [True, False], ids=["listed devices", "any device"])
-def test_emulated_webhook_of_a_contract_answers_as_the_table_says(on_devices: bool, tmp_path: Path) -> None:
-    file, listed = tmp_path / "policy.json", policy(on_devices=on_devices)
-    listed["kms"]["devices"] = [SAMPLES.kms.device_id.hex()]  # a contract admits a KMS on listed devices alone
+def test_emulated_webhook_of_a_contract_answers_as_the_table_says(tmp_path: Path) -> None:
+    file, listed = tmp_path / "policy.json", policy(on_devices=True)
     file.write_text(json.dumps(listed))
     with running_chain() as chain:
-        chain.fault = contract_of(listed, requires_tcb=on_devices)
+        chain.fault = contract_of(listed)
         options = ("--listen", "127.0.0.1:0", "--eth-rpc-url", chain.url, "--kms-contract", CONTRACT)
         with serving("auth", "eth", *options, log=tmp_path / "log") as served:
             done = run_command("check-webhook", served["url"], "--allowed", str(file), "--contract", "eth", "--json")
@@ -284,10 +282,10 @@ def test_emulated_webhook_of_a_contract_answers_as_the_table_says(on_devices: bo
     assert others == set()
     open_ones = [each for each in report["requests"] if each["expected"] == "any"]
     assert all(each["name"].startswith("app tcbStatus ") for each in open_ones)
-    assert {each["outcome"] for each in open_ones} == {"denied" if on_devices else "allowed"}
+    assert {each["outcome"] for each in open_ones} == {"denied"}  # this app's contract requires the status
 
 
-def contract_of(listed: dict[str, Any], *, requires_tcb: bool) -> Fault:
+def contract_of(listed: dict[str, Any]) -> Fault:
     """The rules of DstackKms and DstackApp over a policy, of the words that a call has."""
 
     def decide(name: str, request: dict[str, Any]) -> Any:
@@ -314,7 +312,7 @@ def contract_of(listed: dict[str, Any], *, requires_tcb: bool) -> Fault:
             checks = [
                 (app_id in listed["apps"], "App not registered"),
                 (image in listed["osImages"], "OS image is not allowed"),
-                (is_up_to_date or not requires_tcb, "TCB status is not up to date"),
+                (is_up_to_date, "TCB status is not up to date"),
                 (compose in app["composeHashes"], "Compose hash not allowed"),
                 (app["allowAnyDevice"] or device in app["devices"], "Device not allowed"),
             ]
@@ -402,6 +400,19 @@ def test_allowed_statuses_and_advisories_of_a_policy_are_expected(policy_file: P
     assert answers["app tcbStatus UpToDate"] == answers["app advisoryIds one that is unknown"] == "denied"
     assert answers["app advisoryIds one more"] == "allowed"
     assert list_requests(allowed, "readme")["app advisoryIds one that is unknown"] == "allowed"
+
+
+def test_contract_is_expected_to_list_the_device_of_a_kms_and_not_to_need_that_of_an_app() -> None:
+    named = policy()
+    allowed = from_document(named, SAMPLES, "eth", "")
+    assert allowed.kms.missing.startswith("kms.devices is empty, and a contract cannot admit a KMS on any device")
+    named["kms"]["devices"] = [SAMPLES.kms.device_id.hex()]
+    answers = list_requests(from_document(named, SAMPLES, "eth", ""), "eth")
+    assert answers["kms deviceId last byte changed"] == answers["kms tcbStatus OutOfDate"] == "denied"
+    assert answers["app deviceId last byte changed"] == answers["app advisoryIds one more"] == "allowed"
+    assert answers["app tcbStatus OutOfDate"] == "any"
+    assert answers["app composeHash padded with a zero byte"] == "error"
+    assert list_requests(from_document({}, SAMPLES, "eth", ""), "eth")["app deviceId last byte changed"] == "any"
 
 
 def test_device_is_expected_as_the_policy_says() -> None:
