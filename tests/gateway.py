@@ -124,6 +124,20 @@ class StubAgent:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.tcb_info = ""
         self.status = 200
+        self._held = ""
+        self._is_asked, self._may_answer = threading.Event(), threading.Event()
+
+    @contextmanager
+    def held(self, method: str) -> Iterator[threading.Event]:
+        """Answer a method only after the block, and yield what is set when it is called."""
+        self._held = method
+        self._is_asked.clear()
+        self._may_answer.clear()
+        try:
+            yield self._is_asked
+        finally:
+            self._held = ""
+            self._may_answer.set()
 
     def answer(self, method: str, request: dict[str, Any]) -> dict[str, Any]:
         if method == "GetTlsKey":
@@ -149,6 +163,9 @@ class StubAgent:
                 method = urlsplit(self.path).path.rsplit("/", 1)[-1]
                 request = json.loads(body or b"null") or {}
                 agent.asked.append((method, request))
+                if method == agent._held:
+                    agent._is_asked.set()
+                    agent._may_answer.wait(20)
                 answer = json.dumps(agent.answer(method, request)).encode()
                 self.send_response(agent.status)
                 self.send_header("Content-Length", str(len(answer)))

@@ -466,3 +466,42 @@ def test_registration_of_a_node_that_is_down_is_refused_until_it_is_up(gateway: 
     assert text == "this gateway node is marked as down and cannot accept new registrations"
     gateway.rpc("admin", "SetNodeStatus", id=1, status="up")
     assert gateway.debug_register("one")["wg"]["client_ip"] == "10.0.0.2"
+
+
+# ---- at the same time
+
+
+def test_renewal_that_meets_another_one_does_nothing_unless_the_lock_is_released(
+    gateway: RunningGateway, agent: StubAgent
+) -> None:
+    credential(gateway)
+    domain(gateway)
+    issued(gateway)
+
+    def renew() -> bool:
+        renewed: bool = gateway.rpc("admin", "RenewZtDomainCert", domain="app.example", force=True)["renewed"]
+        return renewed
+
+    with ThreadPoolExecutor(2) as pool:
+        with agent.held("GetQuote") as is_asked:
+            first = pool.submit(renew)
+            is_asked.wait(20)
+            assert not renew()
+            gateway.rpc("admin", "ForceReleaseCertLock", domain="app.example")
+            second = pool.submit(renew)
+        assert first.result(20)
+        assert second.result(20)
+
+
+def test_rotation_that_meets_another_one_is_refused(gateway: RunningGateway, agent: StubAgent) -> None:
+    credential(gateway)
+    domain(gateway)
+    issued(gateway)
+    text = "ACME credential rotation or CAA reconciliation is already in progress"
+    with ThreadPoolExecutor(1) as pool:
+        with agent.held("GetQuote") as is_asked:
+            rotation = pool.submit(gateway.rpc, "admin", "RotateAcmeCredentials")
+            is_asked.wait(20)
+            for method in ("RotateAcmeCredentials", "SetCaa"):
+                assert gateway.refused("admin", method) == text
+        assert rotation.result(20)["domains_updated"] == 1

@@ -42,7 +42,7 @@ class Webhook:
         url = self._config.url
         headers = {"Content-Type": "application/json", **(self._headers() if self._headers is not None else {})}
         try:
-            answer = await self._client.send("POST", url, request_of(info), headers, follow_redirects=True)
+            answer = await self._client.send("POST", url, request_of(info), headers)
         except NoAnswerInTimeError as error:
             raise GatewayError("App authorization failed: Auth timeout: deadline has elapsed") from error
         except (NoAnswerError, AnswerTooLongError) as error:
