@@ -4,11 +4,13 @@ It runs if DSTACK_EMU_BROWSER is set (`make browser`): starting a browser takes 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from dstack_emu import Stack
+from dstack_emu.testing import LiveStack
 from tests.browser import Browser, Tab, chromium, program
 from tests.running import RunningStack, running_stack
 
@@ -155,3 +157,112 @@ def test_token_is_typed_once_and_is_in_no_address(browser: Browser, tab: Tab, tm
         other.open("about:blank")
         tab.requests.clear()
         tab.complaints.clear()  # a refused request is an error in Chromium's console
+
+
+# ---- calls
+
+
+def test_bootstrap_that_was_refused_is_allowed_by_what_the_call_shows(tab: Tab) -> None:
+    with running_stack("--fresh") as stack:
+        name = stack.description["kms_names"][0]
+        assert stack.rpc("kms-src", "Onboard.Bootstrap", {"domain": name})[0] == 400
+        open_page(tab, stack, "calls")
+        tab.tab_to("Calls, the newest last")
+        tab.press("ArrowUp", "Enter")
+        tab.see("The rule kms mr aggregated: mrAggregated", "section")
+        assert tab.focused().startswith("Call ")
+        line = next(
+            number
+            for number, text in enumerate(stack.policies["src"].read_text().splitlines(), 1)
+            if "mrAggregated" in text
+        )
+        tab.see(f"Line {line} of the policy: ", "section")
+        assert tab.run("document.querySelectorAll('svg[role=img] .arrow.denied').length") == 1
+        check_accessible(tab, "calls")
+        before = stack.policies["src"].read_text()
+        tab.tab_to("Allow this")
+        tab.press("Enter")
+        tab.see(f'+      "0x{stack.description["kms"]["src"]["mr_aggregated"]}"', ".diff")
+        assert stack.policies["src"].read_text() == before
+        tab.tab_to("Change the policy of kms-src")
+        tab.press("Enter")
+        tab.see("The policy allows it now", "section")
+        assert stack.rpc("kms-src", "Onboard.Bootstrap", {"domain": name})[0] == 200
+        tab.see("Bootstrap", ".windowed")
+        tab.wait("[...document.querySelectorAll('.item')].at(-1).innerText.includes('200')")
+        tab.open("about:blank")
+        tab.requests.clear()
+
+
+def test_policy_that_changed_since_is_not_overwritten(stack: RunningStack, tab: Tab) -> None:
+    control_call(stack, "POST", "/policies/src/deny", '{"guest": "app"}')
+    stack.curl(f"{stack.services['control']}/guests/app/boot", "-H", "Content-Type: application/json", "-d", "{}")
+    open_page(tab, stack, "calls")
+    tab.tab_to("Calls, the newest last")
+    tab.press("ArrowUp", "Enter")
+    tab.tab_to("Allow this")
+    tab.press("Enter")
+    control_call(stack, "POST", "/policies/src/deny", '{"guest": "kms-dst"}')
+    changed = stack.policies["src"].read_text()
+    tab.tab_to("Change the policy of kms-src")
+    tab.press("Enter")
+    tab.see("The policy has changed since", "section")
+    assert stack.policies["src"].read_text() == changed
+
+
+def test_calls_are_found_by_service_rpc_outcome_and_app(stack: RunningStack, tab: Tab) -> None:
+    stack.curl(f"{stack.services['app']}/GetQuote?report_data=00")
+    stack.curl(f"{stack.services['app']}/GetQuote?report_data=zz")
+    open_page(tab, stack, "calls")
+    tab.see("GetQuote", ".windowed")
+    app = stack.description["app"]["app_id"]
+    for field, value, found in (
+        ("call", "getquote", {"GetQuote"}),
+        ("outcome", "refused", {"GetQuote"}),
+        ("service", "auth-dst", {"Onboard", "GetAttestationInfo"}),
+        ("app", f"0x{app}", {"Boot"}),
+        ("call", "nothing", set()),
+    ):
+        control = f"document.getElementById('filter-{field}')"
+        tab.wait(f"{control}.tagName === 'INPUT' || {control}.options.length > 3")
+        tab.run(f"{control}.value = '{value}', {control}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+        shown = tab.run("[...document.querySelectorAll('.item .what')].map((each) => each.innerText.split(' ').at(-1))")
+        assert set(shown) == found, (field, value)
+        tab.run("[...document.querySelectorAll('form button')].find((each) => each.innerText === 'Show all').click()")
+    stack.curl(f"{stack.services['app']}/prpc/%3Cimg%20src=x%3E?json")
+    tab.see("<img src=x>", ".windowed")
+    assert tab.run("document.querySelectorAll('main img').length") == 0
+
+
+def test_hundred_thousand_calls_stay_usable(tab: Tab) -> None:
+    def calls(first: int, last: int) -> Callable[[Stack], None]:
+        def record(stack: Stack) -> None:
+            for index in range(first, last):
+                journal = stack.control.journal
+                journal.end(journal.begin("app", f"Call{index}", None, 0, "outside"), 200)
+
+        return record
+
+    with LiveStack(journal_size=110_000, fresh=True) as stack:
+        stack.in_thread(calls(0, 100_000))
+        tab.open(f"{stack.services['control']}/console/#/calls")
+        tab.see("500 of 500 calls", "main")
+        button = "[...document.querySelectorAll('button')].find((each) => each.innerText.startsWith('Load older'))"
+        tab.run(
+            f"(async () => {{ while (!{button}.hidden) {{ {button}.click(); "
+            "await new Promise((resolve) => setTimeout(resolve, 10)); } })()"
+        )
+        tab.wait("parseInt(document.querySelector('.note').innerText) >= 99_000")
+        assert tab.run("document.querySelectorAll('.item').length") < 60
+        tab.tab_to("Calls, the newest last")
+        tab.press("Home")
+        tab.see("Call0", ".windowed")
+        tab.press("End")
+        tab.see("Call99999", ".windowed")
+        for first in range(100_000, 102_500, 500):
+            stack.in_thread(calls(first, first + 500))
+            tab.see(f"Call{first + 499}", ".windowed")
+        tab.see("older ones were dropped here", ".note")
+        assert tab.run("performance.memory.usedJSHeapSize") < 200 * 2**20
+        tab.open("about:blank")
+        tab.requests.clear()

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from dstack_emu.attest.errors import FormatError
-from dstack_emu.control.kms import KmsControl
+from dstack_emu.control.explanations import ExplanationControl
 from dstack_emu.control.schemas import ControlError, checked, unknown
 from dstack_emu.control.snapshots import StackState, apply_state, capture_state
 from dstack_emu.deployment.deployment import Deployment
@@ -17,7 +17,6 @@ from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.health import check_grpc, check_services
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.observability.fault_rules import FaultRule, InstalledRule
-from dstack_emu.observability.journal import Journal
 from dstack_emu.observability.service_calls import UnknownCallError
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.vmm.errors import VmmError
@@ -29,7 +28,7 @@ READY = "ready"
 """The name of the snapshot that is taken when a stack is ready; `reset` restores it."""
 
 
-class Control(KmsControl):
+class Control(ExplanationControl):
     """The calls that read and change a running deployment. They raise `ControlError` if they are refused."""
 
     def __init__(self, deployment: Deployment) -> None:
@@ -68,11 +67,6 @@ class Control(KmsControl):
             )
         except UnknownCallError as error:
             raise ControlError(str(error)) from error
-
-    @property
-    def journal(self) -> Journal:
-        """The journal, which records every call."""
-        return self._instrumentation.journal
 
     # ---- snapshots
 

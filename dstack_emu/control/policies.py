@@ -30,6 +30,12 @@ class PolicyControl:
         """Return the path of each policy file, by KMS."""
         return {name: str(path) for name, path in self._deployment.policies.items()}
 
+    def check_policy(self, kms: str, text: str) -> dict[str, Any]:
+        """Say what a webhook would find wrong with a policy's text, which keys nothing reads, and what would change."""
+        from dstack_emu.control.policy_check import check_policy  # imported here, because few stacks need it
+
+        return check_policy(self._policy_path(kms), text)
+
     def policy(self, kms: str) -> Any:
         """Return a policy's present content."""
         try:

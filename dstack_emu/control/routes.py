@@ -16,6 +16,7 @@ from dstack_emu.control.schemas import (
     OnboardRequest,
     PlatformChange,
     PolicyChange,
+    PolicyText,
     RequestBody,
     SnapshotRequest,
     VendorChange,
@@ -181,6 +182,13 @@ ROUTES: Final = (
     Route("PUT", "/policies/{kms}", "Replace a policy", _set_policy, _Policy, validates=False),
     Route(
         "POST",
+        "/policies/{kms}/check",
+        "What is wrong with a policy, and what it would change",
+        lambda c, p, q, b: c.check_policy(p["kms"], b.text),
+        PolicyText,
+    ),
+    Route(
+        "POST",
         "/policies/{kms}/allow",
         "Allow a trust domain, an app or a KMS",
         lambda c, p, q, b: c.change_policy(p["kms"], b, is_allowed=True),
@@ -201,6 +209,14 @@ ROUTES: Final = (
         "GET", "/journal", "Records, or the calls among them that match", _journal, query=(*_FIND, "before", "limit")
     ),
     Route("GET", "/journal/count", "How many calls match", _count, query=_FIND),
+    Route("GET", "/journal/{id}", "One record", lambda c, p, q, b: c.record(p["id"])),
+    Route("GET", "/journal/{id}/diagram", "A record as a picture", lambda c, p, q, b: c.diagram(p["id"])),
+    Route(
+        "GET",
+        "/journal/{id}/why",
+        "Why webhooks denied in it, and the change of the policy that admits it",
+        lambda c, p, q, b: c.why(p["id"]),
+    ),
     Route("DELETE", "/journal", "Forget every record", lambda c, p, q, b: c.journal.clear()),
     Route("POST", "/journal/on", "Record calls", lambda c, p, q, b: _switch(c, True), _Nothing),
     Route("POST", "/journal/off", "Record nothing", lambda c, p, q, b: _switch(c, False), _Nothing),

@@ -79,6 +79,12 @@ class RequestBody(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
+class PolicyText(RequestBody):
+    """The text of a policy that somebody edits."""
+
+    text: str
+
+
 class PlatformChange(RequestBody):
     """A change of one platform; fields that are left out stay as they are."""
 

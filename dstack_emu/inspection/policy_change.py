@@ -25,13 +25,14 @@ _HEX_MEMBERS: Final = frozenset({"osImageHash", "mrAggregated", "composeHash", "
 class PolicyChange:
     """What a policy refuses, one after another, and the change that admits it.
 
-    If `obstacle` is not empty, it says why no change of the file admits it; then the patch is empty. It is empty, too,
-    if nothing is refused.
+    `document` is the policy with the change. If `obstacle` is not empty, it says why no change of the file admits it;
+    then the patch is empty. It is empty, too, if nothing is refused.
     """
 
     refusals: tuple[Refusal, ...]
     patch: Patch
     diff: str
+    document: dict[str, Any]
     obstacle: str = ""
 
 
@@ -42,10 +43,11 @@ def smallest_change(policy: PolicyFile, boot_info: bytes, *, is_kms: bool) -> Po
     for _ in range(MOST_STEPS):
         refusal = policy.with_document(after).decide(boot_info, is_kms=is_kms).refusal
         if refusal is None:
-            return PolicyChange(tuple(refusals), list(_patch(before, after, "")), _diff(policy.path, before, after))
+            diff = policy_diff(policy.path, before, after)
+            return PolicyChange(tuple(refusals), list(_patch(before, after, "")), diff, after)
         refusals.append(refusal)
         if obstacle := _obstacle(policy, refusal):
-            return PolicyChange(tuple(refusals), [], "", obstacle)
+            return PolicyChange(tuple(refusals), [], "", before, obstacle)
         _add(policy, after, refusal, json.loads(boot_info))
     raise AssertionError(f"{policy.path} still refuses what it lists: {refusals[-1].rule}")
 
@@ -113,6 +115,7 @@ def _patch(before: Any, after: Any, place: str) -> Iterator[dict[str, Any]]:
                 yield {"op": "add", "path": inner, "value": value}
 
 
-def _diff(path: str, before: Any, after: Any) -> str:
+def policy_diff(path: str, before: Any, after: Any) -> str:
+    """Return a unified diff of two policies, as JSON in the usual form; empty if they are equal."""
     old, new = (json.dumps(each, indent=2, ensure_ascii=False).splitlines() for each in (before, after))
     return "\n".join(difflib.unified_diff(old, new, path, f"{path}, changed", lineterm=""))

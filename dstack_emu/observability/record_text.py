@@ -59,8 +59,13 @@ def _inner(record: Record, depth: int, paint: Any) -> Iterator[str]:
 
 
 def _call(record: Record, paint: Any) -> str:
-    outcome, status = record["outcome"], record.get("grpc", record["status"])
     text = f"{record['caller']} → {record['service']} {record['call']}"
+    return f"{text}  {paint(record['outcome'], result_text(record))}"
+
+
+def result_text(record: Record) -> str:
+    """Return what came of a call, on one line: the decision, the verdict, the refusal or the status, and the fault."""
+    outcome, status = record["outcome"], record.get("grpc", record["status"])
     decision, result = record.get("decision"), ""
     if decision is not None:
         reason = decision.get("reason") or "no reason given"
@@ -79,7 +84,7 @@ def _call(record: Record, paint: Any) -> str:
         result = str(status)
     if fault := record.get("fault"):
         result += f" (fault {fault['id']}: {fault['kind']})"
-    return f"{text}  {paint(outcome, result)}"
+    return result
 
 
 def _release(released: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ DESCRIPTION = (
 EXAMPLES: Final = """\
 examples:
   dstack-emu ctl tail                                   each call, and why it was refused
+  dstack-emu ctl trace 3 --svg                          a picture of call 3, and of what it led to
   dstack-emu ctl policy deny src app                    revoke the app
   dstack-emu ctl platform 'host of app' --set tcb_status=OutOfDate
   dstack-emu ctl vendor --set collateral_until=2026-06-01
@@ -79,6 +80,10 @@ def _add_observation(command: _AddCommand) -> None:
     tail.add_argument("--no-follow", action="store_true", help="show the past calls, and end")
     tail.add_argument("--short", action="store_true", help="one line for each call, without the calls that it caused")
     tail.add_argument("--json", action="store_true", help="JSON lines, as in the file of `up --journal`")
+
+    trace = command("trace", "show one call with the calls that it caused, or draw it as a picture", calls.trace)
+    trace.add_argument("id", metavar="ID", help="the number of the call, as `tail` shows it")
+    trace.add_argument("--svg", action="store_true", help="a sequence diagram (SVG), which loads nothing")
 
     journal = command("journal", "show the calls that match (JSON), count them, or remove all", calls.journal)
     journal.add_argument("verb", nargs="?", choices=("find", "count", "clear"), default="find")

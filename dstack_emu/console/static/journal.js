@@ -6,6 +6,7 @@ import {get, stream} from "./api.js";
 export const MOST = 100_000;  // lines; older ones are dropped
 const DROPPED = 1_000;        // at a time, when there are more
 const FIRST = 500;            // records that are requested at the start
+const DISORDER = 100;         // calls that were in progress at once
 const PAUSE = 2_000;          // milliseconds before the next try to connect
 
 export function number(entry) {
@@ -91,13 +92,13 @@ class Journal {
   }
 
   _rewind(position) {
-    while (this.entries.length && this.entries.at(-1).number > position) this.entries.pop();
+    this.entries = this.entries.filter((line) => line.number <= position);
     for (const [key, edge] of this.edges) if (edge.number > position) this.edges.delete(key);
     this.position = position;
   }
 
   _add(record) {
-    this.position = number(record);
+    this.position = Math.max(this.position, number(record));
     this.entries.push(this._line(record));
     for (const each of flattened(record)) if (each.call) this._connect(each);
     if (this.entries.length > MOST + DROPPED) {
@@ -108,12 +109,15 @@ class Journal {
 
   // Adds older records before the oldest line, and returns whether there may be more.
   async loadOlder(limit) {
-    const first = this.entries[0]?.number ?? this.position + 1;
     if (this.entries.length >= MOST) return false;
-    const {records} = await get(`/journal?limit=${limit}&before=${first}`);
-    this.entries = [...records.map((record) => this._line(record)), ...this.entries];
+    const first = this.entries[0]?.number ?? this.position + 1;
+    // Calls end in another order than they begin, so some of those before the first line have a higher number.
+    const {records} = await get(`/journal?limit=${limit}&before=${first + DISORDER}`);
+    const known = new Set(this.entries.slice(0, 10 * DISORDER).map((line) => line.number));
+    const older = records.filter((record) => !known.has(number(record)));
+    this.entries = [...older.map((record) => this._line(record)), ...this.entries];
     this._changed();
-    return records.length === limit;
+    return older.length > 0;
   }
 
   _connect(record) {

@@ -2,9 +2,10 @@
 
 import {make} from "./dom.js";
 import {journal} from "./journal.js";
+import * as calls from "./calls.js";
 import * as stack from "./stack.js";
 
-const PAGES = {stack: ["Stack", stack.show]};
+const PAGES = {stack: ["Stack", stack.show], calls: ["Calls", calls.show]};
 let leave = () => {};
 let shown = 0;
 

@@ -1,0 +1,162 @@
+"""What the control API says of a single call: the record, its picture, and why a webhook denied a boot in it."""
+
+import asyncio
+import json
+import xml.etree.ElementTree as ElementTree
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from dstack_emu.control.api import Control
+from dstack_emu.control.schemas import ControlError
+from dstack_emu.inspection.json_lines import line_of
+from dstack_emu.observability.sequence_diagram import sequence_diagram, svg
+from dstack_emu.stack import Stack
+from tests.commands import run_command
+from tests.own_stack import own_stack
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def running() -> AsyncIterator[Stack]:
+    """One ready stack for the file."""
+    async with own_stack() as stack:
+        yield stack
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def control(running: Stack) -> AsyncIterator[Control]:
+    """Its control; afterwards the stack is as it became ready."""
+    yield running.control
+    await running.control.reset()
+
+
+async def denied_boot(control: Control) -> str:
+    """Let the app be denied, and return the number of the call."""
+    control.deny("src", "app")
+    with pytest.raises(ControlError, match="app not registered"):
+        await control.boot_guest("app")
+    return str(control.journal.records(limit=1)[0]["id"])
+
+
+async def test_denial_is_explained_by_rule_line_and_the_change_that_allows_it(control: Control) -> None:
+    (denial,) = control.why(await denied_boot(control))["denials"]
+    app = control.guest("app")
+    assert (denial["kms"], denial["problem"], denial["decision"]["rule"]) == ("src", None, "app_registered")
+    (refusal,) = denial["refusals"]
+    assert (refusal["rule"], refusal["got"], refusal["wanted"]) == ("app_registered", [app["app_id"]], [])
+    lines = control._policy_path("src").read_text().splitlines()
+    assert lines[refusal["line"] - 1].strip() == refusal["line_text"] == '"apps": {}'
+    assert f'+    "0x{app["app_id"]}"' in denial["change"]["diff"]
+    assert denial["change"]["before"] == control.policy("src")
+    control.set_policy("src", denial["change"]["after"])
+    await control.boot_guest("app")
+    (denial,) = control.why(denial["id"].partition(".")[0])["denials"]
+    assert (denial["refusals"], denial["change"]) == ([], None)  # the present policy allows it
+
+
+async def test_denial_that_no_policy_can_undo_says_so(control: Control) -> None:
+    control.set_platform("host of app", module_status="Revoked", tcb_status="Revoked")
+    with pytest.raises(ControlError):
+        await control.boot_guest("app")
+    assert control.why(str(control.journal.position)) == {"denials": []}  # the KMS refused it: no webhook was asked
+
+
+async def test_denial_of_a_policy_that_cannot_be_read_names_the_problem(control: Control) -> None:
+    number = await denied_boot(control)
+    control._policy_path("src").write_text("{")
+    (denial,) = control.why(number)["denials"]
+    assert "auth-src.json" in denial["problem"]
+
+
+async def test_record_that_is_not_kept_is_refused(control: Control) -> None:
+    for wanted in ("0", "999999", "x", "1.99", "9" * 40):
+        with pytest.raises(ControlError, match="there is no record") as refused:
+            control.record(wanted)
+        assert refused.value.status == 404
+
+
+def shown(document: ElementTree.Element) -> set[str]:
+    """Return the texts of a picture, without the titles inside them."""
+    elements = document.iter("{http://www.w3.org/2000/svg}text")
+    return {(element[0].tail if len(element) else element.text) or "" for element in elements}
+
+
+async def test_picture_has_each_call_and_its_texts_stay_texts(control: Control) -> None:
+    record = control.record(await denied_boot(control))
+    document = ElementTree.fromstring(svg(sequence_diagram(record)))
+    assert {"stack", "app", "kms-src", "auth-src", "GetTempCaCert", "GetAppKey", "/bootAuth/app"} <= shown(document)
+    assert "http" not in svg(sequence_diagram(record)).replace("http://www.w3.org/2000/svg", "").replace(
+        "https://kms", ""
+    )
+    hostile: dict[str, Any] = {**record, "call": "</text><script>\x00&", "error": '"><img src=x>'}
+    document = ElementTree.fromstring(svg(sequence_diagram(hostile)))
+    assert "</text><script>\ufffd&" in shown(document)
+    assert {element.tag.partition("}")[2] for element in document.iter()} == {
+        "svg", "title", "style", "line", "text", "path", "rect",
+    }  # fmt: skip
+    assert control.diagram(record["id"])["shapes"]
+    with pytest.raises(ControlError, match="is a verification"):
+        control.diagram(next(each["id"] for each in record["inner"] if "attestation" in each))
+
+
+async def test_trace_shows_one_call_as_text_and_as_a_picture(running: Stack, control: Control) -> None:
+
+    number = await denied_boot(control)
+    ctl = ("ctl", "--url", running.services["control"], "trace", number)
+    text = (await asyncio.to_thread(run_command, *ctl)).stdout.decode()
+    assert "kms-src → auth-src /bootAuth/app  denied: app not registered" in text
+    picture = (await asyncio.to_thread(run_command, *ctl, "--svg")).stdout
+    assert ElementTree.fromstring(picture).get("role") == "img"
+    done = await asyncio.to_thread(run_command, *ctl[:-1], "999999")
+    assert (done.returncode, b"there is no record" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "line"),
+    [
+        ('{\n"a": 1,\n"b": {\n"c": []}}', ("b", "c"), 4),
+        ('{\n"a": {"c": 0},\n"b": {"x": ["c", {"c": 1}],\n "c": []}}', ("b", "c"), 4),
+        ('{\n"apps": {\n"0xAB": {\n"composeHashes": []}}}', ("apps", "ab", "composeHashes"), 4),
+        ('{\n"apps": {\n"0xAB": {}}}', ("apps", "ab", "devices"), 3),
+        ('{"a\\"b": "c: {",\n"b": 1}', ("b",), 2),
+        ("{}", ("b",), 1),
+    ],
+)
+async def test_line_of_a_member_is_found(text: str, path: tuple[str, ...], line: int) -> None:
+    json.loads(text)
+    assert line_of(text, path) == line
+
+
+@pytest.mark.parametrize(
+    ("text", "problem", "line", "warning"),
+    [
+        ('{\n"apps": }', "not JSON: Expecting value (column 9)", 2, ""),
+        ('{"apps": []}', "apps", None, ""),
+        ("[1]", "object", None, ""),
+        ('{"osImage": []}', None, None, "osImage: nothing reads this key, did you mean osImages?"),
+    ],
+)
+async def test_policy_is_checked_before_it_is_written(
+    control: Control, text: str, problem: str | None, line: int | None, warning: str
+) -> None:
+    before = control.policy("src")
+    found = control.check_policy("src", text)
+    assert (problem is None, (problem or "") in (found["problem"] or "")) == (found["problem"] is None, True)
+    assert (found["line"], found["warnings"]) == (line, [warning] if warning else [])
+    assert control.policy("src") == before
+
+
+async def test_difference_of_a_policy_is_shown_and_none_without_one(control: Control) -> None:
+    policy = control.policy("src")
+    assert control.check_policy("src", json.dumps(policy)) == {
+        "problem": None,
+        "line": None,
+        "warnings": [],
+        "diff": "",
+    }
+    changed = control.check_policy("src", json.dumps(policy | {"gatewayAppId": "<b>none</b>"}))
+    assert '+  "gatewayAppId": "<b>none</b>"' in changed["diff"]
