@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from dstack_emu.attest.version import EMULATOR
 from dstack_emu.cli.main import COMMANDS, parser
+from dstack_emu.gateway.config import GatewayConfig
 from dstack_emu.kms_emu.api_auth import ADMIN_VARIABLES, ONBOARD_VARIABLES
 from dstack_emu.kms_emu.config import VARIABLES, KmsConfig
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
@@ -136,6 +137,16 @@ def test_keys_and_defaults_of_vmm_toml_are_documented() -> None:
 
 
 CAPABILITIES = {"SYS_ADMIN", "SYS_MODULE", "SYS_RAWIO", "DAC_READ_SEARCH"}
+
+
+def test_keys_and_defaults_of_gateway_toml_are_documented() -> None:
+    table = rows(section(document("docs/configuration.md"), "## gateway.toml"), "key")
+    assert [code(key)[0] for key, *_ in table] == list(keys_of(GatewayConfig))
+    given = [(code(key)[0], code(default)[0]) for key, default, _ in table if default != "none"]
+    written = GatewayConfig.model_validate(tomllib.loads("\n".join(f"{key} = {value}" for key, value in given)))
+    assert written == GatewayConfig()
+
+
 NO_VARIABLES = {"TD_QE", "LEVEL_VARIABLE", "PCCS_URL", *CAPABILITIES}
 """Texts of that form that are not variables: the id in a QE identity, an attribute of a command, a
 variable of the apps of a VMM, capabilities of Linux."""

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from dstack_emu.gateway.errors import GatewayError
+from dstack_emu.gateway.policies import policy_of
 from tests.gateway import START, Pair, RunningGateway, StubAgent, Table, TestCa, extension, running_gateway, wg_key
 from tests.ports import refusing_port
 
@@ -464,3 +466,36 @@ def test_registration_that_cannot_be_stored_is_refused_and_leaves_no_trace(gatew
         moved.rename(folder)
     assert text.startswith("failed to store the gateway's state in ")
     assert [each["instance_id"] for each in gateway.rpc("debug", "GetProxyState")["instances"]] == ["one"]
+
+
+# ---- calls of any form
+
+
+JUNK: list[Any] = [None, [], "x", 1, {"client_public_key": 1}, {"port_policy": []}, {"instance_id": "\ud800"}]
+
+
+def test_call_with_any_body_is_answered_or_refused_with_a_reason(gateway: RunningGateway) -> None:
+    client = gateway.ca.instance(ONE)
+    sent = [("?json", json.dumps(body).encode()) for body in JUNK]
+    sent += [("?json", body) for body in (b"", b"{", b"\xff", b"[" * 10_000)]
+    sent += [("", body) for body in (b"\x08", b"\x0a\xff", b"\xff" * 20, b"\x0a\x01\xff")]
+    for listener in ("rpc", "debug"):
+        for query, body in sent:
+            status, answer, _ = gateway.ask(listener, f"/prpc/RegisterCvm{query}", body, client=client)
+            assert status == 400, (body, answer)
+            assert b"internal error" not in answer
+    assert gateway.rpc("debug", "GetSyncData")["instances"] == []
+
+
+@pytest.mark.parametrize(
+    "tcb_info", ["{", "{}", '{"app_compose": {}}', '{"app_compose": "{"}', json.dumps({"app_compose": COMPOSE[:-1]})]
+)
+def test_policy_that_an_agent_does_not_tell_clearly_is_not_known(tcb_info: str) -> None:
+    with pytest.raises(GatewayError, match="tcb_info of the agent has no app_compose that can be read"):
+        policy_of(tcb_info)
+
+
+def test_policy_of_an_agent_with_a_wrong_port_is_not_known() -> None:
+    compose = json.dumps({"port_policy": {"ports": [{"port": 65536}]}})
+    with pytest.raises(GatewayError, match="less than or equal to 65535"):
+        policy_of(json.dumps({"app_compose": compose}))
