@@ -14,7 +14,7 @@ import json
 import os
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,10 +75,16 @@ class TestCa:
         usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH])
         return self._signed(name, self.own, (usages, False), (alt_names, False), *extensions)
 
-    def instance(self, instance: bytes, app: bytes = b"a" * 20, compose: bytes = bytes(32)) -> Pair:
+    def instance(
+        self,
+        instance: bytes,
+        app: bytes = b"a" * 20,
+        compose: bytes = bytes(32),
+        more: Sequence[tuple[x509.ExtensionType, bool]] = (),
+    ) -> Pair:
         """Make the certificate of an instance, with its app info as dstack-util requests it."""
         info = [app, compose, instance, b"d" * 32, b"s" * 32, b"g" * 32, b"o" * 32, b"{}", []]
-        return self.client("instance", extension(9, msgpack.packb(info)), extension(3, app))
+        return self.client("instance", extension(9, msgpack.packb(info)), extension(3, app), *more)
 
     def replaced(self, file: Path) -> "TestCa":
         """Return a CA that only says which file has the root of the gateway's certificate."""

@@ -1,6 +1,7 @@
 """Registration at a gateway: RegisterCvm by clients of the standard library and curl, in its order."""
 
 import json
+import random
 import ssl
 import subprocess
 import urllib.parse
@@ -15,6 +16,7 @@ import pytest
 
 from dstack_emu.gateway.errors import GatewayError
 from dstack_emu.gateway.policies import policy_of
+from dstack_emu.gateway.registry import Registration
 from tests.gateway import START, Pair, RunningGateway, StubAgent, Table, TestCa, extension, running_gateway, wg_key
 from tests.ports import refusing_port
 
@@ -219,6 +221,31 @@ def test_pool_leaves_out_reserved_nets_and_its_own_address_and_ends(tmp_path: Pa
         assert gateway.debug_register("3")["wg"]["client_ip"] == "10.1.0.6"
 
 
+def test_addresses_and_keys_are_never_given_twice(gateway: RunningGateway) -> None:
+    draw = random.Random(1)
+    registry, records = gateway.server.gateway.registry, gateway.server.gateway.records
+
+    def step() -> None:
+        id_, app, key = (str(draw.randrange(size)) for size in (12, 2, 14))
+        if draw.random() < 0.3 and id_ in records.instances:
+            registry.remove(id_)
+            return
+        before = dict(records.instances)
+        try:
+            registry.register(Registration(id_, app, wg_key(key), "", None))
+        except GatewayError:
+            assert records.instances == before
+
+    def steps() -> None:
+        for _ in range(120):
+            step()
+            entries = records.instances.values()
+            assert len({each.ip for each in entries}) == len({each.public_key for each in entries}) == len(entries)
+            assert {each.ip for each in entries} <= {f"10.0.0.{number}" for number in range(2, 14)}
+
+    gateway.call(steps)
+
+
 # ---- the webhook
 
 
@@ -277,6 +304,15 @@ def test_webhook_is_asked_with_the_app_info_and_anything_but_2xx_refuses(tmp_pat
             assert text == f"App authorization failed: Request failed: HTTP status {kind} for url ({webhook.url})"
         webhook.close()
     assert len(webhook.asked) == 3
+
+
+def test_webhook_that_is_late_refuses(tmp_path: Path) -> None:
+    webhook = Webhook()
+    more = f'[core.auth]\nenabled = true\nurl = "{webhook.url}"\ntimeout = "0s"\n'
+    with running_gateway(tmp_path, more) as gateway:
+        text = gateway.refused("rpc", "RegisterCvm", gateway.ca.instance(ONE), client_public_key=wg_key("one"))
+    webhook.close()
+    assert text == "App authorization failed: Auth timeout: deadline has elapsed"
 
 
 def test_webhook_that_does_not_answer_refuses(tmp_path: Path) -> None:

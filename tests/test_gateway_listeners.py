@@ -336,6 +336,17 @@ def test_instance_is_identified_by_its_kms_or_by_its_evidence(
     assert (stored["instance_id"], stored["app_id"]) == (info["instance_id"], info["app_id"])
 
 
+def test_evidence_of_another_key_is_refused_at_every_call(
+    gateway: RunningGateway, ready_stack: RunningStack, tmp_path: Path
+) -> None:
+    file = agents_certificate(ready_stack, tmp_path / "client.pem", usage_ra_tls=True)
+    leaf, *_ = x509.load_pem_x509_certificates(file.read_bytes())
+    found = leaf.extensions.get_extension_for_oid(x509.ObjectIdentifier("1.3.6.1.4.1.62397.1.8")).value
+    thief = gateway.ca.instance(b"1" * 20, more=[(found, False)])
+    for method in ("RegisterCvm", "Info", "Nothing"):
+        assert gateway.refused("rpc", method, thief) == "invalid quote: report data mismatch"
+
+
 def test_certificate_of_the_app_without_identity_is_refused(
     in_stack: RunningGateway, ready_stack: RunningStack, tmp_path: Path
 ) -> None:
