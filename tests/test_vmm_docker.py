@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from dstack_emu.attest.release import RELEASES
 from dstack_emu.testing import LiveStack
 from tests.ports import free_port
 from tests.running import RunningStack, running_stack
 from tests.test_containers_app import docker, image, run_docker
-from tests.vmm import PATIENCE, VmmClient
+from tests.vmm import PATIENCE, VmmClient, app_id_of, sealed
 
 __all__ = ["image"]
 
@@ -57,10 +56,6 @@ def app_compose(services: dict[str, Any], *, volumes: tuple[str, ...] = (), **me
         "secure_time": False,
     }
     return json.dumps(document | members, indent=4)
-
-
-def app_id_of(compose_file: str) -> str:
-    return hashlib.sha256(compose_file.encode()).hexdigest()[:40]
 
 
 class Engine:
@@ -116,13 +111,6 @@ class Deployer:
             found = re.findall(rf"{beginning} (.*)$", self.serial(vm_id, channel), re.MULTILINE)
             if found:
                 return str(found[-1])
-
-
-def sealed(variables: dict[str, str], public_key: bytes) -> str:
-    text = json.dumps({"env": [{"key": name, "value": value} for name, value in variables.items()]}).encode()
-    ephemeral, iv = X25519PrivateKey.generate(), os.urandom(12)
-    shared = ephemeral.exchange(X25519PublicKey.from_public_bytes(public_key))
-    return (ephemeral.public_key().public_bytes_raw() + iv + AESGCM(shared).encrypt(iv, text, None)).hex()
 
 
 @pytest.fixture(scope="module")

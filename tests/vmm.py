@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import os
 import subprocess
 from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from dstack_emu.attest.release import DEFAULT
 from dstack_emu.testing import LiveStack
@@ -117,9 +121,23 @@ def configuration(**changed: Any) -> dict[str, Any]:
     } | changed
 
 
-def allow(stack: LiveStack) -> None:
-    """Allow the app in the policy of the source KMS."""
+def app_id_of(compose_file: str) -> str:
+    """Return the id that an app without one gets (hex)."""
+    return hashlib.sha256(compose_file.encode()).hexdigest()[:40]
+
+
+def sealed(variables: dict[str, str], public_key: bytes) -> str:
+    """Encrypt an environment as vmm-cli.py does (hex), with the key (32 bytes) that a KMS names for the app."""
+    text = json.dumps({"env": [{"key": name, "value": value} for name, value in variables.items()]}).encode()
+    ephemeral, iv = X25519PrivateKey.generate(), os.urandom(12)
+    shared = ephemeral.exchange(X25519PublicKey.from_public_bytes(public_key))
+    return (ephemeral.public_key().public_bytes_raw() + iv + AESGCM(shared).encrypt(iv, text, None)).hex()
+
+
+def allow(stack: LiveStack, compose_file: str = COMPOSE) -> None:
+    """Allow an app in the policy of the source KMS."""
     policy = stack.control.policy("src")
-    compose_hash = hashlib.sha256(COMPOSE.encode()).hexdigest()
-    policy["apps"][f"0x{APP_ID}"] = {"composeHashes": [f"0x{compose_hash}"], "devices": [], "allowAnyDevice": True}
+    compose_hash = hashlib.sha256(compose_file.encode()).hexdigest()
+    app = {"composeHashes": [f"0x{compose_hash}"], "devices": [], "allowAnyDevice": True}
+    policy["apps"][f"0x{app_id_of(compose_file)}"] = app
     stack.control.set_policy("src", policy)
