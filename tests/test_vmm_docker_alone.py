@@ -20,8 +20,8 @@ from dstack_emu.testing import LiveStack
 from tests.commands import usage_error
 from tests.repository import ROOT
 from tests.test_containers_app import docker, image
-from tests.test_vmm_docker import KEY, KINDS, app_compose, app_id_of
-from tests.vmm import VmmClient
+from tests.test_vmm_docker import KEY, KINDS, app_compose
+from tests.vmm import VmmClient, app_id_of
 
 __all__ = ["image"]
 

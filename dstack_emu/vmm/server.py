@@ -4,6 +4,7 @@ Source: dstack `vmm/src/{main,main_routes}.rs` at 312dc605.
 """
 
 import json
+import re
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 from urllib.parse import parse_qs
@@ -28,6 +29,7 @@ _PAGES = (
     ("/health", "Whether it answers"),
     ("/api-docs/openapi.json", "This document"),
 )
+_USIZE = re.compile(r"\+?0*[0-9]{1,20}", re.ASCII)
 _TRUE = ("", "true", "on", "yes")
 _FALSE = ("false", "off", "no")
 
@@ -97,7 +99,7 @@ def _logs(fleet: Fleet) -> Handler:
         query = {name: values[-1] for name, values in parse_qs(request.query, keep_blank_values=True).items()}
         try:
             follows, ansi = _boolean(query.get("follow")), _boolean(query.get("ansi"))
-            lines = int(query.get("lines", DEFAULT_LINES))
+            lines = _count(query.get("lines", str(DEFAULT_LINES)))
         except ValueError:
             return status_page(HTTPStatus.NOT_FOUND, request)
         vm = fleet.vms.get(query.get("id", ""))
@@ -113,6 +115,13 @@ def _logs(fleet: Fleet) -> Handler:
         return Response(200, body, (("Content-Type", "text/plain; charset=utf-8"),))
 
     return logs
+
+
+def _count(text: str) -> int:
+    """Read a parameter as Rust reads a `usize`; raise `ValueError` for other texts."""
+    if not _USIZE.fullmatch(text) or int(text) >= 1 << 64:
+        raise ValueError(text)
+    return int(text)
 
 
 def _boolean(text: str | None) -> bool:
