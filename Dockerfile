@@ -28,7 +28,7 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/var/lib/dstack-emu DSTACK_
 RUN install -d -o 1000 -g 1000 -m 1777 /var/lib/dstack-emu /var/lib/dstack-emu/app /run/pccs /run/agent /run/app
 USER 1000:1000
 WORKDIR /var/lib/dstack-emu
-EXPOSE 3101 3102 8070 8081 8085 8088 8090 8091 8092 9301 9302
+EXPOSE 3101 3102 8010 8011 8070 8081 8085 8088 8090 8091 8092 8093 8443 9301 9302
 # For `up`. A container that runs another command needs another check, or none (docker run --no-healthcheck).
 HEALTHCHECK --interval=2s --timeout=10s --start-period=30s --retries=30 CMD ["healthcheck", "stack:/var/lib/dstack-emu"]
 ENTRYPOINT ["entrypoint"]

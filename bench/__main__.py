@@ -26,7 +26,6 @@ BENCHMARKS: Final = (
     "getappkey",
     "getappkey_new",
     "gettempcacert",
-    "auth_eth",
     "image_verify",
     "memory",
     "grpc",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dstack_emu.testing import (
         LiveClock,
         LiveFault,
+        LiveGateway,
         LiveImage,
         LiveJournal,
         LiveKms,
@@ -166,6 +167,16 @@ def dstack_vmm(dstack_current: "LiveStack") -> str:
     if "vmm" not in dstack_current.services:
         raise pytest.UsageError("dstack_vmm: the stack has no VMM: add vmm=True to the fixture dstack_settings")
     return dstack_current.services["vmm"]
+
+
+@pytest.fixture
+def dstack_gateway(dstack_current: "LiveStack") -> "LiveGateway":
+    """The stack's gateway: its addresses and CA, and what is registered."""
+    if "ingress" not in dstack_current.services:
+        raise pytest.UsageError(
+            "dstack_gateway: the stack has no gateway: add gateway=True to the fixture dstack_settings"
+        )
+    return dstack_current.gateway
 
 
 @pytest.fixture

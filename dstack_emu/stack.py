@@ -22,6 +22,10 @@ class Stack(Deployment):
         self.control = Control(self)
         self._control_service = ControlService(self.control, self, Pages(add_pages, is_public))
         self.extend(self._control_service)
+        if self.config.gateway:
+            from dstack_emu.deployment.gateway import GatewayExtension  # few stacks need it, and it costs time
+
+            self.extend(GatewayExtension(self))
         if self.config.vmm:
             self.extend(VmmExtension(self))
 

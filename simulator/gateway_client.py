@@ -128,9 +128,15 @@ class GatewayClient:
         self._keep(Registration(keys, wireguard_configuration(keys.wg_sk, answer.wg)))
 
     def restore(self, registration: Registration) -> None:
-        """Have what it had when `registration` was read."""
-        remove_gateway_files(self._folder)
+        """Have what it had when `registration` was read, with its files."""
+        self.forget()
         self._keep(registration)
+
+    def forget(self) -> None:
+        """Have nothing, and remove the files."""
+        self.registration = Registration()
+        for name in (WIREGUARD_FILE, CACHE_FILE):
+            (self._folder / name).unlink(missing_ok=True)
 
     def _keep(self, registration: Registration) -> None:
         self.registration = registration
@@ -252,12 +258,6 @@ def _peer(server: pb.WireGuardPeer) -> Mapping[str, str | int]:
 
 def _section(name: str, values: Mapping[str, str | int]) -> str:
     return "".join([f"[{name}]\n", *(f"{key} = {value}\n" for key, value in values.items())])
-
-
-def remove_gateway_files(folder: Path) -> None:
-    """Remove what a registration wrote, if it did: it contains private keys."""
-    for name in (WIREGUARD_FILE, CACHE_FILE):
-        (folder / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ class AppCompose:
     text: str
 
     @classmethod
-    def named(cls, name: str) -> Self:
+    def named(cls, name: str, *, gateway_enabled: bool = False) -> Self:
         """Make a synthetic app-compose for an app of that name."""
         document = {
             "manifest_version": 2,
@@ -56,7 +56,7 @@ class AppCompose:
             "runner": "docker-compose",
             "docker_compose_file": f"services:\n  {name}:\n    image: {name}\n",
             "kms_enabled": True,
-            "gateway_enabled": False,
+            "gateway_enabled": gateway_enabled,
             "public_logs": True,
             "public_sysinfo": True,
             "public_tcbinfo": True,

@@ -218,12 +218,23 @@ def test_compose_file_of_the_vmm_publishes_its_port() -> None:
     assert stack["environment"] == {"EMU_VMM": "${EMU_VMM:-1}", "EMU_PORT_VMM": "${EMU_PORT_VMM:-}"}
 
 
+def test_compose_file_of_the_gateway_publishes_its_ports() -> None:
+    (stack,) = yaml.safe_load(document("compose/gateway.yaml"))["services"].values()
+    names = {name: name.upper().replace("-", "_") for name in ("gateway", "gateway-admin", "ingress")}
+    ports = [f"${{EMU_PORT_{variable}:-{PORTS[name]}}}" for name, variable in names.items()]
+    assert stack["ports"] == [f"127.0.0.1:{port}:{port}" for port in ports]
+    options = {f"EMU_{name}": f"${{EMU_{name}:-}}" for name in ("BASE_DOMAIN", "APP_HOST")}
+    numbers = {f"EMU_PORT_{name}": f"${{EMU_PORT_{name}:-}}" for name in names.values()}
+    assert stack["environment"] == {"EMU_GATEWAY": "${EMU_GATEWAY:-1}", **options, **numbers}
+
+
 @pytest.mark.parametrize("file", ["docker-compose.yaml", "docker-compose.parts.yaml"])
 def test_compose_files_publish_every_port_on_this_machine_only(file: str) -> None:
     services = yaml.safe_load(document(file))["services"]
     published = [port for service in services.values() for port in service.get("ports", [])]
     names = {re.fullmatch(r"127\.0\.0\.1:\$\{EMU_PORT_(\w+):-(\d+)\}:.*", port).groups() for port in published}  # type: ignore[union-attr]  # each matches
-    absent = {"vmm", "control"} if "parts" in file else {"vmm"}  # there is a VMM only with `up --vmm`
+    absent = {"vmm", "gateway", "gateway-admin", "ingress", "agent-gateway"}  # only with `up --vmm`, `--gateway`
+    absent |= {"control"} if "parts" in file else set()
     expected = {name: port for name, port in PORTS.items() if name not in absent}
     assert names == {(name.upper().replace("-", "_"), str(port)) for name, port in expected.items()}
 

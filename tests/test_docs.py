@@ -190,6 +190,7 @@ def test_settings_of_the_container_are_documented() -> None:
             "compose/kms-src.yaml",
             "compose/kms-dst.yaml",
             "compose/vmm.yaml",
+            "compose/gateway.yaml",
         )
         for name in re.findall(r"\$\{(\w+)", document(file))
     }

@@ -40,6 +40,7 @@ PAGES = (
     "docs/howto/check-kms.md",
     "docs/howto/ci.md",
     "docs/howto/containers.md",
+    "docs/howto/gateway.md",
     "docs/howto/kms.md",
     "docs/howto/verifier.md",
     "docs/howto/webhook.md",

@@ -54,10 +54,16 @@ def test_settings_become_options_and_those_of_the_container_come_last(started: P
         "EMU_PORT_KMS_SRC": "9400",
         "EMU_PORT_VMM": "9500",
         "EMU_VMM": "1",
+        "EMU_GATEWAY": "1",
+        "EMU_BASE_DOMAIN": "apps.test",
+        "EMU_APP_HOST": "my-app",
+        "EMU_PORT_INGRESS": "9600",
     }
     assert arguments_of(started, "up", "--release", "0.6", **settings) == [
         *["up", "--listen", "0.0.0.0", "--state", "/state"],
-        *["--port", "vmm=9500", "--port", "kms-src=9400", "--domain", "stack", "--domain", "other", "--vmm"],
+        *["--port", "ingress=9600", "--port", "vmm=9500", "--port", "kms-src=9400"],
+        *["--domain", "stack", "--domain", "other", "--gateway", "--app-host", "my-app", "--base-domain", "apps.test"],
+        "--vmm",
         "--seed=--a 'b",
         *["--auth-contract", "next", "--release", "0.5", "--fresh", "--release", "0.6"],
     ]
@@ -69,6 +75,7 @@ def test_settings_become_options_and_those_of_the_container_come_last(started: P
     [
         ("EMU_START", "now", "ready or fresh expected, got 'now'"),
         ("EMU_VMM", "yes", "1 or nothing expected, got 'yes'"),
+        ("EMU_GATEWAY", "yes", "1 or nothing expected, got 'yes'"),
     ],
 )
 def test_setting_with_another_value_is_refused(started: Path, name: str, value: str, expected: str) -> None:

@@ -11,6 +11,9 @@ _WHAT = {
     "verifier": "verifies evidence and OS images",
     "control": "control API, for `dstack-emu ctl`",
     "vmm": "VMM, which deploys machines",
+    "gateway": "gateway, at which apps register",
+    "gateway-admin": "gateway, for its operator",
+    "ingress": "leads to apps, by TLS server name",
 }
 _OF_A_KMS = {"auth": "auth webhook of kms-", "agent": "guest agent of kms-", "kms": "KMS "}
 """What the services of a KMS are, by the first part of their names; the second is the KMS."""
@@ -23,9 +26,9 @@ def summary(description: dict[str, Any], seconds: float) -> str:
         "ready, without keys: both KMS are in the onboard phase, and both policies deny everyone" if fresh else "ready"
     )
     lines = [f"dstack-emu is {state} ({seconds:.1f} s). It protects nothing.", ""]
-    lines += [f"  {name:<10} {url:<28} {_what(name)}" for name, url in description["services"].items()]
+    lines += [f"  {name:<13} {url:<28} {_what(name)}" for name, url in description["services"].items()]
     lines += [
-        f"  auth-{name:<5} {url:<28} your auth webhook of kms-{name}"
+        f"  auth-{name:<8} {url:<28} your auth webhook of kms-{name}"
         for name, url in description["webhooks"].items()
         if f"auth-{name}" not in description["services"]
     ]
@@ -46,6 +49,9 @@ def summary(description: dict[str, Any], seconds: float) -> str:
     lines += [
         f"  app      app_id {app['app_id']}  compose_hash {app['compose_hash']}",
     ]
+    if gateway := description.get("gateway"):
+        lines += ["", "Apps are behind the gateway:"]
+        lines += [f"  app_url  {gateway['app_url']}", f"  trust    {gateway['ca']}"]
     if policies := description["policies"]:
         lines += ["", "Policies (edit them while the stack runs; they are read at every request):"]
         lines += [f"  {path}" for path in policies.values()]

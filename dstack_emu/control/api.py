@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.control.explanations import ExplanationControl
+from dstack_emu.control.gateway import GatewayControl
 from dstack_emu.control.schemas import ControlError, checked, unknown
 from dstack_emu.control.snapshots import StackState, apply_state, capture_state
 from dstack_emu.deployment.deployment import Deployment
@@ -28,7 +29,7 @@ READY = "ready"
 """The name of the snapshot that is taken when a stack is ready; `reset` restores it."""
 
 
-class Control(ExplanationControl):
+class Control(ExplanationControl, GatewayControl):
     """The calls that read and change a running deployment. They raise `ControlError` if they are refused."""
 
     def __init__(self, deployment: Deployment) -> None:

@@ -35,6 +35,7 @@ class GuestControl(VendorControl):
             "url": guest.url,
             "dstack_sock": str(guest.dstack_sock),
             "tappd_sock": str(guest.tappd_sock),
+            "boot_error": guest.boot_error,
             "decrypted_env": None if guest.decrypted_env is None else str(guest.decrypted_env),
         }
 

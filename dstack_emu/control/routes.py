@@ -129,6 +129,14 @@ ROUTES: Final = (
         lambda c, p, q, b: c.set_platform(p["name"], **_given(b)),
         PlatformChange,
     ),
+    Route("GET", "/gateway", "The gateway, and the instances that it has registered", lambda c, p, q, b: c.gateway()),
+    Route(
+        "POST",
+        "/gateway/instances/{id}/end-handshake",
+        "Let the gateway have heard nothing of an instance, until it registers again",
+        lambda c, p, q, b: c.end_handshake(p["id"]),
+        _Nothing,
+    ),
     Route("GET", "/guests", "Every trust domain", lambda c, p, q, b: c.describe()["guests"]),
     Route(
         "POST",

@@ -56,7 +56,7 @@ class Pages:
 class ControlService:
     """The control API as a service of a deployment, with the pages that use it, if there are any."""
 
-    name = "control"
+    names = ("control",)
 
     def __init__(self, control: Control, deployment: Deployment, pages: Pages | None = None) -> None:
         self._control, self._deployment, self._pages = control, deployment, pages
@@ -68,7 +68,12 @@ class ControlService:
         """Serve it on a bound socket; raise `StackError` if its token cannot be used."""
         if is_needed(sock):
             self.token = make_token(self._deployment.config.control_token, self._deployment.state)
-        return await serve(control_app(self._control, self._readiness, self.token, self._pages), sock)
+        server = await serve(control_app(self._control, self._readiness, self.token, self._pages), sock)
+        self._deployment.services["control"] = server.url
+        return server
+
+    async def keys_are_released(self) -> None:
+        """Do nothing: it needs no keys."""
 
     def became_ready(self) -> None:
         """Take the snapshot that `reset` restores, and report from now on that the stack is ready."""

@@ -1,7 +1,8 @@
 """Snapshots: the state of a whole stack as data, which can be saved to a file and restored.
 
 It consists of the states of the parts (`deployment.state`): the policy files, the vendor's state, the clock, faults,
-each trust domain's log and keys, each KMS's phase and folder, the machines of the VMM, and the positions of every
+each trust domain's log and keys, each KMS's phase and folder, the machines of the VMM, what the gateway has
+registered, and the positions of every
 random stream and of the journal. It does not contain what the seed determines, ports, or connections. Capturing and
 restoring both empty the caches of collateral, so that the requests that follow are the same.
 
@@ -18,8 +19,10 @@ from dstack_emu.attest.errors import FormatError
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.clock import ClockState
 from dstack_emu.deployment.deployment import Deployment
+from dstack_emu.deployment.gateway_names import GATEWAY
 from dstack_emu.deployment.running_kms import PERMANENT
 from dstack_emu.deployment.state import Count, GuestState, KmsState, StateModel
+from dstack_emu.gateway.state import GatewayState
 from dstack_emu.observability.fault_rules import FaultRulesState, FaultState
 from dstack_emu.simulator.intel import IntelState
 from dstack_emu.simulator.platform import PlatformState
@@ -49,6 +52,7 @@ class StackState(StateModel):
     kms: dict[str, KmsState]
     journal: Count
     machines: FleetState | None = None
+    gateway: GatewayState | None = None
 
     @classmethod
     def read(cls, document: Any) -> Self:
@@ -82,6 +86,7 @@ def capture_state(deployment: Deployment) -> StackState:
         kms={name: kms.capture() for name, kms in deployment.kms.items()},
         journal=instrumentation.journal.capture(),
         machines=None if deployment.machines is None else deployment.machines.capture(),
+        gateway=None if deployment.gateway is None else deployment.gateway.capture(),
     )
     instrumentation.clear_caches()
     return state
@@ -113,6 +118,8 @@ async def apply_state(deployment: Deployment, state: StackState) -> None:
             await deployment.kms[name].restore(kms_state)
         for name, guest_state in state.guests.items():
             await deployment.guests[name].restore(guest_state)
+        if deployment.gateway is not None:
+            await deployment.gateway.restore(state.gateway)
         if deployment.machines is not None:
             await deployment.machines.restore(state.machines or FleetState())
         instrumentation.faults.restore(FaultRulesState(state.fault_count, state.faults))
@@ -147,6 +154,9 @@ def _require_whole(deployment: Deployment, state: StackState) -> None:
             raise ControlError(f"the state is of a stack in which the webhook of kms-{name} is {asked}")
     if state.machines is not None and state.machines.machines and deployment.machines is None:
         raise ControlError("the state has machines of a VMM: start this stack with --vmm")
+    if (GATEWAY in state.guests) != (deployment.gateway is not None):
+        has, option = ("a", "with") if GATEWAY in state.guests else ("no", "without")
+        raise ControlError(f"the state is of a stack with {has} gateway: start this one {option} --gateway")
     policies = {name for name, kms in state.kms.items() if kms.spec.webhook == "own"}
     if state.policies.keys() != policies:
         raise ControlError(f"state: policies: {', '.join(sorted(policies))} expected")

@@ -5,7 +5,7 @@ again. The keys and the policy of a KMS have files of their own. What else chang
 platforms, faults, runtime events) is in snapshots and `ctl save`, and not here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -44,14 +44,14 @@ class AddedParts(StateModel):
     guests: tuple[AddedGuest, ...] = Field(default=())
 
     @classmethod
-    def of(cls, kms: Iterable[RunningKms], guests: Iterable[RunningGuest], own_app: str) -> Self:
-        """Return those of a running stack, without the parts of every stack."""
+    def of(cls, kms: Iterable[RunningKms], guests: Iterable[RunningGuest], own: Sequence[str]) -> Self:
+        """Return those of a running stack, without the parts of every stack and the trust domains named `own`."""
         return cls(
             kms=tuple(AddedKms(spec=each.spec, measured=each.measured) for each in kms if each.name not in PERMANENT),
             guests=tuple(
                 AddedGuest(spec=each.spec, kms=each.source)
                 for each in guests
-                if each.name != own_app and not each.name.startswith("kms-")  # those belong to a KMS
+                if each.name not in own and not each.name.startswith("kms-")  # those belong to a KMS
             ),
         )
 

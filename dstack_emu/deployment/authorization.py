@@ -139,7 +139,7 @@ class Authorization:
 
     `policies` are the files of their webhooks; a file is only written if it is still the placeholder. `source_url` is
     the URL of the source as the target reaches it, `https://host:port`; with a `source_token` that of its admin
-    listener.
+    listener. `gateway_app_id` is what the policies say of the gateway.
     """
 
     source: KmsOnboarding
@@ -149,6 +149,7 @@ class Authorization:
     source_url: str
     progress: Progress
     source_token: str = field(default="", repr=False)
+    gateway_app_id: str = policy_files.ANY_GATEWAY
 
     async def carry_out(self, known: Mapping[str, Measurements] | None = None) -> dict[str, Measurements]:
         """Give keys to each KMS that has none; return the measurements of these KMS, by name.
@@ -171,7 +172,8 @@ class Authorization:
         self.progress("measuring and allowing")
         measured = {kms.name: await kms.measure() for kms in fresh}
         apps = {} if self.app is None else await self.app.rule()
-        policy_files.admit(self.policies, {**known, **measured}.values(), apps, self.progress)
+        infos = {**known, **measured}.values()
+        policy_files.admit(self.policies, infos, apps, self.progress, gateway_app_id=self.gateway_app_id)
         return measured
 
 

@@ -15,6 +15,9 @@ from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 JOURNAL_SIZE: Final = 2000
 """The number of calls that a stack's journal keeps in memory; older ones are dropped."""
 
+BASE_DOMAIN: Final = "app.localhost"
+"""The domain of apps behind the gateway of a stack: browsers and curl resolve names below `localhost` by themselves."""
+
 VMM_WORKLOADS: Final = ("process", "docker")
 """What may run in the machines of a VMM, the default first."""
 
@@ -67,6 +70,10 @@ class StackConfig:
     With `vmm` it has a VMM, which deploys machines. `vmm_workload` is what runs in them: `process`, or `docker` for
     their containers on the engine of this host, where scripts of an app run in a container of `vmm_script_image` (None:
     of the image of the app's first service).
+
+    With `gateway` it has a gateway and its ingress, whose names end with `base_domain`. What listens at the ports of a
+    trust domain that is no machine, such as the stack's own app, is at the same ports of the host `app_host` (None: of
+    this machine's loopback interface, if the stack itself listens there alone).
     """
 
     seed: str = DEFAULT_SEED
@@ -98,6 +105,9 @@ class StackConfig:
     vmm: bool = False
     vmm_workload: str = VMM_WORKLOADS[0]
     vmm_script_image: str | None = None
+    gateway: bool = False
+    base_domain: str = BASE_DOMAIN
+    app_host: str | None = None
 
     def asks_chain(self, kms: str) -> bool:
         """Return whether the webhook of a KMS, by its name, is the stack's auth-eth-bun."""

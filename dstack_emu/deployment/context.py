@@ -11,11 +11,13 @@ from dstack_emu.auth.policy import Contract, parse_contract
 from dstack_emu.auth.server import simple_app
 from dstack_emu.deployment.chain_webhooks import eth_settings
 from dstack_emu.deployment.config import StackConfig
-from dstack_emu.deployment.guest_network import HOST_IN_GUEST
+from dstack_emu.deployment.gateway_names import GATEWAY
+from dstack_emu.deployment.guest_network import HOST_IN_GUEST, LOOPBACK, is_loopback
 from dstack_emu.deployment.instrumentation import App, Instrumentation
 from dstack_emu.deployment.kms_names import kms_names
 from dstack_emu.deployment.own_app import OwnApp
 from dstack_emu.deployment.policy_files import PolicyFiles
+from dstack_emu.deployment.reach import InstanceReach
 from dstack_emu.deployment.service_logs import ServiceLogs
 from dstack_emu.observability.decisions import decision_recorder
 from dstack_emu.observability.fault_effects import Stale
@@ -41,6 +43,11 @@ class ServicePorts:
         """Return the bound socket of a service, or a new one on a free port; the caller closes it."""
         return self._bound.pop(service, None) or bind_tcp(self._host, 0)
 
+    def port(self, service: str) -> int:
+        """Return the port of a service whose bound socket was not taken yet."""
+        number: int = self._bound[service].getsockname()[1]
+        return number
+
     def close(self) -> None:
         """Close the sockets that were not taken."""
         for sock in self._bound.values():
@@ -51,7 +58,8 @@ class ServicePorts:
 class StackContext:
     """One stack as its parts see it: settings, trust root, instruments, and the addresses of its services.
 
-    `urls` has the URL of each service, `grpc` the `host:port` of each gRPC listener, both by name.
+    `reach` knows where its instances listen, and `gateways` are the URLs at which they register. `urls` has
+    the URL of each service, of the ingress its `host:port`, `grpc` the `host:port` of each gRPC listener, both by name.
     """
 
     config: StackConfig
@@ -64,8 +72,20 @@ class StackContext:
     ports: ServicePorts
     policies: PolicyFiles
     app: OwnApp
+    reach: InstanceReach = field(default_factory=InstanceReach)
+    gateways: list[str] = field(default_factory=list)
     urls: dict[str, str] = field(default_factory=dict)
     grpc: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def app_host(self) -> str | None:
+        """The host of what listens at the ports of trust domains that are no machines; None if that is not known."""
+        host = self.config.host
+        return self.config.app_host or (LOOPBACK if is_loopback(host) else None)
+
+    def joins_gateway(self, name: str) -> bool:
+        """Return whether a trust domain whose app-compose is generated has `gateway_enabled` in it."""
+        return self.config.gateway and name != GATEWAY and not name.startswith("kms-")
 
     @property
     def kms_names(self) -> tuple[str, ...]:
@@ -128,7 +148,7 @@ class StackContext:
     def scrub(self, text: str) -> str:
         """Replace what differs from run to run by names: ports, and the state folder."""
         for name, url in self.urls.items():
-            text = text.replace(url.partition("://")[2], name)
+            text = text.replace(url.rpartition("://")[2], name)
         return text.replace(str(self.state), "STATE")
 
     def verifier(self, caller: str) -> RecordingVerifier:

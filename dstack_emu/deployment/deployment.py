@@ -17,28 +17,28 @@ from typing import Any, Final, Self
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.added_parts import FILE as ADDED_FILE
 from dstack_emu.deployment.added_parts import AddedParts, how_to_leave_out
-from dstack_emu.deployment.authorization import Authorization, Progress, tls_url
+from dstack_emu.deployment.authorization import Progress
 from dstack_emu.deployment.config import DESCRIPTION_FILE, StackConfig
 from dstack_emu.deployment.deployer import Deployer
 from dstack_emu.deployment.description import describe, measured_by
 from dstack_emu.deployment.errors import StackError
-from dstack_emu.deployment.extension import Extension
-from dstack_emu.deployment.foreign_parts import what_to_allow, what_was_denied
+from dstack_emu.deployment.extension import Extension, Listeners
+from dstack_emu.deployment.gateway_names import GATEWAY
 from dstack_emu.deployment.guests import RunningGuest, start_guest
 from dstack_emu.deployment.kms import start_kms, stop_kms
 from dstack_emu.deployment.own_app import NAME as OWN_APP
-from dstack_emu.deployment.own_app import DomainRule, RememberedApp
+from dstack_emu.deployment.own_app import RememberedApp
 from dstack_emu.deployment.preparation import prepare
 from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
 from dstack_emu.deployment.service_logs import ServiceLogs
 from dstack_emu.deployment.shared_services import serve_pccs, serve_verifier
 from dstack_emu.deployment.specs import GuestSpec, KmsSpec
-from dstack_emu.deployment.state import RestorableService
+from dstack_emu.deployment.stack_authorization import StackAuthorization
+from dstack_emu.deployment.state import RestorableService, RunningGateway
 from dstack_emu.deployment.supervision import Supervisor
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.intel import Intel
-from dstack_emu.transport.listen import Server
 from dstack_emu.vmm.state import FleetState
 
 SERVICES: Final = frozenset(
@@ -54,7 +54,8 @@ class Deployment:
 
     When a part fails meanwhile, the block is cancelled and ends with a `PartEndedError`. Once it is entered, `services`
     has URLs and `grpc` targets by name, `intel` and `root_ca` the trust root, `kms` and `guests` the running parts,
-    `kms_info` what both KMS measure, `app.domain` the app, `machines` those of its VMM, and `logs` what the parts log.
+    `kms_info` what both KMS measure, `app.domain` the app, `machines` those of its VMM, `gateway` what its gateway has
+    registered, and `logs` what the parts log. `progress` is told of each step.
     """
 
     def __init__(self, config: StackConfig | None = None, progress: Progress = log.info) -> None:
@@ -63,7 +64,8 @@ class Deployment:
         self.guests: dict[str, RunningGuest] = {}
         self.kms: dict[str, RunningKms] = {}
         self.machines: RestorableService[FleetState] | None = None
-        self._progress = progress
+        self.gateway: RunningGateway | None = None
+        self.progress = progress
         self._extensions: list[Extension] = []
         self._exit = AsyncExitStack()
         self._supervisor: Supervisor | None = None
@@ -96,8 +98,8 @@ class Deployment:
     # ---- starting
 
     async def _start(self) -> None:
-        extensions = [extension.name for extension in self._extensions]
-        self.context, remembered = prepare(self.config, self.logs, SERVICES.union(extensions), self._exit)
+        services = SERVICES.union(*(extension.names for extension in self._extensions))
+        self.context, remembered = prepare(self.config, self.logs, services, self._exit)
         self._before = RememberedApp.of(remembered)
         self.context.instrumentation.calls.domains = self.guests.keys
         self.root_ca.write_text(self.intel.root_pem)
@@ -116,7 +118,7 @@ class Deployment:
         # Lift all faults before anything closes: a server waits for its calls, and a fault could block them.
         self._exit.callback(self.context.instrumentation.faults.clear)
         if self.config.fresh:
-            await self._measure_fresh_kms()
+            await self._flow.measure_fresh_kms()
         else:
             await self._authorize()
         await self._bring_back(AddedParts.read(self.state))
@@ -126,7 +128,7 @@ class Deployment:
 
     # ---- its parts
 
-    def _close_at_end(self, server: Server) -> None:
+    def _close_at_end(self, server: Listeners) -> None:
         self._exit.push_async_callback(server.close)
 
     def _place_policies(self) -> None:
@@ -138,11 +140,11 @@ class Deployment:
 
     async def _start_parts(self, measured: Mapping[str, Any]) -> None:
         for name in PERMANENT:
-            self._progress(f"starting kms-{name}")
+            self.progress(f"starting kms-{name}")
             kms = await self.start_kms(KmsSpec(name=name, webhook=self.context.webhook_of(name)))
             # A KMS with keys does not state its measurements; those of an earlier run are in the state folder.
             kms.measured = measured.get(name)
-        self._progress("starting the app's trust domain")
+        self.progress("starting the app's trust domain")
         await self.start_guest(self.context.app.spec)
         await asyncio.gather(*(kms.ready() for kms in self.kms.values()))
         if dropped := self.context.app.dropped:
@@ -154,10 +156,9 @@ class Deployment:
     async def _start_extensions(self) -> None:
         for extension in self._extensions:
             self._exit.push_async_callback(extension.close)
-            with self.logs.of(extension.name):
-                server = await extension.start(self.context.ports.take(extension.name))
-            self._close_at_end(server)
-            self.services[extension.name] = server.url
+            name = extension.names[0]
+            with self.logs.of(name):
+                self._close_at_end(await extension.start(self.context.ports.take(name)))
 
     async def _close_parts(self) -> None:
         self.remember_added()
@@ -166,11 +167,14 @@ class Deployment:
         for guest in reversed(self.guests.values()):
             await guest.close()
 
-    async def start_guest(self, spec: GuestSpec) -> RunningGuest:
-        """Start a trust domain without keys, whose agent answers; raise `GuestError` if it cannot boot."""
+    async def start_guest(self, spec: GuestSpec, service: str | None = None) -> RunningGuest:
+        """Start a trust domain without keys, whose agent answers; raise `GuestError` if it cannot boot.
+
+        `service` is the name of its agent's service, by default its own name.
+        """
         if spec.name in self.guests:
             raise GuestError(f"there is a trust domain {spec.name} already")
-        guest = self.guests[spec.name] = await start_guest(self.context, spec, spec.name)
+        guest = self.guests[spec.name] = await start_guest(self.context, spec, service or spec.name)
         self.remember_added()
         return guest
 
@@ -191,7 +195,7 @@ class Deployment:
         if spec.service in self.guests:
             raise StackError(f"there is a trust domain {spec.service} already")
         keeps_files = comes_back or spec.name in PERMANENT
-        kms = await start_kms(self.context, spec, self._progress, keeps_files=keeps_files)
+        kms = await start_kms(self.context, spec, self.progress, keeps_files=keeps_files)
         self.kms[spec.name], self.guests[spec.service] = kms, kms.guest
         self.remember_added()
         return kms
@@ -208,7 +212,7 @@ class Deployment:
     def remember_added(self) -> None:
         """Record in the state folder which trust domains and KMS were added, and which of them have keys."""
         if self.config.state is not None and self._records_added:
-            AddedParts.of(self.kms.values(), self.guests.values(), OWN_APP).write(self.state)
+            AddedParts.of(self.kms.values(), self.guests.values(), (OWN_APP, GATEWAY)).write(self.state)
 
     async def _bring_back(self, added: AddedParts) -> None:
         """Start the parts that were added in an earlier run; raise `StackError` if one does not start.
@@ -217,10 +221,10 @@ class Deployment:
         """
         try:
             for kms in added.kms:
-                self._progress(f"starting {kms.spec.service} again")
+                self.progress(f"starting {kms.spec.service} again")
                 (await self.start_kms(kms.spec, comes_back=True)).measured = kms.measured
             for guest in added.guests:
-                self._progress(f"starting the trust domain {guest.spec.name} again")
+                self.progress(f"starting the trust domain {guest.spec.name} again")
                 await self._boot_again(await self.start_guest(guest.spec), guest.kms)
         except (GuestError, StackError) as error:
             raise StackError(f"{error}: {how_to_leave_out(self.state / ADDED_FILE)}") from error
@@ -237,49 +241,25 @@ class Deployment:
         except GuestError as error:
             log.warning("the trust domain %s has no keys now: %s", guest.name, error)
 
-    # ---- the authorization flow
-
-    async def _measure_fresh_kms(self) -> None:
-        for kms in self.kms.values():
-            if await kms.current() == "onboard":
-                kms.measured = await kms.onboarding.measure()
-        await self._report_policies_of_other_stacks()
-
-    async def _report_policies_of_other_stacks(self) -> None:
-        apps = await DomainRule(self.app.domain).rule()
-        for text in policy_files.of_other_stacks(self.policies.values(), self.kms_info.values(), apps):
-            self._progress(text)
+    # ---- keys
 
     async def _authorize(self) -> None:
         """Carry out the whole flow: measure, allow, bootstrap, onboard, finish, and boot the app."""
-        source, target = (self.kms[name].onboarding for name in PERMANENT)
-        app, policies = DomainRule(self.app.domain), list(self.policies.values())
-        flow = Authorization(source, target, app, policies, tls_url(source.url), self._progress)
-        known = {self.kms[name].spec.service: info for name, info in self.kms_info.items()}
-        if advice := what_to_allow(self.kms, self.app.agent):
-            self._progress(advice)
-        try:
-            measured = await flow.carry_out(known)
-        except StackError as error:
-            raise StackError(f"{error}{self._advice}") from error
-        for kms in self.kms.values():
-            kms.measured = measured.get(kms.spec.service, kms.measured)
-        self._progress("booting the app through kms-src")
+        flow = self._flow
+        measured = await flow.give_keys()
+        for extension in self._extensions:
+            await extension.keys_are_released()
+        self.progress("booting the app through kms-src")
         try:
             await self.boot(self.app, ("src",))
         except GuestError as error:
-            if measured:
-                raise StackError(f"app: {error}{self._advice}") from error
-            # A resumed stack keeps its policy, and runs all the same, so that the policy can be changed.
-            self._progress(f"app: {error}")
-            self._progress("the app has no keys, because the policy does not allow it; everything else runs")
-            self._before.advise(self.app.domain, self.policies.get("src"))
-            await self._report_policies_of_other_stacks()
+            await flow.app_was_refused(error, is_new=bool(measured))
 
     @property
-    def _advice(self) -> str:
-        """What to do about a refusal, if a webhook of the user's own may have made it."""
-        return what_was_denied(self.context.instrumentation.journal, self.kms, self.app.agent)
+    def _flow(self) -> StackAuthorization:
+        gateway = self.guests.get(GATEWAY)
+        domain = None if gateway is None else gateway.domain
+        return StackAuthorization(self.context, self.kms, self.app, domain, self._before, self.progress)
 
     async def boot(self, guest: RunningGuest, kms: Sequence[str]) -> None:
         """Let a trust domain fetch its keys from the KMS of these names, tried in order.

@@ -6,7 +6,9 @@ from typing import Any
 
 from dstack_emu.deployment.context import StackContext
 from dstack_emu.deployment.foreign_parts import foreign_webhooks
+from dstack_emu.deployment.gateway_names import CA_FILE, INGRESS
 from dstack_emu.deployment.guests import RunningGuest
+from dstack_emu.deployment.reach import AGENT_PORT
 from dstack_emu.deployment.running_kms import RunningKms
 
 
@@ -31,6 +33,7 @@ def describe(context: StackContext, kms: Mapping[str, RunningKms], app: RunningG
             **({"grpc_sock": str(app.folder / "grpc.sock")} if config.grpc else {}),
             **({"decrypted_env": str(app.decrypted_env)} if app.decrypted_env else {}),
         },
+        **_gateway(context, app),
         "env": {
             "DSTACK_SIMULATOR_ENDPOINT": str(app.dstack_sock),
             "TAPPD_SIMULATOR_ENDPOINT": str(app.tappd_sock),
@@ -43,6 +46,24 @@ def describe(context: StackContext, kms: Mapping[str, RunningKms], app: RunningG
         "auth_contract": context.contract_of(),
         "kms_names": list(context.kms_names),
         "fresh": config.fresh,
+    }
+
+
+def _gateway(context: StackContext, app: RunningGuest) -> dict[str, Any]:
+    """Return how the apps behind the gateway are reached, nothing without a gateway.
+
+    `app_url` is the address of the agent of the stack's own app, as a VMM forms it for a machine.
+    """
+    if not context.config.gateway:
+        return {}
+    port = context.urls[INGRESS].rpartition(":")[2]
+    domain = f"{context.config.base_domain}{'' if port == '443' else f':{port}'}"
+    return {
+        "gateway": {
+            "base_domain": context.config.base_domain,
+            "ca": str(context.state / CA_FILE),
+            "app_url": f"https://{app.domain.instance_id.hex()}-{AGENT_PORT}.{domain}",
+        }
     }
 
 

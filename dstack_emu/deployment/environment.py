@@ -19,6 +19,12 @@ URLS: Final[Mapping[str, str]] = {
     "DSTACK_EMU_CONTROL": "control",
 }
 """Variables with the URLs of services."""
+GATEWAY_URLS: Final[Mapping[str, str]] = {
+    "DSTACK_EMU_GATEWAY": "gateway",
+    "DSTACK_EMU_GATEWAY_ADMIN": "gateway-admin",
+    "DSTACK_EMU_INGRESS": "ingress",
+}
+"""Variables with the addresses of a gateway's listeners, if the stack has one."""
 VMM_VARIABLE: Final = "DSTACK_VMM_URL"
 """The variable from which vmm-cli.py takes the URL of the VMM, if the stack has one."""
 
@@ -31,6 +37,8 @@ def environment(description: Mapping[str, Any], token: str | None = None) -> dic
         **description["env"],
         **{variable: services[name] for variable, name in URLS.items()},
         **({VMM_VARIABLE: services["vmm"]} if "vmm" in services else {}),
+        **{variable: services[name] for variable, name in GATEWAY_URLS.items() if name in services},
+        **_gateway(description),
         # A webhook of the user's own has no policy here: the variable is empty, so that no other stack's is taken.
         "DSTACK_EMU_POLICY_SRC": policies.get("src", ""),
         "DSTACK_EMU_POLICY_DST": policies.get("dst", ""),
@@ -40,3 +48,11 @@ def environment(description: Mapping[str, Any], token: str | None = None) -> dic
         "DSTACK_EMU_STACK": str(Path(description["state"], DESCRIPTION_FILE)),
         **({} if token is None else {TOKEN_VARIABLE: token}),
     }
+
+
+def _gateway(description: Mapping[str, Any]) -> dict[str, str]:
+    gateway = description.get("gateway")
+    if gateway is None:
+        return {}
+    names = {"base_domain": "DSTACK_EMU_BASE_DOMAIN", "ca": "DSTACK_EMU_GATEWAY_CA", "app_url": "DSTACK_EMU_APP_URL"}
+    return {variable: gateway[key] for key, variable in names.items()}

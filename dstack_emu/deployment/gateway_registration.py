@@ -5,63 +5,82 @@ Source: dstack `dstack-util/src/system_setup.rs` at 40eaf35e and 312dc605; of la
 """
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from dstack_emu.attest.release import Release
 from dstack_emu.deployment.clock import StackClock
 from dstack_emu.simulator.errors import GuestError
-from dstack_emu.simulator.gateway_client import FIRST_RETRY, LAST_RETRY, REFRESH, GatewayClient
+from dstack_emu.simulator.gateway_client import FIRST_RETRY, LAST_RETRY, REFRESH, GatewayClient, Registration
 
 FAILED: Final = "dstack-gateway registration failed, the app has no ingress route"
 """How the error of a boot begins that goes on without a gateway."""
 
 
-async def register_at_boot(client: GatewayClient, urls: Sequence[str], release: Release) -> str:
-    """Register a guest that boots; return the error of a boot that goes on without a gateway, or an empty text.
+class GatewayMembership:
+    """The registration of one running guest at one of `urls()`: every 180 seconds of the clock, or, while it never was
+    registered, after 30 to 120 seconds.
 
-    Raises `GuestError` if the guest is of a release that does not boot without one.
+    `report` is given the error of each later attempt, and the word `registered` after one.
     """
-    try:
-        await client.register(urls)
-    except GuestError as error:
-        if release.gateway_failure_ends_boot:
-            raise
-        return f"{FAILED}: {error}"
-    return ""
 
+    def __init__(self, urls: Callable[[], Sequence[str]], clock: StackClock, report: Callable[[str], None]) -> None:
+        self._urls, self._clock, self._report = urls, clock, report
+        self._client: GatewayClient | None = None
+        self._task: asyncio.Task[None] | None = None
 
-@contextlib.asynccontextmanager
-async def kept_registered(
-    client: GatewayClient, urls: Sequence[str], clock: StackClock, report: Callable[[str], None]
-) -> AsyncIterator[None]:
-    """Register the guest again every 180 seconds; while it never was, after 30 to 120 seconds.
+    async def join(self, client: GatewayClient, release: Release) -> str:
+        """Register a guest that boots; return the error of a boot that goes on without a gateway, or an empty text.
 
-    `report` is given each error, and the word that it is registered after one.
-    """
-    task = asyncio.create_task(_register_again_and_again(client, urls, clock, report), name="gateway registration")
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-async def _register_again_and_again(
-    client: GatewayClient, urls: Sequence[str], clock: StackClock, report: Callable[[str], None]
-) -> None:
-    retry, has_failed = FIRST_RETRY, False
-    while True:
-        is_registered = bool(client.registration.configuration)
-        await clock.reached(clock.now() + (REFRESH if is_registered else retry))
-        retry = FIRST_RETRY if is_registered else min(2 * retry, LAST_RETRY)
+        Raises `GuestError` if the guest is of a release that does not boot without one.
+        """
+        failed = ""
         try:
-            await client.register(urls)
+            await client.register(self._urls())
         except GuestError as error:
-            has_failed = True
-            report(str(error))
-        else:
-            if has_failed or not is_registered:
-                report("registered")
-            has_failed = False
+            if release.gateway_failure_ends_boot:
+                client.forget()
+                raise
+            failed = f"{FAILED}: {error}"
+        await self.restore(client)
+        return failed
+
+    def capture(self) -> Registration | None:
+        """Return what the guest has of its gateways, None if it does not register."""
+        return None if self._client is None else self._client.registration
+
+    async def restore(self, client: GatewayClient | None) -> None:
+        """Keep this guest registered from now on, or none."""
+        await self._stop()
+        self._client = client
+        if client is not None:
+            self._task = asyncio.create_task(self._register_again(client), name="gateway registration")
+
+    async def leave(self) -> None:
+        """Register no more, and remove the files: they have private keys."""
+        await self._stop()
+        if self._client is not None:
+            self._client.forget()
+        self._client = None
+
+    async def _stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._task = None
+
+    async def _register_again(self, client: GatewayClient) -> None:
+        retry, has_failed = FIRST_RETRY, False
+        while True:
+            is_registered = bool(client.registration.configuration)
+            await self._clock.reached(self._clock.now() + (REFRESH if is_registered else retry))
+            retry = FIRST_RETRY if is_registered else min(2 * retry, LAST_RETRY)
+            try:
+                await client.register(self._urls())
+            except GuestError as error:
+                has_failed = True
+                self._report(str(error))
+            else:
+                if has_failed or not is_registered:
+                    self._report("registered")
+                has_failed = False

@@ -44,7 +44,7 @@ class GuestNetwork:
         """Return where the connections of a service go."""
 
         def route(host: str, port: int) -> Endpoint:
-            name = service if _is_loopback(host) else host
+            name = service if is_loopback(host) else host
             if name not in self.names:
                 return host_route(host, port)
             find = self.running.get(name)
@@ -56,7 +56,8 @@ class GuestNetwork:
         return route
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether a host is this machine's loopback interface."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

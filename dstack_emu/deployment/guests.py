@@ -1,21 +1,26 @@
 """The trust domains of a stack and their agents, including those that are added while it runs."""
 
 import functools
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.hexadecimal import decode_hex
-from dstack_emu.attest.release import Release
 from dstack_emu.deployment.agent_listeners import AgentAddresses, AgentListeners, Instruments, SocketFile
 from dstack_emu.deployment.context import StackContext
-from dstack_emu.deployment.guest_config import instance_seed
+from dstack_emu.deployment.gateway_registration import GatewayMembership
+from dstack_emu.deployment.reach import AGENT_PORT, FindEndpoint, endpoint_of
 from dstack_emu.deployment.specs import GuestSpec
 from dstack_emu.deployment.state import GuestState, KeysState
+from dstack_emu.deployment.trust_domains import boot_domain
+from dstack_emu.gateway.routing import Endpoint
 from dstack_emu.observability.spans import entered, headers_of
 from dstack_emu.simulator.agent import GuestAgent, ProvidedKeys
+from dstack_emu.simulator.app_keys import AppKeys
 from dstack_emu.simulator.errors import GuestError
+from dstack_emu.simulator.gateway_client import GatewayClient, Registration
 from dstack_emu.simulator.guest_boot import KmsIssuer, fetch_keys
 from dstack_emu.simulator.guest_files import (
     DECRYPTED_ENV,
@@ -23,12 +28,13 @@ from dstack_emu.simulator.guest_files import (
     remove_environment,
     write_environment,
 )
-from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.seed import Seed
-from dstack_emu.simulator.trust_domain import AppCompose, DomainSettings, TrustDomain, TrustDomainState
+from dstack_emu.simulator.trust_domain import TrustDomain, TrustDomainState
 from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.ratls import TIMEOUT as KMS_TIMEOUT
 from dstack_emu.transport.ratls import RaTlsClient
+
+log = logging.getLogger("dstack_emu.stack")
 
 _OPTION = "--state DIR"
 """The option that sets the folder of a stack's socket files."""
@@ -37,59 +43,26 @@ _FOLDER_MODE = 0o755
 """The mode of the folder of the sockets: a container may mount it for any user. The state folder above is private."""
 
 
-def boot_domain(context: StackContext, spec: GuestSpec) -> TrustDomain:
-    """Boot a trust domain until it needs keys.
-
-    Raises `FormatError` if its VM or its app-compose is invalid.
-    """
-    guest_release = context.release_of(spec.release)
-    image = _image(context, spec, guest_release)
-    mr_config_id = None if spec.mr_config_id is None else decode_hex(spec.mr_config_id)
-    domain = TrustDomain(
-        context.intel.platform(spec.platform_name),
-        image,
-        AppCompose.named(spec.name) if spec.compose is None else AppCompose(spec.compose),
-        instance_seed=instance_seed(context.seed, spec.instance or spec.name),
-        vm_config=image.vm_config(spec.cpu_count, spec.memory_size),
-        app_id=None if spec.app_id is None else decode_hex(spec.app_id),
-        settings=DomainSettings(spec.debug, mr_config_id, spec.quote_version),
-        user_config=spec.user_config,
-        release=guest_release,
-    )
-    domain.boot()
-    for event in spec.events:
-        (domain.measure if event.measured else domain.claim)(event.event, decode_hex(event.payload))
-    return domain
-
-
-def _image(context: StackContext, spec: GuestSpec, guest_release: Release) -> OsImage:
-    """Return the image that a description names: another one, another version of the stack's own, or that itself."""
-    own = context.image
-    if spec.image is None and spec.image_version in (None, own.version):
-        return own
-    if spec.image is None and context.config.image_dir is not None:
-        raise FormatError(
-            f"image_version: the stack boots the image of a folder, of version {own.version}; "
-            f"for version {spec.image_version} name an image too"
-        )
-    version = spec.image_version or guest_release.version
-    return OsImage.from_seed(context.seed.derive, spec.image or own.name, version)
-
-
 class RunningGuest:
     """A trust domain whose agent runs. `boot` fetches keys from a KMS; `close` stops the agent.
 
     `service` is the name of its agent's service in the stack; `streams` are its random streams. `encrypted_env` is the
-    encrypted environment of its deployment, `environment` what of it was decrypted at its boot.
+    encrypted environment of its deployment, `environment` what of it was decrypted at its boot. `boot_error` is why it
+    runs without a gateway, empty if it has one or needs none. `find_program` says where its ports are;
+    `when_booted` is awaited once it has keys.
     """
 
     def __init__(self, context: StackContext, spec: GuestSpec, service: str, domain: TrustDomain, seed: Seed) -> None:
         self.spec, self.service, self.domain = spec, service, domain
-        self.streams = {name: seed.stream(name) for name in ("agent", "boot")}
+        self.streams = {name: seed.stream(name) for name in ("agent", "boot", "gateway")}
         self.agent = GuestAgent(domain, self.streams["agent"])
         self.encrypted_env = decode_hex(spec.encrypted_env)
         self.environment: Mapping[str, str] = {}
+        self.boot_error = ""
+        self.find_program: FindEndpoint = self._on_app_host
+        self.when_booted: Callable[[], Awaitable[None]] | None = None
         self._context = context
+        self._membership = GatewayMembership(lambda: context.gateways, context.instrumentation.clock, self._log_gateway)
         self._issuer: KmsIssuer | None = None
         self._kms = ""
         self._listeners: AgentListeners | None = None
@@ -146,6 +119,7 @@ class RunningGuest:
         with context.logs.of(self.service):
             self._listeners = await AgentListeners.open(self.agent, addresses, instruments)
         context.urls[self.service] = self._listeners.url
+        context.reach.add(self.domain.instance_id, self.endpoint)
         if grpc:
             context.grpc[f"{self.service}-grpc"] = self._listeners.grpc_target
 
@@ -155,16 +129,21 @@ class RunningGuest:
         Raises `GuestError` with the refusal; then the trust domain is unchanged.
         """
         instrumentation = self._context.instrumentation
-        before, position = self.domain.capture(), self.streams["boot"].capture()
+        before, registration = self.domain.capture(), self._membership.capture()
+        positions = {name: stream.capture() for name, stream in self.streams.items() if name != "agent"}
         call = instrumentation.journal.begin(self.name, "Boot", None, 0, "stack")
         status, error = 400, ""
         try:
             with entered(call):
                 await self._fetch_keys(kms, verifier)
+                if self.when_booted is not None:
+                    await self.when_booted()
             status = 200
         except GuestError as refusal:
             self.domain.restore(before)
-            self.streams["boot"].restore(position)
+            await self._restore_gateway(registration)
+            for name, position in positions.items():
+                self.streams[name].restore(position)
             error = instrumentation.journal.scrub(str(refusal))
             raise
         finally:
@@ -183,12 +162,41 @@ class RunningGuest:
         )
         try:
             environment = decrypt_environment(self.domain, self.encrypted_env, keys)
+            await self._register(keys, issuer)
             await self.agent.provide(keys, issuer)
         except BaseException:
             await issuer.close()
             raise
         self._write_environment(environment)
         await self._use(issuer, names[issuer.url.removesuffix("/prpc")])
+
+    # ---- its gateway
+
+    def endpoint(self, port: int) -> Endpoint | None:
+        """Return what listens at one of its ports: its agent at 8090, and its program at the others."""
+        return endpoint_of(self.url) if port == AGENT_PORT else self.find_program(port)
+
+    def _on_app_host(self, port: int) -> Endpoint | None:
+        host = self._context.app_host
+        return None if host is None else (host, port)
+
+    async def _register(self, keys: AppKeys, issuer: KmsIssuer) -> None:
+        """Register at the stack's gateway, if it has one and the app wants it."""
+        self.boot_error = ""
+        if self._context.gateways and self.domain.manifest.has_gateway:
+            self.boot_error = await self._membership.join(self._gateway_client(keys, issuer), self.domain.release)
+            if self.boot_error:
+                self._log_gateway(self.boot_error)
+
+    def _gateway_client(self, keys: AppKeys, issuer: KmsIssuer) -> GatewayClient:
+        clock, entropy = self._context.instrumentation.clock, self.streams["gateway"]
+        headers, timeout = headers_of(self.name), self._kms_timeout
+        return GatewayClient(self.domain, keys, issuer, entropy, clock, self.folder, timeout=timeout, headers=headers)
+
+    def _log_gateway(self, text: str) -> None:
+        log.warning("the trust domain %s: dstack-gateway: %s", self.name, text)
+
+    # ---- its environment
 
     @property
     def decrypted_env(self) -> Path | None:
@@ -222,6 +230,8 @@ class RunningGuest:
     async def close(self) -> None:
         """Stop listening, and remove what must not outlast the trust domain."""
         self._remove_environment()
+        self._context.reach.remove(self.domain.instance_id, self.endpoint)
+        await self._membership.leave()
         if self._listeners is not None:
             await self._listeners.close()
         await self._use(None, "")
@@ -240,6 +250,7 @@ class RunningGuest:
             streams=streams,
             keys=keys,
             encrypted_env=self.encrypted_env,
+            gateway=self._membership.capture(),
         )
 
     def _captured_keys(self) -> KeysState | None:
@@ -263,6 +274,8 @@ class RunningGuest:
         self.encrypted_env = decode_hex(self.spec.encrypted_env) if encrypted is None else encrypted
         if self._captured_keys() != state.keys or self.encrypted_env != known:
             await self._restore_keys(state.keys)
+        if self._membership.capture() != state.gateway:
+            await self._restore_gateway(state.gateway)
 
     async def _restore_keys(self, state: KeysState | None) -> None:
         if state is None:
@@ -276,6 +289,15 @@ class RunningGuest:
         issuer = KmsIssuer.of(self.domain, url, state.identity, state.keys.ca_cert, connect=connect)
         self.agent.restore(ProvidedKeys(state.keys, issuer, state.demo_certificate))
         await self._use(issuer, state.kms)
+
+    async def _restore_gateway(self, registration: Registration | None) -> None:
+        """Register with what it had, once it has its keys again."""
+        provided = self.agent.capture()
+        await self._membership.leave()
+        if registration is not None and provided is not None and self._issuer is not None:
+            client = self._gateway_client(provided.keys, self._issuer)
+            client.restore(registration)
+            await self._membership.restore(client)
 
 
 async def start_guest(context: StackContext, spec: GuestSpec, service: str, seed: Seed | None = None) -> RunningGuest:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from dstack_emu.deployment.config import DESCRIPTION_FILE
+from dstack_emu.deployment.gateway_names import ADMIN, INGRESS
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.tls import client_context
@@ -55,6 +56,8 @@ async def check_grpc(targets: Mapping[str, str]) -> dict[str, str]:
 
 
 async def _check(client: HttpClient, name: str, url: str) -> str:
+    if name == INGRESS:
+        return await _check_ingress(url)
     problem = await _check_at(client, name, url)
     if problem and name.startswith("kms-"):  # its phase, and so the scheme, may have changed
         scheme, _, rest = url.partition("://")
@@ -63,12 +66,26 @@ async def _check(client: HttpClient, name: str, url: str) -> str:
     return problem
 
 
+async def _check_ingress(address: str) -> str:
+    """Check that connections are accepted: what it answers belongs to the apps behind it."""
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    except (OSError, ValueError) as error:
+        return f"{INGRESS} at {address}: {error}"
+    writer.close()
+    return ""
+
+
 async def _check_at(client: HttpClient, name: str, url: str) -> str:
     try:
         page = url + ("/" if name.startswith("auth-") else "/health")
         answer = await client.send("GET", page, follow_redirects=True)
     except (NoAnswerError, AnswerTooLongError) as error:
         return f"{name} at {shown_url(url)}: {error}"
-    if name.startswith("kms-") and answer.status == 401:  # a KMS whose onboard phase wants a token of every caller
+    if answer.status == 401 and name.startswith(("kms-", ADMIN)):  # one that wants a token of every caller
+        return ""
+    if name == ADMIN and answer.status == 404:  # it has no page for this, and answers
         return ""
     return "" if answer.status == 200 else f"{name} at {shown_url(url)} answered {answer.status}"

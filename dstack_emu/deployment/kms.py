@@ -78,16 +78,26 @@ class EmulatedKms(RunningKms):
         """Publish its URL, whose scheme depends on its phase."""
         self._context.urls[self.spec.service] = self.server.url
 
+    async def refresh(self) -> None:
+        """Publish its URL anew: a user may have finished its onboard phase."""
+        self._publish_url()
+
     def _document(self, webhook: str, sock: socket.socket, *, grpc: bool) -> dict[str, Any]:
         """Build its kms.toml."""
         emulator = {
             "rpc_cert_evidence": self.spec.rpc_cert_evidence,
-            "rpc_cert_names": list(self._context.kms_names),
+            "rpc_cert_names": [*self._context.kms_names, *self._names_at_ingress],
             "auth_api_cache": self._has_auth_api_cache(),
             "grpc": {"enabled": grpc},
         }
         settings = self._settings(webhook, bound_host(sock), sock.getsockname()[1])
         return {**settings.document(), "emulator": emulator}
+
+    @property
+    def _names_at_ingress(self) -> list[str]:
+        """The names by which the ingress passes clients through to it."""
+        config = self._context.config
+        return [f"*.{config.base_domain}"] if config.gateway else []
 
     def _has_auth_api_cache(self) -> bool:
         if self.spec.auth_api_cache is not None:

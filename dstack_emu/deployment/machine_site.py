@@ -11,6 +11,7 @@ from dstack_emu.attest.image.memory import HIGH_MEMORY, LOW_MEMORY
 from dstack_emu.attest.release import Release
 from dstack_emu.attest.vmconfig import VmConfig
 from dstack_emu.deployment.clock import StackClock
+from dstack_emu.deployment.reach import InstanceReach
 from dstack_emu.deployment.workloads import Workloads
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.image import OsImage
@@ -32,7 +33,7 @@ class MachineSite:
     `verifier` verifies the evidence of a KMS, `issued_at` is the time for certificates in Unix seconds, `images` the
     folder of OS images, `own_image` the one that exists without a folder, and `workloads` makes what runs beside the
     agents. With `writes_environment` an app's decrypted environment is in files of its machine's folder while it runs.
-    `clock` says when a machine registers at its gateway again.
+    `clock` says when a machine registers at its gateway again; its gateway finds the ports of machines in `reach`.
     """
 
     intel: Intel
@@ -44,6 +45,7 @@ class MachineSite:
     issued_at: Callable[[], int]
     workloads: Workloads
     clock: StackClock
+    reach: InstanceReach
     writes_environment: bool = True
     headers: Callable[[str], Callable[[], Mapping[str, str]]] | None = None
 

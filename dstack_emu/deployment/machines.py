@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
-from urllib.parse import urlsplit
 
 from google.protobuf.message import Message
 
@@ -22,17 +20,18 @@ from dstack_emu.attest.encrypted_env import MAX_FILE_SIZE as MAX_ENV_SIZE
 from dstack_emu.attest.errors import AttestError
 from dstack_emu.attest.os_image import METADATA_FILE
 from dstack_emu.deployment.agent_listeners import AgentAddresses, AgentListeners, SocketFile
-from dstack_emu.deployment.gateway_registration import kept_registered, register_at_boot
+from dstack_emu.deployment.gateway_registration import GatewayMembership
 from dstack_emu.deployment.guest_config import local_key_provider
 from dstack_emu.deployment.guest_network import LOOPBACK, host_route
 from dstack_emu.deployment.machine_guest import MachineGuest
 from dstack_emu.deployment.machine_ports import open_ports
 from dstack_emu.deployment.machine_site import MEGABYTE, MachineSite
+from dstack_emu.deployment.reach import AGENT_PORT, endpoint_of
 from dstack_emu.deployment.workloads import BootedGuest, Endpoint, ServiceStatus, Workload
 from dstack_emu.simulator.agent import GuestAgent
 from dstack_emu.simulator.app_keys import AppKeys, CertificateIssuer, OwnKeys
 from dstack_emu.simulator.errors import GuestError
-from dstack_emu.simulator.gateway_client import GatewayClient, remove_gateway_files
+from dstack_emu.simulator.gateway_client import GatewayClient
 from dstack_emu.simulator.guest_boot import KmsIssuer, fetch_keys
 from dstack_emu.simulator.guest_files import decrypt_environment, remove_environment, write_environment
 from dstack_emu.simulator.seed import Seed
@@ -43,8 +42,6 @@ from dstack_emu.transport.listen import bind_tcp
 from dstack_emu.vmm.config import Protocol
 from dstack_emu.vmm.errors import VmmError
 from dstack_emu.vmm.machine import GuestConfig, HostApi, Launch
-
-AGENT_PORT: Final = 8090
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,23 +170,25 @@ class DomainMachine:
         if not domain.manifest.has_gateway:
             return
         self._progress("setting up dstack-gateway")
-        folder, urls, clock = self.launch.folder, self.launch.gateway_urls, self.site.clock
+        self.site.reach.add(domain.instance_id, self._tcp_endpoint)
+        held.callback(self.site.reach.remove, domain.instance_id, self._tcp_endpoint)
         client = GatewayClient(
             domain,
             keys,
             issuer,
             self._seed.stream("gateway"),
-            clock,
-            folder,
+            self.site.clock,
+            self.launch.folder,
             headers=self._headers,
             route=host_route,
         )
-        held.callback(remove_gateway_files, folder)
-        if failed := await register_at_boot(client, urls, self.site.release):
+        membership = GatewayMembership(lambda: self.launch.gateway_urls, self.site.clock, self._log_gateway)
+        held.push_async_callback(membership.leave)
+        if failed := await membership.join(client, self.site.release):
             self._report(failed)
-        await held.enter_async_context(
-            kept_registered(client, urls, clock, lambda text: self.host.log(f"[dstack] dstack-gateway: {text}\n"))
-        )
+
+    def _log_gateway(self, text: str) -> None:
+        self.host.log(f"[dstack] dstack-gateway: {text}\n")
 
     async def _start_workload(self, guest: BootedGuest, held: AsyncExitStack) -> None:
         """Start what runs beside the agent; the agent runs on if that cannot be started."""
@@ -237,9 +236,11 @@ class DomainMachine:
         """Return what listens at a port of the machine now."""
         found = None if self.workload is None else self.workload.endpoint(protocol, port)
         if found is None and self._agent_url and (protocol, port) == ("tcp", AGENT_PORT):
-            parts = urlsplit(self._agent_url)
-            return parts.hostname or LOOPBACK, parts.port or AGENT_PORT
+            return endpoint_of(self._agent_url)
         return found
+
+    def _tcp_endpoint(self, port: int) -> Endpoint | None:
+        return self._endpoint("tcp", port)
 
     async def _listen(self, agent: GuestAgent, held: AsyncExitStack) -> AgentListeners:
         """Open the agent's listeners: its socket files, and its port, to which mappings to port 8090 lead."""

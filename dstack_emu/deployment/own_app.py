@@ -4,7 +4,7 @@ An environment file is read as dstack's `vmm-cli.py` does (dstack `vmm/src/vmm-c
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -106,15 +106,17 @@ def read_env_file(path: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class DomainRule:
-    """The rule of a policy that allows the app of a trust domain, as `AppToAllow`."""
+class DomainRules:
+    """The rules of a policy that allow the apps of trust domains, as `AppToAllow`."""
 
-    domain: TrustDomain
+    domains: Sequence[TrustDomain]
 
     async def rule(self) -> dict[policy_files.AppRule, str]:
-        """Return its rule, and the hash of its OS image (hex)."""
-        rule = policy_files.AppRule(self.domain.app_id.hex(), self.domain.compose_hash.hex())
-        return {rule: self.domain.image.os_image_hash.hex()}
+        """Return their rules, each with the hash of its OS image (hex)."""
+        return {
+            policy_files.AppRule(domain.app_id.hex(), domain.compose_hash.hex()): domain.image.os_image_hash.hex()
+            for domain in self.domains
+        }
 
 
 @dataclass(frozen=True, slots=True)

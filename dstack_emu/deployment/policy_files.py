@@ -13,9 +13,12 @@ from typing import Any, Final
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.transport.files import replace_file
 
+ANY_GATEWAY: Final = "any"
+"""The gatewayAppId of a policy by which apps accept every gateway."""
+
 DENY_ALL: Final[dict[str, Any]] = {
     "osImages": [],
-    "gatewayAppId": "any",
+    "gatewayAppId": ANY_GATEWAY,
     "kms": {"mrAggregated": [], "devices": [], "allowAnyDevice": True},
     "apps": {},
 }
@@ -30,10 +33,13 @@ class AppRule:
     compose_hash: str
 
 
-def allow(os_images: list[str], mr_aggregated: list[str], apps: list[AppRule]) -> dict[str, Any]:
+def allow(
+    os_images: list[str], mr_aggregated: list[str], apps: list[AppRule], gateway_app_id: str = ANY_GATEWAY
+) -> dict[str, Any]:
     """Build a policy that allows these measurements (hex without 0x) on any device."""
     return {
         **DENY_ALL,
+        "gatewayAppId": gateway_app_id,
         "osImages": sorted({f"0x{image}" for image in os_images}),
         "kms": {"mrAggregated": [f"0x{mr}" for mr in mr_aggregated], "devices": [], "allowAnyDevice": True},
         "apps": {
@@ -57,10 +63,13 @@ def admit(
     measured: Iterable[Mapping[str, Any]],
     apps: Mapping[AppRule, str],
     progress: Callable[[str], None],
+    *,
+    gateway_app_id: str = ANY_GATEWAY,
 ) -> None:
     """Write policies that allow KMS and apps into the files that are still the placeholder.
 
     `measured` are the answers of the KMS to GetAttestationInfo; `apps` has the OS image's hash (hex) of each app.
+    `gateway_app_id` is their gatewayAppId.
     Raises `StackError`, and writes nothing, if a policy is of another stack.
     """
     infos, paths = list(measured), list(paths)
@@ -70,6 +79,7 @@ def admit(
         [*(info["os_image_hash"] for info in infos), *apps.values()],
         [info["mr_aggregated"] for info in infos],
         list(apps),
+        gateway_app_id,
     )
     for path in paths:
         if is_placeholder(path):

@@ -1,6 +1,7 @@
 """What a stack needs before any part of it starts: its folder, its ports, its image, its instruments."""
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Set
@@ -14,16 +15,16 @@ from dstack_emu.auth.errors import AuthConfigError
 from dstack_emu.auth.policy import parse_contract
 from dstack_emu.deployment.chain_webhooks import require_chain
 from dstack_emu.deployment.clock import wall_clock
-from dstack_emu.deployment.config import DESCRIPTION_FILE, VMM_WORKLOADS, StackConfig
+from dstack_emu.deployment.config import BASE_DOMAIN, DESCRIPTION_FILE, VMM_WORKLOADS, StackConfig
 from dstack_emu.deployment.context import ServicePorts, StackContext
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.foreign_parts import require_foreign_parts
-from dstack_emu.deployment.guests import boot_domain
 from dstack_emu.deployment.instrumentation import Instrumentation
 from dstack_emu.deployment.own_app import OwnApp
 from dstack_emu.deployment.policy_files import PolicyFiles
 from dstack_emu.deployment.running_kms import PERMANENT
 from dstack_emu.deployment.service_logs import ServiceLogs
+from dstack_emu.deployment.trust_domains import boot_domain
 from dstack_emu.observability.journal import JournalError
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.guest_boot import require_kms_as_provider
@@ -35,6 +36,9 @@ from dstack_emu.simulator.vendor_state import VendorState, validity_of_issue
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 
 LOOPBACK: Final = "127.0.0.1"
+MAX_DOMAIN: Final = 189
+"""The maximum length of the base domain: 253 for a name, less a label of 63 and its dot."""
+_LABEL: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 def prepare(
@@ -113,10 +117,23 @@ def _require_release(config: StackConfig) -> None:
         raise StackError(f"vmm_workload: {' or '.join(VMM_WORKLOADS)} expected, got {config.vmm_workload!r:.40}")
     if not config.vmm and (config.vmm_workload != VMM_WORKLOADS[0] or config.vmm_script_image is not None):
         raise StackError("vmm_workload and vmm_script_image are settings of a VMM, which this stack has not: add --vmm")
+    _require_gateway(config)
     if config.auth_api_cache and not stack_release.auth_api_cache_seconds:
         raise StackError(
             f"auth_api_cache: a KMS of dstack {stack_release.name} keeps no answer of its webhook: "
             "leave it out, or choose another release"
+        )
+
+
+def _require_gateway(config: StackConfig) -> None:
+    """Verify the settings of the gateway; raise `StackError`."""
+    if not config.gateway and (config.base_domain != BASE_DOMAIN or config.app_host is not None):
+        raise StackError("base_domain and app_host are settings of a gateway, which this stack has not: add --gateway")
+    labels = config.base_domain.split(".")
+    if len(labels) < 2 or len(config.base_domain) > MAX_DOMAIN or not all(map(_LABEL.fullmatch, labels)):
+        raise StackError(
+            "base_domain: a domain of at least two labels of lowercase letters, digits and hyphens expected, such as "
+            f"{BASE_DOMAIN}, got {config.base_domain!r:.100}"
         )
 
 

@@ -10,8 +10,10 @@ from dstack_emu.deployment.context import StackContext
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.guests import RunningGuest
 from dstack_emu.deployment.kms_toml import KmsSettings
+from dstack_emu.deployment.reach import KMS_PORT, endpoint_of
 from dstack_emu.deployment.specs import KmsSpec
 from dstack_emu.deployment.state import KmsState
+from dstack_emu.gateway.routing import Endpoint
 from dstack_emu.observability.spans import headers_of
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.validation import suggestion
@@ -31,6 +33,7 @@ class RunningKms(PhaseSource, ABC):
         self.measured: dict[str, Any] | None = None
         self._context = context
         self._exit = AsyncExitStack()
+        guest.find_program = self._endpoint
 
     @property
     def name(self) -> str:
@@ -41,6 +44,10 @@ class RunningKms(PhaseSource, ABC):
     def url(self) -> str:
         """The URL of its service."""
         return self._context.urls[self.spec.service]
+
+    def _endpoint(self, port: int) -> Endpoint | None:
+        """Return where it is reached at a port of its trust domain."""
+        return endpoint_of(self.url) if port == KMS_PORT and self.spec.service in self._context.urls else None
 
     @property
     def admin_url(self) -> str | None:

@@ -22,6 +22,7 @@ from dstack_emu.deployment.guest_programs import ProgramSite
 from dstack_emu.deployment.machine_site import MachineSite
 from dstack_emu.deployment.machines import DomainMachines
 from dstack_emu.deployment.process_workload import ProcessWorkloads
+from dstack_emu.deployment.reach import InstanceReach
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import Seed
@@ -166,6 +167,7 @@ def _site(settings: VmmSettings, held: AsyncExitStack, docker: DockerWorkloads |
         workloads=docker or ProcessWorkloads(programs),
         writes_environment=docker is None,
         clock=StackClock(),
+        reach=InstanceReach(),
     )
 
 

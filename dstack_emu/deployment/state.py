@@ -3,15 +3,20 @@
 What grows from the seed alone, ports and connections are in no state. Bytes are base64 in JSON.
 """
 
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from dstack_emu.attest.app_info import BootInfo
 from dstack_emu.attest.eventlog import RuntimeEvent
 from dstack_emu.deployment.specs import GuestSpec, KmsSpec
+from dstack_emu.gateway.state import GatewayState
 from dstack_emu.simulator.app_keys import AppKeys
+from dstack_emu.simulator.gateway_client import Registration
 from dstack_emu.transport.tls import Identity
+
+if TYPE_CHECKING:
+    from dstack_emu.gateway.gateway import Gateway
 
 S = TypeVar("S")
 
@@ -43,6 +48,14 @@ class RestorableService(Protocol[S]):
         ...
 
 
+class RunningGateway(RestorableService[GatewayState | None], Protocol):
+    """The gateway of a stack, as its control sees it."""
+
+    def find(self) -> "Gateway | None":
+        """Return the gateway, None before it has keys."""
+        ...
+
+
 class StateModel(BaseModel):
     """A part of a saved state. What is captured here is not validated again; only a document from outside is."""
 
@@ -67,7 +80,7 @@ class KeysState(StateModel):
 class GuestState(StateModel):
     """A trust domain: its description, what its log claims, and its keys if a KMS gave it some.
 
-    `encrypted_env` None is that of the description.
+    `encrypted_env` None is that of the description; `gateway` is None if it does not register at one.
     """
 
     spec: GuestSpec
@@ -76,6 +89,7 @@ class GuestState(StateModel):
     streams: dict[str, Count]
     keys: KeysState | None = None
     encrypted_env: bytes | None = None
+    gateway: Registration | None = None
 
 
 class KmsState(StateModel):

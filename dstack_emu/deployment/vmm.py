@@ -12,10 +12,12 @@ from dstack_emu.deployment.context import StackContext
 from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.deployment.docker_machines import open_docker
 from dstack_emu.deployment.docker_workload import DockerWorkloads
+from dstack_emu.deployment.gateway_names import INGRESS
 from dstack_emu.deployment.guest_programs import ProgramSite
 from dstack_emu.deployment.machine_site import MachineSite
 from dstack_emu.deployment.machines import DomainMachines
 from dstack_emu.deployment.process_workload import ProcessWorkloads
+from dstack_emu.deployment.reach import AGENT_PORT, endpoint_of
 from dstack_emu.deployment.workloads import Workloads
 from dstack_emu.observability.spans import headers_of
 from dstack_emu.transport.listen import Server, serve
@@ -33,7 +35,7 @@ IMAGES_FOLDER: Final = "vm-images"
 class VmmExtension:
     """The VMM as a service of a deployment."""
 
-    name = "vmm"
+    names = ("vmm",)
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
@@ -56,7 +58,9 @@ class VmmExtension:
         )
         await self._fleet.open()
         self._deployment.machines = self
-        return await serve(context.instrumentation.instrument(self.name, vmm_app(self._fleet)), sock)
+        server = await serve(context.instrumentation.instrument("vmm", vmm_app(self._fleet)), sock)
+        context.urls["vmm"] = server.url
+        return server
 
     def capture(self) -> FleetState:
         """Return its machines as data."""
@@ -68,6 +72,9 @@ class VmmExtension:
         if self._fleet is not None:
             await self._fleet.restore(state)
         self._entropy.restore(state.drawn)
+
+    async def keys_are_released(self) -> None:
+        """Do nothing: it needs no keys."""
 
     def became_ready(self) -> None:
         """Do nothing: the VMM is ready before the KMS are."""
@@ -92,12 +99,20 @@ def _config(context: StackContext) -> VmmConfig:
         image=ImageSection(path=context.state / IMAGES_FOLDER),
         cvm=CvmSection(
             kms_urls=(kms_url,),
-            gateway_urls=(),
+            gateway_urls=tuple(context.gateways),
             pccs_url=context.urls["pccs"],
             port_mapping=PortMappingSection(enabled=True, range=everything),
         ),
-        gateway=GatewaySection(),
+        gateway=_gateway(context),
     )
+
+
+def _gateway(context: StackContext) -> GatewaySection:
+    """Return how the apps of its machines are reached."""
+    ingress = endpoint_of(f"//{context.urls[INGRESS]}") if INGRESS in context.urls else None
+    if ingress is None:
+        return GatewaySection()
+    return GatewaySection(base_domain=context.config.base_domain, port=ingress[1], agent_port=AGENT_PORT)
 
 
 async def _docker(context: StackContext) -> DockerWorkloads:
@@ -134,6 +149,7 @@ def _site(context: StackContext, workloads: Workloads) -> MachineSite:
         issued_at=context.instrumentation.clock.issue,
         workloads=workloads,
         clock=context.instrumentation.clock,
+        reach=context.reach,
         writes_environment=isinstance(workloads, ProcessWorkloads),
         headers=headers_of,
     )

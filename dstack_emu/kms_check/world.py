@@ -20,8 +20,9 @@ from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.deployment.guest_config import instance_seed, local_key_provider
-from dstack_emu.deployment.guests import RunningGuest, boot_domain, start_guest
+from dstack_emu.deployment.guests import RunningGuest, start_guest
 from dstack_emu.deployment.specs import GuestSpec
+from dstack_emu.deployment.trust_domains import boot_domain
 from dstack_emu.kms_check.evidence import Issuer
 from dstack_emu.kms_check.webhook import Webhook
 from dstack_emu.observability.fault_rules import FaultRule

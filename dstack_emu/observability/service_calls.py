@@ -17,6 +17,11 @@ from dstack_emu.transport.validation import suggestion
 OUTCOMES: Final = ("ok", "denied", "refused", "unanswered")
 """The outcomes of a call in the journal."""
 
+INGRESS: Final = "ingress"
+"""The ingress of a gateway, which relays connections, and answers no calls."""
+INGRESS_KINDS: Final = frozenset(("delay", "hang", "reset", "pass"))
+"""The kinds of faults that its connections can have, and the step of a script that lets one pass."""
+
 _CALLERS: Final = (OUTSIDE, "stack", "verifier")
 """Callers that are no trust domains."""
 
@@ -57,6 +62,8 @@ class ServiceCalls:
             services = self._only(services, "pccs", "stale: only the PCCS has documents that expire", fault)
         if fault.kind == "decision" or {"allow", "deny"} & set(fault.script):
             services = self._only(services, "auth-", "decision: only a webhook of the stack decides", fault)
+        if services == {INGRESS} and not {fault.kind, *fault.script} - {None} <= INGRESS_KINDS:
+            raise UnknownCallError("kind: delay, hang or reset expected for the ingress, which forwards bytes")
         calls = set().union(*(self._calls[service] for service in services))
         _matching("call", fault.call, calls, f"call of {_listed(services)}")
         _matching("caller", fault.caller, {*_CALLERS, *self.domains()}, "caller")

@@ -5,6 +5,7 @@ The fixtures of `pytest_plugin` return these classes. This package does not need
 
 from dstack_emu.testing.clock import LiveClock
 from dstack_emu.testing.faults import LiveFault
+from dstack_emu.testing.gateway import LiveGateway
 from dstack_emu.testing.journal import LiveJournal
 from dstack_emu.testing.kms import LiveKms, LivePolicy
 from dstack_emu.testing.live_stack import LiveStack
@@ -15,6 +16,7 @@ from dstack_emu.testing.trust_domains import LiveTrustDomain
 __all__ = [
     "LiveClock",
     "LiveFault",
+    "LiveGateway",
     "LiveImage",
     "LiveJournal",
     "LiveKms",

@@ -13,6 +13,7 @@ from dstack_emu.stack import Stack
 from dstack_emu.testing.access import StackAccess
 from dstack_emu.testing.clock import LiveClock
 from dstack_emu.testing.faults import LiveFault
+from dstack_emu.testing.gateway import LiveGateway
 from dstack_emu.testing.journal import LiveJournal
 from dstack_emu.testing.kms import LiveKms, LivePolicy
 from dstack_emu.testing.platforms import LiveImage, LivePlatform, LiveVendor
@@ -80,6 +81,11 @@ class LiveStack:
         return self.in_thread(lambda stack: stack.root_ca)
 
     # ---- its parts
+
+    @property
+    def gateway(self) -> LiveGateway:
+        """The gateway, if the stack has one."""
+        return LiveGateway(self._access)
 
     def app(self, name: str | None = None, **spec: Any) -> LiveTrustDomain:
         """Return the app of that name; with fields of `trust_domain`, add an app.

@@ -21,6 +21,10 @@ PORTS: Final[Mapping[str, int]] = MappingProxyType(
         "verifier": 8088,
         "control": 8070,
         "vmm": 8085,
+        "gateway": 8010,
+        "gateway-admin": 8011,
+        "ingress": 8443,
+        "agent-gateway": 8093,
     }
 )
 """The services in the order in which they are bound, and their ports."""

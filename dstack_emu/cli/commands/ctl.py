@@ -136,7 +136,11 @@ def _add_conditions(command: _AddCommand) -> None:
 
 
 def _add_parts(command: _AddCommand) -> None:
-    """Add the commands about trust domains and KMS."""
+    """Add the commands about trust domains, KMS and the gateway."""
+    gateway = command("gateway", "show the gateway and its instances; let one be gone", calls.gateway)
+    gateway.add_argument("verb", nargs="?", choices=("show", "end-handshake"), default="show")
+    gateway.add_argument("instance", nargs="?", metavar="ID", help="the instance id, for `end-handshake`")
+
     guest = command("guest", "show, add, boot or remove a trust domain", calls.guest)
     guest.add_argument("verb", nargs="?", choices=("list", "show", "add", "boot", "event", "remove"), default="list")
     guest.add_argument("name", nargs="?")

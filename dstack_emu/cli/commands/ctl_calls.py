@@ -164,6 +164,18 @@ def clock(api: Api, arguments: argparse.Namespace) -> Any:
     return api.send("POST", "/clock", {{"wall": "follow_the_wall"}.get(verb, verb): True if value is None else value})
 
 
+def gateway(api: Api, arguments: argparse.Namespace) -> Any:
+    """Return the gateway, or let it have heard nothing of an instance."""
+    instance = arguments.instance
+    if arguments.verb == "show":
+        if instance:
+            raise UsageError(f"ctl gateway show takes no instance, got {instance!r:.60}")
+        return api.get("/gateway")
+    if not instance:
+        raise UsageError("ctl gateway end-handshake: an instance id expected; `ctl gateway` lists them")
+    return api.send("POST", f"/gateway/instances/{urllib.parse.quote(instance, safe='')}/end-handshake", {})
+
+
 def fault(api: Api, arguments: argparse.Namespace) -> Any:
     """Return faults, add one, or lift them."""
     words = arguments.words

@@ -10,7 +10,7 @@ from dstack_emu.cli.commands.common import add_release
 from dstack_emu.cli.commands.eth_options import add_eth_options
 from dstack_emu.cli.commands.guest_options import add_collateral_issued
 from dstack_emu.cli.commands.workload_options import add_workload
-from dstack_emu.deployment.config import AUTH_KINDS, TOKEN_VARIABLE, StackConfig
+from dstack_emu.deployment.config import AUTH_KINDS, BASE_DOMAIN, TOKEN_VARIABLE, StackConfig
 from dstack_emu.simulator.seed import DEFAULT_SEED
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 from dstack_emu.transport.urls import shown_url
@@ -45,6 +45,7 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
     )
     add_collateral_issued(parser)
     _add_vmm_options(parser)
+    _add_gateway_options(parser)
     parser.add_argument("--grpc", action="store_true", help="let agents and KMS serve gRPC, too")
     parser.add_argument(
         "--port",
@@ -88,6 +89,25 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
 def _add_vmm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vmm", action="store_true", help="run a VMM, too: it deploys machines, as `vmm-cli.py` asks")
     add_workload(parser)
+
+
+def _add_gateway_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gateway",
+        action="store_true",
+        help="run a gateway, too: apps register at it, and its ingress leads to them by names below the base domain",
+    )
+    parser.add_argument(
+        "--base-domain",
+        default=BASE_DOMAIN,
+        metavar="NAME",
+        help="the domain of the names of apps behind the gateway (%(default)s, which browsers and curl resolve)",
+    )
+    parser.add_argument(
+        "--app-host",
+        metavar="HOST",
+        help="where the ports of the stack's app are (default: 127.0.0.1, unless --listen is another address)",
+    )
 
 
 def _add_folders(parser: argparse.ArgumentParser) -> None:
@@ -163,6 +183,9 @@ def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str =
         vmm=arguments.vmm,
         vmm_workload=arguments.vmm_workload,
         vmm_script_image=arguments.vmm_script_image,
+        gateway=arguments.gateway,
+        base_domain=arguments.base_domain,
+        app_host=arguments.app_host,
         auth_api_cache=arguments.auth_api_cache,
         collateral_issued=arguments.collateral_issued,
         journal=arguments.journal,

@@ -8,8 +8,8 @@ from dstack_emu.attest.attestation import Attestation
 from dstack_emu.attest.certificate import spki_der
 from dstack_emu.attest.eventlog import RuntimeEvent
 from dstack_emu.attest.report_data import ratls_report_data
-from dstack_emu.deployment.guests import boot_domain
 from dstack_emu.deployment.specs import GuestSpec
+from dstack_emu.deployment.trust_domains import boot_domain
 from dstack_emu.kms_check import evidence as forge
 from dstack_emu.kms_check.case import Act, CaseList
 from dstack_emu.kms_check.evidence import Issuer, Key, bound, new_key, signing_request

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from dstack_emu.attest.attestation import Attestation
 from dstack_emu.deployment.clock import wall_clock
-from dstack_emu.deployment.guests import boot_domain
 from dstack_emu.deployment.specs import GuestSpec
+from dstack_emu.deployment.trust_domains import boot_domain
 from dstack_emu.kms_check import evidence as forge
 from dstack_emu.kms_check.calls import call
 from dstack_emu.kms_check.case import Act, CaseList
