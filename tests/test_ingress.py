@@ -36,7 +36,6 @@ from tests.ingress import (
 from tests.ports import refusing_port
 from tests.tls import client_hello
 
-SHORT = Timeouts(proxy_header=0.2, handshake=0.2, dns=0.2, connect=0.2, idle=0.2, write=0.2, shutdown=0.2, total=60)
 MUCH = 8 * 1024 * 1024
 
 
@@ -59,11 +58,19 @@ def ingress(request: pytest.FixtureRequest, domain: DomainTls) -> Iterator[Runni
         yield running
 
 
-@pytest.fixture(params=LOOPS)
+@pytest.fixture
 def hasty(request: pytest.FixtureRequest, domain: DomainTls) -> Iterator[RunningIngress]:
-    """Run an ingress that waits for nothing longer than a moment, on each event loop."""
-    with running_ingress(domain, loop=request.param, settings=IngressSettings(timeouts=SHORT)) as running:
+    """Run an ingress with the event loop and the time limits of `limited`."""
+    loop, limits = request.param
+    with running_ingress(domain, loop=loop, settings=IngressSettings(timeouts=limits)) as running:
         yield running
+
+
+def limited(**limits: float) -> pytest.MarkDecorator:
+    """Let a test have a `hasty` ingress with these limits, on each event loop."""
+    timeouts = replace(Timeouts(), **limits)
+    runs = [pytest.param((loop, timeouts), id=loop) for loop in LOOPS]
+    return pytest.mark.parametrize("hasty", runs, indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -263,30 +270,22 @@ def test_much_data_arrives_whole_both_ways_at_once(ingress: RunningIngress, labe
 
 
 @pytest.mark.parametrize("label", ["vm1", "vm1-80s"])
-@pytest.mark.parametrize("loop", LOOPS)
-def test_app_that_does_not_read_stops_the_client_and_ends_the_connection(
-    domain: DomainTls, loop: str, label: str
-) -> None:
+@limited(write=0.5)
+def test_app_that_does_not_read_stops_the_client_and_ends_the_connection(hasty: RunningIngress, label: str) -> None:
     done = threading.Event()
-    limits = replace(Timeouts(), write=0.3)
-    with (
-        running_ingress(domain, loop=loop, settings=IngressSettings(timeouts=limits)) as ingress,
-        app_server(lambda _: _wait(done)) as endpoint,
-    ):
-        ingress.table.add("vm1", 80, endpoint)
-        with _client(ingress, label) as client, pytest.raises(OSError, match="(?i)reset|pipe|eof|closed|timed out"):
+    with app_server(lambda _: _wait(done)) as endpoint:
+        hasty.table.add("vm1", 80, endpoint)
+        with _client(hasty, label) as client, pytest.raises(OSError, match="(?i)reset|pipe|eof|closed|timed out"):
             client.sendall(bytes(32 * MUCH))
-        record = ingress.ended()
+        record = hasty.ended()
         done.set()
     assert record.ended == "write timeout"
     assert record.received < 8 * MUCH
 
 
 @pytest.mark.parametrize("label", ["vm1", "vm1-80s"])
-@pytest.mark.parametrize("loop", LOOPS)
-def test_client_that_does_not_read_stops_the_app_and_ends_the_connection(
-    domain: DomainTls, loop: str, label: str
-) -> None:
+@limited(idle=0.5)
+def test_client_that_does_not_read_stops_the_app_and_ends_the_connection(hasty: RunningIngress, label: str) -> None:
     failed = threading.Event()
 
     def app(sock: socket.socket) -> None:
@@ -294,19 +293,16 @@ def test_client_that_does_not_read_stops_the_app_and_ends_the_connection(
             sock.sendall(bytes(32 * MUCH))
         failed.set()
 
-    limits = replace(Timeouts(), idle=0.3, write=None)
-    with (
-        running_ingress(domain, loop=loop, settings=IngressSettings(timeouts=limits)) as ingress,
-        app_server(app) as endpoint,
-    ):
-        ingress.table.add("vm1", 80, endpoint)
-        with _client(ingress, label):
-            record = ingress.ended()
+    with app_server(app) as endpoint:
+        hasty.table.add("vm1", 80, endpoint)
+        with _client(hasty, label):
+            record = hasty.ended()
             assert failed.wait(TIMEOUT)
     assert record.ended == "idle timeout"
     assert record.sent < 8 * MUCH
 
 
+@limited(idle=0.5)
 @pytest.mark.parametrize("label", ["vm1", "vm1-80s"])
 def test_connection_that_stands_still_is_closed(hasty: RunningIngress, label: str) -> None:
     with app_server(echo) as endpoint:
@@ -320,21 +316,18 @@ def test_connection_that_stands_still_is_closed(hasty: RunningIngress, label: st
     assert hasty.counted() == hasty.counted("vm1") == 0
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_connection_is_closed_after_the_total_time_although_bytes_flow(domain: DomainTls, loop: str) -> None:
-    limits = replace(Timeouts(), total=0.5)
-    with (
-        running_ingress(domain, loop=loop, settings=IngressSettings(timeouts=limits)) as ingress,
-        app_server(echo) as endpoint,
-    ):
-        ingress.table.add("vm1", 80, endpoint)
-        with ingress.connect_tls("vm1") as client, contextlib.suppress(OSError):  # ssl.SSLError is one
+@limited(total=0.8)
+def test_connection_is_closed_after_the_total_time_although_bytes_flow(hasty: RunningIngress) -> None:
+    with app_server(echo) as endpoint:
+        hasty.table.add("vm1", 80, endpoint)
+        with hasty.connect_tls("vm1") as client, contextlib.suppress(OSError):  # ssl.SSLError is one
             while True:
                 client.sendall(b"hello")
                 client.recv(100)
-        assert ingress.ended().ended == "the connection was kept too long"
+        assert hasty.ended().ended == "the connection was kept too long"
 
 
+@limited(handshake=0.5)
 def test_client_that_sends_no_hello_is_closed(hasty: RunningIngress) -> None:
     for sent in (b"", client_hello(f"vm1.{DOMAIN}")[:50]):
         with hasty.connect() as client:
@@ -343,6 +336,7 @@ def test_client_that_sends_no_hello_is_closed(hasty: RunningIngress) -> None:
         assert hasty.ended().ended == "take sni timeout"
 
 
+@limited(handshake=0.5)
 def test_client_that_does_not_finish_the_handshake_is_closed(hasty: RunningIngress) -> None:
     hasty.table.add("vm1", 80, ("127.0.0.1", 1))
     with hasty.connect() as client:
@@ -351,6 +345,7 @@ def test_client_that_does_not_finish_the_handshake_is_closed(hasty: RunningIngre
     assert hasty.ended().ended == "handshake timeout"
 
 
+@limited(connect=0.5)
 def test_app_that_does_not_accept_in_time_is_given_up(hasty: RunningIngress) -> None:
     with _full_listener() as endpoint:
         hasty.table.add("vm1", 443, endpoint)
@@ -517,7 +512,9 @@ def test_client_is_the_one_that_an_inbound_header_names(domain: DomainTls) -> No
     received: queue.Queue[bytes] = queue.Queue()
     header = b"PROXY TCP4 1.2.3.4 5.6.7.8 11111 22222\r\n"
     with (
-        running_ingress(domain, settings=IngressSettings(timeouts=SHORT, reads_proxy_header=True)) as ingress,
+        running_ingress(
+            domain, settings=IngressSettings(timeouts=Timeouts(proxy_header=0.5), reads_proxy_header=True)
+        ) as ingress,
         app_server(lambda sock: received.put(read_all(sock))) as endpoint,
     ):
         ingress.table.add("vm1", 443, endpoint)
