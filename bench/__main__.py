@@ -31,6 +31,7 @@ BENCHMARKS: Final = (
     "grpc",
     "journal",
     "caches",
+    "ingress",
 )
 
 

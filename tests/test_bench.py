@@ -59,6 +59,16 @@ FIGURES = {
             "policy",
         )
     ],
+    "ingress": [
+        "terminated_throughput",
+        "terminated_to_copy",
+        "terminated_to_copy_per_cpu_second",
+        "passthrough_throughput",
+        "passthrough_to_copy",
+        "passthrough_to_copy_per_cpu_second",
+        "copy_throughput",
+        "ingress_idle_memory",
+    ],
     "journal": ["getappkey_with_journal", "journal_to_no_journal", "snapshot", "revert"],
 }
 
