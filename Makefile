@@ -34,9 +34,10 @@ browser: $(VENV)/.dev ## Use the console in Chromium (Debian's chromium-headless
 fuzz: $(VENV)/.dev ## Test the decoders' properties with many more examples (EXAMPLES=5000)
 	@DSTACK_EMU_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest -n auto --timeout 3600 tests/test_attest_properties.py $(ARGS)
 
-decisions: $(VENV)/.dev ## Hold many more random decisions against the model of a real KMS (CASES=20000 SEED=x)
+decisions: $(VENV)/.dev ## Hold many more random decisions against the models of a real KMS and of the contracts (CASES=20000 SEED=x)
 	@DSTACK_EMU_DECISIONS=$(or $(CASES),20000) DSTACK_EMU_DECISIONS_SEED=$(or $(SEED),decisions) \
-	  $(BIN)/python -m pytest -n 2 --dist load --timeout 3600 tests/test_decisions.py tests/test_onboarding_decisions.py $(ARGS)
+	  $(BIN)/python -m pytest -n 2 --dist load --timeout 3600 tests/test_decisions.py tests/test_onboarding_decisions.py \
+	    tests/test_chain_contracts.py $(ARGS)
 
 check-kms: $(VENV)/.dev ## Put every case of check-kms to the emulator's own KMS, in both releases
 	@DSTACK_EMU_CHECK_KMS=all $(BIN)/python -m pytest tests/test_check_kms.py -k own_kms $(ARGS)
