@@ -26,13 +26,11 @@ from dstack_emu.auth.contract_abi import (
 from dstack_emu.auth.contract_rules import rule_of
 from dstack_emu.auth.errors import ChainError
 from dstack_emu.auth.eth_request import contract_question
-from dstack_emu.auth.eth_settings import EthSettings
+from dstack_emu.auth.eth_settings import BACKEND_UNAVAILABLE, EthSettings
 from dstack_emu.auth.json_rpc import JsonRpcClient
 
 T = TypeVar("T")
 
-BACKEND_UNAVAILABLE: Final = "authorization backend unavailable"
-"""What next says of every failure behind it."""
 LATEST: Final = "latest"
 
 

@@ -14,9 +14,9 @@ from aiohttp import web
 from dstack_emu.auth import openapi
 from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, parse_boot_info
 from dstack_emu.auth.errors import BootInfoBoundsError, BootInfoError, ChainError
-from dstack_emu.auth.eth import BACKEND_UNAVAILABLE, EthAuth
+from dstack_emu.auth.eth import EthAuth
 from dstack_emu.auth.eth_request import parse_bounded_boot_info
-from dstack_emu.auth.eth_settings import EthSettings
+from dstack_emu.auth.eth_settings import BACKEND_UNAVAILABLE, EthSettings
 from dstack_emu.auth.hono import JsonText, Webhook, boot_response, webhook_app, zod_refusal
 from dstack_emu.auth.server import DecisionObserver
 

@@ -17,6 +17,8 @@ from dstack_emu.attest.release import DEFAULT, AuthEthRevision
 from dstack_emu.auth.errors import AuthConfigError
 from dstack_emu.transport.urls import is_http_url, shown_url
 
+BACKEND_UNAVAILABLE: Final = "authorization backend unavailable"
+"""What next says of every failure behind it."""
 DEFAULT_RPC_URL: Final = "http://localhost:8545"
 NO_CONTRACT: Final = "0x" + "00" * 20
 """Upstream's default, at which there is no contract: everything is denied."""

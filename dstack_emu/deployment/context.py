@@ -6,7 +6,6 @@ from pathlib import Path
 
 from dstack_emu.attest.release import Release, release
 from dstack_emu.attest.verify import TrustAnchor
-from dstack_emu.auth.eth_server import eth_app
 from dstack_emu.auth.policy import Contract, parse_contract
 from dstack_emu.auth.server import simple_app
 from dstack_emu.deployment.chain_webhooks import eth_settings
@@ -135,6 +134,8 @@ class StackContext:
         It is auth-simple over its policy, or auth-eth-bun.
         """
         if self.config.asks_chain(kms):
+            from dstack_emu.auth.eth_server import eth_app  # few stacks ask a chain: the others start sooner
+
             settings = eth_settings(self.config, self.release_of(release_name))
             return await self.serve(f"auth-{kms}", eth_app(settings, observer=decision_recorder()))
         path = str(self.policies.paths[kms])

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from dstack_emu.auth.contract_rules import ContractRule
-from dstack_emu.auth.eth import BACKEND_UNAVAILABLE
+from dstack_emu.auth.eth_settings import BACKEND_UNAVAILABLE
 
 _SHARED: Final = frozenset(("tcb_status", "os_image", "kms_device"))
 """Rules whose reason a webhook without a contract may give, too."""

@@ -15,7 +15,6 @@ from typing import Final
 
 from dstack_emu.auth.config_file import read_config
 from dstack_emu.auth.errors import AuthConfigError
-from dstack_emu.auth.eth_server import eth_app
 from dstack_emu.auth.eth_settings import NO_CONTRACT, EthSettings, unread_variables
 from dstack_emu.auth.file import DEFAULT_ALLOWLIST_PATH, parse_allowlist_file
 from dstack_emu.auth.file_server import file_app
@@ -133,6 +132,8 @@ def _file(arguments: argparse.Namespace) -> _Webhook:
 def _eth(arguments: argparse.Namespace) -> _Webhook:
     if arguments.config is not None:
         raise UsageError("--config is for `auth simple` and `auth file`; `auth eth` decides by the contract alone")
+    from dstack_emu.auth.eth_server import eth_app  # its client costs the other webhooks time and memory
+
     environment = {**os.environ, **eth_variables(arguments)}
     settings = EthSettings.from_env(environment, default_revision=arguments.release.auth_eth_revision)
     for name in unread_variables(settings, environment):
