@@ -19,11 +19,13 @@ import pytest
 from google.protobuf.message import Message
 from pydantic import ValidationError
 
+from dstack_emu.attest.proto import guest_api_pb2 as guest_pb
 from dstack_emu.attest.proto import vmm_pb2 as pb
 from dstack_emu.attest.release import DEFAULT
 from dstack_emu.vmm.config import AutoRestartSection, CvmSection, LogSection, VmmConfig
 from dstack_emu.vmm.errors import VmmError
 from dstack_emu.vmm.fleet import Fleet
+from dstack_emu.vmm.guest_service import PATIENCE, guest_table
 from dstack_emu.vmm.logs import MachineLogs
 from dstack_emu.vmm.machine import GuestConfig, HostApi, Launch
 from dstack_emu.vmm.restart import Decision, RestartState
@@ -54,6 +56,8 @@ class IdleMachine:
         self.ended.set()
 
     async def guest_call(self, method: str) -> Message:
+        if method == "Info":
+            await asyncio.Event().wait()  # it never answers
         raise VmmError(method)
 
 
@@ -281,6 +285,25 @@ async def test_machines_are_what_they_were_after_the_vmm_starts_again(
     await third.open()
     assert list(third.vms) == [running]
     await third.close()
+
+
+async def test_machines_keep_their_cids_over_a_reload(fleet: Fleet) -> None:
+    ids = [await fleet.create(request(stopped=stopped)) for stopped in (False, True)]
+    before = [fleet.vms[vm_id].cid for vm_id in ids]
+    for _ in range(2):
+        assert fleet.reload() == (0, 0, 0)
+    assert [fleet.vms[vm_id].cid for vm_id in ids] == before
+    assert [fleet.vms[vm_id].status for vm_id in ids] == ["running", "stopped"]
+
+
+async def test_guest_that_does_not_answer_ends_the_call_with_an_error(fleet: Fleet) -> None:
+    vm_id = await fleet.create(request())
+    calls = guest_table(fleet, patience=0.01).rpcs
+    with pytest.raises(VmmError, match=f"the guest of vm {vm_id} did not answer within 0.01 seconds"):
+        await calls["Info"].handler(None, guest_pb.Id(id=vm_id))
+    with pytest.raises(VmmError, match="SysInfo"):
+        await calls["SysInfo"].handler(None, guest_pb.Id(id=vm_id))
+    assert PATIENCE < 15
 
 
 # ---- logs

@@ -191,6 +191,7 @@ def test_app_decides_the_variant_of_attestation_and_the_tpm(
     config = json.loads((run_path(vmm_stack) / vm_id / "shared" / ".sys-config.json").read_text())
     vm_config = json.loads(config["vm_config"])
     assert (vm_config.get("tdx_attestation_variant"), vm_config.get("swtpm")) == (variant, swtpm)
+    assert vm_config["tdx_measurement"]["measurement"]  # in either variant
 
 
 # ---- images
@@ -214,6 +215,16 @@ def test_image_is_listed_until_it_is_deleted_and_no_machine_uses_it(vmm: VmmClie
     assert vmm.rpc("DeleteImage", id="other-1") is None
     assert vmm.rpc("ListImages")["images"] == known
     shutil.rmtree(folder)
+
+
+def test_image_without_the_measurement_of_the_lite_variant_cannot_be_used(vmm: VmmClient, vmm_stack: LiveStack) -> None:
+    folder = images(vmm_stack) / "old-1"
+    folder.mkdir(parents=True)
+    (folder / "metadata.json").write_text(vmm.rpc("ListImages")["images"][0]["description"])
+    said = vmm.refused("CreateVm", **configuration(image="old-1"))
+    assert said.startswith("Failed to load VM: Failed to load image: ")
+    assert vmm.rpc("Status")["vms"] == []
+    shutil.rmtree(images(vmm_stack))
 
 
 def test_nothing_is_pulled_without_a_registry(vmm: VmmClient) -> None:

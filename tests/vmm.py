@@ -4,14 +4,16 @@ import hashlib
 import json
 import os
 import subprocess
-from typing import Any
+from typing import Any, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from google.protobuf.message import Message
 
 from dstack_emu.attest.release import DEFAULT
 from dstack_emu.testing import LiveStack
 
+M = TypeVar("M", bound=Message)
 COMPOSE = json.dumps(
     {
         "manifest_version": 2,
@@ -56,6 +58,21 @@ class VmmClient:
         out = subprocess.run(command, capture_output=True, timeout=100, check=True).stdout
         body, _, status = out.rpartition(b"\n")
         return int(status), body
+
+    def send(self, method: str, request: Message) -> tuple[int, bytes]:
+        """Call one RPC in protobuf."""
+        command = ["curl", "-sS", "--max-time", PATIENCE, "-w", "\n%{http_code}", "--data-binary", "@-"]
+        command += ["-H", "Content-Type: application/octet-stream", f"{self.url}/prpc/{method}"]
+        given = request.SerializeToString()
+        out = subprocess.run(command, input=given, capture_output=True, timeout=100, check=True).stdout
+        body, _, status = out.rpartition(b"\n")
+        return int(status), body
+
+    def sent(self, method: str, request: Message, answer: type[M]) -> M:
+        """Call one RPC in protobuf that succeeds."""
+        status, body = self.send(method, request)
+        assert status == 200, body
+        return answer.FromString(body)
 
     def rpc(self, method: str, **body: Any) -> Any:
         """Call one RPC in JSON that succeeds."""

@@ -17,7 +17,7 @@ from dstack_emu.vmm.errors import UnknownVmError, VmmError
 from dstack_emu.vmm.launching import Entropy, stored_launch
 from dstack_emu.vmm.machine import Launch, MachineFactory
 from dstack_emu.vmm.manifest import Manifest
-from dstack_emu.vmm.requests import created_manifest, has_resources, resized_manifest, updated_manifest
+from dstack_emu.vmm.requests import created_manifest, require_resources, resized_manifest, updated_manifest
 from dstack_emu.vmm.restarter import Restarter
 from dstack_emu.vmm.state import FleetState, MachineState
 from dstack_emu.vmm.store import (
@@ -261,10 +261,10 @@ class Fleet:
     async def resize(self, request: pb.ResizeVmRequest) -> None:
         """Change the resources of a machine that does not run; raise `VmmError`."""
         async with self._changing:
-            if self.release.vmm_checks_resources and not has_resources(request):
-                raise VmmError("resize request contains no updates")
+            if self.release.vmm_checks_resources:
+                require_resources(request)
             vm = self.find(request.id)
-            resized = resized_manifest(vm.manifest, request, self.release, is_at_rest=vm.is_at_rest)
+            resized = resized_manifest(vm.manifest, request, is_at_rest=vm.is_at_rest)
             self._apply(vm, resized, {})
 
     def _apply(self, vm: Vm, manifest: Manifest, files: Mapping[str, bytes]) -> None:

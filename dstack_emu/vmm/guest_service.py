@@ -19,8 +19,8 @@ PATIENCE: Final = 10.0
 """Seconds that a guest has to answer."""
 
 
-def guest_table(fleet: Fleet) -> ServiceTable[None]:
-    """Return the RPCs of the service, whose names have no prefix."""
+def guest_table(fleet: Fleet, patience: float = PATIENCE) -> ServiceTable[None]:
+    """Return the RPCs of the service, whose names have no prefix; a guest has `patience` seconds to answer."""
     answers: dict[str, type[Message]] = {
         "Info": pb.GuestInfo,
         "SysInfo": pb.SystemInfo,
@@ -28,7 +28,7 @@ def guest_table(fleet: Fleet) -> ServiceTable[None]:
         "ListContainers": pb.ListContainersResponse,
     }
     rpcs: list[Rpc[None, Any, Any]] = [
-        Rpc(name, pb.Id, answer, without_context(_passed_on(fleet, name))) for name, answer in answers.items()
+        Rpc(name, pb.Id, answer, without_context(_passed_on(fleet, name, patience))) for name, answer in answers.items()
     ]
 
     async def shutdown(request: pb.Id) -> Empty:
@@ -39,12 +39,12 @@ def guest_table(fleet: Fleet) -> ServiceTable[None]:
     return ServiceTable("ProxiedGuestApi.", {rpc.name: rpc for rpc in rpcs})
 
 
-def _passed_on(fleet: Fleet, method: str) -> Callable[[pb.Id], Awaitable[Message]]:
+def _passed_on(fleet: Fleet, method: str, patience: float) -> Callable[[pb.Id], Awaitable[Message]]:
     async def call(request: pb.Id) -> Message:
         machine = fleet.find(request.id).machine()
         try:
-            return await asyncio.wait_for(machine.guest_call(method), PATIENCE)
+            return await asyncio.wait_for(machine.guest_call(method), patience)
         except TimeoutError as error:
-            raise VmmError(f"the guest of vm {request.id} did not answer within {PATIENCE:.0f} seconds") from error
+            raise VmmError(f"the guest of vm {request.id} did not answer within {patience:g} seconds") from error
 
     return call

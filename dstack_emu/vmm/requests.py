@@ -73,7 +73,7 @@ def updated_manifest(
     others: Mapping[str, Manifest],
 ) -> Manifest:
     """Return a machine's manifest after an update; `compose_file` is that after it. Raises `VmmError`."""
-    manifest = resized_manifest(manifest, request, release, is_at_rest=is_at_rest)
+    manifest = resized_manifest(manifest, request, is_at_rest=is_at_rest)
     changes: dict[str, object] = {}
     if request.HasField("gpus"):
         changes["gpus"] = checks.requested_gpus(request.gpus, cvm)
@@ -95,18 +95,14 @@ def updated_manifest(
 
 
 def resized_manifest(
-    manifest: Manifest, request: pb.ResizeVmRequest | pb.UpdateVmRequest, release: Release, *, is_at_rest: bool
+    manifest: Manifest, request: pb.ResizeVmRequest | pb.UpdateVmRequest, *, is_at_rest: bool
 ) -> Manifest:
     """Return a machine's manifest with other resources, which it can only get while it is at rest."""
     changes: dict[str, object] = {}
     for name in _RESOURCES:
         if request.HasField(name):
             changes[name] = getattr(request, name)
-            if changes[name] == 0 and release.vmm_checks_resources:
-                raise VmmError(f"{name} must be greater than zero")
     if request.HasField("image"):
-        if not request.image and release.vmm_checks_resources:
-            raise VmmError("image must not be empty")
         changes["image"] = request.image
     if changes and not is_at_rest:
         raise VmmError(f"vm should be stopped before resize: {manifest.id}")
@@ -115,6 +111,12 @@ def resized_manifest(
     return manifest.model_copy(update=changes)
 
 
-def has_resources(request: pb.ResizeVmRequest) -> bool:
-    """Return whether a request to resize names any resource."""
-    return any(request.HasField(name) for name in (*_RESOURCES, "image"))
+def require_resources(request: pb.ResizeVmRequest) -> None:
+    """Check that a request to resize names a resource, and none that is nothing; an update is not checked so."""
+    if not any(request.HasField(name) for name in (*_RESOURCES, "image")):
+        raise VmmError("resize request contains no updates")
+    for name in _RESOURCES:
+        if request.HasField(name) and getattr(request, name) == 0:
+            raise VmmError(f"{name} must be greater than zero")
+    if request.HasField("image") and not request.image:
+        raise VmmError("image must not be empty")
