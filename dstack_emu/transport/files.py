@@ -8,14 +8,15 @@ UNFINISHED: Final = ".*.new"
 """The pattern of the temporary files that a crash may leave behind."""
 
 
-def replace_file(path: Path, data: bytes, *, like_folder: bool = False) -> None:
+def replace_file(path: Path, data: bytes, *, like_folder: bool = False, mode: int = 0o666) -> None:
     """Write a temporary file and rename it to `path`; raise `OSError`.
 
-    With `like_folder` it gets the owner of its folder if this process is root. It is not synchronized to the disk: a
-    power failure may undo the change.
+    `mode` is the mode of the file, less the umask. With `like_folder` it gets the owner of its folder if this process
+    is root. It is not synchronized to the disk: a power failure may undo the change.
     """
     temporary = beside(path)
-    temporary.write_bytes(data)
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        file.write(data)
     if like_folder and os.geteuid() == 0:
         owner = path.parent.stat()
         os.chown(temporary, owner.st_uid, owner.st_gid)

@@ -183,7 +183,7 @@ class Fleet:
         launch = stored_launch(vm.folder, vm.manifest, self.config.cvm, self._entropy)
         if not vm.is_alive:
             guest = self.factory.guest_config(launch)
-            vm.folder.write(SYS_CONFIG, sys_config(self.config, launch, guest, self.release))
+            vm.folder.write(SYS_CONFIG, sys_config(self.config, launch, guest, self.release), durably=False)
         return launch
 
     async def _start(self, vm: Vm) -> None:

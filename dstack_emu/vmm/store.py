@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from dstack_emu.transport.files import replace_file_durably, sync_folder, write_durably
+from dstack_emu.transport.files import replace_file, replace_file_durably, sync_folder, write_durably
 from dstack_emu.vmm.checks import is_vm_id
 from dstack_emu.vmm.errors import VmmError
 from dstack_emu.vmm.manifest import Manifest
@@ -87,11 +87,16 @@ class MachineFolder:
         """Store whether the machine is to run."""
         self.write(STATE, json.dumps({"started": started}).encode())
 
-    def write(self, name: str, data: bytes) -> None:
-        """Replace one file; raise `VmmError` if that fails."""
+    def write(self, name: str, data: bytes, *, durably: bool = True) -> None:
+        """Replace one file; raise `VmmError` if that fails.
+
+        A file that each start of the machine writes anew need not survive a power failure, and does not wait for the
+        disk.
+        """
+        replace = replace_file_durably if durably else replace_file
         try:
             self.recover()  # an earlier change of this file must not be completed after it
-            replace_file_durably(self.path / name, data, _MODE)
+            replace(self.path / name, data, mode=_MODE)
         except OSError as error:
             raise VmmError(f"{self.path / name}: {error.strerror}") from error
 
@@ -127,7 +132,11 @@ class MachineFolder:
 
     def mark_removing(self) -> None:
         """Store that the machine is being removed, so that a start of the VMM removes the rest."""
-        self.write(_REMOVING, b"")
+        try:
+            (self.path / _REMOVING).touch(_MODE)
+            sync_folder(self.path)
+        except OSError as error:
+            raise VmmError(f"{self.path / _REMOVING}: {error.strerror}") from error
 
     def qemu(self) -> int | None:
         """Return the process id of a QEMU that runs the machine for upstream's VMM, None if none does."""
