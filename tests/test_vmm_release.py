@@ -17,7 +17,7 @@ from dstack_emu.attest.release import RELEASES, Release
 from dstack_emu.deployment.standalone_vmm import StandaloneVmm, VmmSettings
 from dstack_emu.transport.events import EventLog
 from dstack_emu.vmm.config import AutoRestartSection, VmmConfig
-from dstack_emu.vmm.logs import HISTORY, HISTORY_SIZE, MachineLogs
+from dstack_emu.vmm.logs import HISTORY, MachineLogs
 from dstack_emu.vmm.restarter import Restarter
 from tests.vmm import COMPOSE, VmmClient, configuration
 
@@ -238,7 +238,7 @@ async def test_guest_is_told_collateral_urls_in_0_6_alone(tmp_path: Path, releas
 
 
 async def test_0_5_keeps_the_serial_log_of_earlier_boots_in_its_history(tmp_path: Path) -> None:
-    logs = MachineLogs(tmp_path, max_bytes=1, max_backups=2, rotates=False)
+    logs = MachineLogs(tmp_path, max_bytes=1, max_backups=2, rotates=False, history_bytes=500)
     for boot in ("first", "second", "third"):
         logs.begin_boot(0)
         logs.append("serial", f"{boot}\n")
@@ -248,7 +248,7 @@ async def test_0_5_keeps_the_serial_log_of_earlier_boots_in_its_history(tmp_path
     assert logs.tail("serial", 100, ansi=True) == b"third\n"
     assert (tmp_path / HISTORY).read_text() == f"{marker}first\n{marker}second\n"
     assert logs.tail("stdout", 100, ansi=True).decode() == f"first out\n{marker}second out\n{marker}third out\n"
-    logs.append("serial", "x" * HISTORY_SIZE + "\nend\n")
+    logs.append("serial", "x" * 500 + "\nend\n")
     logs.begin_boot(0)
     assert (tmp_path / HISTORY).read_text() == "end\n"
 

@@ -145,7 +145,7 @@ class LogSection(_Section):
 
 
 class CvmSection(_Section):
-    """`cvm`: what machines get, and the limits on them."""
+    """`cvm`: what machines get, and the limits on them. `serial_history_max_bytes` is a key of 0.5 alone."""
 
     platform: Literal["auto", "tdx", "amd-sev-snp"] = "auto"
     kms_urls: Texts = ("http://127.0.0.1:8081",)
@@ -158,6 +158,7 @@ class CvmSection(_Section):
     max_allocable_vcpu: Annotated[int, Field(ge=0)] = 20
     max_allocable_memory_in_mb: Annotated[int, Field(ge=0)] = 100_000
     volumes_dir: str = ""
+    serial_history_max_bytes: HumanSize = 4 << 20
     host_share_mode: str = "9p"
     port_mapping: PortMappingSection = PortMappingSection()
     networking: NetworkingSection = NetworkingSection()

@@ -18,8 +18,6 @@ from typing import Final
 CHANNELS: Final = {"serial": "serial.log", "stdout": "stdout.log", "stderr": "stderr.log"}
 DEFAULT_LINES: Final = 10_000
 HISTORY: Final = "serial.history.log"
-HISTORY_SIZE: Final = 4 << 20
-"""The most bytes of the history that are kept."""
 HEARTBEAT: Final = 60.0
 """Seconds without output after which a follower is sent a line, so that proxies keep the connection."""
 _BLOCK: Final = 64 * 1024
@@ -77,11 +75,20 @@ class MachineLogs:
     """The logs of one machine, to which this process alone appends. Close them when the machine is removed.
 
     A log above `max_bytes` (0: never) begins anew; `max_backups` segments are kept. If they do not rotate, there are no
-    segments, and the history.
+    segments, and the history, of which `history_bytes` are kept.
     """
 
-    def __init__(self, folder: Path, max_bytes: int = 0, max_backups: int = 0, *, rotates: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_bytes: int = 0,
+        max_backups: int = 0,
+        *,
+        rotates: bool = True,
+        history_bytes: int = 4 << 20,
+    ) -> None:
         segments = max_backups if rotates else 0
+        self._history_bytes = history_bytes
         self._logs = {name: _Log(folder / file, segments=segments) for name, file in CHANNELS.items()}
         self._history = folder / HISTORY
         self._rotates = rotates
@@ -104,7 +111,7 @@ class MachineLogs:
         serial = self._logs["serial"]
         if content := _read_from(serial.path, 0):
             whole = _read_from(self._history, 0) + marker.encode() + content
-            self._history.write_bytes(_end_of(whole, HISTORY_SIZE))
+            self._history.write_bytes(_end_of(whole, self._history_bytes))
         serial.begin_anew()
         for name, log in self._logs.items():
             if name != "serial" and log.path.exists():

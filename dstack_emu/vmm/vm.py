@@ -55,8 +55,13 @@ class Vm:
         release: Release,
     ) -> None:
         self.folder, self.manifest, self.cid = folder, manifest, cid
+        cvm = config.cvm
         self.logs = MachineLogs(
-            folder.path, config.cvm.log.max_bytes, config.cvm.log.max_backups, rotates=release.vmm_rotates_logs
+            folder.path,
+            cvm.log.max_bytes,
+            cvm.log.max_backups,
+            rotates=release.vmm_rotates_logs,
+            history_bytes=cvm.serial_history_max_bytes,
         )
         self.is_started = folder.is_started()
         self.is_removing = False
