@@ -28,8 +28,8 @@ test: $(VENV)/.dev ## Run the tests (options: ARGS="-k quote")
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m compileall -q dstack_emu auth kms_emu simulator
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-browser: $(VENV)/.dev ## Use the console in Chromium (Debian's chromium-headless-shell)
-	@DSTACK_EMU_BROWSER=1 $(BIN)/python -m pytest -n 0 tests/test_console_browser.py $(ARGS)
+browser: $(VENV)/.dev ## Use console and gateway in Chromium (Debian's chromium-headless-shell, libnss3-tools)
+	@DSTACK_EMU_BROWSER=1 $(BIN)/python -m pytest -n 0 tests/test_console_browser.py tests/test_gateway_browser.py $(ARGS)
 
 fuzz: $(VENV)/.dev ## Test the decoders' properties with many more examples (EXAMPLES=5000)
 	@DSTACK_EMU_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest -n auto --timeout 3600 tests/test_attest_properties.py $(ARGS)

@@ -8,9 +8,7 @@ configuration. There is no WireGuard tunnel: the configuration is a file that no
 import base64
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +22,7 @@ from dstack_emu.attest.proto import gateway_pb2 as pb
 from dstack_emu.attest.report_data import ratls_report_data
 from dstack_emu.simulator.app_keys import AppKeys, CertificateIssuer
 from dstack_emu.simulator.errors import GuestError
+from dstack_emu.simulator.gateway_keys import GatewayKeys, Registration
 from dstack_emu.simulator.guest_files import write_private
 from dstack_emu.simulator.seed import Entropy
 from dstack_emu.simulator.trust_domain import TrustDomain
@@ -54,34 +53,6 @@ _LISTEN_PORT: Final = 9182
 _KEEPALIVE: Final = 25
 _OLD_GATEWAY: Final = "no attestation provided"
 """What a gateway before 0.5.6 answers to a certificate without evidence."""
-
-
-@dataclass(frozen=True, slots=True)
-class GatewayKeys:
-    """What a guest shows to gateways: the members of its gateway-cache.json.
-
-    Chains and the key are PEM, the leaf first. `client_cert_with_quote` is for gateways before 0.5.6.
-    `cert_not_after` is in Unix seconds. `wg_sk` and `wg_pk` are a WireGuard key pair, 32 bytes each in base64.
-    """
-
-    client_cert: str
-    client_cert_with_quote: str
-    client_key: str
-    cert_not_after: int
-    wg_sk: str
-    wg_pk: str
-
-    def to_json(self) -> str:
-        """Return the content of the file."""
-        return json.dumps(asdict(self), separators=(",", ":"))
-
-
-@dataclass(frozen=True, slots=True)
-class Registration:
-    """What a guest has of its gateways: its keys, and its WireGuard configuration, empty before it is registered."""
-
-    keys: GatewayKeys | None = None
-    configuration: str = ""
 
 
 class GatewayClient:

@@ -202,8 +202,8 @@ class Browser:
 
 
 @contextlib.contextmanager
-def chromium(folder: Path) -> Iterator[Browser]:
-    """Run Chromium, with its profile in a folder, until the block ends."""
+def chromium(folder: Path, home: Path | None = None) -> Iterator[Browser]:
+    """Run Chromium, with its profile in a folder, until the block ends; `home` is the home of its user."""
     path = program()
     assert path, "no Chromium: install chromium-headless-shell"
     theirs_in, ours_out = os.pipe()
@@ -224,7 +224,8 @@ def chromium(folder: Path) -> Iterator[Browser]:
     passed = [fcntl.fcntl(each, fcntl.F_DUPFD, 10) for each in (theirs_in, theirs_out)]
     shell = ["bash", "-c", f'exec "$@" 3<&{passed[0]} 4>&{passed[1]}', "-", *command]
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(shell, pass_fds=passed, stderr=log, stdout=log)
+        user = {"HOME": str(home)} if home else {}
+        process = subprocess.Popen(shell, pass_fds=passed, stderr=log, stdout=log, env={**os.environ, **user})
     for each in (theirs_in, theirs_out, *passed):
         os.close(each)
     browser = Browser(process, ours_in, ours_out)

@@ -11,7 +11,8 @@ from typing import Final
 from dstack_emu.attest.release import Release
 from dstack_emu.deployment.clock import StackClock
 from dstack_emu.simulator.errors import GuestError
-from dstack_emu.simulator.gateway_client import FIRST_RETRY, LAST_RETRY, REFRESH, GatewayClient, Registration
+from dstack_emu.simulator.gateway_client import FIRST_RETRY, LAST_RETRY, REFRESH, GatewayClient
+from dstack_emu.simulator.gateway_keys import Registration
 
 FAILED: Final = "dstack-gateway registration failed, the app has no ingress route"
 """How the error of a boot begins that goes on without a gateway."""

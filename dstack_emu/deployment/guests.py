@@ -5,12 +5,12 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.hexadecimal import decode_hex
 from dstack_emu.deployment.agent_listeners import AgentAddresses, AgentListeners, Instruments, SocketFile
 from dstack_emu.deployment.context import StackContext
-from dstack_emu.deployment.gateway_registration import GatewayMembership
 from dstack_emu.deployment.reach import AGENT_PORT, FindEndpoint, endpoint_of
 from dstack_emu.deployment.specs import GuestSpec
 from dstack_emu.deployment.state import GuestState, KeysState
@@ -20,7 +20,7 @@ from dstack_emu.observability.spans import entered, headers_of
 from dstack_emu.simulator.agent import GuestAgent, ProvidedKeys
 from dstack_emu.simulator.app_keys import AppKeys
 from dstack_emu.simulator.errors import GuestError
-from dstack_emu.simulator.gateway_client import GatewayClient, Registration
+from dstack_emu.simulator.gateway_keys import Registration
 from dstack_emu.simulator.guest_boot import KmsIssuer, fetch_keys
 from dstack_emu.simulator.guest_files import (
     DECRYPTED_ENV,
@@ -33,6 +33,10 @@ from dstack_emu.simulator.trust_domain import TrustDomain, TrustDomainState
 from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.ratls import TIMEOUT as KMS_TIMEOUT
 from dstack_emu.transport.ratls import RaTlsClient
+
+if TYPE_CHECKING:
+    from dstack_emu.deployment.gateway_registration import GatewayMembership
+    from dstack_emu.simulator.gateway_client import GatewayClient
 
 log = logging.getLogger("dstack_emu.stack")
 
@@ -62,7 +66,7 @@ class RunningGuest:
         self.find_program: FindEndpoint = self._on_app_host
         self.when_booted: Callable[[], Awaitable[None]] | None = None
         self._context = context
-        self._membership = GatewayMembership(lambda: context.gateways, context.instrumentation.clock, self._log_gateway)
+        self._membership: GatewayMembership | None = None
         self._issuer: KmsIssuer | None = None
         self._kms = ""
         self._listeners: AgentListeners | None = None
@@ -129,7 +133,7 @@ class RunningGuest:
         Raises `GuestError` with the refusal; then the trust domain is unchanged.
         """
         instrumentation = self._context.instrumentation
-        before, registration = self.domain.capture(), self._membership.capture()
+        before, registration = self.domain.capture(), self._registration
         positions = {name: stream.capture() for name, stream in self.streams.items() if name != "agent"}
         call = instrumentation.journal.begin(self.name, "Boot", None, 0, "stack")
         status, error = 400, ""
@@ -184,11 +188,31 @@ class RunningGuest:
         """Register at the stack's gateway, if it has one and the app wants it."""
         self.boot_error = ""
         if self._context.gateways and self.domain.manifest.has_gateway:
-            self.boot_error = await self._membership.join(self._gateway_client(keys, issuer), self.domain.release)
+            client = self._gateway_client(keys, issuer)
+            self.boot_error = await self._joined().join(client, self.domain.release)
             if self.boot_error:
                 self._log_gateway(self.boot_error)
 
-    def _gateway_client(self, keys: AppKeys, issuer: KmsIssuer) -> GatewayClient:
+    def _joined(self) -> "GatewayMembership":
+        """Return what keeps it registered."""
+        from dstack_emu.deployment.gateway_registration import GatewayMembership  # most stacks have no gateway
+
+        if self._membership is None:
+            clock, gateways = self._context.instrumentation.clock, self._context.gateways
+            self._membership = GatewayMembership(lambda: gateways, clock, self._log_gateway)
+        return self._membership
+
+    @property
+    def _registration(self) -> Registration | None:
+        return None if self._membership is None else self._membership.capture()
+
+    async def _leave_gateway(self) -> None:
+        if self._membership is not None:
+            await self._membership.leave()
+
+    def _gateway_client(self, keys: AppKeys, issuer: KmsIssuer) -> "GatewayClient":
+        from dstack_emu.simulator.gateway_client import GatewayClient  # likewise
+
         clock, entropy = self._context.instrumentation.clock, self.streams["gateway"]
         headers, timeout = headers_of(self.name), self._kms_timeout
         return GatewayClient(self.domain, keys, issuer, entropy, clock, self.folder, timeout=timeout, headers=headers)
@@ -231,7 +255,7 @@ class RunningGuest:
         """Stop listening, and remove what must not outlast the trust domain."""
         self._remove_environment()
         self._context.reach.remove(self.domain.instance_id, self.endpoint)
-        await self._membership.leave()
+        await self._leave_gateway()
         if self._listeners is not None:
             await self._listeners.close()
         await self._use(None, "")
@@ -250,7 +274,7 @@ class RunningGuest:
             streams=streams,
             keys=keys,
             encrypted_env=self.encrypted_env,
-            gateway=self._membership.capture(),
+            gateway=self._registration,
         )
 
     def _captured_keys(self) -> KeysState | None:
@@ -274,7 +298,7 @@ class RunningGuest:
         self.encrypted_env = decode_hex(self.spec.encrypted_env) if encrypted is None else encrypted
         if self._captured_keys() != state.keys or self.encrypted_env != known:
             await self._restore_keys(state.keys)
-        if self._membership.capture() != state.gateway:
+        if self._registration != state.gateway:
             await self._restore_gateway(state.gateway)
 
     async def _restore_keys(self, state: KeysState | None) -> None:
@@ -293,11 +317,11 @@ class RunningGuest:
     async def _restore_gateway(self, registration: Registration | None) -> None:
         """Register with what it had, once it has its keys again."""
         provided = self.agent.capture()
-        await self._membership.leave()
+        await self._leave_gateway()
         if registration is not None and provided is not None and self._issuer is not None:
             client = self._gateway_client(provided.keys, self._issuer)
             client.restore(registration)
-            await self._membership.restore(client)
+            await self._joined().restore(client)
 
 
 async def start_guest(context: StackContext, spec: GuestSpec, service: str, seed: Seed | None = None) -> RunningGuest:

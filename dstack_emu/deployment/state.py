@@ -12,7 +12,7 @@ from dstack_emu.attest.eventlog import RuntimeEvent
 from dstack_emu.deployment.specs import GuestSpec, KmsSpec
 from dstack_emu.gateway.state import GatewayState
 from dstack_emu.simulator.app_keys import AppKeys
-from dstack_emu.simulator.gateway_client import Registration
+from dstack_emu.simulator.gateway_keys import Registration
 from dstack_emu.transport.tls import Identity
 
 if TYPE_CHECKING:
