@@ -3,6 +3,7 @@
 It runs if DSTACK_EMU_BROWSER is set (`make browser`): starting a browser takes seconds.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -266,3 +267,77 @@ def test_hundred_thousand_calls_stay_usable(tab: Tab) -> None:
         assert tab.run("performance.memory.usedJSHeapSize") < 200 * 2**20
         tab.open("about:blank")
         tab.requests.clear()
+
+
+# ---- policies
+
+
+def test_policy_is_checked_while_it_is_typed_saved_and_reverted(stack: RunningStack, tab: Tab) -> None:
+    file = stack.policies["src"]
+    before = json.loads(file.read_text())
+    open_page(tab, stack, "policies")
+    tab.see("Nothing.")
+    tab.tab_to("Policy (JSON)")
+    tab.run("document.activeElement.setSelectionRange(0, 0)")
+    tab.write("x")
+    tab.see("Line 1: not JSON", "ul[aria-label=Problems]")
+    assert tab.run("[...document.querySelectorAll('button')].find((each) => each.innerText === 'Save').disabled")
+    check_accessible(tab, "policies")
+    set_text(tab, json.dumps(before | {"osImage": [HOSTILE]}))
+    tab.see("osImage: nothing reads this key, did you mean osImages?", "ul[aria-label=Problems]")
+    set_text(tab, json.dumps(before | {"osImages": 1}))
+    tab.see("Save all the same: it denies everyone")
+    set_text(tab, json.dumps(before | {"apps": {}, "$note": HOSTILE}))
+    tab.see(f'+  "$note": {json.dumps(HOSTILE)}', ".diff")
+    assert json.loads(file.read_text()) == before
+    tab.tab_to("Save")
+    tab.press("Enter")
+    tab.see("Saved: the next request reads it.")
+    assert json.loads(file.read_text()) == before | {"apps": {}, "$note": HOSTILE}
+    tab.run(
+        "document.getElementById('policy-version').value = 'snapshot ready', "
+        "document.getElementById('policy-version').dispatchEvent(new Event('change'))"
+    )
+    tab.see('-  "$note"', ".diff")
+    tab.tab_to("Save")
+    tab.press("Enter")
+    tab.see("Saved: the next request reads it.")
+    assert json.loads(file.read_text()) == before
+    assert tab.run("document.querySelectorAll('main img, main b').length") == 0
+
+
+def set_text(tab: Tab, text: str) -> None:
+    """Replace the text of the editor, as by typing."""
+    tab.run("document.getElementById('policy-text').select()")
+    tab.write(text)
+
+
+def test_policy_that_somebody_else_changes_is_not_overwritten_unseen(stack: RunningStack, tab: Tab) -> None:
+    before = json.loads(stack.policies["src"].read_text())
+    open_page(tab, stack, "policies/src")
+    tab.see("Nothing.")
+    set_text(tab, json.dumps(before | {"gatewayAppId": "mine"}))
+    tab.see('+  "gatewayAppId": "mine"', ".diff")
+    theirs = before | {"gatewayAppId": "theirs"}
+    control_call(stack, "PUT", "/policies/src", json.dumps(theirs))
+    tab.tab_to("Save")
+    tab.press("Enter")
+    tab.see("The file has changed meanwhile")
+    tab.see('-  "gatewayAppId": "theirs"', ".diff")
+    assert json.loads(stack.policies["src"].read_text()) == theirs
+    tab.tab_to("Save")
+    tab.press("Enter")
+    tab.see("Saved: the next request reads it.")
+    assert json.loads(stack.policies["src"].read_text())["gatewayAppId"] == "mine"
+
+
+def test_app_is_revoked_and_allowed_again_by_a_button(stack: RunningStack, tab: Tab) -> None:
+    boot = (f"{stack.services['control']}/guests/app/boot", "-H", "Content-Type: application/json", "-d", "{}")
+    open_page(tab, stack, "policies/src")
+    tab.wait("document.getElementById('policy-guest')")
+    tab.run("document.getElementById('policy-guest').value = 'app'")
+    for button, said, status in (("Deny it", "does not allow app now", 403), ("Allow it", "allows app now", 200)):
+        tab.tab_to(button)
+        tab.press("Enter")
+        tab.see(said)
+        assert stack.curl(*boot)[0] == status

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.strict_json import read_json
 from dstack_emu.control.explanations import ExplanationControl
 from dstack_emu.control.gateway import GatewayControl
 from dstack_emu.control.schemas import ControlError, checked, unknown
@@ -78,6 +79,18 @@ class Control(ExplanationControl, GatewayControl):
     def snapshots(self) -> list[str]:
         """Return the names of all snapshots."""
         return sorted(self._snapshots)
+
+    def snapshot_policy(self, name: str, kms: str) -> Any:
+        """Return the content of a KMS's policy in a snapshot."""
+        if name not in self._snapshots:
+            raise unknown("snapshot", name, self.snapshots())
+        policies = self._snapshots[name].policies
+        if kms not in policies:
+            raise unknown(f"policy in the snapshot {name}:", kms, policies)
+        try:
+            return read_json(policies[kms] or b"")
+        except ValueError as error:
+            raise ControlError(f"the policy of {kms} in the snapshot {name} is no JSON: {error}", 409) from error
 
     def snapshot(self, name: str = "snapshot") -> str:
         """Take a snapshot under a name; replace an existing one of that name."""

@@ -237,6 +237,12 @@ ROUTES: Final = (
         SnapshotRequest,
     ),
     Route("DELETE", "/snapshots/{name}", "Delete a snapshot", lambda c, p, q, b: c.forget_snapshot(p["name"])),
+    Route(
+        "GET",
+        "/snapshots/{name}/policies/{kms}",
+        "A policy as a snapshot has it",
+        lambda c, p, q, b: c.snapshot_policy(p["name"], p["kms"]),
+    ),
     Route("POST", "/snapshots/{name}/revert", "Restore a snapshot", _revert, _Nothing),
     Route(
         "POST", "/reset", "Restore the state in which the stack became ready", lambda c, p, q, b: c.reset(), _Nothing

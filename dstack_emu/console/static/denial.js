@@ -2,7 +2,7 @@
 
 import {call, get, part} from "./api.js";
 import {alertBox, attempt, make, worded} from "./dom.js";
-import {aligned, diff} from "./diff.js";
+import {aligned, diff, same} from "./diff.js";
 
 function compared(refusal) {
   const place = refusal.line === null ? "No line of the policy decides this." : `Line ${refusal.line} of the policy: `;
@@ -10,17 +10,6 @@ function compared(refusal) {
     make("h3", {}, `The rule ${worded(refusal.rule)}: ${refusal.member}`),
     make("p", {}, place, refusal.line_text === null ? "" : make("code", {}, refusal.line_text)),
     refusal.got.map((got) => aligned(got, refusal.wanted)));
-}
-
-// A copy with sorted keys, so that the order of keys does not matter.
-function sorted(value) {
-  if (Array.isArray(value)) return value.map(sorted);
-  if (value === null || typeof value !== "object") return value;
-  return Object.fromEntries(Object.keys(value).sort().map((key) => [key, sorted(value[key])]));
-}
-
-function same(one, other) {
-  return JSON.stringify(sorted(one)) === JSON.stringify(sorted(other));
 }
 
 function allowing({kms, change}) {

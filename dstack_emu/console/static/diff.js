@@ -5,7 +5,7 @@ import {make} from "./dom.js";
 export function diff(text) {
   const kinds = {"+": "added", "-": "removed", "@": "dim"};
   const lines = text.split("\n").filter((line) => !/^(\+\+\+|---) /.test(line)).map((line) =>
-    make("span", {class: `line ${kinds[line[0]] ?? ""}`}, `${line}\n`));
+    make("span", {class: `line ${kinds[line[0]] ?? ""}`}, line));
   return make("pre", {class: "diff", tabindex: 0, "aria-label": "What changes"}, lines);
 }
 
@@ -35,4 +35,16 @@ export function aligned(got, wanted) {
   if (accepted.length > 5) rows.push(make("tr", {}, make("th"), make("td", {}, `and ${accepted.length - 5} more`)));
   return make("div", {class: "scroll"}, make("table", {class: "aligned"}, make("tbody", {},
     row("got", own, accepted[0]), rows.length ? rows : make("tr", {}, make("th", {scope: "row"}, "wanted"), make("td", {}, "none")))));
+}
+
+// A copy with sorted keys, so that the order of keys does not matter.
+function sorted(value) {
+  if (Array.isArray(value)) return value.map(sorted);
+  if (value === null || typeof value !== "object") return value;
+  return Object.fromEntries(Object.keys(value).sort().map((key) => [key, sorted(value[key])]));
+}
+
+// Whether two values are the same JSON.
+export function same(one, other) {
+  return JSON.stringify(sorted(one)) === JSON.stringify(sorted(other));
 }

@@ -3,9 +3,10 @@
 import {make} from "./dom.js";
 import {journal} from "./journal.js";
 import * as calls from "./calls.js";
+import * as policies from "./policies.js";
 import * as stack from "./stack.js";
 
-const PAGES = {stack: ["Stack", stack.show], calls: ["Calls", calls.show]};
+const PAGES = {stack: ["Stack", stack.show], calls: ["Calls", calls.show], policies: ["Policies", policies.show]};
 let leave = () => {};
 let shown = 0;
 
