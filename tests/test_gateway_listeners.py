@@ -1,5 +1,6 @@
 """The listeners of a gateway, its identity, its start and its end."""
 
+import contextlib
 import gzip
 import hashlib
 import http.client
@@ -262,6 +263,27 @@ def test_exit_ends_a_gateway(tmp_path: Path, release: str, path: str, body: byte
         status, answer, _ = gateway.ask("admin", path, body)
         assert (status, answer) == (200, b"null" if "json" in path else b"")
         gateway.wait_for_exit()
+
+
+def test_connections_are_counted_and_end_with_the_gateway(tmp_path: Path) -> None:
+    def counted(gateway: RunningGateway, number: int) -> None:
+        while gateway.rpc("admin", "Status")["num_connections"] != number:
+            pass  # it is being accepted, or closed
+
+    with running_gateway(tmp_path, has_ingress=True) as gateway:
+        host, _, port = gateway.urls["ingress"].rpartition(":")
+        held = socket.create_connection((host, int(port)), timeout=20)
+        counted(gateway, 1)
+        for _ in range(3):
+            with socket.create_connection((host, int(port)), timeout=20) as refused:
+                refused.sendall(b"no TLS")
+                with contextlib.suppress(ConnectionError):
+                    assert refused.recv(1) == b""
+        counted(gateway, 1)
+        assert gateway.ask("admin", "/Exit?json", b"")[:2] == (200, b"null")
+        gateway.wait_for_exit()
+    with held, contextlib.suppress(ConnectionError):
+        assert held.recv(1) == b""
 
 
 def test_instances_survive_a_kill_of_the_process(tmp_path: Path) -> None:
