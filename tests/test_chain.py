@@ -1,13 +1,30 @@
 """The chain, as web3.py sees it: transactions, events, past states, errors, methods for tests."""
 
-from collections.abc import Iterator
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
+import rlp
+from web3 import HTTPProvider, Web3
 from web3.exceptions import ContractCustomError, ContractLogicError
+from web3.types import RPCEndpoint
 
-from tests.chains import LiveChain, running_chain
+from dstack_emu.chain.artefacts import kms_contract
+from tests.chains import BEGAN, LiveChain, running_chain
+from tests.commands import usage_error
+from tests.processes import start
+from tests.repository import ROOT
 
-IMAGE = bytes.fromhex("11" * 32)
+IMAGE, OTHER = bytes.fromhex("11" * 32), bytes.fromhex("22" * 32)
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +82,356 @@ def test_revert_returns_to_a_snapshot(chain: LiveChain) -> None:
     assert chain.rpc("evm_revert", snapshot) is True
     assert chain.kms.functions.allowedOsImages(IMAGE).call() is False
     assert chain.rpc("evm_revert", snapshot) is False
+
+
+# ---- JSON-RPC
+
+
+def post(chain: LiveChain, body: bytes) -> Any:
+    """Send a body without a content type that says JSON, and return the answer."""
+    host = chain.url.removeprefix("http://")
+    connection = http.client.HTTPConnection(host, timeout=20)
+    try:
+        connection.request("POST", "/", body)
+        answer = connection.getresponse()
+        content = answer.read()
+        assert answer.status == 200
+        return json.loads(content) if content else None
+    finally:
+        connection.close()
+
+
+def request(method: str, *params: Any, id_: Any = 1) -> dict[str, Any]:
+    return {"jsonrpc": "2.0", "id": id_, "method": method, "params": list(params)}
+
+
+def test_batch_is_answered_in_its_order_without_its_notifications(chain: LiveChain) -> None:
+    notification = {"jsonrpc": "2.0", "method": "eth_chainId"}
+    batch = [request("eth_chainId", id_="a"), notification, request("nothing", id_=None), request("net_version", id_=7)]
+    answers = post(chain, json.dumps(batch).encode())
+    assert [answer["id"] for answer in answers] == ["a", None, 7]
+    assert answers[0]["result"] == "0x7a69"
+    assert answers[1]["error"]["code"] == -32601
+    assert answers[2]["result"] == "31337"
+    assert post(chain, json.dumps([notification]).encode()) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"{", -32700),
+        (b"[" * 100_000, -32700),
+        (b"\xff", -32700),
+        (b"[]", -32600),
+        (b"7", -32600),
+        (b"[7]", -32600),
+        (b'{"id":1}', -32600),
+        (json.dumps([request("eth_chainId")] * 1001).encode(), -32600),
+    ],
+)
+def test_what_is_no_request_is_an_error(body: bytes, code: int, chain: LiveChain) -> None:
+    answer = post(chain, body)
+    assert (answer[0] if isinstance(answer, list) else answer)["error"]["code"] == code
+
+
+@pytest.mark.parametrize("method", ["hardhat_metadata", "anvil_nodeInfo", "eth_fillTransaction", "debug_traceCall"])
+def test_probes_for_other_programs_find_no_method(method: str, chain: LiveChain) -> None:
+    assert chain.refused(method)["code"] == -32601
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "code", "message"),
+    [
+        ("eth_getBalance", ["0x12"], -32602, "address: 20 bytes expected, got 1"),
+        ("eth_getBalance", [7], -32602, "address: hex with 0x"),
+        ("eth_getBalance", ["0x" + "11" * 20, "0xfffff"], -32001, "block 1048575 does not exist"),
+        ("eth_getBalance", ["0x" + "11" * 20, "newest"], -32602, "block: a number in hex"),
+        ("eth_getBlockByHash", ["0x11"], -32602, "hash: 32 bytes expected"),
+        ("eth_call", ["0x"], -32602, "call: an object expected"),
+        ("eth_call", [{"to": "0x" + "11" * 20}, "latest", {"0x": {}}], -32602, "state overrides are not supported"),
+        ("eth_getLogs", [{"topics": ["0x11"]}], -32602, "topics: 32 bytes expected"),
+        ("eth_getLogs", [{"fromBlock": "0x3", "toBlock": "0x1"}], -32602, "fromBlock 3 is after toBlock 1"),
+        ("eth_sendRawTransaction", ["0x"], -32003, "invalid transaction"),
+        ("eth_sendRawTransaction", ["0x03c0"], -32003, "transactions of type 0, 1 and 2 are supported, got type 3"),
+        ("eth_sendTransaction", [{"from": "0x" + "11" * 20, "gas": "0x5208"}], -32003, "No Signer available"),
+        ("evm_setNextBlockTimestamp", [5], -32602, "timestamp: a time after"),
+        ("anvil_mine", ["0xffffff"], -32602, "blocks: at most 10000 expected"),
+        ("eth_getFilterChanges", ["0x99"], -32001, "filter not found"),
+    ],
+)
+def test_wrong_parameters_are_refused_with_what_was_expected(
+    method: str, params: list[Any], code: int, message: str, chain: LiveChain
+) -> None:
+    error = chain.refused(method, *params)
+    assert error["code"] == code
+    assert message in error["message"]
+
+
+def test_revert_has_code_three_and_the_data(chain: LiveChain) -> None:
+    call = {"to": chain.kms.address, "data": chain.kms.encode_abi("registerApp", ["0x" + "00" * 20])}
+    for method in ("eth_call", "eth_estimateGas"):
+        error = chain.refused(method, call)
+        assert (error["code"], error["message"]) == (3, "execution reverted: Invalid app ID")
+        assert error["data"].startswith("0x08c379a0")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"nonce": 0}, "nonce too low"),
+        ({"nonce": 99}, "nonce too high"),
+        ({"chainId": 1}, "chain id 31337 expected, got 1"),
+        ({"gas": 30_000_001}, "exceeds block gas limit"),
+        ({"maxFeePerGas": 10**8, "maxPriorityFeePerGas": 0}, "max fee per gas less than block base fee"),
+        ({"value": 10**24}, "insufficient funds"),
+        ({"gas": 21_000}, "intrinsic gas|[Ii]nsufficient gas|gas"),
+    ],
+)
+def test_transaction_that_cannot_be_mined_is_refused_and_changes_nothing(
+    changed: dict[str, int], message: str, chain: LiveChain
+) -> None:
+    account = chain.web3.eth.account.from_key(chain.chain.private_keys[0])
+    nonce = chain.web3.eth.get_transaction_count(account.address)
+    built = chain.kms.functions.addOsImageHash(IMAGE).build_transaction({"from": account.address, "nonce": nonce})
+    raw = account.sign_transaction({**built, **changed}).raw_transaction
+    before = chain.web3.eth.block_number
+    error = chain.refused("eth_sendRawTransaction", raw.to_0x_hex())
+    assert re.search(message, error["message"])
+    assert (chain.web3.eth.block_number, chain.web3.eth.get_transaction_count(account.address)) == (before, nonce)
+
+
+@pytest.mark.parametrize("form", ["legacy", "without chain id", "access list", "dynamic fee"])
+def test_every_form_of_transaction_is_mined_and_shown(form: str, chain: LiveChain) -> None:
+    account = chain.web3.eth.account.from_key(chain.chain.private_keys[1])
+    accesses = [{"address": chain.kms.address, "storageKeys": ["0x" + "00" * 32]}]
+    priced = {"maxFeePerGas": 3 * 10**9, "maxPriorityFeePerGas": 10**9}
+    forms: dict[str, dict[str, Any]] = {
+        "legacy": {"gasPrice": 2 * 10**9, "chainId": 31337},
+        "without chain id": {"gasPrice": 2 * 10**9},
+        "access list": {"gasPrice": 2 * 10**9, "type": 1, "accessList": accesses, "chainId": 31337},
+        "dynamic fee": {**priced, "type": 2, "accessList": accesses, "chainId": 31337},
+    }
+    fields = forms[form]
+    signed = account.sign_transaction({"to": chain.accounts[2], "value": 5, "gas": 100_000, "nonce": 0, **fields})
+    hash_ = chain.web3.eth.send_raw_transaction(signed.raw_transaction)
+    assert hash_ == signed.hash
+    shown = chain.web3.eth.get_transaction(hash_)
+    assert (shown["from"], shown["to"], shown["value"]) == (account.address, chain.accounts[2], 5)
+    assert (int(shown["r"].hex(), 16), int(shown["s"].hex(), 16)) == (signed.r, signed.s)
+    assert chain.web3.eth.get_transaction_receipt(hash_)["effectiveGasPrice"] == 2 * 10**9
+    assert "already known" in chain.refused("eth_sendRawTransaction", signed.raw_transaction.to_0x_hex())["message"]
+
+
+def test_blocks_are_hashed_as_others_hash_them(chain: LiveChain) -> None:
+    chain.kms.functions.addOsImageHash(IMAGE).transact({"from": chain.owner})
+    names = [
+        "parentHash",
+        "sha3Uncles",
+        "miner",
+        "stateRoot",
+        "transactionsRoot",
+        "receiptsRoot",
+        "logsBloom",
+        "difficulty",
+        "number",
+        "gasLimit",
+        "gasUsed",
+        "timestamp",
+        "extraData",
+        "mixHash",
+        "nonce",
+        "baseFeePerGas",
+        "withdrawalsRoot",
+        "blobGasUsed",
+        "excessBlobGas",
+        "parentBeaconBlockRoot",
+        "requestsHash",
+    ]
+    numbers = {
+        "difficulty",
+        "number",
+        "gasLimit",
+        "gasUsed",
+        "timestamp",
+        "baseFeePerGas",
+        "blobGasUsed",
+        "excessBlobGas",
+    }
+
+    def value(name: str, text: str) -> bytes:
+        if name not in numbers:
+            return bytes.fromhex(text[2:])
+        number = int(text, 16)
+        return number.to_bytes((number.bit_length() + 7) // 8, "big")
+
+    block = chain.rpc("eth_getBlockByNumber", "latest", False)
+    header = rlp.encode([value(name, block[name]) for name in names])
+    assert chain.web3.keccak(header).to_0x_hex() == block["hash"]
+    assert chain.rpc("eth_getBlockByHash", block["hash"], True)["transactions"][0]["hash"] == block["transactions"][0]
+
+
+# ---- logs
+
+
+def test_logs_are_found_by_address_and_topics(chain: LiveChain) -> None:
+    for image in (IMAGE, OTHER):
+        chain.kms.functions.addOsImageHash(image).transact({"from": chain.owner})
+    policy = chain.web3.keccak(text="PolicyChanged(address,bytes32,bytes32,bool)").to_0x_hex()
+    added = chain.web3.keccak(text="OsImageHashAdded(bytes32)").to_0x_hex()
+    actor = "0x" + "00" * 12 + chain.owner[2:].lower()
+
+    def found(**wanted: Any) -> list[str]:
+        logs = chain.rpc("eth_getLogs", {"fromBlock": "0x4", **wanted})
+        return [log["topics"][0] for log in logs]
+
+    assert found(toBlock="latest") == [added, policy] * 2
+    assert found(topics=[policy]) == [policy] * 2
+    assert found(topics=[[policy, added]]) == [added, policy] * 2
+    assert found(topics=[None, actor]) == [policy] * 2
+    assert found(topics=[None, None, None, "0x" + IMAGE.hex()]) == [policy]
+    assert found(topics=[added, actor]) == []
+    assert found(address=chain.kms.address, toBlock="0x4") == [added, policy]
+    assert found(address=[chain.owner]) == []
+    assert found(fromBlock="0x999") == []
+
+
+def test_filters_tell_what_is_new_once(chain: LiveChain) -> None:
+    logs = chain.kms.events.OsImageHashAdded().create_filter(from_block="latest")
+    blocks = chain.web3.eth.filter("latest")
+    assert logs.get_new_entries() == []
+    chain.kms.functions.addOsImageHash(IMAGE).transact({"from": chain.owner})
+    (entry,) = logs.get_new_entries()
+    assert entry["args"]["osImageHash"] == IMAGE
+    assert logs.get_new_entries() == []
+    (block,) = blocks.get_new_entries()
+    assert block == chain.web3.eth.get_block("latest")["hash"]  # type: ignore[comparison-overlap]
+    assert len(logs.get_all_entries()) == 1
+    assert chain.web3.eth.uninstall_filter(logs.filter_id)
+
+
+async def test_subscribers_are_sent_blocks_and_logs_over_a_websocket(chain: LiveChain) -> None:
+    async with aiohttp.ClientSession() as session, session.ws_connect(chain.url) as socket:
+
+        async def ask(method: str, *params: Any) -> Any:
+            await socket.send_json(request(method, *params))
+            return (await socket.receive_json(timeout=20))["result"]
+
+        heads = await ask("eth_subscribe", "newHeads")
+        logs = await ask("eth_subscribe", "logs", {"address": chain.kms.address})
+        call = {"from": chain.owner, "to": chain.kms.address}
+        call["data"] = chain.kms.encode_abi("addOsImageHash", [IMAGE])
+        await socket.send_json(request("eth_sendTransaction", call))
+        messages = [await socket.receive_json(timeout=20) for _ in range(4)]
+        (sent,) = (message["result"] for message in messages if "result" in message)
+        told = [message["params"] for message in messages if "params" in message]
+        assert [each["subscription"] for each in told] == [heads, logs, logs]
+        assert {each["result"].get("transactionHash", sent) for each in told} == {sent}
+        assert await ask("eth_unsubscribe", heads) is True
+        assert await ask("eth_unsubscribe", heads) is False
+        await socket.send_json(request("eth_subscribe", "newPendingTransactions"))
+        assert (await socket.receive_json(timeout=20))["error"]["code"] == -32602
+
+
+# ---- methods for tests
+
+
+def test_time_is_set_and_goes_on_from_there(chain: LiveChain) -> None:
+    def mined() -> int:
+        chain.rpc("evm_mine")
+        return chain.web3.eth.get_block("latest")["timestamp"]
+
+    latest = chain.web3.eth.get_block("latest")["timestamp"]
+    assert mined() == latest + 1
+    chain.rpc("evm_increaseTime", 1000)
+    assert mined() == BEGAN + 1000
+    chain.rpc("evm_setNextBlockTimestamp", hex(BEGAN + 5000))
+    assert mined() == BEGAN + 5000
+    assert mined() == BEGAN + 5001
+    chain.rpc("anvil_mine", "0x3", "0xa")
+    assert chain.web3.eth.get_block("latest")["timestamp"] == BEGAN + 5022
+
+
+def test_impersonated_account_needs_no_key(chain: LiveChain) -> None:
+    nobody = chain.web3.to_checksum_address("0x" + "77" * 20)
+    chain.rpc("anvil_setBalance", nobody, hex(10**18))
+    assert chain.web3.eth.get_balance(nobody) == 10**18
+    chain.rpc("anvil_impersonateAccount", nobody)
+    sent = chain.kms.functions.registerApp(nobody).transact({"from": nobody})
+    assert chain.web3.eth.get_transaction(sent)["from"] == nobody
+    chain.rpc("anvil_stopImpersonatingAccount", nobody)
+    assert "No Signer" in chain.refused("eth_sendTransaction", {"from": nobody, "to": nobody})["message"]
+
+
+def test_contract_itself_can_be_impersonated(chain: LiveChain) -> None:
+    chain.rpc("hardhat_setBalance", chain.kms.address, hex(10**18))
+    chain.rpc("hardhat_impersonateAccount", chain.kms.address)
+    assert chain.kms.functions.registerApp(chain.owner).transact({"from": chain.kms.address})
+
+
+def test_state_of_a_past_block_is_as_it_was(chain: LiveChain) -> None:
+    nonce = chain.web3.eth.get_transaction_count(chain.owner)
+    before = chain.web3.eth.block_number
+    chain.kms.functions.setAppImplementation(chain.accounts[3]).transact({"from": chain.owner})
+    assert chain.web3.eth.get_transaction_count(chain.owner, before) == nonce
+    assert chain.web3.eth.get_transaction_count(chain.owner) == nonce + 1
+    slot = [chain.web3.eth.get_storage_at(chain.kms.address, 9, block) for block in (before, "latest")]
+    assert slot[0] != slot[1]
+    assert slot[1][-20:] == bytes.fromhex(chain.accounts[3][2:])
+
+
+# ---- the command
+
+
+@pytest.mark.timeout(120)
+def test_kept_chain_goes_on_after_its_process_was_killed(tmp_path: Path) -> None:
+    def run(act: Callable[[Web3, Any], None], number: int) -> dict[str, Any]:
+        with (tmp_path / "log").open("w") as log:
+            command = start("chain", "--listen", "127.0.0.1:0", "--state", str(tmp_path), "--json", stderr=log)
+            line = json.loads(command.stdout.readline())
+            node = Web3(HTTPProvider(line["url"]))
+            act(node, node.eth.contract(line["contracts"]["kms"], abi=kms_contract("next").abi))
+            command.end(number)
+            return dict(line)
+
+    def allow(node: Web3, kms: Any) -> None:
+        kms.functions.addOsImageHash(IMAGE).transact({"from": node.eth.accounts[0]})
+        node.provider.make_request(RPCEndpoint("evm_increaseTime"), [1000])
+        latest.append(node.eth.get_block(4)["hash"])
+
+    def check(node: Web3, kms: Any) -> None:
+        assert kms.functions.allowedOsImages(IMAGE).call()
+        assert node.eth.block_number == 4
+        assert node.eth.get_block(4)["hash"] == latest[0]
+
+    latest: list[Any] = []
+    first = run(allow, signal.SIGKILL)
+    with (tmp_path / "chain.jsonl").open("ab") as file:
+        file.write(b'{"timestamp": 1')  # what a killed process had begun to write
+    second = run(check, signal.SIGTERM)
+    assert {**second, "url": "", "ws_url": "", "block": 3} == {**first, "url": "", "ws_url": ""}
+    assert {(tmp_path / name).read_text() for name in ("log",)} == {""}
+
+
+def test_state_of_another_seed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "chain.jsonl").write_text('{"began": 1767225600, "chain_id": 31337, "seed": "00", "version": 1}\n')
+    assert "is of another chain" in usage_error("chain", "--listen", "127.0.0.1:0", "--state", str(tmp_path))
+
+
+def test_command_without_the_extra_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "eth.py").write_text("raise ModuleNotFoundError('No module named eth', name='eth')\n")
+    command = [sys.executable, "-m", "dstack_emu", "chain", "--listen", "127.0.0.1:0"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "Error: a chain needs py-evm, which the extra `eth` installs: pip install 'dstack-emu[eth] @ "
+        "git+https://github.com/OWNER/dstack-emu' (eth is missing)\n"
+    )
+
+
+def test_no_other_command_imports_the_engine() -> None:
+    program = "import sys, dstack_emu.cli.commands.up, dstack_emu.cli.commands.chain; print('eth' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "False\n"
