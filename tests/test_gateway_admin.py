@@ -1,8 +1,11 @@
 """What operators of a gateway may do: nodes, DNS credentials, domains and their certificates, the ACME account."""
 
+import contextlib
 import hashlib
 import http.client
 import json
+import ssl
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from dstack_emu.attest.proto import gateway_pb2
+from tests import tls
 from tests.gateway import START, TOKEN, RunningGateway, StubAgent, TestCa, running_gateway, wg_key
 
 CREDENTIAL = {"name": "dns", "provider_type": "cloudflare", "cf_api_token": "abcdefghijkl", "cf_zone_id": "z"}
@@ -362,16 +366,30 @@ def test_domain_gets_a_wildcard_certificate_and_keeps_it_when_it_is_deleted(
     assert listed["latest"]["public_key"] == spki.hex()
     gateway.rpc("admin", "DeleteZtDomain", domain="app.example")
     assert gateway.rpc("admin", "ListCertAttestations", domain="app.example") == listed
-    assert gateway.call(lambda: gateway.server.gateway.certificates.domain_of("x.app.example")) == "app.example"
+    assert gateway.call(lambda: gateway.server.gateway.certificates.get("app.example")) is entry
 
 
-def test_wildcard_is_for_one_label(gateway: RunningGateway) -> None:
+@pytest.mark.parametrize(
+    ("name", "fits"), [("a.app.example", True), ("app.example", False), ("a.b.app.example", False)]
+)
+def test_wildcard_is_for_one_label(gateway: RunningGateway, name: str, fits: bool) -> None:
+    gateway.clock[0] = int(time.time())
     credential(gateway)
     domain(gateway)
     issued(gateway)
-    find = gateway.server.gateway.certificates.domain_of
-    found = gateway.call(lambda: [find(name) for name in ("a.app.example", "app.example", "a.b.app.example", "a")])
-    assert found == ["app.example", None, None, None]
+    entry = gateway.call(lambda: gateway.server.gateway.certificates.get("app.example"))
+    assert entry is not None
+    *_, ca = x509.load_pem_x509_certificates(entry.chain.encode())
+    client = tls.client(ca.public_bytes(Encoding.PEM).decode())
+    sent, received = ssl.MemoryBIO(), ssl.MemoryBIO()
+    serving = tls.server(entry.chain, entry.key).wrap_bio(sent, received, server_side=True)
+    asking = client.wrap_bio(received, sent, server_hostname=name)
+    with contextlib.nullcontext() if fits else pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
+        for _ in range(2):
+            for side in (asking, serving):
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    side.do_handshake()
+        assert serving.version()
 
 
 def test_certificate_is_renewed_when_it_is_due_or_forced(gateway: RunningGateway) -> None:

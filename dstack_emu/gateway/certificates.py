@@ -74,11 +74,6 @@ class LoadedCertificates:
         """Put one in the place of that of its domain."""
         self._loaded[domain] = certificate
 
-    def domain_of(self, name: str) -> str | None:
-        """Return the domain whose certificate is for a server name (lower case), None if there is none."""
-        _, dot, parent = name.partition(".")
-        return parent if dot and parent in self._loaded else None
-
     def get(self, domain: str) -> CertificateEntry | None:
         """Return the certificate of a domain, which is another object once it was renewed."""
         return self._loaded.get(domain)

@@ -121,12 +121,6 @@ class Registry:
             }
         )
 
-    def remove(self, instance_id: str) -> None:
-        """Remove an instance; its address is free again. Raises `GatewayError` if there is none of that id."""
-        self.entry(instance_id)
-        del self._records.instances[instance_id]
-        self._changed()
-
     def recycle(self) -> list[str]:
         """Remove the instances that were registered and heard of too long ago; return their ids."""
         limit = self._clock() - self._core.recycle.timeout
@@ -142,10 +136,6 @@ class Registry:
         return stale
 
     # ---- handshakes
-
-    def handshake(self, instance_id: str) -> None:
-        """Record that an instance was heard of now; raise `GatewayError` if there is none of that id."""
-        self._set(instance_id, handshake_at=self._clock())
 
     def end_handshake(self, instance_id: str) -> None:
         """Make an instance one that was never heard of; raise `GatewayError` if there is none of that id."""
