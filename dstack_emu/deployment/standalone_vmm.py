@@ -104,6 +104,7 @@ class StandaloneVmm:
             raise _unusable(config, error) from error
         server = await serve(app, sock)
         self._exit.push_async_callback(server.close)
+        self._exit.callback(fleet.end_followers)
         self.url = server.url
         discovered = DiscoveryFile.write(
             settings.discovery,

@@ -91,6 +91,11 @@ class Fleet:
             vm.boot_error = str(error)
             self.log.warning("machine not started", id=vm.id, reason=str(error))
 
+    def end_followers(self) -> None:
+        """End the answers of those who follow a log, for which a server that closes would wait."""
+        for vm in self.vms.values():
+            vm.logs.close()
+
     async def close(self) -> None:
         """End every machine; their folders stay."""
         if self._restarts is not None:
