@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import os
+import resource
 import socket
 import ssl
 from collections.abc import Iterator
@@ -215,6 +216,18 @@ def test_state_that_cannot_be_read_ends_the_start(tmp_path: Path) -> None:
     (data / "gateway-state.json").write_text('{"instances": {"one": {}}}')
     with pytest.raises(GatewayConfigError, match="is no state of a gateway: instances.one.app_id"):
         started_with(tmp_path)
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_limit_of_open_files_is_raised_where_the_file_says_so(tmp_path: Path, raises: bool) -> None:
+    before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lower = 1000
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lower, hard))
+    try:
+        started_with(tmp_path, f"[core]\nset_ulimit = {str(raises).lower()}\n")
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard if raises else lower, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
 
 
 def test_without_debug_there_is_no_debug_listener(tmp_path: Path) -> None:
