@@ -42,7 +42,7 @@ export async function show(content, [chosen]) {
   const details = make("section", {"aria-label": "The call"}), count = make("p", {class: "note", role: "status"});
   const list = new Windowed("Calls, the newest last", row, (line, focus) => open(String(line.number), focus));
   const filter = filters(redraw), alert = alertBox();
-  let shown = null, offered = "", closed = false;
+  let turn = 0, offered = "", closed = false;
 
   const older = make("button", {onclick: (event) => attempt(alert, event.currentTarget, async () => {
     older.hidden = !await journal.loadOlder(OLDER);
@@ -66,14 +66,14 @@ export async function show(content, [chosen]) {
   }
 
   async function open(id, focus) {
-    shown = id;
+    const own = ++turn;
     history.replaceState(null, "", `#/calls/${id}`);
     const problem = alertBox(), body = make("div");
     await attempt(problem, null, async () => {
       const [record, diagram, why] = await Promise.all(["", "/diagram", "/why"].map((rest) => get(`/journal/${id}${rest}`)));
-      if (shown === id) body.append(...described(record, diagram, why));
+      if (turn === own) body.append(...described(record, diagram, why));
     });
-    if (shown !== id || closed) return;
+    if (turn !== own || closed) return;
     details.replaceChildren(make("div", {class: "card"}, make("h2", {tabindex: -1}, `Call ${id}`), problem, body));
     if (focus) details.querySelector("h2").focus();
   }

@@ -26,8 +26,9 @@ export function labelled(text, id, field) {
   return make("div", {}, make("label", {for: id}, text), field);
 }
 
-export function choice(values, chosen) {
-  return make("select", {}, values.map((value) => make("option", {value, selected: value === chosen}, value || "any")));
+// A choice of values; `empty` is what the empty one is called.
+export function choice(values, chosen, empty = "any") {
+  return make("select", {}, values.map((value) => make("option", {value, selected: value === chosen}, value || empty)));
 }
 
 // A JSON value as facts: objects become lists of terms, within one another; what is empty is left out.

@@ -3,10 +3,18 @@
 import {make} from "./dom.js";
 import {journal} from "./journal.js";
 import * as calls from "./calls.js";
+import * as conditions from "./conditions.js";
 import * as policies from "./policies.js";
+import * as snapshots from "./snapshots.js";
 import * as stack from "./stack.js";
 
-const PAGES = {stack: ["Stack", stack.show], calls: ["Calls", calls.show], policies: ["Policies", policies.show]};
+const PAGES = {
+  stack: ["Stack", stack.show],
+  calls: ["Calls", calls.show],
+  policies: ["Policies", policies.show],
+  conditions: ["Faults, clock, platforms", conditions.show],
+  snapshots: ["Snapshots", snapshots.show],
+};
 let leave = () => {};
 let shown = 0;
 
