@@ -9,7 +9,7 @@ from typing import Any
 from dstack_emu.chain.contracts import Ask, RpcError
 from dstack_emu.chain.errors import ChainError, ExecutionRevertedError
 from dstack_emu.chain.rpc import INTERNAL_ERROR, REVERTED, Rpc
-from dstack_emu.transport.errors import TransportError
+from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
 
 JSON = {"Content-Type": "application/json"}
@@ -38,7 +38,7 @@ def remote_ask(client: HttpClient, url: str) -> Ask:
         request = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
         try:
             answer = await client.send("POST", url, json.dumps(request).encode(), JSON)
-        except TransportError as error:
+        except (NoAnswerError, AnswerTooLongError) as error:
             raise RpcError(INTERNAL_ERROR, f"no answer of {url}: {error}") from error
         return _result(answer.body, number, url)
 
