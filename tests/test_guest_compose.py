@@ -1,6 +1,7 @@
 """The compose file of a machine as it is changed for the engine of this host, and what is said without an engine."""
 
 import copy
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -70,6 +71,12 @@ def test_mapped_ports_of_the_guest_are_published_on_free_ports_and_others_are_no
     assert [each["published"] for each in found.document["services"]["main"]["ports"]] == ["40000", "40001"]
     assert {each["host_ip"] for each in found.document["services"]["main"]["ports"]} == {"127.0.0.1"}
     assert adapted(ports=[port("80", host_ip="127.0.0.1")]).published == {}  # it is the loopback of the guest
+    document = copy.deepcopy(DOCUMENT)
+    document["services"]["main"] |= {
+        "ports": [port("81"), port("54", protocol="udp"), {"target": 1, "protocol": "tcp"}]
+    }
+    behind_gateway = adapt(document, dataclasses.replace(PROJECT, has_gateway=True), {"tcp": 40000}.__getitem__)
+    assert behind_gateway.published == {("tcp", 81): 40000}
 
 
 def test_names_are_those_of_the_project_and_everything_has_its_labels() -> None:

@@ -212,7 +212,7 @@ class DockerWorkload:
             raise GuestError("failed to start containers: app-compose.json: docker_compose_file expected")
         try:
             labels = self._workloads.labels(self._id)
-            project = GuestProject(self._project, labels, self._folders, self._mapped)
+            project = GuestProject(self._project, labels, self._folders, self._mapped, self._has_gateway)
             adapted = adapt(await self._compose.configured(environment), project, _free_port)
             self._folders.require_inside(adapted.document)
             self._published = adapted.published
@@ -224,9 +224,15 @@ class DockerWorkload:
         await self._add_host_address()  # another stack may have taken it away before there were containers
 
     @property
+    def _has_gateway(self) -> bool:
+        return self._guest.domain.manifest.has_gateway and bool(self._guest.launch.gateway_urls)
+
+    @property
     def _mapped(self) -> frozenset[GuestPort]:
-        """The ports of the guest that are mapped to the host."""
-        return frozenset((port.protocol, port.vm_port) for port in self._guest.launch.manifest.port_map)
+        """The ports of the guest that are mapped to the host, or that the app names to its gateway."""
+        named = self._guest.domain.manifest.port_policy.ports if self._has_gateway else ()
+        mapped = frozenset((port.protocol, port.vm_port) for port in self._guest.launch.manifest.port_map)
+        return mapped | {("tcp", port.port) for port in named}
 
     # ---- logs
 

@@ -74,20 +74,28 @@ class GuestFolders:
 
 @dataclass(frozen=True, slots=True)
 class GuestProject:
-    """A compose project: its name, its labels, and the ports of the guest that are mapped to the host."""
+    """A compose project: its name, its labels, and the ports of the guest that are mapped to the host.
+
+    With `has_gateway` every TCP port that the file publishes is reached, not only those that are mapped.
+    """
 
     name: str
     labels: Mapping[str, str]
     folders: GuestFolders
     mapped: frozenset[GuestPort]
+    has_gateway: bool = False
+
+    def is_reached(self, port: GuestPort) -> bool:
+        """Return whether something outside the guest connects to a port that a service publishes."""
+        return port in self.mapped or (self.has_gateway and port[0] == "tcp" and port[1] != 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
     """A changed compose file.
 
-    `published` has the port of 127.0.0.1 for each mapped port of the guest, `with_health_check` the services to wait
-    for.
+    `published` has the port of 127.0.0.1 for each port of the guest that is reached, `with_health_check` the services
+    to wait for.
     """
 
     document: Document
@@ -106,7 +114,7 @@ def adapt(document: Document, project: GuestProject, free_port: Callable[[str], 
     for name, service in services.items():
         _drop_unset(service)
         _move_paths(name, service, project.folders)
-        service["ports"] = list(_published(service.get("ports") or (), project.mapped, free_port, published))
+        service["ports"] = list(_published(service.get("ports") or (), project, free_port, published))
         service["labels"] = {**(service.get("labels") or {}), **project.labels}
         if build := service.get("build"):
             _drop_unset(build)
@@ -176,15 +184,15 @@ def _move_build(build: Document, project: GuestProject) -> None:
 
 def _published(
     ports: Iterable[Document],
-    mapped: frozenset[GuestPort],
+    project: GuestProject,
     free_port: Callable[[str], int],
     published: dict[GuestPort, int],
 ) -> Iterator[Document]:
-    """Yield the ports that are mapped to the host, on free ports; a port on the guest's loopback cannot be mapped."""
+    """Yield the ports that are reached, on free ports; a port on the guest's loopback interface cannot be."""
     for port in ports:
         first = str(port.get("published") or "").partition("-")[0]
         guest = (port.get("protocol", "tcp"), int(first or 0))
-        if guest in mapped and not str(port.get("host_ip", "")).startswith(_LOOPBACK):
+        if project.is_reached(guest) and not str(port.get("host_ip", "")).startswith(_LOOPBACK):
             published[guest] = free_port(guest[0])
             yield {**port, "published": str(published[guest]), "host_ip": "127.0.0.1"}
 
