@@ -3,22 +3,24 @@
 An archive may contain plain files and folders. Anything else is refused: a path outside the folder, links, devices, a
 duplicate entry, or more than the limits. Nothing is executed, and no permissions are applied.
 
-The functions block, so call them in a thread. They call `stopped` for every piece, and stop if it returns true.
+The functions block, so call them by `in_thread`. They call `stopped` for every piece, and stop if it returns true.
 
 Source of truth: `extract_image_archive` and `download_image` of dstack `dstack/verifier/src/verification.rs` at
 312dc605. The bounds and the refusal of duplicates are this emulator's.
 """
 
+import asyncio
 import hashlib
 import os
 import shutil
 import tarfile
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from gzip import BadGzipFile, GzipFile
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import IO, Final, TypeVar
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.os_image import CHECKSUM_FILE, METADATA_FILE, ManifestLine, parse_manifest, require_checksums
@@ -32,6 +34,7 @@ _MAX_DEPTH: Final = 16  # nested folders; an image has none
 _MAX_TEXT: Final = 1024 * 1024  # of sha256sum.txt
 
 Stopped = Callable[[], bool]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +51,10 @@ class StoppedError(Exception):
 
 
 class _Stream:
-    """The uncompressed bytes of a gzip file, up to a limit."""
+    """The uncompressed bytes of an archive, up to a limit."""
 
-    def __init__(self, gzip: GzipFile, limit: int, stopped: Stopped) -> None:
-        self._gzip, self._limit, self._left, self._stopped = gzip, limit, limit, stopped
+    def __init__(self, tar: IO[bytes] | GzipFile, limit: int, stopped: Stopped) -> None:
+        self._tar, self._limit, self._left, self._stopped = tar, limit, limit, stopped
 
     def exactly(self, size: int) -> bytes:
         """Read exactly `size` bytes; raise `FormatError` if there are fewer, or `StoppedError`."""
@@ -65,7 +68,7 @@ class _Stream:
         while size:
             if self._stopped():
                 raise StoppedError
-            piece = self._gzip.read(min(size, PIECE))
+            piece = self._tar.read(min(size, PIECE))
             if not piece:
                 raise FormatError("Failed to read image archive entry: unexpected end of the archive")
             size -= len(piece)
@@ -76,14 +79,31 @@ class _Stream:
         self.exactly(-size % tarfile.BLOCKSIZE)
 
 
-def unpack(archive: Path, folder: Path, limits: Limits, stopped: Stopped) -> None:
-    """Unpack a tar.gz into an empty folder; raise `FormatError` naming the entry that is wrong."""
+async def in_thread(work: Callable[[Stopped], T]) -> T:
+    """Run blocking work in a thread; if cancelled, wait until it has stopped, so that it writes nothing afterwards."""
+    stop = threading.Event()
+    task = asyncio.ensure_future(asyncio.to_thread(work, stop.is_set))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stop.set()
+        await asyncio.wait((task,))
+        raise
+    except StoppedError as error:  # although nobody stopped it
+        raise FormatError("unpacking was given up") from error
+
+
+def unpack(archive: Path, folder: Path, limits: Limits, stopped: Stopped, *, takes_plain: bool = False) -> None:
+    """Unpack a tar.gz into an empty folder; raise `FormatError` naming the entry that is wrong.
+
+    With `takes_plain` the tar may be without compression, too.
+    """
     files: set[PurePosixPath] = set()
     # In addition to the files: headers, padding, and the extensions before entries.
     overhead = limits.entries * (4 * tarfile.BLOCKSIZE + _MAX_ADDITION) + tarfile.RECORDSIZE
     try:
-        with GzipFile(archive) as gzip:
-            stream = _Stream(gzip, limits.unpacked + overhead, stopped)
+        with archive.open("rb") as file, file if takes_plain and not is_gzip(file) else GzipFile(archive) as tar:
+            stream = _Stream(tar, limits.unpacked + overhead, stopped)
             left = limits.unpacked
             for count, entry in enumerate(_entries(stream), 1):
                 if count > limits.entries:
@@ -97,6 +117,13 @@ def unpack(archive: Path, folder: Path, limits: Limits, stopped: Stopped) -> Non
     except (OSError, ValueError) as error:  # an impossible file name raises either
         cause = error.strerror if isinstance(error, OSError) else error
         raise FormatError(f"Failed to extract image archive entry: {cause}") from error
+
+
+def is_gzip(file: IO[bytes]) -> bool:
+    """Return whether a file, of which nothing was read, is gzipped; its position stays."""
+    start = file.read(2)
+    file.seek(0)
+    return start == b"\x1f\x8b"
 
 
 def _entries(stream: _Stream) -> Iterator[tarfile.TarInfo]:

@@ -15,11 +15,10 @@ import asyncio
 import logging
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from dstack_emu.attest.cache import Memo
 from dstack_emu.attest.errors import FormatError, UnverifiableError, VerificationError
@@ -40,7 +39,7 @@ from dstack_emu.attest.verify import VerifiedAttestation
 from dstack_emu.attest.vmconfig import VmConfig
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient, Route, direct
-from dstack_emu.transport.image_archive import Limits, Stopped, StoppedError, unpack, verify_image_files
+from dstack_emu.transport.image_archive import Limits, Stopped, in_thread, unpack, verify_image_files
 from dstack_emu.transport.status import status_line
 from dstack_emu.transport.urls import shown_url
 
@@ -52,8 +51,6 @@ _AT_ONCE: Final = 4  # simultaneous downloads: a caller chooses the image, and m
 _MAX_CACHED: Final = 1024 * 1024
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +194,7 @@ class ImageStore:
         with tempfile.TemporaryDirectory(prefix="tmp-download-", dir=tmp) as work:
             archive, unpacked = Path(work, "image.tar.gz"), Path(work, "extracted")
             await self._fetch(self._download_url.replace(PLACEHOLDER, name), archive)
-            await _in_thread(lambda stopped: self._put_in_place(archive, unpacked, name, folder, stopped))
+            await in_thread(lambda stopped: self._put_in_place(archive, unpacked, name, folder, stopped))
 
     def _put_in_place(self, archive: Path, unpacked: Path, name: str, folder: Path, stopped: Stopped) -> None:
         unpacked.mkdir()
@@ -219,20 +216,6 @@ class ImageStore:
             raise FormatError(f"Failed to download image: it is longer than {longest} bytes, url: {shown}") from error
         if not 200 <= answer.status < 300:
             raise FormatError(f"Failed to download image: HTTP status {status_line(answer.status)}, url: {shown}")
-
-
-async def _in_thread(work: Callable[[Stopped], T]) -> T:
-    """Run blocking work in a thread; if cancelled, wait until it has stopped, so that it writes nothing afterwards."""
-    stop = threading.Event()
-    task = asyncio.ensure_future(asyncio.to_thread(work, stop.is_set))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        stop.set()
-        await asyncio.wait((task,))
-        raise
-    except StoppedError as error:  # although nobody stopped it
-        raise FormatError("unpacking was given up") from error
 
 
 def _read(path: Path) -> bytes:

@@ -186,9 +186,10 @@ class AuthSection(_Section):
 
 
 class ImageSection(_Section):
-    """`image`: the folder of local OS images."""
+    """`image`: the folder of local OS images, and the repository that images are pulled from, such as `HOST/NAME`."""
 
     path: FilePath = Path("./images")
+    registry: str = ""
 
 
 class SupervisorSection(_Section):

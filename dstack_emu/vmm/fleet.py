@@ -17,6 +17,7 @@ from dstack_emu.vmm.errors import UnknownVmError, VmmError
 from dstack_emu.vmm.launching import Entropy, stored_launch
 from dstack_emu.vmm.machine import Launch, MachineFactory
 from dstack_emu.vmm.manifest import Manifest
+from dstack_emu.vmm.pulls import ImagePulls
 from dstack_emu.vmm.requests import created_manifest, require_resources, resized_manifest, updated_manifest
 from dstack_emu.vmm.restarter import Restarter
 from dstack_emu.vmm.state import FleetState, MachineState
@@ -58,6 +59,7 @@ class Fleet:
         )
         self._restarts: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
+        self.pulls = ImagePulls(config.image, self.log)
 
     # ---- opening and closing
 
@@ -101,6 +103,7 @@ class Fleet:
         if self._restarts is not None:
             self._restarts.cancel()
             await asyncio.gather(self._restarts, return_exceptions=True)
+        await self.pulls.close()
         await asyncio.gather(*self._removals.values(), return_exceptions=True)
         await asyncio.gather(*(vm.close() for vm in self.vms.values()))
 

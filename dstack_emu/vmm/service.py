@@ -187,12 +187,17 @@ class VmmService:
         return Empty()
 
     async def list_registry_images(self) -> pb.RegistryImageListResponse:
-        """List no image: there is no registry."""
-        return pb.RegistryImageListResponse()
+        """List the tags of the registry, none without one."""
 
-    async def pull_registry_image(self, _request: pb.PullRegistryImageRequest) -> Empty:
-        """Refuse: there is no registry."""
-        raise VmmError("image registry is not configured")
+        def local_names() -> set[str]:
+            return {image.name for image in self._images.all()}
+
+        return pb.RegistryImageListResponse(images=await self.fleet.pulls.tags(local_names))
+
+    async def pull_registry_image(self, request: pb.PullRegistryImageRequest) -> Empty:
+        """Begin to pull an image."""
+        self.fleet.pulls.start(request.tag)
+        return Empty()
 
     # ---- the processes that run machines
 
