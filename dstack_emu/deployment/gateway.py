@@ -21,6 +21,7 @@ from dstack_emu.deployment.guests import RunningGuest
 from dstack_emu.deployment.ingress import GatewayPages, IngressCertificates, StackRoutes, recorder
 from dstack_emu.deployment.specs import GuestSpec
 from dstack_emu.gateway.config import GatewayConfig
+from dstack_emu.gateway.configured_ingress import ingress_settings
 from dstack_emu.gateway.connections import Connections
 from dstack_emu.gateway.errors import GatewayConfigError, GatewayError
 from dstack_emu.gateway.gateway import Gateway
@@ -97,6 +98,7 @@ class GatewayExtension:
             reach=context.reach,
             find_tls=TlsByDomain(IngressCertificates(base_domain, self._authority, self.find).find),
             this_node=GatewayPages(self._guest, self.find),
+            settings=ingress_settings(self._config(), context.release_of(None)),
             connections=self._connections,
             on_end=recorder(context.instrumentation),
         )
