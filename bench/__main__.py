@@ -26,6 +26,7 @@ BENCHMARKS: Final = (
     "getappkey",
     "getappkey_new",
     "gettempcacert",
+    "auth_eth",
     "image_verify",
     "memory",
     "grpc",

@@ -5,7 +5,6 @@ The webhooks read the environment variables of upstream's programs: PORT and HOS
 """
 
 import argparse
-import asyncio
 import json
 import os
 import textwrap
@@ -21,7 +20,15 @@ from dstack_emu.auth.file_server import file_app
 from dstack_emu.auth.mock import MockSettings
 from dstack_emu.auth.server import mock_app, simple_app
 from dstack_emu.auth.simple import SimpleSettings, parse_policy
-from dstack_emu.cli.commands.common import WARNING, UsageError, add_release, listen_address, say, stop_on_signals
+from dstack_emu.cli.commands.common import (
+    WARNING,
+    UsageError,
+    add_release,
+    listen_address,
+    run_server,
+    say,
+    stop_on_signals,
+)
 from dstack_emu.cli.commands.eth_options import add_eth_options, eth_variables, given_eth_options
 from dstack_emu.cli.commands.inspect import WIDTH
 from dstack_emu.transport.listen import AnyApplication, bind_tcp, serve
@@ -108,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{given[0]} is for `auth eth`; `auth {arguments.kind}` asks no chain")
     webhook = _WEBHOOKS[arguments.kind](arguments)
     address = arguments.listen or (webhook.default_host, webhook.default_port())
-    return asyncio.run(_serve(webhook, address, as_json=arguments.json))
+    return run_server(_serve(webhook, address, as_json=arguments.json), has_grpc=False)
 
 
 def _simple(arguments: argparse.Namespace) -> _Webhook:
