@@ -1,13 +1,15 @@
 """The chain, as web3.py sees it: transactions, events, past states, errors, methods for tests."""
 
+import fcntl
 import http.client
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,12 @@ from web3 import HTTPProvider, Web3
 from web3.exceptions import ContractCustomError, ContractLogicError
 from web3.types import RPCEndpoint
 
+from dstack_emu.chain.acts import Balance, Kept
 from dstack_emu.chain.artefacts import kms_contract
+from dstack_emu.chain.embedded import ChainSettings, EmbeddedChain
+from dstack_emu.chain.errors import StoreError
+from dstack_emu.chain.quantities import checksummed
+from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
 from tests.chains import BEGAN, LiveChain, running_chain
 from tests.commands import usage_error
 from tests.processes import start
@@ -155,6 +162,10 @@ def test_probes_for_other_programs_find_no_method(method: str, chain: LiveChain)
         ("eth_sendRawTransaction", ["0x03c0"], -32003, "transactions of type 0, 1 and 2 are supported, got type 3"),
         ("eth_sendTransaction", [{"from": "0x" + "11" * 20, "gas": "0x5208"}], -32003, "No Signer available"),
         ("evm_setNextBlockTimestamp", [5], -32602, "timestamp: a time after"),
+        ("evm_setNextBlockTimestamp", ["0x" + "f" * 64], -32602, "timestamp: a number of 0 to"),
+        ("evm_increaseTime", [2**53], -32602, "seconds: a number of 0 to"),
+        ("evm_increaseTime", [-1], -32602, "seconds: a number of 0 to"),
+        ("anvil_setBalance", ["0x" + "11" * 20, "0x" + "f" * 64], -32602, "balance: a number of 0 to"),
         ("anvil_mine", ["0xffffff"], -32602, "blocks: at most 10000 expected"),
         ("eth_getFilterChanges", ["0x99"], -32001, "filter not found"),
     ],
@@ -382,38 +393,56 @@ def test_state_of_a_past_block_is_as_it_was(chain: LiveChain) -> None:
 # ---- the command
 
 
-@pytest.mark.timeout(120)
-def test_kept_chain_goes_on_after_its_process_was_killed(tmp_path: Path) -> None:
-    def run(act: Callable[[Web3, Any], None], number: int) -> dict[str, Any]:
-        with (tmp_path / "log").open("w") as log:
-            command = start("chain", "--listen", "127.0.0.1:0", "--state", str(tmp_path), "--json", stderr=log)
-            line = json.loads(command.stdout.readline())
-            node = Web3(HTTPProvider(line["url"]))
-            act(node, node.eth.contract(line["contracts"]["kms"], abi=kms_contract("next").abi))
-            command.end(number)
-            return dict(line)
-
-    def allow(node: Web3, kms: Any) -> None:
-        kms.functions.addOsImageHash(IMAGE).transact({"from": node.eth.accounts[0]})
+async def test_kept_chain_goes_on_after_its_process_was_killed(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        command = start("chain", "--listen", "127.0.0.1:0", "--state", str(tmp_path), "--json", stderr=log)
+    try:
+        line = json.loads(command.stdout.readline())
+        node = Web3(HTTPProvider(line["url"]))
+        kms = node.eth.contract(line["contracts"]["kms"], abi=kms_contract("next").abi)
+        kms.functions.addOsImageHash(IMAGE).transact({"from": line["accounts"][0]["address"]})
         node.provider.make_request(RPCEndpoint("evm_increaseTime"), [1000])
-        latest.append(node.eth.get_block(4)["hash"])
+        latest = node.eth.get_block("latest")
+    finally:
+        command.end(signal.SIGKILL)
+    assert (tmp_path / "log").read_text() == ""
 
-    def check(node: Web3, kms: Any) -> None:
-        assert kms.functions.allowedOsImages(IMAGE).call()
-        assert node.eth.block_number == 4
-        assert node.eth.get_block(4)["hash"] == latest[0]
-
-    latest: list[Any] = []
-    first = run(allow, signal.SIGKILL)
-    with (tmp_path / "chain.jsonl").open("ab") as file:
+    path = tmp_path / "chain.jsonl"
+    with path.open("ab") as file:
         file.write(b'{"timestamp": 1')  # what a killed process had begun to write
-    second = run(check, signal.SIGTERM)
-    assert {**second, "url": "", "ws_url": "", "block": 3} == {**first, "url": "", "ws_url": ""}
-    assert {(tmp_path / name).read_text() for name in ("log",)} == {""}
+    settings = ChainSettings(Seed.of(DEFAULT_SEED).derive, lambda: BEGAN, BEGAN, "next", state=path)
+    chain = EmbeddedChain(settings)
+    await chain.deploy()
+    assert (chain.ledger.head.number, chain.ledger.ahead) == (latest["number"], 1000)
+    assert chain.ledger.head.hash == latest["hash"]
+    assert checksummed(chain.kms.address) == line["contracts"]["kms"]
+    assert await chain.kms.view("allowedOsImages(bytes32)", "(bool)", IMAGE)
+    chain.close()
+
+
+async def test_deployment_that_a_killed_process_did_not_finish_is_finished(tmp_path: Path) -> None:
+    def opened() -> EmbeddedChain:
+        return EmbeddedChain(
+            ChainSettings(Seed.of("half").derive, lambda: BEGAN, BEGAN, "next", state=tmp_path / "chain.jsonl")
+        )
+
+    whole = opened()
+    await whole.deploy()
+    whole.close()
+    lines = (tmp_path / "chain.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "chain.jsonl").write_bytes(b"".join(lines[:-1]))
+    half = opened()
+    assert half.ledger.head.number == 2
+    await half.deploy()
+    assert half.ledger.head.hash == whole.ledger.head.hash
+    assert await half.kms.owner() == half.owner.address
+    half.close()
 
 
 def test_state_of_another_seed_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "chain.jsonl").write_text('{"began": 1767225600, "chain_id": 31337, "seed": "00", "version": 1}\n')
+    (tmp_path / "chain.jsonl").write_text(
+        '{"began": 1767225600, "chain_id": 31337, "revision": "next", "seed": "00", "version": 1}\n'
+    )
     assert "is of another chain" in usage_error("chain", "--listen", "127.0.0.1:0", "--state", str(tmp_path))
 
 
@@ -429,9 +458,37 @@ def test_command_without_the_extra_says_what_to_install(tmp_path: Path) -> None:
     )
 
 
-def test_no_other_command_imports_the_engine() -> None:
-    program = "import sys, dstack_emu.cli.commands.up, dstack_emu.cli.commands.chain; print('eth' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout == "False\n"
+def test_state_folder_belongs_to_one_process(tmp_path: Path) -> None:
+    with (tmp_path / "chain.jsonl").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refused = usage_error("chain", "--listen", "127.0.0.1:0", "--state", str(tmp_path))
+    assert "is in use by another process" in refused
+
+
+@pytest.mark.parametrize("line", ["{}", "7", '{"timestamp":1,"raw":"00"}', '{"balance":1,"address":"zz"}', "{"])
+def test_line_of_a_kept_chain_that_is_no_act_is_refused_with_its_number(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "chain.jsonl"
+    kept = Kept(path, {"chain_id": 1})
+    kept.add(Balance(bytes(20), 5))
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(StoreError, match="line 3: an act expected"):
+        list(kept.acts())
+    kept.close()
+
+
+def test_act_that_cannot_be_written_is_refused_and_leaves_no_part(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "chain.jsonl", {"chain_id": 1})
+    size = kept.size()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, before[1]))
+    try:
+        with pytest.raises(StoreError, match="only 10 of"):
+            kept.add(Balance(bytes(20), 5))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    kept.add(Balance(bytes(20), 6))
+    assert list(kept.acts()) == [Balance(bytes(20), 6)]
+    kept.close()

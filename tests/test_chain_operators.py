@@ -1,8 +1,9 @@
-"""What operators do with the contracts, by the Python interface: in this process and over HTTP, in both revisions."""
+"""What operators do with the contracts, by the Python interface: in this process and over HTTP."""
 
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -31,14 +32,20 @@ IMAGE, MR, DEVICE, COMPOSE = (bytes([number]) * 32 for number in range(1, 5))
 ALLOWED = Decision(True, "")
 
 
-@pytest.fixture(params=["0.5.11", "next"])
-async def chain(request: pytest.FixtureRequest) -> AsyncIterator[EmbeddedChain]:
-    """A chain with the contracts of each revision."""
-    revision: AuthEthRevision = request.param
+@asynccontextmanager
+async def opened(revision: AuthEthRevision) -> AsyncIterator[EmbeddedChain]:
+    """Run a chain with the contracts of a revision."""
     made = EmbeddedChain(ChainSettings(Seed.of("operators").derive, lambda: BEGAN, BEGAN, revision))
     await made.deploy()
     yield made
     made.close()
+
+
+@pytest.fixture
+async def chain() -> AsyncIterator[EmbeddedChain]:
+    """A chain with the contracts of revision next."""
+    async with opened("next") as made:
+        yield made
 
 
 async def test_operator_allows_a_kms_and_an_app_and_withdraws_it(chain: EmbeddedChain) -> None:
@@ -68,16 +75,18 @@ async def test_operator_publishes_what_a_kms_is(chain: EmbeddedChain) -> None:
     assert await chain.kms.gateway_app_id() == "0xgateway"
 
 
-async def test_contract_is_handed_over(chain: EmbeddedChain) -> None:
-    other = chain.sender(1)
-    with pytest.raises(ContractError, match=f"OwnableUnauthorizedAccount\\({checksummed(other.address)}\\)"):
+@pytest.mark.parametrize("revision", ["0.5.11", "next"])
+async def test_contract_is_handed_over(revision: AuthEthRevision) -> None:
+    async with opened(revision) as chain:
+        other = chain.sender(1)
+        with pytest.raises(ContractError, match=f"OwnableUnauthorizedAccount\\({checksummed(other.address)}\\)"):
+            await chain.kms.add_os_image(other, IMAGE)
+        await chain.kms.transfer_ownership(chain.owner, other.address)
+        if revision == "next":
+            assert await chain.kms.owner() == chain.owner.address
+            await chain.kms.accept_ownership(other)
+        assert await chain.kms.owner() == other.address
         await chain.kms.add_os_image(other, IMAGE)
-    await chain.kms.transfer_ownership(chain.owner, other.address)
-    if chain.settings.revision == "next":
-        assert await chain.kms.owner() == chain.owner.address
-        await chain.kms.accept_ownership(other)
-    assert await chain.kms.owner() == other.address
-    await chain.kms.add_os_image(other, IMAGE)
 
 
 async def test_app_is_upgraded_until_that_is_disabled(chain: EmbeddedChain) -> None:

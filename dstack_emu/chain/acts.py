@@ -5,6 +5,7 @@ a process that is killed loses at most what it had not yet answered. A last line
 removed at the next start.
 """
 
+import fcntl
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ class Kept:
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}") from error
         try:
+            self._lock()
             self._begin(header)
         except BaseException:
             self._file.close()
@@ -109,10 +111,15 @@ class Kept:
 
     def add(self, act: Act) -> None:
         """Append an act; raise `StoreError`."""
+        line, before = json.dumps(_written(act)).encode() + b"\n", self.size()
         try:
-            self._file.write(json.dumps(_written(act)).encode() + b"\n")
+            written = self._file.write(line)
         except OSError as error:
+            self.truncate(before)
             raise StoreError(f"{self._path}: {error.strerror}") from error
+        if written != len(line):
+            self.truncate(before)
+            raise StoreError(f"{self._path}: only {written} of {len(line)} bytes could be written")
 
     def size(self) -> int:
         """Return the length of the file in bytes."""
@@ -121,6 +128,14 @@ class Kept:
     def truncate(self, size: int) -> None:
         """Cut the file."""
         self._file.truncate(size)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(
+                f"{self._path} is in use by another process: stop that one, or name another folder"
+            ) from error
 
     def _begin(self, header: bytes) -> None:
         self._file.seek(0)
@@ -134,7 +149,7 @@ class Kept:
             line = whole.partition(b"\n")[0].decode(errors="replace")
             raise StoreError(
                 f"{self._path} is of another chain: {header.decode().strip()} expected, got {line:.300}; remove the "
-                "file, or start with the same seed and chain id"
+                "file, or start with the same seed, chain id and release"
             )
 
 

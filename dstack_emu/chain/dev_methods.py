@@ -5,12 +5,15 @@ that it is another one.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from dstack_emu.chain.errors import InvalidParamsError
 from dstack_emu.chain.ledger import MAX_EMPTY_BLOCKS
 from dstack_emu.chain.node import Method, Node
 from dstack_emu.chain.quantities import Params, parse_number, quantity
+
+MAX_BALANCE: Final = 2**255
+"""Wei; so much below what an account can have that nothing sent to it exceeds that."""
 
 
 class DevMethods:
@@ -27,7 +30,7 @@ class DevMethods:
             "evm_mine": self.mine,
             "anvil_mine": self.mine_many,
             "hardhat_mine": self.mine_many,
-            "evm_increaseTime": lambda params: self.ledger.move_time(params.number(0, "seconds")),
+            "evm_increaseTime": self.increase_time,
             "evm_setNextBlockTimestamp": self.set_next_block_timestamp,
             "evm_setTime": self.set_time,
             **self._of_both("impersonateAccount", self.impersonate),
@@ -56,6 +59,12 @@ class DevMethods:
         if count > MAX_EMPTY_BLOCKS:
             raise InvalidParamsError(f"blocks: at most {MAX_EMPTY_BLOCKS} expected, got {count}")
         self.ledger.mine(count, max(interval, 1))
+
+    def increase_time(self, params: Params) -> int:
+        """Let the time of blocks be further ahead of the clock; return by how many seconds it now is."""
+        seconds = params.number(0, "seconds")
+        parse_number(self.ledger.head.timestamp + self.ledger.ahead + seconds, "seconds")
+        return self.ledger.move_time(seconds)
 
     def set_next_block_timestamp(self, params: Params) -> None:
         """Set the time of the next block; those after it go on from there."""
@@ -87,4 +96,4 @@ class DevMethods:
 
     def set_balance(self, params: Params) -> Any:
         """Set the balance of an account."""
-        self.ledger.set_balance(params.address(), parse_number(params.get(1), "balance"))
+        self.ledger.set_balance(params.address(), parse_number(params.get(1), "balance", MAX_BALANCE))

@@ -113,8 +113,9 @@ class EmbeddedChain:
 
 
 def _kept(settings: ChainSettings) -> Kept | None:
-    """Open the file that keeps a chain: it is of one seed and one chain id."""
+    """Open the file that keeps a chain: it is of one seed, chain id and revision."""
     if settings.state is None:
         return None
     seed = settings.derive("chain state", 16).hex()
-    return Kept(settings.state, {"chain_id": settings.chain_id, "began": settings.began, "seed": seed})
+    beginning = {"chain_id": settings.chain_id, "began": settings.began, "revision": settings.revision, "seed": seed}
+    return Kept(settings.state, beginning)

@@ -12,6 +12,8 @@ _QUANTITY: Final = re.compile(r"0x[0-9a-fA-F]{1,64}")
 _DATA: Final = re.compile(r"0x(?:[0-9a-fA-F]{2})*")
 MAX_DATA: Final = 256 * 1024
 """Bytes of a call's data; the gas of a block does not pay for more."""
+MAX_NUMBER: Final = 2**53
+"""The largest number that every client can write in JSON; times and counts are smaller."""
 
 
 def quantity(value: int) -> str:
@@ -38,11 +40,12 @@ def parse_quantity(value: object, name: str) -> int:
     raise InvalidParamsError(f"{name}: a number in hex, such as 0x1f, expected, got {value!r:.80}")
 
 
-def parse_number(value: object, name: str) -> int:
+def parse_number(value: object, name: str, most: int = MAX_NUMBER) -> int:
     """Read a number as the methods for tests take it: in hex, or a JSON number of at least 0."""
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64:
-        return value
-    return parse_quantity(value, name)
+    number = value if isinstance(value, int) and not isinstance(value, bool) else parse_quantity(value, name)
+    if not 0 <= number <= most:
+        raise InvalidParamsError(f"{name}: a number of 0 to {most} expected, got {number}")
+    return number
 
 
 def parse_data(value: object, name: str, size: int | None = None) -> bytes:

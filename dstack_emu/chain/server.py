@@ -7,6 +7,7 @@ socket. What the EVM executes is done in a thread, one request after the other, 
 import asyncio
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from aiohttp import WSMsgType, web
@@ -32,6 +33,7 @@ class ChainServer:
 
     def __init__(self, rpc: Rpc) -> None:
         self._rpc = rpc
+        self._thread = ThreadPoolExecutor(1, "chain")
         self._sockets: set[_Socket] = set()
 
     def app(self) -> web.Application:
@@ -39,7 +41,8 @@ class ChainServer:
         app = web.Application(client_max_size=MAX_BODY)
         app.router.add_post("/", self._post)
         app.router.add_get("/", self._get)
-        app.on_shutdown.append(self._close)
+        app.on_shutdown.append(self._close_sockets)
+        app.on_cleanup.append(self._end_thread)
         return app
 
     def tell(self, block: Block) -> None:
@@ -47,8 +50,12 @@ class ChainServer:
         for socket in tuple(self._sockets):
             socket.tell(block)
 
+    async def answer(self, rpc: Rpc, body: bytes) -> bytes | None:
+        """Answer a request in the thread of this server, after those that came before."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, rpc.answer, body)
+
     async def _post(self, request: web.Request) -> web.Response:
-        answer = await asyncio.to_thread(self._rpc.answer, await request.read())
+        answer = await self.answer(self._rpc, await request.read())
         return web.Response(body=answer or b"", content_type="application/json")
 
     async def _get(self, request: web.Request) -> web.StreamResponse:
@@ -61,12 +68,15 @@ class ChainServer:
         socket = _Socket(websocket, self._rpc)
         self._sockets.add(socket)
         try:
-            await socket.serve()
+            await socket.serve(self)
         finally:
             self._sockets.discard(socket)
         return websocket
 
-    async def _close(self, _app: web.Application) -> None:
+    async def _end_thread(self, _app: web.Application) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _close_sockets(self, _app: web.Application) -> None:
         for socket in tuple(self._sockets):
             await socket.websocket.close()
 
@@ -82,7 +92,7 @@ class _Socket:
         self._loop = asyncio.get_running_loop()
         self._outgoing = asyncio.Queue[bytes]()
 
-    async def serve(self) -> None:
+    async def serve(self, server: ChainServer) -> None:
         """Answer messages until the connection ends."""
         writer = asyncio.create_task(self._write())
         try:
@@ -90,7 +100,7 @@ class _Socket:
                 if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
                     continue
                 body = message.data.encode() if message.type == WSMsgType.TEXT else message.data
-                if answer := await asyncio.to_thread(self._rpc.answer, body):
+                if answer := await server.answer(self._rpc, body):
                     self._outgoing.put_nowait(answer)
         finally:
             writer.cancel()
