@@ -6,12 +6,13 @@ who received them. The last records are kept in memory; if a file is named, all 
 """
 
 import asyncio
+import contextlib
 import copy
 import datetime
 import fnmatch
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol, TextIO
 
@@ -190,11 +191,18 @@ class Journal:
 
     async def follow(self) -> AsyncIterator[Record]:
         """Yield each record from now on, when its call ends."""
+        async with contextlib.aclosing(self.follow_in_batches()) as batches:
+            async for batch in batches:
+                for record in batch:
+                    yield record
+
+    async def follow_in_batches(self) -> AsyncGenerator[list[Record]]:
+        """Yield the records from now on: whenever a call has ended, all that have ended since the last batch."""
         queue: asyncio.Queue[Record] = asyncio.Queue(_FOLLOWER_QUEUE)
         self._followers.add(queue)
         try:
             while True:
-                yield await queue.get()
+                yield [await queue.get(), *(queue.get_nowait() for _ in range(queue.qsize()))]
         finally:
             self._followers.discard(queue)
 
