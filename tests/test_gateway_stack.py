@@ -290,6 +290,39 @@ def test_instance_whose_handshake_ends_is_found_again_once_it_registers(stack: L
         stack.gateway.end_handshake("x")
 
 
+def test_gateway_that_the_policy_denies_serves_nothing_until_it_is_allowed(tmp_path: Path) -> None:
+    state = tmp_path / "s"
+    with LiveStack(state=state) as stack:  # it writes policies that know no gateway
+        assert stack.control.gateway() == {"instances": {}, "txt_records": {}}
+        with pytest.raises(ControlError, match="the stack has no gateway: start it with --gateway"):
+            stack.gateway.end_handshake("x")
+    with LiveStack(state=state, gateway=True) as stack:
+        assert "gateway" not in stack.services
+        assert set(stack.control.health().values()) == {"ok"}
+        stack.policy("src").allow("gateway").allow("app")
+        stack.control.boot_guest("gateway")
+        assert stack.control.boot_guest("app")["boot_error"] == ""
+        assert "instance_id" in fetch(stack, stack.description["app"]["app_id"], 8090, "/Info")
+
+
+def test_custom_domain_leads_to_the_kms_by_its_txt_record(stack: LiveStack) -> None:
+    port = stack.gateway.ingress[1]
+    options = ["--connect-to", f"kms.test:443:127.0.0.1:{port}", "--insecure", "-w", "%{certs}", "-o", "/dev/null"]
+    assert curl("https://kms.test/health", *options).returncode == 35
+    stack.control.set_txt_record("_dstack-app-address.KMS.test", f"{kms_instance(stack)}:8000")
+    assert stack.control.gateway()["txt_records"] == {"_dstack-app-address.kms.test": f"{kms_instance(stack)}:8000"}
+    shown = curl("https://kms.test/health", *options)
+    assert shown.returncode == 0
+    assert "Issuer:O = Dstack, CN = Dstack KMS CA" in shown.stdout
+    stack.control.delete_txt_record("_dstack-app-address.kms.test")
+    assert curl("https://kms.test/health", *options).returncode == 35
+    with pytest.raises(ControlError, match="there is no TXT record 'x'"):
+        stack.control.delete_txt_record("x")
+    stack.control.set_txt_record("a.test", "b:1")
+    stack.reset()
+    assert stack.control.gateway()["txt_records"] == {}
+
+
 def test_reset_restores_what_is_registered(stack: LiveStack) -> None:
     app, before = stack.description["app"], stack.gateway.instances
     stack.gateway.end_handshake(app["instance_id"])

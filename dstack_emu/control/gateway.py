@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from dstack_emu.control.kms import KmsControl
-from dstack_emu.control.schemas import ControlError, unknown
+from dstack_emu.control.schemas import ControlError, TxtRecord, checked, unknown
 from dstack_emu.gateway.errors import GatewayError
 
 if TYPE_CHECKING:
@@ -21,7 +21,25 @@ class GatewayControl(KmsControl):
         running = self._deployment.gateway
         found = None if running is None else running.find()
         addresses = self._deployment.description().get("gateway", {})
-        return {**addresses, "instances": {} if found is None else _instances(found)}
+        records = {} if running is None else dict(running.txt_records)
+        return {**addresses, "instances": {} if found is None else _instances(found), "txt_records": records}
+
+    def set_txt_record(self, name: str, value: str) -> dict[str, str]:
+        """Let a domain name have a TXT record, such as `_dstack-app-address.www.example` with `<app id>:443`."""
+        records = self._txt_records()
+        records[name.lower()] = checked(TxtRecord, {"value": value}).value
+        return dict(records)
+
+    def delete_txt_record(self, name: str) -> None:
+        """Take away the TXT record of a domain name."""
+        records = self._txt_records()
+        if records.pop(name.lower(), None) is None:
+            raise unknown("TXT record", name, list(records) or ["there is none"])
+
+    def _txt_records(self) -> dict[str, str]:
+        if self._deployment.gateway is None:
+            raise ControlError("the stack has no gateway: start it with --gateway", 404)
+        return self._deployment.gateway.txt_records
 
     def end_handshake(self, instance_id: str) -> dict[str, Any]:
         """Let the gateway have heard nothing of an instance, as of one that is gone, until it registers again."""

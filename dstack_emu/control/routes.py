@@ -19,6 +19,7 @@ from dstack_emu.control.schemas import (
     PolicyText,
     RequestBody,
     SnapshotRequest,
+    TxtRecord,
     VendorChange,
 )
 from dstack_emu.control.snapshots import StackState
@@ -137,6 +138,14 @@ ROUTES: Final = (
         lambda c, p, q, b: c.end_handshake(p["id"]),
         _Nothing,
     ),
+    Route(
+        "PUT",
+        "/gateway/txt/{name}",
+        "Set the TXT record of a domain name, by which the ingress finds custom domains",
+        lambda c, p, q, b: c.set_txt_record(p["name"], b.value),
+        TxtRecord,
+    ),
+    Route("DELETE", "/gateway/txt/{name}", "Delete it", lambda c, p, q, b: c.delete_txt_record(p["name"])),
     Route("GET", "/guests", "Every trust domain", lambda c, p, q, b: c.describe()["guests"]),
     Route(
         "POST",

@@ -160,6 +160,12 @@ class BootRequest(RequestBody):
     kms: Name | Annotated[tuple[Name, ...], Field(min_length=1, max_length=16)] = "src"
 
 
+class TxtRecord(RequestBody):
+    """A TXT record of a custom domain: `<app or instance id>:<port>`, or any other text."""
+
+    value: Annotated[str, Field(min_length=1, max_length=255)]
+
+
 class OnboardRequest(RequestBody):
     """The KMS that a KMS is onboarded from; with `source` null it is bootstrapped, with new keys.
 

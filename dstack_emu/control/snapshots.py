@@ -13,7 +13,7 @@ milliseconds more; so does a trust domain or a KMS that has to be started again.
 import json
 from typing import Any, Final, Literal, Self
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.control.schemas import ControlError
@@ -53,6 +53,7 @@ class StackState(StateModel):
     journal: Count
     machines: FleetState | None = None
     gateway: GatewayState | None = None
+    txt_records: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
     def read(cls, document: Any) -> Self:
@@ -87,6 +88,7 @@ def capture_state(deployment: Deployment) -> StackState:
         journal=instrumentation.journal.capture(),
         machines=None if deployment.machines is None else deployment.machines.capture(),
         gateway=None if deployment.gateway is None else deployment.gateway.capture(),
+        txt_records={} if deployment.gateway is None else dict(deployment.gateway.txt_records),
     )
     instrumentation.clear_caches()
     return state
@@ -120,6 +122,8 @@ async def apply_state(deployment: Deployment, state: StackState) -> None:
             await deployment.guests[name].restore(guest_state)
         if deployment.gateway is not None:
             await deployment.gateway.restore(state.gateway)
+            deployment.gateway.txt_records.clear()
+            deployment.gateway.txt_records.update(state.txt_records)
         if deployment.machines is not None:
             await deployment.machines.restore(state.machines or FleetState())
         instrumentation.faults.restore(FaultRulesState(state.fault_count, state.faults))

@@ -26,6 +26,7 @@ from dstack_emu.gateway.connections import Connections
 from dstack_emu.gateway.errors import GatewayConfigError, GatewayError
 from dstack_emu.gateway.gateway import Gateway
 from dstack_emu.gateway.identity import stored_authority
+from dstack_emu.gateway.ingress.app_address import AppAddresses, TxtTable
 from dstack_emu.gateway.ingress.server import Ingress
 from dstack_emu.gateway.ingress.tls import TlsByDomain
 from dstack_emu.gateway.server import ADMIN as ADMIN_LISTENER
@@ -68,6 +69,7 @@ class GatewayExtension:
         self._root = ""
         self._refusing: list[PortRelay] = []
         self._connections = Connections()
+        self.txt_records: dict[str, str] = {}
 
     async def start(self, sock: socket.socket) -> GatewayListeners:
         """Start its trust domain and its ingress; raise `StackError`."""
@@ -98,6 +100,7 @@ class GatewayExtension:
             reach=context.reach,
             find_tls=TlsByDomain(IngressCertificates(base_domain, self._authority, self.find).find),
             this_node=GatewayPages(self._guest, self.find),
+            app_addresses=AppAddresses(TxtTable(self.txt_records)),
             settings=ingress_settings(self._config(), context.release_of(None)),
             connections=self._connections,
             on_end=recorder(context.instrumentation),
@@ -121,9 +124,17 @@ class GatewayExtension:
             await self._deployment.boot(self._guest, ("src",))
         except GuestError as error:
             self._deployment.progress(
-                f"gateway: {error}; it serves no RPCs until its trust domain boots: allow it with "
-                "`dstack-emu ctl policy allow src gateway`, and boot it with `dstack-emu ctl guest boot gateway`"
+                f"gateway: {error}; it serves no RPCs until its trust domain boots: {self._advice}"
             )
+
+    @property
+    def _advice(self) -> str:
+        """What to do if it has been refused."""
+        domain = self._guest.domain
+        allow = f"let your webhook allow the app {domain.app_id.hex()}, compose hash {domain.compose_hash.hex()}"
+        if "src" in self._deployment.policies:
+            allow = "allow it with `dstack-emu ctl policy allow src gateway`"
+        return f"{allow}, and boot it with `dstack-emu ctl guest boot gateway`"
 
     async def _serve(self) -> None:
         """Serve its RPCs, with a certificate of its agent; raise `GuestError` if it cannot."""

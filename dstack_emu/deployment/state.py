@@ -49,7 +49,12 @@ class RestorableService(Protocol[S]):
 
 
 class RunningGateway(RestorableService[GatewayState | None], Protocol):
-    """The gateway of a stack, as its control sees it."""
+    """The gateway of a stack, as its control sees it.
+
+    `txt_records` are the TXT records of its ingress, by lowercase domain name, which its control changes.
+    """
+
+    txt_records: dict[str, str]
 
     def find(self) -> "Gateway | None":
         """Return the gateway, None before it has keys."""

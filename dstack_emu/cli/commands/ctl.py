@@ -137,9 +137,10 @@ def _add_conditions(command: _AddCommand) -> None:
 
 def _add_parts(command: _AddCommand) -> None:
     """Add the commands about trust domains, KMS and the gateway."""
-    gateway = command("gateway", "show the gateway and its instances; let one be gone", calls.gateway)
-    gateway.add_argument("verb", nargs="?", choices=("show", "end-handshake"), default="show")
-    gateway.add_argument("instance", nargs="?", metavar="ID", help="the instance id, for `end-handshake`")
+    gateway = command("gateway", "show the gateway and its instances; let one be gone; set a TXT record", calls.gateway)
+    gateway.add_argument("verb", nargs="?", choices=("show", "end-handshake", "txt"), default="show")
+    gateway.add_argument("what", nargs="?", metavar="ID|NAME", help="instance id for `end-handshake`, domain for `txt`")
+    gateway.add_argument("value", nargs="?", help="for `txt`: the record, <app or instance id>:<port>; none deletes it")
 
     guest = command("guest", "show, add, boot or remove a trust domain", calls.guest)
     guest.add_argument("verb", nargs="?", choices=("list", "show", "add", "boot", "event", "remove"), default="list")

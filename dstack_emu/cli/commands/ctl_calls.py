@@ -165,15 +165,22 @@ def clock(api: Api, arguments: argparse.Namespace) -> Any:
 
 
 def gateway(api: Api, arguments: argparse.Namespace) -> Any:
-    """Return the gateway, or let it have heard nothing of an instance."""
-    instance = arguments.instance
-    if arguments.verb == "show":
-        if instance:
-            raise UsageError(f"ctl gateway show takes no instance, got {instance!r:.60}")
+    """Return the gateway, let it have heard nothing of an instance, or change a TXT record."""
+    verb, what, value = arguments.verb, arguments.what, arguments.value
+    if verb == "show":
+        if what:
+            raise UsageError(f"ctl gateway show takes nothing else, got {what!r:.60}")
         return api.get("/gateway")
-    if not instance:
-        raise UsageError("ctl gateway end-handshake: an instance id expected; `ctl gateway` lists them")
-    return api.send("POST", f"/gateway/instances/{urllib.parse.quote(instance, safe='')}/end-handshake", {})
+    if not what:
+        raise UsageError(f"ctl gateway {verb}: {'a domain name' if verb == 'txt' else 'an instance id'} expected")
+    path = urllib.parse.quote(what, safe="")
+    if verb == "txt":
+        if value is None:
+            return api.send("DELETE", f"/gateway/txt/{path}")
+        return api.send("PUT", f"/gateway/txt/{path}", {"value": value})
+    if value is not None:
+        raise UsageError(f"ctl gateway end-handshake takes one instance id, got {value!r:.60} too")
+    return api.send("POST", f"/gateway/instances/{path}/end-handshake", {})
 
 
 def fault(api: Api, arguments: argparse.Namespace) -> Any:
