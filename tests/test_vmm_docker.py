@@ -320,10 +320,11 @@ def test_machine_that_is_stopped_while_it_starts_leaves_nothing(deployer: Deploy
 
 def test_stop_keeps_named_volumes_and_removal_deletes_them(deployer: Deployer, image: str) -> None:
     def compose(text: str) -> str:
-        shell = f"echo {text} >> /data/log; echo log $(cat /data/log); exec sleep 600"
+        ends = 'trap "echo ended >> /data/log; exit" TERM; sleep 600 & wait'
+        shell = f"echo {text} >> /data/log; echo log $(cat /data/log); {ends}"
         service = {
             "image": image,
-            "command": ["sh", "-c", shell],
+            "command": ["sh", "-c", shell.replace("$", "$$")],
             "init": True,
             "volumes": ["data:/data", "/anonymous"],
         }
@@ -341,11 +342,13 @@ def test_stop_keeps_named_volumes_and_removal_deletes_them(deployer: Deployer, i
     deployer.vmm.rpc("UpgradeApp", id=vm_id, compose_file=compose("second"))
     deployer.vmm.rpc("StartVm", id=vm_id)
     assert deployer.vmm.booted(vm_id)["boot_error"] == ""
-    assert deployer.line(vm_id, "log") == "first second"
+    assert deployer.line(vm_id, "log") == "first second"  # StopVm has killed the first, ShutdownVm lets the second end
     assert deployer.vmm.rpc("ShutdownVm", id=vm_id) is None
     while deployer.vmm.info(vm_id)["status"] != "stopped":
         pass
     assert deployer.engine.made()["volume"] == made["volume"]
+    (kept,) = made["volume"]
+    assert docker("run", "--rm", "--volume", f"{kept}:/data", image, "tail", "-1", "/data/log") == "ended"
     deployer.vmm.gone(vm_id)
     assert set(docker("volume", "ls", "--quiet").split()) == volumes
 
