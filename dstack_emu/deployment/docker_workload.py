@@ -36,6 +36,9 @@ PROJECT_LABEL: Final = "dstack-emu.project"
 """The label with a machine's project, which no machine of another VMM has."""
 STOP_SECONDS: Final = 3
 """How long the containers of a machine that powers off have to end after SIGTERM."""
+_MEMBERS: Final = ("Names", "Image", "State", "Status", "ID", "Command", "CreatedAt")
+_LISTED: Final = "{" + ",".join(f'"{name}":{{{{json .{name}}}}}' for name in _MEMBERS) + "}"
+"""What is listed of containers. For `{{json .}}` the engine would measure their files, which takes it seconds."""
 _STATES: Final[Mapping[str, Literal["created", "running", "exited"]]] = {
     "created": "created",
     "running": "running",
@@ -254,7 +257,7 @@ class DockerWorkload:
     async def services(self) -> Sequence[ServiceStatus]:
         """Return the containers of the machine."""
         listed = await self._engine.run(
-            "container", "ls", "--all", "--no-trunc", "--filter", f"label={self._label}", "--format", "{{json .}}"
+            "container", "ls", "--all", "--no-trunc", "--filter", f"label={self._label}", "--format", _LISTED
         )
         return [_status(json.loads(line)) for line in listed.stdout.splitlines()]
 
