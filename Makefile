@@ -66,8 +66,8 @@ bench: $(VENV)/.dev ## Run the benchmarks
 proto: $(VENV)/.dev ## Generate the protobuf code, after a change of a .proto file
 	@$(BIN)/python tools/generate_proto.py
 
-contracts: ## Compile the contracts of the chain, with a compiler in .vyper (ARGS="--check": compare only)
-	@$(or $(PYTHON),python3) -m venv .vyper
+contracts: $(VENV)/.runtime ## Compile the contracts of the chain, with a compiler in .vyper (ARGS="--check": compare only)
+	@$(BIN)/python -m venv .vyper
 	@.vyper/bin/python -m pip --disable-pip-version-check --quiet install --only-binary=:all: --requirement tools/vyper.txt
 	@.vyper/bin/python tools/compile_contracts.py $(ARGS)
 
