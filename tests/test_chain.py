@@ -492,3 +492,18 @@ def test_act_that_cannot_be_written_is_refused_and_leaves_no_part(tmp_path: Path
     kept.add(Balance(bytes(20), 6))
     assert list(kept.acts()) == [Balance(bytes(20), 6)]
     kept.close()
+
+
+def test_contract_reads_the_hashes_of_earlier_blocks(chain: LiveChain) -> None:
+    chain.rpc("anvil_mine", "0x104")
+    head = chain.web3.eth.block_number
+
+    def blockhash(number: int) -> Any:
+        """Run PUSH2 number BLOCKHASH, and return its result, as code that is created."""
+        code = f"0x61{number:04x}405f5260205ff3"
+        return chain.rpc("eth_call", {"data": code}, hex(head))
+
+    for number in (head - 1, head - 256):
+        assert blockhash(number) == chain.web3.eth.get_block(number)["hash"].to_0x_hex()
+    for number in (head, head - 257):
+        assert blockhash(number) == "0x" + "00" * 32

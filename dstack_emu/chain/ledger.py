@@ -6,7 +6,6 @@ and the same acts in the same order give the same chain.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Final
 
 from dstack_emu.attest.keccak import keccak
@@ -266,7 +265,8 @@ class Ledger:
 
     def _around(self, block: Block) -> Surroundings:
         def ancestors() -> Iterator[bytes]:
-            return (each.hash for each in islice(reversed(self.blocks[: block.number]), ANCESTORS))
+            for number in range(block.number - 1, max(block.number - 1 - ANCESTORS, -1), -1):
+                yield self.blocks[number].hash
 
         return Surroundings(
             self.genesis.chain_id,
