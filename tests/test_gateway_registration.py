@@ -203,20 +203,3 @@ def test_machine_without_gateway_urls_has_no_route(vmm: VmmClient, vmm_stack: Li
     assert (info["status"], info["boot_progress"]) == ("running", "done")
     assert info["boot_error"] == f"{NO_ROUTE}Missing gateway urls"
     assert f"error: {NO_ROUTE}Missing gateway urls\n" in vmm.ask(f"/logs?id={vm_id}")[1].decode()
-
-
-def test_machine_of_0_5_does_not_boot_without_a_gateway() -> None:
-    with LiveStack(vmm=True, release="0.5") as stack:
-        vmm = VmmClient(stack.services["vmm"])
-        allow(stack, gateway_app_id="any")
-        image = {"image": "dstack-emu-0.5.11", "compose_file": COMPOSE_FILE}
-        info = vmm.booted(vm_id := vmm.deploy(**image))
-        assert (info["status"], info["boot_progress"]) == ("exited", "setting up dstack-gateway")
-        assert info["boot_error"] == "Missing gateway urls"
-        assert not (folder(stack, vm_id) / "gateway-cache.json").exists()
-        with refusing_port() as port:
-            info = vmm.booted(vmm.deploy(**image, gateway_urls=[f"https://127.0.0.1:{port}"]))
-        assert (info["status"], info["boot_error"].startswith(ALL_DOWN)) == ("exited", True)
-        with run_gateway(stack) as gateway:
-            info = vmm.booted(vmm.deploy(**image, gateway_urls=[gateway.url]))
-            assert (info["status"], info["boot_progress"], info["boot_error"]) == ("running", "done", "")

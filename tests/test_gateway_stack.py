@@ -16,7 +16,7 @@ from dstack_emu.cli.stack_summary import summary
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.environment import environment
 from dstack_emu.deployment.errors import StackError
-from dstack_emu.testing import LiveStack
+from dstack_emu.testing import LiveGateway, LiveStack
 from tests.vmm import COMPOSE, VmmClient, configuration
 
 
@@ -30,6 +30,12 @@ def shared_stack() -> Iterator[LiveStack]:
 def stack(shared_stack: LiveStack) -> LiveStack:
     shared_stack.reset()
     return shared_stack
+
+
+@pytest.fixture
+def dstack_stack(stack: LiveStack) -> LiveStack:
+    """The stack of the pytest plugin's fixtures."""
+    return stack
 
 
 def curl(url: str, *options: str, ca: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -96,6 +102,31 @@ def test_app_url_leads_to_the_agent_of_the_app(stack: LiveStack) -> None:
     assert gateway["app_url"] == f"https://{app['instance_id']}-8090.app.localhost:{port}"
     done = curl(f"{gateway['app_url']}/prpc/Worker.Version?json", ca=stack.gateway.ca)
     assert json.loads(done.stdout)["version"] == "0.6.0"
+
+
+def test_fixture_of_the_plugin_reaches_the_app(dstack_gateway: LiveGateway, stack: LiveStack) -> None:
+    app = stack.description["app"]
+    assert dstack_gateway.url == stack.services["gateway"]
+    assert list(dstack_gateway.instances) == [app["instance_id"]]
+    shown = curl(f"{dstack_gateway.url_of(app['app_id'], 8090)}/Info", ca=dstack_gateway.ca).stdout
+    assert json.loads(shown)["app_id"] == app["app_id"]
+    assert dstack_gateway.name_of("app", suffix="s") == "app-s.app.localhost"
+    assert dstack_gateway.name_of("app") == "app.app.localhost"
+
+
+def test_app_has_the_files_of_its_registration_while_it_runs(stack: LiveStack) -> None:
+    folder = Path(stack.description["state"]) / "app"
+    address = stack.gateway.instances[stack.description["app"]["instance_id"]]["ip"]
+    for name, part in (("dstack-wg0.conf", f"Address = {address}/32\n"), ("gateway-cache.json", '"wg_sk":')):
+        assert part in (folder / name).read_text()
+        assert (folder / name).stat().st_mode & 0o777 == 0o600
+    stack.trust_domain("other")
+    stack.policy("src").allow("other")
+    assert stack.control.boot_guest("other")["boot_error"] == ""
+    assert (folder.parent / "other/dstack-wg0.conf").exists()
+    assert len({each["ip"] for each in stack.gateway.instances.values()}) == 2
+    stack.control.remove_guest("other")
+    assert not (folder.parent / "other/dstack-wg0.conf").exists()
 
 
 def test_app_of_no_registration_is_closed_and_the_journal_says_why(stack: LiveStack) -> None:
@@ -215,14 +246,14 @@ configs:
 """
 
 
-def deploy(stack: LiveStack, compose: str) -> tuple[VmmClient, Any]:
+def deploy(stack: LiveStack, compose: str, **changed: Any) -> tuple[VmmClient, Any]:
     """Allow an app, and deploy it; return its info once it has booted."""
     vmm = VmmClient(stack.services["vmm"])
     policy = stack.control.policy("src")
     compose_hash = vmm.rpc("GetComposeHash", **configuration(compose_file=compose))["hash"]
     policy["apps"][f"0x{compose_hash[:40]}"] = {"composeHashes": [compose_hash], "devices": [], "allowAnyDevice": True}
     stack.control.set_policy("src", policy)
-    return vmm, vmm.booted(vmm.deploy(compose_file=compose))
+    return vmm, vmm.booted(vmm.deploy(compose_file=compose, **changed))
 
 
 def test_machine_registers_and_its_app_url_leads_to_its_agent(stack: LiveStack) -> None:
@@ -290,21 +321,6 @@ def test_instance_whose_handshake_ends_is_found_again_once_it_registers(stack: L
         stack.gateway.end_handshake("x")
 
 
-def test_gateway_that_the_policy_denies_serves_nothing_until_it_is_allowed(tmp_path: Path) -> None:
-    state = tmp_path / "s"
-    with LiveStack(state=state) as stack:  # it writes policies that know no gateway
-        assert stack.control.gateway() == {"instances": {}, "txt_records": {}}
-        with pytest.raises(ControlError, match="the stack has no gateway: start it with --gateway"):
-            stack.gateway.end_handshake("x")
-    with LiveStack(state=state, gateway=True) as stack:
-        assert "gateway" not in stack.services
-        assert set(stack.control.health().values()) == {"ok"}
-        stack.policy("src").allow("gateway").allow("app")
-        stack.control.boot_guest("gateway")
-        assert stack.control.boot_guest("app")["boot_error"] == ""
-        assert "instance_id" in fetch(stack, stack.description["app"]["app_id"], 8090, "/Info")
-
-
 def test_custom_domain_leads_to_the_kms_by_its_txt_record(stack: LiveStack) -> None:
     port = stack.gateway.ingress[1]
     options = ["--connect-to", f"kms.test:443:127.0.0.1:{port}", "--insecure", "-w", "%{certs}", "-o", "/dev/null"]
@@ -333,23 +349,41 @@ def test_reset_restores_what_is_registered(stack: LiveStack) -> None:
     assert "instance_id" in fetch(stack, app["app_id"], 8090, "/Info")
 
 
-def test_state_folder_keeps_the_ca_and_the_addresses(tmp_path: Path) -> None:
-    with LiveStack(gateway=True, state=tmp_path / "s") as stack:
-        ca, before = stack.gateway.ca.read_text(), stack.gateway.instances
+def test_state_folder_may_get_a_gateway_and_keeps_its_ca_and_its_addresses(tmp_path: Path) -> None:
+    state = tmp_path / "s"
+    with LiveStack(state=state) as stack:  # it writes policies that know no gateway
+        assert stack.control.gateway() == {"instances": {}, "txt_records": {}}
+        with pytest.raises(ControlError, match="the stack has no gateway: start it with --gateway"):
+            stack.gateway.end_handshake("x")
         document = stack.control.save()
-    with LiveStack(gateway=True, state=tmp_path / "s") as stack:
-        app = stack.description["app"]
+    with LiveStack(state=state, gateway=True) as stack:
+        assert "gateway" not in stack.services
+        assert set(stack.control.health().values()) == {"ok"}
+        with pytest.raises(ControlError, match="the state is of a stack with no gateway: start this one without"):
+            stack.control.load(document)
+        stack.policy("src").allow("gateway").allow("app")
+        stack.control.boot_guest("gateway")
+        assert stack.control.boot_guest("app")["boot_error"] == ""
+        instance = stack.description["app"]["instance_id"]
+        ca, address = stack.gateway.ca.read_text(), stack.gateway.instances[instance]["ip"]
+    with LiveStack(state=state, gateway=True) as stack:
         assert stack.gateway.ca.read_text() == ca
-        assert stack.gateway.instances[app["instance_id"]]["ip"] == before[app["instance_id"]]["ip"]
-        assert "instance_id" in fetch(stack, app["app_id"], 8090, "/Info")
-    with LiveStack() as other, pytest.raises(ControlError, match="the state is of a stack with a gateway"):
-        other.control.load(document)
+        assert stack.gateway.instances[instance]["ip"] == address
+        assert "instance_id" in fetch(stack, instance, 8090, "/Info")
 
 
-def test_app_of_0_5_does_not_boot_without_its_gateway() -> None:
-    with LiveStack(gateway=True, release="0.5") as stack:
-        assert stack.gateway.instances
+def test_app_and_machine_of_0_5_do_not_boot_without_their_gateway() -> None:
+    with LiveStack(gateway=True, vmm=True, release="0.5") as stack:
+        assert list(stack.gateway.instances) == [stack.description["app"]["instance_id"]]
+        image = {"image": "dstack-emu-0.5.11"}
+        vmm, info = deploy(stack, GATEWAY_COMPOSE, **image)
+        assert (info["status"], info["boot_progress"], info["boot_error"]) == ("running", "done", "")
         stack.control.add_fault(service="gateway", call="RegisterCvm", kind="status", status=503)
+        info = vmm.booted(vmm.deploy(compose_file=GATEWAY_COMPOSE, **image))
+        assert (info["status"], info["boot_progress"]) == ("exited", "setting up dstack-gateway")
+        assert info["boot_error"].startswith("Failed to register CVM, all dstack-gateway urls are down: ")
+        folder = Path(stack.description["state"]) / "vms" / info["id"]
+        assert not (folder / "gateway-cache.json").exists()
         with pytest.raises(ControlError, match="Failed to register CVM, all dstack-gateway urls are down"):
             stack.control.boot_guest("app")
         assert DstackClient(stack.description["app"]["dstack_sock"]).info().instance_id
