@@ -424,6 +424,10 @@ def test_snapshot_is_taken_and_reverted(stack: RunningStack, tab: Tab) -> None:
     tab.see("before is taken.")
     check_accessible(tab, "snapshots")
     control_call(stack, "POST", "/policies/src/deny", '{"guest": "app"}')
+    tab.tab_to("Compare before")
+    tab.press("Enter")
+    tab.see("/policies/src/apps", "section")
+    assert tab.focused() == "From before to the present state"
     tab.tab_to("Go back to before")
     tab.press("Enter")
     tab.see("The stack is as it was in before.")

@@ -160,3 +160,43 @@ async def test_difference_of_a_policy_is_shown_and_none_without_one(control: Con
     }
     changed = control.check_policy("src", json.dumps(policy | {"gatewayAppId": "<b>none</b>"}))
     assert '+  "gatewayAppId": "<b>none</b>"' in changed["diff"]
+
+
+# ---- what differs between two states
+
+
+async def test_differences_of_a_snapshot_are_shown_place_by_place(running: Stack, control: Control) -> None:
+    control.snapshot("before")
+    assert control.differences("before") == []
+    control.set_platform("host of app", tcb_status="OutOfDate")
+    control.deny("src", "app")
+    control.emit_event("app", "mine", "c0ffee")
+    await control.add_guest("added")
+    found = {each["path"]: (each["before"], each["after"]) for each in control.differences("before")}
+    assert found["/platforms/host of app/tcb_status"] == ('"UpToDate"', '"OutOfDate"')
+    assert found["/guests/added"] == ("absent", "not shown")
+    (app,) = (path for path in found if path.startswith("/policies/src/apps/"))
+    assert found[app][1] == "absent"
+    assert found["/guests/app/rtmr3"][0] != found["/guests/app/rtmr3"][1]
+    assert all(len(text) <= 300 for pair in found.values() for text in pair)
+    await control.revert("before")
+    assert control.differences("before") == control.differences("before", "before") == []
+    with pytest.raises(ControlError, match="there is no snapshot 'nothing'"):
+        control.differences("before", "nothing")
+
+
+async def test_differences_show_no_key_and_no_token(running: Stack, control: Control) -> None:
+    control.snapshot("before")
+    token = "a-token-that-nobody-sees"
+    await control.add_kms("third", settings={"onboard": {"auth_token": token}})
+    control.allow("src", "kms-third")
+    await control.add_guest("booted")
+    control.allow("src", "booted")
+    await control.boot_guest("booted")
+    text = json.dumps(control.differences("before"))
+    assert "/kms/third" in text
+    state = json.dumps(control.save())
+    assert token in state
+    assert token not in text
+    keys = control.save()["guests"]["booted"]["keys"]["keys"]
+    assert not [value for value in keys.values() if isinstance(value, str) and len(value) > 16 and value in text]

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.strict_json import read_json
+from dstack_emu.control.differences import differences
 from dstack_emu.control.explanations import ExplanationControl
 from dstack_emu.control.gateway import GatewayControl
 from dstack_emu.control.schemas import ControlError, checked, unknown
@@ -80,11 +81,14 @@ class Control(ExplanationControl, GatewayControl):
         """Return the names of all snapshots."""
         return sorted(self._snapshots)
 
+    def differences(self, name: str, other: str | None = None) -> list[dict[str, str]]:
+        """Return what differs between a snapshot and another one, or the present state; secrets are not shown."""
+        one = self._snapshot(name)
+        return differences(one, self._capture() if other is None else self._snapshot(other))
+
     def snapshot_policy(self, name: str, kms: str) -> Any:
         """Return the content of a KMS's policy in a snapshot."""
-        if name not in self._snapshots:
-            raise unknown("snapshot", name, self.snapshots())
-        policies = self._snapshots[name].policies
+        policies = self._snapshot(name).policies
         if kms not in policies:
             raise unknown(f"policy in the snapshot {name}:", kms, policies)
         try:
@@ -99,9 +103,7 @@ class Control(ExplanationControl, GatewayControl):
 
     async def revert(self, name: str = "snapshot") -> None:
         """Restore the state of a snapshot."""
-        if name not in self._snapshots:
-            raise unknown("snapshot", name, self.snapshots())
-        await self._apply(self._snapshots[name])
+        await self._apply(self._snapshot(name))
 
     async def reset(self) -> None:
         """Restore the state in which the stack became ready."""
@@ -121,6 +123,11 @@ class Control(ExplanationControl, GatewayControl):
     async def load(self, document: Any) -> None:
         """Restore the state that `save` returned; an invalid document changes nothing."""
         await self._apply(StackState.read(document))
+
+    def _snapshot(self, name: str) -> StackState:
+        if name not in self._snapshots:
+            raise unknown("snapshot", name, self.snapshots())
+        return self._snapshots[name]
 
     def _capture(self) -> StackState:
         try:

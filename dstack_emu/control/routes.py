@@ -248,6 +248,13 @@ ROUTES: Final = (
     Route("DELETE", "/snapshots/{name}", "Delete a snapshot", lambda c, p, q, b: c.forget_snapshot(p["name"])),
     Route(
         "GET",
+        "/snapshots/{name}/differences",
+        "What differs between a snapshot and another one (`to`), or the present state",
+        lambda c, p, q, b: c.differences(p["name"], q.get("to")),
+        query=("to",),
+    ),
+    Route(
+        "GET",
         "/snapshots/{name}/policies/{kms}",
         "A policy as a snapshot has it",
         lambda c, p, q, b: c.snapshot_policy(p["name"], p["kms"]),

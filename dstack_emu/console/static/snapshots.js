@@ -1,4 +1,4 @@
-// The page of snapshots: take one, go back to one, delete one.
+// The page of snapshots: take one, compare it, go back to it, delete it.
 
 import {call, get, part} from "./api.js";
 import {alertBox, attempt, labelled, make} from "./dom.js";
@@ -7,14 +7,31 @@ const READY = "ready";  // the snapshot that the stack takes of itself
 
 export async function show(content) {
   const alert = alertBox(), done = make("p", {role: "status"}), rows = make("tbody");
+  const compared = make("section", {"aria-label": "What differs"});
+  const to = make("select", {});
   const name = make("input", {type: "text", autocomplete: "off", required: true, maxlength: 100});
 
   async function look() {
     const names = await get("/snapshots");
+    to.replaceChildren(...["", ...names].map((each) => make("option", {value: each}, each || "the present state")));
     rows.replaceChildren(...names.map((each) => make("tr", {}, make("th", {scope: "row"}, each),
       make("td", {}, make("div", {class: "row"},
         button(`Go back to ${each}`, "Go back", () => call("POST", `/snapshots/${part(each)}/revert`, {}), `The stack is as it was in ${each}.`),
+        make("button", {"aria-label": `Compare ${each}`, onclick: (event) => compare(event, each)}, "Compare"),
         each === READY ? null : button(`Delete ${each}`, "Delete", () => call("DELETE", `/snapshots/${part(each)}`), `${each} is deleted.`))))));
+  }
+
+  async function compare(event, one) {
+    await attempt(alert, event.currentTarget, async () => {
+      const query = to.value ? `?to=${part(to.value)}` : "";
+      const found = await get(`/snapshots/${part(one)}/differences${query}`);
+      const heading = make("h2", {tabindex: -1}, `From ${one} to ${to.value || "the present state"}`);
+      const lines = found.map(({path, before, after}) => make("tr", {}, make("th", {scope: "row"}, path),
+        make("td", {class: "mono"}, before), make("td", {class: "mono"}, after)));
+      compared.replaceChildren(heading, lines.length ? make("div", {class: "scroll"}, make("table", {}, make("thead", {}, make("tr", {},
+        ["place", "before", "after"].map((each) => make("th", {scope: "col"}, each)))), make("tbody", {}, lines))) : make("p", {}, "Nothing differs."));
+      heading.focus();
+    });
   }
 
   function act(event, action, said) {
@@ -38,7 +55,8 @@ export async function show(content) {
       const taken = name.value.trim();
       act({currentTarget: event.submitter}, () => call("POST", "/snapshots", {name: taken}), `${taken} is taken.`);
     }}, labelled("Name", "snapshot-name", name), make("button", {}, "Take a snapshot")),
-    alert, done, make("table", {}, make("caption", {}, "Snapshots"), rows));
+    alert, done, make("table", {}, make("caption", {}, "Snapshots"), rows),
+    labelled("Compare with", "snapshot-other", to), compared);
   await look();
   return () => {};
 }
