@@ -21,6 +21,7 @@ from dstack_emu.attest.release import RELEASES
 from dstack_emu.gateway.config import GatewayConfig
 from dstack_emu.gateway.configured_ingress import ingress_settings
 from dstack_emu.gateway.ingress.settings import IngressSettings, Timeouts
+from dstack_emu.transport.errors import ConfigError
 from tests import tls
 from tests.commands import serving, usage_error
 from tests.identities import Identity, self_signed
@@ -143,3 +144,14 @@ def test_proxy_suite_of_dstack_passes(tmp_path: Path) -> None:
     assert passed is not None, done.stdout + done.stderr
     assert (done.returncode, passed[2]) == (0, "0"), done.stdout
     assert int(passed[1]) >= 61, done.stdout
+
+
+def test_name_servers_of_the_file_are_addresses_with_ports(tmp_path: Path) -> None:
+    identity = self_signed(tmp_path, "static")
+    config = GatewayConfig.load(
+        document(tmp_path, identity, 'app_address_dns_servers = ["127.0.0.1:53", "[::1]:5353"]')
+    )
+    assert config.core.proxy.app_address_dns_servers == (("127.0.0.1", 53), ("::1", 5353))
+    for wrong in ("127.0.0.1", "localhost:53", "::1:53", "127.0.0.1:65536", "[127.0.0.1]:53", ""):
+        with pytest.raises(ConfigError, match="an IP address with a port expected"):
+            GatewayConfig.load(document(tmp_path, identity, f'app_address_dns_servers = ["{wrong}"]'))

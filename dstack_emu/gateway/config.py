@@ -5,7 +5,7 @@ threads and of kernel features are read, and have no effect. Source: dstack `gat
 `gateway/src/config.rs` at 312dc605, whose keys those of 40eaf35e are among.
 """
 
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, ip_address
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -42,11 +42,28 @@ def _ports(value: Any) -> Any:
     return tuple(range(start, end + 1))
 
 
+def _socket_address(value: Any) -> Any:
+    """Read an IP address with a port, such as `127.0.0.1:53` or `[::1]:53`."""
+    if not isinstance(value, str):
+        return value
+    host, _, port = value.rpartition(":")
+    is_ipv6 = host.startswith("[") and host.endswith("]")
+    try:
+        address = ip_address(host[1:-1] if is_ipv6 else host)
+        number = int(port) if port.isascii() and port.isdecimal() else -1
+    except ValueError:
+        number = -1
+    if not 0 <= number <= 0xFFFF or address.version != (6 if is_ipv6 else 4):
+        raise ValueError(f"an IP address with a port expected, such as 127.0.0.1:53 or [::1]:53, got {value!r:.80}")
+    return str(address), number
+
+
+SocketAddress = Annotated[tuple[str, int], BeforeValidator(_socket_address)]
+SocketAddresses = Annotated[tuple[SocketAddress, ...], Field(strict=False)]
 Ports = Annotated[tuple[Port, ...], BeforeValidator(_ports)]
 Address = Annotated[IPv4Address, Field(strict=False)]
 Interface = Annotated[IPv4Interface, Field(strict=False)]
 Network = Annotated[IPv4Network, BeforeValidator(lambda value: IPv4Interface(value).network), Field(strict=False)]
-Text = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class Listener(_Section):
@@ -151,7 +168,7 @@ class ProxySection(_Section):
     cert_key: Annotated[Path | None, Field(strict=False)] = None
     app_address_ns_prefix: str = "_dstack-app-address"
     app_address_ns_compat: bool = True
-    app_address_dns_servers: Text = ()
+    app_address_dns_servers: SocketAddresses = ()
     max_connections_per_app: Annotated[int, Field(ge=0)] = 2000
     inbound_pp_enabled: bool = False
     tcp_splice: dict[str, Any] | None = None

@@ -12,7 +12,8 @@ from dstack_emu.attest.release import Release
 from dstack_emu.gateway.agent import GuestAgent
 from dstack_emu.gateway.config import GatewayConfig
 from dstack_emu.gateway.gateway import Gateway
-from dstack_emu.gateway.ingress.app_address import AppAddresses, TxtTable
+from dstack_emu.gateway.ingress.app_address import AppAddresses
+from dstack_emu.gateway.ingress.dns_records import DnsRecords
 from dstack_emu.gateway.ingress.server import Ingress
 from dstack_emu.gateway.ingress.settings import IngressSettings, Timeouts
 from dstack_emu.gateway.ingress.tls import TlsByDomain
@@ -42,7 +43,9 @@ def configured_ingress(gateway: Gateway, agent: GuestAgent) -> Ingress:
         reach=gateway.context.reach,
         find_tls=TlsByDomain(gateway.certificates.get, proxy.tls_versions),
         this_node=_Node(gateway, agent),
-        app_addresses=AppAddresses(TxtTable(), proxy.app_address_ns_prefix, proxy.app_address_ns_compat),
+        app_addresses=AppAddresses(
+            DnsRecords(proxy.app_address_dns_servers), proxy.app_address_ns_prefix, proxy.app_address_ns_compat
+        ),
         settings=ingress_settings(gateway.config, gateway.release),
         connections=gateway.connections,
     )
