@@ -37,7 +37,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def running() -> Iterator[RunningStack]:
     """One stack for the file."""
-    with running_stack("--vmm") as stack:
+    with running_stack("--vmm", "--gateway") as stack:
         yield stack
 
 
@@ -120,6 +120,12 @@ def test_part_that_is_opened_shows_measurements_and_certificates_but_no_key(stac
     tab.tab_to("pccs")
     tab.press(" ")
     tab.see("tcb info dating", "section")
+    tab.tab_to("ingress")
+    tab.press("Enter")
+    tab.see(stack.description["app"]["instance_id"], "section")  # which is registered at the gateway
+    tab.tab_to("vmm")
+    tab.press("Enter")
+    tab.see("There is none.", "section")
 
 
 def test_hostile_name_is_shown_as_text(stack: RunningStack, tab: Tab) -> None:

@@ -71,15 +71,23 @@ class Journal {
 
   async _follow() {
     const known = await get(`/journal?limit=${FIRST}`);
-    const last = known.records.length ? number(known.records.at(-1)) : 0;
-    if (known.position < this.position || this.position < last - FIRST) this._clear();
-    for (const record of known.records) if (number(record) > this.position) this._add(record);
+    // After a gap that is longer than what was requested, or in a stack that began anew, the lines begin anew, too.
+    if (known.position < this.position || this.position < known.position - FIRST) this._clear();
+    const seen = new Set(this.entries.slice(-2 * FIRST).map((line) => line.number));
+    const add = (record) => {
+      if (!seen.has(number(record))) this._add(record);
+    };
+    known.records.forEach(add);
+    known.records.forEach((record) => seen.add(number(record)));
     this.position = Math.max(this.position, known.position);
     this._changed();
     this._connection("connected");
-    for await (const record of stream(this.position)) {
-      if ("rewound_to" in record) this._rewind(record.rewound_to);
-      else this._add(record);
+    // Calls end in another order than they begin: one that began before the others may have ended meanwhile.
+    for await (const record of stream(Math.max(0, known.position - DISORDER))) {
+      if ("rewound_to" in record) {
+        this._rewind(record.rewound_to);
+        seen.clear();
+      } else add(record);
       this._changed();
     }
     this._connection("not connected: the stack has ended");

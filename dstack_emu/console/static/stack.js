@@ -105,6 +105,8 @@ async function describe(name, {stack, kms, platforms}, health, refresh) {
     shown.push(facts(own), ...domain(guest, platforms), ...await certificates(`/kms/${part(of)}/certificates`));
   } else if (kind === "agent" && Object.hasOwn(kms, of)) {
     shown.push(...domain(kms[of].guest, platforms));
+  } else if (kind === "agent" && Object.hasOwn(stack.guests, of)) {
+    shown.push(...domain(stack.guests[of], platforms));
   } else if (kind === "auth") {
     shown.push(make("p", {}, make("a", {href: `#/policies/${part(of)}`}, "Its policy")));
   } else if (Object.hasOwn(stack.guests, name)) {
@@ -115,6 +117,7 @@ async function describe(name, {stack, kms, platforms}, health, refresh) {
     const machines = await get("/machines");
     shown.push(make("h3", {}, "Machines"), Object.keys(machines).length ? facts(machines) : make("p", {}, "There is none."));
   }
+  if (name === "gateway" || name === "ingress") shown.push(make("h3", {}, "What is registered"), facts(await get("/gateway")));
   return shown;
 }
 

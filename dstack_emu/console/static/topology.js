@@ -4,19 +4,26 @@ import {draw} from "./dom.js";
 
 const WIDE = 170, NARROW = 130, HIGH = 46, COLUMN = 270, ROW = 120, LEFT = 20, TOP = 60;
 
-// Places every part: trust domains at the left, KMS in the middle, everything else at the right, the PCCS below all.
+// Places every part: trust domains at the left; KMS, and a gateway, in the middle, each above its agent; everything else
+// at the right; the PCCS below all.
 export function place(services, webhooks, guests, kms) {
   const boxes = new Map();
   const put = (name, column, row, width = NARROW) =>
     boxes.set(name, {name, x: LEFT + column * COLUMN, y: TOP + row * ROW, width, height: HIGH});
   put("outside", 0, 0);
-  const domains = guests.filter((name) => !name.startsWith("kms-"));
+  const own = guests.filter((name) => !name.startsWith("kms-"));
+  const hosts = own.filter((name) => services.includes(`agent-${name}`)), domains = own.filter((name) => !hosts.includes(name));
   domains.forEach((name, index) => put(name, 0, 1 + index * 0.6));
-  const columns = kms.length + 1;
+  const columns = kms.length + hosts.length + 1;
   kms.forEach((name, index) => {
     if (services.includes(`auth-${name}`) || webhooks.includes(name)) put(`auth-${name}`, 1 + index, 0, WIDE);
     put(`kms-${name}`, 1 + index, 1, WIDE);
     put(`agent-${name}`, 1 + index, 2);
+  });
+  hosts.forEach((name, index) => {
+    if (index === 0 && services.includes("ingress")) put("ingress", 1 + kms.length, 0, WIDE);
+    put(name, 1 + kms.length + index, 1, WIDE);
+    put(`agent-${name}`, 1 + kms.length + index, 2);
   });
   const others = services.filter((name) => !boxes.has(name) && !["pccs", "control"].includes(name));
   others.forEach((name, index) => put(name, columns, 1 + index * 0.6));
