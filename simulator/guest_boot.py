@@ -213,9 +213,11 @@ async def _first_that_releases(
 def _all_refused(refusals: Sequence[tuple[str, GuestError]], release: Release) -> GuestError:
     kind = KmsUnreachableError if all(isinstance(e, KmsUnreachableError) for _, e in refusals) else GuestError
     if release.reports_every_kms:
-        said = "; ".join(f"{shown_url(url)}: {error}" for url, error in refusals)
-        return kind(f"failed to get app keys from KMS: {said}")
-    return kind(f"Failed to get app keys from KMS: {refusals[0][1]}")
+        every = "; ".join(f"{shown_url(url)}: {error}" for url, error in refusals)
+        said = f"failed to get app keys from KMS: {every}"
+    else:
+        said = f"Failed to get app keys from KMS: {refusals[0][1]}"
+    return kind(f"Failed to request app keys: {said}")
 
 
 async def _temp_ca(connect: Callable[..., RaTlsClient], url: str) -> pb.GetTempCaCertResponse:

@@ -26,13 +26,17 @@ from tests.processes import Command, start
 from tests.running import RunningStack, running_kms
 from tests.test_foreign_client import RootKeys, hkdf
 
-FAILED = "Failed to get app keys from KMS: "
+FAILED = "Failed to request app keys: Failed to get app keys from KMS: "
 REFUSED = "Failed to get app key: Request failed with status=400 Bad Request, error="
 
 
 def failed(url: str) -> str:
     """How the error of a guest of the default release begins if this one KMS gives it no keys."""
-    return f"failed to get app keys from KMS: {url}/prpc: " if DEFAULT.reports_every_kms else FAILED
+    return (
+        f"Failed to request app keys: failed to get app keys from KMS: {url}/prpc: "
+        if DEFAULT.reports_every_kms
+        else FAILED
+    )
 
 
 @pytest.fixture(scope="module")

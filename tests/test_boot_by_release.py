@@ -92,8 +92,8 @@ def test_error_of_several_kms_has_every_answer_in_0_6_and_the_first_in_0_5(stack
     )
     with denied(stack, "src", "dst"), refused() as refusal:
         guest.boot(["src", "dst"])
-    every = f"failed to get app keys from KMS: {urls[0]}: {answer}; {urls[1]}: {answer}"
-    text = every if release == "0.6" else f"Failed to get app keys from KMS: {answer}"
+    every = f"Failed to request app keys: failed to get app keys from KMS: {urls[0]}: {answer}; {urls[1]}: {answer}"
+    text = every if release == "0.6" else f"Failed to request app keys: Failed to get app keys from KMS: {answer}"
     assert refusal.text == f"{text} (app id {guest.app_id}, compose hash {guest.compose_hash})"
     assert not guest.has_keys
     assert guest.boot(["src", "dst"]).has_keys
@@ -121,8 +121,10 @@ def test_boot_command_tries_each_kms_in_order(stack: LiveStack, release: str) ->
         "Failed to get temp ca cert: Failed to send request: error sending request for url "
         f"({absent}/prpc/GetTempCaCert?json): Connection refused"
     )
-    every = f"failed to get app keys from KMS: {absent}/prpc: {answer}; {absent}/prpc: {answer}"
-    said = every if release == "0.6" else f"Failed to get app keys from KMS: {answer}"
+    every = (
+        f"Failed to request app keys: failed to get app keys from KMS: {absent}/prpc: {answer}; {absent}/prpc: {answer}"
+    )
+    said = every if release == "0.6" else f"Failed to request app keys: Failed to get app keys from KMS: {answer}"
     assert (both.returncode, both.stderr.decode().splitlines()[1:]) == (1, [f"Error: {said}"])
 
 

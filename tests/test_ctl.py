@@ -34,10 +34,14 @@ def test_shell_revokes_breaks_and_turns_back(ready_stack: RunningStack, tmp_path
     ctl("policy", "deny", "src", "app")
     ctl("fault", "service=auth-dst", "kind=status", "status=503")
     status, out, err = _ctl(ready_stack, "guest", "boot", "app")
-    assert (status, out, err.lower().startswith("error: failed to get app keys from kms: ")) == (1, "", True)
+    assert (
+        status,
+        out,
+        err.lower().startswith("error: failed to request app keys: failed to get app keys from kms: "),
+    ) == (1, "", True)
     assert err.count("\n") == 1
     tail = ctl("tail", "-n", "1", "--no-follow")
-    assert "stack → app Boot  400 failed to get app keys" in tail.replace("Failed", "failed")
+    assert "stack → app Boot  400 Failed to request app keys: " in tail
     assert "kms-src → auth-src /bootAuth/app  denied: app not registered [app_registered]; app_id " in tail
     assert ctl("journal", "count", "call=/bootAuth/app", "outcome=denied") == "1\n"
     assert json.loads(ctl("fault"))[0]["status"] == 503

@@ -191,7 +191,7 @@ async def test_parts_that_were_added_come_back_with_their_identity_and_keys(
 
     async with own_stack(state=short_folder) as stack:  # the policy decides again
         assert not stack.control.guest("wallet")["has_keys"]
-        assert any("wallet has no keys now: failed to get app keys" in message for message in caplog.messages)
+        assert any("wallet has no keys now: Failed to request app keys: " in message for message in caplog.messages)
         await stack.control.remove_kms("third")
         await stack.control.remove_guest("waiting")
 

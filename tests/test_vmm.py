@@ -25,13 +25,25 @@ def test_what_up_prints_has_the_vmm(vmm_stack: LiveStack) -> None:
 def test_app_that_is_not_allowed_does_not_boot_and_boots_once_it_is(vmm: VmmClient, vmm_stack: LiveStack) -> None:
     vm_id = vmm.deploy()
     info = vmm.booted(vm_id)
+    assert info["boot_error"].startswith("Failed to request app keys: failed to get app keys from KMS: https://")
     assert "App not allowed: Boot denied: app not registered" in info["boot_error"]
     assert (info["status"], info["boot_progress"], info["app_id"]) == ("exited", "requesting app keys", APP_ID)
     allow(vmm_stack)
     assert vmm.rpc("StartVm", id=vm_id) is None
     info = vmm.booted(vm_id)
     assert (info["status"], info["boot_progress"], info["boot_error"]) == ("running", "done", "")
-    assert [event["body"] for event in info["events"] if event["event"] == "boot.progress"][-1] == "done"
+    assert steps_of(info)[1:] == [
+        *("requesting app keys", "initializing data disk", "data disk ready", "setting up dstack-gateway"),
+        *("setting up docker", "starting containers", "done"),
+    ]
+    assert vmm.rpc("StopVm", id=vm_id) is None
+    assert vmm.rpc("StartVm", id=vm_id) is None
+    assert steps_of(vmm.booted(vm_id))[8:11] == ["requesting app keys", "mounting data disk", "data disk ready"]
+
+
+def steps_of(info: Any) -> list[str]:
+    """Return the steps of all boots."""
+    return [event["body"] for event in info["events"] if event["event"] == "boot.progress"]
 
 
 def test_deployed_app_gets_its_keys_on_its_sockets_and_its_mapped_port(vmm: VmmClient, vmm_stack: LiveStack) -> None:

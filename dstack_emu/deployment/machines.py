@@ -151,7 +151,7 @@ class DomainMachine:
         keys, issuer = await self._keys(domain)
         if isinstance(issuer, KmsIssuer):
             held.push_async_callback(issuer.close)
-        self._progress("initializing data disk")
+        self._progress("mounting data disk" if self.launch.has_disk else "initializing data disk")
         self._report_instance(domain)
         self._progress("data disk ready")
         environment = decrypt_environment(domain, self.launch.encrypted_env, keys)
@@ -166,10 +166,13 @@ class DomainMachine:
     async def _register(
         self, domain: TrustDomain, keys: AppKeys, issuer: CertificateIssuer, held: AsyncExitStack
     ) -> None:
-        """Register at the gateway, if the app has one, now and as long as the machine runs."""
+        """Register at the gateway, if the app has one, now and as long as the machine runs.
+
+        The step is reported in any case, as upstream does.
+        """
+        self._progress("setting up dstack-gateway")
         if not domain.manifest.has_gateway:
             return
-        self._progress("setting up dstack-gateway")
         self.site.reach.add(domain.instance_id, self._tcp_endpoint)
         held.callback(self.site.reach.remove, domain.instance_id, self._tcp_endpoint)
         client = GatewayClient(

@@ -23,17 +23,20 @@ _SEED: Final = re.compile(f"[0-9a-f]{{{2 * _SEED_SIZE}}}")
 def stored_launch(folder: MachineFolder, manifest: Manifest, cvm: CvmSection, entropy: Entropy) -> Launch:
     """Read a machine's folder; raise `VmmError`.
 
-    The instance seed is a new one if there is none yet, or if no key provider keeps the app's disk over a restart.
+    The instance seed is a new one if there is none yet, or if no key provider keeps the app's disk over a restart. A
+    guest reports its seed when it has a disk.
     """
     compose_file = folder.compose_file()
-    seed = folder.instance_info().get("instance_id_seed", "") if _keeps_disk(compose_file) else ""
+    text = folder.instance_info().get("instance_id_seed", "") if _keeps_disk(compose_file) else ""
+    seed = bytes.fromhex(text) if _SEED.fullmatch(text) else None
     return Launch(
         manifest=manifest,
         folder=folder.path,
         compose_file=compose_file,
         user_config=folder.user_config(),
         encrypted_env=folder.encrypted_env(),
-        instance_seed=bytes.fromhex(seed) if _SEED.fullmatch(seed) else entropy(_SEED_SIZE),
+        instance_seed=seed or entropy(_SEED_SIZE),
+        has_disk=seed is not None,
         kms_urls=manifest.kms_urls or cvm.kms_urls,
         gateway_urls=manifest.gateway_urls or cvm.gateway_urls,
     )

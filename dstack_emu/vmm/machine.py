@@ -19,7 +19,8 @@ class Launch:
     """What a machine is started with.
 
     `folder` is the machine's own, for sockets and files; `compose_file` the text of its app-compose.json;
-    `instance_seed` 20 bytes. The KMS and gateway URLs are the machine's, or the VMM's.
+    `instance_seed` 20 bytes, `has_disk` whether an earlier boot has made the machine's data disk. The KMS and gateway
+    URLs are the machine's, or the VMM's.
     """
 
     manifest: Manifest
@@ -28,6 +29,7 @@ class Launch:
     user_config: str
     encrypted_env: bytes
     instance_seed: bytes
+    has_disk: bool
     kms_urls: tuple[str, ...]
     gateway_urls: tuple[str, ...]
 

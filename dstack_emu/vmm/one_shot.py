@@ -90,6 +90,7 @@ class OneShot:
             user_config=request.user_config,
             encrypted_env=request.encrypted_env,
             instance_seed=INSTANCE_SEED,
+            has_disk=False,
             kms_urls=manifest.kms_urls or cvm.kms_urls,
             gateway_urls=manifest.gateway_urls or cvm.gateway_urls,
         )
