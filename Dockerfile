@@ -11,7 +11,7 @@ COPY pyproject.toml constraints.txt ./
 # is given and not empty, is the CA bundle that pip trusts, for a network whose proxy intercepts TLS. No layer contains it.
 RUN --mount=type=secret,id=pip_ca \
     if [ -s /run/secrets/pip_ca ]; then export PIP_CERT=/run/secrets/pip_ca; fi \
-    && /opt/venv/bin/python -c 'import tomllib; config = tomllib.load(open("pyproject.toml", "rb")); print(*config["build-system"]["requires"], *config["project"]["dependencies"], sep="\n")' > requirements.txt \
+    && /opt/venv/bin/python -c 'import tomllib; config = tomllib.load(open("pyproject.toml", "rb")); print(*config["build-system"]["requires"], *config["project"]["dependencies"], *config["project"]["optional-dependencies"]["eth"], sep="\n")' > requirements.txt \
     && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --only-binary=:all: \
        --constraint constraints.txt --requirement requirements.txt
 COPY . .
@@ -28,7 +28,7 @@ ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 HOME=/var/lib/dstack-emu DSTACK_
 RUN install -d -o 1000 -g 1000 -m 1777 /var/lib/dstack-emu /var/lib/dstack-emu/app /run/pccs /run/agent /run/app
 USER 1000:1000
 WORKDIR /var/lib/dstack-emu
-EXPOSE 3101 3102 8010 8011 8070 8081 8085 8088 8090 8091 8092 8093 8443 9301 9302
+EXPOSE 3101 3102 8010 8011 8070 8081 8085 8088 8090 8091 8092 8093 8443 8545 9301 9302
 # For `up`. A container that runs another command needs another check, or none (docker run --no-healthcheck).
 HEALTHCHECK --interval=2s --timeout=10s --start-period=30s --retries=30 CMD ["healthcheck", "stack:/var/lib/dstack-emu"]
 ENTRYPOINT ["entrypoint"]

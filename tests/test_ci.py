@@ -228,12 +228,20 @@ def test_compose_file_of_the_gateway_publishes_its_ports() -> None:
     assert stack["environment"] == {"EMU_GATEWAY": "${EMU_GATEWAY:-1}", **options, **numbers}
 
 
+def test_compose_file_of_the_chain_publishes_its_port() -> None:
+    (stack,) = yaml.safe_load(document("compose/chain.yaml"))["services"].values()
+    port = f"${{EMU_PORT_CHAIN:-{PORTS['chain']}}}"
+    assert stack["ports"] == [f"127.0.0.1:{port}:{port}"]
+    optional = {name: f"${{{name}:-}}" for name in ("EMU_ETH_RPC_URL", "EMU_KMS_CONTRACT", "EMU_PORT_CHAIN")}
+    assert stack["environment"] == {"EMU_AUTH": "${EMU_AUTH:-eth}", **optional}
+
+
 @pytest.mark.parametrize("file", ["docker-compose.yaml", "docker-compose.parts.yaml"])
 def test_compose_files_publish_every_port_on_this_machine_only(file: str) -> None:
     services = yaml.safe_load(document(file))["services"]
     published = [port for service in services.values() for port in service.get("ports", [])]
     names = {re.fullmatch(r"127\.0\.0\.1:\$\{EMU_PORT_(\w+):-(\d+)\}:.*", port).groups() for port in published}  # type: ignore[union-attr]  # each matches
-    absent = {"vmm", "gateway", "gateway-admin", "ingress", "agent-gateway"}  # only with `up --vmm`, `--gateway`
+    absent = {"vmm", "gateway", "gateway-admin", "ingress", "agent-gateway", "chain"}  # only if asked for
     absent |= {"control"} if "parts" in file else set()
     expected = {name: port for name, port in PORTS.items() if name not in absent}
     assert names == {(name.upper().replace("-", "_"), str(port)) for name, port in expected.items()}

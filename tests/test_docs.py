@@ -191,6 +191,7 @@ def test_settings_of_the_container_are_documented() -> None:
             "compose/kms-dst.yaml",
             "compose/vmm.yaml",
             "compose/gateway.yaml",
+            "compose/chain.yaml",
         )
         for name in re.findall(r"\$\{(\w+)", document(file))
     }

@@ -58,11 +58,16 @@ def test_settings_become_options_and_those_of_the_container_come_last(started: P
         "EMU_BASE_DOMAIN": "apps.test",
         "EMU_APP_HOST": "my-app",
         "EMU_PORT_INGRESS": "9600",
+        "EMU_AUTH": "src=eth",
+        "EMU_ETH_RPC_URL": "http://node:8545",
+        "EMU_KMS_CONTRACT": "0x12",
     }
     assert arguments_of(started, "up", "--release", "0.6", **settings) == [
         *["up", "--listen", "0.0.0.0", "--state", "/state"],
         *["--port", "ingress=9600", "--port", "vmm=9500", "--port", "kms-src=9400"],
-        *["--domain", "stack", "--domain", "other", "--gateway", "--app-host", "my-app", "--base-domain", "apps.test"],
+        *["--domain", "stack", "--domain", "other"],
+        *["--auth", "src=eth", "--kms-contract", "0x12", "--eth-rpc-url", "http://node:8545"],
+        *["--gateway", "--app-host", "my-app", "--base-domain", "apps.test"],
         "--vmm",
         "--seed=--a 'b",
         *["--auth-contract", "next", "--release", "0.5", "--fresh", "--release", "0.6"],

@@ -40,7 +40,14 @@ async def test_stack_shows_urls_root_measurements_and_logs(caplog: pytest.LogCap
     caplog.set_level("INFO")
     async with Stack(StackConfig.on_free_ports(seed="mine"), progress=quiet) as stack:
         assert list(stack.services) == list(stack.description()["services"])
-        assert set(stack.services) == set(PORTS) - {"vmm", "gateway", "gateway-admin", "ingress", "agent-gateway"}
+        assert set(stack.services) == set(PORTS) - {
+            "vmm",
+            "gateway",
+            "gateway-admin",
+            "ingress",
+            "agent-gateway",
+            "chain",
+        }
         for name, url in stack.services.items():
             path = "/" if name.startswith("auth") else "/health"
             assert await status_of(url + path) == 200

@@ -82,7 +82,7 @@ def test_command_lets_the_chain_decide_for_one_kms_which_states_url_and_contract
     [
         ({"auth": {"third": "eth"}}, "auth: src or dst expected, got 'third'"),
         ({"auth": {"src": "ether"}}, "auth of src: simple or eth expected, got 'ether'; did you mean 'eth'?"),
-        ({"auth": {"src": "eth"}}, "eth_rpc_url is missing: .*--eth-rpc-url URL"),
+        ({"auth": {"src": "eth"}, "kms_contract": CONTRACT}, "eth_rpc_url is missing: .*--eth-rpc-url URL"),
         ({"auth": {"src": "eth"}, "eth_rpc_url": "http://h"}, "kms_contract is missing"),
         ({"eth_rpc_url": "http://h"}, "eth_rpc_url and kms_contract are settings of webhooks that ask a chain"),
         (

@@ -2,15 +2,17 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from dstack_emu.chain.contracts import Ask, RpcError
 from dstack_emu.chain.errors import ChainError, ExecutionRevertedError
 from dstack_emu.chain.rpc import INTERNAL_ERROR, REVERTED, Rpc
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
+
+T = TypeVar("T")
 
 JSON = {"Content-Type": "application/json"}
 
@@ -19,14 +21,38 @@ def local_ask(rpc: Rpc) -> Ask:
     """Ask a node in this process; the work is done in a thread."""
 
     async def ask(method: str, params: list[Any]) -> Any:
-        try:
-            return await asyncio.to_thread(rpc.run, method, params)
-        except ExecutionRevertedError as error:
-            raise RpcError(REVERTED, str(error), error.data) from error
-        except ChainError as error:
-            raise RpcError(INTERNAL_ERROR, str(error)) from error
+        return await asyncio.to_thread(_run, rpc, method, params)
 
     return ask
+
+
+def immediate_ask(rpc: Rpc) -> Ask:
+    """Ask a node in this process; the caller waits while the work is done, so `completed` works with it."""
+
+    async def ask(method: str, params: list[Any]) -> Any:
+        return _run(rpc, method, params)
+
+    return ask
+
+
+def completed(work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of a coroutine that waits for nothing, such as an act through an `immediate_ask`."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    work.close()
+    raise RuntimeError("a coroutine that waits for nothing expected")
+
+
+def _run(rpc: Rpc, method: str, params: list[Any]) -> Any:
+    try:
+        return rpc.run(method, params)
+    except ExecutionRevertedError as error:
+        raise RpcError(REVERTED, str(error), error.data) from error
+    except ChainError as error:
+        raise RpcError(INTERNAL_ERROR, str(error)) from error
 
 
 def remote_ask(client: HttpClient, url: str) -> Ask:

@@ -13,6 +13,7 @@ _WHAT = {
     "vmm": "VMM, which deploys machines",
     "gateway": "gateway, at which apps register",
     "gateway-admin": "gateway, for its operator",
+    "chain": "JSON-RPC of the chain with DstackKms",
     "ingress": "leads to apps, by TLS server name",
 }
 _OF_A_KMS = {"auth": "auth webhook of kms-", "agent": "guest agent of kms-", "kms": "KMS "}
@@ -22,9 +23,7 @@ _OF_A_KMS = {"auth": "auth webhook of kms-", "agent": "guest agent of kms-", "km
 def summary(description: dict[str, Any], seconds: float) -> str:
     """Render a stack's description: a table of services, measured values, and commands to paste."""
     fresh = description["fresh"]
-    state = (
-        "ready, without keys: both KMS are in the onboard phase, and both policies deny everyone" if fresh else "ready"
-    )
+    state = "ready, without keys: both KMS are in the onboard phase, and nobody is allowed" if fresh else "ready"
     lines = [f"dstack-emu is {state} ({seconds:.1f} s). It protects nothing.", ""]
     lines += [f"  {name:<13} {url:<28} {_what(name)}" for name, url in description["services"].items()]
     lines += [
@@ -52,6 +51,9 @@ def summary(description: dict[str, Any], seconds: float) -> str:
     if gateway := description.get("gateway"):
         lines += ["", "Apps are behind the gateway:"]
         lines += [f"  app_url  {gateway['app_url']}", f"  trust    {gateway['ca']}"]
+    if chain := description.get("chain"):
+        lines += ["", f"Contracts decide for {' and '.join(f'kms-{name}' for name in chain['decides_for'])}:"]
+        lines += [f"  DstackKms {chain['contracts']['kms']}, owner {chain['contracts']['owner']}"]
     if policies := description["policies"]:
         lines += ["", "Policies (edit them while the stack runs; they are read at every request):"]
         lines += [f"  {path}" for path in policies.values()]

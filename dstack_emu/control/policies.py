@@ -3,21 +3,43 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dstack_emu.control.schemas import ControlError, PolicyChange, unknown
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.deployment import Deployment
+from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.guests import RunningGuest
 from dstack_emu.transport.urls import shown_url
+
+if TYPE_CHECKING:
+    from dstack_emu.deployment.stack_chain import StackChain
+
+T = TypeVar("T")
 
 Change = Callable[[dict[str, Any], policy_files.MeasuredDomain], dict[str, Any]]
 """Returns a policy that allows one trust domain more, or one less."""
 
 
+def policy_on_chain(service: str, contract: str) -> str:
+    """Say why there is no policy file of a KMS that the contracts of the stack's chain decide for."""
+    return (
+        f"{service} is decided for by the contract {contract} on the stack's chain, not by a file: change what it "
+        "allows by transactions (ctl policy allow and deny send them)"
+    )
+
+
 def foreign_policy(service: str, webhook: str) -> str:
     """Say why the stack has no policy for a KMS that asks a webhook of somebody's own."""
     return f"{service} asks the webhook {shown_url(webhook)}: change its policy there, the stack has none for it"
+
+
+def _sent(work: Callable[[], T]) -> T:
+    """Return what a call of the stack's chain returns; raise `ControlError` if a contract refuses."""
+    try:
+        return work()
+    except StackError as error:
+        raise ControlError(str(error), 409) from error
 
 
 class PolicyControl:
@@ -37,14 +59,22 @@ class PolicyControl:
         return check_policy(self._policy_path(kms), text)
 
     def policy(self, kms: str) -> Any:
-        """Return a policy's present content."""
+        """Return a policy's present content; of contracts on the stack's chain what they allow, in the same form."""
+        if (chain := self._chain_of(kms)) is not None:
+            return _sent(chain.policy)
         try:
             return json.loads(self._policy_path(kms).read_text())
         except (OSError, ValueError) as error:
             raise ControlError(f"the policy of {kms} cannot be read: {error}", 409) from error
 
     def set_policy(self, kms: str, policy: Mapping[str, Any]) -> None:
-        """Replace a policy. It is not validated, so that a test can give a webhook an invalid one."""
+        """Replace a policy. It is not validated, so that a test can give a webhook an invalid one.
+
+        On the stack's chain the transactions are sent after which the contracts allow the same; they are for both KMS.
+        """
+        if (chain := self._chain_of(kms)) is not None:
+            _sent(lambda: chain.set_policy(policy, self._kms_devices()))
+            return
         path = self._policy_path(kms)
         try:
             policy_files.write(path, dict(policy))
@@ -86,6 +116,13 @@ class PolicyControl:
             device_id=info.device_id.hex() if this_device_only else None,
         )
 
+    def _chain_of(self, kms: str) -> "StackChain | None":
+        return self._deployment.context.chain_of(kms)
+
+    def _kms_devices(self) -> set[bytes]:
+        """Return the devices of all KMS: contracts cannot allow any device of a KMS."""
+        return {kms.guest.agent.app_info().device_id for kms in self._deployment.kms.values()}
+
     def _changed(self, kms: str, change: Change, measured: policy_files.MeasuredDomain) -> dict[str, Any]:
         policy = self.policy(kms)
         if not isinstance(policy, dict):
@@ -97,12 +134,14 @@ class PolicyControl:
                 f"the policy of {kms} does not have auth-simple's format: replace it (ctl policy set) first", 409
             ) from error
         self.set_policy(kms, changed)
-        return changed
+        return changed if self._chain_of(kms) is None else self.policy(kms)
 
     def _policy_path(self, kms: str) -> Path:
         running = self._deployment.kms.get(kms)
         if running is not None and running.spec.asks_foreign_webhook:
             raise ControlError(foreign_policy(running.spec.service, running.spec.webhook), 409)
+        if (chain := self._chain_of(kms)) is not None:
+            raise ControlError(policy_on_chain(f"kms-{kms}", chain.kms_address), 409)
         if kms not in self._deployment.policies:
             raise unknown("policy", kms, self._deployment.policies)
         return self._deployment.policies[kms]

@@ -161,7 +161,8 @@ def _require_whole(deployment: Deployment, state: StackState) -> None:
     if (GATEWAY in state.guests) != (deployment.gateway is not None):
         has, option = ("a", "with") if GATEWAY in state.guests else ("no", "without")
         raise ControlError(f"the state is of a stack with {has} gateway: start this one {option} --gateway")
-    policies = {name for name, kms in state.kms.items() if kms.spec.webhook == "own"}
+    chain_of = deployment.context.chain_of
+    policies = {name for name, kms in state.kms.items() if kms.spec.webhook == "own" and chain_of(name) is None}
     if state.policies.keys() != policies:
         raise ControlError(f"state: policies: {', '.join(sorted(policies))} expected")
 

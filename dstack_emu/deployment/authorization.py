@@ -7,7 +7,7 @@ a stack, with KMS in processes or containers, and with real ones. A KMS that has
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -67,6 +67,20 @@ class AppToAllow(Protocol):
 
     async def rule(self) -> Mapping[policy_files.AppRule, str]:
         """Return its rule, and the hash of its OS image (hex)."""
+        ...
+
+
+class ChainToAllow(Protocol):
+    """The chain whose contracts will allow KMS and app."""
+
+    async def admit(
+        self,
+        measured: Iterable[Measurements],
+        apps: Mapping[policy_files.AppRule, str],
+        gateway_app_id: str,
+        progress: Progress,
+    ) -> None:
+        """Send the transactions, unless the contracts were changed before; raise `StackError`."""
         ...
 
 
@@ -139,7 +153,7 @@ class Authorization:
 
     `policies` are the files of their webhooks; a file is only written if it is still the placeholder. `source_url` is
     the URL of the source as the target reaches it, `https://host:port`; with a `source_token` that of its admin
-    listener. `gateway_app_id` is what the policies say of the gateway.
+    listener. `gateway_app_id` is what the policies say of the gateway. `chain` has contracts that decide beside them.
     """
 
     source: KmsOnboarding
@@ -150,6 +164,7 @@ class Authorization:
     progress: Progress
     source_token: str = field(default="", repr=False)
     gateway_app_id: str = policy_files.ANY_GATEWAY
+    chain: ChainToAllow | None = None
 
     async def carry_out(self, known: Mapping[str, Measurements] | None = None) -> dict[str, Measurements]:
         """Give keys to each KMS that has none; return the measurements of these KMS, by name.
@@ -174,6 +189,8 @@ class Authorization:
         apps = {} if self.app is None else await self.app.rule()
         infos = {**known, **measured}.values()
         policy_files.admit(self.policies, infos, apps, self.progress, gateway_app_id=self.gateway_app_id)
+        if self.chain is not None:
+            await self.chain.admit(infos, apps, self.gateway_app_id, self.progress)
         return measured
 
 

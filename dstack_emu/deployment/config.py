@@ -61,7 +61,8 @@ class StackConfig:
 
     `auth` is the kind of webhook that the stack runs for a KMS, by the same names: one of AUTH_KINDS. Webhooks of the
     kind `eth` ask the contract `kms_contract` (an address) of the chain whose JSON-RPC is `eth_rpc_url`; the stack has
-    no policy for those KMS.
+    no policy for those KMS. Without both, the stack runs a chain of its own, with the contracts, and sends the
+    transactions that allow its KMS and its app.
 
     `app_compose` is the file whose bytes are the identity of the stack's app (None: a generated one), `user_config` the
     app's own file. The variables in `env_file` are encrypted for the app, as a deployer does it; the app's guest drops
@@ -112,6 +113,11 @@ class StackConfig:
     def asks_chain(self, kms: str) -> bool:
         """Return whether the webhook of a KMS, by its name, is the stack's auth-eth-bun."""
         return self.auth.get(kms) == "eth"
+
+    @property
+    def runs_chain(self) -> bool:
+        """Whether the stack has a chain of its own."""
+        return "eth" in self.auth.values() and self.eth_rpc_url is None and self.kms_contract is None
 
     @classmethod
     def on_free_ports(cls, **settings: object) -> Self:

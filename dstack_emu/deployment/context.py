@@ -3,12 +3,13 @@
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from dstack_emu.attest.release import Release, release
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.auth.policy import Contract, parse_contract
 from dstack_emu.auth.server import simple_app
-from dstack_emu.deployment.chain_webhooks import eth_settings
+from dstack_emu.deployment.chain_webhooks import AskedChain, eth_settings, given_chain
 from dstack_emu.deployment.config import StackConfig
 from dstack_emu.deployment.gateway_names import GATEWAY
 from dstack_emu.deployment.guest_network import HOST_IN_GUEST, LOOPBACK, is_loopback
@@ -25,6 +26,9 @@ from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.listen import Server, bind_tcp, serve
+
+if TYPE_CHECKING:
+    from dstack_emu.deployment.stack_chain import StackChain
 
 
 class ServicePorts:
@@ -53,12 +57,17 @@ class ServicePorts:
             sock.close()
 
 
+CHAIN: Final = "chain"
+"""The service of the stack's own chain."""
+
+
 @dataclass(frozen=True, slots=True)
 class StackContext:
     """One stack as its parts see it: settings, trust root, instruments, and the addresses of its services.
 
-    `reach` knows where its instances listen, and `gateways` are the URLs at which they register. `urls` has
-    the URL of each service, of the ingress its `host:port`, `grpc` the `host:port` of each gRPC listener, both by name.
+    `chain` is its own chain, if it has one. `reach` knows where its instances listen, and `gateways` are the URLs at
+    which they register. `urls` has the URL of each service, of the ingress its `host:port`, `grpc` the `host:port` of
+    each gRPC listener, both by name.
     """
 
     config: StackConfig
@@ -71,6 +80,7 @@ class StackContext:
     ports: ServicePorts
     policies: PolicyFiles
     app: OwnApp
+    chain: "StackChain | None" = None
     reach: InstanceReach = field(default_factory=InstanceReach)
     gateways: list[str] = field(default_factory=list)
     urls: dict[str, str] = field(default_factory=dict)
@@ -136,15 +146,26 @@ class StackContext:
         if self.config.asks_chain(kms):
             from dstack_emu.auth.eth_server import eth_app  # few stacks ask a chain: the others start sooner
 
-            settings = eth_settings(self.config, self.release_of(release_name))
+            settings = eth_settings(self._asked_chain(), self.release_of(release_name))
             return await self.serve(f"auth-{kms}", eth_app(settings, observer=decision_recorder()))
         path = str(self.policies.paths[kms])
         app = simple_app(path, contract=self.contract_of(release_name), observer=decision_recorder())
         return await self.serve(f"auth-{kms}", app)
 
+    def _asked_chain(self) -> AskedChain:
+        if self.chain is None:
+            return given_chain(self.config)
+        return AskedChain(self.urls[CHAIN], self.chain.kms_address, self.chain.chain_id)
+
+    def chain_of(self, kms: str) -> "StackChain | None":
+        """Return the stack's own chain if it decides for a KMS."""
+        return self.chain if self.config.asks_chain(kms) else None
+
     def webhook_of(self, kms: str) -> str:
         """Return what the specification of a first KMS names as its webhook: `own`, or a URL without a policy here."""
-        return self.urls[f"auth-{kms}"] if self.config.asks_chain(kms) else self.config.webhooks.get(kms, "own")
+        if self.config.asks_chain(kms) and self.chain is None:
+            return self.urls[f"auth-{kms}"]
+        return self.config.webhooks.get(kms, "own")
 
     def scrub(self, text: str) -> str:
         """Replace what differs from run to run by names: ports, and the state folder."""

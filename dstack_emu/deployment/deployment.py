@@ -19,6 +19,7 @@ from dstack_emu.deployment.added_parts import FILE as ADDED_FILE
 from dstack_emu.deployment.added_parts import AddedParts, how_to_leave_out
 from dstack_emu.deployment.authorization import Progress
 from dstack_emu.deployment.config import DESCRIPTION_FILE, StackConfig
+from dstack_emu.deployment.context import CHAIN
 from dstack_emu.deployment.deployer import Deployer
 from dstack_emu.deployment.description import describe, measured_by
 from dstack_emu.deployment.errors import StackError
@@ -108,6 +109,10 @@ class Deployment:
         self._exit.push_async_callback(self._app_verifier.pccs.close)
         self._close_at_end(await serve_verifier(self.context, self._exit))
         self._place_policies()
+        if self.context.chain is not None:
+            self.progress("starting the chain")
+            await self.context.chain.deploy()
+            self._close_at_end(await self.context.serve(CHAIN, self.context.chain.app()))
         for name in PERMANENT:
             if name in self.config.webhooks:
                 continue

@@ -34,6 +34,7 @@ def describe(context: StackContext, kms: Mapping[str, RunningKms], app: RunningG
             **({"decrypted_env": str(app.decrypted_env)} if app.decrypted_env else {}),
         },
         **_gateway(context, app),
+        **({} if context.chain is None else {"chain": context.chain.description(config.auth)}),
         "env": {
             "DSTACK_SIMULATOR_ENDPOINT": str(app.dstack_sock),
             "TAPPD_SIMULATOR_ENDPOINT": str(app.tappd_sock),

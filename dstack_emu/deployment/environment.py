@@ -25,6 +25,10 @@ GATEWAY_URLS: Final[Mapping[str, str]] = {
     "DSTACK_EMU_INGRESS": "ingress",
 }
 """Variables with the addresses of a gateway's listeners, if the stack has one."""
+CHAIN_URLS: Final = ("DSTACK_EMU_CHAIN", "ETH_RPC_URL")
+"""Variables with the URL of the stack's own chain: ours, and that of upstream's webhooks, cast and forge."""
+CONTRACT_VARIABLE: Final = "KMS_CONTRACT_ADDR"
+"""The variable from which upstream's webhooks and scripts take the address of DstackKms."""
 VMM_VARIABLE: Final = "DSTACK_VMM_URL"
 """The variable from which vmm-cli.py takes the URL of the VMM, if the stack has one."""
 
@@ -39,6 +43,7 @@ def environment(description: Mapping[str, Any], token: str | None = None) -> dic
         **({VMM_VARIABLE: services["vmm"]} if "vmm" in services else {}),
         **{variable: services[name] for variable, name in GATEWAY_URLS.items() if name in services},
         **_gateway(description),
+        **_chain(description),
         # A webhook of the user's own has no policy here: the variable is empty, so that no other stack's is taken.
         "DSTACK_EMU_POLICY_SRC": policies.get("src", ""),
         "DSTACK_EMU_POLICY_DST": policies.get("dst", ""),
@@ -48,6 +53,14 @@ def environment(description: Mapping[str, Any], token: str | None = None) -> dic
         "DSTACK_EMU_STACK": str(Path(description["state"], DESCRIPTION_FILE)),
         **({} if token is None else {TOKEN_VARIABLE: token}),
     }
+
+
+def _chain(description: Mapping[str, Any]) -> dict[str, str]:
+    chain = description.get("chain")
+    if chain is None:
+        return {}
+    urls = dict.fromkeys(CHAIN_URLS, description["services"]["chain"])
+    return {**urls, CONTRACT_VARIABLE: chain["contracts"]["kms"]}
 
 
 def _gateway(description: Mapping[str, Any]) -> dict[str, str]:

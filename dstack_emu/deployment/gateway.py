@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dstack_emu.deployment.clock import wall_clock
+from dstack_emu.deployment.context import StackContext
 from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.gateway_names import ADMIN, AGENT, CA_FILE, GATEWAY, INGRESS
@@ -43,6 +44,11 @@ from dstack_emu.transport.settings import validate
 CREDENTIAL: Final = "dstack-emu"
 """The id of the DNS credential that the base domain names: there is no DNS provider."""
 TOKEN_FILE: Final = "gateway-admin.token"  # noqa: S105 - the name of a file
+
+
+def _spec(context: StackContext) -> GuestSpec:
+    """Return its trust domain; on a chain its app id is the address of its contract."""
+    return GuestSpec(name=GATEWAY, app_id=None if context.chain is None else context.chain.app_id(GATEWAY))
 
 
 class GatewayListeners:
@@ -79,7 +85,7 @@ class GatewayExtension:
             self._held.callback(each.close)
         self._held.push_async_callback(self._end)
         try:
-            self._guest = await self._deployment.start_guest(GuestSpec(name=GATEWAY), AGENT)
+            self._guest = await self._deployment.start_guest(_spec(context), AGENT)
             self._authority = stored_authority(self._config(), os.urandom, wall_clock())
         except (GuestError, GatewayConfigError) as error:
             raise StackError(f"gateway: {error}") from error

@@ -5,7 +5,7 @@ An environment file is read as dstack's `vmm-cli.py` does (dstack `vmm/src/vmm-c
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,6 +47,10 @@ class OwnApp:
             return cls._read(config)
         except FormatError as error:
             raise StackError(str(error)) from error
+
+    def with_id(self, app_id: str) -> "OwnApp":
+        """Return the same app with another app id than that of its compose hash (hex)."""
+        return replace(self, spec=self.spec.model_copy(update={"app_id": app_id}))
 
     @classmethod
     def _read(cls, config: StackConfig) -> "OwnApp":

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Set
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.release import release
@@ -16,10 +16,11 @@ from dstack_emu.auth.policy import parse_contract
 from dstack_emu.deployment.chain_webhooks import require_chain
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.config import BASE_DOMAIN, DESCRIPTION_FILE, VMM_WORKLOADS, StackConfig
-from dstack_emu.deployment.context import ServicePorts, StackContext
+from dstack_emu.deployment.context import CHAIN, ServicePorts, StackContext
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.foreign_parts import require_foreign_parts
 from dstack_emu.deployment.instrumentation import Instrumentation
+from dstack_emu.deployment.own_app import NAME as OWN_APP
 from dstack_emu.deployment.own_app import OwnApp
 from dstack_emu.deployment.policy_files import PolicyFiles
 from dstack_emu.deployment.running_kms import PERMANENT
@@ -35,7 +36,12 @@ from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.vendor_state import VendorState, validity_of_issue
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 
+if TYPE_CHECKING:
+    from dstack_emu.deployment.stack_chain import StackChain
+
 LOOPBACK: Final = "127.0.0.1"
+CHAIN_FILE: Final = "chain.jsonl"
+"""The file of the stack's own chain, in the state folder."""
 MAX_DOMAIN: Final = 189
 """The maximum length of the base domain: 253 for a name, less a label of 63 and its dot."""
 _LABEL: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -52,26 +58,29 @@ def prepare(
     _require_release(config)
     require_foreign_parts(config)
     require_chain(config)
-    services = services - {f"auth-{name}" for name in config.webhooks}
+    services = services - {f"auth-{name}" for name in config.webhooks} | ({CHAIN} if config.runs_chain else set())
     app = OwnApp.of(config)
     state = _state_folder(config.state, closing)
     remembered = _remembered(state, config)
     ports = _bind(config, services, closing)
     seed = Seed.of(config.seed)
+    instrumentation = _instrumentation(config, seed, closing)
+    chain = _chain(config, state, seed, instrumentation, closing)
     context = StackContext(
         config=config,
         state=state,
         seed=seed,
         intel=_intel(config, seed),
         image=_load_image(config, seed),
-        instrumentation=_instrumentation(config, seed, closing),
+        instrumentation=instrumentation,
         logs=logs,
         ports=ports,
         policies=PolicyFiles(
             (config.policies or state / "policies").absolute(),
             [name for name in PERMANENT if name not in config.webhooks and not config.asks_chain(name)],
         ),
-        app=app,
+        app=app if chain is None else app.with_id(chain.app_id(OWN_APP)),
+        chain=chain,
     )
     context.require_names()
     _require_bootable(context, app)
@@ -190,6 +199,20 @@ def _load_image(config: StackConfig, seed: Seed) -> OsImage:
         return load_image(folder)
     except ImageFileError as error:
         raise StackError(str(error)) from error
+
+
+def _chain(
+    config: StackConfig, state: Path, seed: Seed, instrumentation: Instrumentation, closing: AsyncExitStack
+) -> "StackChain | None":
+    """Return the stack's own chain, None if it has none; raise `StackError`."""
+    if not config.runs_chain:
+        return None
+    from dstack_emu.deployment.stack_chain import StackChain  # few stacks have a chain: the others start sooner
+
+    file = None if config.state is None else state / CHAIN_FILE
+    chain = StackChain.open(seed, release(config.release), instrumentation.clock.issue, file)
+    closing.callback(chain.close)
+    return chain
 
 
 def _instrumentation(config: StackConfig, seed: Seed, closing: AsyncExitStack) -> Instrumentation:

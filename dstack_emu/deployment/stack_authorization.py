@@ -59,6 +59,7 @@ class StackAuthorization:
             tls_url(source.url),
             self.progress,
             gateway_app_id=self._gateway_app_id,
+            chain=self.context.chain,
         )
         known = {self.kms[name].spec.service: info for name, info in measured_by(self.kms).items()}
         if advice := what_to_allow(self.kms, self.app.agent):

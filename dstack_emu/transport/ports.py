@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+CHAIN_PORT: Final = 8545
+"""The port of a chain, which upstream's webhooks ask if they are told no other."""
+
 PORTS: Final[Mapping[str, int]] = MappingProxyType(
     {
         "pccs": 8081,
@@ -25,6 +28,7 @@ PORTS: Final[Mapping[str, int]] = MappingProxyType(
         "gateway-admin": 8011,
         "ingress": 8443,
         "agent-gateway": 8093,
+        "chain": CHAIN_PORT,
     }
 )
 """The services in the order in which they are bound, and their ports."""
@@ -41,9 +45,6 @@ GRPC_PORTS: Final[Mapping[str, int]] = MappingProxyType(
     }
 )
 """The gRPC listeners, which exist only if gRPC is enabled."""
-
-CHAIN_PORT: Final = 8545
-"""The port of `dstack-emu chain`, which upstream's webhooks ask if they are told no other."""
 
 IMAGE_PORT: Final = 8089
 """The port of `dstack-emu image serve`."""

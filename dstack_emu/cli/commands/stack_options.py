@@ -72,7 +72,7 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
         type=_auth_kind,
         metavar="[NAME=]KIND",
         help="the webhook that the stack runs for the KMS src or dst, or for both: simple (auth-simple, the default) "
-        "or eth (auth-eth-bun, which asks the contract below); may be repeated",
+        "or eth (auth-eth-bun, which asks the contract below, or that of a chain of the stack's own); may be repeated",
     )
     add_eth_options(parser, with_tuning=False)
     add_kms_options(parser)

@@ -1,0 +1,169 @@
+"""The chain of a stack: an EVM with dstack's contracts, which allow the stack's KMS and its app by transactions.
+
+Its blocks have the stack's clock's time, as certificates have: they are dated from `ISSUED_AT` on until that clock is
+changed, so that a seed gives the same blocks on any day. Nothing here shows a private key.
+"""
+
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from aiohttp import web
+
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.release import Release
+from dstack_emu.chain.ask import completed, immediate_ask
+from dstack_emu.chain.contracts import Sender, creations
+from dstack_emu.chain.embedded import ChainSettings, EmbeddedChain
+from dstack_emu.chain.errors import ChainError, StoreError
+from dstack_emu.chain.policy import FIRST_APP_NONCE, ContractPolicy, PlannedAct, Planner, read_policy
+from dstack_emu.chain.quantities import checksummed
+from dstack_emu.chain.transaction import created_address
+from dstack_emu.deployment import policy_files
+from dstack_emu.deployment.clock import ISSUED_AT
+from dstack_emu.deployment.errors import StackError
+from dstack_emu.simulator.seed import Seed
+from dstack_emu.transport.errors import ConfigError
+
+T = TypeVar("T")
+
+_APPS: Final = ("app", "gateway")
+"""The trust domains whose contracts the stack deploys, in that order: their app ids are the addresses of these."""
+
+
+class StackChain:
+    """The chain of one stack. Close it."""
+
+    def __init__(self, chain: EmbeddedChain) -> None:
+        self._chain = chain
+        self._kms = chain.kms.address
+        self._ask = immediate_ask(chain.rpc)
+
+    @classmethod
+    def open(cls, seed: Seed, release: Release, clock: Callable[[], int], file: Path | None) -> "StackChain":
+        """Make it, or read it from the file that keeps it; raise `StackError`, which says what to install."""
+        settings = ChainSettings(seed.derive, clock, ISSUED_AT, release.auth_eth_revision, state=file)
+        try:
+            return cls(EmbeddedChain(settings))
+        except (ConfigError, StoreError) as error:
+            raise StackError(str(error)) from error
+
+    def close(self) -> None:
+        """Close the file that keeps it."""
+        self._chain.close()
+
+    @property
+    def chain_id(self) -> int:
+        """Its id."""
+        return self._chain.settings.chain_id
+
+    @property
+    def kms_address(self) -> str:
+        """The address of DstackKms, with its checksum."""
+        return checksummed(self._kms)
+
+    def app_id(self, name: str) -> str:
+        """Return the app id of the stack's app or gateway: the address that its contract will have, in hex."""
+        return created_address(self._kms, FIRST_APP_NONCE + _APPS.index(name)).hex()
+
+    async def deploy(self) -> None:
+        """Deploy the contracts, unless they are there; raise `StackError`."""
+        try:
+            await self._chain.deploy()
+        except ChainError as error:
+            raise StackError(f"the chain: {error}") from error
+
+    def app(self) -> web.Application:
+        """Return its JSON-RPC, with a page for health checks."""
+        app = self._chain.server.app()
+        app.router.add_get("/health", _health)
+        return app
+
+    def description(self, auth: Mapping[str, str]) -> dict[str, Any]:
+        """Return what the ready line says of it; `auth` are the kinds of webhooks by KMS."""
+        accounts = self._chain.node.accounts
+        return {
+            "chain_id": self.chain_id,
+            "contracts": {
+                "kms": self.kms_address,
+                "app_implementation": checksummed(created_address(accounts[0], 0)),
+                "owner": checksummed(accounts[0]),
+            },
+            "accounts": [checksummed(each) for each in accounts],
+            "decides_for": [name for name, kind in auth.items() if kind == "eth"],
+        }
+
+    # ---- what it allows
+
+    async def admit(
+        self,
+        measured: Iterable[Mapping[str, Any]],
+        apps: Mapping[policy_files.AppRule, str],
+        gateway_app_id: str,
+        progress: Callable[[str], None],
+    ) -> None:
+        """Send the transactions that allow KMS and apps; a chain with other transactions is kept as it is.
+
+        If an earlier run ended in the middle of them, the others are sent. Raises `StackError`.
+        """
+        infos = list(measured)
+        images = [*(info["os_image_hash"] for info in infos), *apps.values()]
+        policy = policy_files.allow(images, [info["mr_aggregated"] for info in infos], list(apps), gateway_app_id)
+        devices = {bytes.fromhex(info["device_id"]) for info in infos}
+        try:
+            planner = Planner(self._kms, self._chain.owner.address)
+            acts = planner.acts(ContractPolicy(), ContractPolicy.of_document(policy, devices))
+            sent = self._sent()
+            if sent != [(act.to, act.data) for act in acts[: len(sent)]]:
+                progress("keeping the chain as it is: there were transactions on it")
+                return
+            await self._send(acts[len(sent) :])
+        except ChainError as error:
+            raise StackError(f"the chain: {error}") from error
+
+    async def _send(self, acts: Iterable[PlannedAct]) -> None:
+        for act in acts:
+            await act.send(self._chain.owner)
+
+    def policy(self) -> dict[str, Any]:
+        """Return what the contracts allow, in auth-simple's form; raise `StackError`."""
+        return self._done(read_policy(self._ask, self._kms)).document()
+
+    def set_policy(self, policy: Mapping[str, Any], devices: Iterable[bytes]) -> list[str]:
+        """Send the transactions after which the contracts allow what a policy does; return them in words.
+
+        `devices` are those that `allowAnyDevice` of KMS stands for. Raises `StackError`; transactions before the one
+        that is refused stay.
+        """
+        try:
+            wanted = ContractPolicy.of_document(policy, devices)
+        except FormatError as error:
+            raise StackError(str(error)) from error
+        return self._done(self._change(wanted))
+
+    async def _change(self, wanted: ContractPolicy) -> list[str]:
+        owner = Sender(self._ask, self._chain.owner.address)
+        now = await read_policy(self._ask, self._kms)
+        planner = await Planner.at(self._ask, self._kms, owner.address, wanted.apps.keys() - now.apps.keys())
+        acts = planner.acts(now, wanted)
+        for act in acts:
+            await act.send(owner)
+        return [act.text for act in acts]
+
+    @staticmethod
+    def _done(work: Coroutine[Any, Any, T]) -> T:
+        try:
+            return completed(work)
+        except ChainError as error:
+            raise StackError(f"the chain: {error}") from error
+
+    def _sent(self) -> list[tuple[bytes | None, bytes]]:
+        """Return the receivers and calls of all transactions after the deployment."""
+        receipts = [receipt for block in self._chain.ledger.blocks for receipt in block.receipts]
+        revision = self._chain.settings.revision
+        deployed = 0 if revision is None else len(creations(self._chain.owner.address, 0, revision))
+        return [(receipt.transaction.to, receipt.transaction.data) for receipt in receipts[deployed:]]
+
+
+async def _health(_request: web.Request) -> web.Response:
+    return web.Response(text="ok")

@@ -1,0 +1,142 @@
+"""A stack with a chain of its own: its contracts decide, and transactions change what they decide."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from web3 import HTTPProvider, Web3
+
+from dstack_emu.chain.accounts import private_keys
+from dstack_emu.chain.artefacts import app_contract, kms_contract
+from dstack_emu.control.schemas import ControlError
+from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
+from dstack_emu.testing import LiveStack, refused
+
+BOTH = {"src": "eth", "dst": "eth"}
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[LiveStack]:
+    """One stack for all tests of this file."""
+    with LiveStack(auth=BOTH) as stack:
+        yield stack
+
+
+@pytest.fixture
+def stack(shared: LiveStack) -> Iterator[LiveStack]:
+    """The stack as it became ready."""
+    with shared.put_back():
+        yield shared
+
+
+def owner_of(stack: LiveStack) -> tuple[Web3, Any, Any]:
+    """Return a client of the chain, DstackKms, and the contract of the stack's app, as their owner uses them."""
+    described = stack.description["chain"]
+    node = Web3(HTTPProvider(stack.services["chain"]))
+    node.eth.default_account = described["contracts"]["owner"]
+    app_id = node.to_checksum_address("0x" + stack.description["app"]["app_id"])
+    kms = node.eth.contract(address=described["contracts"]["kms"], abi=kms_contract("next").abi)
+    return node, kms, node.eth.contract(address=app_id, abi=app_contract("next").abi)
+
+
+def test_app_is_allowed_by_transactions_and_its_id_is_the_address_of_its_contract(stack: LiveStack) -> None:
+    _, kms, app = owner_of(stack)
+    described = stack.description
+    assert kms.functions.registeredApps(app.address).call()
+    assert app.functions.allowedComposeHashes(bytes.fromhex(described["app"]["compose_hash"])).call()
+    for info in described["kms"].values():
+        assert kms.functions.kmsAllowedAggregatedMrs(bytes.fromhex(info["mr_aggregated"])).call()
+        assert kms.functions.kmsAllowedDeviceIds(bytes.fromhex(info["device_id"])).call()
+        assert kms.functions.allowedOsImages(bytes.fromhex(info["os_image_hash"])).call()
+    assert described["policies"] == described["webhooks"] == {}
+    assert described["chain"]["decides_for"] == ["src", "dst"]
+    stack.boot()
+
+
+def test_revocation_by_a_transaction_is_heeded_at_once(stack: LiveStack) -> None:
+    _, _, app = owner_of(stack)
+    compose_hash = bytes.fromhex(stack.description["app"]["compose_hash"])
+    app.functions.removeComposeHash(compose_hash).transact()
+    with refused("Boot denied: Compose hash not allowed"):
+        stack.boot()
+    app.functions.addComposeHash(compose_hash).transact()
+    stack.boot()
+
+
+def test_policy_acts_of_the_control_api_are_transactions(stack: LiveStack) -> None:
+    node, kms, app = owner_of(stack)
+    before = node.eth.block_number
+    policy = stack.policy("src")
+    policy.deny("app")
+    assert (node.eth.block_number, kms.functions.registeredApps(app.address).call()) == (before + 1, True)
+    with refused("Compose hash not allowed"):
+        stack.boot()
+    policy.allow("app")
+    stack.boot()
+    policy.deny("kms-src")
+    with refused("Aggregated MR not allowed"):
+        stack.boot()
+    assert "0x" + stack.description["kms"]["src"]["mr_aggregated"] not in policy.content["kms"]["mrAggregated"]
+
+
+def test_policy_in_the_form_of_auth_simple_says_what_the_contracts_allow(stack: LiveStack) -> None:
+    described = stack.description
+    content = stack.policy("dst").content
+    assert content["osImages"] == ["0x" + described["kms"]["src"]["os_image_hash"]]
+    assert content["apps"] == {
+        "0x" + described["app"]["app_id"]: {
+            "composeHashes": ["0x" + described["app"]["compose_hash"]],
+            "devices": [],
+            "allowAnyDevice": True,
+        }
+    }
+    with pytest.raises(ControlError, match="on the stack's chain, not by a file"):
+        stack.control.check_policy("src", "{}")
+
+
+def test_app_whose_id_is_no_contract_is_refused_with_the_id_that_would_be_one(stack: LiveStack) -> None:
+    stack.trust_domain("wallet", app_id="11" * 20)
+    with pytest.raises(ControlError, match=r"the app id 0x1{40} is no contract on this chain.*Give the app that id"):
+        stack.policy("src").allow("wallet")
+
+
+def test_same_seed_gives_the_same_chain(stack: LiveStack) -> None:
+    node, _, _ = owner_of(stack)
+    with LiveStack(auth={"src": "eth"}) as other:
+        there, kms, _ = owner_of(other)
+        assert kms.address == stack.description["chain"]["contracts"]["kms"]
+        assert there.eth.get_block(3)["hash"] == node.eth.get_block(3)["hash"]
+        assert list(other.description["policies"]) == ["dst"]
+        other.boot()
+
+
+def test_state_folder_keeps_the_chain_and_what_was_revoked(tmp_path: Path) -> None:
+    with LiveStack(auth=BOTH, state=tmp_path) as stack:
+        stack.policy("src").deny("app")
+        block = owner_of(stack)[0].eth.get_block("latest")
+    with LiveStack(auth=BOTH, state=tmp_path) as stack:
+        assert owner_of(stack)[0].eth.get_block("latest")["hash"] == block["hash"]
+        with refused("Compose hash not allowed"):
+            stack.boot()
+    text = json.dumps(stack_files(tmp_path))
+    assert not [key for key in private_keys(Seed.of(DEFAULT_SEED).derive) if key.hex() in text]
+
+
+def stack_files(folder: Path) -> list[str]:
+    return [path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()]
+
+
+def test_fresh_stack_allows_nothing_and_the_first_app_that_is_deployed_is_its_own() -> None:
+    with LiveStack(auth=BOTH, fresh=True) as stack:
+        _, kms, app = owner_of(stack)
+        content = stack.policy("src").content
+        assert (content["osImages"], content["kms"]["mrAggregated"], content["apps"]) == ([], [], {})
+        assert not kms.functions.registeredApps(app.address).call()
+        with refused("OS image is not allowed"):
+            stack.kms("src").bootstrap()
+        stack.policy("src").allow("kms-src", "app")
+        stack.kms("src").bootstrap()
+        assert kms.functions.registeredApps(app.address).call()
+        stack.boot()
