@@ -148,6 +148,8 @@ def test_token_is_typed_once_and_is_in_no_address(browser: Browser, tab: Tab, tm
         tab.open(f"{stack.services['control']}/console/")
         tab.see("This stack demands a token", "dialog[open]")
         assert tab.unnamed() == []
+        tab.press("Escape", "Escape", "Escape")
+        tab.wait("document.activeElement.id === 'token'")
         tab.write("another")
         tab.press("Enter")
         tab.see("The stack has another token.", "dialog[open]")

@@ -111,6 +111,11 @@ async def test_trace_shows_one_call_as_text_and_as_a_picture(running: Stack, con
     assert "kms-src → auth-src /bootAuth/app  denied: app not registered" in text
     picture = (await asyncio.to_thread(run_command, *ctl, "--svg")).stdout
     assert ElementTree.fromstring(picture).get("role") == "img"
+    lines = (await asyncio.to_thread(run_command, *ctl, "--mermaid")).stdout.decode().splitlines()
+    assert lines[0] == "sequenceDiagram"
+    assert [line.split()[-1] for line in lines if "participant" in line][:4] == ["stack", "app", "kms-src", "auth-src"]
+    assert "  p2->>p3: /bootAuth/app" in lines
+    assert any(line.startswith("  p3--xp2: denied: app not registered [app_registered]") for line in lines)
     done = await asyncio.to_thread(run_command, *ctl[:-1], "999999")
     assert (done.returncode, b"there is no record" in done.stderr) == (1, True)
 

@@ -83,7 +83,11 @@ def _add_observation(command: _AddCommand) -> None:
 
     trace = command("trace", "show one call with the calls that it caused, or draw it as a picture", calls.trace)
     trace.add_argument("id", metavar="ID", help="the number of the call, as `tail` shows it")
-    trace.add_argument("--svg", action="store_true", help="a sequence diagram (SVG), which loads nothing")
+    pictures = trace.add_mutually_exclusive_group()
+    pictures.add_argument("--svg", action="store_true", help="a sequence diagram (SVG), which loads nothing")
+    pictures.add_argument(
+        "--mermaid", action="store_true", help="the same in Mermaid, for texts such as a pull request's"
+    )
 
     journal = command("journal", "show the calls that match (JSON), count them, or remove all", calls.journal)
     journal.add_argument("verb", nargs="?", choices=("find", "count", "clear"), default="find")

@@ -20,6 +20,7 @@ from dstack_emu.cli.commands.common import UsageError, say
 from dstack_emu.cli.commands.control_client import Api, ControlRefusedError
 from dstack_emu.cli.commands.policy_subject import subject
 from dstack_emu.deployment.environment import environment
+from dstack_emu.observability.mermaid import mermaid
 from dstack_emu.observability.record_text import texts
 from dstack_emu.observability.sequence_diagram import sequence_diagram, svg
 
@@ -81,10 +82,12 @@ def tail(api: Api, arguments: argparse.Namespace) -> None:
 def trace(api: Api, arguments: argparse.Namespace) -> str:
     """Return one record as text or as a picture."""
     record = api.get(f"/journal/{urllib.parse.quote(arguments.id, safe='')}")
-    if arguments.svg and "call" not in record:
-        raise UsageError(f"ctl trace --svg: record {arguments.id} is a verification: the call around it expected")
+    if (arguments.svg or arguments.mermaid) and "call" not in record:
+        raise UsageError(f"ctl trace: record {arguments.id} is a verification: the call around it expected")
     if arguments.svg:
         return svg(sequence_diagram(record)).rstrip()
+    if arguments.mermaid:
+        return "\n".join(mermaid(record))
     return "\n".join(texts([record], colours=False))
 
 

@@ -74,9 +74,9 @@ async function askForToken() {
   const dialog = document.getElementById("login"), field = document.getElementById("token");
   const problem = document.getElementById("login-problem"), form = dialog.querySelector("form");
   problem.textContent = sessionStorage.getItem(KEY) === null ? "" : "The stack takes this token no more.";
-  const keepOpen = (event) => event.preventDefault();
-  dialog.addEventListener("cancel", keepOpen);
-  dialog.showModal();
+  const open = () => dialog.showModal();  // again, if it is closed by the keyboard: nothing can be shown without a token
+  dialog.addEventListener("close", open);
+  open();
   try {
     for (;;) {
       await new Promise((resolve) => form.addEventListener("submit", (event) => {
@@ -95,7 +95,7 @@ async function askForToken() {
     }
   } finally {
     field.value = "";
-    dialog.removeEventListener("cancel", keepOpen);
+    dialog.removeEventListener("close", open);
     dialog.close();
   }
 }

@@ -18,8 +18,16 @@ const PAGES = {
 let leave = () => {};
 let shown = 0;
 
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {  // a person may have typed it
+    return text;
+  }
+}
+
 function chosen() {
-  const [name, ...rest] = location.hash.replace(/^#\/?/, "").split("/").map(decodeURIComponent);
+  const [name, ...rest] = location.hash.replace(/^#\/?/, "").split("/").map(decoded);
   return Object.hasOwn(PAGES, name) ? [name, rest] : ["stack", []];
 }
 
