@@ -140,3 +140,31 @@ def test_fresh_stack_allows_nothing_and_the_first_app_that_is_deployed_is_its_ow
         stack.kms("src").bootstrap()
         assert kms.functions.registeredApps(app.address).call()
         stack.boot()
+
+
+def test_revert_and_a_saved_state_take_the_chain_along(stack: LiveStack) -> None:
+    node, _, app = owner_of(stack)
+    allowed = stack.policy("src").content
+    head = node.eth.get_block("latest")["hash"]
+    stack.snapshot("allowed")
+    stack.policy("src").deny("app")
+    denied = stack.control.save()
+    stack.revert("allowed")
+    assert node.eth.get_block("latest")["hash"] == head
+    assert stack.policy("src").content == allowed
+    stack.boot()
+    stack.control.load(json.loads(json.dumps(denied)))
+    with refused("Compose hash not allowed"):
+        stack.boot()
+    stack.reset()
+    assert app.functions.allowedComposeHashes(bytes.fromhex(stack.description["app"]["compose_hash"])).call()
+    assert not [key for key in private_keys(Seed.of(DEFAULT_SEED).derive) if key.hex() in json.dumps(denied)]
+
+
+def test_state_of_a_stack_without_the_chain_is_refused(stack: LiveStack) -> None:
+    state = stack.control.save()
+    with pytest.raises(ControlError, match="with no chain of its own: start this one without --auth eth"):
+        stack.control.load({**state, "chain": None})
+    bad = [*state["chain"], {"timestamp": 5, "raw": "0x"}]
+    with pytest.raises(ControlError, match="the state cannot be restored: the chain: "):
+        stack.control.load({**state, "chain": bad})

@@ -105,13 +105,13 @@ class Kept:
         self._file.seek(0)
         for number, line in enumerate(self._file.read().splitlines()[1:], 2):
             try:
-                yield _act(json.loads(line))
+                yield parse_act(json.loads(line))
             except (ValueError, KeyError, TypeError, ChainError) as error:
                 raise StoreError(f"{self._path}: line {number}: an act expected: {error}; remove the file") from error
 
     def add(self, act: Act) -> None:
         """Append an act; raise `StoreError`."""
-        line, before = json.dumps(_written(act)).encode() + b"\n", self.size()
+        line, before = json.dumps(act_document(act)).encode() + b"\n", self.size()
         try:
             written = self._file.write(line)
         except OSError as error:
@@ -153,7 +153,7 @@ class Kept:
             )
 
 
-def _written(act: Act) -> dict[str, Any]:
+def act_document(act: Act) -> dict[str, Any]:
     """Return an act in JSON."""
     match act:
         case Balance(address, balance):
@@ -169,7 +169,8 @@ def _written_transaction(transaction: Transaction) -> dict[str, Any]:
     return made if not transaction.is_impersonated else {**made, "sender": transaction.sender.hex()}
 
 
-def _act(value: dict[str, Any]) -> Act:
+def parse_act(value: dict[str, Any]) -> Act:
+    """Read what `act_document` returned; raise `ValueError`, `KeyError`, `TypeError` or `ChainError` for another."""
     if "balance" in value:
         return Balance(bytes.fromhex(value["address"]), int(value["balance"]))
     if "ahead" in value:

@@ -4,11 +4,10 @@ Each transaction is mined at once, alone in its block. What changes the chain is
 and the same acts in the same order give the same chain.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from dstack_emu.attest.keccak import keccak
 from dstack_emu.chain.acts import Act, Ahead, Balance, Mined, Record
 from dstack_emu.chain.block import BASE_FEE, COINBASE, EMPTY_ROOT, GAS_LIMIT, Block, Receipt
 from dstack_emu.chain.engine import Account, Engine, Message, Outcome, Surroundings
@@ -19,8 +18,9 @@ from dstack_emu.chain.errors import (
     StoreError,
     UnknownStateError,
 )
+from dstack_emu.chain.mining import hashed, message_of, receipt_of
 from dstack_emu.chain.revert import revert_message
-from dstack_emu.chain.transaction import Transaction, created_address
+from dstack_emu.chain.transaction import Transaction
 
 ANCESTORS: Final = 256
 GAS_OF_A_TRANSFER: Final = 21_000
@@ -43,6 +43,7 @@ class _Snapshot:
     root: bytes
     ahead: int
     recorded: int
+    acts: int
 
 
 class Ledger:
@@ -60,15 +61,18 @@ class Ledger:
         self._clock, self._record = clock, record
         self._snapshots: dict[int, _Snapshot] = {}
         self._last_snapshot = 0
+        self._done: list[tuple[Act, _Snapshot]] = []  # each act, and what was before it
         root = engine.genesis(genesis.balances)
-        first = _hashed(Block(0, bytes(32), genesis.timestamp, root, (), EMPTY_ROOT, EMPTY_ROOT))
+        first = hashed(Block(0, bytes(32), genesis.timestamp, root, (), EMPTY_ROOT, EMPTY_ROOT))
         self.blocks = [first]
         self.root = root
         self._numbers = {first.hash: 0}
         self._mined: dict[bytes, int] = {}
         try:
             for act in record.acts():
+                before = self._present()
                 self._apply(act)
+                self._done.append((act, before))
         except InvalidTransactionError as error:
             raise StoreError(f"the kept state does not fit this chain: {error}; remove it") from error
 
@@ -161,13 +165,11 @@ class Ledger:
 
     def set_balance(self, address: bytes, balance: int) -> None:
         """Set the balance of an account in wei, without a block."""
-        self._record.add(Balance(address, balance))
-        self._apply(Balance(address, balance))
+        self._do(Balance(address, balance))
 
     def move_time(self, seconds: int) -> int:
         """Let the time of blocks be further ahead of the clock; return by how many seconds it now is."""
-        self._record.add(Ahead(self.ahead + seconds))
-        self.ahead += seconds
+        self._do(Ahead(self.ahead + seconds))
         return self.ahead
 
     def set_time(self, moment: int) -> int:
@@ -179,8 +181,7 @@ class Ledger:
     def snapshot(self) -> int:
         """Keep the present state; return the number of the snapshot."""
         self._last_snapshot += 1
-        kept = _Snapshot(len(self.blocks), self.root, self.ahead, self._record.size())
-        self._snapshots[self._last_snapshot] = kept
+        self._snapshots[self._last_snapshot] = self._present()
         return self._last_snapshot
 
     def revert(self, number: int) -> bool:
@@ -188,17 +189,60 @@ class Ledger:
         kept = self._snapshots.get(number)
         if kept is None:
             return False
+        self._return_to(kept)
+        self._snapshots = {each: value for each, value in self._snapshots.items() if each < number}
+        return True
+
+    def capture(self) -> tuple[Act, ...]:
+        """Return the acts that have made the chain what it is."""
+        return tuple(act for act, _ in self._done)
+
+    def restore(self, acts: Sequence[Act]) -> None:
+        """Make the chain what these acts make of it; raise `InvalidTransactionError` for those of another chain.
+
+        The acts that have been done at the beginning are not done again.
+        """
+        same = 0
+        while same < min(len(acts), len(self._done)) and acts[same] == self._done[same][0]:
+            same += 1
+        if same < len(self._done):
+            self._return_to(self._done[same][1])
+        for act in acts[same:]:
+            self._do(act)
+
+    def reorganise(self, count: int) -> None:
+        """Replace the last blocks by as many empty ones, which are a second later; raise `UnknownStateError`.
+
+        Their transactions are gone: nobody mines them again.
+        """
+        first = self.block(self.head.number - count + 1)
+        times = [block.timestamp + 1 for block in self.blocks[first.number :]]
+        self._return_to(next(before for _, before in reversed(self._done) if before.blocks <= first.number))
+        for moment in times:
+            self._do(Mined(moment, None))
+
+    # -- how it is done
+
+    def _present(self) -> _Snapshot:
+        return _Snapshot(len(self.blocks), self.root, self.ahead, self._record.size(), len(self._done))
+
+    def _do(self, act: Act) -> None:
+        """Do an act, and record it."""
+        before = self._present()
+        self._apply(act)
+        self._record.add(act)
+        self._done.append((act, before))
+
+    def _return_to(self, kept: _Snapshot) -> None:
         self._record.truncate(kept.recorded)
+        del self._done[kept.acts :]
         for block in self.blocks[kept.blocks :]:
             del self._numbers[block.hash]
             for receipt in block.receipts:
                 del self._mined[receipt.transaction.hash]
         del self.blocks[kept.blocks :]
         self.root, self.ahead, self.next_timestamp = kept.root, kept.ahead, None
-        self._snapshots = {each: value for each, value in self._snapshots.items() if each < number}
-        return True
-
-    # -- how it is done
+        self._snapshots = {each: value for each, value in self._snapshots.items() if value.acts <= kept.acts}
 
     def _next_time(self) -> int:
         if self.next_timestamp is None:
@@ -221,8 +265,10 @@ class Ledger:
             )
 
     def _commit(self, act: Mined) -> Block:
+        before = self._present()
         block, root = self._executed(act)
         self._record.add(act)
+        self._done.append((act, before))
         self._append(block, root)
         for notify in self.on_block:
             notify(block)
@@ -243,10 +289,10 @@ class Ledger:
         number, parent = self.head.number + 1, self.head.hash
         empty = Block(number, parent, act.timestamp, self.root, (), EMPTY_ROOT, EMPTY_ROOT)
         if act.transaction is None:
-            return _hashed(empty), self.root
+            return hashed(empty), self.root
         transaction = act.transaction
-        outcome = self.engine.execute(self.root, self._around(empty), _message(transaction))
-        receipt = _receipt(transaction, outcome)
+        outcome = self.engine.execute(self.root, self._around(empty), message_of(transaction))
+        receipt = receipt_of(transaction, outcome)
         block = replace(
             empty,
             root=outcome.root,
@@ -254,7 +300,7 @@ class Ledger:
             transactions_root=self.engine.list_root([transaction.raw]),
             receipts_root=self.engine.list_root([receipt.encoded()]),
         )
-        return _hashed(block), outcome.root
+        return hashed(block), outcome.root
 
     def _append(self, block: Block, root: bytes) -> None:
         self.blocks.append(block)
@@ -278,31 +324,6 @@ class Ledger:
             block.randomness,
             ancestors,
         )
-
-
-def _message(transaction: Transaction) -> Message:
-    return Message(
-        transaction.sender,
-        transaction.to,
-        transaction.data,
-        transaction.gas,
-        transaction.value,
-        transaction.nonce,
-        transaction.max_fee,
-        transaction.max_priority_fee,
-        transaction.access_list,
-    )
-
-
-def _receipt(transaction: Transaction, outcome: Outcome) -> Receipt:
-    price = min(transaction.max_fee, BASE_FEE + transaction.max_priority_fee)
-    created = created_address(transaction.sender, transaction.nonce) if transaction.to is None else None
-    return Receipt(transaction, outcome.failure is None, outcome.gas_used, price, outcome.logs, created)
-
-
-def _hashed(block: Block) -> Block:
-    header = block.header()
-    return replace(block, hash=keccak(header), size=len(header))
 
 
 def _succeeds(outcome: Callable[[int], Outcome], gas: int) -> bool:

@@ -6,8 +6,8 @@ Source: jsonrpc.org/specification; geth's and anvil's numbers for what a call fa
 import json
 import logging
 import threading
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
 
 from dstack_emu.chain.errors import (
     ChainError,
@@ -21,6 +21,8 @@ from dstack_emu.chain.errors import (
 )
 from dstack_emu.chain.node import Method
 from dstack_emu.chain.quantities import Params, data
+
+T = TypeVar("T")
 
 MAX_BATCH: Final = 1_000
 """Requests in one batch."""
@@ -90,8 +92,12 @@ class Rpc:
         found = self._methods.get(method)
         if found is None:
             raise UnknownMethodError(f"Method not found: the method {method[:80]} does not exist or is not available")
+        return self.exclusively(lambda: found(Params.of(params)))
+
+    def exclusively(self, work: Callable[[], T]) -> T:
+        """Do something while no method runs."""
         with self._turn:
-            return found(Params.of(params))
+            return work()
 
 
 def failure(identity: object, code: int, message: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 It consists of the states of the parts (`deployment.state`): the policy files, the vendor's state, the clock, faults,
 each trust domain's log and keys, each KMS's phase and folder, the machines of the VMM, what the gateway has
-registered, and the positions of every
+registered, the transactions of the stack's own chain, and the positions of every
 random stream and of the journal. It does not contain what the seed determines, ports, or connections. Capturing and
 restoring both empty the caches of collateral, so that the requests that follow are the same.
 
@@ -54,6 +54,7 @@ class StackState(StateModel):
     machines: FleetState | None = None
     gateway: GatewayState | None = None
     txt_records: dict[str, str] = Field(default_factory=dict)
+    chain: tuple[dict[str, Any], ...] | None = None
 
     @classmethod
     def read(cls, document: Any) -> Self:
@@ -88,6 +89,7 @@ def capture_state(deployment: Deployment) -> StackState:
         journal=instrumentation.journal.capture(),
         machines=None if deployment.machines is None else deployment.machines.capture(),
         gateway=None if deployment.gateway is None else deployment.gateway.capture(),
+        chain=None if context.chain is None else context.chain.capture(),
         txt_records={} if deployment.gateway is None else dict(deployment.gateway.txt_records),
     )
     instrumentation.clear_caches()
@@ -108,6 +110,8 @@ async def apply_state(deployment: Deployment, state: StackState) -> None:
     for name, kms_state in state.kms.items():
         if (running := deployment.kms.get(name)) is not None:
             await running.require_restorable(kms_state)
+    if context.chain is not None:
+        context.chain.read_state(state.chain or ())
     journal = instrumentation.journal
     enabled, journal.enabled = journal.enabled, False  # the calls of restoring are not recorded
     try:
@@ -116,6 +120,8 @@ async def apply_state(deployment: Deployment, state: StackState) -> None:
         await _apply_parts(deployment, state)
         context.intel.restore(IntelState(state.vendor, state.platforms))
         context.policies.restore(state.policies)
+        if context.chain is not None:
+            context.chain.restore(state.chain or ())
         for name, kms_state in state.kms.items():
             await deployment.kms[name].restore(kms_state)
         for name, guest_state in state.guests.items():
@@ -162,6 +168,9 @@ def _require_whole(deployment: Deployment, state: StackState) -> None:
         has, option = ("a", "with") if GATEWAY in state.guests else ("no", "without")
         raise ControlError(f"the state is of a stack with {has} gateway: start this one {option} --gateway")
     chain_of = deployment.context.chain_of
+    if (state.chain is None) != (deployment.context.chain is None):
+        has, option = ("no", "without") if state.chain is None else ("a", "with")
+        raise ControlError(f"the state is of a stack with {has} chain of its own: start this one {option} --auth eth")
     policies = {name for name, kms in state.kms.items() if kms.spec.webhook == "own" and chain_of(name) is None}
     if state.policies.keys() != policies:
         raise ControlError(f"state: policies: {', '.join(sorted(policies))} expected")

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.release import Release
+from dstack_emu.chain.acts import Act, act_document, parse_act
 from dstack_emu.chain.ask import completed, immediate_ask
 from dstack_emu.chain.contracts import Sender, creations
 from dstack_emu.chain.embedded import ChainSettings, EmbeddedChain
@@ -156,6 +157,29 @@ class StackChain:
             return completed(work)
         except ChainError as error:
             raise StackError(f"the chain: {error}") from error
+
+    # ---- state
+
+    def capture(self) -> tuple[dict[str, Any], ...]:
+        """Return what has made the chain what it is, as JSON."""
+        acts = self._chain.rpc.exclusively(self._chain.ledger.capture)
+        return tuple(map(act_document, acts))
+
+    def restore(self, state: Iterable[dict[str, Any]]) -> None:
+        """Make the chain what it was; raise `StackError` for a state of another chain."""
+        acts = self.read_state(state)
+        try:
+            self._chain.rpc.exclusively(lambda: self._chain.ledger.restore(acts))
+        except ChainError as error:
+            raise StackError(f"the chain: {error}") from error
+
+    @staticmethod
+    def read_state(state: Iterable[dict[str, Any]]) -> list[Act]:
+        """Read what `capture` returned; raise `StackError` for something else."""
+        try:
+            return [parse_act(each) for each in state]
+        except (ValueError, KeyError, TypeError, ChainError) as error:
+            raise StackError(f"the chain: an act expected: {error}") from error
 
     def _sent(self) -> list[tuple[bytes | None, bytes]]:
         """Return the receivers and calls of all transactions after the deployment."""
