@@ -229,6 +229,8 @@ def test_calls_are_found_by_service_rpc_outcome_and_app(stack: RunningStack, tab
     open_page(tab, stack, "calls")
     tab.see("GetQuote", ".windowed")
     app = stack.description["app"]["app_id"]
+    tab.wait("document.getElementById('filter-service').options.length > 3")
+    assert tab.run("document.getElementById('filter-service').value") == ""  # names that are offered choose nothing
     for field, value, found in (
         ("call", "getquote", {"GetQuote"}),
         ("outcome", "refused", {"GetQuote"}),

@@ -62,7 +62,12 @@ export async function show(content, [chosen]) {
     if (names.join() === offered) return;
     offered = names.join();
     const {service} = filter.fields, value = service.value;
-    service.replaceChildren(...choice(["", ...names], value).children);
+    // The present choice stays, also while its list is open: options are only added, in their places.
+    for (const name of names) {
+      const after = [...service.options].find((option) => option.value > name) ?? null;
+      if (![...service.options].some((option) => option.value === name)) service.insertBefore(make("option", {value: name}, name), after);
+    }
+    service.value = value;
   }
 
   async function open(id, focus) {
