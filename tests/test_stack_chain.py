@@ -1,6 +1,8 @@
 """A stack with a chain of its own: its contracts decide, and transactions change what they decide."""
 
+import asyncio
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,19 @@ from typing import Any
 import pytest
 from web3 import HTTPProvider, Web3
 
+from dstack_emu import Stack
 from dstack_emu.chain.accounts import private_keys
 from dstack_emu.chain.artefacts import app_contract, kms_contract
 from dstack_emu.control.schemas import ControlError
+from dstack_emu.deployment.clock import wall_clock
+from dstack_emu.runbook.cases import run_cases
+from dstack_emu.runbook.kms_client import PrpcKmsClient
+from dstack_emu.runbook.runner import RunbookRun
+from dstack_emu.runbook.target import Target
+from dstack_emu.runbook.transcript import Transcript
 from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
 from dstack_emu.testing import LiveStack, refused
+from dstack_emu.transport.secrets import Secrets
 
 BOTH = {"src": "eth", "dst": "eth"}
 
@@ -128,7 +138,7 @@ def stack_files(folder: Path) -> list[str]:
     return [path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()]
 
 
-def test_fresh_stack_allows_nothing_and_the_first_app_that_is_deployed_is_its_own() -> None:
+def test_fresh_stack_allows_nothing_and_passes_the_runbook_by_transactions() -> None:
     with LiveStack(auth=BOTH, fresh=True) as stack:
         _, kms, app = owner_of(stack)
         content = stack.policy("src").content
@@ -136,10 +146,30 @@ def test_fresh_stack_allows_nothing_and_the_first_app_that_is_deployed_is_its_ow
         assert not kms.functions.registeredApps(app.address).call()
         with refused("OS image is not allowed"):
             stack.kms("src").bootstrap()
-        stack.policy("src").allow("kms-src", "app")
-        stack.kms("src").bootstrap()
+        transcript = asyncio.run(performed(stack))
+        assert transcript.ok
+        (sent,) = (text for name, text in transcript.files.items() if "4.02-auth-src-allow-both-and-app" in name)
+        assert [each.partition("(")[0] for each in json.loads(sent)["transactions"]] == ["deployAndRegisterApp"]
         assert kms.functions.registeredApps(app.address).call()
-        stack.boot()
+        written = json.dumps([transcript.files, transcript.to_json(), stack.in_thread(everything_told)])
+    assert not [key for key in private_keys(Seed.of(DEFAULT_SEED).derive) if key.hex() in written]
+
+
+def everything_told(stack: Stack) -> list[Any]:
+    """Return the journal, the logs and the description of a stack."""
+    logs = {name: stack.log_lines(name, logging.DEBUG) for name in stack.services}
+    return [stack.control.journal.records(), logs, stack.description()]
+
+
+async def performed(stack: LiveStack) -> Transcript:
+    """Perform the runbook on a fresh stack, from its description alone."""
+    transcript = Transcript(lambda *_: None, lambda *_: None, Secrets())
+    description = stack.description
+    target = Target.of(description, "the stack", Path(description["state"]))
+    entropy = Seed.of("tests").stream("client")
+    async with RunbookRun(target, PrpcKmsClient(""), transcript, entropy=entropy, clock=wall_clock, patience=60) as run:
+        await run_cases(run)
+    return transcript
 
 
 def test_revert_and_a_saved_state_take_the_chain_along(stack: LiveStack) -> None:

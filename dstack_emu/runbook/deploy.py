@@ -19,7 +19,7 @@ from dstack_emu.attest.proto import vmm_pb2 as pb
 from dstack_emu.deployment.guest_network import HOST_IN_GUEST, LOOPBACK
 from dstack_emu.deployment.kms_toml import toml_text
 from dstack_emu.kms_emu.cert_dir import TMP_CA_CERT
-from dstack_emu.runbook.runner import RunbookError
+from dstack_emu.runbook.errors import RunbookError
 from dstack_emu.transport.client import PrpcClient, RpcError, TransportError
 from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.listen import bind_tcp

@@ -8,18 +8,21 @@ import contextlib
 import time
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from dstack_emu.attest.app_info import decode_app_info
 from dstack_emu.attest.attestation import Attestation, decode
 from dstack_emu.attest.errors import VerificationError
 from dstack_emu.attest.eventlog import require_unambiguous
 from dstack_emu.attest.verify import VerifiedAttestation
+from dstack_emu.chain.errors import ChainError
 from dstack_emu.deployment import policy_files
 from dstack_emu.kms_emu.agent_client import GuestAgentClient
 from dstack_emu.kms_emu.onboarding import ZERO_REPORT_DATA
 from dstack_emu.runbook.attested_client import AttestedClient
+from dstack_emu.runbook.errors import RunbookError
 from dstack_emu.runbook.kms_client import KmsAnswer, KmsClient
 from dstack_emu.runbook.target import Target
 from dstack_emu.runbook.transcript import Expected, Transcript, answers, arguments_of, redacted, says, short, summary_of
@@ -28,6 +31,9 @@ from dstack_emu.transport.pccs_client import AttestationVerifier, Clock, PccsCli
 from dstack_emu.transport.ratls import AttestedServer
 from dstack_emu.transport.tls import Identity
 from dstack_emu.transport.urls import shown_url
+
+if TYPE_CHECKING:
+    from dstack_emu.runbook.contracts import ContractsOfTarget
 
 PAUSE: Final = 0.2
 """Seconds between two calls to a KMS that does not answer yet."""
@@ -53,10 +59,6 @@ HEALTHY: Final = Expected(
 """auth-simple's answer at `/`; this emulator adds `configError` if the policy cannot be read."""
 
 
-class RunbookError(Exception):
-    """The runbook cannot be run here; the text says why."""
-
-
 class BlockedError(Exception):
     """The rest of a case cannot be checked; the text says what is missing."""
 
@@ -80,6 +82,7 @@ class RunbookRun:
         self._entropy, self._clock, self._patience = entropy, clock, patience
         self._exit = AsyncExitStack()
         self._policies_before: dict[str, bytes | None] = {}
+        self._contracts: ContractsOfTarget | None = None
         self.measured: dict[str, dict[str, Any]] = {}
         self.bootstrap: KmsAnswer | None = None
         self.onboarded: KmsAnswer | None = None
@@ -94,6 +97,11 @@ class RunbookRun:
         self.agent = GuestAgentClient(target.app) if target.app else None
         if self.agent is not None:
             self._exit.push_async_callback(self.agent.close)
+        if target.chain is not None:
+            from dstack_emu.runbook.contracts import ContractsOfTarget  # few targets have a chain
+
+            self._contracts = ContractsOfTarget(target.chain)
+            self._exit.push_async_callback(self._contracts.close)
         self.verifier: AttestationVerifier | None = None
         if target.pccs is not None:
             pccs = PccsClient(target.pccs)
@@ -106,6 +114,9 @@ class RunbookRun:
     ) -> None:
         if kind is not None:
             self._restore_policies()
+            if self._contracts is not None:
+                with contextlib.suppress(ChainError):
+                    await self._contracts.restore()
         await self._exit.aclose()
 
     # ---- actions
@@ -177,25 +188,39 @@ class RunbookRun:
         self.transcript.record(request, summary_of(shown), expected.text_with(answer.success), expected.holds(answer))
 
     async def apply_policy(self, side: str, name: str, policy: dict[str, Any]) -> None:
-        """Replace the policy of one side and check that its webhook can read it.
+        """Replace the policy of one side, a file or what contracts allow, and check that its webhook can read it.
 
-        Raises `RunbookError` if the file cannot be written.
+        Raises `RunbookError` if the file cannot be written, or a contract refuses. A contract is that of both sides.
         """
         path = self.target.kms[side].policy
+        if path is None:
+            await self._apply_on_chain(side, name, policy)
+        else:
+            self._write_policy(side, path, policy)
+            self.transcript.keep("policies", f"auth-{side}-{name}", policy)
+        await self.get(f"auth-{side}/ with the policy {name} in place", f"{self.target.kms[side].auth}/", HEALTHY)
+
+    async def _apply_on_chain(self, side: str, name: str, policy: dict[str, Any]) -> None:
+        if self._contracts is None:
+            raise RunbookError(f"the target names neither a policy of auth-{side} nor a chain")
+        devices = [str(info["device_id"]) for info in self.measured.values()]
+        sent = await self._contracts.apply(policy, devices)
+        self.transcript.keep("policies", f"auth-{side}-{name}", {"policy": policy, "transactions": sent})
+
+    def _write_policy(self, side: str, path: Path, policy: dict[str, Any]) -> None:
         try:
             if side not in self._policies_before:
                 self._policies_before[side] = path.read_bytes() if path.exists() else None
             policy_files.write(path, policy)
         except OSError as error:
             raise RunbookError(f"the policy of auth-{side} cannot be written: {path}: {error.strerror}") from error
-        self.transcript.keep("policies", f"auth-{side}-{name}", policy)
-        await self.get(f"auth-{side}/ with the policy {name} in place", f"{self.target.kms[side].auth}/", HEALTHY)
 
     def _restore_policies(self) -> None:
         for side, before in self._policies_before.items():
-            if before is not None:
+            path = self.target.kms[side].policy
+            if before is not None and path is not None:
                 with contextlib.suppress(OSError):
-                    policy_files.replace(self.target.kms[side].policy, before)
+                    policy_files.replace(path, before)
 
     def allow(self, *sides: str, app: bool = False) -> dict[str, Any]:
         """Return a policy that allows these KMS by their measurements, and the app if there is one and `app` is set."""

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from dstack_emu.attest.certificate import load_pem
 from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.eth_address import decode_address
 from dstack_emu.attest.release import Release, release
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.transport.urls import is_http_url
@@ -43,12 +44,24 @@ def _known_release(name: str) -> str:
 
 
 Url = Annotated[str, AfterValidator(_http)]
+
+
+def _address(text: str) -> str:
+    try:
+        decode_address(text)
+    except FormatError as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+EthAddress = Annotated[str, AfterValidator(_address)]
 ReleaseName = Annotated[str, AfterValidator(_known_release)]
 
 
 class _Services(BaseModel):
     auth_src: Url = Field(alias="auth-src")
     auth_dst: Url = Field(alias="auth-dst")
+    chain: Url | None = None
     kms_src: Url = Field(alias="kms-src")
     kms_dst: Url = Field(alias="kms-dst")
     pccs: Url | None = None
@@ -57,8 +70,18 @@ class _Services(BaseModel):
 
 
 class _Sides(BaseModel):
-    src: Path
-    dst: Path
+    src: Path | None = None
+    dst: Path | None = None
+
+
+class _Contracts(BaseModel):
+    kms: EthAddress
+    owner: EthAddress
+
+
+class _Chain(BaseModel):
+    contracts: _Contracts
+    decides_for: list[str]
 
 
 class _Runtime(BaseModel):
@@ -76,19 +99,30 @@ class _Description(BaseModel):
     source_url: Url | None = None
     release: ReleaseName | None = None
     grpc: dict[str, str] = {}
+    chain: _Chain | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TargetChain:
+    """The chain of a target: its JSON-RPC, and the addresses of DstackKms and of its owner, 20 bytes each."""
+
+    rpc_url: str
+    kms: bytes
+    owner: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class TargetKms:
     """One KMS: its URLs in the onboard phase and in the runtime phase, its webhook, and the webhook's policy file.
 
-    `grpc` and `grpc_mtls` are its gRPC listeners (`host:port`), empty if they are not needed.
+    `policy` is None if contracts decide. `grpc` and `grpc_mtls` are its gRPC listeners (`host:port`), empty if they are
+    not needed.
     """
 
     onboard: str
     runtime: str
     auth: str
-    policy: Path
+    policy: Path | None
     grpc: str = ""
     grpc_mtls: str = ""
 
@@ -99,7 +133,8 @@ class Target:
 
     `source_url` is the URL by which kms-dst reaches kms-src. `release` is the dstack release, if the description names
     it. Without a `pccs` no evidence can be verified, without an `app` (a guest agent, as URL or socket) there is no
-    attested client, without a `verifier` there is no second verdict. In the evidence, `names` replace addresses and
+    attested client, without a `verifier` there is no second verdict. `chain` has the contracts that decide for the KMS
+    without a policy. In the evidence, `names` replace addresses and
     folders, which differ from run to run.
     """
 
@@ -111,6 +146,7 @@ class Target:
     app: str | None = None
     verifier: str | None = None
     release: Release | None = None
+    chain: TargetChain | None = None
     names: Mapping[str, str] = field(default_factory=lambda: _NO_NAMES)
 
     @property
@@ -151,7 +187,7 @@ class Target:
                 onboard=f"http://{urlsplit(url).netloc}" if given is None else url,
                 runtime=given or f"https://{urlsplit(url).netloc}",
                 auth=auth,
-                policy=folder / policy,
+                policy=_policy_of(found, name, side, policy, folder),
                 grpc=_grpc_target(found, name, f"kms-{side}-grpc") if by_grpc else "",
                 grpc_mtls=_grpc_target(found, name, f"kms-{side}-grpc-mtls") if by_grpc else "",
             )
@@ -176,8 +212,22 @@ class Target:
             app=services.app,
             verifier=services.verifier,
             release=None if found.release is None else release(found.release),
+            chain=_chain_of(found),
             names=names,
         )
+
+
+def _policy_of(found: _Description, name: str, side: str, policy: Path | None, folder: Path) -> Path | None:
+    if policy is None and (found.services.chain is None or found.chain is None or side not in found.chain.decides_for):
+        raise TargetError(f"{name}: policies.{side}: Field required")
+    return None if policy is None else folder / policy
+
+
+def _chain_of(found: _Description) -> TargetChain | None:
+    if found.services.chain is None or found.chain is None:
+        return None
+    contracts = found.chain.contracts
+    return TargetChain(found.services.chain, decode_address(contracts.kms), decode_address(contracts.owner))
 
 
 def _require_policies(document: Any, name: str) -> None:

@@ -18,13 +18,14 @@ from dstack_emu.cli.commands.stack_options import add_kms_options
 from dstack_emu.cli.commands.token_options import add_tokens, tokens
 from dstack_emu.cli.runbook_report import to_stderr, to_stdout
 from dstack_emu.deployment.clock import wall_clock
-from dstack_emu.deployment.config import StackConfig
+from dstack_emu.deployment.config import AUTH_KINDS, StackConfig
 from dstack_emu.deployment.guest_network import HOST_IN_GUEST
 from dstack_emu.runbook.cases import run_cases
 from dstack_emu.runbook.deploy import DeployedKms, Vmm
+from dstack_emu.runbook.errors import RunbookError
 from dstack_emu.runbook.evidence import Destination, normalised, normalised_log, pack_evidence
 from dstack_emu.runbook.kms_client import KmsClient, PrpcKmsClient
-from dstack_emu.runbook.runner import RunbookError, RunbookRun
+from dstack_emu.runbook.runner import RunbookRun
 from dstack_emu.runbook.target import SIDES, Target, TargetError
 from dstack_emu.runbook.transcript import Transcript
 from dstack_emu.simulator.seed import DEFAULT_SEED, Entropy, Seed
@@ -35,8 +36,8 @@ from dstack_emu.transport.secrets import Secrets
 
 DESCRIPTION = (
     "Run the five test cases of dstack's runbook for KMS self authorization, on a fresh stack that the command "
-    "starts, or on one that runs elsewhere, through public interfaces and the two policy files. Exit 0 if every case "
-    "passes, 1 if a check fails, 2 if the runbook cannot be run. " + WARNING
+    "starts, or on one that runs elsewhere, through public interfaces and the two policy files, or transactions. Exit "
+    "0 if every case passes, 1 if a check fails, 2 if the runbook cannot be run. " + WARNING
 )
 
 PATIENCE: Final = 60.0
@@ -84,6 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--wait", type=_seconds, default=PATIENCE, metavar="SECONDS", help="how long to wait for a KMS (%(default)g)"
     )
     add_kms_options(parser)
+    parser.add_argument(
+        "--auth",
+        choices=AUTH_KINDS,
+        help="what decides in the stack that it starts: policies (simple), or contracts on a chain of the stack (eth), "
+        "which are changed by transactions; needs the extra `eth`",
+    )
     add_tokens(parser)
     add_release(parser, "the dstack release of the stack, unless the one that runs elsewhere says its own")
     parser.add_argument(
@@ -107,6 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the cases, report them, and write the evidence."""
     if arguments.source_url and not arguments.against:
         raise UsageError("--source-url is only for a stack that runs elsewhere: give --against, too")
+    if arguments.against and arguments.auth:
+        raise UsageError("--auth is for the stack that the command starts: leave out --against, or give it to `up`")
     if arguments.against and (arguments.kms or arguments.kms_wait):
         raise UsageError("--kms is for the stack that the command starts: leave out --against, or give it to `up`")
     if (arguments.onboard_token or arguments.source_token) and not arguments.against:
@@ -156,6 +165,7 @@ async def _run(arguments: argparse.Namespace, destination: Destination | None) -
             kms=dict(arguments.kms),
             kms_wait=arguments.kms_wait,
             vmm=arguments.deploy,
+            auth={} if arguments.auth is None else dict.fromkeys(SIDES, arguments.auth),
         )
         if arguments.runbook_ports:
             webhooks = {name: PORTS[name] for name in ("auth-src", "auth-dst")}

@@ -1,0 +1,5 @@
+"""What ends a run of the runbook."""
+
+
+class RunbookError(Exception):
+    """The runbook cannot be run here; the text says why."""
