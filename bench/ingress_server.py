@@ -21,7 +21,8 @@ import uvloop
 from dstack_emu.gateway.ingress.server import Ingress
 from dstack_emu.gateway.ingress.settings import IngressSettings
 from dstack_emu.gateway.ingress.tls import domain_tls
-from dstack_emu.gateway.routing import Endpoint, Instance, PortPolicy
+from dstack_emu.gateway.routing import Endpoint, Instance
+from dstack_emu.gateway.state import PolicyEntry
 from dstack_emu.transport.listen import bind_tcp
 
 CHUNK = 65536
@@ -38,8 +39,8 @@ class _OneApp:
     def candidates(self, name: str) -> Sequence[Instance]:
         return (INSTANCE,)
 
-    async def port_policy(self, instance: Instance) -> PortPolicy:
-        return PortPolicy()
+    async def port_policy(self, instance: Instance) -> PolicyEntry:
+        return PolicyEntry()
 
     def endpoint(self, instance: Instance, port: int) -> Endpoint:
         return ("127.0.0.1", self._port)

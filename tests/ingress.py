@@ -14,12 +14,15 @@ from typing import Any, Final
 import uvloop
 
 from dstack_emu.gateway.connections import Connections
+from dstack_emu.gateway.errors import GatewayError
 from dstack_emu.gateway.ingress.app_address import AppAddresses, TxtTable
+from dstack_emu.gateway.ingress.connection import Interrupt
 from dstack_emu.gateway.ingress.record import ConnectionRecord
 from dstack_emu.gateway.ingress.server import Ingress
 from dstack_emu.gateway.ingress.settings import IngressSettings
 from dstack_emu.gateway.ingress.tls import DomainTls
-from dstack_emu.gateway.routing import Endpoint, Instance, PortPolicy
+from dstack_emu.gateway.routing import Endpoint, Instance
+from dstack_emu.gateway.state import PolicyEntry
 from dstack_emu.transport.listen import bind_tcp
 from tests import tls
 
@@ -39,17 +42,18 @@ class Table:
     """Routes and reach of a test: instances by name, policies by instance, endpoints by instance and port."""
 
     instances: dict[str, list[Instance]] = field(default_factory=dict)
-    policies: dict[str, PortPolicy | None] = field(default_factory=dict)
+    policies: dict[str, PolicyEntry | None] = field(default_factory=dict)
     endpoints: dict[tuple[str, int], Endpoint] = field(default_factory=dict)
     txt: dict[str, str] = field(default_factory=dict)
+    interrupt: Interrupt = lambda: None
 
     def candidates(self, name: str) -> Sequence[Instance]:
         """Return the instances of a name."""
         return self.instances.get(name, [])
 
-    async def port_policy(self, instance: Instance) -> PortPolicy | None:
+    async def port_policy(self, instance: Instance) -> PolicyEntry | None:
         """Return the policy of an instance, everything by default."""
-        return self.policies.get(instance.id, PortPolicy())
+        return self.policies.get(instance.id, PolicyEntry())
 
     def endpoint(self, instance: Instance, port: int) -> Endpoint | None:
         """Return where a port of an instance is."""
@@ -69,8 +73,13 @@ class Table:
 class ThisNode:
     """What a gateway tells about itself."""
 
+    failure = ""
+    """Why its app info cannot be had."""
+
     async def app_info(self) -> Mapping[str, Any]:
         """Return a part of what a guest agent says."""
+        if self.failure:
+            raise GatewayError(self.failure)
         return {"app_name": "dstack-gateway"}
 
     async def acme_info(self) -> Mapping[str, Any]:
@@ -81,8 +90,10 @@ class ThisNode:
 class RunningIngress:
     """A running ingress, and what it has told of connections."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, table: Table, connections: Connections, port: int) -> None:
-        self._loop, self.table, self.port = loop, table, port
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, table: Table, this_node: ThisNode, connections: Connections, port: int
+    ) -> None:
+        self._loop, self.table, self.this_node, self.port = loop, table, this_node, port
         self.connections = connections
         self.records: queue.Queue[ConnectionRecord] = queue.Queue()
 
@@ -113,7 +124,7 @@ def running_ingress(
     domain: DomainTls, *, loop: str = "uvloop", settings: IngressSettings | None = None
 ) -> Iterator[RunningIngress]:
     """Run an ingress for `*.app.localhost` on a free port."""
-    table, event_loop, begun = Table(), LOOPS[loop](), threading.Event()
+    table, this_node, event_loop, begun = Table(), ThisNode(), LOOPS[loop](), threading.Event()
     running: list[RunningIngress] = []
 
     async def run(stop: asyncio.Event) -> None:
@@ -122,13 +133,14 @@ def running_ingress(
             routes=table,
             reach=table,
             find_tls={DOMAIN: domain}.get,
-            this_node=ThisNode(),
+            this_node=this_node,
             app_addresses=AppAddresses(TxtTable(table.txt)),
             settings=settings,
             connections=connections,
             on_end=lambda record: running[0].records.put(record),
+            interrupt=lambda: table.interrupt(),
         )
-        running.append(RunningIngress(event_loop, table, connections, sock.getsockname()[1]))
+        running.append(RunningIngress(event_loop, table, this_node, connections, sock.getsockname()[1]))
         await ingress.start([sock])
         begun.set()
         await stop.wait()
@@ -182,6 +194,14 @@ def read_all(sock: socket.socket) -> bytes:
     """Read until the end."""
     data = b""
     while part := sock.recv(65536):
+        data += part
+    return data
+
+
+def read_exactly(sock: socket.socket, size: int) -> bytes:
+    """Read that many bytes, or up to the end. MSG_WAITALL does not wait at a socket with a time limit."""
+    data = b""
+    while len(data) < size and (part := sock.recv(size - len(data))):
         data += part
     return data
 

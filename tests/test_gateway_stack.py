@@ -1,6 +1,7 @@
 """The gateway of a stack: apps, machines and KMS behind it, reached by curl and openssl."""
 
 import json
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.environment import environment
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.testing import LiveGateway, LiveStack
+from tests import tls
 from tests.vmm import COMPOSE, VmmClient, configuration
 
 
@@ -303,6 +305,13 @@ def test_faults_of_the_gateway_and_the_ingress_reach_apps_and_clients(stack: Liv
     (record,) = stack.journal.find("Connect")
     assert record["error"] == f"made by fault {rule.id}"
     assert "instance_id" in fetch(stack, app["app_id"], 8090, "/Info")
+    held = stack.control.add_fault(service="ingress", kind="hang")
+    host, port = stack.gateway.ingress
+    with socket.create_connection((host, port), timeout=20) as client:
+        client.sendall(tls.client_hello(stack.gateway.name_of(app["app_id"], 8090)))
+    while stack.journal.find("Connect")[-1].get("error") != "the client ended":
+        pass  # it is being ended
+    stack.control.lift_fault(held.id)
     with pytest.raises(ControlError, match="kind: delay, hang or reset expected for the ingress"):
         stack.control.add_fault(service="ingress", kind="truncate")
     stack.control.add_fault(service="app", call="Info", kind="status", status=500)

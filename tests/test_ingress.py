@@ -1,5 +1,6 @@
 """The ingress, black box: openssl's and curl's TLS, plain sockets as apps, on both event loops."""
 
+import asyncio
 import contextlib
 import functools
 import queue
@@ -17,7 +18,7 @@ import pytest
 
 from dstack_emu.gateway.ingress.settings import IngressSettings, Timeouts
 from dstack_emu.gateway.ingress.tls import DomainTls, domain_tls
-from dstack_emu.gateway.routing import PortPolicy
+from dstack_emu.gateway.state import PolicyEntry
 from tests import tls
 from tests.identities import Identity, self_signed, server_tls
 from tests.ingress import (
@@ -31,6 +32,7 @@ from tests.ingress import (
     echo,
     is_closed,
     read_all,
+    read_exactly,
     running_ingress,
 )
 from tests.ports import refusing_port
@@ -254,7 +256,7 @@ def test_much_data_arrives_whole_both_ways_at_once(ingress: RunningIngress, labe
     with app_server(echo) as endpoint:
         ingress.table.add("vm1", 80, endpoint)
         with _client(ingress, label) as client:
-            begin = client.recv(len(_hello(label)), socket.MSG_WAITALL) if label.endswith("s") else b""
+            begin = read_exactly(client, len(_hello(label))) if label.endswith("s") else b""
             assert begin == (_hello(label) if label.endswith("s") else b"")
             data = random.Random(1).randbytes(MUCH)
             sending = threading.Thread(target=client.sendall, args=(data,))
@@ -310,7 +312,7 @@ def test_connection_that_stands_still_is_closed(hasty: RunningIngress, label: st
         with _client(hasty, label) as client:
             client.sendall(b"hello")
             size = len(_hello(label)) + 5 if label.endswith("s") else 5
-            assert len(client.recv(size, 0 if size == 5 else socket.MSG_WAITALL)) == size
+            assert len(read_exactly(client, size)) == size
             assert _ends(client)
     assert hasty.ended().ended == "idle timeout"
     assert hasty.counted() == hasty.counted("vm1") == 0
@@ -469,7 +471,7 @@ def test_port_that_the_policy_does_not_list_is_refused(ingress: RunningIngress) 
     with app_server(echo) as endpoint:
         for port in (8080, 8081):
             ingress.table.add("vm1", port, endpoint)
-        ingress.table.policies["vm1"] = PortPolicy({8080: False}, restrict_mode=True)
+        ingress.table.policies["vm1"] = PolicyEntry(ports={8080: False}, restrict_mode=True)
         with ingress.connect_tls("vm1-8080") as client:
             client.sendall(b"hello")
             assert client.recv(100) == b"hello"
@@ -484,7 +486,7 @@ def test_instance_whose_policy_denies_the_port_is_no_candidate(ingress: RunningI
     with app_server(echo) as endpoint:
         ingress.table.add("closed", 80, endpoint)
         ingress.table.add("open", 80, endpoint)
-        ingress.table.policies["closed"] = PortPolicy(restrict_mode=True)
+        ingress.table.policies["closed"] = PolicyEntry(restrict_mode=True)
         with ingress.connect_tls(APP) as client:
             client.sendall(b"hello")
             assert client.recv(100) == b"hello"
@@ -498,7 +500,7 @@ def test_app_is_told_the_client_where_the_policy_says_so(ingress: RunningIngress
     received: queue.Queue[bytes] = queue.Queue()
     with app_server(lambda sock: received.put(read_all(sock))) as endpoint:
         ingress.table.add("vm1", 80, endpoint)
-        ingress.table.policies["vm1"] = PortPolicy({80: True})
+        ingress.table.policies["vm1"] = PolicyEntry(ports={80: True})
         with _client(ingress, label) as client:
             client.sendall(b"hello")
             peer = client.getsockname()[1].to_bytes(2, "big") + ingress.port.to_bytes(2, "big")
@@ -518,7 +520,7 @@ def test_client_is_the_one_that_an_inbound_header_names(domain: DomainTls) -> No
         app_server(lambda sock: received.put(read_all(sock))) as endpoint,
     ):
         ingress.table.add("vm1", 443, endpoint)
-        ingress.table.policies["vm1"] = PortPolicy({443: True})
+        ingress.table.policies["vm1"] = PolicyEntry(ports={443: True})
         hello = _hello("vm1-s")
         for data in (header + hello, header[:20], hello):
             with ingress.connect() as client:
@@ -592,7 +594,59 @@ def test_localhost_is_this_machine_where_the_settings_open_it(domain: DomainTls)
         assert ingress.ended().instance_id == "localhost"
 
 
+# ---- what the surroundings make of a connection
+
+
+@limited(connect=0.05, handshake=0.05, dns=0.05)
+@pytest.mark.parametrize("label", ["vm1", "gateway"])
+def test_interrupted_connection_goes_on_whatever_the_other_limits_are(hasty: RunningIngress, label: str) -> None:
+    hasty.table.interrupt = lambda: asyncio.sleep(0.2)
+    with app_server(echo) as endpoint:
+        hasty.table.add("vm1", 80, endpoint)
+        with hasty.connect_tls(label) as client:
+            client.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+            assert client.recv(4) in (b"GET ", b"HTTP")
+        assert hasty.ended().is_forwarded
+
+
+async def _never() -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("label", ["vm1", "vm1-s"])
+def test_client_that_ends_while_it_is_interrupted_ends_the_connection(ingress: RunningIngress, label: str) -> None:
+    ingress.table.add("vm1", 443, ("127.0.0.1", 1))
+    ingress.table.interrupt = _never
+    with ingress.connect() as client:
+        client.sendall(client_hello(f"{label}.{DOMAIN}"))
+    assert ingress.ended().ended == "the client ended"
+    assert ingress.counted() == 0
+
+
 # ---- the gateway itself
+
+
+def test_gateway_itself_speaks_http_1_1_where_the_name_wants_http2(shared: RunningIngress) -> None:
+    context = tls.client()
+    context.set_alpn_protocols(["h2"])
+    with shared.connect_tls("gateway-g", context) as client:
+        assert client.selected_alpn_protocol() == "h2"
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 200 OK")
+    assert shared.ended().treatment == "h2"
+
+
+def test_page_that_cannot_be_had_is_an_error_with_its_reason(shared: RunningIngress) -> None:
+    address = f"gateway.{DOMAIN}:{shared.port}:127.0.0.1"
+    url = f"https://gateway.{DOMAIN}:{shared.port}/app-info"
+    command = ["curl", "-sk", "-w", "%{http_code}", "--resolve", address, url]
+    shared.this_node.failure = "guest agent, Info: no answer"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=True)
+    finally:
+        shared.this_node.failure = ""
+    assert done.stdout == "guest agent, Info: no answer\n503"
+    shared.ended()
 
 
 @pytest.mark.parametrize(

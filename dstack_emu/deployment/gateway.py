@@ -19,7 +19,7 @@ from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.gateway_names import ADMIN, AGENT, CA_FILE, GATEWAY, INGRESS
 from dstack_emu.deployment.guest_network import is_loopback
 from dstack_emu.deployment.guests import RunningGuest
-from dstack_emu.deployment.ingress import GatewayPages, IngressCertificates, StackRoutes, recorder
+from dstack_emu.deployment.ingress import GatewayPages, IngressCertificates, StackRoutes, interruptions, recorder
 from dstack_emu.deployment.specs import GuestSpec
 from dstack_emu.gateway.config import GatewayConfig
 from dstack_emu.gateway.configured_ingress import ingress_settings
@@ -102,7 +102,7 @@ class GatewayExtension:
         self._ingress_port = sock.getsockname()[1]
         base_domain = context.config.base_domain
         ingress = Ingress(
-            routes=StackRoutes(self.find, self._kms, context.instrumentation),
+            routes=StackRoutes(self.find, self._kms),
             reach=context.reach,
             find_tls=TlsByDomain(IngressCertificates(base_domain, self._authority, self.find).find),
             this_node=GatewayPages(self._guest, self.find),
@@ -110,6 +110,7 @@ class GatewayExtension:
             settings=ingress_settings(self._config(), context.release_of(None)),
             connections=self._connections,
             on_end=recorder(context.instrumentation),
+            interrupt=interruptions(context.instrumentation),
         )
         self._held.push_async_callback(ingress.close)
         with context.logs.of(INGRESS):

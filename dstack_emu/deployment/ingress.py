@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from google.protobuf.message import Message
@@ -14,14 +14,16 @@ from dstack_emu.deployment.gateway_names import INGRESS
 from dstack_emu.deployment.guests import RunningGuest
 from dstack_emu.deployment.instrumentation import Instrumentation
 from dstack_emu.gateway.certificates import issue_wildcard
+from dstack_emu.gateway.errors import GatewayError
 from dstack_emu.gateway.gateway import Gateway
+from dstack_emu.gateway.ingress.connection import Interrupt
 from dstack_emu.gateway.ingress.errors import RefusedConnectionError
 from dstack_emu.gateway.ingress.record import COMPLETE, ConnectionRecord
-from dstack_emu.gateway.routing import Instance, PortPolicy
-from dstack_emu.gateway.state import CertificateEntry
+from dstack_emu.gateway.routing import Instance
+from dstack_emu.gateway.state import CertificateEntry, PolicyEntry
 from dstack_emu.observability.fault_effects import until_lifted
+from dstack_emu.observability.fault_rules import FaultRule, InstalledRule
 from dstack_emu.observability.spans import OUTSIDE
-from dstack_emu.simulator.errors import GuestError
 
 CALL: Final = "Connect"
 """What faults and the journal call a connection."""
@@ -33,14 +35,11 @@ FindGateway = Callable[[], Gateway | None]
 class StackRoutes:
     """The instances of a stack: its KMS, which need no registration, and those that the gateway has registered.
 
-    It implements `routing.Routes`, and applies the faults of the ingress.
+    It implements `routing.Routes`.
     """
 
-    def __init__(
-        self, gateway: FindGateway, kms: Callable[[], Sequence[RunningGuest]], instrumentation: Instrumentation
-    ) -> None:
-        self._gateway, self._kms, self._faults = gateway, kms, instrumentation.faults
-        instrumentation.calls.add(INGRESS, (CALL,))
+    def __init__(self, gateway: FindGateway, kms: Callable[[], Sequence[RunningGuest]]) -> None:
+        self._gateway, self._kms = gateway, kms
 
     def candidates(self, name: str) -> Sequence[Instance]:
         """Return the KMS of an instance id or app id, or what is registered under that."""
@@ -48,25 +47,33 @@ class StackRoutes:
         gateway = self._gateway()
         return own or (() if gateway is None else gateway.candidates(name))
 
-    async def port_policy(self, instance: Instance) -> PortPolicy | None:
-        """Return the policy in force; of a KMS every port is open. Raises `RefusedConnectionError` by a fault."""
-        await self._apply_fault()
+    async def port_policy(self, instance: Instance) -> PolicyEntry | None:
+        """Return the policy in force; of a KMS every port is open."""
         gateway = self._gateway()
         if gateway is None or not instance.ip:
-            return PortPolicy()
+            return PolicyEntry()
         return await gateway.port_policy(instance)
 
-    async def _apply_fault(self) -> None:
-        met = self._faults.meet(INGRESS, CALL, OUTSIDE)
-        if met is None:
-            return
-        rule, fault = met
-        if fault.kind == "delay":
-            await until_lifted(rule, fault.seconds)
-            return
-        if fault.kind == "hang":
-            await rule.lifted.wait()
-        raise RefusedConnectionError(f"made by fault {rule.id}")
+
+def interruptions(instrumentation: Instrumentation) -> Interrupt:
+    """Return what applies the faults of the ingress to connections."""
+    faults = instrumentation.faults
+    instrumentation.calls.add(INGRESS, (CALL,))
+
+    def interrupt() -> Awaitable[None] | None:
+        met = faults.meet(INGRESS, CALL, OUTSIDE)
+        return None if met is None else _interrupted(*met)
+
+    return interrupt
+
+
+async def _interrupted(rule: InstalledRule, fault: FaultRule) -> None:
+    if fault.kind == "delay":
+        await until_lifted(rule, fault.seconds)
+        return
+    if fault.kind == "hang":
+        await rule.lifted.wait()
+    raise RefusedConnectionError(f"made by fault {rule.id}")
 
 
 def _instance_of(guest: RunningGuest) -> Instance:
@@ -101,10 +108,10 @@ class GatewayPages:
         return _as_json(await self._guest.agent.public_info())
 
     async def acme_info(self) -> Mapping[str, Any]:
-        """Return what its RPC `AcmeInfo` says; raise `GuestError` before it has keys."""
+        """Return what its RPC `AcmeInfo` says; raise `GatewayError` before it has keys."""
         gateway = self._gateway()
         if gateway is None:
-            raise GuestError("the gateway has no keys yet")
+            raise GatewayError("the gateway has no keys yet")
         return _as_json(gateway.acme_info())
 
 

@@ -23,8 +23,8 @@ from dstack_emu.gateway.domains import best_domain
 from dstack_emu.gateway.errors import GatewayError
 from dstack_emu.gateway.policies import PolicyFetcher
 from dstack_emu.gateway.registry import Registry
-from dstack_emu.gateway.routing import Instance, PortPolicy, Reach
-from dstack_emu.gateway.state import CertificateEntry, GatewayState, NodeEntry, Records
+from dstack_emu.gateway.routing import Instance, Reach
+from dstack_emu.gateway.state import CertificateEntry, GatewayState, NodeEntry, PolicyEntry, Records
 from dstack_emu.gateway.store import Store
 from dstack_emu.transport.events import EventLog
 
@@ -186,7 +186,7 @@ class Gateway:
         """Return the instance of an instance id, or those of an app id, the freshest handshake first."""
         return self.registry.candidates(name)
 
-    async def port_policy(self, instance: Instance) -> PortPolicy | None:
+    async def port_policy(self, instance: Instance) -> PolicyEntry | None:
         """Return the policy in force; if it is not known, begin to ask the instance, and return None."""
         entry = self.records.instances.get(instance.id)
         if entry is None:
@@ -194,7 +194,7 @@ class Gateway:
         if entry.effective is None:
             self.policies.begin(instance.id)
             return None
-        return entry.effective.policy()
+        return entry.effective
 
     # ---- what several RPCs answer
 

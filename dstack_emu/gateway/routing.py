@@ -3,9 +3,11 @@ they listen. The registry of the gateway answers the first two, and whoever runs
 WireGuard tunnel here. Source: `gateway/src/proxy.rs` and `gateway/src/proxy/port_policy.rs` of dstack 312dc605.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
+
+from dstack_emu.gateway.state import PolicyEntry
 
 Endpoint = tuple[str, int]
 """Host and TCP port of a listener that this process can reach."""
@@ -20,25 +22,6 @@ class Instance:
     ip: str
 
 
-@dataclass(frozen=True, slots=True)
-class PortPolicy:
-    """Which ports of an instance may be reached.
-
-    `ports` maps a port to whether a PROXY v2 header goes first. With `restrict_mode` no other port is open.
-    """
-
-    ports: Mapping[int, bool] = field(default_factory=dict)
-    restrict_mode: bool = False
-
-    def is_open(self, port: int) -> bool:
-        """Return whether a port may be reached."""
-        return not self.restrict_mode or port in self.ports
-
-    def sends_proxy_header(self, port: int) -> bool:
-        """Return whether a PROXY v2 header goes first to a port."""
-        return self.ports.get(port, False)
-
-
 class Routes(Protocol):
     """What the registry knows of instances."""
 
@@ -49,7 +32,7 @@ class Routes(Protocol):
         """
         ...
 
-    async def port_policy(self, instance: Instance) -> PortPolicy | None:
+    async def port_policy(self, instance: Instance) -> PolicyEntry | None:
         """Return the policy in force, asking the instance if it has not been told; None is unknown: nothing is open."""
         ...
 

@@ -1,11 +1,8 @@
 """What a gateway keeps, as data that can be stored, captured and restored. Times are Unix seconds, bytes are hex."""
 
-from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from dstack_emu.gateway.routing import PortPolicy
 
 PortNumber = Annotated[int, Field(ge=0, le=65535)]
 NodeStatus = Literal["up", "down"]
@@ -16,14 +13,18 @@ class _Entry(BaseModel):
 
 
 class PolicyEntry(_Entry):
-    """A port policy: ports, each with whether a PROXY header goes first, and whether all others are closed."""
+    """A port policy: ports, each with whether a PROXY v2 header goes first, and whether all others are closed."""
 
     ports: dict[PortNumber, bool] = {}
     restrict_mode: bool = False
 
-    def policy(self) -> PortPolicy:
-        """Return what the ingress reads."""
-        return PortPolicy(MappingProxyType(self.ports), self.restrict_mode)
+    def is_open(self, port: int) -> bool:
+        """Return whether a port may be reached."""
+        return not self.restrict_mode or port in self.ports
+
+    def sends_proxy_header(self, port: int) -> bool:
+        """Return whether a PROXY v2 header goes first to a port."""
+        return self.ports.get(port, False)
 
 
 class InstanceEntry(_Entry):

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -28,7 +28,8 @@ from dstack_emu.gateway.ingress.record import ConnectionRecord
 from dstack_emu.gateway.ingress.relay import Relay
 from dstack_emu.gateway.ingress.settings import IngressSettings
 from dstack_emu.gateway.ingress.tls import DomainTls, FindTls, TlsChannel
-from dstack_emu.gateway.routing import Instance, PortPolicy, Reach, Routes
+from dstack_emu.gateway.routing import Instance, Reach, Routes
+from dstack_emu.gateway.state import PolicyEntry
 from dstack_emu.transport.http.protocol import HttpServer
 
 LOCALHOST: Final = Instance("localhost", "localhost", "127.0.0.1")
@@ -40,9 +41,16 @@ CLOSED: Final = "the ingress is closed"
 _log = logging.getLogger(__name__)
 
 
+Interrupt = Callable[[], Awaitable[None] | None]
+"""Returns what a connection waits for before it goes on, which may raise `RefusedConnectionError`; None for nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What all connections share: routes and reach, TLS by domain, custom domains, the special ids' pages, counts."""
+    """What all connections share: routes and reach, TLS by domain, custom domains, the special ids' pages, counts.
+
+    `interrupt` is asked once for each connection whose destination is known.
+    """
 
     settings: IngressSettings
     routes: Routes
@@ -51,6 +59,7 @@ class Surroundings:
     app_addresses: AppAddresses
     pages: Mapping[str, HttpServer]
     connections: Connections
+    interrupt: Interrupt
 
 
 class Connection:
@@ -63,7 +72,7 @@ class Connection:
         self._taken = b""
         """The bytes of the client that nobody has been given yet."""
         self._instance: Instance | None = None
-        self._policies: dict[str, PortPolicy] = {}
+        self._policies: dict[str, PolicyEntry] = {}
         self._relay: Relay | None = None
         self.record = ConnectionRecord()
 
@@ -93,6 +102,7 @@ class Connection:
             self.record.server_name = await self._server_name()
         destination, tls = await self._destination(self.record.server_name)
         self._note(destination)
+        await self._interrupted()
         candidates = await self._candidates(destination)
         channel = None
         if not destination.is_passthrough and tls is not None:
@@ -138,6 +148,22 @@ class Connection:
         self.record.id, self.record.port = destination.id, destination.port
         terminated = "h2" if destination.is_h2 else "terminated"
         self.record.treatment = "passthrough" if destination.is_passthrough else terminated
+
+    async def _interrupted(self) -> None:
+        interruption = self._shared.interrupt()
+        if interruption is None:
+            return
+        waiting = asyncio.ensure_future(interruption)
+        gone = asyncio.ensure_future(self._greeting.ended())
+        try:
+            await asyncio.wait((waiting, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                raise RefusedConnectionError("the client ended")
+            waiting.result()
+        finally:
+            for each in (waiting, gone):
+                each.cancel()
+        self._greeting.pause()
 
     async def _accept_tls(self, context: ssl.SSLContext) -> TlsChannel:
         channel = TlsChannel(context)

@@ -57,6 +57,14 @@ class Greeting(asyncio.Protocol):
             await self._changed.wait()
         return self.take()
 
+    async def ended(self) -> None:
+        """Read on as long as there is room, and return when the client sends nothing more."""
+        while not self.has_ended:
+            self._changed.clear()
+            if len(self._kept) <= _MAX_KEPT and not self.transport.is_closing():
+                self.transport.resume_reading()
+            await self._changed.wait()
+
     def take(self) -> bytes:
         """Return the bytes that have come and were not taken yet."""
         taken, self._kept = bytes(self._kept), bytearray()

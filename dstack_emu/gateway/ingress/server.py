@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from dstack_emu.gateway.connections import Connections
 from dstack_emu.gateway.ingress.app_address import AppAddresses, TxtTable
-from dstack_emu.gateway.ingress.connection import Connection, Surroundings
+from dstack_emu.gateway.ingress.connection import Connection, Interrupt, Surroundings
 from dstack_emu.gateway.ingress.greeting import Greeting
 from dstack_emu.gateway.ingress.record import COMPLETE, ConnectionRecord, OnEnd
 from dstack_emu.gateway.ingress.settings import IngressSettings
@@ -25,7 +25,7 @@ class Ingress:
     """The ingress of one gateway.
 
     `find_tls` is asked for the TLS settings of a client's domain, `connections` counts, and `on_end`
-    is told of every connection when it has ended.
+    is told of every connection when it has ended. `interrupt` may delay or refuse a connection.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Ingress:
         settings: IngressSettings | None = None,
         connections: Connections | None = None,
         on_end: OnEnd | None = None,
+        interrupt: Interrupt = lambda: None,
     ) -> None:
         self._shared = Surroundings(
             settings=settings or IngressSettings(),
@@ -48,6 +49,7 @@ class Ingress:
             app_addresses=app_addresses or AppAddresses(TxtTable()),
             pages=special_pages(this_node),
             connections=connections or Connections(),
+            interrupt=interrupt,
         )
         self._listening: list[asyncio.Server] = []
         self.address = ""

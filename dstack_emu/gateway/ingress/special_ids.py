@@ -4,10 +4,11 @@ Source: `handle_this_node` and `handle_health_check` in `gateway/src/proxy/tls_t
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from http import HTTPStatus
 from typing import Any, Final, Protocol
 
+from dstack_emu.gateway.errors import GatewayError
 from dstack_emu.transport.http import Application, Handler, Request, Response
 from dstack_emu.transport.http.protocol import HttpServer
 
@@ -19,7 +20,7 @@ _INDEX: Final = {"type": "dstack gateway", "paths": ["/index", "/app-info", "/ac
 
 
 class ThisNode(Protocol):
-    """What the gateway tells about itself, as JSON."""
+    """What the gateway tells about itself, as JSON. Both raise `GatewayError` if it cannot be had."""
 
     async def app_info(self) -> Mapping[str, Any]:
         """Return what its guest agent's `Info` says."""
@@ -54,9 +55,9 @@ def _gateway_pages(node: ThisNode) -> Handler:
             case "/index":
                 return _json(_INDEX)
             case "/app-info":
-                return _json(await node.app_info())
+                return await _told(node.app_info())
             case "/acme-info":
-                return _json(await node.acme_info())
+                return await _told(node.acme_info())
         return Response(HTTPStatus.NOT_FOUND)
 
     return answer
@@ -65,6 +66,13 @@ def _gateway_pages(node: ThisNode) -> Handler:
 async def _health(request: Request) -> Response:
     is_known = request.method == "GET" and request.path == "/"
     return Response(HTTPStatus.OK if is_known else HTTPStatus.NOT_FOUND)
+
+
+async def _told(content: Awaitable[Mapping[str, Any]]) -> Response:
+    try:
+        return _json(await content)
+    except GatewayError as error:
+        return Response.of(f"{error}\n", "text/plain", HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 def _json(content: Mapping[str, Any]) -> Response:
