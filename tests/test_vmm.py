@@ -28,6 +28,8 @@ def test_app_that_is_not_allowed_does_not_boot_and_boots_once_it_is(vmm: VmmClie
     assert info["boot_error"].startswith("Failed to request app keys: failed to get app keys from KMS: https://")
     assert "App not allowed: Boot denied: app not registered" in info["boot_error"]
     assert (info["status"], info["boot_progress"], info["app_id"]) == ("exited", "requesting app keys", APP_ID)
+    environment = Path(vmm_stack.description["state"]) / "vms" / vm_id / ".decrypted-env"
+    environment.write_text("LEFT=by a stack that was killed")
     allow(vmm_stack)
     assert vmm.rpc("StartVm", id=vm_id) is None
     info = vmm.booted(vm_id)
@@ -36,6 +38,7 @@ def test_app_that_is_not_allowed_does_not_boot_and_boots_once_it_is(vmm: VmmClie
         *("requesting app keys", "initializing data disk", "data disk ready", "setting up dstack-gateway"),
         *("setting up docker", "starting containers", "done"),
     ]
+    assert not environment.exists()
     assert vmm.rpc("StopVm", id=vm_id) is None
     assert vmm.rpc("StartVm", id=vm_id) is None
     assert steps_of(vmm.booted(vm_id))[8:11] == ["requesting app keys", "mounting data disk", "data disk ready"]

@@ -206,6 +206,18 @@ async def test_vmm_at_a_socket_file_is_found_by_its_discovery_file(short_folder:
     assert list(stale.parent.iterdir()) == []
 
 
+async def test_vmm_that_does_not_start_leaves_no_socket_file(short_folder: Path) -> None:
+    given = settings(short_folder)
+    (short_folder / "file").write_text("")
+    config = given.config.model_copy(
+        update={"address": f"unix:{short_folder}/vmm.sock", "run_path": short_folder / "file"}
+    )
+    with pytest.raises(ConfigError, match="run_path: .*file: Not a directory|run_path: .*file: File exists"):
+        async with StandaloneVmm(replace(given, config=config)):
+            pass
+    assert sorted(os.listdir(short_folder)) == ["file", "vmm.toml"]
+
+
 # ---- a process
 
 

@@ -138,6 +138,7 @@ class DomainMachine:
         self.host.notify("boot.progress", text)
 
     async def _boot(self, held: AsyncExitStack) -> None:
+        remove_environment(self.launch.folder)  # an emulator that was killed has left it
         await open_ports(self.launch.manifest.port_map, self._endpoint, held)
         domain = self._power_on()
         agent = GuestAgent(domain, self._seed.stream("agent"))

@@ -27,7 +27,7 @@ from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.errors import ConfigError
-from dstack_emu.transport.listen import bind_tcp, bind_unix, serve
+from dstack_emu.transport.listen import bind_tcp, bind_unix, discard, serve
 from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
 from dstack_emu.vmm.config import VmmConfig
 from dstack_emu.vmm.discovery import DiscoveryFile
@@ -83,7 +83,7 @@ class StandaloneVmm:
     async def _start(self) -> None:
         settings, config = self.settings, self.settings.config
         sock, address = _bound(config)
-        self._exit.callback(sock.close)
+        self._exit.callback(discard, sock)
         try:
             site = _site(settings, self._exit, await self._docker())
         except OSError as error:

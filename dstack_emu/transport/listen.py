@@ -111,6 +111,14 @@ def bind_unix(path: str | os.PathLike[str], *, setting: str = "") -> socket.sock
     return sock
 
 
+def discard(sock: socket.socket) -> None:
+    """Close a bound socket that nothing serves, and remove its file; do nothing if it is closed already."""
+    if sock.family == socket.AF_UNIX and sock.fileno() != -1:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(sock.getsockname())
+    sock.close()
+
+
 def reachable(sock: socket.socket) -> str:
     """Return the address of a bound TCP socket for clients on this machine: `host:port`."""
     host, port = sock.getsockname()[:2]
@@ -237,7 +245,7 @@ async def serve(app: AnyApplication, sock: socket.socket, ssl_context: ssl.SSLCo
         if connections is not None:
             await connections.close()
         for part in parts:
-            part.close()
+            discard(part)
         raise
 
 
