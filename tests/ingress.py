@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import queue
+import select
 import socket
 import ssl
 import threading
@@ -204,6 +205,22 @@ def read_exactly(sock: socket.socket, size: int) -> bytes:
     while len(data) < size and (part := sock.recv(size - len(data))):
         data += part
     return data
+
+
+def exchanged(sock: socket.socket, data: bytes) -> bytes:
+    """Send data, and receive as much meanwhile: in one thread, since Python's SSL sockets are not for two."""
+    sock.setblocking(False)
+    rest, received = memoryview(data), bytearray()
+    not_yet = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError)
+    while len(received) < len(data):
+        select.select([sock], [sock] if rest else [], [], TIMEOUT)
+        with contextlib.suppress(*not_yet):
+            rest = rest[sock.send(rest[:65536]) if rest else 0 :]
+        with contextlib.suppress(*not_yet):
+            part = sock.recv(65536)
+            assert part, f"the connection ended after {len(received)} bytes"
+            received += part
+    return bytes(received)
 
 
 def is_closed(sock: socket.socket) -> bool:

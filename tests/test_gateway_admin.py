@@ -8,6 +8,7 @@ import ssl
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -196,6 +197,16 @@ def test_dashboard_escapes_what_instances_are_called(gateway: RunningGateway) ->
     assert "<script>" not in page
     assert "EMULATED" in page
     assert gateway.ask("admin", "/", headers={}, verb="GET")[0] == 401
+
+
+def test_dashboard_that_cannot_be_built_is_an_error(gateway: RunningGateway) -> None:
+    gateway.debug_register("one")
+    gateway.clock.clear()  # nobody tells the time
+    try:
+        assert gateway.ask("admin", "/", verb="GET")[0] == 500
+    finally:
+        gateway.clock.append(START)
+    assert gateway.ask("admin", "/", verb="GET")[0] == 200
 
 
 # ---- DNS credentials
@@ -413,6 +424,41 @@ def test_certificate_is_renewed_when_it_is_due_or_forced(gateway: RunningGateway
         assert gateway.refused("admin", "RenewZtDomainCert", domain=other, force=True) == failed
     assert gateway.rpc("admin", "ReloadCert") is None
     assert gateway.rpc("admin", "ForceReleaseCertLock", domain="app.example") is None
+
+
+@pytest.mark.parametrize("spoiled", ["expired", "of another key", "no certificate"])
+def test_stored_certificate_that_cannot_be_used_leaves_the_old_one(gateway: RunningGateway, spoiled: str) -> None:
+    credential(gateway)
+    for name in ("app.example", "other.example"):
+        domain(gateway, name)
+        issued(gateway, name)
+
+    def loaded(name: str) -> Any:
+        return gateway.call(lambda: gateway.server.gateway.certificates.get(name))
+
+    old, other = loaded("app.example"), loaded("other.example")
+    changed = {"expired": {"not_after": START}, "of another key": {"key": other.key}, "no certificate": {"chain": ""}}
+    stored, new = gateway.server.gateway.records.certificates, other.model_copy()
+    stored |= {"app.example": old.model_copy(update=changed[spoiled]), "other.example": new}
+    assert gateway.rpc("admin", "ReloadCert") is None
+    assert loaded("app.example") is old
+    assert loaded("other.example") is new
+
+
+def test_stored_certificate_that_cannot_be_used_is_not_loaded_at_the_start(tmp_path: Path) -> None:
+    with running_gateway(tmp_path) as gateway:
+        credential(gateway)
+        domain(gateway)
+        issued(gateway)
+    file = tmp_path / "data/gateway-state.json"
+    state = json.loads(file.read_text())
+    state["certificates"]["app.example"]["key"] = "no key"
+    file.write_text(json.dumps(state))
+    with running_gateway(tmp_path) as gateway:
+        status = gateway.rpc("admin", "GetZtDomain", domain="app.example")["cert_status"]
+        assert (status["has_cert"], status["loaded_in_memory"]) == (True, False)
+        assert gateway.rpc("admin", "RenewZtDomainCert", domain="app.example", force=True)["renewed"]
+        assert issued(gateway)["cert_status"]["loaded_in_memory"]
 
 
 def test_domain_without_a_dns_credential_gets_no_certificate(gateway: RunningGateway) -> None:

@@ -30,6 +30,7 @@ from tests.ingress import (
     RunningIngress,
     app_server,
     echo,
+    exchanged,
     is_closed,
     read_all,
     read_exactly,
@@ -259,13 +260,7 @@ def test_much_data_arrives_whole_both_ways_at_once(ingress: RunningIngress, labe
             begin = read_exactly(client, len(_hello(label))) if label.endswith("s") else b""
             assert begin == (_hello(label) if label.endswith("s") else b"")
             data = random.Random(1).randbytes(MUCH)
-            sending = threading.Thread(target=client.sendall, args=(data,))
-            sending.start()
-            received = bytearray()
-            while len(received) < MUCH:
-                received += client.recv(65536)
-            sending.join()
-            assert received == data
+            assert exchanged(client, data) == data
 
 
 # ---- limits of time

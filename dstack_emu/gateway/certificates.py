@@ -3,6 +3,7 @@
 A certificate of `example.com` is for `*.example.com`: one label more, neither the name itself nor two labels more.
 """
 
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -10,7 +11,9 @@ from typing import Final
 from dstack_emu.attest.certificate import pem, spki_der
 from dstack_emu.attest.issuing import CertificateAuthority, CertificateRequest, self_signed
 from dstack_emu.attest.kdf import p256_from_uniform, pkcs8_pem
+from dstack_emu.gateway.ingress.tls import domain_tls
 from dstack_emu.gateway.state import CertificateEntry
+from dstack_emu.transport.events import EventLog
 
 LIFETIME: Final = 90 * 86400
 """Seconds that a certificate is valid, as Let's Encrypt's."""
@@ -62,13 +65,24 @@ def issue_wildcard(
 class LoadedCertificates:
     """The certificates that the ingress shows, by domain. `static` stay when those of domains are loaded again."""
 
-    def __init__(self, static: Mapping[str, CertificateEntry]) -> None:
-        self._static = dict(static)
+    def __init__(self, static: Mapping[str, CertificateEntry], clock: Callable[[], int], log: EventLog) -> None:
+        self._static, self._clock, self._log = dict(static), clock, log
         self._loaded = dict(static)
 
     def load_all(self, certificates: Mapping[str, CertificateEntry]) -> None:
-        """Put these in the place of all that were loaded, except the static ones."""
-        self._loaded = {**certificates, **self._static}
+        """Put these in the place of all that were loaded, except the static ones.
+
+        One that has expired, or does not fit its key, is left out with a warning: that of before stays.
+        """
+        usable = {domain: self._usable(domain, each) for domain, each in certificates.items()}
+        self._loaded = {**{domain: each for domain, each in usable.items() if each is not None}, **self._static}
+
+    def _usable(self, domain: str, certificate: CertificateEntry) -> CertificateEntry | None:
+        reason = _why_unusable(certificate, self._clock())
+        if not reason:
+            return certificate
+        self._log.warning("certificate not loaded", domain=domain, reason=reason)
+        return self._loaded.get(domain)
 
     def load(self, domain: str, certificate: CertificateEntry) -> None:
         """Put one in the place of that of its domain."""
@@ -77,3 +91,13 @@ class LoadedCertificates:
     def get(self, domain: str) -> CertificateEntry | None:
         """Return the certificate of a domain, which is another object once it was renewed."""
         return self._loaded.get(domain)
+
+
+def _why_unusable(certificate: CertificateEntry, now: int) -> str:
+    if certificate.not_after <= now:
+        return "certificate is expired"
+    try:
+        domain_tls(certificate.chain, certificate.key)
+    except (ssl.SSLError, ValueError) as error:
+        return f"failed to parse certificate: {error}"
+    return ""

@@ -65,7 +65,7 @@ class Gateway:
         self.writes = self.publications = self.last_seen = 0
         self.published: dict[str, int] = {}
         self.connections = context.connections
-        self.certificates = LoadedCertificates(context.static)
+        self.certificates = LoadedCertificates(context.static, context.clock, self.log)
         self.registry = Registry(
             self.records, core, self.release, clock=context.clock, entropy=context.entropy, changed=self.save
         )
