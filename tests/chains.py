@@ -5,17 +5,17 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from web3 import HTTPProvider, Web3
-from web3.contract import Contract
-from web3.types import RPCEndpoint
+from typing import TYPE_CHECKING, Any
 
 from dstack_emu.attest.release import AuthEthRevision
 from dstack_emu.chain.artefacts import app_contract, kms_contract
 from dstack_emu.chain.embedded import ChainSettings, EmbeddedChain
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.listen import bind_tcp, serve
+from tests.web3_client import connect, send
+
+if TYPE_CHECKING:
+    from web3.contract import Contract
 
 BEGAN = 1_767_225_600
 READY_TIMEOUT = 30
@@ -26,33 +26,33 @@ class LiveChain:
 
     def __init__(self, chain: EmbeddedChain, url: str, revision: AuthEthRevision) -> None:
         self.chain, self.url, self.revision = chain, url, revision
-        self.web3 = Web3(HTTPProvider(url))
+        self.web3 = connect(url)
         self.accounts = [self.web3.to_checksum_address(account) for account in chain.node.accounts]
         self.owner = self.accounts[0]
         self.kms = self.contract(chain.kms.address)
         self.snapshot = self.rpc("evm_snapshot")
 
-    def contract(self, address: Any, *, app: bool = False) -> Contract:
+    def contract(self, address: Any, *, app: bool = False) -> "Contract":
         """Return the contract at an address."""
         artefact = app_contract(self.revision) if app else kms_contract(self.revision)
         return self.web3.eth.contract(address=self.web3.to_checksum_address(address), abi=artefact.abi)
 
     def rpc(self, method: str, *params: Any) -> Any:
         """Send a request; return its result."""
-        answer = self.web3.provider.make_request(RPCEndpoint(method), list(params))
+        answer = send(self.web3, method, *params)
         assert "error" not in answer, answer
         return answer["result"]
 
     def refused(self, method: str, *params: Any) -> Any:
         """Send a request that must be refused; return the error."""
-        return self.web3.provider.make_request(RPCEndpoint(method), list(params))["error"]
+        return send(self.web3, method, *params)["error"]
 
     def reset(self) -> None:
         """Return to how it began."""
         assert self.rpc("evm_revert", self.snapshot) is True
         self.snapshot = self.rpc("evm_snapshot")
 
-    def deploy_app(self, **changed: Any) -> Contract:
+    def deploy_app(self, **changed: Any) -> "Contract":
         """Deploy an app through the factory: any device, no compose hash, unless that is changed."""
         values = {"owner": self.owner, "upgrades_disabled": False, "tcb": False, "any_device": True}
         values |= {"device": bytes(32), "compose_hash": bytes(32), **changed}

@@ -12,7 +12,6 @@ from dstack_emu.chain import abi
 from dstack_emu.chain.artefacts import app_contract, kms_contract, proxy_contract
 from dstack_emu.chain.contracts import BOOT_INFO, BootInfo
 from dstack_emu.chain.engine import Message, Outcome, Surroundings
-from dstack_emu.chain.pyevm import PyEvm
 from dstack_emu.chain.transaction import created_address
 
 GAS = 29_000_000
@@ -57,6 +56,8 @@ class World:
     """Both contracts behind their proxies, owned by OWNER, and a state that acts replace."""
 
     def __init__(self, code: Code) -> None:
+        from dstack_emu.chain.pyevm import PyEvm  # takes a second, and only some workers run these tests
+
         self.engine, self.code = PyEvm(), code
         self.root = self.engine.genesis(dict.fromkeys((OWNER, STRANGER, NEW_OWNER), 10**24))
         self.app_implementation, self.kms_implementation = self.create(code.app), self.create(code.kms)

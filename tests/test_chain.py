@@ -16,9 +16,6 @@ from typing import Any
 import aiohttp
 import pytest
 import rlp
-from web3 import HTTPProvider, Web3
-from web3.exceptions import ContractCustomError, ContractLogicError
-from web3.types import RPCEndpoint
 
 from dstack_emu.chain.acts import Balance, Kept
 from dstack_emu.chain.artefacts import kms_contract
@@ -30,6 +27,7 @@ from tests.chains import BEGAN, LiveChain, running_chain
 from tests.commands import usage_error
 from tests.processes import start
 from tests.repository import ROOT
+from tests.web3_client import connect, send
 
 IMAGE, OTHER = bytes.fromhex("11" * 32), bytes.fromhex("22" * 32)
 
@@ -61,6 +59,8 @@ def test_allowing_an_image_is_a_transaction_with_an_event(chain: LiveChain) -> N
 
 
 def test_custom_error_of_a_refused_act_is_decoded(chain: LiveChain) -> None:
+    from web3.exceptions import ContractCustomError
+
     with pytest.raises(ContractCustomError) as refused:
         chain.kms.functions.addOsImageHash(IMAGE).call({"from": chain.accounts[1]})
     expected = "0x118cdaa7" + "00" * 12 + chain.accounts[1][2:].lower()
@@ -68,6 +68,8 @@ def test_custom_error_of_a_refused_act_is_decoded(chain: LiveChain) -> None:
 
 
 def test_text_of_a_refused_act_is_the_message(chain: LiveChain) -> None:
+    from web3.exceptions import ContractLogicError
+
     with pytest.raises(ContractLogicError, match="Invalid app ID"):
         chain.kms.functions.registerApp("0x" + "00" * 20).estimate_gas()
 
@@ -398,10 +400,10 @@ async def test_kept_chain_goes_on_after_its_process_was_killed(tmp_path: Path) -
         command = start("chain", "--listen", "127.0.0.1:0", "--state", str(tmp_path), "--json", stderr=log)
     try:
         line = json.loads(command.stdout.readline())
-        node = Web3(HTTPProvider(line["url"]))
+        node = connect(line["url"])
         kms = node.eth.contract(line["contracts"]["kms"], abi=kms_contract("next").abi)
         kms.functions.addOsImageHash(IMAGE).transact({"from": line["accounts"][0]["address"]})
-        node.provider.make_request(RPCEndpoint("evm_increaseTime"), [1000])
+        send(node, "evm_increaseTime", 1000)
         latest = node.eth.get_block("latest")
     finally:
         command.end(signal.SIGKILL)

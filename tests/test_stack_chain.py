@@ -5,10 +5,9 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from web3 import HTTPProvider, Web3
 
 from dstack_emu import Stack
 from dstack_emu.chain.accounts import private_keys
@@ -23,6 +22,10 @@ from dstack_emu.runbook.transcript import Transcript
 from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
 from dstack_emu.testing import LiveStack, refused
 from dstack_emu.transport.secrets import Secrets
+from tests.web3_client import connect
+
+if TYPE_CHECKING:
+    from web3 import Web3
 
 BOTH = {"src": "eth", "dst": "eth"}
 
@@ -41,10 +44,10 @@ def stack(shared: LiveStack) -> Iterator[LiveStack]:
         yield shared
 
 
-def owner_of(stack: LiveStack) -> tuple[Web3, Any, Any]:
+def owner_of(stack: LiveStack) -> tuple["Web3", Any, Any]:
     """Return a client of the chain, DstackKms, and the contract of the stack's app, as their owner uses them."""
     described = stack.description["chain"]
-    node = Web3(HTTPProvider(stack.services["chain"]))
+    node = connect(stack.services["chain"])
     node.eth.default_account = described["contracts"]["owner"]
     app_id = node.to_checksum_address("0x" + stack.description["app"]["app_id"])
     kms = node.eth.contract(address=described["contracts"]["kms"], abi=kms_contract("next").abi)

@@ -34,6 +34,7 @@ RECURSION_LIMIT: Final = 1024 * 12
 py-evm imports py_ecc, which sets 100,000 for the whole process. At that depth, C code such as the parser of JSON
 overflows the stack, which ends the process; at this one it does not.
 """
+sys.setrecursionlimit(RECURSION_LIMIT)
 CREATION: Final = b""
 """py-evm's address of a transaction that creates a contract."""
 
@@ -48,7 +49,6 @@ class PyEvm:
     name = f"py-evm/v{version('py-evm')}"
 
     def __init__(self) -> None:
-        sys.setrecursionlimit(RECURSION_LIMIT)
         self._db = AtomicDB()
         self._last: tuple[object, PragueState] | None = None
 
