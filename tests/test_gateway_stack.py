@@ -95,6 +95,7 @@ def test_app_of_the_stack_is_reached_by_its_instance_and_its_app_id(stack: LiveS
     ]
     assert {each["connection"]["instance_id"] for each in records} == {app["instance_id"]}
     assert {each["connection"]["ended"] for each in records} == {"complete"}
+    assert {each["connection"]["client"].rpartition(":")[0] for each in records} == {"127.0.0.1"}
 
 
 def test_app_url_leads_to_the_agent_of_the_app(stack: LiveStack) -> None:

@@ -132,6 +132,7 @@ def recorder(instrumentation: Instrumentation) -> Callable[[ConnectionRecord], N
         span.annotate(
             "connection",
             {
+                "client": connection.client,
                 "server_name": connection.server_name,
                 "id": connection.id,
                 "port": connection.port,

@@ -173,6 +173,7 @@ class ProxySection(_Section):
     inbound_pp_enabled: bool = False
     tcp_splice: dict[str, Any] | None = None
     ktls: dict[str, Any] | None = None
+    health_check: Any = None
     port_policy_fetch: PortPolicyFetchSection = PortPolicyFetchSection()
     timeouts: TimeoutsSection = TimeoutsSection()
 

@@ -12,7 +12,7 @@ from dstack_emu.cli.commands.common import WARNING, add_release, run_server, say
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.gateway.agent import DEFAULT_ADDRESS
 from dstack_emu.gateway.config import GatewayConfig
-from dstack_emu.gateway.server import GatewayDependencies, GatewayServer
+from dstack_emu.gateway.server import RPC, GatewayDependencies, GatewayServer
 
 DESCRIPTION = (
     "Run one gateway with upstream's gateway.toml, without WireGuard: instances register, and the ingress reaches none "
@@ -53,7 +53,8 @@ async def _run(gateway: GatewayServer, *, as_json: bool) -> int:
     stop = stop_on_signals()
     await gateway.start()
     try:
-        say(f"gateway at {gateway.urls['rpc']}. {WARNING}")
+        others = [f", {name} at {url}" for name, url in gateway.urls.items() if name != RPC]
+        say(f"gateway at {gateway.urls[RPC]}{''.join(others)}. {WARNING}")
         if as_json:
             print(json.dumps(_description(gateway)), flush=True)
         ends = [asyncio.create_task(each) for each in (gateway.wait(), stop.wait())]
