@@ -461,6 +461,28 @@ def test_stored_certificate_that_cannot_be_used_is_not_loaded_at_the_start(tmp_p
         assert issued(gateway)["cert_status"]["loaded_in_memory"]
 
 
+def test_what_cannot_be_stored_is_refused_and_leaves_no_trace(gateway: RunningGateway) -> None:
+    credential(gateway)
+    domain(gateway)
+    issued(gateway)
+    before = gateway.call(gateway.server.gateway.capture)
+    shown = gateway.call(lambda: gateway.server.gateway.certificates.get("app.example"))
+    folder = gateway.server.config.core.sync.data_dir
+    moved = folder.rename(folder.with_name("moved"))
+    try:
+        for method, body in (
+            ("RenewZtDomainCert", {"domain": "app.example", "force": True}),
+            ("RotateAcmeCredentials", {}),
+            ("SetNodeStatus", {"id": 1, "status": "down"}),
+            ("DeleteZtDomain", {"domain": "app.example"}),
+        ):
+            assert "failed to store the gateway's state in " in gateway.refused("admin", method, None, **body)
+    finally:
+        moved.rename(folder)
+    assert gateway.call(gateway.server.gateway.capture) == before
+    assert gateway.call(lambda: gateway.server.gateway.certificates.get("app.example")) is shown
+
+
 def test_domain_without_a_dns_credential_gets_no_certificate(gateway: RunningGateway) -> None:
     domain(gateway)
     text = gateway.refused("admin", "RenewZtDomainCert", domain="app.example")

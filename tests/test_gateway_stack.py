@@ -182,7 +182,9 @@ def test_every_service_is_healthy_and_named_in_the_variables_of_commands(stack: 
     assert variables["DSTACK_EMU_BASE_DOMAIN"] == "app.localhost"
     assert Path(variables["DSTACK_EMU_GATEWAY_CA"]) == gateway.ca
     assert variables["DSTACK_EMU_APP_URL"] == stack.description["gateway"]["app_url"]
-    assert stack.description["gateway"]["app_url"] in summary(stack.description, 1.0)
+    shown = summary(stack.description, 1.0)
+    assert stack.description["gateway"]["app_url"] in shown
+    assert f"{stack.services['agent-gateway']:<28} guest agent of the gateway\n" in shown
 
 
 def test_registration_is_recorded_with_who_registered(stack: LiveStack) -> None:

@@ -13,6 +13,7 @@ _WHAT = {
     "vmm": "VMM, which deploys machines",
     "gateway": "gateway, at which apps register",
     "gateway-admin": "gateway, for its operator",
+    "agent-gateway": "guest agent of the gateway",
     "chain": "JSON-RPC of the chain with DstackKms",
     "ingress": "leads to apps, by TLS server name",
 }

@@ -30,7 +30,7 @@ _IN_PROGRESS: Final = "ACME credential rotation or CAA reconciliation is already
 
 @dataclass(frozen=True, slots=True)
 class CertbotContext:
-    """What a certbot works with; `changed` stores the records."""
+    """What a certbot works with; `changed` stores the records, or raises `GatewayError` and undoes what has changed."""
 
     records: Records
     loaded: LoadedCertificates

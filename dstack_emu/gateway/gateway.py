@@ -61,6 +61,7 @@ class Gateway:
         self.log = EventLog("dstack_emu.gateway")
         self._store = Store(context.config.core.sync.data_dir)
         self.records = Records(self._with_node(self._store.load()))
+        self._stored = self.records.capture()
         core = context.config.core
         self.writes = self.publications = self.last_seen = 0
         self.published: dict[str, int] = {}
@@ -105,8 +106,14 @@ class Gateway:
         )
 
     def save(self) -> None:
-        """Store everything; raise `GatewayError` if that fails."""
-        self._store.save(self.records.capture())
+        """Store everything; raise `GatewayError` if that fails, and put back what is stored."""
+        state = self.records.capture()
+        try:
+            self._store.save(state)
+        except BaseException:
+            self.records.put(self._stored)
+            raise
+        self._stored = state
         self.writes += 1
 
     def change(self, table: str, key: str | int, entry: object | None) -> None:
@@ -117,13 +124,8 @@ class Gateway:
 
     def set(self, name: str, value: object) -> None:
         """Store one attribute of the records; raise `GatewayError` without a trace."""
-        before = getattr(self.records, name)
         setattr(self.records, name, value)
-        try:
-            self.save()
-        except GatewayError:
-            setattr(self.records, name, before)
-            raise
+        self.save()
 
     def publish(self) -> None:
         """Publish when each instance was heard of, and that this node runs, as for other nodes."""
@@ -167,13 +169,8 @@ class Gateway:
 
         Raises `GatewayError` if it cannot be stored.
         """
-        before = self.records.capture()
         self.records.put(state)
-        try:
-            self.save()
-        except BaseException:
-            self.records.put(before)
-            raise
+        self.save()
         self.certificates.load_all(self.records.certificates)
         self.published, self.last_seen = {}, 0
         self.certbot.abandon()

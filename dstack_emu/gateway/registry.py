@@ -39,7 +39,10 @@ class Registration:
 
 
 class Registry:
-    """The instances of `records`; `changed` is called after each change, before it is answered."""
+    """The instances of `records`; `changed` is called after each change, before it is answered.
+
+    It stores them, or raises `GatewayError` and undoes the change.
+    """
 
     def __init__(
         self,
@@ -63,16 +66,8 @@ class Registry:
             entry = self._entry(new)
         except GatewayError as error:
             raise GatewayError(f"failed to allocate IP address for client: {error}") from error
-        before = self._records.instances.get(new.instance_id)
         self._records.instances[new.instance_id] = entry
-        try:
-            self._changed()
-        except GatewayError:
-            if before is None:
-                del self._records.instances[new.instance_id]
-            else:
-                self._records.instances[new.instance_id] = before
-            raise
+        self._changed()
         return entry
 
     def _require_identity(self, new: Registration) -> None:
@@ -183,13 +178,8 @@ class Registry:
         return tuple(instance_of(id_, each) for id_, each in fresh[: count or 1])
 
     def _set(self, instance_id: str, **changed: object) -> None:
-        before = self.entry(instance_id)
-        self._records.instances[instance_id] = before.model_copy(update=changed)
-        try:
-            self._changed()
-        except GatewayError:
-            self._records.instances[instance_id] = before
-            raise
+        self._records.instances[instance_id] = self.entry(instance_id).model_copy(update=changed)
+        self._changed()
 
 
 def instance_of(instance_id: str, entry: InstanceEntry) -> Instance:

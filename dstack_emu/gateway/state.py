@@ -137,7 +137,8 @@ FIELDS: Final[tuple[str, ...]] = tuple(GatewayState.model_fields)
 class Records:
     """The state of one gateway while it runs: one attribute for each field of `GatewayState`.
 
-    Whoever changes one calls `save`, which stores all of it. An instance may be replaced, but not changed.
+    Whoever changes one calls `Gateway.save`, which stores all of it, or puts back what is stored. An instance may be
+    replaced, but not changed.
     """
 
     node: NodeEntry | None
