@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from dstack_emu.testing import (
+        LiveChain,
         LiveClock,
         LiveFault,
         LiveGateway,
@@ -177,6 +178,16 @@ def dstack_gateway(dstack_current: "LiveStack") -> "LiveGateway":
             "dstack_gateway: the stack has no gateway: add gateway=True to the fixture dstack_settings"
         )
     return dstack_current.gateway
+
+
+@pytest.fixture
+def dstack_chain(dstack_current: "LiveStack") -> "LiveChain":
+    """`dstack_chain.remove_compose_hash(app)`: transactions on the chain whose contracts decide in the stack."""
+    if "chain" not in dstack_current.services:
+        raise pytest.UsageError(
+            'dstack_chain: the stack has no chain: add auth={"src": "eth", "dst": "eth"} to the fixture dstack_settings'
+        )
+    return dstack_current.chain
 
 
 @pytest.fixture

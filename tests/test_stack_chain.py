@@ -12,15 +12,17 @@ import pytest
 from dstack_emu import Stack
 from dstack_emu.chain.accounts import private_keys
 from dstack_emu.chain.artefacts import app_contract, kms_contract
+from dstack_emu.cli.main import main
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.clock import wall_clock
+from dstack_emu.deployment.errors import StackError
 from dstack_emu.runbook.cases import run_cases
 from dstack_emu.runbook.kms_client import PrpcKmsClient
 from dstack_emu.runbook.runner import RunbookRun
 from dstack_emu.runbook.target import Target
 from dstack_emu.runbook.transcript import Transcript
 from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
-from dstack_emu.testing import LiveStack, refused
+from dstack_emu.testing import LiveChain, LiveStack, refused
 from dstack_emu.transport.secrets import Secrets
 from tests.web3_client import connect
 
@@ -42,6 +44,12 @@ def stack(shared: LiveStack) -> Iterator[LiveStack]:
     """The stack as it became ready."""
     with shared.put_back():
         yield shared
+
+
+@pytest.fixture
+def dstack_current(stack: LiveStack) -> LiveStack:
+    """The stack that the plugin's fixtures use here."""
+    return stack
 
 
 def owner_of(stack: LiveStack) -> tuple["Web3", Any, Any]:
@@ -92,6 +100,55 @@ def test_policy_acts_of_the_control_api_are_transactions(stack: LiveStack) -> No
     with refused("Aggregated MR not allowed"):
         stack.boot()
     assert "0x" + stack.description["kms"]["src"]["mr_aggregated"] not in policy.content["kms"]["mrAggregated"]
+
+
+def test_fixture_of_the_plugin_revokes_and_allows(dstack_chain: LiveChain, stack: LiveStack) -> None:
+    app, before = stack.app(), dstack_chain.block
+    dstack_chain.remove_compose_hash(app)
+    with refused("Compose hash not allowed"):
+        stack.boot()
+    dstack_chain.allow_compose_hash(app).remove("os-image", stack.description["kms"]["src"]["os_image_hash"])
+    with refused("OS image is not allowed"):
+        stack.boot()
+    assert dstack_chain.block == before + 3
+    wallet = stack.app("wallet", app_id=dstack_chain.deploy_app())
+    dstack_chain.allow("os-image", wallet.info["os_image_hash"]).allow_compose_hash(wallet)
+    stack.boot(wallet)
+    kms, other = owner_of(stack)[1], dstack_chain.description["accounts"][1]
+    kms.functions.transferOwnership(other).transact()
+    kms.functions.acceptOwnership().transact({"from": other})
+    with pytest.raises(StackError, match="OwnableUnauthorizedAccount"):
+        dstack_chain.allow("os-image", "11" * 32)
+
+
+def test_command_says_what_the_contract_answered_before_and_after(
+    stack: LiveStack, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def act(*words: str) -> tuple[Any, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["chain", *words])
+        printed = capsys.readouterr()
+        return ended.value.code, (printed.out + printed.err).strip()
+
+    described = stack.description
+    monkeypatch.setenv("DSTACK_EMU_STATE", described["state"])
+    image, compose_hash = "11" * 32, described["app"]["compose_hash"]
+    status, said = act("allow", "os-image", image)
+    assert (status, said.startswith(f"os-image 0x{image}: not allowed before, allowed now (block ")) == (0, True)
+    status, said = act("remove", "compose-hash", compose_hash, "--json")
+    assert (status, json.loads(said)["before"], json.loads(said)["after"]) == (0, "allowed", "not allowed")
+    with refused("Compose hash not allowed"):
+        stack.boot()
+    assert f"0x{image}" in json.loads(act("show")[1])["osImages"]
+    app_id = json.loads(act("app-deploy", "--allow-any-device")[1])["app_id"]
+    assert act("allow", "device", image, "--app", f"0x{app_id}")[0] == 0
+    other = described["chain"]["accounts"][1]
+    assert act("allow", "os-image", image, "--from", other) == (1, f"Error: OwnableUnauthorizedAccount({other})")
+    monkeypatch.setenv("PRIVATE_KEY", private_keys(Seed.of(DEFAULT_SEED).derive)[1].hex())
+    assert act("remove", "os-image", image) == (1, f"Error: OwnableUnauthorizedAccount({other})")
+    monkeypatch.setenv("PRIVATE_KEY", private_keys(Seed.of(DEFAULT_SEED).derive)[0].hex())
+    assert act("remove", "os-image", image)[0] == 0
+    assert "32 bytes in hex expected" in act("allow", "os-image", "11")[1]
 
 
 def test_policy_in_the_form_of_auth_simple_says_what_the_contracts_allow(stack: LiveStack) -> None:

@@ -14,9 +14,10 @@ from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.release import Release
 from dstack_emu.chain.acts import Act, act_document, parse_act
 from dstack_emu.chain.ask import completed, immediate_ask
-from dstack_emu.chain.contracts import Sender, creations
+from dstack_emu.chain.contracts import Contract, KmsContract, Sender, creations
 from dstack_emu.chain.embedded import ChainSettings, EmbeddedChain
 from dstack_emu.chain.errors import ChainError, StoreError
+from dstack_emu.chain.operations import Changed, list_entry
 from dstack_emu.chain.policy import FIRST_APP_NONCE, ContractPolicy, PlannedAct, Planner, read_policy
 from dstack_emu.chain.quantities import checksummed
 from dstack_emu.chain.transaction import created_address
@@ -142,8 +143,32 @@ class StackChain:
             raise StackError(str(error)) from error
         return self._done(self._change(wanted))
 
+    def list_entry(self, kind: str, value: bytes, *, allowed: bool, app_id: bytes | None = None) -> Changed:
+        """Allow or remove a hash in a list of `operations.LISTINGS`, of DstackKms or an app; raise `StackError`."""
+        address = self._kms if app_id is None else app_id
+        return self._done(list_entry(Contract(self._ask, address), self._owner, kind, value, allowed=allowed))
+
+    def deploy_app(self, *, compose_hash: bytes, allow_any_device: bool) -> str:
+        """Create the contract of an app, and register it; return its id in hex. Raises `StackError`."""
+        kms = KmsContract(self._ask, self._kms)
+        made = kms.deploy_app(self._owner, compose_hash=compose_hash, allow_any_device=allow_any_device)
+        return self._done(made).address.hex()
+
+    @property
+    def head(self) -> int:
+        """The number of the latest block."""
+        return self._chain.ledger.head.number
+
+    def mine(self, count: int) -> None:
+        """Mine empty blocks."""
+        self._chain.rpc.exclusively(lambda: self._chain.ledger.mine(count))
+
+    @property
+    def _owner(self) -> Sender:
+        return Sender(self._ask, self._chain.owner.address)
+
     async def _change(self, wanted: ContractPolicy) -> list[str]:
-        owner = Sender(self._ask, self._chain.owner.address)
+        owner = self._owner
         now = await read_policy(self._ask, self._kms)
         planner = await Planner.at(self._ask, self._kms, owner.address, wanted.apps.keys() - now.apps.keys())
         acts = planner.acts(now, wanted)

@@ -3,6 +3,7 @@
 The fixtures of `pytest_plugin` return these classes. This package does not need pytest.
 """
 
+from dstack_emu.testing.chain import LiveChain
 from dstack_emu.testing.clock import LiveClock
 from dstack_emu.testing.faults import LiveFault
 from dstack_emu.testing.gateway import LiveGateway
@@ -14,6 +15,7 @@ from dstack_emu.testing.refusals import Refusal, Refused, refused
 from dstack_emu.testing.trust_domains import LiveTrustDomain
 
 __all__ = [
+    "LiveChain",
     "LiveClock",
     "LiveFault",
     "LiveGateway",

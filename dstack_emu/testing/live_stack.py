@@ -11,6 +11,7 @@ from dstack_emu.deployment.config import StackConfig
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.stack import Stack
 from dstack_emu.testing.access import StackAccess
+from dstack_emu.testing.chain import LiveChain
 from dstack_emu.testing.clock import LiveClock
 from dstack_emu.testing.faults import LiveFault
 from dstack_emu.testing.gateway import LiveGateway
@@ -86,6 +87,11 @@ class LiveStack:
     def gateway(self) -> LiveGateway:
         """The gateway, if the stack has one."""
         return LiveGateway(self._access)
+
+    @property
+    def chain(self) -> LiveChain:
+        """The chain of the stack, if contracts decide in it."""
+        return LiveChain(self._access)
 
     def app(self, name: str | None = None, **spec: Any) -> LiveTrustDomain:
         """Return the app of that name; with fields of `trust_domain`, add an app.

@@ -1,10 +1,11 @@
-"""`dstack-emu chain`: run a chain with dstack's contracts, without a stack."""
+"""`dstack-emu chain`: run a chain with dstack's contracts, without a stack; or act on any chain."""
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+from dstack_emu.cli.commands.chain_acts import add_acts, run_act
 from dstack_emu.cli.commands.common import WARNING, add_release, listen_address, run_server, stop_on_signals
 from dstack_emu.deployment.standalone_chain import StandaloneChain, StandaloneChainSettings
 from dstack_emu.simulator.seed import DEFAULT_SEED
@@ -16,7 +17,7 @@ MAX_CHAIN_ID = 2**53 - 1
 DESCRIPTION = (
     "Run a chain of one node, with the contracts DstackKms and DstackApp in it, and serve its JSON-RPC over HTTP and "
     "WebSocket. Every transaction is mined at once. Accounts, their keys and the addresses of the contracts follow "
-    "from the seed. It needs the extra `eth`. " + WARNING
+    "from the seed. It needs the extra `eth`. With an act it sends transactions to any chain instead. " + WARNING
 )
 
 
@@ -35,10 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-contracts", action="store_true", help="deploy no contracts")
     add_release(parser, "whose contracts: in 0.6 a new owner accepts, and each policy change is an event")
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
+    add_acts(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the chain until a signal."""
+    """Run the chain until a signal, or send an act to any chain."""
+    if arguments.chain_act is not None:
+        return run_act(arguments)
     settings = StandaloneChainSettings(
         seed=arguments.seed,
         release=arguments.release,

@@ -1,0 +1,175 @@
+"""An operator's acts on dstack's contracts: each is sent, and says what the contract answered before and after it.
+
+They work through any node's JSON-RPC, with accounts of the node, or with a private key that signs here.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+from dstack_emu.attest.release import AuthEthRevision
+from dstack_emu.chain.artefacts import app_contract, kms_contract
+from dstack_emu.chain.contracts import Ask, Contract, ContractError, KmsContract, RpcError, Sender, Sent
+from dstack_emu.chain.quantities import checksummed, data
+from dstack_emu.chain.transaction import DYNAMIC_FEE, Transaction, address_of
+
+RECEIPT_TIMEOUT: Final = 120.0
+PAUSE: Final = 0.5
+"""Seconds between two questions for a receipt."""
+IMPLEMENTATION: Final = 0x360894A13BA1A3210667C828492DB98DCA3E2076CC3735A920A3CA505D382BBC
+"""The slot in which a proxy has the address of its implementation (ERC-1967)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The functions of a list: the view of an entry, and what adds and removes one."""
+
+    view: str
+    add: str
+    remove: str
+
+
+LISTINGS: Final[Mapping[str, Listing]] = MappingProxyType(
+    {
+        "os-image": Listing("allowedOsImages", "addOsImageHash", "removeOsImageHash"),
+        "kms-mr": Listing("kmsAllowedAggregatedMrs", "addKmsAggregatedMr", "removeKmsAggregatedMr"),
+        "kms-device": Listing("kmsAllowedDeviceIds", "addKmsDevice", "removeKmsDevice"),
+        "compose-hash": Listing("allowedComposeHashes", "addComposeHash", "removeComposeHash"),
+        "device": Listing("allowedDeviceIds", "addDevice", "removeDevice"),
+    }
+)
+"""The lists of DstackKms, and of a DstackApp: the last two."""
+OF_APP: Final = ("compose-hash", "device")
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """An act that was mined: what it is about, and what the contract answered before and after it."""
+
+    what: str
+    before: Any
+    after: Any
+    transaction: str
+    block: int
+
+    @property
+    def text(self) -> str:
+        """The act in a line."""
+        return f"{self.what}: {self.before} before, {self.after} now (block {self.block}, {self.transaction})"
+
+
+def _changed(what: str, before: Any, after: Any, sent: Sent) -> Changed:
+    return Changed(what, before, after, str(sent.receipt["transactionHash"]), int(sent.receipt["blockNumber"], 16))
+
+
+async def list_entry(contract: Contract, sender: Sender, kind: str, value: bytes, *, allowed: bool) -> Changed:
+    """Allow or remove a hash of 32 bytes in one of `LISTINGS`; raise `ChainError`."""
+    listing = LISTINGS[kind]
+
+    async def state() -> str:
+        listed = await contract.view(f"{listing.view}(bytes32)", "(bool)", value)
+        return "allowed" if listed else "not allowed"
+
+    before = await state()
+    sent = await contract.act(sender, f"{listing.add if allowed else listing.remove}(bytes32)", value)
+    return _changed(f"{kind} {data(value)}", before, await state(), sent)
+
+
+async def register_app(kms: KmsContract, sender: Sender, app_id: bytes) -> Changed:
+    """Register a contract that exists as an app; raise `ChainError`."""
+
+    async def state() -> str:
+        registered = await kms.view("registeredApps(address)", "(bool)", app_id)
+        return "registered" if registered else "not registered"
+
+    before = await state()
+    sent = await kms.register_app(sender, app_id)
+    return _changed(f"app {checksummed(app_id)}", before, await state(), sent)
+
+
+async def transfer_ownership(contract: Contract, sender: Sender, owner: bytes) -> Changed:
+    """Hand a contract over; in revision next the new owner has to accept. Raises `ChainError`."""
+    before = await contract.owner()
+    sent = await contract.transfer_ownership(sender, owner)
+    return await _with_owner(contract, before, sent)
+
+
+async def accept_ownership(contract: Contract, sender: Sender) -> Changed:
+    """Become the owner that was named; raise `ChainError`."""
+    before = await contract.owner()
+    return await _with_owner(contract, before, await contract.accept_ownership(sender))
+
+
+async def _with_owner(contract: Contract, before: bytes, sent: Sent) -> Changed:
+    after = checksummed(await contract.owner())
+    try:
+        pending = await contract.view("pendingOwner()", "(address)")
+    except ContractError:  # 0.5.11 hands over at once
+        pending = bytes(20)
+    waiting = "" if pending == bytes(20) else f", {checksummed(pending)} once it has accepted"
+    return _changed(f"owner of {checksummed(contract.address)}", checksummed(before), f"{after}{waiting}", sent)
+
+
+async def upgrade(
+    contract: Contract, sender: Sender, implementation: bytes | None, revision: AuthEthRevision
+) -> Changed:
+    """Replace the implementation behind a proxy; without one, by this project's of a revision, which is deployed."""
+    if implementation is None:
+        made = kms_contract(revision) if isinstance(contract, KmsContract) else app_contract(revision)
+        implementation = await sender.create(made.bytecode)
+
+    async def state() -> str:
+        stored = await contract.ask("eth_getStorageAt", [data(contract.address), hex(IMPLEMENTATION), "latest"])
+        return checksummed(bytes.fromhex(stored[2:])[-20:])
+
+    before = await state()
+    sent = await contract.upgrade(sender, implementation)
+    return _changed(f"implementation of {checksummed(contract.address)}", before, await state(), sent)
+
+
+def signing_ask(ask: Ask, private_key: bytes) -> tuple[Ask, bytes]:
+    """Return an `Ask` whose eth_sendTransaction signs here and waits until it is mined, and the key's address.
+
+    The node sees no key. Raises `ValueError` for what is no private key of 32 bytes.
+    """
+    sender = address_of(private_key)
+
+    async def signed(method: str, params: list[Any]) -> Any:
+        if method != "eth_sendTransaction":
+            return await ask(method, params)
+        call = params[0]
+        number = _asking_numbers(ask)
+        tip = await number("eth_maxPriorityFeePerGas", [])
+        transaction = Transaction(
+            DYNAMIC_FEE,
+            await number("eth_chainId", []),
+            await number("eth_getTransactionCount", [data(sender), "pending"]),
+            tip,
+            2 * await number("eth_gasPrice", []) + tip,
+            await number("eth_estimateGas", [call]),
+            bytes.fromhex(call["to"][2:]) if "to" in call else None,
+            0,
+            bytes.fromhex(call["data"][2:]),
+        ).signed(private_key)
+        hash_ = await ask("eth_sendRawTransaction", [data(transaction.raw)])
+        await _mined(ask, hash_)
+        return hash_
+
+    return signed, sender
+
+
+def _asking_numbers(ask: Ask) -> Callable[..., Any]:
+    async def number(method: str, params: list[Any]) -> int:
+        return int(await ask(method, params), 16)
+
+    return number
+
+
+async def _mined(ask: Ask, hash_: str) -> None:
+    for _ in range(int(RECEIPT_TIMEOUT / PAUSE)):
+        if await ask("eth_getTransactionReceipt", [hash_]) is not None:
+            return
+        await asyncio.sleep(PAUSE)
+    raise RpcError(0, f"transaction {hash_} was not mined within {RECEIPT_TIMEOUT:g} s")
