@@ -123,6 +123,8 @@ def test_part_that_is_opened_shows_measurements_and_certificates_but_no_key(stac
     tab.tab_to("ingress")
     tab.press("Enter")
     tab.see(stack.description["app"]["instance_id"], "section")  # which is registered at the gateway
+    links = tab.run("[...document.querySelectorAll('section dd a')].map((each) => each.href.replace(/\\/$/, ''))")
+    assert links == [stack.description["gateway"]["app_url"]] * 2
     tab.tab_to("vmm")
     tab.press("Enter")
     tab.see("There is none.", "section")

@@ -103,6 +103,7 @@ def test_app_url_leads_to_the_agent_of_the_app(stack: LiveStack) -> None:
     host, port = stack.gateway.ingress
     assert stack.services["ingress"] == f"{host}:{port}"
     assert gateway["app_url"] == f"https://{app['instance_id']}-8090.app.localhost:{port}"
+    assert stack.gateway.instances[app["instance_id"]]["app_url"] == gateway["app_url"]
     done = curl(f"{gateway['app_url']}/prpc/Worker.Version?json", ca=stack.gateway.ca)
     assert json.loads(done.stdout)["version"] == "0.6.0"
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from dstack_emu.control.kms import KmsControl
 from dstack_emu.control.schemas import ControlError, TxtRecord, checked, unknown
+from dstack_emu.deployment.description import app_url
 from dstack_emu.gateway.errors import GatewayError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class GatewayControl(KmsControl):
         found = None if running is None else running.find()
         addresses = self._deployment.description().get("gateway", {})
         records = {} if running is None else dict(running.txt_records)
-        return {**addresses, "instances": {} if found is None else _instances(found), "txt_records": records}
+        return {**addresses, "instances": {} if found is None else self._instances(found), "txt_records": records}
 
     def set_txt_record(self, name: str, value: str) -> dict[str, str]:
         """Let a domain name have a TXT record, such as `_dstack-app-address.www.example` with `<app id>:443`."""
@@ -62,15 +63,15 @@ class GatewayControl(KmsControl):
             raise ControlError("the gateway has no keys yet: boot its trust domain, gateway", 409)
         return found
 
-
-def _instances(gateway: "Gateway") -> dict[str, dict[str, Any]]:
-    return {
-        instance_id: {
-            "app_id": entry.app_id,
-            "ip": entry.ip,
-            "registered_at": entry.registered_at,
-            "handshake_at": entry.handshake_at,
-            "connections": gateway.connections.of(instance_id),
+    def _instances(self, gateway: "Gateway") -> dict[str, dict[str, Any]]:
+        return {
+            instance_id: {
+                "app_id": entry.app_id,
+                "app_url": app_url(self._deployment.context, instance_id),
+                "ip": entry.ip,
+                "registered_at": entry.registered_at,
+                "handshake_at": entry.handshake_at,
+                "connections": gateway.connections.of(instance_id),
+            }
+            for instance_id, entry in gateway.records.instances.items()
         }
-        for instance_id, entry in gateway.records.instances.items()
-    }

@@ -51,21 +51,22 @@ def describe(context: StackContext, kms: Mapping[str, RunningKms], app: RunningG
 
 
 def _gateway(context: StackContext, app: RunningGuest) -> dict[str, Any]:
-    """Return how the apps behind the gateway are reached, nothing without a gateway.
-
-    `app_url` is the address of the agent of the stack's own app, as a VMM forms it for a machine.
-    """
+    """Return how the apps behind the gateway are reached, nothing without a gateway."""
     if not context.config.gateway:
         return {}
-    port = context.urls[INGRESS].rpartition(":")[2]
-    domain = f"{context.config.base_domain}{'' if port == '443' else f':{port}'}"
     return {
         "gateway": {
             "base_domain": context.config.base_domain,
             "ca": str(context.state / CA_FILE),
-            "app_url": f"https://{app.domain.instance_id.hex()}-{AGENT_PORT}.{domain}",
+            "app_url": app_url(context, app.domain.instance_id.hex()),
         }
     }
+
+
+def app_url(context: StackContext, instance_id: str) -> str:
+    """Return the address of an instance's agent behind the gateway, as a VMM forms it for a machine."""
+    port = context.urls[INGRESS].rpartition(":")[2]
+    return f"https://{instance_id}-{AGENT_PORT}.{context.config.base_domain}{'' if port == '443' else f':{port}'}"
 
 
 def measured_by(kms: Mapping[str, RunningKms]) -> dict[str, dict[str, Any]]:

@@ -31,7 +31,8 @@ export function choice(values, chosen, empty = "any") {
   return make("select", {}, values.map((value) => make("option", {value, selected: value === chosen}, value || empty)));
 }
 
-// A JSON value as facts: objects become lists of terms, within one another; what is empty is left out.
+// A JSON value as facts: objects become lists of terms, within one another; what is empty is left out. The `app_url` of an
+// instance is a link.
 export function facts(value) {
   if (Array.isArray(value)) {
     if (!value.length) return "none";
@@ -40,8 +41,13 @@ export function facts(value) {
   }
   if (value === null || value === "") return "none";
   if (typeof value !== "object") return make("span", {class: isHex(value) ? "mono" : null}, String(value));
-  const rows = Object.entries(value).map(([name, each]) => [make("dt", {}, worded(name)), make("dd", {}, facts(each))]);
+  const rows = Object.entries(value).map(([name, each]) =>
+    [make("dt", {}, worded(name)), make("dd", {}, name === "app_url" && each ? link(each) : facts(each))]);
   return make("dl", {class: "facts"}, rows.flat());
+}
+
+function link(url) {
+  return make("a", {href: url, target: "_blank", rel: "noreferrer"}, url);
 }
 
 function isHex(value) {
