@@ -27,7 +27,7 @@ from dstack_emu.auth.contract_rules import rule_of
 from dstack_emu.auth.errors import ChainError
 from dstack_emu.auth.eth_request import contract_question
 from dstack_emu.auth.eth_settings import BACKEND_UNAVAILABLE, EthSettings
-from dstack_emu.auth.json_rpc import JsonRpcClient
+from dstack_emu.auth.json_rpc import Headers, JsonRpcClient
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ class _State:
 class EthAuth:
     """Asks the contract of its settings. Close it.
 
-    `now` is a clock in seconds, for the block cache alone.
+    `now` is a clock in seconds, for the block cache alone. `headers` are added to each call of the chain.
     """
 
     def __init__(
@@ -53,9 +53,10 @@ class EthAuth:
         settings: EthSettings,
         *,
         now: Callable[[], float] = time.monotonic,
+        headers: Headers | None = None,
     ) -> None:
         self.settings: Final = settings
-        self._chain = JsonRpcClient(settings.rpc_url, timeout=settings.timeout)
+        self._chain = JsonRpcClient(settings.rpc_url, timeout=settings.timeout, headers=headers)
         self._head = KeptHead(settings.block_cache, now)
 
     async def close(self) -> None:

@@ -18,6 +18,7 @@ from dstack_emu.auth.eth import EthAuth
 from dstack_emu.auth.eth_request import parse_bounded_boot_info
 from dstack_emu.auth.eth_settings import BACKEND_UNAVAILABLE, EthSettings
 from dstack_emu.auth.hono import JsonText, Webhook, boot_response, webhook_app, zod_refusal
+from dstack_emu.auth.json_rpc import Headers
 from dstack_emu.auth.server import DecisionObserver
 
 _TITLE: Final = "auth-eth-bun: boot authorization by a contract on a chain"
@@ -32,14 +33,15 @@ def eth_app(
     settings: EthSettings,
     *,
     observer: DecisionObserver | None = None,
+    headers: Headers | None = None,
 ) -> web.Application:
     """Build auth-eth-bun over one contract.
 
-    `observer` is called after each decision. Logs upstream's lines to `auth.eth`, and for each answer the block whose
-    state decided. Why a chain gives no answer is logged at level debug, because upstream's next hides it in its log,
-    too; 0.5.11 answers with it.
+    `observer` is called after each decision, `headers` are added to each call of the chain. Logs upstream's lines to
+    `auth.eth`, and for each answer the block whose state decided. Why a chain gives no answer is logged at level debug,
+    because upstream's next hides it in its log, too; 0.5.11 answers with it.
     """
-    service = EthAuth(settings)
+    service = EthAuth(settings, headers=headers)
     rules = settings.rules
 
     async def info() -> tuple[int, Mapping[str, object]]:

@@ -10,7 +10,7 @@ specification (quantities and data).
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from dstack_emu.attest.strict_json import StrictJson
@@ -30,14 +30,18 @@ MAX_SHOWN_MESSAGE: Final = 1000
 _QUANTITY: Final = re.compile(r"0x(?:0|[1-9a-fA-F][0-9a-fA-F]{0,15})")
 _DATA: Final = re.compile(r"0x(?:[0-9a-fA-F]{2})*")
 
+Headers = Callable[[], Mapping[str, str]]
+"""Returns the headers of the next request."""
+
 
 class JsonRpcClient:
     """Calls the methods of one node. Close it.
 
-    `timeout` is for each call, in seconds.
+    `timeout` is for each call, in seconds. `headers` are added to each request.
     """
 
-    def __init__(self, url: str, *, timeout: float) -> None:
+    def __init__(self, url: str, *, timeout: float, headers: Headers | None = None) -> None:
+        self._headers = headers
         self._url = url
         self._client = HttpClient(timeout=timeout, max_answer=MAX_RPC_ANSWER)
         self._ids = itertools.count(1)
@@ -63,7 +67,7 @@ class JsonRpcClient:
     async def _call(self, method: str, params: Sequence[object]) -> object:
         number = next(self._ids)
         request = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", **(self._headers() if self._headers else {})}
         try:
             answer = await self._client.send("POST", self._url, json.dumps(request).encode(), headers)
         except (NoAnswerError, AnswerTooLongError) as error:

@@ -258,3 +258,28 @@ def test_state_of_a_stack_without_the_chain_is_refused(stack: LiveStack) -> None
     bad = [*state["chain"], {"timestamp": 5, "raw": "0x"}]
     with pytest.raises(ControlError, match="the state cannot be restored: the chain: "):
         stack.control.load({**state, "chain": bad})
+
+
+def test_journal_has_what_the_webhook_asked_of_which_block_and_what_was_answered(stack: LiveStack) -> None:
+    stack.chain.remove_compose_hash(stack.app())
+    with refused("Compose hash not allowed"):
+        stack.boot()
+    (denied,) = stack.journal.find("/bootAuth/app", outcome="denied")
+    asked = [(inner["call"], inner["caller"], inner["chain"]) for inner in denied["inner"]]
+    block = hex(stack.chain.block)
+    assert [call for call, _, _ in asked] == ["eth_chainId", "eth_blockNumber", "eth_call", "eth_call"]
+    assert {caller for _, caller, _ in asked} == {"auth-src"}
+    assert asked[1][2] == {"result": block}
+    reason = [False, "Compose hash not allowed"]
+    assert asked[2][2] == {"function": "isAppAllowed", "block": block, "result": reason}
+
+
+def test_fault_before_the_chain_denies_by_what_it_does(stack: LiveStack) -> None:
+    with (
+        stack.fault(service="chain", call="eth_call", caller="auth-src", kind="status", status=429),
+        refused("authorization backend unavailable"),
+    ):
+        stack.boot()
+    (denied, *_) = stack.journal.find("/bootAuth/*", outcome="denied")
+    assert denied["decision"]["chain_error"] == "eth_call: the node answered HTTP status 429 Too Many Requests"
+    stack.boot()

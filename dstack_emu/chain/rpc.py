@@ -52,6 +52,11 @@ class Rpc:
         self._methods = methods
         self._turn = turn or threading.Lock()
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of its methods."""
+        return frozenset(self._methods)
+
     def also(self, methods: Mapping[str, Method]) -> "Rpc":
         """Return one with these methods, too."""
         return Rpc({**self._methods, **methods}, self._turn)

@@ -22,6 +22,7 @@ from dstack_emu.deployment.service_logs import ServiceLogs
 from dstack_emu.observability.decisions import decision_recorder
 from dstack_emu.observability.fault_effects import Stale
 from dstack_emu.observability.recorders import RecordingVerifier
+from dstack_emu.observability.spans import headers_of
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import Seed
@@ -120,7 +121,13 @@ class StackContext:
 
     async def serve(self, service: str, app: App, *, stale: Stale | None = None) -> Server:
         """Serve an instrumented application on the service's port; the caller closes the server."""
-        app = self.instrumentation.instrument(service, app, stale=stale)
+        return await self._serve(service, self.instrumentation.instrument(service, app, stale=stale))
+
+    async def serve_chain(self, chain: "StackChain") -> Server:
+        """Serve the JSON-RPC of the stack's own chain; the caller closes the server."""
+        return await self._serve(CHAIN, self.instrumentation.instrument_chain(CHAIN, chain.app(), chain.methods))
+
+    async def _serve(self, service: str, app: App) -> Server:
         with self.logs.of(service):
             server = await serve(app, self.ports.take(service))
         self.urls[service] = server.url
@@ -146,8 +153,9 @@ class StackContext:
         if self.config.asks_chain(kms):
             from dstack_emu.auth.eth_server import eth_app  # few stacks ask a chain: the others start sooner
 
+            headers = None if self.chain is None else headers_of(f"auth-{kms}")
             settings = eth_settings(self._asked_chain(), self.release_of(release_name))
-            return await self.serve(f"auth-{kms}", eth_app(settings, observer=decision_recorder()))
+            return await self.serve(f"auth-{kms}", eth_app(settings, observer=decision_recorder(), headers=headers))
         path = str(self.policies.paths[kms])
         app = simple_app(path, contract=self.contract_of(release_name), observer=decision_recorder())
         return await self.serve(f"auth-{kms}", app)

@@ -19,7 +19,6 @@ from dstack_emu.deployment.added_parts import FILE as ADDED_FILE
 from dstack_emu.deployment.added_parts import AddedParts, how_to_leave_out
 from dstack_emu.deployment.authorization import Progress
 from dstack_emu.deployment.config import DESCRIPTION_FILE, StackConfig
-from dstack_emu.deployment.context import CHAIN
 from dstack_emu.deployment.deployer import Deployer
 from dstack_emu.deployment.description import describe, measured_by
 from dstack_emu.deployment.errors import StackError
@@ -112,7 +111,7 @@ class Deployment:
         if self.context.chain is not None:
             self.progress("starting the chain")
             await self.context.chain.deploy()
-            self._close_at_end(await self.context.serve(CHAIN, self.context.chain.app()))
+            self._close_at_end(await self.context.serve_chain(self.context.chain))
         for name in PERMANENT:
             if name in self.config.webhooks:
                 continue

@@ -1,5 +1,6 @@
 """The clock, the journal and the faults of a stack, and the functions that instrument its services with them."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -67,6 +68,14 @@ class Instrumentation:
         else:
             self.calls.add(service, [resource.canonical for resource in app.router.resources()])
             app.middlewares.insert(0, aiohttp_middleware(instruments))
+        return app
+
+    def instrument_chain(self, service: str, app: web.Application, methods: Collection[str]) -> web.Application:
+        """Add journal and faults to the JSON-RPC of a chain, by its methods, before it is served."""
+        from dstack_emu.observability.chain_calls import BATCH, UNKNOWN, chain_middleware  # few stacks have a chain
+
+        self.calls.add(service, [*methods, BATCH, UNKNOWN])
+        app.middlewares.insert(0, chain_middleware(HttpInstruments(service, self.journal, self.faults), methods))
         return app
 
     def interceptors(self, service: str) -> "list[CallInterceptor]":

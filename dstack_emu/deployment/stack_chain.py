@@ -81,6 +81,11 @@ class StackChain:
         app.router.add_get("/health", _health)
         return app
 
+    @property
+    def methods(self) -> frozenset[str]:
+        """The methods of its JSON-RPC."""
+        return self._chain.rpc.names
+
     def description(self, auth: Mapping[str, str]) -> dict[str, Any]:
         """Return what the ready line says of it; `auth` are the kinds of webhooks by KMS."""
         accounts = self._chain.node.accounts

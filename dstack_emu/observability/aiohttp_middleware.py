@@ -22,14 +22,18 @@ def aiohttp_middleware(instruments: HttpInstruments) -> Middleware:
     async def instrumented(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not instruments.concern(request.rel_url.raw_path):
             return await handler(request)
-        call = AiohttpCall(request, handler)
-        try:
-            answer = await instruments.answer(call)
-        except RefusedByHandlerError as refusal:
-            raise refusal.__cause__ or refusal from None
-        return await call.give(answer)
+        return await answered(instruments, AiohttpCall(request, handler))
 
     return instrumented
+
+
+async def answered(instruments: HttpInstruments, call: "AiohttpCall") -> web.StreamResponse:
+    """Answer a call with journal and faults; raise the handler's own refusal."""
+    try:
+        answer = await instruments.answer(call)
+    except RefusedByHandlerError as refusal:
+        raise refusal.__cause__ or refusal from None
+    return await call.give(answer)
 
 
 class AiohttpCall:

@@ -19,6 +19,8 @@ OUTCOMES: Final = ("ok", "denied", "refused", "unanswered")
 
 INGRESS: Final = "ingress"
 """The ingress of a gateway, which relays connections, and answers no calls."""
+CHAIN: Final = "chain"
+"""The chain of a stack, which webhooks call."""
 INGRESS_KINDS: Final = frozenset(("delay", "hang", "reset", "pass"))
 """The kinds of faults that its connections can have, and the step of a script that lets one pass."""
 
@@ -66,7 +68,7 @@ class ServiceCalls:
             raise UnknownCallError("kind: delay, hang or reset expected for the ingress, which forwards bytes")
         calls = set().union(*(self._calls[service] for service in services))
         _matching("call", fault.call, calls, f"call of {_listed(services)}")
-        _matching("caller", fault.caller, {*_CALLERS, *self.domains()}, "caller")
+        _matching("caller", fault.caller, self._callers(), "caller")
 
     def require_recordable(
         self, recorded: Callable[[str], Collection[str]], *, call: str, service: str, caller: str, outcome: str
@@ -76,17 +78,22 @@ class ServiceCalls:
         `recorded` returns the values of a field in the journal: what has been recorded is known, even if its service
         has ended.
         """
-        domains = self.domains()
+        domains, callers = self.domains(), self._callers()
         services = {**_NOT_SERVED, **self._calls, **{name: {*self._calls.get(name, ()), _BOOT} for name in domains}}
         calls = set().union(*services.values())
         for field, pattern, known in (
             ("service", service, services.keys()),
             ("call", recorded_name(call), calls),
-            ("caller", caller, {*_CALLERS, *domains}),
+            ("caller", caller, callers),
             ("outcome", outcome, OUTCOMES),
         ):
             if not _matches(pattern, known) and not _matches(pattern, recorded(field)):
                 raise _unknown(field, pattern, known, f"{field} of the journal")
+
+    def _callers(self) -> set[str]:
+        """Return who calls services: trust domains, and webhooks if there is a chain."""
+        webhooks = {name for name in self._calls if name.startswith("auth-")} if CHAIN in self._calls else set()
+        return {*_CALLERS, *self.domains(), *webhooks}
 
     def _only(self, services: Collection[str], prefix: str, rule: str, fault: FaultRule) -> set[str]:
         fitting = {service for service in services if service.startswith(prefix)}

@@ -1,0 +1,106 @@
+"""Journal and faults around the JSON-RPC of a chain: each call has the name of its method, and says what was answered.
+
+A batch has the name `batch`. Connections of WebSockets are not recorded, and no fault applies to them.
+"""
+
+import json
+from collections.abc import Collection
+from typing import Any, Final
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from dstack_emu.attest.errors import FormatError
+from dstack_emu.chain import abi
+from dstack_emu.chain.contracts import BOOT_INFO
+from dstack_emu.observability.aiohttp_middleware import AiohttpCall, answered
+from dstack_emu.observability.middleware import HttpInstruments
+from dstack_emu.observability.spans import CallSpan, current
+from dstack_emu.transport.http import Response
+
+BATCH: Final = "batch"
+UNKNOWN: Final = "unknown"
+"""What a request is called that names no method of the chain."""
+MAX_SHOWN: Final = 200
+"""Characters that the journal keeps of a result."""
+
+_FUNCTIONS: Final = {
+    abi.selector(signature).hex(): (signature.partition("(")[0], results)
+    for signature, results in (
+        (f"isKmsAllowed({BOOT_INFO})", "(bool,string)"),
+        (f"isAppAllowed({BOOT_INFO})", "(bool,string)"),
+        ("gatewayAppId()", "(string)"),
+        ("appImplementation()", ""),
+    )
+}
+"""The functions that a webhook calls, by their selectors, and their results as far as the journal has them."""
+
+
+def chain_middleware(instruments: HttpInstruments, methods: Collection[str]) -> Middleware:
+    """Make the middleware of a chain's server with these methods."""
+
+    @web.middleware
+    async def instrumented(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.method != "POST":
+            return await handler(request)
+        call = _ChainCall(request, handler, await request.read(), methods)
+        return await (answered(instruments, call) if instruments.concern(call.path) else handler(request))
+
+    return instrumented
+
+
+class _ChainCall(AiohttpCall):
+    """A call to a chain; its path is the method."""
+
+    __slots__ = ("_asked",)
+
+    def __init__(self, request: web.Request, handler: Handler, body: bytes, methods: Collection[str]) -> None:
+        super().__init__(request, handler)
+        self._asked = _document(body)
+        method = str(self._asked.get("method"))
+        named = method if method in methods else UNKNOWN
+        self.path = BATCH if body.lstrip()[:1] == b"[" else named
+
+    async def proceed(self) -> Response:
+        """Call the handler, record what was asked and answered, and return the answer."""
+        answer = await super().proceed()
+        span = current()
+        if isinstance(span, CallSpan) and isinstance(answer.body, bytes) and self.path != BATCH:
+            span.annotate("chain", _described(self._asked, _document(answer.body)))
+        return answer
+
+
+def _document(body: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _described(asked: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    """Return function, block and result of a call; of a refusal its message."""
+    params = asked.get("params")
+    call, block = (*params, None, None)[:2] if isinstance(params, list) else (None, None)
+    said: dict[str, Any] = {}
+    if asked.get("method") == "eth_call" and isinstance(call, dict):
+        said = {"function": _function(call)[0], "block": block}
+    if isinstance(error := answer.get("error"), dict):
+        return {**said, "error": str(error.get("message"))[:MAX_SHOWN]}
+    result = answer.get("result")
+    if said.get("function") and (results := _function(call)[1]):
+        return {**said, "result": _decoded(results, str(result))}
+    return {**said, "result": result[:MAX_SHOWN]} if isinstance(result, str) else said
+
+
+def _function(call: Any) -> tuple[str, str]:
+    encoded = call.get("data") or call.get("input")
+    return _FUNCTIONS.get(encoded[2:10], ("", "")) if isinstance(encoded, str) else ("", "")
+
+
+def _decoded(results: str, encoded: str) -> Any:
+    try:
+        values = abi.decode(results, bytes.fromhex(encoded[2:]))
+    except (FormatError, ValueError):
+        return encoded[:MAX_SHOWN]
+    return values if len(values) > 1 else values[0]
