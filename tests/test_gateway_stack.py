@@ -411,6 +411,15 @@ def test_base_domain_that_cannot_be_one_is_refused(domain: str) -> None:
         pass
 
 
+@pytest.mark.parametrize("host", ["", "bad host", "http://app", "127.0.0.1:80", "[::1]", "a..b", "-a", "a" * 64])
+def test_app_host_that_cannot_be_one_is_refused(host: str) -> None:
+    with (
+        pytest.raises(StackError, match="app_host: a host name or an IP address expected"),
+        LiveStack(gateway=True, app_host=host),
+    ):
+        pass
+
+
 def test_settings_of_a_gateway_without_one_are_refused() -> None:
     with pytest.raises(StackError, match="add --gateway"), LiveStack(app_host="127.0.0.1"):
         pass

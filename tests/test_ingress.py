@@ -411,6 +411,12 @@ def test_app_that_refuses_connections_ends_them_after_the_handshake(ingress: Run
         with ingress.connect_tls("vm1-81") as client:
             assert _ends(client)
         assert ingress.ended().ended == "failed to connect to app vm1: nobody listens"
+        ingress.table.add("vm1", 82, ("no name", 82))
+        with ingress.connect_tls("vm1-82") as client:
+            assert _ends(client)
+        reason = ingress.ended().ended
+        assert reason.startswith("failed to connect to app vm1: no name:82: ")
+        assert "nknown error" not in reason
     assert ingress.counted("vm1") == 0
 
 

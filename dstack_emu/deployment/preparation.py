@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Set
 from contextlib import AsyncExitStack
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -45,6 +46,10 @@ CHAIN_FILE: Final = "chain.jsonl"
 MAX_DOMAIN: Final = 189
 """The maximum length of the base domain: 253 for a name, less a label of 63 and its dot."""
 _LABEL: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_HOST_LABEL: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
+"""Of names of services of compose files, too, which may have underscores."""
+MAX_NAME: Final = 253
+"""The maximum length of a host's name."""
 
 
 def prepare(
@@ -144,6 +149,19 @@ def _require_gateway(config: StackConfig) -> None:
             "base_domain: a domain of at least two labels of lowercase letters, digits and hyphens expected, such as "
             f"{BASE_DOMAIN}, got {config.base_domain!r:.100}"
         )
+    if config.app_host is not None and not _is_host(config.app_host):
+        raise StackError(
+            "app_host: a host name or an IP address expected, without scheme and port, such as 127.0.0.1 or my-app, "
+            f"got {config.app_host!r:.100}"
+        )
+
+
+def _is_host(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return len(text) <= MAX_NAME and all(map(_HOST_LABEL.fullmatch, text.split(".")))
+    return True
 
 
 def _remembered(state: Path, config: StackConfig) -> dict[str, Any]:

@@ -38,11 +38,18 @@ async def _connect(endpoint: Endpoint) -> socket.socket:
         await asyncio.get_running_loop().sock_connect(sock, endpoint)
     except OSError as error:
         sock.close()
-        raise RefusedConnectionError(f"{host}:{port}: {os.strerror(error.errno) if error.errno else error}") from error
+        raise RefusedConnectionError(f"{host}:{port}: {_reason(error)}") from error
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _reason(error: OSError) -> str:
+    """Return what the system calls an error; the numbers of a name that cannot be resolved are others."""
+    if isinstance(error, socket.gaierror) or not error.errno:
+        return error.strerror or str(error)
+    return os.strerror(error.errno)
 
 
 def _abandon(attempt: asyncio.Task[socket.socket]) -> None:
