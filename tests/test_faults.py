@@ -17,7 +17,7 @@ import pytest_asyncio
 from dstack_emu.attest.proto import kms_pb2 as pb
 from dstack_emu.control.api import Control
 from dstack_emu.control.schemas import ControlError
-from dstack_emu.observability.fault_rules import KINDS
+from dstack_emu.observability.fault_rules import KINDS, KINDS_OF_CHAIN
 from dstack_emu.stack import Stack
 from tests import tls
 from tests.own_stack import PATIENCE, own_stack
@@ -75,9 +75,10 @@ def harm(kind: str, **where: str) -> dict[str, Any]:
 
 
 # What a kind means only at some places: a decision is a webhook's, and only collateral gets stale.
-WEBHOOK_KINDS = [kind for kind in KINDS if kind != "stale"]
-PCCS_KINDS = [kind for kind in KINDS if kind != "decision"]
-OTHER_KINDS = [kind for kind in KINDS if kind not in ("stale", "decision")]
+OF_SERVICES = [kind for kind in KINDS if kind not in KINDS_OF_CHAIN]
+WEBHOOK_KINDS = [kind for kind in OF_SERVICES if kind != "stale"]
+PCCS_KINDS = [kind for kind in OF_SERVICES if kind != "decision"]
+OTHER_KINDS = [kind for kind in OF_SERVICES if kind not in ("stale", "decision")]
 
 APP_KEY_CASES = [
     *(("auth-src", "/bootAuth/app", kind) for kind in WEBHOOK_KINDS),

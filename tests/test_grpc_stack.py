@@ -15,7 +15,7 @@ import pytest_asyncio
 from dstack_emu.control.api import Control
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.health import check_health
-from dstack_emu.observability.fault_rules import KINDS
+from dstack_emu.observability.fault_rules import KINDS, KINDS_OF_CHAIN
 from dstack_emu.observability.record_text import lines
 from dstack_emu.stack import Stack
 from tests import foreign
@@ -211,8 +211,8 @@ async def test_fault_does_by_grpc_what_is_nearest(
     assert (await asked(stack, "kms-src-grpc", GET_META)).code == "OK"
 
 
-OF_OTHERS = ("decision", "stale")
-"""The kinds of faults of webhooks and of the PCCS, which have no gRPC."""
+OF_OTHERS = ("decision", "stale", *KINDS_OF_CHAIN)
+"""The kinds of faults of webhooks, of the PCCS and of a chain, which have no gRPC."""
 
 
 async def test_every_kind_of_fault_is_tried_by_grpc() -> None:

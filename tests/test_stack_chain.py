@@ -283,3 +283,37 @@ def test_fault_before_the_chain_denies_by_what_it_does(stack: LiveStack) -> None
     (denied, *_) = stack.journal.find("/bootAuth/*", outcome="denied")
     assert denied["decision"]["chain_error"] == "eth_call: the node answered HTTP status 429 Too Many Requests"
     stack.boot()
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ({"kind": "pruned"}, "missing trie node: the state of block"),
+        ({"kind": "wrong-chain-id"}, "chain ID mismatch: 31337 expected, got 31338"),
+        ({"kind": "stale", "blocks": 4, "call": "eth_call"}, "missing trie node: the state of block"),
+    ],
+)
+def test_node_that_is_wrong_denies(stack: LiveStack, fault: dict[str, Any], why: str) -> None:
+    with stack.fault(service="chain", **fault), refused("authorization backend unavailable"):
+        stack.boot()
+    (denied, *_) = stack.journal.find("/bootAuth/*", outcome="denied")
+    assert why in denied["decision"]["chain_error"]
+    stack.boot()
+
+
+def test_node_that_lags_behind_still_allows_what_was_revoked(stack: LiveStack) -> None:
+    stack.chain.remove_compose_hash(stack.app())
+    with stack.fault(service="chain", kind="stale"):
+        stack.boot()
+    with refused("Compose hash not allowed"):
+        stack.boot()
+
+
+def test_reorganisation_takes_a_revocation_back(stack: LiveStack) -> None:
+    stack.chain.remove_compose_hash(stack.app())
+    head = stack.chain.block
+    with stack.fault(service="chain", kind="reorg", times=1):
+        stack.boot()
+    assert stack.chain.block == head
+    with pytest.raises(ControlError, match="reorg: only the chain of a stack"):
+        stack.control.add_fault(service="auth-src", kind="reorg")

@@ -125,7 +125,9 @@ class StackContext:
 
     async def serve_chain(self, chain: "StackChain") -> Server:
         """Serve the JSON-RPC of the stack's own chain; the caller closes the server."""
-        return await self._serve(CHAIN, self.instrumentation.instrument_chain(CHAIN, chain.app(), chain.methods))
+        return await self._serve(
+            CHAIN, self.instrumentation.instrument_chain(CHAIN, chain.app(), chain.methods, chain.faulty_node)
+        )
 
     async def _serve(self, service: str, app: App) -> Server:
         with self.logs.of(service):

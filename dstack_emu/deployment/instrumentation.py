@@ -26,6 +26,7 @@ from dstack_emu.transport.http import Application
 from dstack_emu.transport.pccs_client import DEFAULT_TIMEOUT, PccsClient
 
 if TYPE_CHECKING:
+    from dstack_emu.chain.faulty import FaultyNode
     from dstack_emu.observability.interceptor import CallInterceptor
 
 App = TypeVar("App", Application, web.Application)
@@ -70,12 +71,21 @@ class Instrumentation:
             app.middlewares.insert(0, aiohttp_middleware(instruments))
         return app
 
-    def instrument_chain(self, service: str, app: web.Application, methods: Collection[str]) -> web.Application:
+    def instrument_chain(
+        self, service: str, app: web.Application, methods: Collection[str], node: "FaultyNode"
+    ) -> web.Application:
         """Add journal and faults to the JSON-RPC of a chain, by its methods, before it is served."""
-        from dstack_emu.observability.chain_calls import BATCH, UNKNOWN, chain_middleware  # few stacks have a chain
+        from dstack_emu.observability.chain_calls import (  # few stacks have a chain
+            BATCH,
+            UNKNOWN,
+            chain_middleware,
+            faults_of,
+        )
 
         self.calls.add(service, [*methods, BATCH, UNKNOWN])
-        app.middlewares.insert(0, chain_middleware(HttpInstruments(service, self.journal, self.faults), methods))
+        app.middlewares.insert(
+            0, chain_middleware(HttpInstruments(service, self.journal, self.faults, own=faults_of(node)), methods)
+        )
         return app
 
     def interceptors(self, service: str) -> "list[CallInterceptor]":

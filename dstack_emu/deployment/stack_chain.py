@@ -17,6 +17,7 @@ from dstack_emu.chain.ask import completed, immediate_ask
 from dstack_emu.chain.contracts import Contract, KmsContract, Sender, creations
 from dstack_emu.chain.embedded import ChainSettings, EmbeddedChain
 from dstack_emu.chain.errors import ChainError, StoreError
+from dstack_emu.chain.faulty import FaultyNode
 from dstack_emu.chain.operations import Changed, list_entry
 from dstack_emu.chain.policy import FIRST_APP_NONCE, ContractPolicy, PlannedAct, Planner, read_policy
 from dstack_emu.chain.quantities import checksummed
@@ -80,6 +81,11 @@ class StackChain:
         app = self._chain.server.app()
         app.router.add_get("/health", _health)
         return app
+
+    @property
+    def faulty_node(self) -> FaultyNode:
+        """What answers for it while a fault applies."""
+        return FaultyNode(self._chain.rpc, self._chain.ledger)
 
     @property
     def methods(self) -> frozenset[str]:

@@ -3,9 +3,10 @@
 A batch has the name `batch`. Connections of WebSockets are not recorded, and no fault applies to them.
 """
 
+import asyncio
 import json
 from collections.abc import Collection
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -13,7 +14,11 @@ from aiohttp.typedefs import Handler, Middleware
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.chain import abi
 from dstack_emu.chain.contracts import BOOT_INFO
+from dstack_emu.chain.faulty import FaultyNode, NodeFault
 from dstack_emu.observability.aiohttp_middleware import AiohttpCall, answered
+from dstack_emu.observability.fault_effects import OwnFault
+from dstack_emu.observability.fault_rules import FaultRule
+from dstack_emu.observability.http_call import HttpCall
 from dstack_emu.observability.middleware import HttpInstruments
 from dstack_emu.observability.spans import CallSpan, current
 from dstack_emu.transport.http import Response
@@ -34,6 +39,15 @@ _FUNCTIONS: Final = {
     )
 }
 """The functions that a webhook calls, by their selectors, and their results as far as the journal has them."""
+
+
+def faults_of(node: FaultyNode) -> OwnFault:
+    """Make the handler of a chain's own faults."""
+
+    async def answer(fault: FaultRule, call: HttpCall) -> Response:
+        return await (call.answer_with(fault, node) if isinstance(call, _ChainCall) else call.proceed())
+
+    return answer
 
 
 def chain_middleware(instruments: HttpInstruments, methods: Collection[str]) -> Middleware:
@@ -61,13 +75,26 @@ class _ChainCall(AiohttpCall):
         named = method if method in methods else UNKNOWN
         self.path = BATCH if body.lstrip()[:1] == b"[" else named
 
+    async def answer_with(self, fault: FaultRule, node: FaultyNode) -> Response:
+        """Answer as a node with a fault does; a batch, or what is no request, passes."""
+        if not self._asked or fault.kind not in get_args(NodeFault):
+            return await self.proceed()
+        kind: NodeFault = fault.kind  # type: ignore[assignment]  # it is one, by the line above
+        body = await asyncio.to_thread(node.answer, kind, fault.blocks, self._asked)
+        self._record(body)
+        return Response.of(body, "application/json")
+
     async def proceed(self) -> Response:
         """Call the handler, record what was asked and answered, and return the answer."""
         answer = await super().proceed()
-        span = current()
-        if isinstance(span, CallSpan) and isinstance(answer.body, bytes) and self.path != BATCH:
-            span.annotate("chain", _described(self._asked, _document(answer.body)))
+        if isinstance(answer.body, bytes) and self.path != BATCH:
+            self._record(answer.body)
         return answer
+
+    def _record(self, body: bytes) -> None:
+        span = current()
+        if isinstance(span, CallSpan):
+            span.annotate("chain", _described(self._asked, _document(body)))
 
 
 def _document(body: bytes) -> dict[str, Any]:

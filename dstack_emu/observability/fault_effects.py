@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Final
 
-from dstack_emu.observability.fault_rules import FaultRule, InstalledRule
+from dstack_emu.observability.fault_rules import KINDS_OF_CHAIN, FaultRule, InstalledRule
 from dstack_emu.observability.http_call import HttpCall
 from dstack_emu.transport.http import Response
 from dstack_emu.transport.listen import reset
@@ -25,8 +25,16 @@ class DroppedError(ConnectionError):
     """A fault dropped the connection, so nothing can be answered."""
 
 
-async def apply_fault(rule: InstalledRule, fault: FaultRule, call: HttpCall, stale: Stale | None) -> Response:
+OwnFault = Callable[[FaultRule, HttpCall], Awaitable[Response]]
+"""A handler that answers with a fault that the chain of a stack alone has."""
+
+
+async def apply_fault(
+    rule: InstalledRule, fault: FaultRule, call: HttpCall, stale: Stale | None, own: OwnFault | None = None
+) -> Response:
     """Apply a fault to a call and return the answer; raise `DroppedError` if the fault drops the connection."""
+    if own is not None and fault.kind in ("stale", *KINDS_OF_CHAIN):
+        return await own(fault, call)
     match fault.kind:
         case "delay":
             await until_lifted(rule, fault.seconds)

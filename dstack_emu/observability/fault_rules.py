@@ -28,8 +28,13 @@ Kind = Literal[
     "slow",
     "decision",
     "stale",
+    "pruned",
+    "reorg",
+    "wrong-chain-id",
 ]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+KINDS_OF_CHAIN: Final[tuple[Kind, ...]] = ("pruned", "reorg", "wrong-chain-id")
+"""The kinds that only the chain of a stack has."""
 
 GrpcStatus = Literal[
     "CANCELLED",
@@ -64,6 +69,7 @@ _OF_KIND: Final[dict[str, tuple[str, ...]]] = {
     "slow": ("seconds",),
     "status": ("status", "grpc_status", "body"),
     "decision": ("allow", "reason"),
+    **dict.fromkeys(("stale", "pruned", "reorg"), ("blocks",)),
 }
 
 
@@ -79,6 +85,9 @@ class FaultRule(BaseModel):
     requests pass; with `repeat` the script begins again. A `decision` without `allow` is the opposite of the true one.
     A rule that can apply to no call of the present services is refused, unless `later` is set: then the service, or the
     caller, may be added later.
+
+    The chain of a stack may be `stale`, `blocks` behind (1); have `pruned` the states that are named by a number, from
+    `blocks` (0) before the latest on; have a `reorg` of `blocks` (1) before it answers; or a `wrong-chain-id`.
 
     A `status` below 400 answers with `body`, which may be a JSON object or list: a well-formed, but wrong answer.
     A gRPC call is refused with `grpc_status`; if that is not given, with the code that gRPC's clients derive from the
@@ -100,6 +109,7 @@ class FaultRule(BaseModel):
     body: str | dict[str, Any] | list[Any] | None = None
     allow: bool | None = None
     reason: str = "decided by a fault"
+    blocks: Annotated[int, Field(ge=0, le=10_000)] | None = None
     later: bool = False
     script: Annotated[tuple[str, ...], Field(max_length=10_000)] = ()
     repeat: bool = False

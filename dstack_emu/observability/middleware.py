@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from dstack_emu.attest.pcs import REVALIDATION_PATH
-from dstack_emu.observability.fault_effects import DroppedError, Stale, apply_fault
+from dstack_emu.observability.fault_effects import DroppedError, OwnFault, Stale, apply_fault
 from dstack_emu.observability.fault_rules import FaultRules, Met
 from dstack_emu.observability.http_call import DirectCall, HttpCall, RefusedByHandlerError
 from dstack_emu.observability.journal import Journal
@@ -32,9 +32,21 @@ _DROPPED: Final = Response()
 
 
 class HttpInstruments:
-    """Journal and faults of one service; for a PCCS, `stale` answers with collateral that has expired."""
+    """Journal and faults of one service; for a PCCS, `stale` answers with collateral that has expired.
 
-    def __init__(self, service: str, journal: Journal, faults: FaultRules, *, stale: Stale | None = None) -> None:
+    `own` answers with the faults of a chain.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        journal: Journal,
+        faults: FaultRules,
+        *,
+        stale: Stale | None = None,
+        own: OwnFault | None = None,
+    ) -> None:
+        self._own = own
         self._service, self._journal, self._faults, self._stale = service, journal, faults, stale
 
     def concern(self, path: str) -> bool:
@@ -69,7 +81,7 @@ class HttpInstruments:
         return self._journal.enabled and path not in UNRECORDED_PATHS
 
     async def _answer(self, call: HttpCall, met: Met | None) -> Response:
-        return await (call.proceed() if met is None else apply_fault(*met, call, self._stale))
+        return await (call.proceed() if met is None else apply_fault(*met, call, self._stale, self._own))
 
     async def _recorded(self, call: HttpCall, name: str, header: str | None, met: Met | None) -> Response:
         span = self._journal.begin(self._service, name, *read_header(header))

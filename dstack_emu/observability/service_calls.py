@@ -8,7 +8,7 @@ import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final
 
-from dstack_emu.observability.fault_rules import FaultRule
+from dstack_emu.observability.fault_rules import KINDS_OF_CHAIN, FaultRule
 from dstack_emu.observability.journal import recorded_name
 from dstack_emu.observability.middleware import UNFAULTED_PATHS, call_name
 from dstack_emu.observability.spans import OUTSIDE
@@ -61,7 +61,11 @@ class ServiceCalls:
         """Raise `UnknownCallError` if a fault can apply to no call of the present services."""
         services = _matching("service", fault.service, self._calls, "service of the stack")
         if fault.kind == "stale" or "stale" in fault.script:
-            services = self._only(services, "pccs", "stale: only the PCCS has documents that expire", fault)
+            lagging = ", and a chain may lag behind" if CHAIN in self._calls else ""
+            rule = f"stale: only the PCCS has documents that expire{lagging}"
+            services = self._only(services, ("pccs", CHAIN), rule, fault)
+        if fault.kind in KINDS_OF_CHAIN:
+            services = self._only(services, CHAIN, f"{fault.kind}: only the chain of a stack (--auth eth)", fault)
         if fault.kind == "decision" or {"allow", "deny"} & set(fault.script):
             services = self._only(services, "auth-", "decision: only a webhook of the stack decides", fault)
         if services == {INGRESS} and not {fault.kind, *fault.script} - {None} <= INGRESS_KINDS:
@@ -95,7 +99,7 @@ class ServiceCalls:
         webhooks = {name for name in self._calls if name.startswith("auth-")} if CHAIN in self._calls else set()
         return {*_CALLERS, *self.domains(), *webhooks}
 
-    def _only(self, services: Collection[str], prefix: str, rule: str, fault: FaultRule) -> set[str]:
+    def _only(self, services: Collection[str], prefix: str | tuple[str, ...], rule: str, fault: FaultRule) -> set[str]:
         fitting = {service for service in services if service.startswith(prefix)}
         if not fitting:
             known = sorted(service for service in self._calls if service.startswith(prefix))
