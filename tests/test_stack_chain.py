@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,8 @@ def test_app_is_allowed_by_transactions_and_its_id_is_the_address_of_its_contrac
         assert kms.functions.allowedOsImages(bytes.fromhex(info["os_image_hash"])).call()
     assert described["policies"] == described["webhooks"] == {}
     assert described["chain"]["decides_for"] == ["src", "dst"]
+    meta = stack.kms("src").rpc("GetMeta")
+    assert (meta["chain_id"], meta["kms_contract_address"]) == (31337, kms.address)
     stack.boot()
 
 
@@ -204,6 +207,8 @@ def test_fresh_stack_allows_nothing_and_passes_the_runbook_by_transactions() -> 
         content = stack.policy("src").content
         assert (content["osImages"], content["kms"]["mrAggregated"], content["apps"]) == ([], [], {})
         assert not kms.functions.registeredApps(app.address).call()
+        info = stack.kms("src").rpc("GetAttestationInfo")
+        assert (info["eth_rpc_url"], info["kms_contract_address"]) == (stack.services["chain"], kms.address)
         with refused("OS image is not allowed"):
             stack.kms("src").bootstrap()
         transcript = asyncio.run(performed(stack))
@@ -317,3 +322,9 @@ def test_reorganisation_takes_a_revocation_back(stack: LiveStack) -> None:
     assert stack.chain.block == head
     with pytest.raises(ControlError, match="reorg: only the chain of a stack"):
         stack.control.add_fault(service="auth-src", kind="reorg")
+
+
+def test_stack_without_the_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dstack_emu.chain.pyevm", None)
+    with pytest.raises(StackError, match=r"pip install 'dstack-emu\[eth\]"), LiveStack(auth=BOTH):
+        pass
