@@ -144,7 +144,7 @@ class Fleet:
         """
         async with self._changing:
             now = int(self._clock() * 1000)
-            manifest = created_manifest(request, self._new_id(), now, self.config.cvm, self._manifests(), self.release)
+            manifest = created_manifest(request, self._free_id(), now, self.config.cvm, self._manifests(), self.release)
             self._require_loadable(manifest, request.compose_file)
             files = {
                 COMPOSE: request.compose_file.encode(),
@@ -168,6 +168,13 @@ class Fleet:
                 raise
         self.log.info("created", id=manifest.id, app_id=manifest.app_id)
         return manifest.id
+
+    def _free_id(self) -> str:
+        """Draw an id that no machine and no folder has: after a restart, a stack's seed gives the same ids again."""
+        taken = self.vms.keys() | set(self._store.ids())
+        while (vm_id := self._new_id()) in taken:
+            pass
+        return vm_id
 
     def _manifests(self, but: str = "") -> Mapping[str, Manifest]:
         return {vm.id: vm.manifest for vm in self.vms.values() if vm.id != but}
