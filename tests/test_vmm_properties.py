@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ GUEST_RPCS = guest_api_pb2.DESCRIPTOR.services_by_name["ProxiedGuestApi"].method
 ENDS_THE_STATE = ("StartVm", "RemoveVm")
 """After them a machine changes by itself."""
 FEW = settings(  # each asks a server three times
-    max_examples=40,
+    max_examples=int(os.environ.get("DSTACK_EMU_EXAMPLES", "20")),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -1,10 +1,14 @@
-"""A client of a VMM, which asks with the requests of vmm-cli.py of 312dc605, by curl."""
+"""A client of a VMM, which asks with the requests of vmm-cli.py of 312dc605, by http.client and curl."""
 
 import hashlib
+import http.client
 import json
 import os
 import subprocess
+from contextlib import closing
+from posixpath import normpath
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -37,12 +41,13 @@ PATIENCE = "90"
 
 
 class VmmClient:
-    """Asks a VMM over HTTP, as vmm-cli.py does, with curl."""
+    """Asks a VMM over HTTP: RPCs with http.client, which costs a fraction of a process, and all else with curl."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
     def ask(self, path: str, *arguments: str) -> tuple[int, bytes]:
+        """Ask with curl and its arguments."""
         command = [
             "curl",
             "-sS",
@@ -61,12 +66,15 @@ class VmmClient:
 
     def send(self, method: str, request: Message) -> tuple[int, bytes]:
         """Call one RPC in protobuf."""
-        command = ["curl", "-sS", "--max-time", PATIENCE, "-w", "\n%{http_code}", "--data-binary", "@-"]
-        command += ["-H", "Content-Type: application/octet-stream", f"{self.url}/prpc/{method}"]
-        given = request.SerializeToString()
-        out = subprocess.run(command, input=given, capture_output=True, timeout=100, check=True).stdout
-        body, _, status = out.rpartition(b"\n")
-        return int(status), body
+        return self.post(f"/prpc/{method}", request.SerializeToString(), "application/octet-stream")
+
+    def post(self, path: str, content: bytes, content_type: str) -> tuple[int, bytes]:
+        """Ask over a connection of its own; `..` in the path is resolved, as curl does."""
+        where = urlsplit(self.url)
+        with closing(http.client.HTTPConnection(where.hostname or "", where.port, timeout=int(PATIENCE))) as connection:
+            connection.request("POST", where.path + normpath(path), content, {"Content-Type": content_type})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
 
     def sent(self, method: str, request: Message, answer: type[M]) -> M:
         """Call one RPC in protobuf that succeeds."""
@@ -81,8 +89,7 @@ class VmmClient:
         return answer
 
     def call(self, method: str, **body: Any) -> tuple[int, Any]:
-        content = ("-H", "Content-Type: application/json", "-d", json.dumps(body))
-        status, answer = self.ask(f"/prpc/{method}?json", *content)
+        status, answer = self.post(f"/prpc/{method}?json", json.dumps(body).encode(), "application/json")
         return status, json.loads(answer)
 
     def refused(self, method: str, **body: Any) -> str:
@@ -115,7 +122,7 @@ class VmmClient:
         """Remove a machine, and wait until it is gone."""
         assert self.rpc("RemoveVm", id=vm_id) is None
         while self.rpc("GetInfo", id=vm_id)["found"]:
-            pass
+            self.ask("/prpc/Version")  # the start of a process, which leaves the VMM time to remove it
 
 
 def configuration(**changed: Any) -> dict[str, Any]:
