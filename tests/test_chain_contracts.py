@@ -18,7 +18,7 @@ from tests.contract_model import AppModel, KmsModel
 from tests.contract_world import NEW_OWNER, OWNER, STRANGER, Code, World
 from tests.repository import ROOT
 
-DECISIONS = int(os.environ.get("DSTACK_EMU_DECISIONS", "60"))
+DECISIONS = int(os.environ.get("DSTACK_EMU_DECISIONS", "30"))
 SEED = os.environ.get("DSTACK_EMU_DECISIONS_SEED", "contracts")
 
 IMAGE, MR, DEVICE, COMPOSE, OTHER = (bytes([number]) * 32 for number in (1, 2, 3, 4, 9))
