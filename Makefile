@@ -26,7 +26,7 @@ up: $(VENV)/.runtime ## Run the whole stack in the foreground (options: ARGS="--
 # The compiled code is kept, even if the environment forbids it: each worker and each command would compile it again.
 test: $(VENV)/.dev ## Run the tests (options: ARGS="-k quote")
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m compileall -q dstack_emu auth kms_emu simulator
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 browser: $(VENV)/.dev ## Use console and gateway in Chromium (Debian's chromium-headless-shell, libnss3-tools)
 	@DSTACK_EMU_BROWSER=1 $(BIN)/python -m pytest -n 0 tests/test_console_browser.py tests/test_gateway_browser.py $(ARGS)

@@ -45,23 +45,10 @@ LONGEST = (
 """Files that take longest. They begin first, so that no worker is left alone with one of them at the end."""
 
 
-CHAIN = (
-    "test_stack_chain",
-    "test_chain",
-    "test_chain_contracts",
-    "test_auth_eth_chain",
-    "test_chain_operators",
-    "test_chain_released",
-)
-"""Files that run an EVM. One worker has them all, because an EVM and web3.py take seconds to import."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests of the longest files first, and give each worker whole files."""
-    order = {name: place for place, name in enumerate((*LONGEST[:2], *CHAIN, *LONGEST[2:]))}
+    """Put the tests of the longest files first."""
+    order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("chain" if item.path.stem in CHAIN else item.path.stem))
 
 
 @pytest.hookimpl(optionalhook=True)  # xdist's
