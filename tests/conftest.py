@@ -41,6 +41,10 @@ LONGEST = (
     "test_stack_foreign_kms",
     "test_auth_contract",
     "test_recipes",
+    "test_stack_chain",
+    "test_ingress",
+    "test_gateway_stack",
+    "test_chain",
 )
 """Files that take longest. They begin first, so that no worker is left alone with one of them at the end."""
 
