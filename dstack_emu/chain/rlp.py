@@ -1,5 +1,7 @@
 """RLP, Ethereum's encoding of byte strings and of lists of them.
 
+Operators' commands sign transactions without the extra `eth`, so no library for it is there; tests compare with `rlp`.
+
 Source: Ethereum Yellow Paper, appendix B.
 """
 
