@@ -13,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet install --co
 # setuptools is installed first, in its pinned version: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-build-isolation --editable
 
-.PHONY: help venv up test browser fuzz decisions contracts check-kms machines crash lint types imports check bench proto lock clean
+.PHONY: help venv up test browser fuzz decisions campaign contracts check-kms machines crash lint types imports check bench proto lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,10 @@ decisions: $(VENV)/.dev ## Hold many more random decisions against the models of
 	@DSTACK_EMU_DECISIONS=$(or $(CASES),20000) DSTACK_EMU_DECISIONS_SEED=$(or $(SEED),decisions) \
 	  $(BIN)/python -m pytest -n 2 --dist load --timeout 3600 tests/test_decisions.py tests/test_onboarding_decisions.py \
 	    tests/test_chain_contracts.py $(ARGS)
+
+campaign: $(VENV)/.dev ## Run a campaign of random cases (NAME=fail-open CASES=1000 SEED=x MINUTES=60; ARGS="--json FILE")
+	@$(BIN)/python -m campaigns $(NAME) --seed $(or $(SEED),1) $(if $(CASES),--cases $(CASES)) \
+	  $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 check-kms: $(VENV)/.dev ## Put every case of check-kms to the emulator's own KMS, in both releases
 	@DSTACK_EMU_CHECK_KMS=all $(BIN)/python -m pytest tests/test_check_kms.py -k own_kms $(ARGS)
