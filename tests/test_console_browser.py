@@ -5,6 +5,7 @@ It runs if DSTACK_EMU_BROWSER is set (`make browser`): starting a browser takes 
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from dstack_emu import Stack
 from dstack_emu.testing import LiveStack
-from tests.browser import Browser, Tab, chromium, program
+from tests.browser import TIMEOUT, Browser, Tab, chromium, program
 from tests.running import RunningStack, running_stack
 
 pytestmark = [
@@ -223,6 +224,36 @@ def test_policy_that_changed_since_is_not_overwritten(stack: RunningStack, tab: 
     tab.press("Enter")
     tab.see("The policy has changed since", "section")
     assert stack.policies["src"].read_text() == changed
+
+
+def test_picture_of_a_call_is_saved_and_copied_as_the_command_prints_it(
+    stack: RunningStack, tab: Tab, tmp_path: Path
+) -> None:
+    stack.curl(f"{stack.services['app']}/GetQuote?report_data=zz")
+    open_page(tab, stack, "calls")
+    tab.tab_to("Calls, the newest last")
+    tab.press("ArrowUp", "Enter")
+    own = {"browserContextId": tab.send("Target.getTargetInfo")["targetInfo"]["browserContextId"]}
+    tab.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path), **own)
+    tab.tab_to("Save the picture")
+    tab.press("Enter")
+    tab.see("Saved as call-")
+    name = tab.run("document.querySelector('main').innerText.match(/Saved as (call-\\d+\\.svg)/)[1]")
+    number = name.removeprefix("call-").removesuffix(".svg")
+    journal = f"{stack.services['control']}/journal/{number}"
+    kept, end = tmp_path / name, time.monotonic() + TIMEOUT
+    while not kept.exists() and time.monotonic() < end:
+        tab.run("new Promise((resolve) => setTimeout(resolve, 20))")
+    assert kept.read_text() == stack.curl(f"{journal}/svg")[1]
+    tab.send("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"], **own)
+    tab.tab_to("Copy as Mermaid")
+    tab.press("Enter")
+    tab.see("Copied")
+    assert tab.run("navigator.clipboard.readText()") == f"```mermaid\n{stack.curl(f'{journal}/mermaid')[1]}```\n"
+    tab.send("Browser.setPermission", permission={"name": "clipboard-write"}, setting="denied", **own)
+    tab.tab_to("Copy as Mermaid")
+    tab.press("Enter")
+    tab.wait("document.querySelector('textarea[readonly]').value.startsWith('```mermaid\\nsequenceDiagram')")
 
 
 def test_calls_are_found_by_service_rpc_outcome_and_app(stack: RunningStack, tab: Tab) -> None:

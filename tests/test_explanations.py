@@ -1,7 +1,10 @@
 """What the control API says of a single call: the record, its picture, and why a webhook denied a boot in it."""
 
 import asyncio
+import html
 import json
+import re
+import urllib.request
 import xml.etree.ElementTree as ElementTree
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,7 +15,9 @@ import pytest_asyncio
 from dstack_emu.control.api import Control
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.inspection.json_lines import line_of
-from dstack_emu.observability.sequence_diagram import sequence_diagram, svg
+from dstack_emu.observability.mermaid import mermaid
+from dstack_emu.observability.sequence_diagram import sequence_diagram
+from dstack_emu.observability.svg import svg
 from dstack_emu.stack import Stack
 from tests.commands import run_command
 from tests.own_stack import own_stack
@@ -95,8 +100,9 @@ async def test_picture_has_each_call_and_its_texts_stay_texts(control: Control) 
     document = ElementTree.fromstring(svg(sequence_diagram(hostile)))
     assert "</text><script>\ufffd&" in shown(document)
     assert {element.tag.partition("}")[2] for element in document.iter()} == {
-        "svg", "title", "style", "line", "text", "path", "rect",
+        "svg", "title", "desc", "style", "line", "text", "path", "rect",
     }  # fmt: skip
+    assert control.svg(record["id"]) == svg(sequence_diagram(record))
     assert control.diagram(record["id"])["shapes"]
     with pytest.raises(ControlError, match="is a verification"):
         control.diagram(next(each["id"] for each in record["inner"] if "attestation" in each))
@@ -114,9 +120,99 @@ async def test_trace_shows_one_call_as_text_and_as_a_picture(running: Stack, con
     assert lines[0] == "sequenceDiagram"
     assert [line.split()[-1] for line in lines if "participant" in line][:4] == ["stack", "app", "kms-src", "auth-src"]
     assert "  p2->>p3: /bootAuth/app" in lines
-    assert any(line.startswith("  p3--xp2: denied: app not registered [app_registered]") for line in lines)
+    assert "  p3--xp2: denied#58; app not registered" in [line.partition(" (")[0] for line in lines]
+    for form, said in (("svg", picture), ("mermaid", "\n".join(lines).encode())):  # the console requests the same
+        url = f"{running.services['control']}/journal/{number}/{form}"
+        with await asyncio.to_thread(urllib.request.urlopen, url) as answer:
+            assert answer.read().strip() == said.strip()
+            assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
     done = await asyncio.to_thread(run_command, *ctl[:-1], "999999")
     assert (done.returncode, b"there is no record" in done.stderr) == (1, True)
+
+
+# ---- pictures
+
+
+def denied_record(call: str = "/bootAuth/kms", caller: str = "kms-src") -> dict[str, Any]:
+    """A call that a webhook denied, as the journal has it."""
+    return {
+        "id": "1",
+        "time": "2026-06-01T00:00:00.000Z",
+        "service": "auth-src",
+        "call": call,
+        "caller": caller,
+        "status": 200,
+        "outcome": "denied",
+        "ms": 2.5,
+        "decision": {
+            "about": "kms",
+            "allowed": False,
+            "reason": "aggregated MR not allowed",
+            "rule": "kms_mr_aggregated",
+            "mismatch": {"field": "mr_aggregated", "got": "ab" * 32, "allowed": ["0x" + "cd" * 32] * 5},
+        },
+    }
+
+
+async def test_denial_in_a_picture_has_outcome_duration_rule_and_values_as_text() -> None:
+    document = ElementTree.fromstring(svg(sequence_diagram(denied_record())))
+    texts = shown(document)
+    assert "denied: aggregated MR not allowed · 2.5 ms" in texts
+    compared = ["rule   kms_mr_aggregated", "field  mr_aggregated", f"got    {'ab' * 32}", f"wanted {'cd' * 32}"]
+    assert {*compared, "wanted … and 2 more"} <= texts
+    title, description = (document.find(f"{{http://www.w3.org/2000/svg}}{name}") for name in ("title", "desc"))
+    assert title is not None
+    assert title.text == "kms-src → auth-src /bootAuth/kms: denied: aggregated MR not allowed"
+    assert description is not None
+    assert all(line in str(description.text) for line in compared)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "error", "word"),
+    [
+        ("ok", 200, "", "ok: 200"),
+        ("refused", 400, "no such thing", "refused: 400 no such thing"),
+        ("unanswered", None, "", "unanswered: no answer"),
+    ],
+)
+async def test_outcome_is_a_word_in_both_pictures(outcome: str, status: int | None, error: str, word: str) -> None:
+    record = denied_record() | {"outcome": outcome, "status": status, "error": error, "ms": None}
+    del record["decision"]
+    assert word in shown(ElementTree.fromstring(svg(sequence_diagram(record))))
+    assert list(mermaid(record))[-1].endswith(": " + word.replace(":", "#58;"))
+
+
+_MERMAID_LINE = re.compile(
+    r"(accTitle|participant p\d+ as|Note (over|right of) p\d+|p\d+(->>|-->>|--x)p\d+):? [^#;\n]+", re.ASCII
+)
+"""A line that Mermaid's grammar takes once codes of characters are replaced: a # begins a comment, a ; ends a line."""
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "end",
+        "a; p0->>p1: forged",
+        "# comment",
+        "%%{init: {}}%%",
+        "wrap: x",
+        "style a:b<c;",
+        "x\n  p0->>p1: forged",
+        "<img src=x onerror=alert(1)>",
+        "$$x$$",
+        "\u202e\N{CJK UNIFIED IDEOGRAPH-4E00}",
+        " ",
+    ],
+)
+async def test_hostile_name_stays_one_text_in_mermaid(hostile: str) -> None:
+    record = denied_record(hostile, hostile)
+    first, *lines = mermaid(record)
+    assert first == "sequenceDiagram"
+    for line in lines:
+        assert _MERMAID_LINE.fullmatch(re.sub(r"#\d+;", "\N{DEGREE SIGN}", line.strip())), line
+        assert not re.search(r"[<>%$]|style.*:\S*#|: *(?:no)?wrap:", line.replace("->>", "").replace("<br/>", "")), line
+    shown = "".join(html.unescape(re.sub(r"#(\d+);", r"&#\1;", lines[-3].partition(": ")[2])))
+    assert shown == (" ".join(hostile.split()) or "(empty)")
 
 
 @pytest.mark.parametrize(

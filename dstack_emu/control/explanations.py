@@ -5,7 +5,9 @@ from typing import Any
 from dstack_emu.control.kms import KmsControl
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.observability.journal import Journal, Record, flattened
+from dstack_emu.observability.mermaid import mermaid
 from dstack_emu.observability.sequence_diagram import sequence_diagram
+from dstack_emu.observability.svg import svg
 
 _WEBHOOK = "auth-"
 """The beginning of a webhook's name; the KMS follows."""
@@ -35,10 +37,21 @@ class ExplanationControl(KmsControl):
 
     def diagram(self, record_id: str) -> dict[str, Any]:
         """Return the picture of a record: its size, and shapes, which are elements of SVG."""
+        return sequence_diagram(self._call(record_id)).to_json()
+
+    def svg(self, record_id: str) -> str:
+        """Return the same picture as an SVG document, which loads nothing."""
+        return svg(sequence_diagram(self._call(record_id)))
+
+    def mermaid(self, record_id: str) -> str:
+        """Return the same in Mermaid, which many places show that take Markdown."""
+        return "\n".join(mermaid(self._call(record_id))) + "\n"
+
+    def _call(self, record_id: str) -> Record:
         record = self.record(record_id)
         if "call" not in record:
             raise ControlError(f"record {record_id} is a verification: the call that it is part of expected")
-        return sequence_diagram(record).to_json()
+        return record
 
     def why(self, record_id: str) -> dict[str, Any]:
         """Explain each denial by a webhook inside a record by the present policy, with the change that admits it."""

@@ -37,9 +37,15 @@ class _Nothing(RequestBody):
     """An empty object, or no body."""
 
 
+JSON: Final = "application/json"
+
+
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One route. `body` is the schema of its body, validated if `validates` is set; `query` names its parameters."""
+    """One route. `body` is the schema of its body, validated if `validates` is set; `query` names its parameters.
+
+    `media_type` is that of its answer: of a call that returns a text, another one than JSON.
+    """
 
     method: str
     path: str
@@ -48,6 +54,7 @@ class Route:
     body: type[BaseModel] | None = None
     query: tuple[str, ...] = ()
     validates: bool = True
+    media_type: str = JSON
 
 
 def _given(body: BaseModel) -> dict[str, Any]:
@@ -230,6 +237,20 @@ ROUTES: Final = (
     Route("GET", "/journal/{id}/diagram", "A record as a picture", lambda c, p, q, b: c.diagram(p["id"])),
     Route(
         "GET",
+        "/journal/{id}/svg",
+        "The same picture as an SVG document",
+        lambda c, p, q, b: c.svg(p["id"]),
+        media_type="image/svg+xml",
+    ),
+    Route(
+        "GET",
+        "/journal/{id}/mermaid",
+        "The same in Mermaid, for a text in Markdown",
+        lambda c, p, q, b: c.mermaid(p["id"]),
+        media_type="text/plain",
+    ),
+    Route(
+        "GET",
         "/journal/{id}/why",
         "Why webhooks denied in it, and the change of the policy that admits it",
         lambda c, p, q, b: c.why(p["id"]),
@@ -288,7 +309,7 @@ def openapi() -> dict[str, Any]:
             "summary": route.summary,
             "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"),
             "responses": {
-                "200": {"description": "Done", "content": {"application/json": {}}},
+                "200": {"description": "Done", "content": {route.media_type: {}}},
                 "4XX": {"description": "Refused; nothing has changed", "content": _json("Error")},
             },
         }

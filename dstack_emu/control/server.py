@@ -15,6 +15,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 from aiohttp import web
@@ -24,7 +25,7 @@ from yarl import URL
 
 from dstack_emu.attest.strict_json import read_json
 from dstack_emu.control.api import Control
-from dstack_emu.control.routes import ROUTES, Route, openapi
+from dstack_emu.control.routes import JSON, ROUTES, Route, openapi
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.control.token import is_authorized, is_needed, make_token
 from dstack_emu.deployment.config import TOKEN_FILE, TOKEN_VARIABLE
@@ -43,6 +44,11 @@ _PAUSE: Final = 0.03
 """Seconds between two writes to a follower of the journal: records that end meanwhile are written at once, which takes
 less of the stack's time than a write for each.
 """
+
+_OF_TEXT: Final = MappingProxyType(
+    {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'", "X-Content-Type-Options": "nosniff"}
+)
+"""Headers of an answer that a browser may show as a document: a picture has a style of its own, and nothing else."""
 
 log = logging.getLogger("dstack_emu.control")
 
@@ -152,6 +158,8 @@ def _handler(control: Control, route: Route) -> Callable[[web.Request], Awaitabl
         answer = route.run(control, dict(request.match_info), dict(request.query), body)
         if asyncio.iscoroutine(answer):
             answer = await answer
+        if route.media_type != JSON:
+            return web.Response(text=answer, content_type=route.media_type, headers=_OF_TEXT)
         return web.json_response({} if answer is None else answer)
 
     return handle

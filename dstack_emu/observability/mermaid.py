@@ -1,13 +1,23 @@
-"""Writes a record of the journal as a sequence diagram in Mermaid, which many places show that take Markdown."""
+"""Writes a record of the journal as a sequence diagram in Mermaid, which many places show that take Markdown.
+
+Texts are written so that none can be syntax: what is no letter, digit or harmless sign becomes Mermaid's entity code, a
+`#`, the character's number and a `;`. A colon is one of them: Mermaid takes `wrap:` at the beginning of a text for an
+option, and `style…:…#…;` for a style. Source: Mermaid's page on sequence diagrams, its grammar
+`sequenceDiagram.jison`, and `encodeEntities` in `utils.ts`.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 from dstack_emu.observability.journal import Record, flattened
-from dstack_emu.observability.record_text import result_text
+from dstack_emu.observability.record_text import compared_lines, outcome_text, verification_text
+from dstack_emu.observability.sequence_diagram import shown_inner
 
-_SPECIAL = re.compile(r"[^\w \-.,:/()\[\]]", re.ASCII)
-"""Characters that may mean something in Mermaid or in HTML; they are written as entities of Mermaid."""
+_SPECIAL = re.compile(r"[^\w \-.,/()\[\]]", re.ASCII)
+"""Characters that may mean something in Mermaid or in HTML."""
+_NEW_LINE: Final = "<br/>"
+_NOTHING: Final = "(empty)"
 
 
 def mermaid(record: Record) -> Iterator[str]:
@@ -17,6 +27,8 @@ def mermaid(record: Record) -> Iterator[str]:
     )
     ids = {name: f"p{index}" for index, name in enumerate(names)}  # a name may be a word of Mermaid
     yield "sequenceDiagram"
+    label = f"{record['caller']} to {record['service']} {record['call']}: {outcome_text(record)}"
+    yield f"  accTitle: {_text(label)}"
     yield from (f"  participant {identifier} as {_text(name)}" for name, identifier in ids.items())
     yield from _call(record, ids)
 
@@ -24,21 +36,20 @@ def mermaid(record: Record) -> Iterator[str]:
 def _call(record: Record, ids: Mapping[str, str]) -> Iterator[str]:
     caller, service = ids[record["caller"]], ids[record["service"]]
     yield f"  {caller}->>{service}: {_text(record['call'])}"
-    for inner in record.get("inner", ()):
+    for inner in shown_inner(record):
         yield from _call(inner, ids) if "call" in inner else _verification(service, inner, ids)
+    if compared := compared_lines(record):
+        yield f"  Note over {service}: {_NEW_LINE.join(map(_text, compared))}"
     duration = f" ({record['ms']} ms)" if record["ms"] else ""
     arrow = "-->>" if record["outcome"] == "ok" else "--x"
-    yield f"  {service}{arrow}{caller}: {_text(result_text(record))}{duration}"
+    yield f"  {service}{arrow}{caller}: {_text(outcome_text(record))}{duration}"
 
 
 def _verification(service: str, record: Record, ids: Mapping[str, str]) -> Iterator[str]:
-    holds = record.get("attestation") == "holds"
-    text = f"evidence holds: {record['tcb_status']}" if holds else f"evidence refused: {record.get('error', '')}"
-    yield f"  Note right of {service}: {_text(text)}"
-    for inner in record.get("inner", ()):
-        if inner.get("outcome") != "ok" or "fault" in inner:
-            yield from _call(inner, ids)
+    yield f"  Note right of {service}: {_text(verification_text(record))}"
+    for inner in shown_inner(record):
+        yield from _call(inner, ids)
 
 
 def _text(text: str) -> str:
-    return _SPECIAL.sub(lambda match: f"#{ord(match[0])};", " ".join(text.split()))
+    return _SPECIAL.sub(lambda match: f"#{ord(match[0])};", " ".join(text.split()) or _NOTHING)

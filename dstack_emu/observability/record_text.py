@@ -8,6 +8,8 @@ from dstack_emu.observability.journal import Record
 COLOURS: Final = {"ok": "32", "denied": "31", "refused": "31", "unanswered": "33", "dim": "2"}
 SHOWN_ERROR_LENGTH: Final = 200
 """Characters of an error in a line."""
+SHOWN_VALUES: Final = 3
+"""Values of a policy that are shown below what was got."""
 
 
 def texts(records: Iterable[Record], *, colours: bool = False, details: bool = True) -> Iterator[str]:
@@ -45,13 +47,9 @@ def _inner(record: Record, depth: int, paint: Any) -> Iterator[str]:
             yield margin + paint("dim", f"  released {_release(record['released'])}")
         shown = record.get("inner", ())
     else:
-        verdict = record.get("attestation", "not verified")
-        if verdict == "holds":
-            advisories = f" {' '.join(record['advisory_ids'])}" if record["advisory_ids"] else ""
-            text = f"evidence holds: {record['tcb_status']}{advisories}, device {record['device_id'][:12]}…"
-        else:
-            text = f"evidence {verdict}: {_short(record.get('error', ''))}"
-        yield margin + paint("ok" if verdict == "holds" else "refused", text)
+        holds = record.get("attestation") == "holds"
+        device = f", device {record['device_id'][:12]}…" if holds else ""
+        yield margin + paint("ok" if holds else "refused", verification_text(record) + device)
         # Requests for collateral that succeeded are left out.
         shown = [inner for inner in record.get("inner", ()) if inner.get("outcome") != "ok" or "fault" in inner]
     for inner in shown:
@@ -63,17 +61,55 @@ def _call(record: Record, paint: Any) -> str:
     return f"{text}  {paint(record['outcome'], result_text(record))}"
 
 
+def verification_text(record: Record) -> str:
+    """Return what came of a verification of evidence, on one line."""
+    verdict = record.get("attestation", "not verified")
+    if verdict != "holds":
+        return f"evidence {verdict}: {_short(record.get('error', ''))}"
+    return " ".join([f"evidence holds: {record['tcb_status']}", *record["advisory_ids"]])
+
+
+def outcome_text(record: Record) -> str:
+    """Return what came of a call, on one line that begins with the outcome; `compared_lines` has the rest."""
+    outcome, text = record["outcome"], _result(record)
+    if text.startswith(outcome):
+        return text
+    return f"{outcome}: {text}"
+
+
+def compared_lines(record: Record) -> list[str]:
+    """Return the rule by which a webhook denied, and below it what it got and what the policy has, one value a line."""
+    decision = record.get("decision")
+    if decision is None or decision["allowed"] is True:
+        return []
+    said = [("rule", decision["rule"])] if decision.get("rule") else []
+    if mismatch := decision.get("mismatch"):
+        wanted = _values(mismatch["allowed"])
+        said.append(("field", mismatch["field"]))
+        said += [("got", value) for value in _values(mismatch["got"])]
+        said += [("wanted", value) for value in wanted[:SHOWN_VALUES]]
+        if len(wanted) > SHOWN_VALUES:
+            said.append(("wanted", f"… and {len(wanted) - SHOWN_VALUES} more"))
+    return [f"{name:<6} {_short(value.removeprefix('0x'))}" for name, value in said]  # hex digits below hex digits
+
+
 def result_text(record: Record) -> str:
     """Return what came of a call, on one line: the decision, the verdict, the refusal or the status, and the fault."""
+    decision, compared = record.get("decision"), ""
+    if decision is not None:
+        compared += f" [{decision['rule']}]" if decision.get("rule") not in (None, "", "allowed") else ""
+        if mismatch := decision.get("mismatch"):
+            got, allowed = ", ".join(_values(mismatch["got"])), ", ".join(_values(mismatch["allowed"]))
+            compared += f"; {mismatch['field']} {got}, the policy has {allowed}"
+    return _result(record, compared)
+
+
+def _result(record: Record, compared: str = "") -> str:
     outcome, status = record["outcome"], record.get("grpc", record["status"])
     decision, result = record.get("decision"), ""
     if decision is not None:
         reason = decision.get("reason") or "no reason given"
-        result = "allowed" if decision["allowed"] is True else f"denied: {reason}"
-        result += f" [{decision['rule']}]" if decision.get("rule") not in (None, "", "allowed") else ""
-        if mismatch := decision.get("mismatch"):
-            got, allowed = _listed(mismatch["got"]), _listed(mismatch["allowed"])
-            result += f"; {mismatch['field']} {got}, the policy has {allowed}"
+        result = ("allowed" if decision["allowed"] is True else f"denied: {reason}") + compared
     elif verdict := record.get("verdict"):
         result = f"valid: app {verdict['app_id']}" if verdict["is_valid"] else f"not valid: {_short(verdict['reason'])}"
     elif record.get("error"):
@@ -93,8 +129,8 @@ def _release(released: dict[str, Any]) -> str:
     return f"{', '.join(released['fields'])} to {receiver}"
 
 
-def _listed(values: str | list[str]) -> str:
-    return (values if isinstance(values, str) else ", ".join(values)) or "none"
+def _values(values: str | list[str]) -> list[str]:
+    return ([values] if isinstance(values, str) else list(values)) or ["none"]
 
 
 def _short(text: str) -> str:

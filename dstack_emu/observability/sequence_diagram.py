@@ -1,24 +1,28 @@
-"""Draws a record of the journal as a sequence diagram: a lane for each part, an arrow for each call and each answer.
+"""Lays out a record of the journal as a sequence diagram: a lane for each part, an arrow for each call and each answer.
 
-A diagram is a list of shapes, which are elements of SVG. `svg` writes them as a document that needs nothing else; the
-console makes the same elements in its page. Classes say what came of a call: `ok`, `denied`, `refused`, `unanswered`.
+A diagram is a list of shapes, which are elements of SVG. `observability.svg` writes them as a document; the console
+makes the same elements in its page. Classes say what came of a call: `ok`, `denied`, `refused`, `unanswered`; the text
+of each answer begins with that word, so that nothing depends on colours.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from html import escape
 from typing import Any, Final
 
 from dstack_emu.observability.journal import Record
-from dstack_emu.observability.record_text import result_text
+from dstack_emu.observability.record_text import compared_lines, outcome_text, verification_text
 
 _LANE: Final = 150
 """Pixels from one lane to the next."""
 _ROW: Final = 24
+_LINE: Final = 16
+"""Pixels from one line below an answer to the next."""
 _MARGIN: Final = 70
 _TOP: Final = 60
 _CHARACTER: Final = 6.6
 """The width of a character in pixels at most, on average."""
+_WIDE_CHARACTER: Final = 7.4
+"""The width of a character of a comparison, all of which have the same width."""
 _SHOWN_TEXT: Final = 70
 """Characters of a label; the whole text is the title of its arrow."""
 
@@ -41,9 +45,10 @@ class Shape:
 
 @dataclass(slots=True)
 class Diagram:
-    """A picture of one call from outside; `label` says in words what it is."""
+    """A picture of one call; `label` says in words what it is, `description` what every arrow says, a line for each."""
 
     label: str
+    description: str = ""
     width: float = 0
     height: float = 0
     shapes: list[Shape] = field(default_factory=list)
@@ -51,7 +56,13 @@ class Diagram:
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON."""
         shapes = [shape.to_json() for shape in self.shapes]
-        return {"label": self.label, "width": self.width, "height": self.height, "shapes": shapes}
+        return {
+            "label": self.label,
+            "description": self.description,
+            "width": self.width,
+            "height": self.height,
+            "shapes": shapes,
+        }
 
 
 def sequence_diagram(record: Record) -> Diagram:
@@ -59,8 +70,14 @@ def sequence_diagram(record: Record) -> Diagram:
     names = list(dict.fromkeys(_parts(record)))
     drawing = _Drawing({name: _MARGIN + index * _LANE for index, name in enumerate(names)})
     drawing.call(record)
-    label = f"{record['caller']} → {record['service']} {record['call']}: {result_text(record)}"
-    return drawing.finished(label)
+    label = f"{record['caller']} → {record['service']} {record['call']}: {outcome_text(record)}"
+    return drawing.finished(label, "\n".join(_described(record)))
+
+
+def shown_inner(record: Record) -> list[Record]:
+    """Return the calls inside that are drawn; requests for collateral only if they did not succeed."""
+    inner: list[Record] = record.get("inner", [])
+    return inner if "call" in record else [each for each in inner if each.get("outcome") != "ok" or "fault" in each]
 
 
 def _parts(record: Record) -> Iterator[str]:
@@ -68,14 +85,18 @@ def _parts(record: Record) -> Iterator[str]:
     if "call" in record:
         yield record["caller"]
         yield record["service"]
-    for inner in _shown(record):
+    for inner in shown_inner(record):
         yield from _parts(inner)
 
 
-def _shown(record: Record) -> list[Record]:
-    """Return the calls inside that are drawn; requests for collateral only if they did not succeed."""
-    inner: list[Record] = record.get("inner", [])
-    return inner if "call" in record else [each for each in inner if each.get("outcome") != "ok" or "fault" in each]
+def _described(record: Record) -> Iterator[str]:
+    if "call" in record:
+        compared = "".join(f"; {line}" for line in compared_lines(record))
+        yield f"{record['caller']} → {record['service']} {record['call']}: {outcome_text(record)}{compared}"
+    else:
+        yield verification_text(record)
+    for inner in shown_inner(record):
+        yield from _described(inner)
 
 
 class _Drawing:
@@ -90,27 +111,29 @@ class _Drawing:
         """Draw a call, what it caused, and its answer."""
         caller, service = self._lanes[record["caller"]], self._lanes[record["service"]]
         self._arrow(caller, service, "call", record["call"], record["call"])
-        for inner in _shown(record):
+        for inner in shown_inner(record):
             if "call" in inner:
                 self.call(inner)
             else:
                 self._verification(service, inner)
         duration = f" · {record['ms']} ms" if record["ms"] else ""
-        text = result_text(record)
+        text = outcome_text(record)
         self._arrow(service, caller, f"back {record['outcome']}", f"{_short(text)}{duration}", text)
+        for line in compared_lines(record):
+            self._y += _LINE
+            self._label(min(caller, service) + 14, "compared", line, "", character=_WIDE_CHARACTER)
 
     def _verification(self, lane: float, record: Record) -> None:
-        holds = record.get("attestation") == "holds"
-        text = f"evidence holds: {record['tcb_status']}" if holds else f"evidence refused: {record.get('error', '')}"
+        text = verification_text(record)
         self._y += _ROW
-        kind = "ok" if holds else "refused"
+        kind = "ok" if record.get("attestation") == "holds" else "refused"
         self._shapes.append(Shape("rect", {"class": "box", "x": lane - 4, "y": self._y - 12, "width": 8, "height": 16}))
         self._label(lane + 10, kind, _short(text), text)
         count = len(record.get("inner", ()))
         if count:
-            self._y += _ROW * 0.7
+            self._y += _LINE
             self._label(lane + 10, "dim", f"collateral: {count} requests", "")
-        for inner in _shown(record):
+        for inner in shown_inner(record):
             self.call(inner)
 
     def _arrow(self, start: float, end: float, kind: str, text: str, title: str) -> None:
@@ -123,12 +146,14 @@ class _Drawing:
         self._shapes.append(Shape("path", {"class": f"head {kind}", "d": head}))
         self._label(min(start, end) + 14, kind, text, title, y - 6)
 
-    def _label(self, x: float, kind: str, text: str, title: str, y: float | None = None) -> None:
+    def _label(
+        self, x: float, kind: str, text: str, title: str, y: float | None = None, character: float = _CHARACTER
+    ) -> None:
         at = self._y if y is None else y
         self._shapes.append(Shape("text", {"class": f"label {kind}", "x": x, "y": at}, text, title))
-        self._right = max(self._right, x + len(text) * _CHARACTER + 10)
+        self._right = max(self._right, x + len(text) * character + 10)
 
-    def finished(self, label: str) -> Diagram:
+    def finished(self, label: str, description: str) -> Diagram:
         """Return the diagram, with a lane for each part behind everything."""
         bottom = self._y + _ROW
         lanes = [
@@ -141,48 +166,9 @@ class _Drawing:
                 ),
             )
         ]
-        return Diagram(label, self._right, bottom + 10, [*lanes, *self._shapes])
+        return Diagram(label, description, self._right, bottom + 10, [*lanes, *self._shapes])
 
 
 def _short(text: str, most: int = _SHOWN_TEXT) -> str:
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-_STYLE: Final = """
-svg { font: 13px system-ui, sans-serif; background: #fff; }
-.lane { stroke: #c3cad2; } .title { font-weight: 600; } .dim { fill: #56606b; } .label { font-size: 12px; }
-.label { paint-order: stroke; stroke: #fff; stroke-width: 3px; } .box { fill: #f3f5f7; stroke: #56606b; }
-.arrow { fill: none; stroke: #56606b; stroke-width: 1.5; } .head { fill: #56606b; } .back { stroke-dasharray: 5 3; }
-.label.back { stroke-dasharray: none; }
-.arrow.ok { stroke: #176b2c; } .head.ok, text.ok { fill: #176b2c; }
-.arrow.denied, .arrow.refused { stroke: #b3101e; stroke-width: 2.5; }
-.head.denied, .head.refused, text.denied, text.refused { fill: #b3101e; }
-.arrow.unanswered { stroke: #7a4d00; stroke-width: 2.5; } .head.unanswered, text.unanswered { fill: #7a4d00; }
-"""
-
-
-def svg(diagram: Diagram) -> str:
-    """Write a diagram as an SVG document with a style of its own; it loads nothing."""
-    shapes = "\n".join(_element(shape) for shape in diagram.shapes)
-    size = f'width="{diagram.width:g}" height="{diagram.height:g}" viewBox="0 0 {diagram.width:g} {diagram.height:g}"'
-    title = escape(_printable(diagram.label))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {size}>\n<title>{title}</title>\n'
-        f"<style>{_STYLE}</style>\n{shapes}\n</svg>\n"
-    )
-
-
-def _element(shape: Shape) -> str:
-    attributes = "".join(f' {name}="{escape(_value(value))}"' for name, value in shape.attributes.items())
-    title = f"<title>{escape(_printable(shape.title))}</title>" if shape.title else ""
-    return f"<{shape.tag}{attributes}>{title}{escape(_printable(shape.text))}</{shape.tag}>"
-
-
-def _value(value: str | float) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
-
-
-def _printable(text: str) -> str:
-    """Replace what XML cannot have."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -22,7 +22,8 @@ from dstack_emu.cli.commands.policy_subject import subject
 from dstack_emu.deployment.environment import environment
 from dstack_emu.observability.mermaid import mermaid
 from dstack_emu.observability.record_text import texts
-from dstack_emu.observability.sequence_diagram import sequence_diagram, svg
+from dstack_emu.observability.sequence_diagram import sequence_diagram
+from dstack_emu.observability.svg import svg
 
 
 def pair(text: str) -> tuple[str, Any]:

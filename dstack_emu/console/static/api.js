@@ -46,6 +46,14 @@ export async function call(method, path, body) {
   return parsed;
 }
 
+// A text, such as a picture.
+export async function text(path) {
+  const answer = await authorized("GET", path);
+  const said = await answer.text();
+  if (!answer.ok) throw new Refused(said, answer.status);
+  return said;
+}
+
 export function get(path) {
   return call("GET", path);
 }

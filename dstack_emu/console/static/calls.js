@@ -4,6 +4,7 @@ import {get} from "./api.js";
 import {alertBox, attempt, choice, draw, facts, labelled, make} from "./dom.js";
 import {denial} from "./denial.js";
 import {flattened, journal, result} from "./journal.js";
+import {toKeep} from "./pictures.js";
 import {Windowed} from "./windowed.js";
 
 const OLDER = 1_000;  // records that are requested at once
@@ -104,6 +105,7 @@ function described(record, diagram, why) {
     make("p", {class: record.outcome}, result(record)),
     ...why.denials.map((each) => denial(each)),
     make("div", {class: "scroll", tabindex: 0, role: "group", "aria-label": "Sequence diagram"}, sequence(diagram)),
+    toKeep(record.id),
     make("details", {}, make("summary", {}, "Every step as text"), steps(record)),
     make("details", {}, make("summary", {}, "The record"), facts(record)),
   ];
