@@ -416,10 +416,16 @@ async def test_webhook_of_somebody_else_is_noted_and_is_sent_no_header_of_ours(c
     (asked,) = control.journal.find("/bootAuth/kms", service="webhook", caller="kms-third", since=before)
     assert (asked["outcome"], asked["decision"]["allowed"]) == ("ok", True)
     assert asked["decision"]["asked"]["mr_aggregated"] == control.guest("kms-src")["mr_aggregated"]
-    (names,) = seen
-    assert "user-agent" in names
-    assert not [name for name in names if "emu" in name]
+    evidence = json.dumps(control.guest_evidence("kms-third"))
+    asked_now = (await control.admit(text=evidence, caller="kms"))["kms"]["third"]
+    assert (asked_now["verdict"], asked_now["decider"]["where"]) == ("allowed", server.url)
+    assert len(seen) == 2
+    for names in seen:
+        assert "user-agent" in names
+        assert not [name for name in names if "emu" in name]
     await server.close()
+    unanswered = (await control.admit(text=evidence, caller="kms"))["kms"]["third"]
+    assert (unanswered["verdict"], "no decision, which a KMS takes" in unanswered["problem"]) == (None, True)
 
 
 # ---- over HTTP

@@ -25,6 +25,7 @@ from dstack_emu.runbook.transcript import Transcript
 from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
 from dstack_emu.testing import LiveChain, LiveStack, refused
 from dstack_emu.transport.secrets import Secrets
+from tests.commands import ask
 from tests.web3_client import connect
 
 if TYPE_CHECKING:
@@ -102,6 +103,11 @@ def test_policy_acts_of_the_control_api_are_transactions(stack: LiveStack) -> No
     policy.deny("kms-src")
     with refused("Aggregated MR not allowed"):
         stack.boot()
+    evidence = stack.in_thread(lambda each: json.dumps(each.control.guest_evidence("kms-src")))
+    _, answer = ask(stack.services["control"], "/admit", {"text": evidence, "caller": "kms"})
+    decided = answer["kms"]["src"]
+    assert (decided["verdict"], decided["decision"]["rule"]) == ("denied", "kms_mr_aggregated")
+    assert "addKmsAggregatedMr(0x" in decided["next_steps"][0]
     assert "0x" + stack.description["kms"]["src"]["mr_aggregated"] not in policy.content["kms"]["mrAggregated"]
 
 

@@ -34,7 +34,7 @@ def explain_denial(path: Path, contract: Contract, decision: Mapping[str, Any]) 
         "problem": None,
         "policy": str(path),
         "contract": contract,
-        "refusals": [_shown(refusal, text) for refusal in change.refusals],
+        "refusals": [located(refusal, text) for refusal in change.refusals],
         "change": {"before": policy.document, "after": change.document, "patch": change.patch, "diff": change.diff}
         if change.patch
         else None,
@@ -42,7 +42,8 @@ def explain_denial(path: Path, contract: Contract, decision: Mapping[str, Any]) 
     }
 
 
-def _shown(refusal: Refusal, text: str) -> dict[str, Any]:
+def located(refusal: Refusal, text: str) -> dict[str, Any]:
+    """Return a refusal with the line of a policy's text that decided it; both are None if no line did."""
     line = line_of(text, refusal.path) if refusal.path else None
     lines = text.splitlines()
     shown = lines[line - 1].strip() if line is not None and line <= len(lines) else None

@@ -14,7 +14,8 @@ from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.transport.urls import shown_url
 
-_CERTIFICATES: Final = (ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT)
+CERTIFICATES: Final = (ROOT_CA_CERT, RPC_CERT, TMP_CA_CERT)
+"""The files of a KMS's folder that have certificates."""
 
 _OF_THE_SOURCE: Final = "Source KMS is not allowed"
 """The words of a KMS whose webhook denied the source of its root keys."""
@@ -100,7 +101,7 @@ class KmsControl(GuestControl):
 
     def kms_certificates(self, name: str) -> dict[str, Any]:
         """Return the certificates in a KMS's folder, decoded, by file; none before it has keys."""
-        return decoded_certificates(self._known_kms(name).cert_dir / file for file in _CERTIFICATES)
+        return decoded_certificates(self._known_kms(name).cert_dir / file for file in CERTIFICATES)
 
     async def restart_kms(self, name: str) -> dict[str, Any]:
         """Start a KMS anew at the same address with its keys, as a new process that has judged nothing yet."""

@@ -10,9 +10,12 @@ from pydantic import BaseModel
 from dstack_emu.attest.version import EMULATOR
 from dstack_emu.control.api import Control
 from dstack_emu.control.schemas import (
+    AdmissionQuestion,
     BootRequest,
     ClockChange,
     ControlError,
+    EvidenceInput,
+    EvidenceQuestion,
     OnboardRequest,
     PlatformChange,
     PolicyChange,
@@ -121,6 +124,28 @@ ROUTES: Final = (
     Route("GET", "/stack/health", "The health of each service", lambda c, p, q, b: c.health()),
     Route("GET", "/machines", "The machines of the VMM", lambda c, p, q, b: c.machines()),
     Route("GET", "/certificates", "The root of the emulated Intel, decoded", lambda c, p, q, b: c.certificates()),
+    Route("GET", "/certificates/{name}", "The same as PEM", lambda c, p, q, b: c.certificate(p["name"])),
+    Route(
+        "POST",
+        "/inspect",
+        "What something is, and its contents",
+        lambda c, p, q, b: c.inspect(**_given(b)),
+        EvidenceInput,
+    ),
+    Route(
+        "POST",
+        "/verify",
+        "Every check of evidence, by the stack's PCCS, root and clock",
+        lambda c, p, q, b: c.verify(**_given(b)),
+        EvidenceQuestion,
+    ),
+    Route(
+        "POST",
+        "/admit",
+        "What each KMS would decide about evidence, a boot info or an app-compose, and why",
+        lambda c, p, q, b: c.admit(**_given(b)),
+        AdmissionQuestion,
+    ),
     Route("GET", "/clock", "The clock's time", lambda c, p, q, b: c.clock()),
     Route(
         "POST", "/clock", "Set, advance, freeze or resume it", lambda c, p, q, b: c.set_clock(**_given(b)), ClockChange
@@ -162,6 +187,12 @@ ROUTES: Final = (
         GuestSpec,
     ),
     Route("GET", "/guests/{name}", "One trust domain", lambda c, p, q, b: c.guest(p["name"])),
+    Route(
+        "GET",
+        "/guests/{name}/evidence",
+        "Its present evidence over 64 zero bytes, as its agent's Attest answers",
+        lambda c, p, q, b: c.guest_evidence(p["name"]),
+    ),
     Route("DELETE", "/guests/{name}", "Stop it", lambda c, p, q, b: c.remove_guest(p["name"])),
     Route(
         "POST",
@@ -186,6 +217,12 @@ ROUTES: Final = (
         "/kms/{name}/certificates",
         "Its certificates, decoded",
         lambda c, p, q, b: c.kms_certificates(p["name"]),
+    ),
+    Route(
+        "GET",
+        "/kms/{kms}/certificates/{name}",
+        "The certificates in one of its files as PEM",
+        lambda c, p, q, b: c.kms_certificate(p["kms"], p["name"]),
     ),
     Route(
         "POST",

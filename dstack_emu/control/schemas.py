@@ -1,10 +1,12 @@
 """The schemas of the control API's request bodies."""
 
+import base64
+import binascii
 import datetime
 import functools
 import re
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Final, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -83,6 +85,50 @@ class PolicyText(RequestBody):
     """The text of a policy that somebody edits."""
 
     text: str
+
+
+class EvidenceInput(RequestBody):
+    """What somebody has, in any form that `dstack-emu inspect` reads: as text, or its bytes in base64 (10 MiB)."""
+
+    text: str | None = Field(None, repr=False)
+    data: str | None = Field(None, repr=False, json_schema_extra={"contentEncoding": "base64"})
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.text is None) == (self.data is None):
+            raise ValueError("one of text and data expected")
+        return self
+
+    @property
+    def content(self) -> bytes:
+        """The bytes that were given; raises `ControlError` if `data` is not base64."""
+        if self.data is None:
+            return (self.text or "").encode(errors="replace")  # JSON's escapes can spell half of a surrogate pair
+        try:
+            return base64.b64decode(self.data, validate=True)
+        except binascii.Error as error:
+            raise ControlError(f"data: base64 expected: {error}") from error
+
+
+class EvidenceQuestion(EvidenceInput):
+    """Evidence that is to be verified; `report_data` is required of it, padded with zeros to 64 bytes.
+
+    With `strict` every TCB status but UpToDate fails.
+    """
+
+    report_data: HexText | None = None
+    strict: bool = False
+
+
+class AdmissionQuestion(EvidenceInput):
+    """Evidence, a boot info or an app-compose about which each KMS is to decide, for an app or a KMS.
+
+    `app_id` is that of an app-compose, `vm_config` the text that came beside evidence without one.
+    """
+
+    caller: Literal["app", "kms"] = "app"
+    app_id: Annotated[HexText, Field(min_length=40, max_length=40)] | None = None
+    vm_config: str | None = None
 
 
 class PlatformChange(RequestBody):

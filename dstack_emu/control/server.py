@@ -223,6 +223,9 @@ async def _answer(request: web.Request, handler: Handler, *, needs_local_host: b
         return await handler(request)
     except ControlError as error:
         return web.json_response({"error": str(error)}, status=error.status)
+    except web.HTTPRequestEntityTooLarge:
+        text = f"the body: at most {MAX_BODY} bytes expected, got more"
+        return web.json_response({"error": text}, status=413)
     except web.HTTPException as error:
         text = f"{request.method} {request.path}: {error.reason}; /openapi.json lists what there is"
         return web.json_response({"error": text}, status=error.status)

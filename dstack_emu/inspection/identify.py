@@ -1,4 +1,4 @@
-"""Identifies an input: a quote, an attestation, certificates, a signing request, collateral, or an event log.
+"""Identifies an input: a quote, an attestation, certificates, a signing request, collateral, an event log, a document.
 
 The input may be binary, hex, base64, PEM, or inside JSON. It is identified by decoding it: the name of a file has no
 influence, and nothing is verified. `inspection.fields` describes the contents. Private keys are never shown.
@@ -29,6 +29,7 @@ from dstack_emu.attest.report_data import bootstrap_report_data
 from dstack_emu.inspection.certificate_fields import describe_crl
 from dstack_emu.inspection.checks import Binding, Evidence
 from dstack_emu.inspection.description import Description, load_json
+from dstack_emu.inspection.documents import describe_document
 from dstack_emu.inspection.fields import describe_certificates, describe_collateral, describe_evidence, describe_request
 from dstack_emu.inspection.log_fields import NO_DEVICE, describe_log, describe_replay
 
@@ -59,6 +60,8 @@ def inspect_input(data: bytes) -> Finding:
     """Identify and describe the input; raise `FormatError`, with one line of text, if it is of no known kind."""
     if len(data) > MAX_INPUT_SIZE:
         raise FormatError(f"input of at most {MAX_INPUT_SIZE} bytes expected, got more")
+    if described := describe_document(data):  # before its texts are searched for parts
+        return Finding(*described, form=("JSON",))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from cryptography, about odd certificates: they are shown as they are
         found = _recognise(data, 0)
@@ -66,8 +69,8 @@ def inspect_input(data: bytes) -> Finding:
         return found
     got = f"{len(data)} bytes beginning {data[:8].hex()}" if data else "nothing"  # too few to reveal a key
     raise FormatError(
-        "unknown input: a quote, versioned attestation, certificate, CRL, signing request, collateral or event log "
-        f"expected (tried binary, hex, base64, PEM and JSON), got {got}"
+        "unknown input: a quote, versioned attestation, certificate, CRL, signing request, collateral, event log, "
+        f"app-compose or boot info expected (tried binary, hex, base64, PEM and JSON), got {got}"
     )
 
 

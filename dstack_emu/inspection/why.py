@@ -26,6 +26,7 @@ from dstack_emu.inspection.policy_file import PolicyFile
 from dstack_emu.kms_emu.auth_api import WebhookAuth, require_identity_sizes
 from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.kms_emu.gate import boot_info_of
+from dstack_emu.transport.client import MoreHeaders
 
 Caller = Literal["app", "kms"]
 Verdict = Literal["allowed", "denied", "refused"]
@@ -195,9 +196,11 @@ def explain(policy: PolicyFile, request: BootRequest, caller: Caller) -> Explain
     )
 
 
-async def ask(url: str, request: BootRequest, caller: Caller, *, release: Release) -> Explained:
+async def ask(
+    url: str, request: BootRequest, caller: Caller, *, release: Release, headers: MoreHeaders | None = None
+) -> Explained:
     """Ask a webhook as a KMS does; raise `UnavailableError` if it gives no decision, which never allows."""
-    webhook = WebhookAuth(url, release=release)
+    webhook = WebhookAuth(url, release=release, headers=headers)
     try:
         decision = await webhook.decide(request.boot_info, is_kms=caller == "kms")
     finally:

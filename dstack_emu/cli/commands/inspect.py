@@ -17,8 +17,9 @@ from dstack_emu.inspection.description import UNKNOWN_NAME, UNREAD, Description,
 from dstack_emu.inspection.identify import MAX_INPUT_SIZE, Finding, inspect_input
 
 DESCRIPTION = (
-    "Show a quote, a versioned attestation, certificates, a signing request, collateral, or an answer that has one of "
-    "them inside, in binary, hex, base64, PEM or JSON. Nothing is verified: `dstack-emu verify` does that."
+    "Show a quote, a versioned attestation, certificates, a signing request, collateral, an event log, an app-compose, "
+    "a boot info, or an answer that has one of them inside, in binary, hex, base64, PEM or JSON. Nothing is verified: "
+    "`dstack-emu verify` does that."
 )
 
 WIDTH: Final = 100
