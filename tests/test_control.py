@@ -514,6 +514,7 @@ async def test_request_as_a_web_page_could_send_it_is_refused(
         ("POST", "/faults", [1], 400, "Input should be a valid dictionary"),
         ("PUT", "/policies/src", [1], 400, "a policy is a JSON object, got list"),
         ("POST", "/policies/src/allow", {"guest": "nobody"}, 404, "there is no trust domain 'nobody'"),
+        ("POST", "/chain/upgrade", {}, 409, "no chain of its own: start it with --auth eth"),
         ("POST", "/snapshots/nothing/revert", {}, 404, "there is no snapshot 'nothing'"),
         ("PUT", "/state", {"version": 1}, 400, "a document of the format"),
         ("DELETE", "/snapshots/ready", None, 409, "cannot be deleted"),

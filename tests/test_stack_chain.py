@@ -158,6 +158,11 @@ def test_command_says_what_the_contract_answered_before_and_after(
     monkeypatch.setenv("PRIVATE_KEY", private_keys(Seed.of(DEFAULT_SEED).derive)[0].hex())
     assert act("remove", "os-image", image)[0] == 0
     assert "32 bytes in hex expected" in act("allow", "os-image", "11")[1]
+    assert "before, True now" in act("app-set", "require-tcb-up-to-date", "true")[1]
+    assert "stays as it is" in act("app-set", "disable-upgrades", "false")[1]
+    assert act("app-set", "disable-upgrades", "true")[0] == 0
+    assert "gatewayAppId: any before, 0x11 now" in act("kms-set", "gateway-app-id", "0x11")[1]
+    assert "app-implementation: an address expected" in act("kms-set", "app-implementation", "0x11")[1]
 
 
 def test_policy_in_the_form_of_auth_simple_says_what_the_contracts_allow(stack: LiveStack) -> None:

@@ -275,7 +275,11 @@ class KmsContract(Contract):
         """Register a contract that exists as an app."""
         return await self.act(sender, "registerApp(address)", app_id)
 
-    async def deploy_app(
+    async def deploy_app(self, sender: Sender, **settings: Any) -> AppContract:
+        """Create a DstackApp through the factory, and register it; `settings` are those of `send_deploy_app`."""
+        return self.deployed_app(await self.send_deploy_app(sender, **settings))
+
+    async def send_deploy_app(
         self,
         sender: Sender,
         *,
@@ -285,11 +289,13 @@ class KmsContract(Contract):
         allow_any_device: bool = False,
         require_tcb_up_to_date: bool = False,
         disable_upgrades: bool = False,
-    ) -> AppContract:
-        """Create a DstackApp through the factory, and register it; zero hashes stand for none."""
+    ) -> Sent:
+        """Send deployAndRegisterApp; zero hashes stand for none, and the sender is the owner unless one is given."""
         values = (owner or sender.address, disable_upgrades, require_tcb_up_to_date, allow_any_device)
-        signature = f"deployAndRegisterApp{INITIALIZE_APP}"
-        sent = await self.act(sender, signature, *values, device_id, compose_hash)
+        return await self.act(sender, f"deployAndRegisterApp{INITIALIZE_APP}", *values, device_id, compose_hash)
+
+    def deployed_app(self, sent: Sent) -> AppContract:
+        """Return the app that a transaction created through the factory."""
         wanted = data(abi.topic("AppDeployedViaFactory(address,address)"))
         (found,) = (log for log in sent.logs if log["topics"][0] == wanted)
         return AppContract(self.ask, bytes.fromhex(found["topics"][1][-40:]))

@@ -4,22 +4,16 @@ Each transaction is mined at once, alone in its block. What changes the chain is
 and the same acts in the same order give the same chain.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from dstack_emu.chain.acts import Act, Ahead, Balance, Mined, Record
+from dstack_emu.chain.acts import Act, Ahead, Balance, Forgetful, Mined, Record
 from dstack_emu.chain.block import BASE_FEE, COINBASE, EMPTY_ROOT, GAS_LIMIT, Block, Receipt
 from dstack_emu.chain.engine import Account, Engine, Message, Outcome, Surroundings
-from dstack_emu.chain.errors import (
-    ExecutionFailedError,
-    ExecutionRevertedError,
-    InvalidTransactionError,
-    StoreError,
-    UnknownStateError,
-)
-from dstack_emu.chain.mining import hashed, message_of, receipt_of
-from dstack_emu.chain.revert import revert_message
+from dstack_emu.chain.errors import InvalidTransactionError, StoreError, UnknownStateError
+from dstack_emu.chain.mining import hashed, message_of, receipt_of, require_success
 from dstack_emu.chain.transaction import Transaction
 
 ANCESTORS: Final = 256
@@ -112,7 +106,7 @@ class Ledger:
     def call(self, block: Block, message: Message) -> bytes:
         """Execute a call in the state after a block; return its output, or raise what it failed with."""
         outcome = self.engine.call(self.root_at(block), self._around(block), message)
-        _require_success(outcome)
+        require_success(outcome)
         return outcome.output
 
     def estimate(self, block: Block, message: Message) -> int:
@@ -123,7 +117,7 @@ class Ledger:
             return self.engine.call(root, around, replace(message, gas=gas))
 
         first = outcome(message.gas)
-        _require_success(first)
+        require_success(first)
         low, high = GAS_OF_A_TRANSFER - 1, message.gas
         # Most calls need what they use; a sixty-fourth is kept from each inner call, and refunds come at the end.
         for guess in (first.gas_used, first.gas_used * 64 // 63 + 2_400):
@@ -220,6 +214,13 @@ class Ledger:
         self._return_to(next(before for _, before in reversed(self._done) if before.blocks <= first.number))
         for moment in times:
             self._do(Mined(moment, None))
+
+    def fork(self) -> "Ledger":
+        """Return a chain that begins as this one is now; nothing that is done on it is kept, told, or done here."""
+        fork = copy.copy(self)
+        fork.blocks, fork._numbers, fork._mined = list(self.blocks), dict(self._numbers), dict(self._mined)
+        fork.on_block, fork._record, fork._snapshots, fork._done = [], Forgetful(), {}, []
+        return fork
 
     # -- how it is done
 
@@ -332,10 +333,3 @@ def _succeeds(outcome: Callable[[int], Outcome], gas: int) -> bool:
         return outcome(gas).failure is None
     except InvalidTransactionError:
         return False
-
-
-def _require_success(outcome: Outcome) -> None:
-    if outcome.reverted:
-        raise ExecutionRevertedError(revert_message(outcome.output), outcome.output)
-    if outcome.failure is not None:
-        raise ExecutionFailedError(outcome.failure)

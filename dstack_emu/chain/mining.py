@@ -5,6 +5,8 @@ from dataclasses import replace
 from dstack_emu.attest.keccak import keccak
 from dstack_emu.chain.block import BASE_FEE, Block, Receipt
 from dstack_emu.chain.engine import Message, Outcome
+from dstack_emu.chain.errors import ExecutionFailedError, ExecutionRevertedError
+from dstack_emu.chain.revert import revert_message
 from dstack_emu.chain.transaction import Transaction, created_address
 
 
@@ -34,3 +36,11 @@ def hashed(block: Block) -> Block:
     """Return a block with the hash and the size (bytes) of its header."""
     header = block.header()
     return replace(block, hash=keccak(header), size=len(header))
+
+
+def require_success(outcome: Outcome) -> None:
+    """Raise what a message failed with, if it did."""
+    if outcome.reverted:
+        raise ExecutionRevertedError(revert_message(outcome.output), outcome.output)
+    if outcome.failure is not None:
+        raise ExecutionFailedError(outcome.failure)

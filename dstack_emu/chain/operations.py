@@ -5,13 +5,23 @@ They work through any node's JSON-RPC, with accounts of the node, or with a priv
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
 from dstack_emu.attest.release import AuthEthRevision
 from dstack_emu.chain.artefacts import app_contract, kms_contract
-from dstack_emu.chain.contracts import Ask, Contract, ContractError, KmsContract, RpcError, Sender, Sent
+from dstack_emu.chain.contracts import (
+    AppContract,
+    Ask,
+    Contract,
+    ContractError,
+    KmsContract,
+    KmsInfo,
+    RpcError,
+    Sender,
+    Sent,
+)
 from dstack_emu.chain.quantities import checksummed, data
 from dstack_emu.chain.transaction import DYNAMIC_FEE, Transaction, address_of
 
@@ -42,6 +52,13 @@ LISTINGS: Final[Mapping[str, Listing]] = MappingProxyType(
 )
 """The lists of DstackKms, and of a DstackApp: the last two."""
 OF_APP: Final = ("compose-hash", "device")
+APP_SETTINGS: Final = MappingProxyType(
+    {
+        "allow-any-device": ("allowAnyDevice()", "setAllowAnyDevice(bool)"),
+        "require-tcb-up-to-date": ("requireTcbUpToDate()", "setRequireTcbUpToDate(bool)"),
+    }
+)
+"""What else a DstackApp has: the view of it, and the function that changes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +106,54 @@ async def register_app(kms: KmsContract, sender: Sender, app_id: bytes) -> Chang
     return _changed(f"app {checksummed(app_id)}", before, await state(), sent)
 
 
+async def deploy_app(kms: KmsContract, sender: Sender, **settings: Any) -> Changed:
+    """Create the contract of an app, and register it (settings of `KmsContract.send_deploy_app`); raise `ChainError`.
+
+    What is changed is the app: its address is the app id.
+    """
+    sent = await kms.send_deploy_app(sender, **settings)
+    return _changed(f"app {checksummed(kms.deployed_app(sent).address)}", "not registered", "registered", sent)
+
+
+async def set_app(app: AppContract, sender: Sender, setting: str, value: bool) -> Changed:
+    """Change one of `APP_SETTINGS`; raise `ChainError`."""
+    view, function = APP_SETTINGS[setting]
+    before = await app.view(view, "(bool)")
+    sent = await app.act(sender, function, value)
+    return _changed(f"{setting} of {checksummed(app.address)}", before, await app.view(view, "(bool)"), sent)
+
+
+async def disable_upgrades(app: AppContract, sender: Sender) -> Changed:
+    """Forbid upgrades of an app for ever; raise `ChainError`. No view of the contract tells what was before."""
+    sent = await app.disable_upgrades(sender)
+    return _changed(f"upgrades of {checksummed(app.address)}", None, "disabled", sent)
+
+
+async def set_gateway_app_id(kms: KmsContract, sender: Sender, app_id: str) -> Changed:
+    """Name the app of the gateway; raise `ChainError`."""
+    before = await kms.gateway_app_id()
+    sent = await kms.set_gateway_app_id(sender, app_id)
+    return _changed("gatewayAppId", before, await kms.gateway_app_id(), sent)
+
+
+async def set_app_implementation(kms: KmsContract, sender: Sender, implementation: bytes) -> Changed:
+    """Replace the implementation of the apps that the factory makes from now on; raise `ChainError`."""
+    before = checksummed(await kms.app_implementation())
+    sent = await kms.set_app_implementation(sender, implementation)
+    return _changed("appImplementation", before, checksummed(await kms.app_implementation()), sent)
+
+
+async def set_info(kms: KmsContract, sender: Sender, info: KmsInfo) -> Changed:
+    """Publish keys and evidence of a KMS, which are in hex before and after it; raise `ChainError`."""
+
+    async def state() -> dict[str, str]:
+        return {name: value.hex() for name, value in asdict(await kms.info()).items()}
+
+    before = await state()
+    sent = await kms.set_info(sender, info)
+    return _changed("kmsInfo", before, await state(), sent)
+
+
 async def transfer_ownership(contract: Contract, sender: Sender, owner: bytes) -> Changed:
     """Hand a contract over; in revision next the new owner has to accept. Raises `ChainError`."""
     before = await contract.owner()
@@ -103,12 +168,8 @@ async def accept_ownership(contract: Contract, sender: Sender) -> Changed:
 
 
 async def _with_owner(contract: Contract, before: bytes, sent: Sent) -> Changed:
-    after = checksummed(await contract.owner())
-    try:
-        pending = await contract.view("pendingOwner()", "(address)")
-    except ContractError:  # 0.5.11 hands over at once
-        pending = bytes(20)
-    waiting = "" if pending == bytes(20) else f", {checksummed(pending)} once it has accepted"
+    after, pending = checksummed(await contract.owner()), await pending_owner(contract)
+    waiting = "" if pending is None else f", {checksummed(pending)} once it has accepted"
     return _changed(f"owner of {checksummed(contract.address)}", checksummed(before), f"{after}{waiting}", sent)
 
 
@@ -120,13 +181,25 @@ async def upgrade(
         made = kms_contract(revision) if isinstance(contract, KmsContract) else app_contract(revision)
         implementation = await sender.create(made.bytecode)
 
-    async def state() -> str:
-        stored = await contract.ask("eth_getStorageAt", [data(contract.address), hex(IMPLEMENTATION), "latest"])
-        return checksummed(bytes.fromhex(stored[2:])[-20:])
-
-    before = await state()
+    before = await implementation_of(contract)
     sent = await contract.upgrade(sender, implementation)
-    return _changed(f"implementation of {checksummed(contract.address)}", before, await state(), sent)
+    after = await implementation_of(contract)
+    return _changed(f"implementation of {checksummed(contract.address)}", before, after, sent)
+
+
+async def implementation_of(contract: Contract) -> str:
+    """Return the address of what is behind a proxy."""
+    stored = await contract.ask("eth_getStorageAt", [data(contract.address), hex(IMPLEMENTATION), "latest"])
+    return checksummed(bytes.fromhex(stored[2:])[-20:])
+
+
+async def pending_owner(contract: Contract) -> bytes | None:
+    """Return who is to accept the ownership of a contract; None if nobody is."""
+    try:
+        found: bytes = await contract.view("pendingOwner()", "(address)")
+    except ContractError:  # 0.5.11 hands over at once
+        return None
+    return None if found == bytes(20) else found
 
 
 def signing_ask(ask: Ask, private_key: bytes) -> tuple[Ask, bytes]:

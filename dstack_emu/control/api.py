@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.strict_json import read_json
+from dstack_emu.control.chain import ChainControl
 from dstack_emu.control.differences import differences
 from dstack_emu.control.evidence import EvidenceControl
 from dstack_emu.control.gateway import GatewayControl
@@ -31,7 +32,7 @@ READY = "ready"
 """The name of the snapshot that is taken when a stack is ready; `reset` restores it."""
 
 
-class Control(EvidenceControl, GatewayControl):
+class Control(ChainControl, EvidenceControl, GatewayControl):
     """The calls that read and change a running deployment. They raise `ControlError` if they are refused."""
 
     def __init__(self, deployment: Deployment) -> None:

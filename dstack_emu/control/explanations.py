@@ -62,6 +62,10 @@ class ExplanationControl(KmsControl):
         decision, service = record["decision"], record["service"]
         kms = service.removeprefix(_WEBHOOK)
         said = {key: record[key] for key in ("id", "service", "caller", "call")} | {"kms": kms, "decision": decision}
+        if (chain := self._chain_of(kms)) is not None:
+            from dstack_emu.control.chain_denial import explain_on_chain  # few stacks have a chain
+
+            return said | explain_on_chain(chain, decision)
         try:
             path = self._policy_path(kms)
         except ControlError as error:

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
-
-from pydantic import BaseModel
 
 from dstack_emu.attest.version import EMULATOR
 from dstack_emu.control.api import Control
+from dstack_emu.control.chain_routes import CHAIN_ROUTES
+from dstack_emu.control.route import Route
+from dstack_emu.control.route import given as _given
+from dstack_emu.control.route import number as _number
 from dstack_emu.control.schemas import (
     AdmissionQuestion,
     BootRequest,
@@ -29,8 +30,6 @@ from dstack_emu.control.snapshots import StackState
 from dstack_emu.deployment.specs import EventSpec, GuestSpec, KmsSpec
 from dstack_emu.observability.fault_rules import FaultRule
 
-Run = Callable[[Control, dict[str, str], dict[str, str], Any], Any]
-
 
 class _Policy(RequestBody):
     """The content of auth-simple's policy file; it is not validated."""
@@ -38,31 +37,6 @@ class _Policy(RequestBody):
 
 class _Nothing(RequestBody):
     """An empty object, or no body."""
-
-
-JSON: Final = "application/json"
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One route. `body` is the schema of its body, validated if `validates` is set; `query` names its parameters.
-
-    `media_type` is that of its answer: of a call that returns a text, another one than JSON.
-    """
-
-    method: str
-    path: str
-    summary: str
-    run: Run
-    body: type[BaseModel] | None = None
-    query: tuple[str, ...] = ()
-    validates: bool = True
-    media_type: str = JSON
-
-
-def _given(body: BaseModel) -> dict[str, Any]:
-    """Return the fields that a body contains."""
-    return {name: getattr(body, name) for name in body.model_fields_set}
 
 
 def _journal(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> dict[str, Any]:
@@ -82,13 +56,6 @@ def _count(control: Control, path: dict[str, str], query: dict[str, str], body: 
     patterns = {key: query[key] for key in ("call", "service", "caller", "outcome") if key in query}
     control.require_recordable(**patterns)
     return {"calls": control.journal.calls(**patterns, since=_number(query, "since", 0))}
-
-
-def _number(query: dict[str, str], name: str, default: int) -> int:
-    text = query.get(name, str(default))
-    if not text.isdecimal() or len(text) > 12:
-        raise ControlError(f"{name}: a number expected, got {text!r:.40}")
-    return int(text)
 
 
 async def _revert(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> None:
@@ -262,6 +229,7 @@ ROUTES: Final = (
         lambda c, p, q, b: c.change_policy(p["kms"], b, is_allowed=False),
         PolicyChange,
     ),
+    *CHAIN_ROUTES,
     Route("GET", "/faults", "The faults in force", lambda c, p, q, b: c.faults()),
     Route("POST", "/faults", "Put a fault in force", lambda c, p, q, b: c.add_fault(**_given(b)).to_json(), FaultRule),
     Route("DELETE", "/faults", "Lift all faults", lambda c, p, q, b: c.clear_faults()),

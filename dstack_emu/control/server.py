@@ -25,7 +25,8 @@ from yarl import URL
 
 from dstack_emu.attest.strict_json import read_json
 from dstack_emu.control.api import Control
-from dstack_emu.control.routes import JSON, ROUTES, Route, openapi
+from dstack_emu.control.route import JSON, Route
+from dstack_emu.control.routes import ROUTES, openapi
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.control.token import is_authorized, is_needed, make_token
 from dstack_emu.deployment.config import TOKEN_FILE, TOKEN_VARIABLE

@@ -11,16 +11,19 @@ from typing import Any, Final, TypeVar
 from aiohttp import web
 
 from dstack_emu.attest.errors import FormatError
-from dstack_emu.attest.release import Release
+from dstack_emu.attest.release import AuthEthRevision, Release
 from dstack_emu.chain.acts import Act, act_document, parse_act
 from dstack_emu.chain.ask import completed, immediate_ask
+from dstack_emu.chain.block import Block
 from dstack_emu.chain.contracts import Contract, KmsContract, Sender, creations
 from dstack_emu.chain.embedded import ChainSettings, EmbeddedChain
 from dstack_emu.chain.errors import ChainError, StoreError
 from dstack_emu.chain.faulty import FaultyNode
+from dstack_emu.chain.node import Node
 from dstack_emu.chain.operations import Changed, list_entry
 from dstack_emu.chain.policy import FIRST_APP_NONCE, ContractPolicy, PlannedAct, Planner, read_policy
 from dstack_emu.chain.quantities import checksummed
+from dstack_emu.chain.rpc import Rpc
 from dstack_emu.chain.transaction import created_address
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.clock import ISSUED_AT
@@ -64,6 +67,31 @@ class StackChain:
     def kms_address(self) -> str:
         """The address of DstackKms, with its checksum."""
         return checksummed(self._kms)
+
+    @property
+    def kms(self) -> KmsContract:
+        """DstackKms. Nothing that is asked of it waits: `completed` works with it."""
+        return KmsContract(self._ask, self._kms)
+
+    @property
+    def accounts(self) -> tuple[bytes, ...]:
+        """The accounts for which the node sends; the first one owns DstackKms at the start."""
+        return tuple(self._chain.node.accounts)
+
+    @property
+    def revision(self) -> AuthEthRevision | None:
+        """The revision of the contracts."""
+        return self._chain.settings.revision
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks."""
+        return tuple(self._chain.ledger.blocks)
+
+    def fork(self) -> KmsContract:
+        """Return the DstackKms of a chain that begins as this one is now: what is done there has no effect here."""
+        ledger = self._chain.rpc.exclusively(self._chain.ledger.fork)
+        return KmsContract(immediate_ask(Rpc(Node(ledger, self._chain.private_keys).methods())), self._kms)
 
     def app_id(self, name: str) -> str:
         """Return the app id of the stack's app or gateway: the address that its contract will have, in hex."""

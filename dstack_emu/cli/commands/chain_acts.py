@@ -15,7 +15,7 @@ from dstack_emu.chain import operations
 from dstack_emu.chain.ask import remote_ask
 from dstack_emu.chain.contracts import AppContract, Contract, KmsContract, KmsInfo, Sender, deploy_kms
 from dstack_emu.chain.errors import ChainError
-from dstack_emu.chain.operations import LISTINGS, OF_APP, Changed
+from dstack_emu.chain.operations import APP_SETTINGS, LISTINGS, OF_APP, Changed
 from dstack_emu.chain.policy import read_policy
 from dstack_emu.chain.quantities import checksummed
 from dstack_emu.cli.commands.common import UsageError, add_release, say
@@ -25,6 +25,7 @@ from dstack_emu.transport.urls import is_http_url, shown_url
 
 KEY_VARIABLE: Final = "PRIVATE_KEY"
 """The variable with the private key that signs, as upstream's scripts name it."""
+_DISABLE_UPGRADES: Final = "disable-upgrades"
 TIMEOUT: Final = 60.0
 MAX_ANSWER: Final = 16 * 1024 * 1024
 
@@ -85,6 +86,12 @@ def add_acts(parser: argparse.ArgumentParser) -> None:
         app.add_argument(flag, action="store_true")
     register = act("app-register", "register a contract that exists as an app", _app_register, app=False)
     register.add_argument("address", type=_address)
+    setting = act("app-set", "change a setting of an app", _app_set)
+    setting.add_argument("setting", choices=[*APP_SETTINGS, _DISABLE_UPGRADES])
+    setting.add_argument("value", choices=("true", "false"), help=f"{_DISABLE_UPGRADES} stays true for ever")
+    setting = act("kms-set", "change a setting of DstackKms", _kms_set, app=False)
+    setting.add_argument("setting", choices=("gateway-app-id", "app-implementation"))
+    setting.add_argument("value", help="the gateway's app as text, or an address")
     transfer = act("transfer-ownership", "hand DstackKms, or with --app an app, over", _transfer)
     transfer.add_argument("address", type=_address)
     act("accept-ownership", "become the owner that was named (0.6)", _accept)
@@ -228,6 +235,25 @@ async def _app_deploy(node: _Node, arguments: argparse.Namespace) -> dict[str, A
 
 async def _app_register(node: _Node, arguments: argparse.Namespace) -> Changed:
     return await operations.register_app(node.kms, node.sender, arguments.address)
+
+
+async def _app_set(node: _Node, arguments: argparse.Namespace) -> Changed:
+    value = arguments.value == "true"
+    if arguments.setting != _DISABLE_UPGRADES:
+        return await operations.set_app(node.app, node.sender, arguments.setting, value)
+    if not value:
+        raise UsageError(f"{_DISABLE_UPGRADES} true expected: a contract whose upgrades are disabled stays as it is")
+    return await operations.disable_upgrades(node.app, node.sender)
+
+
+async def _kms_set(node: _Node, arguments: argparse.Namespace) -> Changed:
+    if arguments.setting == "gateway-app-id":
+        return await operations.set_gateway_app_id(node.kms, node.sender, arguments.value)
+    try:
+        implementation = _address(arguments.value)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"app-implementation: {error}") from error
+    return await operations.set_app_implementation(node.kms, node.sender, implementation)
 
 
 async def _transfer(node: _Node, arguments: argparse.Namespace) -> Changed:
