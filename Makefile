@@ -28,8 +28,16 @@ test: $(VENV)/.dev ## Run the tests (options: ARGS="-k quote")
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m compileall -q dstack_emu auth kms_emu simulator
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-browser: $(VENV)/.dev ## Use console and gateway in Chromium (Debian's chromium-headless-shell, libnss3-tools)
-	@DSTACK_EMU_BROWSER=1 $(BIN)/python -m pytest -n 0 tests/test_console_browser.py tests/test_gateway_browser.py $(ARGS)
+browser: $(VENV)/.dev .axe/.installed ## Use console and gateway in Chromium (Debian's chromium-headless-shell, libnss3-tools)
+	@DSTACK_EMU_BROWSER=1 $(BIN)/python -m pytest -n 0 $(BROWSED) $(ARGS)
+
+BROWSED := $(addprefix tests/test_,console_browser.py console_accessibility.py gateway_browser.py)
+
+# Alone: the package would install a browser of its own, and only its axe-core is used.
+.axe/.installed: tools/axe.txt $(VENV)/.dev
+	@rm -rf .axe
+	@$(BIN)/python -m pip --disable-pip-version-check --quiet install --only-binary=:all: --no-deps --target .axe --requirement tools/axe.txt
+	@touch .axe/.installed
 
 fuzz: $(VENV)/.dev ## Test the decoders' properties with many more examples (EXAMPLES=5000)
 	@DSTACK_EMU_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest -n auto --timeout 3600 tests/test_attest_properties.py $(ARGS)
@@ -79,7 +87,7 @@ lock: ## Resolve all dependencies into constraints.txt
 	@PYTHON="$(PYTHON)" .ci/lock
 
 clean: ## Remove .venv, caches and build files
-	rm -rf $(VENV) .vyper build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .axe .vyper build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A candidate is used only if it runs: some systems have shims that are found and then fail.

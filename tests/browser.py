@@ -75,10 +75,21 @@ class Tab:
         self.send("Page.navigate", url="about:blank")
         self.send("Page.navigate", url=url)
 
-    def run(self, expression: str) -> Any:
-        """Evaluate an expression (its promise is awaited), and return its JSON value; raise `ScriptError`."""
+    def world(self, name: str) -> int:
+        """Return a world of scripts that shares the document with the page, and nothing else."""
+        frame = self.send("Page.getFrameTree")["frameTree"]["frame"]["id"]
+        return int(self.send("Page.createIsolatedWorld", frameId=frame, worldName=name)["executionContextId"])
+
+    def run(self, expression: str, world: int | None = None) -> Any:
+        """Evaluate an expression (its promise is awaited), and return its JSON value; raise `ScriptError`.
+
+        It is evaluated among the page's scripts, or in a `world` of its own.
+        """
+        place = {} if world is None else {"contextId": world}
         try:
-            result = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+            result = self.send(
+                "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True, **place
+            )
         except CommandError as error:  # the page is replaced by another one
             raise ScriptError(str(error)) from error
         if "exceptionDetails" in result:
@@ -151,6 +162,7 @@ class Tab:
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=mobile
         )
+        self.send("Emulation.setTouchEmulationEnabled", enabled=mobile)  # a finger is a coarse pointer
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", features=features)
 

@@ -14,6 +14,7 @@ from tests.running import RunningStack, running_stack
 
 if TYPE_CHECKING:
     from dstack_emu.testing import LiveStack
+    from tests.browser import Browser, Tab
     from tests.vmm import VmmClient
 
 # A background job of a script, or of nohup, is started with these ignored, and so would be what the tests start here.
@@ -150,3 +151,38 @@ def vmm(vmm_stack: "LiveStack") -> "Iterator[VmmClient]":
     yield client
     for vm in client.rpc("Status")["vms"]:
         client.gone(vm["id"])
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Browser]":
+    """One Chromium for all files."""
+    from tests.browser import chromium, program
+
+    if program() is None:
+        pytest.fail("DSTACK_EMU_BROWSER is set, but there is no Chromium: install Debian's chromium-headless-shell")
+    with chromium(tmp_path_factory.mktemp("chromium")) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def shared_full_stack() -> Iterator[RunningStack]:
+    """The stack with all parts that the console is used over; `full_stack` has it as it began."""
+    with running_stack("--vmm", "--gateway") as stack:
+        yield stack
+
+
+@pytest.fixture
+def full_stack(shared_full_stack: RunningStack) -> Iterator[RunningStack]:
+    """A stack with all parts, as it became ready."""
+    yield shared_full_stack
+    shared_full_stack.reset()
+
+
+@pytest.fixture
+def console_tab(browser: "Browser") -> "Iterator[Tab]":
+    """An empty page, which must have asked nobody but the stack, and complained of nothing."""
+    tab = browser.tab()
+    tab.resize(1280, 900)
+    yield tab
+    assert tab.complaints == []
+    assert {url.split("/")[2] for url in tab.requests if url.startswith("http")} <= {tab.run("location.host")}

@@ -6,14 +6,15 @@ It runs if DSTACK_EMU_BROWSER is set (`make browser`): starting a browser takes 
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dstack_emu import Stack
 from dstack_emu.testing import LiveStack
-from tests.browser import TIMEOUT, Browser, Tab, chromium, program
+from tests.browser import TIMEOUT, Browser, Tab
+from tests.console import control_call, open_page
 from tests.running import RunningStack, running_stack
 
 pytestmark = [
@@ -26,48 +27,16 @@ PICTURES = os.environ.get("DSTACK_EMU_PICTURES")
 HOSTILE = '<img src=x onerror="alert(1)"><b>bold</b>'
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One Chromium for the file."""
-    if program() is None:
-        pytest.fail("DSTACK_EMU_BROWSER is set, but there is no Chromium: install Debian's chromium-headless-shell")
-    with chromium(tmp_path_factory.mktemp("chromium")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[RunningStack]:
-    """One stack for the file."""
-    with running_stack("--vmm", "--gateway") as stack:
-        yield stack
+@pytest.fixture
+def stack(full_stack: RunningStack) -> RunningStack:
+    """A stack with all parts, as it became ready."""
+    return full_stack
 
 
 @pytest.fixture
-def stack(running: RunningStack) -> Iterator[RunningStack]:
-    """The same, as it became ready."""
-    yield running
-    running.reset()
-
-
-@pytest.fixture
-def tab(browser: Browser) -> Iterator[Tab]:
-    """An empty page, which must have asked nobody but the stack, and complained of nothing."""
-    tab = browser.tab()
-    tab.resize(1280, 900)
-    yield tab
-    assert tab.complaints == []
-    assert {url.split("/")[2] for url in tab.requests if url.startswith("http")} <= {tab.run("location.host")}
-
-
-def control_call(stack: RunningStack, method: str, path: str, body: str = "{}") -> None:
-    content = ("-H", "Content-Type: application/json", "-d", body)
-    status, answer = stack.curl(stack.services["control"] + path, "-X", method, *content)
-    assert status == 200, answer
-
-
-def open_page(tab: Tab, stack: RunningStack, page: str) -> None:
-    tab.open(f"{stack.services['control']}/console/#/{page}")
-    tab.see("connected", "#connection")
+def tab(console_tab: Tab) -> Tab:
+    """An empty page, which must ask nobody but the stack, and complain of nothing."""
+    return console_tab
 
 
 def check_accessible(tab: Tab, name: str) -> None:

@@ -81,10 +81,14 @@ export async function* stream(since, signal) {
 async function askForToken() {
   const dialog = document.getElementById("login"), field = document.getElementById("token");
   const problem = document.getElementById("login-problem"), form = dialog.querySelector("form");
-  problem.textContent = sessionStorage.getItem(KEY) === null ? "" : "The stack takes this token no more.";
+  const tell = (text) => {
+    problem.textContent = text;
+    field.setAttribute("aria-invalid", String(text !== ""));
+  };
   const open = () => dialog.showModal();  // again, if it is closed by the keyboard: nothing can be shown without a token
   dialog.addEventListener("close", open);
   open();
+  tell(sessionStorage.getItem(KEY) === null ? "" : "The stack takes this token no more.");
   try {
     for (;;) {
       await new Promise((resolve) => form.addEventListener("submit", (event) => {
@@ -93,13 +97,13 @@ async function askForToken() {
       }, {once: true}));
       const token = field.value.trim();
       if (!/^[!-~]+$/.test(token)) {
-        problem.textContent = "A token consists of visible ASCII characters.";
+        tell("A token consists of visible ASCII characters.");
         continue;
       }
       sessionStorage.setItem(KEY, token);
       const answer = await send("GET", "/clock").catch(() => ({status: 0}));
       if (answer.status !== 401 && answer.status !== 0) return;
-      problem.textContent = answer.status ? "The stack has another token." : "The stack does not answer.";
+      tell(answer.status ? "The stack has another token." : "The stack does not answer.");
     }
   } finally {
     field.value = "";

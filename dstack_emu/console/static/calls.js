@@ -1,7 +1,7 @@
 // The page of calls: a live list of the calls from outside, and of each one what it led to.
 
 import {get} from "./api.js";
-import {alertBox, attempt, choice, draw, facts, labelled, make} from "./dom.js";
+import {alertBox, attempt, choice, draw, facts, labelled, make, scrolling, unseenStatus} from "./dom.js";
 import {denial} from "./denial.js";
 import {flattened, journal, result} from "./journal.js";
 import {toKeep} from "./pictures.js";
@@ -40,15 +40,20 @@ function filters(change) {
 }
 
 export async function show(content, [chosen]) {
-  const details = make("section", {"aria-label": "The call"}), count = make("p", {class: "note", role: "status"});
+  const details = make("section", {"aria-label": "The call"}), count = make("p", {class: "note"});
   const list = new Windowed("Calls, the newest last", row, (line, focus) => open(String(line.number), focus));
-  const filter = filters(redraw), alert = alertBox();
+  const found = unseenStatus(), alert = alertBox();
+  // Calls arrive all the time: what is found is said only when somebody has asked for something else.
+  const filter = filters(() => {
+    redraw();
+    found.textContent = count.textContent;
+  });
   let turn = 0, offered = "", closed = false;
 
   const older = make("button", {onclick: (event) => attempt(alert, event.currentTarget, async () => {
     older.hidden = !await journal.loadOlder(OLDER);
   })}, "Load older calls");
-  content.append(filter.form, make("div", {class: "row"}, count, older), alert, list.element, details);
+  content.append(filter.form, found, make("div", {class: "row"}, count, older), alert, list.element, details);
 
   function redraw() {
     const lines = journal.entries.filter(predicate(filter.values()));
@@ -104,7 +109,7 @@ function described(record, diagram, why) {
     make("p", {}, `${record.time}: ${record.caller} → ${record.service} ${record.call}`),
     make("p", {class: record.outcome}, result(record)),
     ...why.denials.map((each) => denial(each)),
-    make("div", {class: "scroll", tabindex: 0, role: "group", "aria-label": "Sequence diagram"}, sequence(diagram)),
+    scrolling("Sequence diagram", sequence(diagram)),
     toKeep(record.id),
     make("details", {}, make("summary", {}, "Every step as text"), steps(record)),
     make("details", {}, make("summary", {}, "The record"), facts(record)),

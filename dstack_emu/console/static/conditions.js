@@ -1,7 +1,7 @@
 // The page of conditions: the clock, faults, platforms and their vendor.
 
 import {call, get, part} from "./api.js";
-import {alertBox, attempt, choice, labelled, make} from "./dom.js";
+import {alertBox, attempt, choice, labelled, make, scrolling, tied, unseenStatus} from "./dom.js";
 import {allowed, changeForm, properties} from "./fields.js";
 
 const EVERY = 3_000;  // milliseconds between two looks at clock and faults
@@ -28,14 +28,17 @@ export async function show(content) {
 
 class Clock {
   constructor() {
-    this._now = make("p", {role: "status"});
+    this._now = make("p");
+    this._changed = unseenStatus();  // the time itself moves, and is not announced
     this._alert = alertBox();
     this._value = make("input", {type: "text", autocomplete: "off", placeholder: "2026-06-01T12:00:00Z or 30d"});
     const button = (label, body) => make("button", {onclick: (event) => attempt(this._alert, event.currentTarget, async () => {
       this._tell(await call("POST", "/clock", body()));
+      this._changed.textContent = this._now.textContent;
     })}, label);
     const value = () => this._value.value.trim();
-    this.element = make("div", {}, this._now, make("div", {class: "row"}, labelled("Time or duration", "clock-value", this._value),
+    tied(this._alert, {clock: this._value});
+    this.element = make("div", {}, this._now, this._changed, make("div", {class: "row"}, labelled("Time or duration", "clock-value", this._value),
       button("Set the time", () => ({set: value()})), button("Advance by the duration", () => ({advance: value()})),
       button("Freeze", () => ({freeze: value() || true})), button("Resume", () => ({resume: true})),
       button("Follow the system clock", () => ({follow_the_wall: true}))), this._alert);
@@ -57,12 +60,12 @@ class Faults {
     this._rows = make("tbody");
     this._shown = "";
     this._form = make("div");
-    const names = ["fault", "what it does", "calls seen", "calls met", ""];
+    const names = ["fault", "what it does", "calls seen", "calls met", "what can be done"];
     this.element = make("div", {},
       make("div", {class: "row"}, READY_MADE.map(([label, rule]) =>
         make("button", {onclick: (event) => this._act(event, () => call("POST", "/faults", rule))}, label))),
       this._form, this._alert,
-      make("div", {class: "scroll"}, make("table", {}, make("caption", {}, "Faults in force"),
+      scrolling("Faults in force", make("table", {}, make("caption", {}, "Faults in force"),
         make("thead", {}, make("tr", {}, names.map((name) => make("th", {scope: "col"}, name)))), this._rows)),
       make("button", {onclick: (event) => this._act(event, () => call("DELETE", "/faults"))}, "Lift all faults"));
   }
@@ -81,6 +84,7 @@ class Faults {
       kind: choice(kinds, "status"), times: input({inputmode: "numeric"}), after: input({inputmode: "numeric"}),
       seconds: input({inputmode: "decimal"}), status: input({inputmode: "numeric"}), body: input(), allow: choice(["", "true", "false"], "", "the opposite"), reason: input(),
     };
+    tied(this._alert, fields);
     const labels = {call: "call (RPC or path)", times: "times (at most)", after: "after (calls)", seconds: "seconds (delay, slow)",
                     status: "status", body: "body (status)", allow: "allow (decision)", reason: "reason (decision)"};
     const numbers = new Set(["times", "after", "seconds", "status"]);

@@ -1,6 +1,6 @@
 // Shows unified diffs, and texts byte by byte under one another.
 
-import {make} from "./dom.js";
+import {make, scrolling} from "./dom.js";
 
 export function diff(text) {
   const kinds = {"+": "added", "-": "removed", "@": "dim"};
@@ -33,7 +33,7 @@ export function aligned(got, wanted) {
   const accepted = wanted.map(pieces).sort((one, other) => alike(other, own) - alike(one, own));
   const rows = accepted.slice(0, 5).map((each) => row("wanted", each, own));
   if (accepted.length > 5) rows.push(make("tr", {}, make("th"), make("td", {}, `and ${accepted.length - 5} more`)));
-  return make("div", {class: "scroll"}, make("table", {class: "aligned"}, make("tbody", {},
+  return scrolling("What was sent and what is wanted", make("table", {class: "aligned"}, make("tbody", {},
     row("got", own, accepted[0]), rows.length ? rows : make("tr", {}, make("th", {scope: "row"}, "wanted"), make("td", {}, "none")))));
 }
 

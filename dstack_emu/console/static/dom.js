@@ -26,6 +26,34 @@ export function labelled(text, id, field) {
   return make("div", {}, make("label", {for: id}, text), field);
 }
 
+// Says of fields that an alert is about them; the keys are what the stack calls them in a refusal.
+export function tied(alert, fields) {
+  for (const [name, field] of Object.entries(fields)) {
+    field.dataset.named = name;
+    field.setAttribute("aria-describedby", [field.getAttribute("aria-describedby"), alert.id].filter(Boolean).join(" "));
+  }
+}
+
+function mark(alert, text) {
+  const fields = [...document.querySelectorAll(`[aria-describedby~="${alert.id}"]`)];
+  for (const field of fields) {
+    const isWrong = text && (fields.length === 1 || text.startsWith(`${field.dataset.named}:`));
+    if (isWrong) field.setAttribute("aria-invalid", "true");
+    else field.removeAttribute("aria-invalid");
+  }
+}
+
+// What may be wider than the page: it scrolls for itself, also by the keyboard if that is needed.
+export function scrolling(label, ...children) {
+  const element = make("div", {class: "scroll", role: "group", "aria-label": label}, ...children);
+  const watch = new ResizeObserver(() => {
+    if (element.scrollWidth > element.clientWidth) element.tabIndex = 0;
+    else element.removeAttribute("tabindex");
+  });
+  for (const each of [element, ...element.children]) watch.observe(each);
+  return element;
+}
+
 // A choice of values; `empty` is what the empty one is called.
 export function choice(values, chosen, empty = "any") {
   return make("select", {}, values.map((value) => make("option", {value, selected: value === chosen}, value || empty)));
@@ -61,17 +89,26 @@ export function worded(name) {
 // Runs an action of a button or form, shows its refusal in an alert, and keeps the button from a second press.
 export async function attempt(alert, button, action) {
   alert.textContent = "";
+  mark(alert, "");
   if (button) button.disabled = true;
   try {
     return await action();
   } catch (error) {
     alert.textContent = error.message;
+    mark(alert, error.message);
     return undefined;
   } finally {
     if (button) button.disabled = false;
   }
 }
 
+let alerts = 0;
+
 export function alertBox() {
-  return make("p", {class: "alert", role: "alert"});
+  return make("p", {class: "alert", role: "alert", id: `alert-${++alerts}`});
+}
+
+// Tells a screen reader what everyone else sees elsewhere.
+export function unseenStatus() {
+  return make("p", {class: "unseen", role: "status"});
 }

@@ -1,7 +1,7 @@
 // Forms made of the API's own description: a schema's properties as fields, and what of them was changed.
 
 import {get} from "./api.js";
-import {alertBox, attempt, choice, labelled, make, worded} from "./dom.js";
+import {alertBox, attempt, choice, labelled, make, tied, worded} from "./dom.js";
 
 let described = null;
 
@@ -54,6 +54,7 @@ function field(property, value) {
 export function changeForm(prefix, schema, values, send) {
   const alert = alertBox(), done = make("p", {role: "status"});
   const fields = Object.entries(schema).map(([name, property]) => ({name, ...field(property, values[name])}));
+  tied(alert, Object.fromEntries(fields.map(({name, element}) => [name, element])));
   const first = new Map(fields.map(({name, read}) => [name, JSON.stringify(read())]));
   const changed = () => Object.fromEntries(fields.filter(({name, read}) => JSON.stringify(read()) !== first.get(name))
     .map(({name, read}) => [name, read()]));

@@ -42,7 +42,7 @@ async function show() {
   const [title, open] = PAGES[name], heading = make("h1", {tabindex: -1}, title), content = make("div");
   document.title = `${title} – dstack-emu console`;
   document.getElementById("main").replaceChildren(heading, content);
-  heading.focus();
+  if (turn > 1) heading.focus();  // at first, the skip link comes first
   try {
     const left = await open(content, rest);
     if (turn === shown) leave = left;

@@ -49,15 +49,16 @@ class Editor {
     this.alert = alertBox();
     this.done = make("p", {role: "status"});
     this._unchecked = alertBox();
-    this._problems = make("ul", {role: "status", "aria-label": "Problems"});
+    this._problems = make("ul", {"aria-label": "Problems"});
     this._diff = make("div");
-    this._area = make("textarea", {rows: 24, spellcheck: "false", autocomplete: "off", "aria-describedby": "policy-help", oninput: () => this._typed()});
+    this._area = make("textarea", {rows: 24, spellcheck: "false", autocomplete: "off", "aria-describedby": "policy-help policy-problems", oninput: () => this._typed()});
     this._save = make("button", {onclick: (event) => this._store(event)}, "Save");
     this._undo = make("button", {onclick: () => this._load(this._text)}, "Discard changes");
     this._versions = make("select", {onchange: () => this._version()});
     this.element = make("div", {},
       make("p", {class: "note", id: "policy-help"}, `The webhook reads the file ${path} at every request.`),
-      labelled("Policy (JSON)", "policy-text", this._area), this._problems, this._unchecked,
+      labelled("Policy (JSON)", "policy-text", this._area),
+      make("div", {role: "status", id: "policy-problems"}, this._problems), this._unchecked,
       make("div", {class: "row"}, this._save, this._undo, labelled("Earlier version", "policy-version", this._versions)),
       this.alert, this.done, make("h2", {}, "What changes"), this._diff);
   }
@@ -121,8 +122,10 @@ class Editor {
       if (turn !== this._turn) return;
       const place = found.line === null ? "" : `Line ${found.line}: `;
       const problems = [found.problem === null ? [] : `${place}${found.problem}`, found.warnings].flat();
-      this._problems.replaceChildren(...problems.map((each, index) =>
+      const said = [...this._problems.children].map((each) => each.textContent);
+      if (said.join("\n") !== problems.join("\n")) this._problems.replaceChildren(...problems.map((each, index) =>
         make("li", {class: index === 0 && found.problem !== null ? "refused" : "unanswered"}, each)));
+      this._area.setAttribute("aria-invalid", String(found.problem !== null));
       this._diff.replaceChildren(found.diff ? diff(found.diff) : make("p", {class: "dim"}, found.line === null ? "Nothing." : "It is not JSON yet."));
       this._save.disabled = found.line !== null || !found.diff;
       this._save.textContent = found.problem === null || found.line !== null ? "Save" : "Save all the same: it denies everyone";

@@ -1,7 +1,7 @@
 // The page of snapshots: take one, compare it, go back to it, delete it.
 
 import {call, get, part} from "./api.js";
-import {alertBox, attempt, labelled, make} from "./dom.js";
+import {alertBox, attempt, labelled, make, scrolling, tied} from "./dom.js";
 
 const READY = "ready";  // the snapshot that the stack takes of itself
 
@@ -10,6 +10,8 @@ export async function show(content) {
   const compared = make("section", {"aria-label": "What differs"});
   const to = make("select", {});
   const name = make("input", {type: "text", autocomplete: "off", required: true, maxlength: 100});
+
+  tied(alert, {name});
 
   async function look() {
     const names = await get("/snapshots");
@@ -28,7 +30,7 @@ export async function show(content) {
       const heading = make("h2", {tabindex: -1}, `From ${one} to ${to.value || "the present state"}`);
       const lines = found.map(({path, before, after}) => make("tr", {}, make("th", {scope: "row"}, path),
         make("td", {class: "mono"}, before), make("td", {class: "mono"}, after)));
-      compared.replaceChildren(heading, lines.length ? make("div", {class: "scroll"}, make("table", {}, make("thead", {}, make("tr", {},
+      compared.replaceChildren(heading, lines.length ? scrolling("What differs", make("table", {}, make("thead", {}, make("tr", {},
         ["place", "before", "after"].map((each) => make("th", {scope: "col"}, each)))), make("tbody", {}, lines))) : make("p", {}, "Nothing differs."));
       heading.focus();
     });
@@ -55,7 +57,8 @@ export async function show(content) {
       const taken = name.value.trim();
       act({currentTarget: event.submitter}, () => call("POST", "/snapshots", {name: taken}), `${taken} is taken.`);
     }}, labelled("Name", "snapshot-name", name), make("button", {}, "Take a snapshot")),
-    alert, done, make("table", {}, make("caption", {}, "Snapshots"), rows),
+    alert, done, make("table", {}, make("caption", {}, "Snapshots"),
+      make("thead", {}, make("tr", {}, ["name", "what can be done"].map((each) => make("th", {scope: "col"}, each)))), rows),
     labelled("Compare with", "snapshot-other", to), compared);
   await look();
   return () => {};

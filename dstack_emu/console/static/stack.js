@@ -1,7 +1,7 @@
 // The page of the stack: its picture, alive, and what each part is.
 
 import {call, get, part} from "./api.js";
-import {alertBox, attempt, facts, make} from "./dom.js";
+import {alertBox, attempt, facts, make, scrolling} from "./dom.js";
 import {journal} from "./journal.js";
 import {picture, place} from "./topology.js";
 
@@ -36,7 +36,7 @@ export async function show(content) {
   const calls = make("tbody"), details = make("section", {"aria-live": "off"});
   content.append(alert, summary, canvas, make("p", {}, make("button", {onclick: ask}, "Ask every service whether it answers")),
     details, make("h2", {}, "Last calls"),
-    make("div", {class: "scroll"}, make("table", {},
+    scrolling("Last calls", make("table", {},
       make("thead", {}, make("tr", {}, COLUMNS.map((name) => make("th", {scope: "col"}, name)))), calls)));
   let seen = await look(), health = {}, drawn = "", opened = null;
 

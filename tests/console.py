@@ -1,0 +1,63 @@
+"""The console's pages in a tab, and a stack in which each of them has much to show."""
+
+from typing import Final
+
+from tests.browser import Tab
+from tests.running import RunningStack
+
+PAGES: Final = "[...document.querySelectorAll('nav a')].map((each) => each.dataset.page)"
+"""The names of all pages, as an expression."""
+
+_REFUSED: Final = "section[aria-label='The call'] .denial"
+
+
+def control_call(stack: RunningStack, method: str, path: str, body: str = "{}") -> None:
+    """Make a call of the control API that must succeed."""
+    content = ("-H", "Content-Type: application/json", "-d", body)
+    status, answer = stack.curl(stack.services["control"] + path, "-X", method, *content)
+    assert status == 200, answer
+
+
+def open_page(tab: Tab, stack: RunningStack, page: str) -> None:
+    """Load a page of the console, and wait until it follows the journal."""
+    tab.open(f"{stack.services['control']}/console/#/{page}")
+    tab.see("connected", "#connection")
+
+
+def fill(stack: RunningStack) -> None:
+    """Give every page something to show: a refused boot, a fault that was met, a snapshot that differs."""
+    control_call(stack, "POST", "/snapshots", '{"name": "before"}')
+    control_call(stack, "POST", "/policies/src/deny", '{"guest": "app"}')
+    control_call(stack, "POST", "/faults", '{"service": "auth-dst", "kind": "status", "status": 503}')
+    stack.curl(f"{stack.services['control']}/guests/app/boot", "-H", "Content-Type: application/json", "-d", "{}")
+
+
+def open_filled(tab: Tab, stack: RunningStack, page: str) -> None:
+    """Load a page after `fill`, and open everything on it that can be opened."""
+    open_page(tab, stack, page)
+    tab.wait("document.querySelectorAll('main > div > *').length > 1")
+    if page == "stack":
+        tab.tab_to("kms-src, runtime phase")
+        tab.press("Enter")
+        tab.see("root-ca.crt", "section")
+    elif page == "calls":
+        outcome = "document.getElementById('filter-outcome')"
+        tab.run(f"{outcome}.value = 'denied', {outcome}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+        tab.tab_to("Calls, the newest last")
+        tab.press("ArrowUp", "Enter")
+        tab.wait(f"document.querySelector({_REFUSED!r})")
+        tab.tab_to("Allow this")
+        tab.press("Enter")
+    elif page == "policies":
+        tab.see("Nothing.")
+        tab.run("document.getElementById('policy-text').select()")
+        tab.write('{"osImage": [],}')
+        tab.see("not JSON", "ul[aria-label=Problems]")
+    elif page == "conditions":
+        tab.see("Start kms-src anew")
+        tab.see("status 503", "tbody")
+    elif page == "snapshots":
+        tab.tab_to("Compare before")
+        tab.press("Enter")
+        tab.see("/policies/src/apps", "section")
+    tab.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
