@@ -11,7 +11,7 @@ COPY pyproject.toml constraints.txt ./
 # is given and not empty, is the CA bundle that pip trusts, for a network whose proxy intercepts TLS. No layer contains it.
 RUN --mount=type=secret,id=pip_ca \
     if [ -s /run/secrets/pip_ca ]; then export PIP_CERT=/run/secrets/pip_ca; fi \
-    && /opt/venv/bin/python -c 'import tomllib; config = tomllib.load(open("pyproject.toml", "rb")); print(*config["build-system"]["requires"], *config["project"]["dependencies"], *config["project"]["optional-dependencies"]["eth"], sep="\n")' > requirements.txt \
+    && /opt/venv/bin/python -c 'import tomllib; config = tomllib.load(open("pyproject.toml", "rb")); print(*config["build-system"]["requires"], *config["project"]["dependencies"], *(each for extra in ("eth", "otel") for each in config["project"]["optional-dependencies"][extra]), sep="\n")' > requirements.txt \
     && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --only-binary=:all: \
        --constraint constraints.txt --requirement requirements.txt
 COPY . .

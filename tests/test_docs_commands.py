@@ -42,6 +42,7 @@ PAGES = (
     "docs/howto/containers.md",
     "docs/howto/gateway.md",
     "docs/howto/kms.md",
+    "docs/howto/observability.md",
     "docs/howto/verifier.md",
     "docs/howto/webhook.md",
     "docs/howto/your-app.md",

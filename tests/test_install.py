@@ -77,5 +77,6 @@ def test_documents_install_the_package_by_its_repository_alone() -> None:
         for command in re.findall(r"pip install ([^`#\n]*dstack-emu[^`#\n]*)", path.read_text())
     ]
     assert SHOWN in {command.strip() for command in commands}
-    others = (SHOWN.replace("[pytest]", "[eth]"), "--constraint dstack-emu/constraints.txt ./dstack-emu")
+    extras = (SHOWN.replace("[pytest]", f"[{extra}]") for extra in ("eth", "otel"))
+    others = (*extras, "--constraint dstack-emu/constraints.txt ./dstack-emu")
     assert {command.strip() for command in commands} <= {SHOWN, *others}

@@ -18,6 +18,8 @@ class TheirWebhook(ThreadingHTTPServer):
         self.allowed = set(allowed)
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.credentials: set[str | None] = set()
+        self.traces: list[tuple[str | None, str | None]] = []
+        """The headers of W3C Trace Context, of each request."""
 
     @property
     def url(self) -> str:
@@ -36,6 +38,7 @@ class _Handler(BaseHTTPRequestHandler):
         boot_info = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.asked.append((self.path, boot_info))
         server.credentials.add(self.headers["Authorization"])
+        server.traces.append((self.headers["traceparent"], self.headers["tracestate"]))
         is_allowed = "*" in server.allowed or bool(server.allowed.intersection(map(str, boot_info.values())))
         reason = "" if is_allowed else "not on their list"
         self._answer({"isAllowed": is_allowed, "gatewayAppId": "theirs", "reason": reason})

@@ -32,6 +32,8 @@ from dstack_emu.control.token import is_authorized, is_needed, make_token
 from dstack_emu.deployment.config import TOKEN_FILE, TOKEN_VARIABLE
 from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.observability.journal import Record
+from dstack_emu.observability.spans import working_for
+from dstack_emu.observability.w3c_trace import TRACEPARENT, TRACESTATE, read_trace
 from dstack_emu.transport.aside import run_aside
 from dstack_emu.transport.listen import Server, serve
 from dstack_emu.transport.validation import describe
@@ -221,7 +223,9 @@ async def _answer(request: web.Request, handler: Handler, *, needs_local_host: b
         if needs_local_host:
             _require_local_host(request)
         _require_own_page(request, needs_local_host=needs_local_host)
-        return await handler(request)
+        trace = read_trace(request.headers.getall(TRACEPARENT, []), request.headers.getall(TRACESTATE, []))
+        with working_for(trace):
+            return await handler(request)
     except ControlError as error:
         return web.json_response({"error": str(error)}, status=error.status)
     except web.HTTPRequestEntityTooLarge:

@@ -75,6 +75,8 @@ class StackConfig:
     With `gateway` it has a gateway and its ingress, whose names end with `base_domain`. What listens at the ports of a
     trust domain that is no machine, such as the stack's own app, is at the same ports of the host `app_host` (None: of
     this machine's loopback interface, if the stack itself listens there alone).
+
+    `otlp` is the URL of a collector of OpenTelemetry, to which each recorded call is sent as spans.
     """
 
     seed: str = DEFAULT_SEED
@@ -109,6 +111,7 @@ class StackConfig:
     gateway: bool = False
     base_domain: str = BASE_DOMAIN
     app_host: str | None = None
+    otlp: str | None = None
 
     def asks_chain(self, kms: str) -> bool:
         """Return whether the webhook of a KMS, by its name, is the stack's auth-eth-bun."""

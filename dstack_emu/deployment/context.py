@@ -22,7 +22,7 @@ from dstack_emu.deployment.service_logs import ServiceLogs
 from dstack_emu.observability.decisions import decision_recorder
 from dstack_emu.observability.fault_effects import Stale
 from dstack_emu.observability.recorders import RecordingVerifier
-from dstack_emu.observability.spans import headers_of
+from dstack_emu.observability.spans import headers_of, trace_headers
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import Seed
@@ -155,7 +155,7 @@ class StackContext:
         if self.config.asks_chain(kms):
             from dstack_emu.auth.eth_server import eth_app  # few stacks ask a chain: the others start sooner
 
-            headers = None if self.chain is None else headers_of(f"auth-{kms}")
+            headers = trace_headers if self.chain is None else headers_of(f"auth-{kms}")
             settings = eth_settings(self._asked_chain(), self.release_of(release_name))
             return await self.serve(f"auth-{kms}", eth_app(settings, observer=decision_recorder(), headers=headers))
         path = str(self.policies.paths[kms])

@@ -16,7 +16,7 @@ from dstack_emu.deployment.specs import GuestSpec
 from dstack_emu.deployment.state import GuestState, KeysState
 from dstack_emu.deployment.trust_domains import boot_domain
 from dstack_emu.gateway.routing import Endpoint
-from dstack_emu.observability.spans import entered, headers_of
+from dstack_emu.observability.spans import entered, headers_of, remote_trace
 from dstack_emu.simulator.agent import GuestAgent, ProvidedKeys
 from dstack_emu.simulator.app_keys import AppKeys
 from dstack_emu.simulator.errors import GuestError
@@ -135,7 +135,7 @@ class RunningGuest:
         instrumentation = self._context.instrumentation
         before, registration = self.domain.capture(), self._registration
         positions = {name: stream.capture() for name, stream in self.streams.items() if name != "agent"}
-        call = instrumentation.journal.begin(self.name, "Boot", None, 0, "stack")
+        call = instrumentation.journal.begin(self.name, "Boot", None, 0, "stack", remote_trace())
         status, error = 400, ""
         try:
             with entered(call):

@@ -20,7 +20,8 @@ from dstack_emu.observability.journal import Journal
 from dstack_emu.observability.middleware import HttpInstruments
 from dstack_emu.observability.recorders import RecordingAuth, RecordingVerifier
 from dstack_emu.observability.service_calls import ServiceCalls
-from dstack_emu.observability.spans import headers_of
+from dstack_emu.observability.spans import headers_of, trace_headers
+from dstack_emu.observability.tracing import Tracer
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.http import Application
 from dstack_emu.transport.pccs_client import DEFAULT_TIMEOUT, PccsClient
@@ -28,6 +29,7 @@ from dstack_emu.transport.pccs_client import DEFAULT_TIMEOUT, PccsClient
 if TYPE_CHECKING:
     from dstack_emu.chain.faulty import FaultyNode
     from dstack_emu.observability.interceptor import CallInterceptor
+    from dstack_emu.observability.otlp import OtlpExport
 
 App = TypeVar("App", Application, web.Application)
 
@@ -58,7 +60,14 @@ class Instrumentation:
         self.journal = Journal(self.clock, kept=kept, file=journal_file)
         self.patience = patience
         self.calls = ServiceCalls()
+        self.exported: OtlpExport | None = None
+        self._seed = seed
         self._verifiers: dict[str, RecordingVerifier] = {}
+
+    def export(self, export: "OtlpExport") -> None:
+        """Export what the journal records from now on."""
+        self.exported = export
+        self.journal.tracer = Tracer(self._seed.derive("trace ids", 32), export.put)
 
     def instrument(self, service: str, app: App, *, stale: Stale | None = None) -> App:
         """Add journal and faults to the application of a service, before it is served."""
@@ -104,13 +113,15 @@ class Instrumentation:
     def webhook_client(self, caller: str, url: str, *, own: bool, release: Release, timeout: float) -> AuthApi:
         """Make the client of a webhook for a KMS of that release.
 
-        Only the stack's `own` webhooks get the header that connects calls in the journal. `timeout` is the KMS's, in
+        Only the stack's `own` webhooks get the header that connects calls in the journal; the others get those of a
+        trace, if there is one. `timeout` is the KMS's, in
         seconds; nobody waits for longer than the stack's patience.
         """
         timeout = min(timeout, self.patience or timeout)
         if own:
             return WebhookAuth(url, timeout=timeout, headers=headers_of(caller), release=release)
-        return RecordingAuth(WebhookAuth(url, timeout=timeout, release=release), "webhook", caller, self.journal)
+        client = WebhookAuth(url, timeout=timeout, headers=trace_headers, release=release)
+        return RecordingAuth(client, "webhook", caller, url, self.journal)
 
     # ---- verifiers
 

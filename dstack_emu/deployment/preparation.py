@@ -28,6 +28,7 @@ from dstack_emu.deployment.running_kms import PERMANENT
 from dstack_emu.deployment.service_logs import ServiceLogs
 from dstack_emu.deployment.trust_domains import boot_domain
 from dstack_emu.observability.journal import JournalError
+from dstack_emu.observability.tracing import traces_url
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.guest_boot import require_kms_as_provider
 from dstack_emu.simulator.image import OsImage
@@ -36,6 +37,7 @@ from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.vendor_state import VendorState, validity_of_issue
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
+from dstack_emu.transport.urls import is_http_url, shown_url
 
 if TYPE_CHECKING:
     from dstack_emu.deployment.stack_chain import StackChain
@@ -43,6 +45,10 @@ if TYPE_CHECKING:
 LOOPBACK: Final = "127.0.0.1"
 CHAIN_FILE: Final = "chain.jsonl"
 """The file of the stack's own chain, in the state folder."""
+_NO_OTEL: Final = (
+    "--otlp needs OpenTelemetry's SDK and exporter, which the extra `otel` installs: "
+    "pip install 'dstack-emu[otel] @ git+https://github.com/OWNER/dstack-emu'"
+)
 MAX_DOMAIN: Final = 189
 """The maximum length of the base domain: 253 for a name, less a label of 63 and its dot."""
 _LABEL: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -90,6 +96,7 @@ def prepare(
     context.require_names()
     _require_bootable(context, app)
     context.instrumentation.journal.scrub = context.scrub
+    _export(context, closing)
     return context, remembered
 
 
@@ -240,3 +247,22 @@ def _instrumentation(config: StackConfig, seed: Seed, closing: AsyncExitStack) -
         raise StackError(f"--journal: {error}") from error
     closing.callback(made.journal.close)
     return made
+
+
+def _export(context: StackContext, closing: AsyncExitStack) -> None:
+    """Export the journal to the configured collector, if there is one; raise `StackError`."""
+    config, urls = context.config, context.urls
+    if config.otlp is None:
+        return
+    if not is_http_url(config.otlp):
+        raise StackError(
+            "--otlp: the http or https URL of a collector expected, such as http://127.0.0.1:4318, "
+            f"got {shown_url(config.otlp)!r:.100}"
+        )
+    try:
+        from dstack_emu.observability.otlp import OtlpExport  # few stacks export, and its packages are an extra
+    except ImportError as error:
+        raise StackError(_NO_OTEL) from error
+    export = OtlpExport(traces_url(config.otlp), config.release, lambda service: urls.get(service, ""))
+    context.instrumentation.export(export)
+    closing.push_async_callback(export.close)

@@ -1,6 +1,7 @@
 """Journal and faults around an aiohttp application: adapts its requests and responses to `observability.middleware`."""
 
 import asyncio
+from typing import Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -9,10 +10,11 @@ from multidict import CIMultiDict, istr
 from dstack_emu.observability.http_call import RefusedByHandlerError
 from dstack_emu.observability.middleware import HttpInstruments
 from dstack_emu.observability.spans import HEADER
+from dstack_emu.observability.w3c_trace import TRACEPARENT
 from dstack_emu.transport.http import Response
 
-_HEADER = istr(HEADER)
-"""Every call looks this name up. As `istr` it is folded to lower case once, not at each call."""
+_FOLDED: Final = {name: istr(name) for name in (HEADER, TRACEPARENT)}
+"""Every call looks these names up. As `istr` each is folded to lower case once, not at each call."""
 
 
 def aiohttp_middleware(instruments: HttpInstruments) -> Middleware:
@@ -50,7 +52,16 @@ class AiohttpCall:
 
     def header(self, name: str) -> str | None:
         """Return a header's value, None if the header is missing."""
-        return self._request.headers.get(_HEADER if name == HEADER else name)
+        return self._request.headers.get(_FOLDED.get(name, name))
+
+    def headers(self, name: str) -> list[str]:
+        """Return every value of a header, in the order in which they were sent."""
+        return self._request.headers.getall(name, [])
+
+    @property
+    def method(self) -> str:
+        """The method of the request."""
+        return self._request.method
 
     async def proceed(self) -> Response:
         """Call the handler and return its answer; raise `RefusedByHandlerError` for an `HTTPException`."""

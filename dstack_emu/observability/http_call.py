@@ -23,12 +23,21 @@ class HttpCall(Protocol):
         ...
 
     @property
+    def method(self) -> str:
+        """The method of the request."""
+        ...
+
+    @property
     def transport(self) -> asyncio.Transport | None:
         """The connection of the call; None if it is closed."""
         ...
 
     def header(self, name: str) -> str | None:
         """Return a header's value, None if the header is missing."""
+        ...
+
+    def headers(self, name: str) -> list[str]:
+        """Return every value of a header, in the order in which they were sent."""
         ...
 
     async def proceed(self) -> Response:
@@ -49,6 +58,15 @@ class DirectCall:
     def header(self, name: str) -> str | None:
         """Return a header's value, None if the header is missing."""
         return self._request.headers.get(name)
+
+    def headers(self, name: str) -> list[str]:
+        """Return every value of a header, in the order in which they were sent."""
+        return self._request.headers.get_all(name)
+
+    @property
+    def method(self) -> str:
+        """The method of the request."""
+        return self._request.method
 
     async def proceed(self) -> Response:
         """Call the handler and return its answer; raise `RefusedByHandlerError` if it refused by an exception."""

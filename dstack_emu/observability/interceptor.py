@@ -27,6 +27,7 @@ from dstack_emu.observability.fault_effects import PIECES, until_lifted
 from dstack_emu.observability.fault_rules import FaultRule, FaultRules, InstalledRule
 from dstack_emu.observability.journal import Journal
 from dstack_emu.observability.spans import HEADER, TraceContext, entered, forget_request, read_header
+from dstack_emu.observability.w3c_trace import TRACEPARENT, TRACESTATE, Trace, read_trace
 from dstack_emu.transport.grpc_server import details
 from dstack_emu.transport.relay import reset_connection
 
@@ -75,18 +76,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             return found
         wrap = self._recorded if is_recorded else self._unrecorded
         return grpc.unary_unary_rpc_method_handler(
-            wrap(found.unary_unary, path, _trace_context(called)),
+            wrap(found.unary_unary, path, _trace_context(called), _remote_trace(called)),
             request_deserializer=found.request_deserializer,
             response_serializer=found.response_serializer,
         )
 
-    def _recorded(self, handler: UnaryHandler, path: str, trace: TraceContext) -> UnaryHandler:
+    def _recorded(self, handler: UnaryHandler, path: str, trace: TraceContext, remote: Trace | None) -> UnaryHandler:
         name, journal = path.rpartition("/")[2], self._journal
         parent, number, caller = trace
 
         async def handle(request: Any, context: Any) -> Any:
             met = self._faults.meet(self._service, name, caller)
-            call = journal.begin(self._service, name, parent, number, caller)
+            call = journal.begin(self._service, name, parent, number, caller, remote)
 
             def refused(code: grpc.StatusCode, text: str) -> None:
                 call.annotate("grpc", code.name)
@@ -108,7 +109,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
         return handle
 
-    def _unrecorded(self, handler: UnaryHandler, path: str, trace: TraceContext) -> UnaryHandler:
+    def _unrecorded(self, handler: UnaryHandler, path: str, trace: TraceContext, _remote: Trace | None) -> UnaryHandler:
         name = path if path.startswith(UNRECORDED_PREFIX) else path.rpartition("/")[2]
 
         async def handle(request: Any, context: Any) -> Any:
@@ -120,7 +121,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         return handle
 
     def _record_unknown(self, path: str, called: Any) -> None:
-        call = self._journal.begin(self._service, path, *_trace_context(called))
+        call = self._journal.begin(self._service, path, *_trace_context(called), _remote_trace(called))
         call.annotate("grpc", grpc.StatusCode.UNIMPLEMENTED.name)
         self._journal.end(call, 400, "Method not found!")
 
@@ -146,6 +147,15 @@ def _trace_context(called: Any) -> TraceContext:
     trace = read_header(header)
     forget_request(header)  # grpcio does not repeat a call
     return trace
+
+
+def _remote_trace(called: Any) -> Trace | None:
+    """Return the trace that the call's metadata name, None if they name none."""
+    named: dict[str, list[str]] = {TRACEPARENT: [], TRACESTATE: []}
+    for key, value in called.invocation_metadata:
+        if key in named:
+            named[key].append(value)
+    return read_trace(named[TRACEPARENT], named[TRACESTATE])
 
 
 async def _apply_fault(

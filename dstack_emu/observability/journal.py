@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, TextIO
 
 from dstack_emu.observability.spans import COMPLETED, GIVEN_UP, CallSpan, Span, VerificationSpan
+from dstack_emu.observability.w3c_trace import Trace
 
 RELEASED: Final = {
     "GetAppKey": ("disk_crypt_key", "env_crypt_key", "k256_key"),
@@ -41,6 +42,22 @@ class JournalClock(Protocol):
     now: Callable[[], float]
 
 
+class Tracer(Protocol):
+    """Makes traces of other programs continue in the journal's calls."""
+
+    def root(self, call: CallSpan, remote: Trace | None) -> Trace:
+        """Return the trace of a call from outside, whose request had the trace `remote`."""
+        ...
+
+    def inner(self, above: Trace, number: int) -> Trace:
+        """Return the trace of request `number` of a span whose trace is `above`."""
+        ...
+
+    def ended(self, span: Span) -> None:
+        """Note the end of a span."""
+        ...
+
+
 class JournalError(Exception):
     """The journal's file cannot be written; the text says why."""
 
@@ -49,11 +66,12 @@ class Journal:
     """The records of one stack, in the order in which their calls ended.
 
     Nothing is recorded while `enabled` is False. `scrub` removes from an error's text what differs from run to run:
-    ports and folders.
+    ports and folders. Without a `tracer` a call passes the trace on that it came with.
     """
 
     def __init__(self, clock: JournalClock, *, kept: int, file: Path | None = None) -> None:
         self.enabled = True
+        self.tracer: Tracer | None = None
         self.scrub: Callable[[str], str] = str
         self._clock = clock
         self._ended: deque[CallSpan] = deque(maxlen=kept)
@@ -74,15 +92,22 @@ class Journal:
 
     # ---- recording
 
-    def begin(self, service: str, call: str, parent: Span | None, number: int, caller: str) -> CallSpan:
+    def begin(
+        self, service: str, call: str, parent: Span | None, number: int, caller: str, remote: Trace | None = None
+    ) -> CallSpan:
         """Record the beginning of a call, as request `number` of `parent`.
 
-        Without a parent, or if the parent has ended already, it is a call from outside.
+        Without a parent, or if the parent has ended already, it is a call from outside, whose request had the trace
+        `remote`.
         """
         if parent is None or parent.outcome is not None:
             self._begun += 1
-            return CallSpan(False, self._begun, service, call, caller, self._clock.now())
+            span = CallSpan(False, self._begun, service, call, caller, self._clock.now())
+            span.trace = remote if self.tracer is None else self.tracer.root(span, remote)
+            return span
         span = CallSpan(True, number, service, call, caller, self._clock.now())
+        if parent.trace is not None:
+            span.trace = parent.trace if self.tracer is None else self.tracer.inner(parent.trace, number)
         if parent.inner:
             parent.inner.append(span)
         else:
@@ -97,6 +122,8 @@ class Journal:
         for inner in call.inner:
             if inner.outcome is None or inner.inner:
                 inner.give_up()
+        if self.tracer is not None:
+            self.tracer.ended(call)
         if call.is_inner:
             return
         self._ended.append(call)
@@ -108,12 +135,16 @@ class Journal:
         span = VerificationSpan(parent.next_number())
         if parent.outcome is None:
             parent.put(span)
+            if parent.trace is not None:
+                span.trace = parent.trace if self.tracer is None else self.tracer.inner(parent.trace, span.number)
         return span
 
     def end_verification(self, span: VerificationSpan, verdict: dict[str, Any]) -> None:
         """Record the verdict of a verification."""
         if span.outcome is None:
             span.annotations, span.outcome = verdict, COMPLETED
+            if self.tracer is not None:
+                self.tracer.ended(span)
 
     def _publish(self, record: Record) -> None:
         if self._file is not None:
@@ -222,6 +253,20 @@ def flattened(record: Record) -> Iterator[Record]:
 def record_of(span: Span, parent_id: str = "") -> Record:
     """Return a span as a record; its id is its number after the parent's id, such as 3.1.2."""
     span_id = f"{parent_id}.{span.number}" if parent_id else str(span.number)
+    record = fields_of(span, span_id)
+    if span.inner:
+        record["inner"] = [record_of(inner, span_id) for inner in inner_of(span)]
+    return record
+
+
+def inner_of(span: Span) -> list[Span]:
+    """Return the spans of a span's requests in their order; of a request that was sent twice, only the last."""
+    by_number = {inner.number: inner for inner in span.inner}
+    return [by_number[number] for number in sorted(by_number)]
+
+
+def fields_of(span: Span, span_id: str) -> Record:
+    """Return a span as a record without the records inside it."""
     if isinstance(span, VerificationSpan):
         record: Record = {"id": span_id, **copy.deepcopy(span.annotations)}
     else:
@@ -241,9 +286,6 @@ def record_of(span: Span, parent_id: str = "") -> Record:
         record |= copy.deepcopy(span.annotations)
         if status == 200 and span.call in RELEASED and span.service.startswith("kms"):
             record["released"] = {"fields": list(RELEASED[span.call]), "to": _receiver(span)}
-    if span.inner:
-        by_number = {inner.number: inner for inner in span.inner}  # a request that was sent twice has one number
-        record["inner"] = [record_of(by_number[number], span_id) for number in sorted(by_number)]
     return record
 
 

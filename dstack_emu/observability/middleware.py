@@ -16,6 +16,8 @@ from dstack_emu.observability.fault_rules import FaultRules, Met
 from dstack_emu.observability.http_call import DirectCall, HttpCall, RefusedByHandlerError
 from dstack_emu.observability.journal import Journal
 from dstack_emu.observability.spans import HEADER, CallSpan, enter, forget_request, leave, read_header
+from dstack_emu.observability.tracing import SpanTrace
+from dstack_emu.observability.w3c_trace import TRACEPARENT, TRACESTATE, Trace, read_trace
 from dstack_emu.transport.http import Handler, Request, Response
 
 UNRECORDED_PATHS: Final = frozenset(("/health", "/metrics", REVALIDATION_PATH))
@@ -84,7 +86,11 @@ class HttpInstruments:
         return await (call.proceed() if met is None else apply_fault(*met, call, self._stale, self._own))
 
     async def _recorded(self, call: HttpCall, name: str, header: str | None, met: Met | None) -> Response:
-        span = self._journal.begin(self._service, name, *read_header(header))
+        parent, number, caller = read_header(header)
+        remote = _remote_trace(call) if parent is None else None
+        span = self._journal.begin(self._service, name, parent, number, caller, remote)
+        if isinstance(span.trace, SpanTrace):
+            span.trace.method, span.trace.path = call.method, call.path
         if met is not None:
             span.annotate("fault", {"id": met[0].id, "kind": met[1].kind})
         status, error, is_ended = None, "", True
@@ -120,6 +126,12 @@ class HttpInstruments:
             forget_request(header)
         finally:
             self._journal.end(span, status)
+
+
+def _remote_trace(call: HttpCall) -> Trace | None:
+    if call.header(TRACEPARENT) is None:
+        return None
+    return read_trace(call.headers(TRACEPARENT), call.headers(TRACESTATE))
 
 
 def _decided(response: Response) -> dict[str, Any]:

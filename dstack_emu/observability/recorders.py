@@ -12,6 +12,7 @@ from dstack_emu.kms_emu.auth_api import AuthApi, AuthInfo, Decision
 from dstack_emu.kms_emu.errors import UnavailableError
 from dstack_emu.observability.journal import Journal
 from dstack_emu.observability.spans import current, enter, entered, leave
+from dstack_emu.observability.tracing import SpanTrace
 from dstack_emu.transport.pccs_client import AttestationVerifier, Clock, PccsClient
 from dstack_emu.verifier.service import VerificationResponse
 
@@ -73,8 +74,8 @@ def verdict_recorder(journal: Journal) -> Callable[[VerificationResponse], None]
 class RecordingAuth:
     """A client of a webhook outside the stack that records each request and its decision."""
 
-    def __init__(self, auth: AuthApi, name: str, caller: str, journal: Journal) -> None:
-        self._auth, self._name, self._caller, self._journal = auth, name, caller, journal
+    def __init__(self, auth: AuthApi, name: str, caller: str, url: str, journal: Journal) -> None:
+        self._auth, self._name, self._caller, self._url, self._journal = auth, name, caller, url, journal
 
     async def decide(self, boot_info: BootInfo, *, is_kms: bool) -> Decision:
         """Request a decision and record it; raise the errors of the wrapped client."""
@@ -83,6 +84,8 @@ class RecordingAuth:
             return await self._auth.decide(boot_info, is_kms=is_kms)
         path = f"/bootAuth/{'kms' if is_kms else 'app'}"
         call = self._journal.begin(self._name, path, parent, parent.next_number(), self._caller)
+        if isinstance(call.trace, SpanTrace):
+            call.trace.method, call.trace.path, call.trace.url = "POST", path, self._url
         status, text = None, ""
         try:
             with entered(call):

@@ -3,6 +3,7 @@
 A server handles a request in another task than the client that sent it, so a context variable alone does not connect
 the two. Each client in a stack therefore sends a header with its name and the number of the request; the server finds
 the parent span by it. The header is sent only to the stack's own services, never to a webhook that somebody else runs.
+If the call belongs to a trace of other programs (`w3c_trace`), its requests have the headers of that, too.
 A request gets its number when it is sent, not when it arrives, so concurrent requests have the same order in every run.
 """
 
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final, Union
+
+from dstack_emu.observability.w3c_trace import Trace
 
 HEADER: Final = "X-Dstack-Emu-Trace"
 OUTSIDE: Final = "outside"
@@ -35,17 +38,18 @@ class _SpanBase:
     """A span: `number` is its number among its parent's requests, `requests` how many it has sent itself.
 
     `annotations` are facts about it, `inner` the spans of its requests in the order of their arrival. `outcome` is None
-    until it ends. The journal keeps many spans: to save memory, a span does not refer to its parent, and empty
-    containers are shared.
+    until it ends. `trace` is the trace of other programs that it belongs to, None if there is none. The journal keeps
+    many spans: to save memory, a span does not refer to its parent, and empty containers are shared.
     """
 
-    __slots__ = ("annotations", "inner", "number", "outcome", "requests")
+    __slots__ = ("annotations", "inner", "number", "outcome", "requests", "trace")
 
     def __init__(self, number: int) -> None:
         self.number, self.requests = number, 0
         self.annotations: dict[str, Any] = _NO_ANNOTATIONS
         self.inner: list[Span] = _NO_INNER
         self.outcome: Outcome | None = None
+        self.trace: Trace | None = None
 
     def next_number(self) -> int:
         """Count a request, and return its number, from 1."""
@@ -53,11 +57,11 @@ class _SpanBase:
         return self.requests
 
     def annotate(self, key: str, value: Any) -> None:
-        """Set an annotation; the value must not change afterwards."""
-        if self.annotations is _NO_ANNOTATIONS:
-            self.annotations = {key: value}
-        else:
-            self.annotations[key] = value
+        """Set an annotation; the value must not change afterwards.
+
+        Another thread may read the annotations meanwhile, so they are replaced.
+        """
+        self.annotations = {**self.annotations, key: value}
 
     def put(self, inner: "Span") -> None:
         """Add the span of one of its requests."""
@@ -85,6 +89,7 @@ class CallSpan(_SpanBase):
         self.annotations = _NO_ANNOTATIONS
         self.inner = _NO_INNER
         self.outcome = None
+        self.trace = None
         self.is_inner = is_inner
         self.service = service
         self.call = call
@@ -142,15 +147,47 @@ def headers_of(caller: str) -> Callable[[], Mapping[str, str]]:
     def headers() -> Mapping[str, str]:
         span = _current.get()
         if span is None:
-            return without_span
+            remote = remote_trace()
+            return without_span if remote is None else {**without_span, **remote.headers}
         span.requests = number = span.requests + 1
         text = f"{caller}:{next(_numbers)}:{_PROCESS}"
         if len(_under_way) >= _MAX_UNDER_WAY:
             del _under_way[next(iter(_under_way))]  # the oldest
         _under_way[text] = span, number, caller
-        return {HEADER: text}
+        return {HEADER: text} if span.trace is None else {HEADER: text, **span.trace.headers}
 
     return headers
+
+
+def trace_headers() -> Mapping[str, str]:
+    """Return the headers of the next request to a service outside the stack: none but those of its trace."""
+    span = _current.get()
+    trace = remote_trace() if span is None else span.trace
+    return {} if trace is None else trace.headers
+
+
+_remote: ContextVar[list[Trace] | None] = ContextVar("remote", default=None)
+
+
+def remote_trace() -> Trace | None:
+    """Return the trace of the request to the control API that the current task works for, None if there is none."""
+    traces = _remote.get()
+    return traces[0] if traces else None
+
+
+@contextmanager
+def working_for(trace: Trace | None) -> Iterator[None]:
+    """Let what is called within a block belong to a trace; a task that it leaves behind no longer does."""
+    if trace is None:
+        yield
+        return
+    traces = [trace]
+    before = _remote.set(traces)
+    try:
+        yield
+    finally:
+        traces.clear()
+        _remote.reset(before)
 
 
 def read_header(text: str | None) -> TraceContext:

@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from dstack_emu.auth.policy import CONTRACTS
 from dstack_emu.cli.commands.common import add_release
@@ -14,6 +15,11 @@ from dstack_emu.deployment.config import AUTH_KINDS, BASE_DOMAIN, TOKEN_VARIABLE
 from dstack_emu.simulator.seed import DEFAULT_SEED
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 from dstack_emu.transport.urls import shown_url
+
+OTLP_VARIABLE: Final = "OTEL_EXPORTER_OTLP_ENDPOINT"
+"""OpenTelemetry's own variable with the URL of a collector."""
+OTLP_DEFAULT: Final = "http://localhost:4318"
+"""Where a collector listens unless it is told otherwise."""
 
 _PORTS = {**PORTS, **GRPC_PORTS}
 
@@ -77,6 +83,14 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
     add_eth_options(parser, with_tuning=False)
     add_kms_options(parser)
     parser.add_argument("--journal", type=Path, metavar="FILE", help="append a record of each call, as JSON lines")
+    parser.add_argument(
+        "--otlp",
+        nargs="?",
+        const=os.environ.get(OTLP_VARIABLE) or OTLP_DEFAULT,
+        metavar="URL",
+        help="send each call as spans to this collector of OpenTelemetry, by OTLP over HTTP (without a URL: to that of "
+        f"{OTLP_VARIABLE}, or {OTLP_DEFAULT})",
+    )
     parser.add_argument(
         "--image-dir",
         type=Path,
@@ -189,6 +203,7 @@ def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str =
         auth_api_cache=arguments.auth_api_cache,
         collateral_issued=arguments.collateral_issued,
         journal=arguments.journal,
+        otlp=arguments.otlp,
         control_token=os.environ.get(TOKEN_VARIABLE) or None,
         webhooks=dict(arguments.webhook),
         auth={name: kind for each in arguments.auth for name, kind in each.items()},
