@@ -481,6 +481,24 @@ async def test_journal_streams_each_record_as_it_ends(stack: Stack, control: Con
         assert events.content_type == "text/event-stream"
 
 
+async def test_follower_of_the_journal_that_is_too_slow_is_told_how_many_records_it_has_lost(
+    stack: Stack, control: Control
+) -> None:
+    url, journal = stack.services["control"] + "/journal/stream", control.journal
+    in_python = journal.follow_in_batches()
+    coming = asyncio.ensure_future(anext(in_python))
+    async with aiohttp.ClientSession() as session, session.get(url) as one, session.get(url) as other:
+        first = journal.position + 1
+        for _ in range(1500):  # nobody can read meanwhile
+            journal.end(journal.begin("app", "Info", None, 0, "outside"), 200)
+        for lines in (one, other):
+            assert json.loads(await lines.content.readline()) == {"lost": 500}
+            assert json.loads(await lines.content.readline())["id"] == str(first + 500)
+    lost, *records = await coming
+    assert (lost, len(records), records[0]["id"]) == ({"lost": 500}, 1000, str(first + 500))
+    await in_python.aclose()
+
+
 @pytest.mark.parametrize(
     ("headers", "status", "problem"),
     [

@@ -7,7 +7,6 @@ request with a foreign Origin is refused, and without a token one with a foreign
 """
 
 import asyncio
-import contextlib
 import functools
 import ipaddress
 import json
@@ -25,13 +24,13 @@ from yarl import URL
 
 from dstack_emu.attest.strict_json import read_json
 from dstack_emu.control.api import Control
+from dstack_emu.control.journal_stream import JournalStream
 from dstack_emu.control.route import JSON, Route
 from dstack_emu.control.routes import ROUTES, openapi
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.control.token import is_authorized, is_needed, make_token
 from dstack_emu.deployment.config import TOKEN_FILE, TOKEN_VARIABLE
 from dstack_emu.deployment.deployment import Deployment
-from dstack_emu.observability.journal import Record
 from dstack_emu.observability.spans import working_for
 from dstack_emu.observability.w3c_trace import TRACEPARENT, TRACESTATE, read_trace
 from dstack_emu.transport.aside import run_aside
@@ -42,11 +41,6 @@ MAX_BODY: Final = 32 * 1024 * 1024
 
 _HEALTH: Final = "/health"
 """The path of the API that needs no token: it says only whether the stack is ready."""
-
-_PAUSE: Final = 0.03
-"""Seconds between two writes to a follower of the journal: records that end meanwhile are written at once, which takes
-less of the stack's time than a write for each.
-"""
 
 _OF_TEXT: Final = MappingProxyType(
     {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'", "X-Content-Type-Options": "nosniff"}
@@ -105,47 +99,34 @@ class Readiness:
     is_ready: bool = False
 
 
-class _Streams:
-    """The tasks that stream the journal to clients; they are cancelled when the server stops."""
-
-    def __init__(self) -> None:
-        self.tasks: set[asyncio.Task[Any]] = set()
-
-
-_STREAMS: Final = web.AppKey("streams", _Streams)
-
-
 def control_app(
     control: Control, readiness: Readiness, token: str | None, pages: Pages | None = None
 ) -> web.Application:
     """Make the application; it demands the token unless that is None."""
     app = web.Application(middlewares=[_guard(token, pages)], client_max_size=MAX_BODY)
 
+    description: asyncio.Task[str] | None = None
+
     async def describe_api(_request: web.Request) -> web.Response:
-        return web.json_response(openapi())
+        nonlocal description
+        if description is None:  # made once, and in a thread: it takes as long as dozens of calls
+            description = asyncio.create_task(asyncio.to_thread(lambda: json.dumps(openapi())))
+        return web.Response(text=await asyncio.shield(description), content_type="application/json")
 
     async def alive(_request: web.Request) -> web.Response:
         status, said = (200, "ok") if readiness.is_ready else (503, "starting")
         return web.json_response({"status": said, "service": "dstack-emu-control"}, status=status)
 
-    async def stream(request: web.Request) -> web.StreamResponse:
-        return await _stream(control, request)
-
+    stream = JournalStream(control.journal)
     app.router.add_get("/openapi.json", describe_api)
     app.router.add_get(_HEALTH, alive)
-    app.router.add_get("/journal/stream", stream)
+    app.router.add_get("/journal/stream", stream.answer)
     for route in ROUTES:
         app.router.add_route(route.method, route.path, _handler(control, route))
     if pages is not None:
         pages.add(app)
-    app.on_shutdown.append(_end_streams)
-    app[_STREAMS] = _Streams()
+    app.on_shutdown.append(stream.end)
     return app
-
-
-async def _end_streams(app: web.Application) -> None:
-    for task in list(app[_STREAMS].tasks):
-        task.cancel()
 
 
 def _handler(control: Control, route: Route) -> Callable[[web.Request], Awaitable[web.Response]]:
@@ -276,48 +257,3 @@ def _is_local(url: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-async def _stream(control: Control, request: web.Request) -> web.StreamResponse:
-    """Send each record when its call ends, as server-sent events if the client accepts them, else as JSON lines."""
-    events = "text/event-stream" in request.headers.get("Accept", "")
-    response = web.StreamResponse(
-        headers={
-            "Content-Type": "text/event-stream" if events else "application/x-ndjson",
-            "Cache-Control": "no-store",
-        }
-    )
-    before: list[Record] = []
-    if "since" in request.query:
-        since = request.query["since"]
-        if not since.isdecimal():
-            raise ControlError(f"since: the number of a record expected, got {since!r:.40}")
-        before = control.journal.records(since=int(since))
-    follower = control.journal.follow_in_batches()
-    coming = asyncio.ensure_future(anext(follower))  # every record from here on is in its queue
-    await asyncio.sleep(0)
-    await response.prepare(request)
-    task = asyncio.current_task()
-    assert task is not None  # noqa: S101 - a handler runs in one
-    request.app[_STREAMS].tasks.add(task)
-    try:
-        if before:
-            await response.write(_lines(before, events))
-        while True:
-            await response.write(_lines(await coming, events))
-            await asyncio.sleep(_PAUSE)
-            coming = asyncio.ensure_future(anext(follower))
-    except (ConnectionError, asyncio.CancelledError):
-        pass
-    finally:
-        request.app[_STREAMS].tasks.discard(task)
-        coming.cancel()
-        with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
-            await coming
-        await follower.aclose()
-    return response
-
-
-def _lines(records: list[Record], events: bool) -> bytes:
-    texts = [json.dumps(record, separators=(",", ":")) for record in records]
-    return "".join(f"data: {text}\n\n" if events else f"{text}\n" for text in texts).encode()

@@ -5,9 +5,7 @@ secrets: of an answer it has the status, the text of a refusal and a webhook's d
 who received them. The last records are kept in memory; if a file is named, all are appended to it as JSON lines.
 """
 
-import asyncio
 import contextlib
-import copy
 import datetime
 import fnmatch
 import json
@@ -16,6 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol, TextIO
 
+from dstack_emu.observability.backlog import Backlog
 from dstack_emu.observability.spans import COMPLETED, GIVEN_UP, CallSpan, Span, VerificationSpan
 from dstack_emu.observability.w3c_trace import Trace
 
@@ -30,10 +29,12 @@ RELEASED: Final = {
 _RECEIVER: Final = ("app_id", "instance_id", "mr_aggregated")
 """The fields of a request that say who receives a release."""
 
-_FOLLOWER_QUEUE: Final = 1000
+_WAITING: Final = 1000
 """Records that wait for one follower. A follower that falls behind loses the oldest."""
 
 Record = dict[str, Any]
+Published = CallSpan | Record
+"""What a listener gets: a call from outside that has ended, or the record of a revert."""
 
 
 class JournalClock(Protocol):
@@ -76,7 +77,7 @@ class Journal:
         self._clock = clock
         self._ended: deque[CallSpan] = deque(maxlen=kept)
         self._begun = 0
-        self._followers: set[asyncio.Queue[Record]] = set()
+        self._listeners: set[Backlog[Published]] = set()
         self._file: TextIO | None = None
         if file is not None:
             try:
@@ -127,8 +128,8 @@ class Journal:
         if call.is_inner:
             return
         self._ended.append(call)
-        if self._file is not None or self._followers:
-            self._publish(record_of(call))
+        if self._file is not None or self._listeners:
+            self._publish(call)
 
     def begin_verification(self, parent: Span) -> VerificationSpan:
         """Record the beginning of a verification for a span; `end_verification` must follow."""
@@ -146,14 +147,12 @@ class Journal:
             if self.tracer is not None:
                 self.tracer.ended(span)
 
-    def _publish(self, record: Record) -> None:
+    def _publish(self, published: Published) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+            self._file.write(json_of(published) + "\n")
             self._file.flush()
-        for follower in self._followers:
-            if follower.full():
-                follower.get_nowait()
-            follower.put_nowait(record)
+        for listener in self._listeners:
+            listener.put(published)
 
     # ---- position
 
@@ -228,14 +227,28 @@ class Journal:
                     yield record
 
     async def follow_in_batches(self) -> AsyncGenerator[list[Record]]:
-        """Yield the records from now on: whenever a call has ended, all that have ended since the last batch."""
-        queue: asyncio.Queue[Record] = asyncio.Queue(_FOLLOWER_QUEUE)
-        self._followers.add(queue)
+        """Yield the records from now on: whenever a call has ended, all that have ended since the last batch.
+
+        A batch begins with `{"lost": N}` if so many records before it were lost, because more waited than may wait.
+        """
+        backlog: Backlog[Published] = Backlog(_WAITING)
+        self.listen(backlog)
         try:
             while True:
-                yield [await queue.get(), *(queue.get_nowait() for _ in range(queue.qsize()))]
+                await backlog.wait()
+                lost, published = backlog.take()
+                told: list[Record] = [{"lost": lost}] if lost else []
+                yield told + [each if isinstance(each, dict) else record_of(each) for each in published]
         finally:
-            self._followers.discard(queue)
+            self.unlisten(backlog)
+
+    def listen(self, backlog: Backlog[Published]) -> None:
+        """Put into a backlog what ends from now on, once even if it listens already; `json_of` makes it a record."""
+        self._listeners.add(backlog)
+
+    def unlisten(self, backlog: Backlog[Published]) -> None:
+        """Put nothing more into a backlog."""
+        self._listeners.discard(backlog)
 
 
 def recorded_name(call: str) -> str:
@@ -250,13 +263,32 @@ def flattened(record: Record) -> Iterator[Record]:
         yield from flattened(inner)
 
 
-def record_of(span: Span, parent_id: str = "") -> Record:
-    """Return a span as a record; its id is its number after the parent's id, such as 3.1.2."""
+def record_of(span: Span) -> Record:
+    """Return a span as a record, a copy; its id is its number after the parent's id, such as 3.1.2."""
+    record: Record = _copied(_shared_record(span, ""))
+    return record
+
+
+def json_of(published: Published) -> str:
+    """Return a call, or a record, as JSON on one line."""
+    record = published if isinstance(published, dict) else _shared_record(published, "")
+    return json.dumps(record, separators=(",", ":"))
+
+
+def _shared_record(span: Span, parent_id: str) -> Record:
+    """Return a span as a record that shares its values with the span: it must not be changed."""
     span_id = f"{parent_id}.{span.number}" if parent_id else str(span.number)
     record = fields_of(span, span_id)
     if span.inner:
-        record["inner"] = [record_of(inner, span_id) for inner in inner_of(span)]
+        record["inner"] = [_shared_record(inner, span_id) for inner in inner_of(span)]
     return record
+
+
+def _copied(value: Any) -> Any:
+    """Copy a value of JSON. `copy.deepcopy` also looks for circles, and takes several times as long."""
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, list) else value
 
 
 def inner_of(span: Span) -> list[Span]:
@@ -266,9 +298,9 @@ def inner_of(span: Span) -> list[Span]:
 
 
 def fields_of(span: Span, span_id: str) -> Record:
-    """Return a span as a record without the records inside it."""
+    """Return a span as a record without the records inside it; it shares its values with the span."""
     if isinstance(span, VerificationSpan):
-        record: Record = {"id": span_id, **copy.deepcopy(span.annotations)}
+        record: Record = {"id": span_id, **span.annotations}
     else:
         status, error, ended = span.outcome or GIVEN_UP
         record = {
@@ -283,7 +315,7 @@ def fields_of(span: Span, span_id: str) -> Record:
         }
         if error:
             record["error"] = error
-        record |= copy.deepcopy(span.annotations)
+        record |= span.annotations
         if status == 200 and span.call in RELEASED and span.service.startswith("kms"):
             record["released"] = {"fields": list(RELEASED[span.call]), "to": _receiver(span)}
     return record

@@ -29,6 +29,9 @@ def lines(record: Record, *, colours: bool = False, details: bool = True) -> Ite
     if "rewound_to" in record:
         yield paint("dim", f"── back to record {record['rewound_to']}")
         return
+    if "lost" in record:
+        yield paint("dim", f"── {record['lost']} records were lost: this reads more slowly than calls end")
+        return
     head = f"{record['id']:>4} {record['time'][11:23]}  "
     yield head + _call(record, paint) + paint("dim", f"  {record['ms']} ms" if record["ms"] else "")
     if not details:

@@ -1,0 +1,100 @@
+"""The journal as a stream over HTTP: each record when its call ends, as JSON lines or as server-sent events.
+
+A record is made into JSON once, however many follow. A follower that does not read as fast as calls end loses the
+oldest records, and is told how many, by `{"lost": N}` in their place.
+"""
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from aiohttp import web
+
+from dstack_emu.control.schemas import ControlError
+from dstack_emu.observability.backlog import Backlog
+from dstack_emu.observability.journal import Journal, Published, json_of
+
+_WAITING: Final = 1000
+"""Records that wait for one follower."""
+
+_PAUSE: Final = 0.03
+"""Seconds between two writes to a follower: records that end meanwhile are written at once, which takes less of the
+stack's time than a write for each.
+"""
+
+
+class JournalStream:
+    """The stream of one journal, for any number of followers."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._ended: Backlog[Published] = Backlog(_WAITING)
+        self._followers: set[Backlog[str]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def end(self, _app: web.Application) -> None:
+        """End the answer to every follower, because the server stops."""
+        for task in list(self._tasks):
+            task.cancel()
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        """Answer with the records after `since`, if it is in the query, and with all from now on."""
+        since = request.query.get("since")
+        if since is not None and not since.isdecimal():
+            raise ControlError(f"since: the number of a record expected, got {since!r:.40}")
+        is_events = "text/event-stream" in request.headers.get("Accept", "")
+        kind = "text/event-stream" if is_events else "application/x-ndjson"
+        response = web.StreamResponse(headers={"Content-Type": kind, "Cache-Control": "no-store"})
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a handler runs in one
+        self._tasks.add(task)
+        try:
+            with self._following() as mine:
+                before = [] if since is None else self._journal.records(since=int(since))
+                await response.prepare(request)
+                if before:
+                    await response.write(_written(map(json_of, before), is_events))
+                while True:
+                    await response.write(_written(await self._coming(mine), is_events))
+                    await asyncio.sleep(_PAUSE)
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            self._tasks.discard(task)
+        return response
+
+    @contextmanager
+    def _following(self) -> Iterator[Backlog[str]]:
+        """Collect everything that ends from now on for one more follower."""
+        self._pass_on()  # what ended until now is not for it
+        mine: Backlog[str] = Backlog(_WAITING)
+        self._followers.add(mine)
+        self._journal.listen(self._ended)
+        try:
+            yield mine
+        finally:
+            self._followers.discard(mine)
+            if not self._followers:
+                self._journal.unlisten(self._ended)
+                self._ended.take()
+
+    async def _coming(self, mine: Backlog[str]) -> list[str]:
+        """Wait until there is something for a follower, and return it."""
+        while not mine:
+            await self._ended.wait()
+            self._pass_on()
+        lost, texts = mine.take()
+        return [json_of({"lost": lost}), *texts] if lost else texts
+
+    def _pass_on(self) -> None:
+        lost, ended = self._ended.take()
+        texts = [json_of(each) for each in ended]
+        for follower in self._followers:
+            follower.lose(lost)
+            for text in texts:
+                follower.put(text)
+
+
+def _written(texts: Iterable[str], is_events: bool) -> bytes:
+    return "".join(f"data: {text}\n\n" if is_events else f"{text}\n" for text in texts).encode()
