@@ -11,9 +11,12 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +60,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         "grpc json": [*by_grpc, "--json"],
     }
     for name, arguments in wanted.items():
-        file = folder / f"{name}.tar.gz"
-        done = run_command("runbook", *arguments, "--evidence", str(file))
+        is_folder = name == "other"
+        path = folder / name if is_folder else folder / f"{name}.tar.gz"
+        done = run_command("runbook", *arguments, "--evidence", f"{path}/" if is_folder else str(path))
         assert done.returncode == 0, done.stderr.decode()
-        found[name] = Run(done.stdout.decode(), done.stderr.decode(), file.read_bytes())
+        found[name] = Run(
+            done.stdout.decode(), done.stderr.decode(), archive_of(path) if is_folder else path.read_bytes()
+        )
     assert len(list(folder.iterdir())) == len(found), "nothing but the archives"
     return found
 
@@ -71,12 +77,22 @@ def files(runs: dict[str, Run]) -> dict[str, bytes]:
     return contents(runs["plain"].evidence)
 
 
+def archive_of(folder: Path) -> bytes:
+    """The files of a folder as an archive, as GNU tar would make one."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.add(folder, "kms-self-auth", filter=lambda member: None if member.isdir() and not member.name else member)
+    return buffer.getvalue()
+
+
 def contents(archive: bytes) -> dict[str, bytes]:
     """The files of an archive by name."""
     found = {}
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         for member in tar.getmembers():
             file = tar.extractfile(member)
+            if member.isdir():
+                continue
             assert file is not None
             found[member.name.removeprefix("kms-self-auth/")] = file.read()
     return found
@@ -201,6 +217,8 @@ def test_evidence_has_what_the_runbook_says_to_save(files: dict[str, bytes]) -> 
         "logs/kms-src.log",
         "logs/auth-src.log",
         "runbook.json",
+        "calls.json",
+        "index.html",
         "manifest.json",
     ):
         assert re.search(f"^{wanted}$", names, re.MULTILINE), wanted
@@ -220,6 +238,64 @@ def test_evidence_has_a_manifest_with_the_sum_of_each_file(files: dict[str, byte
         for name, data in files.items()
         if name != "manifest.json"
     }
+
+
+class Page(HTMLParser):
+    """Finds what a page links to and loads, its ids, and elements that are not closed where they should be."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+        self.headings: list[int] = []
+        self.count: Counter[str] = Counter()
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.count[tag] += 1
+        self.links += [str(given["href"])] if "href" in given else []
+        self.loads += [f"{tag} {name}" for name in given if name in ("src", "srcset", "data", "xlink:href", "style")]
+        self.ids += [str(given["id"])] if "id" in given else []
+        self.headings += [int(tag[1])] if re.fullmatch("h[1-6]", tag) else []
+        if tag != "meta":
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+
+def test_evidence_has_a_page_that_shows_every_step_and_loads_nothing(files: dict[str, bytes]) -> None:
+    text = files["index.html"].decode()
+    page = Page(text)
+    assert (page.loads, page.count["script"], page.count["link"], page.count["img"]) == ([], 0, 0, 0)
+    assert not re.search(r"@import|url\(|https?://(?!kms-|10\.0\.2\.2)", text)
+    assert len(set(page.ids)) == len(page.ids)
+    assert all(link.removeprefix("#") in page.ids if link.startswith("#") else link in files for link in page.links)
+    assert page.headings[0] == 1
+    assert all(later - earlier <= 1 for earlier, later in pairwise(page.headings)), "no level is left out"
+    report = json.loads(files["runbook.json"])
+    steps = [step for case in report["cases"] for step in case["steps"]]
+    assert page.count["article"] == len(steps)
+    # Each step that asked a service has its picture; those that compare what is known already have none.
+    assert {step["name"] for step in steps} - set(json.loads(files["calls.json"])) == {"5.2", "5.4", "5.5"}
+    assert page.count["svg"] == page.count["figure"] == len(steps) - 3
+    for name in files.keys() - {"index.html", "manifest.json"}:
+        assert hashlib.sha256(files[name]).hexdigest() in text, name
+
+
+def test_page_shows_rule_and_measured_value_beside_the_policy(files: dict[str, bytes]) -> None:
+    text = files["index.html"].decode()
+    (case,) = re.findall('<article aria-labelledby="step-1.3">(.*?)</article>', text, re.DOTALL)
+    measured = json.loads(files["responses/0.03-kms-src-attestation.json"])["body"]["mr_aggregated"]
+    rows = [re.sub("<[^>]*>", "", row) for row in re.findall("<tr>(.*?)</tr>", case)]
+    assert [row.replace(" ", "") for row in rows] == [f"got{measured}", f"wanted{'00' * 32}"]
+    assert "Rule: <code>kms_mr_aggregated</code>" in case
+    assert "denied: aggregated MR not allowed" in case
+    assert "<mark>" in case
 
 
 def test_evidence_has_neither_private_keys_nor_addresses_nor_folders(
@@ -246,8 +322,11 @@ def test_evidence_has_no_time_and_no_owner_of_this_machine(runs: dict[str, Run])
 def test_evidence_that_cannot_be_written_is_known_before_the_run(tmp_path: Path) -> None:
     text = usage_error("runbook", "--evidence", str(tmp_path / "none" / "evidence.tar.gz"))
     assert text == f"--evidence: cannot write {tmp_path}/none/evidence.tar.gz: No such file or directory"
-    assert usage_error("runbook", "--evidence", str(tmp_path)) == f"--evidence: cannot write {tmp_path}: Is a directory"
-    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").write_text("")
+    for path in (tmp_path, f"{tmp_path}/mine/"):
+        text = usage_error("runbook", "--evidence", str(path))
+        assert text == f"--evidence: cannot write {path}: an empty folder, or a new one, expected"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 # ---- on a stack that runs elsewhere
@@ -268,6 +347,10 @@ def test_runbook_passes_on_a_stack_that_runs_elsewhere_once(fresh_stack: Running
     assert fresh_stack.rpc("kms-src", "KMS.GetTempCaCert")[0] == 200
     files = contents(evidence.read_bytes())
     assert not any(name.startswith("logs/") for name in files), "they are where it runs"
+    (seen,) = json.loads(files["calls.json"])["1.1"]
+    assert (seen["caller"], seen["service"], seen["call"]) == ("runbook", "kms-src", "Bootstrap")
+    assert "inner" not in seen, "what it led to is in the journal of that stack"
+    assert "It ran on a stack that runs elsewhere" in files["index.html"].decode()
     # Its KMS have keys now: the policies stay as they are, and it says how to begin anew.
     before = [path.read_text() for path in fresh_stack.policies.values()]
     evidence.unlink()

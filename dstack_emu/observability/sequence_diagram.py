@@ -65,13 +65,15 @@ class Diagram:
         }
 
 
-def sequence_diagram(record: Record) -> Diagram:
-    """Draw a record of a call, with the calls that it caused in their order."""
-    names = list(dict.fromkeys(_parts(record)))
+def sequence_diagram(*records: Record) -> Diagram:
+    """Draw a record of a call, with the calls that it caused in their order; several records below one another."""
+    names = list(dict.fromkeys(name for record in records for name in _parts(record)))
     drawing = _Drawing({name: _MARGIN + index * _LANE for index, name in enumerate(names)})
-    drawing.call(record)
-    label = f"{record['caller']} → {record['service']} {record['call']}: {outcome_text(record)}"
-    return drawing.finished(label, "\n".join(_described(record)))
+    for record in records:
+        drawing.call(record)
+    (*_, last) = records
+    label = f"{last['caller']} → {last['service']} {last['call']}: {outcome_text(last)}"
+    return drawing.finished(label, "\n".join(line for record in records for line in _described(record)))
 
 
 def shown_inner(record: Record) -> list[Record]:

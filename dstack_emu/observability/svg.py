@@ -52,7 +52,7 @@ def _attributes(diagram: Diagram) -> str:
 
 
 def _words(diagram: Diagram) -> str:
-    return f"<title>{_escaped(diagram.label)}</title>\n<desc>{_escaped(diagram.description)}</desc>\n"
+    return f"<title>{escaped(diagram.label)}</title>\n<desc>{escaped(diagram.description)}</desc>\n"
 
 
 def _shapes(diagram: Diagram) -> str:
@@ -61,14 +61,14 @@ def _shapes(diagram: Diagram) -> str:
 
 def _element(shape: Shape) -> str:
     attributes = "".join(f' {name}="{escape(_value(value))}"' for name, value in shape.attributes.items())
-    title = f"<title>{_escaped(shape.title)}</title>" if shape.title else ""
-    return f"<{shape.tag}{attributes}>{title}{_escaped(shape.text)}</{shape.tag}>"
+    title = f"<title>{escaped(shape.title)}</title>" if shape.title else ""
+    return f"<{shape.tag}{attributes}>{title}{escaped(shape.text)}</{shape.tag}>"
 
 
 def _value(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """Escape a text, and replace what XML cannot have."""
     return escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))

@@ -24,6 +24,7 @@ from dstack_emu.kms_emu.onboarding import ZERO_REPORT_DATA
 from dstack_emu.runbook.attested_client import AttestedClient
 from dstack_emu.runbook.errors import RunbookError
 from dstack_emu.runbook.kms_client import KmsAnswer, KmsClient
+from dstack_emu.runbook.step_calls import seen_call
 from dstack_emu.runbook.target import Target
 from dstack_emu.runbook.transcript import Expected, Transcript, answers, arguments_of, redacted, says, short, summary_of
 from dstack_emu.simulator.seed import Entropy
@@ -182,6 +183,7 @@ class RunbookRun:
     ) -> None:
         self.transcript.learn_keys(answer.body)
         shown = replace(answer, body=self.transcript.secrets.redact_all(redacted(answer.body)))
+        self.transcript.seen[self.transcript.next_name] = seen_call(request, shown)
         if keep:
             response = {"asked": request, "status": answer.shown, "body": shown.body}
             self.transcript.keep("responses", keep, response if given is None else response | {"arguments": given})

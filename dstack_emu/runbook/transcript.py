@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
+from dstack_emu.observability.journal import Record
 from dstack_emu.runbook.kms_client import KmsAnswer
 from dstack_emu.transport.secrets import Secrets
 
@@ -71,6 +72,8 @@ class Transcript:
         self.secrets = secrets or Secrets()
         self.cases: list[Case] = []
         self.files: dict[str, str] = {}
+        self.seen: dict[str, Record] = {}
+        """The call of each step that is one, as the runbook saw it, by the step's name."""
         self._on_case, self._on_step = on_case, on_step
         self._since = time.monotonic()
 

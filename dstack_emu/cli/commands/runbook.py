@@ -23,11 +23,13 @@ from dstack_emu.deployment.guest_network import HOST_IN_GUEST
 from dstack_emu.runbook.cases import run_cases
 from dstack_emu.runbook.deploy import DeployedKms, Vmm
 from dstack_emu.runbook.errors import RunbookError
-from dstack_emu.runbook.evidence import Destination, normalised, normalised_log, pack_evidence
+from dstack_emu.runbook.evidence import Destination, evidence_files, normalised, normalised_log
 from dstack_emu.runbook.kms_client import KmsClient, PrpcKmsClient
+from dstack_emu.runbook.page import CALLS, REPORT
 from dstack_emu.runbook.runner import RunbookRun
+from dstack_emu.runbook.step_calls import StepCalls
 from dstack_emu.runbook.target import SIDES, Target, TargetError
-from dstack_emu.runbook.transcript import Transcript
+from dstack_emu.runbook.transcript import Step, Transcript
 from dstack_emu.simulator.seed import DEFAULT_SEED, Entropy, Seed
 from dstack_emu.stack import Stack
 from dstack_emu.transport.events import LOGGERS
@@ -96,7 +98,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--transport", choices=list(TRANSPORTS), default="prpc", help="how to call the KMS (%(default)s)"
     )
-    parser.add_argument("--evidence", type=Path, metavar="FILE", help="write an archive of calls and answers (.tar.gz)")
+    parser.add_argument(
+        "--evidence",
+        metavar="PATH",
+        help="write calls and answers, and a page that shows them: into an archive (.tar.gz), or into a folder if PATH "
+        "is an empty one or ends with a slash",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end, no more on stdout")
 
 
@@ -124,7 +131,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--transport grpc needs gRPC listeners, which a KMS of --kms does not have: leave one out")
     _check_deploy(arguments)
     try:
-        destination = Destination(arguments.evidence) if arguments.evidence else None
+        destination = None
+        if path := arguments.evidence:
+            destination = Destination(Path(path), is_folder=path.endswith("/"))
     except OSError as error:
         raise UsageError(f"--evidence: cannot write {arguments.evidence}: {error.strerror}") from error
     try:
@@ -146,7 +155,13 @@ def _check_deploy(arguments: argparse.Namespace) -> None:
 
 async def _run(arguments: argparse.Namespace, destination: Destination | None) -> int:
     report = to_stderr() if arguments.json else to_stdout()
-    transcript = Transcript(report.case, report.step, Secrets(*_tokens(arguments)))
+    calls = StepCalls()
+
+    def on_step(step: Step) -> None:
+        calls.note(step.name)
+        report.step(step)
+
+    transcript = Transcript(report.case, on_step, Secrets(*_tokens(arguments)))
     about: dict[str, Any] = {"emulator": EMULATOR, "transport": arguments.transport}
     by_grpc = arguments.transport == "grpc"
     if arguments.against:
@@ -156,6 +171,8 @@ async def _run(arguments: argparse.Namespace, destination: Destination | None) -
         logs: dict[str, str] = {}
     else:
         about |= {"seed": arguments.seed, "upstream": arguments.release.version}
+        about |= {"deploy": "machines of the VMM"} if arguments.deploy else {}
+        about |= {"auth": arguments.auth} if arguments.auth else {}
         _let_logs_through()
         config = StackConfig.on_free_ports(
             seed=arguments.seed,
@@ -171,6 +188,7 @@ async def _run(arguments: argparse.Namespace, destination: Destination | None) -
             webhooks = {name: PORTS[name] for name in ("auth-src", "auth-dst")}
             config = replace(config, ports={**config.ports, **webhooks})
         async with Stack(config, progress=lambda text: say(f"… {text}")) as stack:
+            calls.journal = stack.control.journal
             entropy = Seed.of(arguments.seed).child("runbook").stream("client")
             if arguments.deploy:
                 target, lines = await _run_deployed(arguments, stack, transcript, entropy)
@@ -181,7 +199,7 @@ async def _run(arguments: argparse.Namespace, destination: Destination | None) -
             logs = {f"logs/{name}.log": normalised_log(each, target.names) for name, each in lines.items()}
     report.summary(transcript)
     if destination is not None:
-        _write(destination, transcript, target, about, logs)
+        _write(destination, transcript, target, about, {CALLS: _json(calls.document(transcript.seen))}, logs)
         say(f"Evidence: {destination.path}")
     if arguments.json:
         document = json.dumps({**about, "ok": transcript.ok, "cases": transcript.to_json()})
@@ -263,13 +281,22 @@ def _let_logs_through() -> None:
         logging.getLogger(LOGGERS + name).setLevel(min(logging.INFO, root.level))
 
 
+def _json(document: Any) -> str:
+    return json.dumps(document, indent=2) + "\n"
+
+
 def _write(
-    destination: Destination, transcript: Transcript, target: Target, about: dict[str, Any], logs: Mapping[str, str]
+    destination: Destination,
+    transcript: Transcript,
+    target: Target,
+    about: dict[str, Any],
+    calls: Mapping[str, str],
+    logs: Mapping[str, str],
 ) -> None:
     document = {**about, "ok": transcript.ok, "cases": transcript.to_json(with_times=False)}
-    files = {**transcript.files, "runbook.json": json.dumps(document, indent=2) + "\n"}
+    files = {**transcript.files, **calls, REPORT: _json(document)}
     named = {name: transcript.secrets.redact(normalised(text, target.names)) for name, text in files.items()}
     try:
-        destination.write(pack_evidence({**named, **logs}, {**about, "ok": transcript.ok}))
+        destination.write(evidence_files({**named, **logs}, {**about, "ok": transcript.ok}))
     except OSError as error:
         raise UsageError(f"--evidence: cannot write {destination.path}: {error.strerror}") from error
