@@ -31,6 +31,7 @@ BENCHMARKS: Final = (
     "memory",
     "grpc",
     "journal",
+    "console",
     "caches",
     "ingress",
 )

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 from urllib.parse import urlsplit
 
 from google.protobuf.empty_pb2 import Empty
@@ -38,15 +39,7 @@ def measure(effort: Effort) -> Iterator[Figure]:
     with ExitStack() as stack:
         pid, description = stack.enter_context(running_stack(SERVER_CORE, effort.release))
         stack.enter_context(on_core(OTHER_CORE))
-        services = description["services"]
-        identity = asyncio.run(_identity(services["kms-src"], description["app"]["dstack_sock"]))
-        vm_config: str = json.loads(call(description["app"]["dstack_sock"], "Info"))["vm_config"]
-        request = post("/prpc/KMS.GetAppKey?json", json.dumps({"api_version": 1, "vm_config": vm_config}).encode())
-        url, context = urlsplit(services["kms-src"]), client_context(identity)
-        address = (str(url.hostname), int(url.port or 0))
-        connections = [Connection(connect_tls(address, context), request) for _ in range(CONNECTIONS)]
-        for connection in connections:
-            stack.callback(connection.close)
+        services, connections = description["services"], app_connections(stack, description)
         on, off = (CpuMeter(pid, closed_loop(connections)) for _ in range(2))
         # The difference is small, and the speed of the machine varies: more and shorter rounds.
         turns = replace(effort, rounds=effort.rounds * 20, seconds=effort.seconds / 8)
@@ -58,6 +51,19 @@ def measure(effort: Effort) -> Iterator[Figure]:
     snapshots, reverts = asyncio.run(_going_back(effort.rounds * 4))
     yield Figure("snapshot", median(snapshots), "ms", Bar(REVERT_BAR, at_most=True))
     yield Figure("revert", median(reverts), "ms", Bar(REVERT_BAR, at_most=True))
+
+
+def app_connections(stack: ExitStack, description: dict[str, Any]) -> list[Connection]:
+    """Connect to a stack's KMS as its app, for GetAppKey; the connections are closed when the ExitStack is left."""
+    kms, agent = description["services"]["kms-src"], description["app"]["dstack_sock"]
+    vm_config: str = json.loads(call(agent, "Info"))["vm_config"]
+    request = post("/prpc/KMS.GetAppKey?json", json.dumps({"api_version": 1, "vm_config": vm_config}).encode())
+    url, context = urlsplit(kms), client_context(asyncio.run(_identity(kms, agent)))
+    address = (str(url.hostname), int(url.port or 0))
+    connections = [Connection(connect_tls(address, context), request) for _ in range(CONNECTIONS)]
+    for connection in connections:
+        stack.callback(connection.close)
+    return connections
 
 
 def _switched(control: str, turn: str, load: Callable[[float], float]) -> Callable[[float], float]:

@@ -71,6 +71,7 @@ FIGURES = {
         "ingress_idle_memory",
     ],
     "journal": ["getappkey_with_journal", "journal_to_no_journal", "snapshot", "revert"],
+    "console": ["calls_unfollowed", "calls_followed", "console_to_no_console", "four_consoles_to_none"],
 }
 
 
