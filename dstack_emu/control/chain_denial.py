@@ -45,6 +45,7 @@ def _described(chain: StackChain, refused: Iterable[Missing]) -> dict[str, Any]:
                 "member": each.member,
                 "got": [each.got],
                 "wanted": list(each.wanted),
+                "contract": checksummed(each.contract.address),
                 "place": each.place,
                 "line": None,
                 "line_text": None,

@@ -3,25 +3,43 @@
 import {call, get, part} from "./api.js";
 import {alertBox, attempt, make, worded} from "./dom.js";
 import {aligned, diff, same} from "./diff.js";
+import {outcome} from "./proposal.js";
 
 function compared(refusal) {
-  const place = refusal.line === null ? "No line of the policy decides this." : `Line ${refusal.line} of the policy: `;
+  const nowhere = refusal.contract ? `It looks at ${refusal.place}.` : "No line of the policy decides this.";
+  const place = refusal.line === null ? nowhere : `Line ${refusal.line} of the policy: `;
   return make("div", {},
     make("h3", {}, `The rule ${worded(refusal.rule)}: ${refusal.member}`),
     make("p", {}, place, refusal.line_text === null ? "" : make("code", {}, refusal.line_text)),
     refusal.got.map((got) => aligned(got, refusal.wanted)));
 }
 
-function allowing({kms, change}) {
-  const alert = alertBox(), done = make("p", {role: "status"}), preview = make("div", {hidden: true});
+// Changes the policy, unless somebody has changed it since; resolves to what is said of that.
+async function changePolicy({kms, change}) {
   const path = `/policies/${part(kms)}`;
+  if (!same(await get(path), change.before)) throw new Error("The policy has changed since: open the call again.");
+  await call("PUT", path, change.after);
+  return ["The policy allows it now: the next request reads it."];
+}
+
+// Sends the transactions, unless the contracts need others by now; resolves to what came of each.
+async function sendActs({id, change}) {
+  const {denials} = await get(`/journal/${part(id)}/why`), now = denials.find((each) => each.id === id);
+  if (!same(now?.change, change)) throw new Error("The contracts have changed since: open the call again.");
+  const done = [];
+  for (const {act, body} of change.acts) done.push(await call("POST", `/chain/${act}`, body));
+  return ["The contracts allow it now: the next request asks them.",
+    done.map((each) => make("div", {}, outcome(each), make("p", {class: "mono"}, `block ${each.block}, ${each.transaction}`)))];
+}
+
+function allowing(each) {
+  const {kms, change} = each, alert = alertBox(), done = make("div", {role: "status"}), preview = make("div", {hidden: true});
+  const sent = change.acts?.length === 1 ? "Send the transaction" : `Send the ${change.acts?.length} transactions`;
   const make_it = make("button", {onclick: (event) => attempt(alert, event.currentTarget, async () => {
-    if (!same(await get(path), change.before)) throw new Error("The policy has changed since: open the call again.");
-    await call("PUT", path, change.after);
+    done.replaceChildren(...(await (change.acts ? sendActs : changePolicy)(each)).flat());
     preview.hidden = true;
     first.hidden = true;
-    done.textContent = "The policy allows it now: the next request reads it.";
-  })}, `Change the policy of kms-${kms}`);
+  })}, change.acts ? sent : `Change the policy of kms-${kms}`);
   preview.append(diff(change.diff), make_it);
   const first = make("button", {"aria-expanded": "false", onclick: () => {
     preview.hidden = !preview.hidden;
@@ -38,10 +56,12 @@ export function denial(each) {
     shown.push(make("p", {}, `It compared ${field}, as the policy was then:`), ...[got].flat().map((value) => aligned(value, allowed)));
   }
   if (each.problem) shown.push(make("p", {}, each.problem));
-  else if (!each.refusals.length) shown.push(make("p", {class: "ok"}, "The present policy allows it."));
+  else if (!each.refusals.length) shown.push(make("p", {class: "ok"}, each.chain ? "The contracts allow it now." : "The present policy allows it."));
   else {
-    shown.push(make("p", {}, `By the present policy, ${each.policy} (contract ${each.contract}):`), ...each.refusals.map(compared));
-    shown.push(each.change ? allowing(each) : make("p", {}, `No change of the policy allows it: ${each.no_change_because}.`));
+    const decider = each.chain ? `By what the contracts hold now, ${each.policy}:` : `By the present policy, ${each.policy} (contract ${each.contract}):`;
+    shown.push(make("p", {}, decider), ...each.refusals.map(compared));
+    const what = each.chain ? "transaction" : "change of the policy";
+    shown.push(each.change ? allowing(each) : make("p", {}, `No ${what} allows it: ${each.no_change_because}.`));
   }
   return make("div", {class: "denial"}, shown);
 }

@@ -1,6 +1,7 @@
 // The page of policies: an editor that checks while one types, the difference to the file, and earlier versions.
 
 import {call, get, part} from "./api.js";
+import {Contracts} from "./contracts.js";
 import {diff, same} from "./diff.js";
 import {alertBox, attempt, labelled, make} from "./dom.js";
 
@@ -13,18 +14,26 @@ function text(policy) {
 }
 
 export async function show(content, [wanted]) {
-  const {policies, guests, webhooks} = await get("/stack");
+  const {policies, guests, webhooks, chain} = await get("/stack");
   const names = Object.keys(policies), chosen = names.includes(wanted) ? wanted : names[0];
   for (const name of Object.keys(webhooks))
     content.append(make("p", {class: "note"}, `kms-${name} asks your webhook: its policy is there.`));
-  if (chosen === undefined) return () => {};
+  const contracts = chain ? new Contracts(guests, chain.decides_for) : null;
+  if (contracts) {
+    content.append(contracts.element);
+    await contracts.start();
+  }
+  if (chosen === undefined) return () => contracts?.stop();
   const select = make("select", {onchange: () => { location.hash = `#/policies/${part(select.value)}`; }},
     names.map((name) => make("option", {value: name, selected: name === chosen}, `kms-${name}`)));
   const editor = new Editor(chosen, policies[chosen]);
   content.append(make("div", {class: "row"}, labelled("Policy of", "policy-of", select), grants(chosen, Object.keys(guests), editor)),
     editor.element);
   await editor.start();
-  return () => editor.stop();
+  return () => {
+    contracts?.stop();
+    editor.stop();
+  };
 }
 
 // Allows or denies a trust domain of the stack by what it measures now.
