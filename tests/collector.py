@@ -62,19 +62,25 @@ def value_of(value: AnyValue) -> Any:
 
 
 class Collector:
-    """Takes spans; answers `status` instead while that is not 200."""
+    """Takes spans; answers `status` instead while that is not 200, and nothing while `gate` is not set."""
 
     def __init__(self) -> None:
         self.spans: list[Received] = []
         self.bodies: list[bytes] = []
         self.status = 200
-        self.refused = 0
+        self.asked = self.refused = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
         self.url = ""
         self._arrived = asyncio.Condition()
 
     async def take(self, request: web.Request) -> web.Response:
         """Read one request."""
         body = await request.read()
+        self.asked += 1
+        async with self._arrived:
+            self._arrived.notify_all()
+        await self.gate.wait()
         async with self._arrived:
             self._arrived.notify_all()
             if self.status != 200:

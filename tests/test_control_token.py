@@ -47,7 +47,7 @@ def test_call_without_the_token_is_refused_and_says_where_it_is(open_stack: Runn
 def test_health_needs_no_token_and_every_other_path_does(open_stack: RunningStack) -> None:
     control = open_stack.services["control"]
     assert open_stack.curl(f"{control}/health") == (200, '{"status": "ok", "service": "dstack-emu-control"}')
-    for path in ("/openapi.json", "/journal/stream", "/nothing", "/health/", "//health"):
+    for path in ("/openapi.json", "/journal/stream", "/metrics", "/nothing", "/health/", "//health"):
         assert open_stack.curl(control + path)[0] == 401, path
 
 

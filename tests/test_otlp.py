@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import re
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
@@ -122,6 +123,8 @@ async def test_span_says_what_the_conventions_and_the_journal_have(
     assert key.events["dstack.released"]["dstack.to.app_id"] == app_id
     assert key.resource["service.namespace"] == "dstack-emu"
     assert key.resource["dstack.release"] == stack.config.release
+    async with aiohttp.ClientSession() as session, session.get(stack.services["control"] + "/metrics") as answer:
+        assert re.search(r'^dstack_emu_otlp_spans_total{result="sent"} [1-9]', await answer.text(), re.MULTILINE)
     asked = of(spans, "kms-src", "POST /bootAuth/app")
     record_of_decision = stack.control.journal.find("/bootAuth/app")[-1]["decision"]
     assert asked.attributes["server.port"] == webhook.server_port
@@ -339,11 +342,16 @@ async def test_collector_that_fails_is_reported_once_and_again_when_it_recovers(
 async def test_calls_for_which_the_queue_has_no_place_are_dropped_and_counted(
     collector: Collector, caplog: pytest.LogCaptureFixture
 ) -> None:
+    collector.gate.clear()
+    asked, count = collector.asked, len(collector.spans)
     async with exporting(collector.url) as (export, journal):
-        for _ in range(QUEUE + 3):  # the export's thread waits before it sends the first ones
+        journal.end(journal.begin("s", "First", None, 0, OUTSIDE), 200)
+        await collector.until(lambda: collector.asked > asked)  # from now on the export waits for an answer
+        for _ in range(QUEUE + 3):
             journal.end(journal.begin("s", "C", None, 0, OUTSIDE), 200)
         assert export.dropped == 3
-    assert export.sent == QUEUE
+        collector.gate.set()
+        await collector.until(lambda: len(collector.spans) == count + 1 + QUEUE)
     first, total = (each.getMessage() for each in caplog.records if each.name == "dstack_emu.otlp")
     assert "further ones are dropped" in first
     assert total.endswith("0 spans, and 3 calls with all their spans, were lost")

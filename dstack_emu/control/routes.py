@@ -7,6 +7,7 @@ from typing import Any, Final
 from dstack_emu.attest.version import EMULATOR
 from dstack_emu.control.api import Control
 from dstack_emu.control.chain_routes import CHAIN_ROUTES
+from dstack_emu.control.metrics_route import DESCRIBED, METRICS
 from dstack_emu.control.route import Route
 from dstack_emu.control.route import given as _given
 from dstack_emu.control.route import number as _number
@@ -309,6 +310,7 @@ def openapi() -> dict[str, Any]:
             }
         }
     }
+    paths[METRICS] = DESCRIBED
     for route in ROUTES:
         described: dict[str, Any] = {
             "summary": route.summary,

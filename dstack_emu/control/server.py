@@ -25,6 +25,7 @@ from yarl import URL
 from dstack_emu.attest.strict_json import read_json
 from dstack_emu.control.api import Control
 from dstack_emu.control.journal_stream import JournalStream
+from dstack_emu.control.metrics_route import METRICS, metrics_handler
 from dstack_emu.control.route import JSON, Route
 from dstack_emu.control.routes import ROUTES, openapi
 from dstack_emu.control.schemas import ControlError
@@ -76,7 +77,9 @@ class ControlService:
         """Serve it on a bound socket; raise `StackError` if its token cannot be used."""
         if is_needed(sock):
             self.token = make_token(self._deployment.config.control_token, self._deployment.state)
-        server = await serve(control_app(self._control, self._readiness, self.token, self._pages), sock)
+        app = control_app(self._control, self._readiness, self.token, self._pages)
+        app.router.add_get(METRICS, metrics_handler(self._deployment))
+        server = await serve(app, sock)
         self._deployment.services["control"] = server.url
         return server
 

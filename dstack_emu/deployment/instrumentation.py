@@ -17,6 +17,7 @@ from dstack_emu.observability.aiohttp_middleware import aiohttp_middleware
 from dstack_emu.observability.fault_effects import Stale
 from dstack_emu.observability.fault_rules import FaultRules
 from dstack_emu.observability.journal import Journal
+from dstack_emu.observability.metrics import Metrics
 from dstack_emu.observability.middleware import HttpInstruments
 from dstack_emu.observability.recorders import RecordingAuth, RecordingVerifier
 from dstack_emu.observability.service_calls import ServiceCalls
@@ -60,6 +61,8 @@ class Instrumentation:
         self.journal = Journal(self.clock, kept=kept, file=journal_file)
         self.patience = patience
         self.calls = ServiceCalls()
+        self.metrics = Metrics(self.calls.names)
+        self.journal.count = self.metrics.count
         self.exported: OtlpExport | None = None
         self._seed = seed
         self._verifiers: dict[str, RecordingVerifier] = {}

@@ -16,13 +16,15 @@ class Backlog(Generic[T]):
         self._lost = 0
         self._filled = asyncio.Event()
 
-    def put(self, item: T) -> None:
-        """Add an item; the oldest one is lost if there are too many."""
-        if len(self._items) >= self._most:
+    def put(self, item: T) -> bool:
+        """Add an item; the oldest one is lost if there are too many. Return whether one was lost."""
+        is_full = len(self._items) >= self._most
+        if is_full:
             self._items.popleft()
             self._lost += 1
         self._items.append(item)
         self._filled.set()
+        return is_full
 
     def lose(self, count: int) -> None:
         """Note that items were lost before they came here."""

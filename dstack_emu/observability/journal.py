@@ -67,12 +67,18 @@ class Journal:
     """The records of one stack, in the order in which their calls ended.
 
     Nothing is recorded while `enabled` is False. `scrub` removes from an error's text what differs from run to run:
-    ports and folders. Without a `tracer` a call passes the trace on that it came with.
+    ports and folders. Without a `tracer` a call passes the trace on that it came with. `count` is given each call from
+    outside when it has ended.
+
+    `ended` is the number of these since the stack began, `forgotten` how many of them are no longer in memory because
+    newer ones took their place, and `missed` how many records its followers have lost.
     """
 
     def __init__(self, clock: JournalClock, *, kept: int, file: Path | None = None) -> None:
         self.enabled = True
         self.tracer: Tracer | None = None
+        self.count: Callable[[CallSpan], None] | None = None
+        self.ended = self.forgotten = self.missed = 0
         self.scrub: Callable[[str], str] = str
         self._clock = clock
         self._ended: deque[CallSpan] = deque(maxlen=kept)
@@ -127,7 +133,11 @@ class Journal:
             self.tracer.ended(call)
         if call.is_inner:
             return
+        self.ended += 1
+        self.forgotten += len(self._ended) == self._ended.maxlen
         self._ended.append(call)
+        if self.count is not None:
+            self.count(call)
         if self._file is not None or self._listeners:
             self._publish(call)
 
@@ -152,7 +162,7 @@ class Journal:
             self._file.write(json_of(published) + "\n")
             self._file.flush()
         for listener in self._listeners:
-            listener.put(published)
+            self.missed += listener.put(published)
 
     # ---- position
 
@@ -160,6 +170,11 @@ class Journal:
     def position(self) -> int:
         """The number of calls from outside so far, which is the number of the last record."""
         return self._begun
+
+    @property
+    def kept(self) -> int:
+        """The number of records in memory."""
+        return len(self._ended)
 
     def capture(self) -> int:
         """Return the position."""
@@ -310,7 +325,7 @@ def fields_of(span: Span, span_id: str) -> Record:
             "call": span.call,
             "caller": span.caller,
             "status": status,
-            "outcome": _outcome(status, span.annotations),
+            "outcome": outcome_of(status, span.annotations),
             "ms": None if ended is None else round(1000 * (ended - span.time)),
         }
         if error:
@@ -321,7 +336,8 @@ def fields_of(span: Span, span_id: str) -> Record:
     return record
 
 
-def _outcome(status: int | None, annotations: dict[str, Any]) -> str:
+def outcome_of(status: int | None, annotations: dict[str, Any]) -> str:
+    """Return the outcome of a call: `ok`, `denied`, `refused` or `unanswered`."""
     if status is None:
         return "unanswered"
     if status >= 400:

@@ -6,7 +6,7 @@ are INTERNAL spans. What a span says is what the journal's record says, and noth
 
 Import this module only if spans are exported: it needs the extra `otel`.
 
-Source of truth: OpenTelemetry semantic conventions 1.42 for HTTP and RPC
+Source of truth: OpenTelemetry semantic conventions 1.44 for HTTP and RPC
 (https://opentelemetry.io/docs/specs/semconv/).
 """
 

@@ -33,7 +33,7 @@ _NOT_SERVED: Final[Mapping[str, tuple[str, ...]]] = {"webhook": ("/", "/bootAuth
 _SHOWN: Final = 20
 """The number of names above which an error that has a suggestion does not list them all."""
 
-_BOOT: Final = "Boot"
+BOOT: Final = "Boot"
 """The call that the journal records for the boot of a trust domain."""
 
 
@@ -56,6 +56,10 @@ class ServiceCalls:
     def drop(self, service: str) -> None:
         """Forget a service that has ended."""
         self._calls.pop(service, None)
+
+    def names(self, service: str) -> Collection[str]:
+        """Return the names under which the calls of a service are recorded, but for the boot of a trust domain."""
+        return self._calls.get(service) or _NOT_SERVED.get(service, ())
 
     def require_target(self, fault: FaultRule) -> None:
         """Raise `UnknownCallError` if a fault can apply to no call of the present services."""
@@ -83,7 +87,7 @@ class ServiceCalls:
         has ended.
         """
         domains, callers = self.domains(), self._callers()
-        services = {**_NOT_SERVED, **self._calls, **{name: {*self._calls.get(name, ()), _BOOT} for name in domains}}
+        services = {**_NOT_SERVED, **self._calls, **{name: {*self._calls.get(name, ()), BOOT} for name in domains}}
         calls = set().union(*services.values())
         for field, pattern, known in (
             ("service", service, services.keys()),

@@ -6,6 +6,7 @@ if the client shuts down its sending side, and refuses some repeated headers. Se
 served by `transport.http`, which does neither.
 """
 
+from collections.abc import Collection
 from typing import Final
 
 from aiohttp import web
@@ -25,6 +26,11 @@ class AiohttpServer:
     async def set_up(self) -> None:
         """Run the application's start-up handlers."""
         await self._runner.setup()
+
+    @property
+    def connections(self) -> Collection[object]:
+        """The open connections."""
+        return () if self._runner.server is None else self._runner.server.connections
 
     def __call__(self) -> web.RequestHandler:
         assert self._runner.server is not None  # noqa: S101 - set_up() made it

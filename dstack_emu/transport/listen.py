@@ -18,10 +18,11 @@ import socket
 import ssl
 import stat
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
+from dstack_emu.transport.connections import note_server
 from dstack_emu.transport.errors import ListenError as ListenError
 from dstack_emu.transport.http.application import Application
 from dstack_emu.transport.http.protocol import HttpServer
@@ -185,6 +186,9 @@ def _why(error: OSError) -> str:
 class _Connections(Protocol):
     """The connections of an application: it makes the protocol of a new one, and closes all."""
 
+    @property
+    def connections(self) -> Collection[object]: ...
+
     def __call__(self) -> asyncio.BaseProtocol: ...
 
     async def close(self) -> None:
@@ -199,6 +203,7 @@ class Server:
         self, sock: socket.socket, secure: bool, listeners: Sequence[asyncio.Server], connections: _Connections
     ) -> None:
         self._listeners, self._connections = listeners, connections
+        note_server(self)
         self._file: tuple[Path, int] | None = None
         if sock.family == socket.AF_UNIX:
             path = Path(sock.getsockname())
@@ -206,6 +211,11 @@ class Server:
             self._url = f"unix:{path}"
         else:
             self._url = f"{'https' if secure else 'http'}://{reachable(sock)}"
+
+    @property
+    def connections(self) -> int:
+        """The number of open connections."""
+        return len(self._connections.connections)
 
     @property
     def url(self) -> str:
