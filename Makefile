@@ -40,8 +40,9 @@ BROWSED := $(addprefix tests/test_,console_browser.py console_accessibility.py c
 	@$(BIN)/python -m pip --disable-pip-version-check --quiet install --only-binary=:all: --no-deps --target .axe --requirement tools/axe.txt
 	@touch .axe/.installed
 
-fuzz: $(VENV)/.dev ## Test the decoders' properties with many more examples (EXAMPLES=5000)
-	@DSTACK_EMU_EXAMPLES=$(or $(EXAMPLES),5000) $(BIN)/python -m pytest -n auto --timeout 3600 tests/test_attest_properties.py $(ARGS)
+fuzz: $(VENV)/.dev .atheris ## Fuzz every decoder, guided by coverage (INPUTS=200000 SEED=x MINUTES=60; ARGS="--json FILE")
+	@PYTHONPATH=.atheris $(BIN)/python -m campaigns.fuzz --inputs $(or $(INPUTS),200000) --seed $(or $(SEED),1) \
+	  $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 decisions: $(VENV)/.dev ## Hold many more random decisions against the models of a real KMS and of the contracts (CASES=20000 SEED=x)
 	@DSTACK_EMU_DECISIONS=$(or $(CASES),20000) DSTACK_EMU_DECISIONS_SEED=$(or $(SEED),decisions) \
@@ -88,7 +89,7 @@ lock: ## Resolve all dependencies into constraints.txt
 	@PYTHON="$(PYTHON)" .ci/lock
 
 clean: ## Remove .venv, caches and build files
-	rm -rf $(VENV) .axe .vyper build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .axe .vyper .atheris build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A candidate is used only if it runs: some systems have shims that are found and then fail.
@@ -112,3 +113,10 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "Adding the tools for tests and checks to $(VENV)"
 	@$(INSTALL) '.[dev]' && touch $@
+
+# The fuzzer has wheels for Linux on x86-64 alone. Without it the inputs are drawn, and the report says so.
+.atheris: tools/atheris.txt | $(VENV)/.dev
+	@rm -rf $@ && mkdir $@
+	@[ "$$(uname -sm)" != "Linux x86_64" ] || $(BIN)/python -m pip --disable-pip-version-check --quiet install \
+	  --only-binary=:all: --no-deps --target $@ --requirement tools/atheris.txt
+	@touch $@

@@ -467,6 +467,13 @@ async def test_session_over_http_changes_and_turns_back(stack: Stack) -> None:
     assert (await _ask(stack, "GET", "/platforms/host of app"))[1]["tcb_status"] == "UpToDate"
 
 
+@pytest.mark.parametrize("since", ["x", "9" * 5000])
+async def test_journal_is_not_streamed_from_what_is_no_number(stack: Stack, since: str) -> None:
+    url = stack.services["control"] + "/journal/stream"
+    async with aiohttp.ClientSession() as session, session.get(url, params={"since": since}) as answer:
+        assert (answer.status, await answer.json()) == (400, {"error": f"since: a number expected, got {since!r:.40}"})
+
+
 async def test_journal_streams_each_record_as_it_ends(stack: Stack, control: Control) -> None:
     url = stack.services["control"] + "/journal/stream"
     async with (

@@ -37,6 +37,16 @@ from dstack_emu.simulator.platform import PlatformState
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.vendor_state import VendorState
 from tests.commands import run_command, usage_error
+from tests.evidence_samples import (
+    issued,
+    legacy_certificate,
+    pod,
+    signing_request,
+    signing_requests_v1,
+    with_events_of_version_2,
+    with_extensions,
+    world,
+)
 from tests.hardware import (
     BOOTS,
     INTEL_COLLATERAL,
@@ -51,19 +61,7 @@ from tests.hardware import (
 )
 from tests.recorded import external_path, golden
 from tests.repository import ROOT
-from tests.test_attest_properties import (
-    THOROUGH,
-    issued,
-    legacy_certificate,
-    mutated,
-    pod,
-    restructured,
-    signing_request,
-    signing_requests_v1,
-    with_events_of_version_2,
-    with_extensions,
-    world,
-)
+from tests.test_attest_properties import THOROUGH, mutated, restructured
 
 
 def vector(name: str) -> bytes:

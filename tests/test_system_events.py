@@ -23,9 +23,9 @@ from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
 from dstack_emu.simulator.trust_domain import TrustDomain
 from tests import foreign
 from tests.commands import ask
+from tests.evidence_samples import NOW, world
 from tests.foreign import Guest
 from tests.running import RunningStack
-from tests.test_attest_properties import NOW, world
 
 AMBIGUOUS: Final = (
     "runtime event 0 is ambiguous: 'app-id:' with this payload has the digest of 'app-id' with another one. "

@@ -47,8 +47,8 @@ from dstack_emu.verifier.server import MAX_BODY, verifier_app
 from dstack_emu.verifier.service import InputError, RequestSyntaxError, RequestTypeError, VerificationRequest, Verifier
 from tests import foreign
 from tests.commands import run_command, serving, usage_error
+from tests.evidence_samples import with_events_of_version_2
 from tests.recorded import golden
-from tests.test_attest_properties import with_events_of_version_2
 
 Json = dict[str, Any]
 INTEL = Intel(Seed.of(DEFAULT_SEED))

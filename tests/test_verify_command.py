@@ -31,15 +31,10 @@ from dstack_emu.simulator.platform import PART_STATUSES, TCB_STATUSES, PlatformS
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.vendor_state import DATES, Dating, VendorState
 from tests.commands import run_command, serving, usage_error
-from tests.hardware import BOOTS, INTEL_COLLATERAL, INTEL_QUOTE, LITE, LITE_GET_QUOTE, VERSIONED, boot
-from tests.recorded import external_path, golden
-from tests.running import RunningStack
-from tests.test_attest_properties import (
+from tests.evidence_samples import (
     NOW,
-    THOROUGH,
     issued,
     legacy_certificate,
-    mutated,
     pod,
     signing_request,
     signing_requests_v1,
@@ -47,6 +42,10 @@ from tests.test_attest_properties import (
     with_extensions,
     world,
 )
+from tests.hardware import BOOTS, INTEL_COLLATERAL, INTEL_QUOTE, LITE, LITE_GET_QUOTE, VERSIONED, boot
+from tests.recorded import external_path, golden
+from tests.running import RunningStack
+from tests.test_attest_properties import THOROUGH, mutated
 from tests.test_inspect import kinds, run_inside
 
 SKIPPED: Final = None

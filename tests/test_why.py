@@ -22,9 +22,9 @@ from dstack_emu.auth.simple import SimpleAuth
 from dstack_emu.inspection.policy_change import smallest_change
 from dstack_emu.inspection.policy_file import Kind, PolicyFile
 from tests.commands import serving
+from tests.evidence_samples import NOW, issued, legacy_certificate, signing_request, with_extensions, world
 from tests.json_rpc_server import CONTRACT, Chain, running_chain
 from tests.repository import ROOT
-from tests.test_attest_properties import NOW, issued, legacy_certificate, signing_request, with_extensions, world
 from tests.test_inspect import run_inside
 
 OFFLINE: Final = ("--offline", "--seed", "properties", "--time", str(NOW))

@@ -6,6 +6,7 @@ Source: dstack `ra-tls/src/kdf.rs` and `kms/src/crypto.rs` at 312dc605. Keys are
 
 import hashlib
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -78,7 +79,7 @@ def load_p256_pem(pem: str, what: str) -> ec.EllipticCurvePrivateKey:
     """Load a P-256 private key from PEM; raise `FormatError`, which names `what`."""
     try:
         key = load_pem_private_key(pem.encode(), None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise FormatError(f"{what}: PEM private key expected ({error})") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise FormatError(f"{what}: P-256 private key expected, got {type(key).__name__}")

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from dstack_emu.control.schemas import ControlError
+from dstack_emu.control.route import number
 from dstack_emu.observability.backlog import Backlog
 from dstack_emu.observability.journal import Journal, Published, json_of
 
@@ -40,9 +40,7 @@ class JournalStream:
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         """Answer with the records after `since`, if it is in the query, and with all from now on."""
-        since = request.query.get("since")
-        if since is not None and not since.isdecimal():
-            raise ControlError(f"since: the number of a record expected, got {since!r:.40}")
+        since = number(dict(request.query), "since", 0) if "since" in request.query else None
         is_events = "text/event-stream" in request.headers.get("Accept", "")
         kind = "text/event-stream" if is_events else "application/x-ndjson"
         response = web.StreamResponse(headers={"Content-Type": kind, "Cache-Control": "no-store"})
@@ -51,7 +49,7 @@ class JournalStream:
         self._tasks.add(task)
         try:
             with self._following() as mine:
-                before = [] if since is None else self._journal.records(since=int(since))
+                before = [] if since is None else self._journal.records(since=since)
                 await response.prepare(request)
                 if before:
                     await response.write(_written(map(json_of, before), is_events))

@@ -159,7 +159,7 @@ def _step(text: str) -> "FaultRule | None":
         return FaultRule(kind="decision", allow=text == "allow")
     if text in ("hang", "reset", "drop", "truncate", "malformed", "wrong-type", "stale"):
         return FaultRule(kind=text)  # type: ignore[arg-type]  # they are kinds
-    if text.isdecimal() and 400 <= int(text) <= 599:
+    if len(text) == 3 and text.isdecimal() and 400 <= int(text) <= 599:
         return FaultRule(kind="status", status=int(text))
     raise ValueError(
         "script: allow, deny, pass, hang, reset, drop, truncate, malformed, wrong-type, stale or a status from 400 to "

@@ -1,0 +1,133 @@
+"""Judge what a target does with an input: which error, how long, how much memory, and whether it does so again."""
+
+import dataclasses
+import resource
+import time
+import traceback
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+from campaigns.fuzz.target import Target
+
+SECONDS: Final = 0.25
+"""CPU time that any input may take, with the tracing of a coverage-guided run."""
+SECONDS_PER_BYTE: Final = 20e-6
+MEMORY: Final = 32 * 1024 * 1024
+"""Bytes that any input may take; its use is measured exactly if the process has never had so much more before."""
+MEMORY_PER_BYTE: Final = 1024
+ONE_OF: Final = 16
+"""Of so many inputs one is run twice, chosen by its checksum."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What must not be. Findings of one target with the same `rule` and `place` are the same."""
+
+    target: str
+    rule: str
+    place: str
+    text: str
+    data: bytes
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes two findings the same."""
+        return self.target, self.rule, self.place
+
+    def to_json(self) -> dict[str, str]:
+        """Return it as JSON, the input in hex."""
+        return {**dataclasses.asdict(self), "data": self.data.hex()}
+
+
+def judge(target: Target, data: bytes, *, thoroughly: bool = False) -> Finding | None:
+    """Run an input; return what is wrong, None if nothing is."""
+    peak, began = _peak(), time.thread_time()
+    said, finding = _run(target, data)
+    seconds = time.thread_time() - began
+    if finding is not None:
+        return finding
+    if seconds > _bound(data) and (seconds := min(seconds, _seconds(target, data))) > _bound(data):
+        return Finding(target.name, "slow", "", f"{seconds:.2f} s for {len(data)} bytes", data)
+    if (thoroughly or _peak() - peak > MEMORY) and (used := _memory(target, data)) > MEMORY + MEMORY_PER_BYTE * len(
+        data
+    ):
+        return Finding(target.name, "memory", "", f"{used} bytes of memory for {len(data)} bytes", data)
+    if not thoroughly and zlib.crc32(data) % ONE_OF:
+        return None
+    first, again = said(), _run(target, data)[0]()
+    if first != again:
+        return Finding(target.name, "another answer", "", f"{first:.200} and then {again:.200}", data)
+    if len(first) > target.growth * len(data) + 65536:
+        return Finding(target.name, "long answer", "", f"{len(first)} characters for {len(data)} bytes", data)
+    return None
+
+
+def answer(target: Target, data: bytes) -> str:
+    """Return the answer to an input as a text that is the same in each process."""
+    said, finding = _run(target, data)
+    return said() if finding is None else f"{finding.rule}: {finding.place}"
+
+
+def _run(target: Target, data: bytes) -> tuple[Callable[[], str], Finding | None]:
+    try:
+        result = target.read(data)
+    except target.refusals as error:
+        text = f"{type(error).__name__}: {error}"
+        return lambda: text, None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # panics of Rust are no Exception
+        text = f"{type(error).__name__}: {error}"[:300]
+        return lambda: text, Finding(target.name, type(error).__name__, _place(error), text, data)
+    return lambda: canonical(result), None
+
+
+def canonical(value: Any) -> str:
+    """Return a text of a value that depends on nothing but the value: sets are sorted."""
+    if isinstance(value, (set, frozenset)):
+        return f"{{{', '.join(sorted(map(canonical, value)))}}}"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{canonical(key)}: {canonical(each)}' for key, each in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(canonical, value))}]"
+    if isinstance(value, BaseModel):
+        return type(value).__name__ + canonical(dict(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value).__name__ + canonical([getattr(value, each.name) for each in dataclasses.fields(value)])
+    return repr(value)
+
+
+def _place(error: BaseException) -> str:
+    """Return the innermost function of the emulator that an error came through."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/dstack_emu/" in frame.filename]
+    if not frames:
+        return ""
+    return f"{frames[-1].filename.rpartition('/dstack_emu/')[2]}:{frames[-1].name}"
+
+
+def _bound(data: bytes) -> float:
+    return SECONDS + SECONDS_PER_BYTE * len(data)
+
+
+def _seconds(target: Target, data: bytes) -> float:
+    """Return the CPU time of an input once more: another process may have had the caches of the first."""
+    began = time.thread_time()
+    _run(target, data)
+    return time.thread_time() - began
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _memory(target: Target, data: bytes) -> int:
+    tracemalloc.start()
+    try:
+        _run(target, data)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
