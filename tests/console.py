@@ -53,6 +53,11 @@ def open_filled(tab: Tab, stack: RunningStack, page: str) -> None:
         tab.run("document.getElementById('policy-text').select()")
         tab.write('{"osImage": [],}')
         tab.see("not JSON", "ul[aria-label=Problems]")
+    elif page == "evidence":
+        tab.run("location.hash = '#/evidence/guest/app'")
+        tab.see("Who would admit it?")
+        tab.tab_to("Allow this")
+        tab.press("Enter")
     elif page == "conditions":
         tab.see("Start kms-src anew")
         tab.see("status 503", "tbody")

@@ -297,8 +297,13 @@ def test_nothing_that_is_given_is_kept_or_changes_anything(ready_stack: RunningS
     shown = answered(ready_stack, "/inspect", text=hidden)
     assert shown["not_shown"] == ["PRIVATE KEY"]
     assert "c2VjcmV0" not in json.dumps(shown)
-    assert get(ready_stack, "/state")[1] == state
+    assert get(ready_stack, "/state")[1] | {"journal": 0} == state | {"journal": 0}  # the number of calls
     kept = [each for each in Path(ready_stack.description["state"]).rglob("*") if each.is_file()]
     assert not [each for each in kept if b"kept-nowhere" in each.read_bytes()]
-    assert "kept-nowhere" not in json.dumps(get(ready_stack, "/journal")[1])
+    records = get(ready_stack, "/journal")[1]["records"]
+    assert "kept-nowhere" not in json.dumps(records)
+    answered(ready_stack, "/verify", text=evidence_of(ready_stack, "app"))
+    (verified,) = get(ready_stack, "/journal?call=Verify&limit=1")[1]["records"]
+    inner = {(each["caller"], each["service"]) for each in verified["inner"]}
+    assert (verified["service"], verified["caller"], inner) == ("control", "outside", {("control", "pccs")})
     assert "kept-nowhere" not in ready_stack.said()

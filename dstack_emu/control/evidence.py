@@ -6,6 +6,8 @@ starts sooner.
 """
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +17,7 @@ from dstack_emu.control.certificates import certificate_pem
 from dstack_emu.control.explanations import ExplanationControl
 from dstack_emu.control.kms import CERTIFICATES
 from dstack_emu.control.schemas import AdmissionQuestion, ControlError, EvidenceInput, EvidenceQuestion, checked
-from dstack_emu.observability.spans import headers_of
+from dstack_emu.observability.spans import OUTSIDE, entered, headers_of
 from dstack_emu.transport.aside import run_aside
 from dstack_emu.transport.errors import TransportError
 from dstack_emu.transport.pccs_client import DEFAULT_TIMEOUT, PccsClient
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from dstack_emu.inspection.identify import Finding
 
 CALLER: Final = "control"
-"""Who asks the PCCS and the stack's webhooks in the journal."""
+"""Who asks the PCCS and the stack's webhooks in the journal; they are inside a call `Verify` or `Admit`."""
 
 _UNBOUND: Final = bytes(64)
 """The report_data of evidence that only identifies a trust domain."""
@@ -62,7 +64,9 @@ class EvidenceControl(ExplanationControl):
             wanted = None if question.report_data is None else pad_report_data(bytes.fromhex(question.report_data))
         except FormatError as error:
             raise ControlError(f"report_data: {error}") from error
-        expected, collect = self._expectations(wanted, strict=question.strict), await self._collector(evidence)
+        expected = self._expectations(wanted, strict=question.strict)
+        with self._recorded("Verify"):
+            collect = await self._collector(evidence)
         checks = await asyncio.to_thread(verify_evidence, evidence, collect, expected)
         return {
             "ok": all_hold(checks),
@@ -94,11 +98,13 @@ class EvidenceControl(ExplanationControl):
             {"text": text, "data": data, "caller": caller, "app_id": app_id, "vm_config": vm_config},
         )
         admission = Admission(self._deployment, question)
-        if not await admission.is_claim():
-            found = await _identified(question.content)
-            evidence = _evidence_of(found)
-            admission.examine(found.what, evidence, self._expectations(), await self._collector(evidence), self._pccs)
-        return await admission.decide()
+        found = None if await admission.is_claim() else await _identified(question.content)
+        evidence = None if found is None else _evidence_of(found)
+        with self._recorded("Admit"):
+            if found is not None and evidence is not None:
+                collect = await self._collector(evidence)
+                admission.examine(found.what, evidence, self._expectations(), collect, self._pccs)
+            return await admission.decide()
 
     # ---- what the stack has
 
@@ -116,6 +122,20 @@ class EvidenceControl(ExplanationControl):
         return certificate_pem([folder / file for file in CERTIFICATES], name)
 
     # ---- with what it is verified
+
+    @contextmanager
+    def _recorded(self, call: str) -> Iterator[None]:
+        """Record what is asked within the block as one call, which has nothing of what was given."""
+        if not self.journal.enabled:
+            yield
+            return
+        span, status = self.journal.begin(CALLER, call, None, 0, OUTSIDE), 500
+        try:
+            with entered(span):
+                yield
+            status = 200
+        finally:
+            self.journal.end(span, status)
 
     @property
     def _pccs(self) -> str:

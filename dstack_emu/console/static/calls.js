@@ -4,6 +4,7 @@ import {get} from "./api.js";
 import {alertBox, attempt, choice, draw, facts, labelled, make, scrolling, unseenStatus} from "./dom.js";
 import {denial} from "./denial.js";
 import {flattened, journal, result} from "./journal.js";
+import {evidenceOf} from "./links.js";
 import {toKeep} from "./pictures.js";
 import {Windowed} from "./windowed.js";
 
@@ -111,6 +112,7 @@ function described(record, diagram, why) {
     ...why.denials.map((each) => denial(each)),
     scrolling("Sequence diagram", sequence(diagram)),
     toKeep(record.id),
+    evidenceOf(record),
     make("details", {}, make("summary", {}, "Every step as text"), steps(record)),
     make("details", {}, make("summary", {}, "The record"), facts(record)),
   ];

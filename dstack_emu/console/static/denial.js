@@ -5,7 +5,7 @@ import {alertBox, attempt, make, worded} from "./dom.js";
 import {aligned, diff, same} from "./diff.js";
 import {outcome} from "./proposal.js";
 
-function compared(refusal) {
+export function compared(refusal) {
   const nowhere = refusal.contract ? `It looks at ${refusal.place}.` : "No line of the policy decides this.";
   const place = refusal.line === null ? nowhere : `Line ${refusal.line} of the policy: `;
   return make("div", {},
@@ -17,7 +17,7 @@ function compared(refusal) {
 // Changes the policy, unless somebody has changed it since; resolves to what is said of that.
 async function changePolicy({kms, change}) {
   const path = `/policies/${part(kms)}`;
-  if (!same(await get(path), change.before)) throw new Error("The policy has changed since: open the call again.");
+  if (!same(await get(path), change.before)) throw new Error("The policy has changed since: look again.");
   await call("PUT", path, change.after);
   return ["The policy allows it now: the next request reads it."];
 }
@@ -32,7 +32,7 @@ async function sendActs({id, change}) {
     done.map((each) => make("div", {}, outcome(each), make("p", {class: "mono"}, `block ${each.block}, ${each.transaction}`)))];
 }
 
-function allowing(each) {
+export function allowing(each) {
   const {kms, change} = each, alert = alertBox(), done = make("div", {role: "status"}), preview = make("div", {hidden: true});
   const sent = change.acts?.length === 1 ? "Send the transaction" : `Send the ${change.acts?.length} transactions`;
   const make_it = make("button", {onclick: (event) => attempt(alert, event.currentTarget, async () => {

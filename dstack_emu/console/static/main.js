@@ -4,6 +4,7 @@ import {make} from "./dom.js";
 import {journal} from "./journal.js";
 import * as calls from "./calls.js";
 import * as conditions from "./conditions.js";
+import * as evidence from "./evidence.js";
 import * as policies from "./policies.js";
 import * as snapshots from "./snapshots.js";
 import * as stack from "./stack.js";
@@ -12,6 +13,7 @@ const PAGES = {
   stack: ["Stack", stack.show],
   calls: ["Calls", calls.show],
   policies: ["Policies", policies.show],
+  evidence: ["Evidence", evidence.show],
   conditions: ["Faults, clock, platforms", conditions.show],
   snapshots: ["Snapshots", snapshots.show],
 };

@@ -3,6 +3,7 @@
 import {call, get, part} from "./api.js";
 import {alertBox, attempt, facts, make, scrolling} from "./dom.js";
 import {journal} from "./journal.js";
+import {certificateLink, evidenceLink} from "./links.js";
 import {picture, place} from "./topology.js";
 
 const EVERY = 5_000;  // milliseconds between two looks at the stack, while the page is visible
@@ -123,13 +124,15 @@ async function describe(name, {stack, kms, platforms}, health, refresh) {
 
 function domain(guest, platforms) {
   return [make("h3", {}, "What it measures, and where it is"), facts(guest),
+    make("p", {}, evidenceLink(guest.name, "Its evidence, decoded and verified")),
     make("h3", {}, "Its platform"), facts(platforms[guest.platform] ?? {})];
 }
 
 async function certificates(path) {
   const found = await get(path);
   return Object.entries(found).map(([name, certificate]) =>
-    make("details", {}, make("summary", {}, `Certificate: ${name}`), facts(certificate)));
+    make("details", {}, make("summary", {}, `Certificate: ${name}`),
+      make("p", {}, certificateLink(path, name.split(", ")[0])), facts(certificate)));
 }
 
 function bootForm(name, kms, refresh) {
