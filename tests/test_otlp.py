@@ -15,12 +15,14 @@ import pytest_asyncio
 from opentelemetry import propagate
 from opentelemetry.sdk.trace import TracerProvider
 
+from dstack_emu.cli.commands.stack_options import stack_config
+from dstack_emu.cli.main import parser
 from dstack_emu.deployment.clock import StackClock
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.observability.journal import Journal
 from dstack_emu.observability.otlp import QUEUE, OtlpExport
 from dstack_emu.observability.spans import OUTSIDE, CallSpan, enter, headers_of, leave, read_header
-from dstack_emu.observability.tracing import SpanTrace, Tracer
+from dstack_emu.observability.tracing import SpanTrace, Tracer, traces_url
 from dstack_emu.observability.w3c_trace import read_trace
 from dstack_emu.stack import Stack
 from tests.collector import Collector, Received, running_collector
@@ -166,6 +168,45 @@ async def test_refusal_is_an_error_with_its_status_and_text(
     assert denied.attributes["dstack.reason"] == "not on their list"
 
 
+async def test_call_of_the_agent_goes_on_to_kms_and_webhook(
+    stack: Stack, collector: Collector, webhook: TheirWebhook
+) -> None:
+    trace_id = "a" * 32
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(stack.app.dstack_sock))) as session,
+        session.post(
+            "http://dstack/GetTlsKey",
+            json={"subject": "app"},
+            headers={"Traceparent": f"00-{trace_id}-{SPAN_ID}-01"},
+        ) as answer,
+    ):
+        assert answer.status == 200, await answer.text()
+    spans = await collector.trace(trace_id, "GetTlsKey")
+    key, signed = of(spans, "app", "GetTlsKey"), of(spans, "kms-src", "SignCert")
+    assert (key.parent, signed.parent) == (SPAN_ID, key.id)
+    assert (webhook.traces[-1][0] or "").startswith(f"00-{trace_id}-")
+
+
+async def test_call_that_the_control_port_makes_belongs_to_the_trace_of_its_request(
+    stack: Stack, collector: Collector, webhook: TheirWebhook
+) -> None:
+    trace_id = "b" * 32
+    await stack.control.add_kms("third", webhook=webhook.url)
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(
+            stack.services["control"] + "/kms/third/onboard",
+            json={"source": "src"},
+            headers={"traceparent": f"00-{trace_id}-{SPAN_ID}-01"},
+        ) as answer,
+    ):
+        assert answer.status == 200, await answer.text()
+    spans = await collector.trace(trace_id, "Onboard")
+    onboard, key = of(spans, "kms-third", "Onboard"), of(spans, "kms-src", "GetKmsKey")
+    assert onboard.parent == SPAN_ID
+    assert key.parent == onboard.id
+
+
 async def test_call_over_grpc_belongs_to_the_trace_of_its_metadata(stack: Stack, collector: Collector) -> None:
     trace_id = "d" * 32
     async with grpc.aio.insecure_channel(stack.grpc["app-grpc"]) as channel:
@@ -304,7 +345,7 @@ async def test_ids_are_the_same_whenever_the_journal_is() -> None:
 async def exporting(url: str) -> AsyncIterator[tuple[OtlpExport, Journal]]:
     """Export a journal without a stack."""
     export, journal = (
-        OtlpExport(f"{url.rstrip('/')}/v1/traces", "0.6", lambda service: ""),
+        OtlpExport(traces_url(url), "0.6", lambda service: ""),
         Journal(StackClock(), kept=5),
     )
     journal.tracer = Tracer(b"", export.put)
@@ -365,6 +406,22 @@ async def test_text_that_is_no_unicode_is_exported(collector: Collector) -> None
     (inner,) = [each for each in collector.spans[count:] if each.service == "t"]
     assert inner.span.name.startswith("/?xxx")
     assert len(inner.span.name) == 1024
+
+
+async def test_option_without_a_url_takes_that_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def given(*words: str) -> str | None:
+        arguments = parser(["exec"]).parse_args(["exec", *words, "--", "env"])
+        assert arguments.words[-1] == "env"
+        return stack_config(arguments, free_ports=True).otlp
+
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    assert given("--otlp") == "http://localhost:4318"
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector.example/otlp")
+    assert given("--otlp") == "https://collector.example/otlp"
+    assert given("--otlp", "http://other:1") == "http://other:1"
+    assert given() is None
+    assert traces_url("https://collector.example/otlp/") == "https://collector.example/otlp/v1/traces"
+    assert traces_url("https://collector.example/v1/traces") == "https://collector.example/v1/traces"
 
 
 async def test_stack_without_the_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
