@@ -27,6 +27,7 @@ BENCHMARKS: Final = (
     "getappkey_new",
     "gettempcacert",
     "auth_eth",
+    "auth_eth_chain",
     "image_verify",
     "memory",
     "grpc",

@@ -36,6 +36,7 @@ FIGURES = {
         "getappkey_new_to_bare_server",
         "getappkey_new_per_cpu_second",
     ],
+    "auth_eth_chain": [f"auth_eth_chain_{what}" for what in ("again", "other_boot", "other_state")],
     "auth_eth": ["auth_eth_decisions", "auth_eth_per_cpu_second"],
     "image_verify": ["image_verify_to_without", "image_verify_first_time", "image_verify_known"],
     "gettempcacert": ["gettempcacert_keepalive", "gettempcacert_to_bare_server"],

@@ -13,9 +13,9 @@ import pytest
 from dstack_emu.attest.release import AuthEthRevision
 from dstack_emu.chain import abi
 from dstack_emu.chain.contracts import BOOT_INFO, BootInfo
-from dstack_emu.chain.engine import Outcome
+from dstack_emu.chain.engine import Message, Outcome
 from tests.contract_model import AppModel, KmsModel
-from tests.contract_world import NEW_OWNER, OWNER, STRANGER, Code, World
+from tests.contract_world import AROUND, GAS, NEW_OWNER, OWNER, STRANGER, Code, World
 from tests.repository import ROOT
 
 DECISIONS = int(os.environ.get("DSTACK_EMU_DECISIONS", "30"))
@@ -80,6 +80,18 @@ def names(outcome: Outcome) -> list[str]:
     assert outcome.failure is None, outcome
     by_topic = {topic: name for name, topic in TOPICS.items()}
     return [by_topic.get(log.topics[0], "?").partition("(")[0] for log in outcome.logs]
+
+
+def test_outcome_of_a_call_is_kept_for_the_same_state_block_and_message_alone(allowing: tuple[World, BootInfo]) -> None:
+    world, boot = allowing
+    call, number = world.engine.call, bytes.fromhex("435f5260205ff3")  # creates a contract of the block's number
+    asked = Message(OWNER, world.kms, abi.call(f"isAppAllowed({BOOT_INFO})", boot.values()), GAS)
+    first, block = call(world.root, AROUND, asked), Message(OWNER, None, number, GAS)
+    assert call(world.root, AROUND, asked) is first
+    assert call(world.root, AROUND, replace(asked, gas=30_000)).failure is not None
+    assert [int.from_bytes(call(world.root, replace(AROUND, number=at), block).output) for at in (7, 8, 7)] == [7, 8, 7]
+    world.act(world.kms, "removeOsImageHash(bytes32)", IMAGE)
+    assert abi.decode("(bool,string)", call(world.root, AROUND, asked).output) == [False, "OS image is not allowed"]
 
 
 # ---- decisions

@@ -22,6 +22,7 @@ from eth_typing import Address, BlockNumber, Hash32
 from eth_utils.exceptions import ValidationError
 from trie.hexary import HexaryTrie
 
+from dstack_emu.attest.cache import BoundedCache
 from dstack_emu.chain import rlp
 from dstack_emu.chain.engine import Account, Log, Message, Outcome, Surroundings
 from dstack_emu.chain.errors import InvalidTransactionError
@@ -35,6 +36,9 @@ py-evm imports py_ecc, which sets 100,000 for the whole process. At that depth, 
 overflows the stack, which ends the process; at this one it does not.
 """
 sys.setrecursionlimit(RECURSION_LIMIT)
+MAX_OUTCOMES: Final = 256
+MAX_OUTCOMES_SIZE: Final = 1024 * 1024
+"""What is kept of calls: how many outcomes, and bytes of their data and outputs."""
 CREATION: Final = b""
 """py-evm's address of a transaction that creates a contract."""
 
@@ -42,8 +46,10 @@ CREATION: Final = b""
 class PyEvm:
     """An `Engine`; every state stays in memory.
 
-    The state object of the last call is used again for a call in the same state and block: what it has read of the
-    tries takes a third of a call's time. Each call leaves it as it was.
+    What a call returns follows from state, block and message alone, so that its outcome is kept for the same call. The
+    state object of the last call is used again for another one in the same state and block: what it has read of the
+    tries takes a third of a call's time. Each call leaves it as it was. `ancestors` are no part of a block's identity
+    here: they follow from its `randomness`, which a ledger derives from the parent.
     """
 
     name = f"py-evm/v{version('py-evm')}"
@@ -51,6 +57,7 @@ class PyEvm:
     def __init__(self) -> None:
         self._db = AtomicDB()
         self._last: tuple[object, PragueState] | None = None
+        self._outcomes = BoundedCache[object, Outcome](MAX_OUTCOMES, MAX_OUTCOMES_SIZE)
 
     def genesis(self, balances: Mapping[bytes, int]) -> bytes:
         """Return the root of a state in which these accounts have these balances."""
@@ -84,12 +91,12 @@ class PyEvm:
         """Execute a message that costs nothing and has no consequence."""
         # Without a price it must not fail for being below the base fee, and BASEFEE is then 0, as in other nodes.
         free = around if message.max_fee else replace(around, base_fee=0)
-        state = self._state_of_calls(root, free)
-        before = state.snapshot()
-        try:
-            return _outcome(root, *_run(state, free, message))
-        finally:
-            state.revert(before)
+        place = (root, replace(free, ancestors=tuple))
+        known = self._outcomes.get((place, message))
+        if known is None:
+            known = self._called(place, root, free, message)
+            self._outcomes.put((place, message), known, len(message.data) + len(known.output))
+        return known
 
     def list_root(self, items: Sequence[bytes]) -> bytes:
         """Return the root of the trie of a list."""
@@ -98,11 +105,15 @@ class PyEvm:
             trie[rlp.encode(rlp.number(place))] = item
         return bytes(trie.root_hash)
 
-    def _state_of_calls(self, root: bytes, around: Surroundings) -> PragueState:
-        key = (root, replace(around, ancestors=tuple))
-        if self._last is None or self._last[0] != key:
-            self._last = (key, self._state(root, around))
-        return self._last[1]
+    def _called(self, place: object, root: bytes, around: Surroundings, message: Message) -> Outcome:
+        if self._last is None or self._last[0] != place:
+            self._last = (place, self._state(root, around))
+        state = self._last[1]
+        before = state.snapshot()
+        try:
+            return _outcome(root, *_run(state, around, message))
+        finally:
+            state.revert(before)
 
     def _state(self, root: bytes, around: Surroundings) -> PragueState:
         context = ExecutionContext(

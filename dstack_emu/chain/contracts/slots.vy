@@ -18,7 +18,7 @@ def _member(slot: uint256, key: bytes32) -> bool:
     """
     @notice Read a mapping from a word to a boolean.
     """
-    return self.words[self._place(slot, key)] & 255 != 0
+    return self.words[convert(keccak256(abi_encode(key, slot)), uint256)] & 255 != 0
 
 
 @internal
@@ -49,13 +49,13 @@ def _bit(slot: uint256, offset: uint256) -> bool:
     """
     @notice Read a boolean that shares its slot; `offset` is in bytes from the low end.
     """
-    return (self.words[slot] >> (8 * offset)) & 255 != 0
+    return (self.words[slot] >> unsafe_mul(8, offset)) & 255 != 0
 
 
 @internal
 def _set_bit(slot: uint256, offset: uint256, content: bool):
-    cleared: uint256 = self.words[slot] & ~(convert(255, uint256) << (8 * offset))
-    self.words[slot] = cleared | (convert(content, uint256) << (8 * offset))
+    cleared: uint256 = self.words[slot] & ~(convert(255, uint256) << unsafe_mul(8, offset))
+    self.words[slot] = cleared | (convert(content, uint256) << unsafe_mul(8, offset))
 
 
 @internal

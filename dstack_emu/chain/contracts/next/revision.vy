@@ -50,7 +50,7 @@ def transferOwnership(newOwner: address):
 @external
 def acceptOwnership():
     if slots._address(PENDING_OWNER_SLOT) != msg.sender:
-        self._refuse_sender()
+        raw_revert(abi_encode(msg.sender, method_id=method_id("OwnableUnauthorizedAccount(address)")))
     self._set_owner(msg.sender)
 
 
@@ -64,13 +64,7 @@ def renounceOwnership():
 @view
 def _check_owner():
     if slots._address(OWNER_SLOT) != msg.sender:
-        self._refuse_sender()
-
-
-@internal
-@view
-def _refuse_sender():
-    raw_revert(abi_encode(msg.sender, method_id=method_id("OwnableUnauthorizedAccount(address)")))
+        raw_revert(abi_encode(msg.sender, method_id=method_id("OwnableUnauthorizedAccount(address)")))
 
 
 @internal
