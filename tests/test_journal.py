@@ -11,7 +11,8 @@ import pytest
 from dstack_emu.control.api import Control
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.clock import StackClock
-from dstack_emu.observability.journal import Journal, record_of
+from dstack_emu.observability.journal import Journal
+from dstack_emu.observability.record import record_of
 from dstack_emu.observability.record_text import lines, texts
 from dstack_emu.observability.spans import OUTSIDE, current, entered, forget_request, headers_of, read_header
 from tests.own_stack import own_stack

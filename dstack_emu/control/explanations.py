@@ -4,8 +4,9 @@ from typing import Any
 
 from dstack_emu.control.kms import KmsControl
 from dstack_emu.control.schemas import ControlError
-from dstack_emu.observability.journal import Journal, Record, flattened
+from dstack_emu.observability.journal import Journal
 from dstack_emu.observability.mermaid import mermaid
+from dstack_emu.observability.record import Record, flattened
 from dstack_emu.observability.sequence_diagram import sequence_diagram
 from dstack_emu.observability.svg import svg
 

@@ -13,7 +13,8 @@ from aiohttp import web
 
 from dstack_emu.control.route import number
 from dstack_emu.observability.backlog import Backlog
-from dstack_emu.observability.journal import Journal, Published, json_of
+from dstack_emu.observability.journal import Journal
+from dstack_emu.observability.record import Published, json_of
 
 _WAITING: Final = 1000
 """Records that wait for one follower."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from dstack_emu.observability.journal import Record, flattened
+from dstack_emu.observability.record import Record, flattened
 from dstack_emu.observability.record_text import compared_lines, outcome_text, verification_text
 from dstack_emu.observability.sequence_diagram import shown_inner
 

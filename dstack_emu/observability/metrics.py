@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection
 from typing import Final
 
-from dstack_emu.observability.journal import outcome_of
+from dstack_emu.observability.record import outcome_of
 from dstack_emu.observability.service_calls import BOOT
 from dstack_emu.observability.spans import GIVEN_UP, CallSpan, Span
 

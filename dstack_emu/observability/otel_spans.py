@@ -25,7 +25,7 @@ from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, Trace
 from opentelemetry.trace.span import NonRecordingSpan
 
 from dstack_emu.attest.version import EMULATOR
-from dstack_emu.observability.journal import Record, fields_of, inner_of
+from dstack_emu.observability.record import Record, fields_of, inner_of
 from dstack_emu.observability.spans import CallSpan, Span, VerificationSpan
 from dstack_emu.observability.tracing import SpanTrace
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from dstack_emu.observability.journal import Record
+from dstack_emu.observability.record import Record
 
 COLOURS: Final = {"ok": "32", "denied": "31", "refused": "31", "unanswered": "33", "dim": "2"}
 SHOWN_ERROR_LENGTH: Final = 200

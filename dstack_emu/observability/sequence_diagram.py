@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from dstack_emu.observability.journal import Record
+from dstack_emu.observability.record import Record
 from dstack_emu.observability.record_text import compared_lines, outcome_text, verification_text
 
 _LANE: Final = 150

@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final
 
 from dstack_emu.observability.fault_rules import KINDS_OF_CHAIN, FaultRule
-from dstack_emu.observability.journal import recorded_name
 from dstack_emu.observability.middleware import UNFAULTED_PATHS, call_name
+from dstack_emu.observability.record import recorded_name
 from dstack_emu.observability.spans import OUTSIDE
 from dstack_emu.transport.validation import suggestion
 

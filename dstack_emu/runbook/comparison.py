@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from dstack_emu.observability.journal import Record, flattened
+from dstack_emu.observability.record import Record, flattened
 from dstack_emu.runbook.markup import Markup, tag
 
 GROUP: Final = 8

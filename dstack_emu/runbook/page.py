@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any, Final
 from urllib.parse import quote
 
-from dstack_emu.observability.journal import Record
+from dstack_emu.observability.record import Record
 from dstack_emu.observability.sequence_diagram import sequence_diagram
 from dstack_emu.observability.svg import STYLE, inline_svg
 from dstack_emu.runbook.comparison import asked, decisions, denial, plain

@@ -7,7 +7,8 @@ runbook knows its own calls alone. What differs from run to run, times and durat
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from dstack_emu.observability.journal import Journal, Record, recorded_name
+from dstack_emu.observability.journal import Journal
+from dstack_emu.observability.record import Record, recorded_name
 from dstack_emu.observability.spans import OUTSIDE
 from dstack_emu.runbook.kms_client import KmsAnswer
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from dstack_emu.observability.journal import Record
+from dstack_emu.observability.record import Record
 from dstack_emu.runbook.kms_client import KmsAnswer
 from dstack_emu.transport.secrets import Secrets
 

@@ -1,6 +1,6 @@
 """The journal of a test's stack."""
 
-from dstack_emu.observability.journal import Record
+from dstack_emu.observability.record import Record
 from dstack_emu.observability.record_text import texts
 from dstack_emu.stack import Stack
 from dstack_emu.testing.access import StackAccess
