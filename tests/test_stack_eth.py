@@ -1,5 +1,6 @@
 """A stack whose KMS ask a contract: its webhooks are auth-eth-bun, and the chain decides."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from dstack_emu import Stack, StackConfig
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.errors import StackError
+from dstack_emu.runbook.target import Target, TargetError
 from dstack_emu.testing import LiveStack, refused
 from tests.commands import usage_error
 from tests.json_rpc_server import CONTRACT, Chain, RpcError, abi_decision, running_chain
@@ -55,6 +57,8 @@ def options(chain: Chain, auth: str) -> tuple[str, ...]:
 def test_command_lets_the_chain_decide_for_one_kms_which_states_url_and_contract() -> None:
     with running_chain() as chain, running_stack("--fresh", *options(chain, "src=eth")) as stack:
         assert (list(stack.policies), list(stack.description["webhooks"])) == (["dst"], ["src"])
+        with pytest.raises(TargetError, match="without --eth-rpc-url: the stack then has a chain of its own"):
+            Target.load(Path(stack.description["state"], "stack.json"))
         status, info = stack.rpc("kms-src", "Onboard.GetAttestationInfo")
         assert (status, info["eth_rpc_url"], info["kms_contract_address"]) == (200, chain.url, CONTRACT)
         assert stack.rpc("kms-dst", "Onboard.GetAttestationInfo")[1]["eth_rpc_url"] == ""
