@@ -13,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet install --co
 # setuptools is installed first, in its pinned version: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-build-isolation --editable
 
-.PHONY: help venv up test browser fuzz decisions campaign contracts check-kms machines crash lint types imports check bench proto lock clean
+.PHONY: help venv up test browser rust fuzz decisions campaign contracts check-kms machines crash lint types imports check bench proto lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,11 @@ BROWSED := $(addprefix tests/test_,console_browser.py console_evidence.py consol
 	@rm -rf .axe
 	@$(BIN)/python -m pip --disable-pip-version-check --quiet install --only-binary=:all: --no-deps --target .axe --requirement tools/axe.txt
 	@touch .axe/.installed
+
+rust: $(VENV)/.dev ## Use the chain from a program in Rust, with alloy, which cargo builds in minutes
+	@if ! command -v cargo >/dev/null; then echo "SKIPPED: make rust needs cargo: https://rustup.rs"; exit 0; fi; \
+	cargo build --locked --manifest-path tests/rust_client/Cargo.toml --target-dir .rust && \
+	DSTACK_EMU_RUST=$(CURDIR)/.rust/debug/rust-client $(BIN)/python -m pytest -n 0 tests/test_chain_rust.py $(ARGS)
 
 fuzz: $(VENV)/.dev .atheris ## Fuzz every decoder, guided by coverage (INPUTS=200000 SEED=x MINUTES=60; ARGS="--json FILE")
 	@PYTHONPATH=.atheris $(BIN)/python -m campaigns.fuzz --inputs $(or $(INPUTS),200000) --seed $(or $(SEED),1) \
@@ -89,7 +94,7 @@ lock: ## Resolve all dependencies into constraints.txt
 	@PYTHON="$(PYTHON)" .ci/lock
 
 clean: ## Remove .venv, caches and build files
-	rm -rf $(VENV) .axe .vyper .atheris build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .axe .rust .vyper .atheris build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A candidate is used only if it runs: some systems have shims that are found and then fail.

@@ -57,7 +57,7 @@ def options(chain: Chain, auth: str) -> tuple[str, ...]:
 def test_command_lets_the_chain_decide_for_one_kms_which_states_url_and_contract() -> None:
     with running_chain() as chain, running_stack("--fresh", *options(chain, "src=eth")) as stack:
         assert (list(stack.policies), list(stack.description["webhooks"])) == (["dst"], ["src"])
-        with pytest.raises(TargetError, match="without --eth-rpc-url: the stack then has a chain of its own"):
+        with pytest.raises(TargetError, match="without --eth-rpc-url: then it has a chain of its own"):
             Target.load(Path(stack.description["state"], "stack.json"))
         status, info = stack.rpc("kms-src", "Onboard.GetAttestationInfo")
         assert (status, info["eth_rpc_url"], info["kms_contract_address"]) == (200, chain.url, CONTRACT)

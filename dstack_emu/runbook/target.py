@@ -239,8 +239,8 @@ def _require_policies(document: Any, name: str) -> None:
         if service not in document.get("services", {}) or side not in document.get("policies", {}):
             raise TargetError(
                 f"{name}: kms-{side} asks the webhook {url}, whose policy the runbook cannot write. Run it on a stack "
-                "without --webhook, and with --auth eth without --eth-rpc-url: the stack then has a chain of its own, on "
-                "which the runbook sends transactions. Or, if that webhook reads a file in auth-simple's format at every "
+                "without --webhook, and with --auth eth without --eth-rpc-url: then it has a chain of its own, and the "
+                "runbook sends transactions. Or, if that webhook reads a file in auth-simple's format at every "
                 f"request, name both as services.{service} and policies.{side} in a copy of the description"
             )
 
