@@ -394,6 +394,59 @@ def test_fault_is_put_in_force_met_and_lifted(stack: RunningStack, tab: Tab) -> 
     assert boot_app(stack)[0] == 200
 
 
+def test_each_scenario_has_the_effect_that_it_names_and_is_undone_by_the_same_button(
+    stack: RunningStack, tab: Tab
+) -> None:
+    open_page(tab, stack, "conditions")
+    tab.wait("document.querySelectorAll('.scenarios li:not([hidden])').length > 10")
+    count = tab.run("document.querySelectorAll('.scenarios li:not([hidden])').length")
+    policy = stack.policies["src"].read_text()
+    for number in range(1, count + 1):
+        card = f".scenarios li:nth-child({number})"
+        title, says = tab.text(f"{card} h3"), tab.text(f"{card} code")
+        tab.run(f"document.querySelector({f'{card} button'!r}).focus()")
+        assert tab.focused() == f"Begin: {title}"
+        tab.press("Enter")
+        tab.wait(f"document.querySelector({f'{card} button'!r}).innerText === 'Undo'")
+        answer = boot_app(stack)
+        assert (answer[0], says in answer[1]) == (403 if says else 200, True), (title, answer)
+        assert "in force" in tab.text(card)
+        tab.wait(f"!document.querySelector({f'{card} button'!r}).disabled")
+        tab.run(f"document.querySelector({f'{card} button'!r}).focus()")
+        tab.press("Enter")
+        tab.wait(f"document.querySelector({f'{card} button'!r}).innerText === 'Begin'")
+        tab.wait(f"!document.querySelector({f'{card} button'!r}).disabled")
+        assert boot_app(stack)[0] == 200, title
+    assert json.loads(stack.policies["src"].read_text()) == json.loads(policy)
+    assert json.loads(stack.curl(f"{stack.services['control']}/faults")[1]) == []
+    assert json.loads(stack.curl(f"{stack.services['control']}/clock")[1])["touched"] is False
+
+
+def test_scenario_that_somebody_else_began_is_seen_and_undone(stack: RunningStack, tab: Tab) -> None:
+    open_page(tab, stack, "conditions")
+    control_call(stack, "POST", "/policies/src/deny", '{"guest": "app"}')
+    tab.see("in force", ".scenarios")
+    tab.tab_to("Boot the app by kms-src")
+    tab.press("Enter")
+    tab.see(" What happened in call")
+    tab.tab_to("Undo: The app is revoked")
+    tab.press("Enter")
+    tab.see("Undone: The app is revoked.")
+    tab.run("[...document.querySelectorAll('main a')].find((each) => each.innerText.includes('What happened')).click()")
+    tab.see("auth-src denied it: app not registered", "section")
+    assert boot_app(stack)[0] == 200
+
+
+def test_clock_leaps_by_one_button(stack: RunningStack, tab: Tab) -> None:
+    control_call(stack, "POST", "/clock", '{"freeze": "2026-06-01T00:00:00Z"}')
+    open_page(tab, stack, "conditions")
+    tab.see("2026-06-01T00:00:00Z, frozen")
+    for label, then in (("An hour on", "06-01T01"), ("A day on", "06-02T01"), ("30 days on", "07-02T01")):
+        tab.tab_to(label)
+        tab.press("Enter")
+        tab.see(f"2026-{then}:00:00Z, frozen")
+
+
 def test_clock_and_platform_are_changed(stack: RunningStack, tab: Tab) -> None:
     open_page(tab, stack, "conditions")
     tab.tab_to("Time or duration")

@@ -3,24 +3,25 @@
 import {call, get, part} from "./api.js";
 import {alertBox, attempt, choice, labelled, make, scrolling, tied, unseenStatus} from "./dom.js";
 import {allowed, changeForm, properties} from "./fields.js";
+import {Scenarios} from "./scenarios.js";
 
+const LEAPS = [["An hour on", "1h"], ["A day on", "1d"], ["30 days on", "30d"], ["A year on", "365d"]];
 const EVERY = 3_000;  // milliseconds between two looks at clock and faults
 const READY_MADE = [
-  ["A webhook that hangs", {service: "auth-src", call: "/bootAuth/*", kind: "hang"}],
   ["A webhook that decides the opposite, once", {service: "auth-src", call: "/bootAuth/*", kind: "decision", times: 1}],
-  ["A PCCS that answers 503", {service: "pccs", kind: "status", status: 503}],
-  ["A PCCS with documents that have expired", {service: "pccs", kind: "stale"}],
   ["A KMS that resets one connection", {service: "kms-src", call: "GetAppKey", kind: "reset", times: 1}],
 ];
 
 export async function show(content) {
   const clock = new Clock(), faults = new Faults(), platforms = make("div");
-  content.append(make("h2", {}, "Clock"), clock.element, make("h2", {}, "Faults"), faults.element,
-    make("h2", {}, "Platforms and their vendor"), platforms);
-  await Promise.all([clock.look(), faults.start(), conditions(platforms)]);
+  const scenarios = new Scenarios(() => Promise.all([clock.look(), faults.look(), conditions(platforms)]));
+  content.append(make("h2", {}, "Clock"), clock.element, make("h2", {}, "Scenarios"), scenarios.element,
+    make("h2", {}, "Faults"), faults.element, make("h2", {}, "Platforms and their vendor"), platforms);
+  await Promise.all([clock.look(), scenarios.look(), faults.start(), conditions(platforms)]);
   const timer = setInterval(() => {
     if (document.visibilityState !== "visible") return;
     clock.look();
+    scenarios.look();
     faults.look();
   }, EVERY);
   return () => clearInterval(timer);
@@ -41,7 +42,8 @@ class Clock {
     this.element = make("div", {}, this._now, this._changed, make("div", {class: "row"}, labelled("Time or duration", "clock-value", this._value),
       button("Set the time", () => ({set: value()})), button("Advance by the duration", () => ({advance: value()})),
       button("Freeze", () => ({freeze: value() || true})), button("Resume", () => ({resume: true})),
-      button("Follow the system clock", () => ({follow_the_wall: true}))), this._alert);
+      button("Follow the system clock", () => ({follow_the_wall: true}))),
+    make("div", {class: "row"}, LEAPS.map(([label, advance]) => button(label, () => ({advance})))), this._alert);
   }
 
   async look() {
