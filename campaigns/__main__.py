@@ -13,7 +13,10 @@ from campaigns.case import Campaign, Script
 from campaigns.report import Report
 from campaigns.run import replay, run
 
-CAMPAIGNS: Final[dict[str, str]] = {}
+CAMPAIGNS: Final[dict[str, str]] = {
+    "fail-open": "fail_open",
+    "linearizability": "linearizability",
+}
 """Each campaign's module, which has its `CAMPAIGN`."""
 EVERY: Final = 10.0
 """Seconds between two lines of progress."""

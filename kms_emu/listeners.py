@@ -60,6 +60,13 @@ class KmsListeners:
         self._admin_sock: socket.socket | None = None
         self._admin_server: Server | None = None
         self._grpc: KmsGrpcServer | None = None
+        self._left: Addresses | None = None
+        """Where it listened when it was closed, so that a KMS that did not start anew can still be put back."""
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether the RPC listener answers: not while the phases change, nor after the end."""
+        return self._server is not None
 
     @property
     def url(self) -> str:
@@ -111,13 +118,16 @@ class KmsListeners:
             )
 
     def addresses(self) -> Addresses:
-        """Return where the bound sockets listen."""
+        """Return where the bound sockets listen, or did before they were closed."""
+        if self._left is not None:
+            return self._left
         grpc = {key: _address(sock) for key, sock in self._grpc_socks.items()}
         return Addresses(_address(self._rpc_sock), grpc)
 
     def rebind(self, where: Addresses) -> None:
         """Bind the RPC and gRPC sockets again, once they are closed; raise `ListenError`."""
         self._sock = bind_tcp(*where.rpc, setting=_RPC_SETTING, listen=self._has_one_port)
+        self._left = None
         self._grpc_socks = {key: bind_tcp(*at, setting=f"emulator.grpc.{key}") for key, at in where.grpc.items()}
 
     async def enter_onboard(self, service: OnboardService, finish: Callable[[], None]) -> None:
@@ -168,6 +178,8 @@ class KmsListeners:
 
     async def close(self) -> None:
         """End it all: answers in progress get a short while, then everything is closed."""
+        if self._sock is not None:
+            self._left = self.addresses()
         servers, self._server, self._admin_server = (self._server, self._admin_server), None, None
         for server in servers:
             if server is not None:

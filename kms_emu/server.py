@@ -114,6 +114,11 @@ class KmsServer:
         return self._listeners.url
 
     @property
+    def is_serving(self) -> bool:
+        """Whether it answers: not while the phases change, nor after it ended."""
+        return self._listeners.is_serving
+
+    @property
     def runtime_address(self) -> str:
         """Return where it answers in the runtime phase, from its start on: `host:port`."""
         return self._listeners.runtime_address
@@ -180,12 +185,16 @@ class KmsServer:
         return self._service is not None and self._service.gate.own_boot_info is not None
 
     async def restart(self) -> None:
-        """Begin again at the same address with the present files, as a new process; raise `KmsError` unless it runs."""
-        if self.phase not in ("onboard", "runtime"):
-            raise KmsError(f"{self.phase}: it does not run")
-        await self._restart(self._deps.folder.contents(), onboard=self.phase == "onboard")
+        """Begin again at the same address with the present files, as a new process; raise `KmsError` if it cannot.
 
-    async def _restart(self, files: Mapping[str, bytes], *, onboard: bool) -> None:
+        One that did not start anew before can be restarted, too.
+        """
+        if self.phase == "starting":
+            raise KmsError(f"{self.phase}: it does not run")
+        onboard = None if self.phase == "stopped" else self.phase == "onboard"
+        await self._restart(self._deps.folder.contents(), onboard=onboard)
+
+    async def _restart(self, files: Mapping[str, bytes], *, onboard: bool | None) -> None:
         """End what is served, put other files in place, and begin again at the same address in that phase."""
         await self._cancel_leaving()
         self._leaving = None
@@ -196,6 +205,8 @@ class KmsServer:
         self._deps.folder.prepare()
         self._service, self._metrics = None, AttestationMetrics()
         self._listeners.rebind(where)
+        if self._ended is not None and self._ended.done():  # it did not start anew before
+            self._ended = asyncio.get_running_loop().create_future()
         await self._enter(onboard)
 
     def _warn(self, core: Core, auth: KmsAuth) -> None:

@@ -75,11 +75,19 @@ class GuestAgent:
         return "" if self._provided is None else self._provided.demo_certificate
 
     async def provide(self, keys: AppKeys, issuer: CertificateIssuer) -> None:
-        """Accept keys, and request the certificate that Info returns, as upstream's agent does at its start."""
-        self._provided = ProvidedKeys(keys, issuer, self._demo_certificate)
+        """Accept keys, and request the certificate that Info returns, as upstream's agent does at its start.
+
+        If that is refused, the agent has what it had before: upstream's does not start then.
+        """
+        before, self._provided = self._provided, ProvidedKeys(keys, issuer, self._demo_certificate)
         key = derive_p256(self._entropy(32), [])
         config = CertificateConfig(subject="demo-cert", client_auth=True, with_attestation=True)
-        self._provided = ProvidedKeys(keys, issuer, "\n".join(await self.issue(key, config)))
+        try:
+            certificate = "\n".join(await self.issue(key, config))
+        except BaseException:
+            self._provided = before
+            raise
+        self._provided = ProvidedKeys(keys, issuer, certificate)
 
     def capture(self) -> ProvidedKeys | None:
         """Return its keys with issuer and certificate, None if it has none."""

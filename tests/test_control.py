@@ -96,6 +96,23 @@ async def test_kms_judges_its_downgraded_platform_only_when_it_is_started_anew(s
     await control.boot_guest("app")
 
 
+async def test_kms_that_did_not_start_anew_can_be_restarted_or_put_back(stack: Stack, control: Control) -> None:
+    url = control.kms("src")["url"]
+    for put_back in (lambda: control.restart_kms("src"), control.reset):
+        control.add_fault(service="agent-src", call="Attest", kind="wrong-type")
+        with pytest.raises(ControlError, match="kms-src: Failed to reissue the attested KMS RPC certificate"):
+            await control.restart_kms("src")
+        assert (control.kms("src")["phase"], control.kms("src")["url"]) == ("stopped", url)
+        with pytest.raises(ControlError, match=r"kms-src does not run: `ctl kms restart src` starts it with its keys"):
+            await control.boot_guest("app")
+        assert control.set_platform("host of kms-src", tcb_status="UpToDate")["tcb_status"] == "UpToDate"
+        control.clear_faults()
+        await put_back()
+        assert (control.kms("src")["phase"], control.kms("src")["url"]) == ("runtime", url)
+        await control.boot_guest("app")
+        assert stack.guests["app"].agent.has_keys
+
+
 async def test_times_are_shown_as_times(control: Control) -> None:
     control.set_clock(freeze="2026-06-01T12:00:00Z")
     assert (control.clock()["now"], control.clock()["time"]) == (1_780_315_200, "2026-06-01T12:00:00Z")

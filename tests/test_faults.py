@@ -152,6 +152,26 @@ async def test_scripted_webhook_answers_step_by_step_and_then_as_it_should(contr
     assert refusals[0] == ""
 
 
+async def test_boot_whose_last_certificate_is_refused_leaves_no_keys(control: Control) -> None:
+    await control.add_guest("late", platform="host of app")
+    control.allow("src", "late")
+    control.add_fault(service="auth-src", call="/bootAuth/app", kind="decision", allow=False, after=1)
+    with pytest.raises(ControlError, match="Boot denied: decided by a fault"):
+        await control.boot_guest("late")
+    assert not control.guest("late")["has_keys"]
+    control.clear_faults()
+    assert (await control.boot_guest("late"))["has_keys"]
+
+
+async def test_answer_that_a_fault_made_up_is_no_release(control: Control) -> None:
+    control.add_fault(service="kms-src", call="GetTempCaCert", kind="status", status=200, body={})
+    position = control.journal.position
+    with pytest.raises(ControlError):
+        await control.boot_guest("app")
+    (call,) = control.journal.find("GetTempCaCert", since=position)
+    assert (call["status"], call["fault"]["kind"], "released" in call) == (200, "status", False)
+
+
 async def test_fault_meets_only_the_caller_it_names(control: Control) -> None:
     control.add_fault(service="pccs", caller="kms-dst", kind="status")
     await _boots(control)

@@ -63,6 +63,9 @@ class GuestControl(VendorControl):
             raise ControlError(f"{name} is the trust domain of a KMS, which gets its keys by onboarding, not by boot")
         names = (kms,) if isinstance(kms, str) else tuple(kms)
         phases = [(await self._asked_kms(each)).phase for each in names]
+        if phases[0] == "stopped" and "runtime" not in phases:
+            text = f"kms-{names[0]} does not run: `ctl kms restart {names[0]}` starts it with its keys"
+            raise ControlError(text, 409)
         if "runtime" not in phases:
             raise ControlError(f"kms-{names[0]} has no keys: it is in its {phases[0]} phase, onboard it first", 409)
         before = guest.domain.capture()

@@ -75,8 +75,9 @@ class EmulatedKms(RunningKms):
         self._publish_url()
 
     def _publish_url(self) -> None:
-        """Publish its URL, whose scheme depends on its phase."""
-        self._context.urls[self.spec.service] = self.server.url
+        """Publish its URL, whose scheme depends on its phase; while it does not answer, the one before stays."""
+        if self.server.is_serving:
+            self._context.urls[self.spec.service] = self.server.url
 
     async def refresh(self) -> None:
         """Publish its URL anew: a user may have finished its onboard phase."""
