@@ -504,9 +504,16 @@ def test_reason_of_a_contract_is_known_with_the_transaction_that_admits_it(
     assert (found["decision"]["rule"], found["decision"]["reason"]) == (rule, reason)
     names = {"os": "osImageHash", "app": "appId", "compose": "composeHash", "device": "deviceId"}
     assert step.format(**{name: BOOT[member] for name, member in names.items()}) in found["next_steps"][0]
+    change = found["contract_change"]
+    assert (change is None) == (rule in (None, "app_deployed") or (caller, rule) == ("kms", "tcb_status"))
+    if change:
+        assert change["call"].partition("(")[0] in found["next_steps"][0]
+        assert change["diff"].splitlines()[0] == f"@@ {change['list']} of {change['contract']} @@"
+        assert change["diff"].splitlines()[-1] == f"+{change['value']}"
     if rule in ("app_device", None):
         shown = run_inside("why", request, "--webhook", url, "--as", caller)[1].splitlines()
         assert f'Rule      {f"{rule}: " if rule else ""}"{reason}"' in shown
+        assert (f"  +0x{BOOT['deviceId']}" in shown) == (rule is not None)
 
 
 def test_chain_without_a_decision_is_told_from_a_denial(tmp_path: Path, asking: tuple[Chain, str]) -> None:

@@ -8,6 +8,7 @@ from typing import Final
 
 from dstack_emu.auth.boot_info import Refusal
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable
+from dstack_emu.inspection.contract_steps import ContractChange
 from dstack_emu.inspection.policy_change import PolicyChange, pointer
 from dstack_emu.inspection.why_report import Report
 
@@ -45,6 +46,8 @@ def _lines(report: Report, colour: bool) -> Iterator[str]:
         yield from _comparison(refusal, colour)
     if change and change.patch:
         yield from _change(change, colour)
+    if (of_contract := report.contract_change) is not None:
+        yield from _contract_change(of_contract, colour)
     yield from _exchange(report, colour)
     for warning in report.warnings:
         yield ""
@@ -156,6 +159,14 @@ def _change(change: PolicyChange, colour: bool) -> Iterator[str]:
         yield f"  {paint(printable(line), GREEN if line.startswith('+') else '', colour)}"
     yield "  as a JSON Patch (RFC 6902):"
     yield from _operations(change.patch)
+
+
+def _contract_change(change: ContractChange, colour: bool) -> Iterator[str]:
+    yield ""
+    yield paint("The smallest change of a contract that allows it", BOLD, colour)
+    for line in change.diff.splitlines():
+        yield f"  {paint(printable(line), GREEN if line.startswith('+') else '', colour)}"
+    yield f"  by the transaction {printable(change.call)}"
 
 
 def _operations(patch: Sequence[object]) -> Iterator[str]:

@@ -5,6 +5,7 @@ are conditional. Source of calls and reasons: dstack next 312dc605, `kms/auth-et
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -43,6 +44,51 @@ _STEPS: Final[Mapping[ContractRule, str]] = MappingProxyType(
         "setAllowAnyDevice(true), of DstackApp {appId}",
     }
 )
+
+
+@dataclass(frozen=True, slots=True)
+class ContractChange:
+    """What a contract has to hold so that a rule allows a boot: an entry of a list, or with `removed` a setting.
+
+    `contract` is `DstackKms`, whose address a request does not have, or `DstackApp 0x…`; `call` is the transaction.
+    """
+
+    contract: str
+    listed: str
+    value: str
+    call: str
+    removed: str = ""
+
+    @property
+    def diff(self) -> str:
+        """The change as a unified diff; what else the list has is not known."""
+        removed = f"-{self.removed}\n" if self.removed else ""
+        return f"@@ {self.listed} of {self.contract} @@\n{removed}+{self.value}"
+
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        op = {"op": "replace", "from": self.removed} if self.removed else {"op": "add"}
+        about = {"contract": self.contract, "list": self.listed, **op, "value": self.value}
+        return {**about, "call": self.call, "diff": self.diff}
+
+
+_APP: Final = "DstackApp {appId}"
+_CHANGES: Final[Mapping[ContractRule, tuple[str, str, str, str]]] = MappingProxyType(
+    {
+        "os_image": ("DstackKms", "allowedOsImages", "{osImageHash}", "addOsImageHash({osImageHash})"),
+        "kms_mr_aggregated": (
+            "DstackKms",
+            "kmsAllowedAggregatedMrs",
+            "{mrAggregated}",
+            "addKmsAggregatedMr({mrAggregated})",
+        ),
+        "kms_device": ("DstackKms", "kmsAllowedDeviceIds", "{deviceId}", "addKmsDevice({deviceId})"),
+        "app_registered": ("DstackKms", "registeredApps", "{appId}", "registerApp({appId})"),
+        "app_compose_hash": (_APP, "allowedComposeHashes", "{composeHash}", "addComposeHash({composeHash})"),
+        "app_device": (_APP, "allowedDeviceIds", "{deviceId}", "addDevice({deviceId})"),
+    }
+)
+"""By rule: the contract, its list, the entry that is missing, and the transaction that adds it."""
 _TCB_OF_KMS: Final = "no transaction admits it: DstackKms lets no KMS boot whose TCB status is not UpToDate"
 _TCB_OF_APP: Final = "the app's owner accepts such platforms by setRequireTcbUpToDate(false) of DstackApp {appId}"
 
@@ -55,6 +101,20 @@ def member_of(rule: ContractRule) -> str | None:
 def may_be_of_a_file(rule: ContractRule) -> bool:
     """Return whether a webhook that decides by a file gives the same reason."""
     return rule in _SHARED
+
+
+def contract_change(rule: ContractRule | None, request: Mapping[str, Any], *, is_kms: bool) -> ContractChange | None:
+    """Return the smallest change of a contract for a denial by this rule; None if none is known, or possible.
+
+    A reason that a webhook with a file may give, too, has the change that a contract would need.
+    """
+    named = {name: _hex(value) for name, value in request.items()}
+    if rule == "tcb_status" and not is_kms:
+        contract = _APP.format_map(named)
+        return ContractChange(contract, "requireTcbUpToDate", "false", "setRequireTcbUpToDate(false)", "true")
+    if rule is None or rule not in _CHANGES:
+        return None
+    return ContractChange(*(each.format_map(named) for each in _CHANGES[rule]))
 
 
 def contract_steps(

@@ -10,7 +10,13 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from dstack_emu.auth.boot_info import Refusal
-from dstack_emu.inspection.contract_steps import contract_steps, may_be_of_a_file, member_of
+from dstack_emu.inspection.contract_steps import (
+    ContractChange,
+    contract_change,
+    contract_steps,
+    may_be_of_a_file,
+    member_of,
+)
 from dstack_emu.inspection.policy_file import PolicyFile
 from dstack_emu.inspection.why import Caller, Examination, Explained, Verdict, refusal_document
 
@@ -78,10 +84,19 @@ class Report:
             "decision": explained and _decision(explained),
             "refusals": [refusal_document(refusal) for refusal in change.refusals] if change else [],
             "change": {"patch": change.patch, "diff": change.diff} if change and change.patch else None,
+            "contract_change": self.contract_change and self.contract_change.document(),
             "no_change_because": (change.obstacle or None) if change else None,
             "warnings": list(self.warnings),
             "next_steps": self.next_steps,
         }
+
+    @property
+    def contract_change(self) -> ContractChange | None:
+        """Return what a contract would have to hold, if a webhook denied with a contract's reason."""
+        request, explained = self.examination.request, self.explained
+        if request is None or explained is None:
+            return None
+        return contract_change(explained.contract_rule, request.document, is_kms=self.caller == "kms")
 
     def _evidence(self) -> dict[str, Any]:
         examined, verification = self.examination, self.verification
