@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 
 from dstack_emu.observability.otel_spans import SpanMaker, UrlOf
 from dstack_emu.observability.spans import CallSpan
-from dstack_emu.transport.urls import shown_url
+from dstack_emu.transport.urls import shown_url, without_credentials
 
 QUEUE: Final = 2048
 """Calls from outside that wait to be sent. Further ones are dropped."""
@@ -102,6 +102,8 @@ class OtlpExport:
     def _send(self) -> None:
         calls = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
         spans = [span for call in calls for span in self._spans.spans_of(call)]
+        if not spans:
+            return  # OTEL_SDK_DISABLED is set
         if self._exporter.export(spans) is not SpanExportResult.SUCCESS:
             self.lost += len(spans)
             return
@@ -114,7 +116,7 @@ class OtlpExport:
         """Report that the collector took no spans, unless that is known already."""
         if self._is_answered:
             self._is_answered = False
-            log.warning("--otlp: %s takes no spans: %s", self._shown, why)
+            log.warning("--otlp: %s takes no spans: %s", self._shown, without_credentials(why))
 
 
 class _Messages(logging.Filter):
