@@ -45,19 +45,20 @@ class _State:
 class EthAuth:
     """Asks the contract of its settings. Close it.
 
-    `now` is a clock in seconds, for the block cache alone. `headers` are added to each call of the chain.
+    `head` is the block cache (None: one of its own, which follows the monotonic clock). `headers` are added to each
+    call of the chain.
     """
 
     def __init__(
         self,
         settings: EthSettings,
         *,
-        now: Callable[[], float] = time.monotonic,
+        head: "KeptHead | None" = None,
         headers: Headers | None = None,
     ) -> None:
         self.settings: Final = settings
         self._chain = JsonRpcClient(settings.rpc_url, timeout=settings.timeout, headers=headers)
-        self._head = KeptHead(settings.block_cache, now)
+        self._head = head or KeptHead(settings.block_cache, time.monotonic)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -109,7 +110,7 @@ class EthAuth:
                 f"authorization backend has not reached configured finality: {settings.confirmations} blocks after "
                 f"the first expected, got {head}"
             )
-        known = f"known for {age:.1f} s" if age else "just asked"
+        known = "just asked" if age is None else f"known for {age:.1f} s"
         return _State(hex(block), f"block {block} of chain {chain_id}, latest {head}, {known}")
 
     async def _call(self, data: bytes, block: str) -> bytes:
@@ -119,16 +120,16 @@ class EthAuth:
 class KeptHead:
     """The number of the latest block, which is used for `seconds` after it came, as upstream's client does.
 
-    With 0 seconds it is asked for each time. A state that is that much older is then judged: what was revoked meanwhile
-    is still allowed.
+    `now` is a clock in seconds. With 0 seconds it is asked for each time. A state that is that much older is then
+    judged: what was revoked meanwhile is still allowed.
     """
 
     def __init__(self, seconds: float, now: Callable[[], float]) -> None:
         self._seconds, self._now = seconds, now
         self._kept: tuple[int, float] | None = None
 
-    async def get(self, ask: Callable[[], Awaitable[int]]) -> tuple[int, float]:
-        """Return the number and its age in seconds, 0 if it was asked for; raise what `ask` raises."""
+    async def get(self, ask: Callable[[], Awaitable[int]]) -> tuple[int, float | None]:
+        """Return the number and its age in seconds, None if it was asked for; raise what `ask` raises."""
         if self._kept is not None:
             head, came = self._kept
             age = self._now() - came
@@ -136,7 +137,11 @@ class KeptHead:
                 return head, age
         head = await ask()
         self._kept = head, self._now()
-        return head, 0.0
+        return head, None
+
+    def forget(self) -> None:
+        """Ask for the number the next time."""
+        self._kept = None
 
 
 def decoded(decode: Callable[[bytes], T], data: bytes) -> T:

@@ -14,7 +14,7 @@ from aiohttp import web
 from dstack_emu.auth import openapi
 from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo, parse_boot_info
 from dstack_emu.auth.errors import BootInfoBoundsError, BootInfoError, ChainError
-from dstack_emu.auth.eth import EthAuth
+from dstack_emu.auth.eth import EthAuth, KeptHead
 from dstack_emu.auth.eth_request import parse_bounded_boot_info
 from dstack_emu.auth.eth_settings import BACKEND_UNAVAILABLE, EthSettings
 from dstack_emu.auth.hono import JsonText, Webhook, boot_response, webhook_app, zod_refusal
@@ -34,14 +34,16 @@ def eth_app(
     *,
     observer: DecisionObserver | None = None,
     headers: Headers | None = None,
+    head: KeptHead | None = None,
 ) -> web.Application:
     """Build auth-eth-bun over one contract.
 
-    `observer` is called after each decision, `headers` are added to each call of the chain. Logs upstream's lines to
-    `auth.eth`, and for each answer the block whose state decided. Why a chain gives no answer is logged at level debug,
-    because upstream's next hides it in its log, too; 0.5.11 answers with it.
+    `observer` is called after each decision, `headers` are added to each call of the chain. `head` is the block
+    cache, if it is not one of its own. Logs upstream's lines to `auth.eth`, and for each answer the block whose state
+    decided. Why a chain gives no answer is logged at level debug, because upstream's next hides it in its log, too;
+    0.5.11 answers with it.
     """
-    service = EthAuth(settings, headers=headers)
+    service = EthAuth(settings, headers=headers, head=head)
     rules = settings.rules
 
     async def info() -> tuple[int, Mapping[str, object]]:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from dstack_emu.attest.release import AuthEthRevision
 from dstack_emu.auth.boot_info import PolicyDecision, ReceivedBootInfo
 from dstack_emu.auth.errors import AuthConfigError
-from dstack_emu.auth.eth import EthAuth
+from dstack_emu.auth.eth import EthAuth, KeptHead
 from dstack_emu.auth.eth_server import eth_app
 from dstack_emu.auth.eth_settings import EthSettings, unread_variables
 from dstack_emu.auth.json_rpc import MAX_RPC_ANSWER
@@ -584,7 +584,7 @@ class Clock:
 
 async def test_with_the_block_cache_a_revoked_app_is_allowed_until_it_ends_and_the_log_says_so(chain: Chain) -> None:
     clock = Clock()
-    service = EthAuth(EthSettings(chain.url, CONTRACT, "next", block_cache=4), now=clock)
+    service = EthAuth(EthSettings(chain.url, CONTRACT, "next"), head=KeptHead(4, clock))
 
     def by_block(name: str, request: dict[str, Any]) -> Any:
         if name == "isAppAllowed":

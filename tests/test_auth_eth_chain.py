@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from dstack_emu.auth.eth import EthAuth
+from dstack_emu.auth.eth import EthAuth, KeptHead
 from dstack_emu.auth.eth_server import eth_app
 from dstack_emu.auth.eth_settings import EthSettings
 from tests.chains import LiveChain, running_chain
@@ -107,8 +107,8 @@ async def test_confirmations_and_the_block_cache_judge_a_past_state(chain: LiveC
     for _ in range(confirmations):
         chain.rpc("evm_mine")
     now = [0.0]
-    settings = EthSettings(chain.url, chain.kms.address, "next", confirmations=confirmations, block_cache=4)
-    service = EthAuth(settings, now=lambda: now[0])
+    settings = EthSettings(chain.url, chain.kms.address, "next", confirmations=confirmations)
+    service = EthAuth(settings, head=KeptHead(4, lambda: now[0]))
     try:
         assert (await service.decide(ASKED, True)).reason == "TCB status is not up to date"
         send(chain, chain.kms.functions.setGatewayAppId("new"))

@@ -232,7 +232,8 @@ def test_compose_file_of_the_chain_publishes_its_port() -> None:
     (stack,) = yaml.safe_load(document("compose/chain.yaml"))["services"].values()
     port = f"${{EMU_PORT_CHAIN:-{PORTS['chain']}}}"
     assert stack["ports"] == [f"127.0.0.1:{port}:{port}"]
-    optional = {name: f"${{{name}:-}}" for name in ("EMU_ETH_RPC_URL", "EMU_KMS_CONTRACT", "EMU_PORT_CHAIN")}
+    names = ("EMU_ETH_RPC_URL", "EMU_KMS_CONTRACT", "EMU_ETH_BLOCK_CACHE", "EMU_PORT_CHAIN")
+    optional = {name: f"${{{name}:-}}" for name in names}
     assert stack["environment"] == {"EMU_AUTH": "${EMU_AUTH:-eth}", **optional}
 
 

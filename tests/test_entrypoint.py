@@ -61,13 +61,14 @@ def test_settings_become_options_and_those_of_the_container_come_last(started: P
         "EMU_AUTH": "src=eth",
         "EMU_ETH_RPC_URL": "http://node:8545",
         "EMU_KMS_CONTRACT": "0x12",
+        "EMU_ETH_BLOCK_CACHE": "4",
         "EMU_OTLP": "http://otel:4318",
     }
     assert arguments_of(started, "up", "--release", "0.6", **settings) == [
         *["up", "--listen", "0.0.0.0", "--state", "/state"],
         *["--port", "ingress=9600", "--port", "vmm=9500", "--port", "kms-src=9400"],
         *["--domain", "stack", "--domain", "other"],
-        *["--auth", "src=eth", "--kms-contract", "0x12", "--eth-rpc-url", "http://node:8545"],
+        *["--auth", "src=eth", "--eth-block-cache", "4", "--kms-contract", "0x12", "--eth-rpc-url", "http://node:8545"],
         *["--otlp", "http://otel:4318"],
         *["--gateway", "--app-host", "my-app", "--base-domain", "apps.test"],
         "--vmm",

@@ -90,6 +90,28 @@ def test_revocation_by_a_transaction_is_heeded_at_once(stack: LiveStack) -> None
     stack.boot()
 
 
+def test_with_the_block_cache_a_revocation_is_heeded_when_its_time_is_over() -> None:
+    with LiveStack(auth=BOTH, eth_block_cache=4) as stack:
+        _, _, app = owner_of(stack)
+        compose_hash = bytes.fromhex(stack.description["app"]["compose_hash"])
+        stack.clock.freeze()
+        stack.boot()
+        app.functions.removeComposeHash(compose_hash).transact()
+        stack.clock.advance(3.9)
+        stack.boot()
+        (*_, record) = stack.journal.find("/bootAuth/app", service="auth-src")
+        assert record["decision"]["state"].endswith(", known for 3.9 s")
+        stack.clock.advance(0.1)
+        with refused("Boot denied: Compose hash not allowed"):
+            stack.boot()
+        stack.snapshot("revoked")
+        app.functions.addComposeHash(compose_hash).transact()
+        stack.boot()
+        stack.revert("revoked")
+        with refused("Boot denied: Compose hash not allowed"):  # the number of a block that is gone is not used again
+            stack.boot()
+
+
 def test_policy_acts_of_the_control_api_are_transactions(stack: LiveStack) -> None:
     node, kms, app = owner_of(stack)
     before = node.eth.block_number

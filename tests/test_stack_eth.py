@@ -89,6 +89,13 @@ def test_command_lets_the_chain_decide_for_one_kms_which_states_url_and_contract
         ({"auth": {"src": "eth"}, "kms_contract": CONTRACT}, "eth_rpc_url is missing: .*--eth-rpc-url URL"),
         ({"auth": {"src": "eth"}, "eth_rpc_url": "http://h"}, "kms_contract is missing"),
         ({"eth_rpc_url": "http://h"}, "eth_rpc_url and kms_contract are settings of webhooks that ask a chain"),
+        ({"eth_block_cache": 4}, "eth_block_cache is a setting of webhooks that ask a chain: add `--auth eth`"),
+        ({"auth": {"src": "eth"}, "eth_block_cache": 3601}, "eth_block_cache: seconds from 0 to 3600 .*, got 3601"),
+        ({"auth": {"src": "eth"}, "eth_block_cache": -1}, "eth_block_cache: seconds from 0 to 3600 .*, got -1"),
+        (
+            {"auth": {"src": "eth"}, "eth_block_cache": 4, "release": "0.5"},
+            "eth_block_cache: auth-eth of dstack 0.5 asks about the latest state",
+        ),
         (
             {"auth": {"src": "eth"}, "webhooks": {"src": "http://h"}, "eth_rpc_url": "http://h"},
             "auth of src: this KMS asks the webhook that `webhooks` names",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dstack_emu.attest.release import Release, release
 from dstack_emu.auth.errors import AuthConfigError
-from dstack_emu.auth.eth_settings import EthSettings
+from dstack_emu.auth.eth_settings import MAX_BLOCK_CACHE, RULES, EthSettings
 from dstack_emu.deployment.config import AUTH_KINDS, StackConfig
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.transport.validation import suggestion
@@ -22,7 +22,7 @@ class AskedChain:
 
 
 def require_chain(config: StackConfig) -> None:
-    """Verify the settings `auth`, `eth_rpc_url` and `kms_contract`; raise `StackError`, which says what is wrong."""
+    """Verify the settings of webhooks, and of the chain that they ask; raise `StackError`, which says what is wrong."""
     for name, kind in config.auth.items():
         if name not in SIDES:
             raise StackError(f"auth: {' or '.join(SIDES)} expected, got {name!r:.60}")
@@ -31,12 +31,29 @@ def require_chain(config: StackConfig) -> None:
             raise StackError(f"auth of {name}: {' or '.join(AUTH_KINDS)} expected, got {kind!r:.60}{near}")
         if name in config.webhooks:
             raise StackError(f"auth of {name}: this KMS asks the webhook that `webhooks` names; leave one of them out")
+    _require_block_cache(config)
     if config.runs_chain:
         return
     if any(map(config.asks_chain, SIDES)):
         eth_settings(given_chain(config), release(config.release))
     elif config.eth_rpc_url is not None or config.kms_contract is not None:
         raise StackError("eth_rpc_url and kms_contract are settings of webhooks that ask a chain: add `--auth eth`")
+
+
+def _require_block_cache(config: StackConfig) -> None:
+    if not config.eth_block_cache:
+        return
+    if not any(map(config.asks_chain, SIDES)):
+        raise StackError("eth_block_cache is a setting of webhooks that ask a chain: add `--auth eth`")
+    if not 0 < config.eth_block_cache <= MAX_BLOCK_CACHE:
+        raise StackError(
+            f"eth_block_cache: seconds from 0 to {MAX_BLOCK_CACHE:g} expected, got {config.eth_block_cache:g}"
+        )
+    if not RULES[release(config.release).auth_eth_revision].reads_confirmed_block:
+        raise StackError(
+            f"eth_block_cache: auth-eth of dstack {config.release} asks about the latest state, and keeps no number of "
+            "a block: leave it out, or choose another release"
+        )
 
 
 def given_chain(config: StackConfig) -> AskedChain:

@@ -62,7 +62,8 @@ class StackConfig:
     `auth` is the kind of webhook that the stack runs for a KMS, by the same names: one of AUTH_KINDS. Webhooks of the
     kind `eth` ask the contract `kms_contract` (an address) of the chain whose JSON-RPC is `eth_rpc_url`; the stack has
     no policy for those KMS. Without both, the stack runs a chain of its own, with the contracts, and sends the
-    transactions that allow its KMS and its app.
+    transactions that allow its KMS and its app. For `eth_block_cache` seconds of the stack's clock these webhooks use
+    the number of the latest block again, as upstream's do for 4 s.
 
     `app_compose` is the file whose bytes are the identity of the stack's app (None: a generated one), `user_config` the
     app's own file. The variables in `env_file` are encrypted for the app, as a deployer does it; the app's guest drops
@@ -100,6 +101,7 @@ class StackConfig:
     auth: Mapping[str, str] = field(default_factory=dict)
     eth_rpc_url: str | None = None
     kms_contract: str | None = None
+    eth_block_cache: float = 0.0
     kms: Mapping[str, str] = field(default_factory=dict)
     kms_wait: float | None = None
     app_compose: Path | None = None

@@ -153,11 +153,15 @@ class StackContext:
         It is auth-simple over its policy, or auth-eth-bun.
         """
         if self.config.asks_chain(kms):
-            from dstack_emu.auth.eth_server import eth_app  # few stacks ask a chain: the others start sooner
+            from dstack_emu.auth.eth import KeptHead  # few stacks ask a chain: the others start sooner
+            from dstack_emu.auth.eth_server import eth_app
 
             headers = trace_headers if self.chain is None else headers_of(f"auth-{kms}")
             settings = eth_settings(self._asked_chain(), self.release_of(release_name))
-            return await self.serve(f"auth-{kms}", eth_app(settings, observer=decision_recorder(), headers=headers))
+            head = KeptHead(self.config.eth_block_cache, lambda: self.instrumentation.clock.now())
+            self.instrumentation.on_clear.append(head.forget)
+            app = eth_app(settings, observer=decision_recorder(), headers=headers, head=head)
+            return await self.serve(f"auth-{kms}", app)
         path = str(self.policies.paths[kms])
         app = simple_app(path, contract=self.contract_of(release_name), observer=decision_recorder())
         return await self.serve(f"auth-{kms}", app)

@@ -1,6 +1,6 @@
 """The clock, the journal and the faults of a stack, and the functions that instrument its services with them."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -57,6 +57,7 @@ class Instrumentation:
         self, seed: Seed, *, patience: float | None = None, kept: int = JOURNAL_SIZE, journal_file: Path | None = None
     ) -> None:
         self.clock = StackClock()
+        self.on_clear: list[Callable[[], None]] = []
         self.faults = FaultRules(seed)
         self.journal = Journal(self.clock, kept=kept, file=journal_file)
         self.patience = patience
@@ -142,6 +143,8 @@ class Instrumentation:
         self._verifiers.pop(caller, None)
 
     def clear_caches(self) -> None:
-        """Empty the caches of all verifiers, so that their next requests are made in full."""
+        """Empty the caches of all verifiers, so that their next requests are made in full, and call `on_clear`."""
         for verifier in self._verifiers.values():
             verifier.forget()
+        for forget in self.on_clear:
+            forget()

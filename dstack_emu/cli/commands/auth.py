@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the policy of `simple` (AUTH_CONFIG_PATH, else ./auth-config.json), or the allowlist of `file` "
         f"({DEFAULT_ALLOWLIST_PATH})",
     )
-    add_eth_options(parser, with_tuning=True)
+    add_eth_options(parser)
     add_release(
         parser,
         "if AUTH_SIMPLE_COMPAT or AUTH_ETH_COMPAT is not set, `simple` has the contract, and `eth` the revision, of "

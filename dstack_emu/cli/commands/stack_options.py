@@ -8,7 +8,7 @@ from typing import Final
 
 from dstack_emu.auth.policy import CONTRACTS
 from dstack_emu.cli.commands.common import add_release
-from dstack_emu.cli.commands.eth_options import add_eth_options
+from dstack_emu.cli.commands.eth_options import add_stack_eth_options
 from dstack_emu.cli.commands.guest_options import add_collateral_issued
 from dstack_emu.cli.commands.workload_options import add_workload
 from dstack_emu.deployment.config import AUTH_KINDS, BASE_DOMAIN, TOKEN_VARIABLE, StackConfig
@@ -80,7 +80,7 @@ def add_stack_options(parser: argparse.ArgumentParser) -> None:
         help="the webhook that the stack runs for the KMS src or dst, or for both: simple (auth-simple, the default) "
         "or eth (auth-eth-bun, which asks the contract below, or that of a chain of the stack's own); may be repeated",
     )
-    add_eth_options(parser, with_tuning=False)
+    add_stack_eth_options(parser)
     add_kms_options(parser)
     parser.add_argument("--journal", type=Path, metavar="FILE", help="append a record of each call, as JSON lines")
     parser.add_argument(
@@ -209,6 +209,7 @@ def stack_config(arguments: argparse.Namespace, *, free_ports: bool, host: str =
         auth={name: kind for each in arguments.auth for name, kind in each.items()},
         eth_rpc_url=arguments.eth_rpc_url,
         kms_contract=arguments.kms_contract,
+        eth_block_cache=arguments.eth_block_cache or 0.0,
         kms=dict(arguments.kms),
         kms_wait=arguments.kms_wait,
         app_compose=arguments.app_compose,
