@@ -64,5 +64,5 @@ def open_filled(tab: Tab, stack: RunningStack, page: str) -> None:
     elif page == "snapshots":
         tab.tab_to("Compare before")
         tab.press("Enter")
-        tab.see("/policies/src/apps", "section")
+        tab.see("policy of kms-src", "section")
     tab.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")

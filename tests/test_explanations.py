@@ -285,6 +285,33 @@ async def test_differences_of_a_snapshot_are_shown_place_by_place(running: Stack
         control.differences("before", "nothing")
 
 
+async def test_comparison_shows_part_by_part_what_differs(running: Stack, control: Control) -> None:
+    control.snapshot("before")
+    assert control.comparison("before") == {"parts": [], "unseen": []}
+    control.set_clock(freeze="2026-06-01T00:00:00Z")
+    control.set_platform("host of app", tcb_status="OutOfDate")
+    control.set_vendor(collateral_until="2027-01-01")
+    control.deny("src", "app")
+    control.add_fault(service="pccs", kind="status", status=503)
+    control.emit_event("app", "mine", "c0ffee")
+    parts = {each["part"]: each for each in control.comparison("before")["parts"]}
+    app = control.guest("app")["app_id"]
+    assert f'-    "0x{app}": {{' in parts["policy of kms-src"]["diff"].splitlines()
+    changes = {
+        (name, each["what"]): (each["before"], each["after"]) for name in parts for each in parts[name]["changes"]
+    }
+    assert changes["clock", "time"] == ("that of the system clock", "frozen at 2026-06-01T00:00:00Z")
+    assert changes["platform host of app", "tcb_status"] == ("UpToDate", "OutOfDate")
+    assert "next_update 2027-01-01T00:00:00Z" in changes["vendor", "pck_crl_dating"][1]
+    (fault,) = (change for (name, _), change in changes.items() if name == "faults")
+    assert fault == ("absent", "service pccs, kind status, status 503; met 0 of 0 calls")
+    assert ("absent", "mine: c0ffee") in changes.values()
+    control.snapshot("after")
+    await control.revert("before")
+    assert control.comparison("before")["parts"] == []
+    assert {each["part"] for each in control.comparison("before", "after")["parts"]} == set(parts)
+
+
 async def test_differences_show_no_key_and_no_token(running: Stack, control: Control) -> None:
     control.snapshot("before")
     token = "a-token-that-nobody-sees"
@@ -293,8 +320,9 @@ async def test_differences_show_no_key_and_no_token(running: Stack, control: Con
     await control.add_guest("booted")
     control.allow("src", "booted")
     await control.boot_guest("booted")
-    text = json.dumps(control.differences("before"))
+    text = json.dumps(control.differences("before")) + json.dumps(control.comparison("before"))
     assert "/kms/third" in text
+    assert "KMS third" in text
     state = json.dumps(control.save())
     assert token in state
     assert token not in text

@@ -87,6 +87,14 @@ class Control(ChainControl, EvidenceControl, GatewayControl):
         one = self._snapshot(name)
         return differences(one, self._capture() if other is None else self._snapshot(other))
 
+    def comparison(self, name: str, other: str | None = None) -> dict[str, Any]:
+        """Return the same part by part, for people: policies as diffs, certificates by their fingerprints."""
+        # Imported here, because a stack of which nobody compares snapshots starts sooner without it.
+        from dstack_emu.control.comparison import comparison
+
+        one = self._snapshot(name)
+        return comparison(one, self._capture() if other is None else self._snapshot(other))
+
     def snapshot_policy(self, name: str, kms: str) -> Any:
         """Return the content of a KMS's policy in a snapshot."""
         policies = self._snapshot(name).policies

@@ -7,7 +7,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from dstack_emu.control.api import Control
-from dstack_emu.control.schemas import ControlError
+from dstack_emu.control.schemas import ControlError, RequestBody
 
 JSON: Final = "application/json"
 
@@ -29,6 +29,10 @@ class Route:
     query: tuple[str, ...] = ()
     validates: bool = True
     media_type: str = JSON
+
+
+class Nothing(RequestBody):
+    """An empty object, or no body."""
 
 
 def given(body: BaseModel) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dstack_emu.attest.version import EMULATOR
 from dstack_emu.control.api import Control
 from dstack_emu.control.chain_routes import CHAIN_ROUTES
 from dstack_emu.control.metrics_route import DESCRIBED, METRICS
-from dstack_emu.control.route import Route
+from dstack_emu.control.route import Nothing, Route
 from dstack_emu.control.route import given as _given
 from dstack_emu.control.route import number as _number
 from dstack_emu.control.schemas import (
@@ -23,10 +23,10 @@ from dstack_emu.control.schemas import (
     PolicyChange,
     PolicyText,
     RequestBody,
-    SnapshotRequest,
     TxtRecord,
     VendorChange,
 )
+from dstack_emu.control.snapshot_routes import SNAPSHOT_ROUTES
 from dstack_emu.control.snapshots import StackState
 from dstack_emu.deployment.specs import EventSpec, GuestSpec, KmsSpec
 from dstack_emu.observability.fault_rules import FaultRule
@@ -34,10 +34,6 @@ from dstack_emu.observability.fault_rules import FaultRule
 
 class _Policy(RequestBody):
     """The content of auth-simple's policy file; it is not validated."""
-
-
-class _Nothing(RequestBody):
-    """An empty object, or no body."""
 
 
 def _journal(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> dict[str, Any]:
@@ -57,10 +53,6 @@ def _count(control: Control, path: dict[str, str], query: dict[str, str], body: 
     patterns = {key: query[key] for key in ("call", "service", "caller", "outcome") if key in query}
     control.require_recordable(**patterns)
     return {"calls": control.journal.calls(**patterns, since=_number(query, "since", 0))}
-
-
-async def _revert(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> None:
-    await control.revert(path["name"])
 
 
 async def _load(control: Control, path: dict[str, str], query: dict[str, str], body: Any) -> None:
@@ -122,7 +114,7 @@ ROUTES: Final = (
     Route("PATCH", "/vendor", "Change the vendor's state", lambda c, p, q, b: c.set_vendor(**_given(b)), VendorChange),
     Route("GET", "/platforms", "Every platform", lambda c, p, q, b: c.platforms()),
     Route("GET", "/platforms/{name}", "One platform", lambda c, p, q, b: c.platform(p["name"])),
-    Route("PUT", "/platforms/{name}", "Add a platform", lambda c, p, q, b: c.add_platform(p["name"]), _Nothing),
+    Route("PUT", "/platforms/{name}", "Add a platform", lambda c, p, q, b: c.add_platform(p["name"]), Nothing),
     Route(
         "PATCH",
         "/platforms/{name}",
@@ -136,7 +128,7 @@ ROUTES: Final = (
         "/gateway/instances/{id}/end-handshake",
         "Let the gateway have heard nothing of an instance, until it registers again",
         lambda c, p, q, b: c.end_handshake(p["id"]),
-        _Nothing,
+        Nothing,
     ),
     Route(
         "PUT",
@@ -204,7 +196,7 @@ ROUTES: Final = (
         "/kms/{name}/restart",
         "Start it anew with its keys, as a new process that judges itself again",
         lambda c, p, q, b: c.restart_kms(p["name"]),
-        _Nothing,
+        Nothing,
     ),
     Route("GET", "/policies", "The paths of the policy files", lambda c, p, q, b: c.policies()),
     Route("GET", "/policies/{kms}", "A policy", lambda c, p, q, b: c.policy(p["kms"])),
@@ -262,34 +254,9 @@ ROUTES: Final = (
         lambda c, p, q, b: c.why(p["id"]),
     ),
     Route("DELETE", "/journal", "Forget every record", lambda c, p, q, b: c.journal.clear()),
-    Route("POST", "/journal/on", "Record calls", lambda c, p, q, b: _switch(c, True), _Nothing),
-    Route("POST", "/journal/off", "Record nothing", lambda c, p, q, b: _switch(c, False), _Nothing),
-    Route("GET", "/snapshots", "The names of all snapshots", lambda c, p, q, b: c.snapshots()),
-    Route(
-        "POST",
-        "/snapshots",
-        "Take a snapshot",
-        lambda c, p, q, b: {"name": c.snapshot(b.name)},
-        SnapshotRequest,
-    ),
-    Route("DELETE", "/snapshots/{name}", "Delete a snapshot", lambda c, p, q, b: c.forget_snapshot(p["name"])),
-    Route(
-        "GET",
-        "/snapshots/{name}/differences",
-        "What differs between a snapshot and another one (`to`), or the present state",
-        lambda c, p, q, b: c.differences(p["name"], q.get("to")),
-        query=("to",),
-    ),
-    Route(
-        "GET",
-        "/snapshots/{name}/policies/{kms}",
-        "A policy as a snapshot has it",
-        lambda c, p, q, b: c.snapshot_policy(p["name"], p["kms"]),
-    ),
-    Route("POST", "/snapshots/{name}/revert", "Restore a snapshot", _revert, _Nothing),
-    Route(
-        "POST", "/reset", "Restore the state in which the stack became ready", lambda c, p, q, b: c.reset(), _Nothing
-    ),
+    Route("POST", "/journal/on", "Record calls", lambda c, p, q, b: _switch(c, True), Nothing),
+    Route("POST", "/journal/off", "Record nothing", lambda c, p, q, b: _switch(c, False), Nothing),
+    *SNAPSHOT_ROUTES,
     Route("GET", "/state", "The state of the stack, to be saved", lambda c, p, q, b: c.save()),
     Route("PUT", "/state", "Restore a saved state", _load, StackState, validates=False),
 )

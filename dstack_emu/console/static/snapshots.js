@@ -1,7 +1,8 @@
 // The page of snapshots: take one, compare it, go back to it, delete it.
 
 import {call, get, part} from "./api.js";
-import {alertBox, attempt, labelled, make, scrolling, tied} from "./dom.js";
+import {comparison} from "./comparison.js";
+import {alertBox, attempt, labelled, make, tied} from "./dom.js";
 
 const READY = "ready";  // the snapshot that the stack takes of itself
 
@@ -26,12 +27,9 @@ export async function show(content) {
   async function compare(event, one) {
     await attempt(alert, event.currentTarget, async () => {
       const query = to.value ? `?to=${part(to.value)}` : "";
-      const found = await get(`/snapshots/${part(one)}/differences${query}`);
+      const [parts, places] = await Promise.all(["comparison", "differences"].map((each) => get(`/snapshots/${part(one)}/${each}${query}`)));
       const heading = make("h2", {tabindex: -1}, `From ${one} to ${to.value || "the present state"}`);
-      const lines = found.map(({path, before, after}) => make("tr", {}, make("th", {scope: "row"}, path),
-        make("td", {class: "mono"}, before), make("td", {class: "mono"}, after)));
-      compared.replaceChildren(heading, lines.length ? scrolling("What differs", make("table", {}, make("thead", {}, make("tr", {},
-        ["place", "before", "after"].map((each) => make("th", {scope: "col"}, each)))), make("tbody", {}, lines))) : make("p", {}, "Nothing differs."));
+      compared.replaceChildren(heading, ...comparison(parts, places));
       heading.focus();
     });
   }
