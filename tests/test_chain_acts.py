@@ -190,7 +190,7 @@ def test_denial_of_a_kms_and_of_an_image_have_them_too(stack: LiveStack) -> None
     found = denied(stack, "kms")
     assert [each["list"] for each in found["change"]["differences"]] == ["allowedOsImages", "kmsAllowedAggregatedMrs"]
     allow(stack, found)
-    stack.boot()
+    assert control.chain()["decisions"]["kms-src"] == found["change"]["after"] == {"allowed": True, "reason": ""}
 
 
 def test_denial_of_a_status_names_the_setting_or_that_nothing_admits_it(stack: LiveStack) -> None:
