@@ -29,12 +29,16 @@ def campaign_of(name: str) -> Campaign:
 
 
 class Progress:
-    """Prints how far a run is, on stderr."""
+    """Prints how far a run is, on stderr, and what it finds at once."""
 
     def __init__(self) -> None:
-        self._next = time.monotonic() + EVERY
+        self._next, self._shown = time.monotonic() + EVERY, 0
 
     def __call__(self, report: Report) -> None:
+        for found in report.found[self._shown :]:
+            text = f"found in case {found.case}: {found.finding.rule}: {found.finding.text}"
+            print(text, file=sys.stderr, flush=True)
+        self._shown = len(report.found)
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + EVERY
             said = f"{report.cases} cases in {report.elapsed():.0f} s, found: {len(report.found) or 'nothing'}"

@@ -15,8 +15,8 @@ from dstack_emu import Stack, StackConfig
 from dstack_emu.attest.release import RELEASES
 from tests.decision_model import Platform, Vendor
 
-PATIENCE: Final = 5.0
-"""Seconds that parts wait for one another."""
+PATIENCE: Final = 60.0
+"""Seconds that parts wait for one another: on a machine that is busy nothing may be refused for being late."""
 PADDING: Final = 8
 """Empty blocks before a case's first one, so that no reorganization reaches what the stack has deployed."""
 BASE: Final = "base"

@@ -43,8 +43,11 @@ class Report:
     slowest: tuple[float, int] = (0.0, 0)
     """Seconds, and the number of the case."""
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """CPU time of this process."""
     interrupted: bool = False
     began: float = field(default_factory=time.monotonic)
+    cpu_before: float = field(default_factory=time.process_time)
 
     @classmethod
     def begin(cls, campaign: Campaign, seed: str) -> "Report":
@@ -59,6 +62,7 @@ class Report:
     def end(self) -> None:
         """End it."""
         self.seconds = self.elapsed()
+        self.cpu_seconds = time.process_time() - self.cpu_before
 
     def add(self, script: Script, outcome: Outcome, number: int, seconds: float) -> None:
         """Count a case."""
@@ -85,6 +89,7 @@ class Report:
             "versions": self.versions,
             "cases": self.cases,
             "seconds": round(self.seconds, 1),
+            "cpu_seconds": round(self.cpu_seconds, 1),
             "interrupted": self.interrupted,
             "acts": dict(sorted(self.acts.items())),
             "outcomes": dict(sorted(self.outcomes.items())),
@@ -109,7 +114,7 @@ class Report:
         lines = [
             f"{self.campaign}: {self.about}",
             f"seed {self.seed}, {self.date}; {said}",
-            f"{self.cases} cases in {self.seconds:.1f} s ({self.cases / max(self.seconds, 1e-9):.1f} per second); "
+            f"{self.cases} cases in {self.seconds:.1f} s, {self.cpu_seconds:.1f} s of CPU time; "
             f"the slowest was case {self.slowest[1]}, {self.slowest[0]:.2f} s",
             *(["interrupted"] if self.interrupted else []),
             "acts:",
