@@ -1,9 +1,11 @@
 """Acts on a stack's chain by its control API: what they change, what contracts refuse, and what a denial needs."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic.alias_generators import to_camel
 
 from dstack_emu.chain.artefacts import app_contract
 from dstack_emu.control.schemas import ControlError
@@ -175,6 +177,9 @@ def test_denial_of_an_app_has_the_entries_that_admit_it_and_they_do(stack: LiveS
         "value": device,
     }
     assert found["change"]["after"] == {"allowed": True, "reason": ""}
+    asked = {to_camel(name): value for name, value in found["decision"]["asked"].items()}
+    admission = stack.control.admit(text=json.dumps({**asked, "mrSystem": "", "keyProviderInfo": ""}), caller="app")
+    assert admission["kms"]["src"]["change"] == found["change"]
     allow(stack, found)
     stack.boot()
     assert denied(stack, "app")["refusals"] == []

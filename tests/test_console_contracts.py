@@ -70,7 +70,7 @@ def test_boot_that_contracts_refused_is_allowed_by_a_transaction_from_the_call(s
     assert boot(stack)[0] == 200
 
 
-def test_transactions_of_a_call_are_not_sent_if_the_contracts_have_changed_since(stack: RunningStack, tab: Tab) -> None:
+def test_transactions_of_a_call_are_not_sent_if_there_are_others_since(stack: RunningStack, tab: Tab) -> None:
     act = json.dumps({"kind": "compose-hash", "value": stack.description["app"]["compose_hash"]})
     control_call(stack, "POST", "/chain/remove", act)
     boot(stack)
@@ -82,7 +82,7 @@ def test_transactions_of_a_call_are_not_sent_if_the_contracts_have_changed_since
     control_call(stack, "POST", "/chain/app-set", '{"setting": "allow-any-device", "value": false}')
     tab.tab_to("Send the transaction")
     tab.press("Enter")
-    tab.see("The contracts have changed since", "section")
+    tab.see("The chain has other transactions since", "section")
     assert "Compose hash not allowed" in boot(stack)[1]
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+from pydantic.alias_generators import to_snake
+
 from dstack_emu.attest.app_info import APP_ID_SIZE, BootInfo
 from dstack_emu.attest.errors import AttestError, FormatError
 from dstack_emu.attest.release import Release
@@ -123,10 +125,19 @@ class Admission:
             examination = Examination(examination.checks, request)
             headers = headers_of("control") if is_own else None
             explained = await ask(url, request, self._question.caller, release=release, headers=headers)
-        return {
-            "problem": None,
-            **self._report(release, examination, Decider("webhook", shown_url(url)), explained).document(),
-        }
+        report = self._report(release, examination, Decider("webhook", shown_url(url)), explained)
+        return {"problem": None, **report.document(), **self._by_contracts(kms, report)}
+
+    def _by_contracts(self, kms: RunningKms, report: Report) -> dict[str, Any]:
+        """Return what the contracts on the stack's own chain lack, if they denied."""
+        chain, request = self._deployment.context.chain_of(self._decides(kms)), report.examination.request
+        if chain is None or request is None or report.verdict != "denied":
+            return {}
+        from dstack_emu.control.chain_denial import explain_on_chain  # few stacks have a chain
+
+        asked = {to_snake(name): value for name, value in request.document.items()}
+        found = explain_on_chain(chain, {"about": self._question.caller, "asked": asked})
+        return {name: found[name] for name in ("refusals", "change", "no_change_because") if name in found}
 
     def _report(
         self,

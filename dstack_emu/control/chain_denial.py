@@ -18,7 +18,8 @@ def explain_on_chain(chain: StackChain, decision: Mapping[str, Any]) -> dict[str
     """Return what the contracts refuse now of what a webhook was asked, and the fewest acts that admit it.
 
     `change` has the acts with their bodies, the `differences` as data and as a `diff`, and what the contracts would
-    answer `after` them, as a fork of the chain says. `no_change_because` says why there is none.
+    answer `after` them, as a fork of the chain says; `block` is the last one now. `no_change_because` says why there is
+    none.
     """
     is_kms = decision["about"] == "kms"
     try:
@@ -70,6 +71,7 @@ def _change(chain: StackChain, refused: list[Missing], boot: BootInfo, *, is_kms
         "acts": acts,
         "differences": [each.difference for each in refused],
         "diff": "\n".join(line for each in refused for line in each.diff),
+        "block": chain.head,
         "after": {"allowed": after.allowed, "reason": after.reason},
     }
 

@@ -22,10 +22,9 @@ async function changePolicy({kms, change}) {
   return ["The policy allows it now: the next request reads it."];
 }
 
-// Sends the transactions, unless the contracts need others by now; resolves to what came of each.
-async function sendActs({id, change}) {
-  const {denials} = await get(`/journal/${part(id)}/why`), now = denials.find((each) => each.id === id);
-  if (!same(now?.change, change)) throw new Error("The contracts have changed since: open the call again.");
+// Sends the transactions, unless there are others since; resolves to what came of each.
+async function sendActs({change}) {
+  if ((await get("/chain")).block !== change.block) throw new Error("The chain has other transactions since: look again.");
   const done = [];
   for (const {act, body} of change.acts) done.push(await call("POST", `/chain/${act}`, body));
   return ["The contracts allow it now: the next request asks them.",
