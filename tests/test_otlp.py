@@ -398,6 +398,21 @@ async def test_calls_for_which_the_queue_has_no_place_are_dropped_and_counted(
     assert total.endswith("0 spans, and 3 calls with all their spans, were lost")
 
 
+async def test_collector_that_never_answers_does_not_keep_the_end_and_all_calls_count_as_lost(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dstack_emu.observability.otlp.DEADLINE", 0.1)
+    async with running_collector() as silent:
+        silent.gate.clear()
+        async with exporting(silent.url) as (_, journal):
+            _call(journal)
+            await silent.until(lambda: silent.asked)
+            _call(journal)
+        silent.gate.set()
+    (total,) = (each.getMessage() for each in caplog.records if each.name == "dstack_emu.otlp")
+    assert total.endswith("took 0 spans; 0 spans, and 2 calls with all their spans, were lost")
+
+
 async def test_text_that_is_no_unicode_is_exported(collector: Collector) -> None:
     count = len(collector.spans)
     async with exporting(collector.url) as (export, journal):

@@ -49,6 +49,7 @@ class OtlpExport:
         self._exporter = trace_exporter.OTLPSpanExporter(endpoint)
         self._spans = SpanMaker(release, url_of)
         self._waiting: deque[CallSpan] = deque()
+        self._in_hand = 0
         self._is_answered, self._is_full, self._is_ending = True, False, False
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="otlp", daemon=True)
@@ -77,7 +78,7 @@ class OtlpExport:
         self._exporter.shutdown()  # type: ignore[no-untyped-call]  # it ends its wait for another attempt
         await asyncio.to_thread(self._thread.join, PAUSE)
         _EXPORTER_LOG.removeFilter(self._messages)
-        missing = self.dropped + len(self._waiting)
+        missing = self.dropped + len(self._waiting) + self._in_hand
         if missing or self.lost:
             log.warning(
                 "--otlp: %s took %d spans; %d spans, and %d calls with all their spans, were lost",
@@ -98,9 +99,11 @@ class OtlpExport:
                     self._send()
                 except Exception:  # the thread's edge: a call that cannot be sent must not keep the others
                     log.exception("--otlp: calls cannot be sent")
+                self._in_hand = 0
 
     def _send(self) -> None:
-        calls = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
+        self._in_hand = min(BATCH, len(self._waiting))
+        calls = [self._waiting.popleft() for _ in range(self._in_hand)]
         spans = [span for call in calls for span in self._spans.spans_of(call)]
         if not spans:
             return  # OTEL_SDK_DISABLED is set
