@@ -413,6 +413,18 @@ async def test_collector_that_never_answers_does_not_keep_the_end_and_all_calls_
     assert total.endswith("took 0 spans; 0 spans, and 2 calls with all their spans, were lost")
 
 
+async def test_value_of_several_types_is_exported_as_json(collector: Collector) -> None:
+    count = len(collector.spans)
+    async with exporting(collector.url) as (export, journal):
+        call = journal.begin("chain", "eth_call", None, 0, OUTSIDE)
+        call.annotate("chain", {"function": "isAppAllowed", "block": None, "result": [True, "why"]})
+        journal.end(call, 200)
+    assert export.sent == 1
+    said = collector.spans[count].attributes
+    assert (said["dstack.chain.function"], said["dstack.chain.result"]) == ("isAppAllowed", '[true, "why"]')
+    assert "dstack.chain.block" not in said
+
+
 async def test_text_that_is_no_unicode_is_exported(collector: Collector) -> None:
     count = len(collector.spans)
     async with exporting(collector.url) as (export, journal):

@@ -90,7 +90,8 @@ class HttpInstruments:
         remote = _remote_trace(call) if parent is None else None
         span = self._journal.begin(self._service, name, parent, number, caller, remote)
         if isinstance(span.trace, SpanTrace):
-            span.trace.method, span.trace.path = call.method, call.path
+            span.trace.method = call.method
+            span.trace.path = call.path if call.path.startswith("/") else "/"  # of a chain it is the method
         if met is not None:
             span.annotate("fault", {"id": met[0].id, "kind": met[1].kind})
         status, error, is_ended = None, "", True

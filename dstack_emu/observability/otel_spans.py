@@ -221,8 +221,6 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, each in value.items():
             yield from _flat(f"{prefix}.{key}", each)
-    elif isinstance(value, list) and not all(isinstance(each, str) for each in value):
-        yield prefix, json.dumps(value)
     else:
         yield prefix, value
 
@@ -250,8 +248,10 @@ def _clean(attributes: Any) -> Iterator[tuple[str, Any]]:
     for key, value in attributes:
         if isinstance(value, str):
             yield key, _text(value)
-        elif isinstance(value, list):
+        elif isinstance(value, list) and all(isinstance(each, str) for each in value):
             yield key, [_text(each) for each in value]
+        elif isinstance(value, list | Mapping):  # an attribute has no values of several types
+            yield key, _text(json.dumps(value))
         elif value is not None:
             yield key, value
 

@@ -99,6 +99,7 @@ class OtlpExport:
                     self._send()
                 except Exception:  # the thread's edge: a call that cannot be sent must not keep the others
                     log.exception("--otlp: calls cannot be sent")
+                    self.dropped += self._in_hand
                 self._in_hand = 0
 
     def _send(self) -> None:
