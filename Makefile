@@ -13,7 +13,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet install --co
 # setuptools is installed first, in its pinned version: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-build-isolation --editable
 
-.PHONY: help venv up test browser rust fuzz decisions campaign contracts check-kms machines crash lint types imports check bench proto lock clean
+.PHONY: help venv up test browser rust fuzz openapi decisions campaign contracts check-kms machines crash lint types imports check bench proto lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,14 @@ rust: $(VENV)/.dev ## Use the chain from a program in Rust, with alloy, which ca
 fuzz: $(VENV)/.dev .atheris ## Fuzz every decoder, guided by coverage (INPUTS=200000 SEED=x MINUTES=60; ARGS="--json FILE")
 	@PYTHONPATH=.atheris $(BIN)/python -m campaigns.fuzz --inputs $(or $(INPUTS),200000) --seed $(or $(SEED),1) \
 	  $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
+openapi: $(VENV)/.dev .schemathesis/.installed ## Hold each OpenAPI document against its server, with schemathesis (SECONDS=120 SEED=1)
+	@$(BIN)/python -m campaigns.openapi .schemathesis/bin/schemathesis --seconds $(or $(SECONDS),120) --seed $(or $(SEED),1) $(ARGS)
+
+.schemathesis/.installed: tools/schemathesis.txt $(VENV)/.dev
+	@$(BIN)/python -m venv --clear .schemathesis
+	@.schemathesis/bin/python -m pip --disable-pip-version-check --quiet install --only-binary=:all: --requirement tools/schemathesis.txt
+	@touch $@
 
 decisions: $(VENV)/.dev ## Hold many more random decisions against the models of a real KMS and of the contracts (CASES=20000 SEED=x)
 	@DSTACK_EMU_DECISIONS=$(or $(CASES),20000) DSTACK_EMU_DECISIONS_SEED=$(or $(SEED),decisions) \
@@ -94,7 +102,7 @@ lock: ## Resolve all dependencies into constraints.txt
 	@PYTHON="$(PYTHON)" .ci/lock
 
 clean: ## Remove .venv, caches and build files
-	rm -rf $(VENV) .axe .rust .vyper .atheris build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .axe .rust .vyper .atheris .schemathesis build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A candidate is used only if it runs: some systems have shims that are found and then fail.

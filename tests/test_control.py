@@ -484,6 +484,11 @@ async def test_session_over_http_changes_and_turns_back(stack: Stack) -> None:
     assert (await _ask(stack, "GET", "/platforms/host of app"))[1]["tcb_status"] == "UpToDate"
 
 
+async def test_method_that_a_path_does_not_have_is_refused_with_those_that_it_has(stack: Stack) -> None:
+    async with aiohttp.ClientSession() as session, session.delete(stack.services["control"] + "/clock") as answer:
+        assert (answer.status, answer.headers["Allow"]) == (405, "GET,POST")
+
+
 @pytest.mark.parametrize("since", ["x", "9" * 5000])
 async def test_journal_is_not_streamed_from_what_is_no_number(stack: Stack, since: str) -> None:
     url = stack.services["control"] + "/journal/stream"

@@ -278,6 +278,11 @@ def test_openapi_document_has_every_public_route_and_is_always_the_same(vmm: Vmm
     assert described["info"]["version"] == f"v{version['version']} (git:{version['rev']})"
     schemas = described["components"]["schemas"]
     assert schemas["VmConfiguration"]["properties"]["ports"]["items"] == {"$ref": "#/components/schemas/PortMapping"}
+    info = schemas["GetInfoResponse"]["properties"]["info"]
+    assert info == {"anyOf": [{"$ref": "#/components/schemas/VmInfo"}, {"type": "null"}]}
+    assert vmm.rpc("GetInfo", id="") == {"found": False, "info": None}
+    refused = described["paths"]["/prpc/GetInfo"]["post"]["responses"]["400"]["content"]
+    assert set(refused) == {"application/json", "application/octet-stream"}
 
 
 def test_page_lists_machines_without_script(vmm: VmmClient) -> None:

@@ -217,7 +217,8 @@ async def _answer(request: web.Request, handler: Handler, *, needs_local_host: b
         return web.json_response({"error": text}, status=413)
     except web.HTTPException as error:
         text = f"{request.method} {request.path}: {error.reason}; /openapi.json lists what there is"
-        return web.json_response({"error": text}, status=error.status)
+        allowed = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None  # RFC 9110: a 405 has it
+        return web.json_response({"error": text}, status=error.status, headers=allowed)
     except Exception as error:  # the server's edge
         log.exception("%s %s failed", request.method, request.path)
         return web.json_response({"error": f"internal error: {type(error).__name__}"}, status=500)

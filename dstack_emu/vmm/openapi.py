@@ -12,6 +12,10 @@ _TYPES: Final[Mapping[int, dict[str, Any]]] = {
     FieldDescriptor.TYPE_BYTES: {"type": "string", "format": "hex"},
     FieldDescriptor.TYPE_STRING: {"type": "string"},
 }
+_REFUSED: Final = {
+    "application/json": {"schema": {"$ref": "#/components/schemas/Error"}},
+    "application/octet-stream": {},
+}
 _ERROR: Final = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
 
 
@@ -32,12 +36,13 @@ def openapi(version: str, tables: Mapping[str, ServiceTable[None]], pages: Itera
                     "requestBody": {"content": _content(request)},
                     "responses": {
                         "200": {"description": "Done", "content": _content(answer)},
-                        "400": {"description": "Refused", "content": _json({"$ref": "#/components/schemas/Error"})},
+                        "400": {"description": "Refused", "content": _REFUSED},
                     },
                 }
             }
     for path, summary in pages:
-        paths[path] = {"get": {"summary": summary, "responses": {"200": {"description": "Found"}}}}
+        responses = {"200": {"description": "Found"}, "4XX": {"description": "Refused, or not found"}}
+        paths[path] = {"get": {"summary": summary, "responses": responses}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "VMM (EMULATED)", "version": version},
@@ -69,4 +74,8 @@ def _add_schema(schemas: dict[str, Any], message: Descriptor) -> None:
         else:
             schema = _reference(field.message_type)
             _add_schema(schemas, field.message_type)
-        properties[field.name] = {"type": "array", "items": schema} if field.is_repeated else schema
+        if field.is_repeated:
+            schema = {"type": "array", "items": schema}
+        elif field.has_presence:
+            schema = {"anyOf": [schema, {"type": "null"}]}
+        properties[field.name] = schema
