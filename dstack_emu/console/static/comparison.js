@@ -3,8 +3,9 @@
 import {diff} from "./diff.js";
 import {make, scrolling, worded} from "./dom.js";
 
+// A table below a heading, which is its name.
 function table(label, heads, rows) {
-  return scrolling(label, make("table", {}, make("caption", {}, label), make("thead", {}, make("tr", {},
+  return scrolling(label, make("table", {"aria-label": label}, make("thead", {}, make("tr", {},
     heads.map((each) => make("th", {scope: "col"}, each)))), make("tbody", {}, rows)));
 }
 
