@@ -32,7 +32,7 @@ browser: $(VENV)/.dev .axe/.installed ## Use console and gateway in Chromium (De
 	@DSTACK_EMU_BROWSER=1 $(BIN)/python -m pytest -n 0 $(BROWSED) $(ARGS)
 
 BROWSED := $(addprefix tests/test_,console_browser.py console_evidence.py console_accessibility.py console_contracts.py \
-  gateway_browser.py runbook_browser.py)
+  gateway_browser.py pages_browser.py runbook_browser.py)
 
 # Alone: the package would install a browser of its own, and only its axe-core is used.
 .axe/.installed: tools/axe.txt $(VENV)/.dev

@@ -6,7 +6,7 @@ Source: dstack `kms/src/main.rs` (`run_onboard_service`) at 312dc605.
 from collections.abc import Callable, Sequence
 
 from dstack_emu.kms_emu.errors import KmsError
-from dstack_emu.kms_emu.pages import content_security_policy, setup_page
+from dstack_emu.kms_emu.pages import setup_page, setup_policy
 from dstack_emu.kms_emu.service import OnboardService, onboard_table
 from dstack_emu.transport.http import ROCKET_HEADERS, Application, Middleware, Request, Response
 from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
@@ -29,7 +29,7 @@ def onboard_app(
 
     async def index(_request: Request) -> Response:
         page = setup_page(site_name, takes_source_token=takes_source_token)
-        return Response.of(page, "text/html", Content_Security_Policy=content_security_policy())
+        return Response.of(page, "text/html", Content_Security_Policy=setup_policy())
 
     async def finish_onboarding(_request: Request) -> Response:
         finish()

@@ -6,12 +6,12 @@ words. A token in the page's own address goes with each call. Without JavaScript
 a KMS with keys (`static/runtime.html`) has no script.
 """
 
-import base64
-import hashlib
 import re
 from html import escape
 from importlib import resources
 from typing import Final
+
+from dstack_emu.transport.html import content_security_policy, header, style_element
 
 _SITE: Final = "<!--site-->"
 _SOURCE: Final = "<!--source-->"
@@ -27,20 +27,10 @@ def setup_page(site_name: str, *, takes_source_token: bool = False) -> str:
     return page.replace(_SOURCE, _SOURCE_FIELD if takes_source_token else "")
 
 
-RUNTIME_CONTENT_SECURITY_POLICY: Final = (
-    "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-"""The header that lets the page of a KMS with keys run no script and load nothing."""
-
-
-def content_security_policy() -> str:
+def setup_policy() -> str:
     """Return the header that lets the set-up page run its own script, call its own KMS, and do nothing else."""
     (script,) = re.findall("<script>(.*)</script>", _template("setup"), re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+    return content_security_policy(script)
 
 
 def runtime_page(site_name: str, *, version: str, origin: str) -> str:
@@ -57,4 +47,5 @@ def _at(site_name: str) -> str:
 
 
 def _template(name: str) -> str:
-    return resources.files(__package__).joinpath(f"static/{name}.html").read_text()
+    text = resources.files(__package__).joinpath(f"static/{name}.html").read_text()
+    return text.replace("<!--style-->", style_element()).replace("<!--header-->", header("dstack KMS"))

@@ -16,9 +16,10 @@ from dstack_emu.kms_emu.dependencies import KmsDependencies
 from dstack_emu.kms_emu.errors import KmsConfigError, KmsError
 from dstack_emu.kms_emu.metrics import AttestationMetrics
 from dstack_emu.kms_emu.onboard_phase import health
-from dstack_emu.kms_emu.pages import RUNTIME_CONTENT_SECURITY_POLICY, runtime_page
+from dstack_emu.kms_emu.pages import runtime_page
 from dstack_emu.kms_emu.service import Caller, KmsService, kms_table
 from dstack_emu.transport.events import EventLog
+from dstack_emu.transport.html import content_security_policy
 from dstack_emu.transport.http import ROCKET_HEADERS, Application, Handler, Middleware, Request, Response, status_page
 from dstack_emu.transport.listen import ServerTlsContext
 from dstack_emu.transport.pccs_client import AttestationVerifier
@@ -57,7 +58,7 @@ def _page_of(deps: KmsDependencies) -> Handler:
             return status_page(HTTPStatus.NOT_FOUND, request)
         origin = f"https://{request.headers.get('Host', 'HOST:PORT')}"
         text = runtime_page(deps.core.site_name, version=deps.release.version, origin=origin)
-        return Response.of(text, "text/html", Content_Security_Policy=RUNTIME_CONTENT_SECURITY_POLICY)
+        return Response.of(text, "text/html", Content_Security_Policy=content_security_policy())
 
     return page
 

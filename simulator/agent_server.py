@@ -8,7 +8,6 @@ the mounts: dstack `guest-agent/src/{server,http_routes}.rs` at 312dc605, docs/g
 
 import time
 from collections.abc import Mapping
-from html import escape
 from http import HTTPStatus
 from typing import Final
 
@@ -16,6 +15,7 @@ from dstack_emu.attest.errors import AttestError
 from dstack_emu.simulator.agent import GuestAgent, combined_table, dstack_table, tappd_table, worker_table
 from dstack_emu.simulator.agent_v1 import GuestApiV1, guest_v1_table, worker_v1_table
 from dstack_emu.simulator.errors import GpuUnavailableError, GuestError
+from dstack_emu.transport.html import content_security_policy, facts, page
 from dstack_emu.transport.http import ROCKET_HEADERS, Application, Request, Response
 from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
 from dstack_emu.transport.service import ServiceTable
@@ -43,7 +43,7 @@ def tcp_app(agent: GuestAgent) -> Application:
     app = Application(headers=(*ROCKET_HEADERS, *_version_header(agent)))
 
     async def index(_request: Request) -> Response:
-        return Response.of(await _page(agent), "text/html")
+        return Response.of(await _page(agent), "text/html", Content_Security_Policy=content_security_policy())
 
     app.add("GET", "/", index)
     app.add("GET", "/health", _health)
@@ -87,21 +87,14 @@ async def _anyone(_request: Request) -> None:
 
 async def _page(agent: GuestAgent) -> str:
     info = await agent.public_info()
-    rows = "".join(
-        f"<tr><th>{name}</th><td><code>{escape(value)}</code></td></tr>"
-        for name, value in (
-            ("app id", info.app_id.hex()),
-            ("instance id", info.instance_id.hex()),
-            ("compose hash", info.compose_hash.hex()),
-            ("device id", info.device_id.hex()),
-            ("mr_aggregated", info.mr_aggregated.hex()),
-            ("os_image_hash", info.os_image_hash.hex()),
-            ("key provider", info.key_provider_info),
-        )
+    members = (
+        ("app id", info.app_id.hex()),
+        ("instance id", info.instance_id.hex()),
+        ("compose hash", info.compose_hash.hex()),
+        ("device id", info.device_id.hex()),
+        ("mr_aggregated", info.mr_aggregated.hex()),
+        ("os_image_hash", info.os_image_hash.hex()),
+        ("key provider", info.key_provider_info),
     )
-    name = escape(info.app_name)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name} (EMULATED)</title></head>\n'
-        f"<body><h1>{name}</h1><p>An EMULATED trust domain: it protects nothing.</p>\n"
-        f"<table>{rows}</table></body></html>\n"
-    )
+    said = "<p>An EMULATED trust domain: it protects nothing.</p>\n"
+    return page(f"{info.app_name} (EMULATED)", "dstack guest agent", said, facts(members))

@@ -50,7 +50,7 @@ function shown() {
   const out = {clipboard, asked, finished: byId.finished.textContent};
   for (const [id, parts] of Object.entries(sections)) {
     const rows = parts.dl.children, values = [];
-    for (let i = 0; i < rows.length; i += 3) values.push([rows[i].textContent, rows[i + 1].textContent]);
+    for (let i = 0; i < rows.length; i += 2) values.push([rows[i].textContent, rows[i + 1].children[0].textContent]);
     out[id] = {values, error: parts["[role=alert]"].textContent, domain: parts["[name=domain]"].value};
   }
   out.measured.policy = byId.policy.textContent;
@@ -62,7 +62,7 @@ function act(action) {
     case "loaded": return null;
     case "copy": {
       const rows = sections[action.section].dl.children;
-      return rows[rows.findIndex((row) => row.tag === "dt" && row.textContent === action.name) + 2].fire("click");
+      return rows[rows.findIndex((row) => row.tag === "dt" && row.textContent === action.name) + 1].children[1].fire("click");
     }
     case "copy-policy": return byId["copy-policy"].fire("click");
     case "submit":

@@ -12,7 +12,8 @@ from tests.repository import ROOT
 from tests.running import RunningStack, running_stack
 
 STATIC = ROOT / "dstack_emu" / "console" / "static"
-FILES = sorted(path.name for path in STATIC.iterdir())
+STYLE = ROOT / "dstack_emu" / "transport" / "static" / "style.css"
+FILES = {path.name: path for path in sorted([*STATIC.iterdir(), STYLE])}
 
 
 class Links(HTMLParser):
@@ -39,7 +40,7 @@ def test_port_of_control_leads_to_the_console_and_its_files(ready_stack: Running
     assert page.inline == []
     assert set(page.loads) <= set(FILES)
     for name in FILES:
-        assert ready_stack.curl(f"{control}/console/{name}") == (200, (STATIC / name).read_text())
+        assert ready_stack.curl(f"{control}/console/{name}") == (200, FILES[name].read_text())
 
 
 def test_files_are_sent_with_a_policy_that_lets_nothing_else_run(ready_stack: RunningStack) -> None:

@@ -19,7 +19,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from dstack_emu.kms_emu.pages import content_security_policy, setup_page
+from dstack_emu.kms_emu.pages import setup_page, setup_policy
 from tests.commands import serving
 from tests.kms_process import Kms, World, running, variables
 from tests.repository import ROOT
@@ -79,9 +79,9 @@ def test_page_says_that_it_is_emulated_and_loads_nothing_from_elsewhere(kms: Kms
     assert not re.search(r"//\w+\.\w|@import|url\(", page.text["script"] + page.text["style"])
     # The browser runs this script and no other, and lets it talk to this KMS alone.
     digest = base64.b64encode(hashlib.sha256(page.text["script"].encode()).digest()).decode()
-    assert f"Content-Security-Policy: {content_security_policy()}" in headers
-    assert f"default-src 'none'; script-src 'sha256-{digest}';" in content_security_policy()
-    assert "connect-src 'self'" in content_security_policy()
+    assert f"Content-Security-Policy: {setup_policy()}" in headers
+    assert f"default-src 'none'; script-src 'sha256-{digest}';" in setup_policy()
+    assert "connect-src 'self'" in setup_policy()
 
 
 def test_page_escapes_the_sites_name(kms: Kms) -> None:

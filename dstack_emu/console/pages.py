@@ -11,8 +11,10 @@ from typing import Final
 
 from aiohttp import web
 
+from dstack_emu.transport.html import STYLE_FILE, style_sheet
+
 PREFIX: Final = "/console/"
-"""The path of the console; its files are directly below."""
+"""The path of the console; its files are directly below, and so is the style of all pages."""
 
 INDEX: Final = "index.html"
 
@@ -58,6 +60,7 @@ async def _file(request: web.Request) -> web.Response:
     name = request.match_info.get("name", INDEX)
     form = _NAME.fullmatch(name)
     source = resources.files(__package__).joinpath("static", name)
-    if form is None or not source.is_file():
+    if form is None or not (name == STYLE_FILE or source.is_file()):
         raise web.HTTPNotFound
-    return web.Response(body=source.read_bytes(), content_type=_TYPES[form[1]], charset="utf-8", headers=_HEADERS)
+    content = style_sheet().encode() if name == STYLE_FILE else source.read_bytes()
+    return web.Response(body=content, content_type=_TYPES[form[1]], charset="utf-8", headers=_HEADERS)

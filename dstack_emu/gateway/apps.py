@@ -9,10 +9,11 @@ from dstack_emu.gateway.admin_table import admin_table
 from dstack_emu.gateway.caller import Caller, caller_of
 from dstack_emu.gateway.errors import GatewayError
 from dstack_emu.gateway.gateway import Gateway
-from dstack_emu.gateway.page import CONTENT_SECURITY_POLICY, dashboard
+from dstack_emu.gateway.page import dashboard
 from dstack_emu.gateway.service import GatewayService, debug_table, gateway_table
 from dstack_emu.gateway.wavekv import add_wavekv
 from dstack_emu.transport.api_auth import ListenerAuth
+from dstack_emu.transport.html import content_security_policy
 from dstack_emu.transport.http import ROCKET_HEADERS, Application, Handler, Request, Response
 from dstack_emu.transport.pccs_client import AttestationVerifier
 from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
@@ -53,7 +54,7 @@ def debug_app(service: GatewayService, gateway: Gateway) -> Application:
 
 def _dashboard(gateway: Gateway) -> Handler:
     async def page(_request: Request) -> Response:
-        return Response.of(dashboard(gateway), "text/html", Content_Security_Policy=CONTENT_SECURITY_POLICY)
+        return Response.of(dashboard(gateway), "text/html", Content_Security_Policy=content_security_policy())
 
     return page
 

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs
 
 from dstack_emu.attest.release import Release
 from dstack_emu.transport.api_auth import Credentials, ListenerAuth
+from dstack_emu.transport.html import content_security_policy
 from dstack_emu.transport.http import Application, Handler, Request, Response, status_page
 from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
 from dstack_emu.vmm.config import AuthSection
@@ -19,7 +20,7 @@ from dstack_emu.vmm.fleet import Fleet
 from dstack_emu.vmm.guest_service import guest_table
 from dstack_emu.vmm.logs import CHANNELS, DEFAULT_LINES
 from dstack_emu.vmm.openapi import openapi
-from dstack_emu.vmm.page import CONTENT_SECURITY_POLICY, machines_page
+from dstack_emu.vmm.page import machines_page
 from dstack_emu.vmm.service import VmmService, vmm_table
 from dstack_emu.vmm.service_v05 import v05_table
 
@@ -89,7 +90,7 @@ async def _anyone(_request: Request) -> None:
 
 def _page(fleet: Fleet) -> Handler:
     async def page(_request: Request) -> Response:
-        return Response.of(machines_page(fleet), "text/html", Content_Security_Policy=CONTENT_SECURITY_POLICY)
+        return Response.of(machines_page(fleet), "text/html", Content_Security_Policy=content_security_policy())
 
     return page
 
