@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from dstack_emu.attest.release import AuthEthRevision
+from dstack_emu.chain import operations
 from dstack_emu.chain.ask import remote_ask
 from dstack_emu.chain.contracts import (
     AppContract,
@@ -85,6 +86,9 @@ async def test_contract_is_handed_over(revision: AuthEthRevision) -> None:
         if revision == "next":
             assert await chain.kms.owner() == chain.owner.address
             await chain.kms.accept_ownership(other)
+        else:
+            with pytest.raises(ContractError, match=r"is of dstack 0\.5\.11"):
+                await operations.accept_ownership(chain.kms, other)
         assert await chain.kms.owner() == other.address
         await chain.kms.add_os_image(other, IMAGE)
 

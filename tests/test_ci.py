@@ -229,7 +229,10 @@ def test_compose_file_of_the_gateway_publishes_its_ports() -> None:
 
 
 def test_compose_file_of_the_chain_publishes_its_port() -> None:
-    (stack,) = yaml.safe_load(document("compose/chain.yaml"))["services"].values()
+    services = yaml.safe_load(document("compose/chain.yaml"))["services"]
+    stack, (script,) = services["stack"], services["runbook"]["command"]
+    (plain,) = yaml.safe_load(document("docker-compose.yaml"))["services"]["runbook"]["command"]
+    assert script == plain.rstrip() + " --auth eth\n"
     port = f"${{EMU_PORT_CHAIN:-{PORTS['chain']}}}"
     assert stack["ports"] == [f"127.0.0.1:{port}:{port}"]
     names = ("EMU_ETH_RPC_URL", "EMU_KMS_CONTRACT", "EMU_ETH_BLOCK_CACHE", "EMU_PORT_CHAIN")

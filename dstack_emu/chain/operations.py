@@ -164,7 +164,23 @@ async def transfer_ownership(contract: Contract, sender: Sender, owner: bytes) -
 async def accept_ownership(contract: Contract, sender: Sender) -> Changed:
     """Become the owner that was named; raise `ChainError`."""
     before = await contract.owner()
-    return await _with_owner(contract, before, await contract.accept_ownership(sender))
+    try:
+        sent = await contract.accept_ownership(sender)
+    except ContractError as error:
+        if await _hands_over_at_once(contract):
+            raise ContractError(
+                f"{checksummed(contract.address)} is of dstack 0.5.11: transferOwnership has handed it over already"
+            ) from error
+        raise
+    return await _with_owner(contract, before, sent)
+
+
+async def _hands_over_at_once(contract: Contract) -> bool:
+    try:
+        await contract.view("pendingOwner()", "(address)")
+    except ContractError:
+        return True
+    return False
 
 
 async def _with_owner(contract: Contract, before: bytes, sent: Sent) -> Changed:
