@@ -148,6 +148,8 @@ class Draw:
         """Draw a fault at one of the places."""
         chance = self._chance
         service = chance.choice(tuple(CALLS))
+        if service.startswith("agent") and chance.random() < 0.3:
+            return Act("swap", {"service": service, "with": chance.choice(("app", "wallet", "stranger"))})
         fields: dict[str, Any] = {"service": service, "call": chance.choice(CALLS[service])}
         own = {"pccs": ("stale", "stale"), "chain": ("stale", "pruned", "reorg", "wrong-chain-id")}.get(service, ())
         if service.startswith("auth"):

@@ -106,6 +106,8 @@ class _Case:
         self.earlier: list[State] = []
         self._certified = set(stack.baseline_instances)
         self._has_handed_over = False
+        self._shown: set[str] = set()
+        """Whose evidence an agent has shown as its own."""
 
     async def perform(self, act: Act) -> None:
         """Carry out one act."""
@@ -113,6 +115,8 @@ class _Case:
         match act.name:
             case "fault":
                 self._rules.append(control.add_fault(**given))
+            case "swap":
+                await self._swap(given["service"], given["with"])
             case "lift":
                 control.clear_faults()
                 self._rules.clear()
@@ -131,6 +135,15 @@ class _Case:
             case _:
                 self.earlier.append(self._stack.state.copy())
                 self._stack.change(act)
+
+    async def _swap(self, service: str, who: str) -> None:
+        """Let an agent answer with the evidence of another trust domain, of an app that may not be a KMS."""
+        url = f"{self._stack.control.guest(who)['url']}/Attest?json"
+        status, answer = await post(url, {"report_data": bytes(64).hex()})
+        if status == 200:
+            fault = {"kind": "status", "status": 200, "body": answer}
+            self._rules.append(self._stack.control.add_fault(service=service, call="Attest", **fault))
+            self._shown.add(who)
 
     # ---- calls
 
@@ -270,6 +283,7 @@ class _Case:
         for kms, own in self._stack.state.own.items():
             if None in own and f"kms-{kms}" in asked:
                 found = frozenset(state.judged(kms) for state in seen.moments) | (own - {None})
+                found |= {state.asked(who) for state in seen.moments for who in self._shown}
                 self._stack.state.own[kms] = found | {None} if seen.faults else found
 
     def _judge_instances(self, seen: Seen) -> None:
