@@ -96,6 +96,11 @@ FOUND = [
         b"-----END PRIVATE KEY-----\n",
         id="a private key of an algorithm that nobody knows",
     ),
+    pytest.param("overrides", b"X_A=" + b"4" * 5000, id="a variable of more digits than Python reads"),
+    pytest.param("overrides", b"X_A=" + b"[" * 5000, id="a variable of many lists in each other"),
+    pytest.param("overrides", b"X_" + b"A__" * 5000 + b"B=1", id="a variable of many sections in each other"),
+    pytest.param("gateway.toml", b"port = " + b"4" * 5000, id="a configuration of more digits than Python reads"),
+    pytest.param("gateway.toml", b"a = " + b"[" * 5000, id="a configuration of many lists in each other"),
 ]
 
 

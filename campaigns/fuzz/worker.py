@@ -199,7 +199,7 @@ def guide(run: Run, corpus: Path, samples: Sequence[Sequence[bytes]], inputs: in
         f"-max_len={min(MAX_INPUT, 2 * longest + 256)}",
         f"-dict={corpus.parent / f'{corpus.name}.dict'}",
         f"-artifact_prefix={corpus}-crash-",
-        "-timeout=60",
+        "-timeout=600",
         "-rss_limit_mb=3072",
         "-verbosity=0",
         "-print_final_stats=0",

@@ -75,7 +75,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deeply nested values
         raise ConfigError(f"{path} is not TOML: {error}") from error
 
 
@@ -99,6 +99,9 @@ def merge(document: Any, over: Mapping[str, Any]) -> Any:
 
 # ---- environment variables: a prefix, then the key in capitals with __ in place of the dot
 
+MAX_SECTIONS: Final = 16
+"""How deep the section of a variable may be; real ones have at most four."""
+
 ReadValue = Callable[[str, Sequence[str], str], Any]
 """Parses the value of a variable, from its name, the parts of its key, and its text."""
 
@@ -111,6 +114,8 @@ def overrides(variables: Mapping[str, str], prefix: str, read: ReadValue) -> dic
     document: dict[str, Any] = {}
     for name in sorted(name for name in variables if name.startswith(prefix)):
         *sections, key = path = name.removeprefix(prefix).lower().split("__")
+        if len(sections) > MAX_SECTIONS:
+            raise ConfigError(f"{name:.100}: at most {MAX_SECTIONS} sections expected, got {len(sections)}")
         section = document
         for part in sections:
             section = section.setdefault(part, {})
@@ -124,7 +129,7 @@ def toml_value(_name: str, _path: Sequence[str], text: str) -> int | str:
     """Parse a number or a boolean in TOML's syntax; anything else is the text itself."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, int | str) else text
 
