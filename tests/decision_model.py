@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 Event = tuple[str, bytes]
 """Name and payload of a runtime event, of version 1."""
 Rpc = Literal["GetAppKey", "GetKmsKey", "SignCert"]
-Contract = Literal["readme", "upstream", "next", "0.6", "file", "mock"]
+Contract = Literal["readme", "upstream", "next", "0.6", "file", "mock", "contract"]
 
 RETURNED_STATUSES: Final = (
     "UpToDate",
@@ -122,7 +122,10 @@ class BootInfo:
 
 @dataclass(frozen=True)
 class Webhook:
-    """A webhook: its rules, its file (of `mock` its environment), and what happens to its answers about `spoilt`."""
+    """A webhook: its rules, its file, and what happens to its answers about `spoilt`.
+
+    The file of `mock` is its environment, that of `contract` the state of the contracts.
+    """
 
     contract: Contract
     file: str
@@ -355,6 +358,8 @@ def decision(webhook: Webhook, kind: Literal["kms", "app"], boot_info: BootInfo)
             return _mock(webhook.file, kind, boot_info)
         case "file":
             return _dstack_auth(webhook.file, kind, boot_info)
+        case "contract":
+            return _dstack_kms(json.loads(webhook.file)["state"], kind, boot_info)
         case contract:
             return _auth_simple(contract, webhook.file, kind, boot_info)
 
@@ -390,6 +395,34 @@ def _dstack_auth(text: str, kind: str, boot_info: BootInfo) -> list[str]:
     if not rules["allowAnyDevice"] and rules["devices"] and boot_info.device_id not in rules["devices"]:
         found.append("device not allowed")
     return found
+
+
+def _dstack_kms(state: dict[str, Any], kind: str, boot_info: BootInfo) -> list[str]:
+    """Return what DstackKms and DstackApp say first; what the contract's argument cannot hold never reaches them."""
+    sizes = ((boot_info.app_id, 20), (boot_info.instance_id, 20), (boot_info.compose_hash, 32))
+    if any(len(text) > 2 * size for text, size in (*sizes, (boot_info.os_image_hash, 32))):
+        return ["longer than the contract's argument"]
+    is_up_to_date = all(status == "UpToDate" for status in boot_info.tcb_statuses)
+    image = boot_info.os_image_hash in state["images"], "OS image is not allowed"
+    if kind == "kms":
+        return _first(
+            (is_up_to_date, "TCB status is not up to date"),
+            image,
+            (boot_info.mr_aggregated in state["kms"], "Aggregated MR not allowed"),
+            (boot_info.device_id in state["kmsDevices"], "KMS is not allowed to boot on this device"),
+        )
+    app = state["apps"].get(boot_info.app_id)
+    deployed = app is not None, "App not deployed or invalid address"
+    refusal = _first((boot_info.app_id in state["registered"], "App not registered"), image, deployed)
+    return refusal or _first(
+        (is_up_to_date or not app["setRequireTcbUpToDate"], "TCB status is not up to date"),
+        (boot_info.compose_hash in app["composeHashes"], "Compose hash not allowed"),
+        (app["setAllowAnyDevice"] or boot_info.device_id in app["devices"], "Device not allowed"),
+    )
+
+
+def _first(*rules: tuple[bool, str]) -> list[str]:
+    return [refusal for is_kept, refusal in rules if not is_kept][:1]
 
 
 def _auth_simple(contract: str, text: str, kind: str, boot_info: BootInfo) -> list[str]:

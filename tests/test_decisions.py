@@ -1,8 +1,8 @@
 """Four hundred random calls of KMS of both releases: no key is released that the documents do not release.
 
 `decision_model` says what a real KMS does, `decision_cases` draws policies, images, platform states and evidence, and
-the KMS, webhooks and PCCS of a stack decide over their sockets. A release that the model refuses fails; a refusal where
-the model releases is only accepted for a reason of `STRICTER`, each of which is a row of docs/fidelity.md.
+the KMS, webhooks, contracts and PCCS of a stack decide over their sockets. A release that the model refuses fails. A
+refusal where the model releases is only accepted for a reason of `STRICTER`, and each is a row of docs/fidelity.md.
 
 `make decisions` draws more (`CASES=20000 SEED=…`).
 """
@@ -19,8 +19,10 @@ from typing import Any, Final
 import pytest
 from cryptography import x509
 
+from dstack_emu.attest.release import RELEASES
 from dstack_emu.testing import LiveStack
 from tests import foreign
+from tests.contract_cases import ContractDraw, DecisionChain
 from tests.decision_cases import Draw, Forger
 from tests.decision_model import BootInfo, Case, Evidence, Webhook, app_key, denials
 from tests.foreign import Answer, Guest
@@ -29,6 +31,8 @@ from tests.webhook_switch import WebhookSwitch, webhook_switch
 
 CASES: Final = int(os.environ.get("DSTACK_EMU_DECISIONS", "400"))
 """How many cases are drawn, half of them for each release."""
+CONTRACT_TURNS: Final = 12
+"""Of so many cases the webhook of one asks the contracts on the stack's chain, which takes longer."""
 SEED: Final = os.environ.get("DSTACK_EMU_DECISIONS_SEED", "decisions")
 OID_APP_ID: Final = x509.ObjectIdentifier("1.3.6.1.4.1.62397.1.3")
 EVERYTHING: Final = Webhook("mock", "allow-all")
@@ -81,6 +85,10 @@ class Kms:
         settings = {True: {}, False: {"image": {"verify": False}}}
         self._guests = {verifies: self._start(f"gate-{verifies}".lower(), s) for verifies, s in settings.items()}
         self._bare = {g.kms_url: foreign.KmsConnection(g.kms_url, root_ca=g.root_ca) for g, _ in self._guests.values()}
+        described = stack.description["chain"]
+        self.chain = DecisionChain(described, stack.services["chain"], RELEASES[release].auth_eth_revision)
+        self.chain.prepare(self.forger, (info for _, info in self._guests.values()))
+        switch.chain = self.chain
         self.root_k256 = (stack.kms("src").root_ca.parent / "root-k256.key").read_bytes()
 
     def close(self) -> None:
@@ -108,7 +116,8 @@ class Kms:
     def draw(self, number: int) -> Case:
         """Draw the case of a number."""
         own = {verifies: info for verifies, (_, info) in self._guests.items()}
-        return Draw(self.forger, own, self.release, f"{SEED}/{number}").case()
+        arguments = self.forger, own, self.release, f"{SEED}/{number}"
+        return Draw(*arguments).case() if number % CONTRACT_TURNS else ContractDraw(self.chain, *arguments).case()
 
     def answers(self, case: Case) -> tuple[bool, str]:
         """Put a case to the KMS: whether it released something, and its refusal if not."""
@@ -154,18 +163,19 @@ def kms(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     release, folder = str(request.param), tmp_path_factory.mktemp("webhooks")
     with (
         webhook_switch(folder) as switch,
-        LiveStack(release=release) as stack,
+        LiveStack(release=release, auth={"dst": "eth"}) as stack,
         closing(Kms(stack, switch, release)) as kms,
     ):
         yield kms
 
 
 def test_nothing_is_released_that_the_documents_do_not_release(kms: Kms) -> None:
-    laxer, stricter, outcomes = [], [], Counter[tuple[str, bool]]()
+    laxer, stricter, outcomes, of_contract = [], [], Counter[tuple[str, bool]](), Counter[bool]()
     for number in range(CASES // 2):
         case = kms.draw(number)
         expected, (released, refusal) = denials(case), kms.answers(case)
         outcomes[case.rpc, released] += 1
+        of_contract[released] += case.webhook.contract == "contract"
         if released and expected:
             laxer.append((number, expected, case))
         elif (
@@ -177,3 +187,4 @@ def test_nothing_is_released_that_the_documents_do_not_release(kms: Kms) -> None
     assert not laxer, f"{len(laxer)} released: {laxer[:3]}"
     assert not stricter, f"{len(stricter)} refused: {stricter[:3]}"
     assert min(outcomes[rpc, released] for rpc, released in outcomes) > CASES // 100, outcomes
+    assert min(of_contract[True], of_contract[False]) >= CASES // 200, of_contract

@@ -1,10 +1,12 @@
 """One address for many webhooks: each request goes to the webhook of the moment, whose answer may be spoilt.
 
-The webhooks are the emulator's, each over a policy file that the test rewrites; a KMS has the switch's URL.
+The webhooks are the emulator's, each over a policy file that the test rewrites, and one that asks contracts on a chain
+of the test; a KMS has the switch's URL.
 """
 
 import asyncio
 import http.client
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -13,10 +15,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from dstack_emu.auth.eth_server import eth_app
+from dstack_emu.auth.eth_settings import EthSettings
 from dstack_emu.auth.file_server import file_app
 from dstack_emu.auth.mock import MockSettings
 from dstack_emu.auth.server import mock_app, simple_app
 from dstack_emu.transport.listen import Server, bind_tcp, serve
+from tests.contract_cases import DecisionChain
 from tests.decision_model import Webhook
 
 
@@ -25,6 +30,7 @@ class WebhookSwitch:
 
     def __init__(self, folder: Path) -> None:
         self.policy, self.url = folder / "policy.json", ""
+        self.chain: DecisionChain | None = None
         self._loop = asyncio.new_event_loop()
         self._ports: dict[str, int] = {}
         self._servers: list[Server] = []
@@ -34,7 +40,10 @@ class WebhookSwitch:
 
     def set(self, webhook: Webhook) -> None:
         """Let this webhook answer from now on; its policy file is replaced as a whole."""
-        if webhook.contract != "mock":
+        if webhook.contract == "contract":
+            assert self.chain is not None
+            self.chain.set(json.loads(webhook.file)["acts"])
+        elif webhook.contract != "mock":
             new = self.policy.with_suffix(".new")
             new.write_text(webhook.file)
             os.replace(new, self.policy)
@@ -60,6 +69,9 @@ class WebhookSwitch:
                 app = mock_app(MockSettings.from_env({"MOCK_POLICY": policy, **listing}))
             case "file":
                 app = file_app(self.policy)
+            case "contract":
+                assert self.chain is not None
+                app = eth_app(EthSettings(self.chain.url, self.chain.kms, self.chain.revision))
             case contract:
                 app = simple_app(self.policy, contract=contract)
         self._servers.append(await serve(app, sock))
