@@ -13,10 +13,10 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet install --co
 # setuptools is installed first, in its pinned version: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-build-isolation --editable
 
-.PHONY: help venv up test browser rust fuzz openapi decisions campaign contracts check-kms machines crash lint types imports check bench proto lock clean
+.PHONY: help venv up test browser rust fuzz openapi decisions campaign contracts check-kms console-load machines crash lint types imports check bench proto lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 venv: $(VENV)/.dev ## Create .venv with the tools for tests and checks (`. .venv/bin/activate` puts dstack-emu on the path)
 
@@ -32,7 +32,7 @@ browser: $(VENV)/.dev .axe/.installed ## Use console and gateway in Chromium (De
 	@DSTACK_EMU_BROWSER=1 $(BIN)/python -m pytest -n 0 $(BROWSED) $(ARGS)
 
 BROWSED := $(addprefix tests/test_,console_browser.py console_evidence.py console_accessibility.py console_contracts.py \
-  gateway_browser.py pages_browser.py runbook_browser.py)
+  console_connection.py console_safety.py gateway_browser.py pages_browser.py runbook_browser.py)
 
 # Alone: the package would install a browser of its own, and only its axe-core is used.
 .axe/.installed: tools/axe.txt $(VENV)/.dev
@@ -68,6 +68,9 @@ campaign: $(VENV)/.dev ## Run a campaign of random cases (NAME=fail-open CASES=1
 
 check-kms: $(VENV)/.dev ## Put every case of check-kms to the emulator's own KMS, in both releases
 	@DSTACK_EMU_CHECK_KMS=all $(BIN)/python -m pytest tests/test_check_kms.py -k own_kms $(ARGS)
+
+console-load: $(VENV)/.dev ## Print how fast the console is over 100,000 calls, in Chromium (ARGS="--entries 1000000")
+	@$(BIN)/python -m tests.console_load $(ARGS)
 
 machines: $(VENV)/.dev ## Deploy many machines at once, remove them, and check that nothing is left (COUNT=50)
 	@DSTACK_EMU_MACHINES=$(or $(COUNT),50) $(BIN)/python -m pytest --timeout 600 tests/test_vmm_process.py -k nothing_behind $(ARGS)

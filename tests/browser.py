@@ -228,6 +228,7 @@ def chromium(folder: Path, home: Path | None = None) -> Iterator[Browser]:
         "--disable-dev-shm-usage",
         "--no-first-run",
         "--disable-background-networking",
+        "--host-resolver-rules=MAP *.example 127.0.0.1",  # foreign names that lead here
         f"--user-data-dir={folder}",
         "--remote-debugging-pipe",
         "about:blank",

@@ -1,5 +1,7 @@
 """The console's pages in a tab, and a stack in which each of them has much to show."""
 
+import http.client
+from contextlib import closing
 from typing import Final
 
 from tests.browser import Tab
@@ -8,14 +10,30 @@ from tests.running import RunningStack
 PAGES: Final = "[...document.querySelectorAll('nav a')].map((each) => each.dataset.page)"
 """The names of all pages, as an expression."""
 
+# What is cut off, or reaches out of the page, though nothing scrolls there. Rows of the list of calls are left out:
+# each shows a part of what the call shows in full.
+CUT: Final = """
+[...document.querySelectorAll('body *')].filter((each) => {
+  if (each.closest('.skip, .unseen, .item, svg, option') || !each.getClientRects().length) return false;
+  const {left, right} = each.getBoundingClientRect(), style = getComputedStyle(each);
+  const isClipped = !each.matches('input, select') && /hidden|clip/.test(style.overflowX) &&
+    each.scrollWidth > each.clientWidth + 1;
+  const scrolls = each.parentElement.closest('.scroll, pre, textarea, .windowed');
+  return isClipped || (!scrolls && (left < -1 || right > innerWidth + 1));
+}).map((each) => each.outerHTML.slice(0, 200))
+"""
 _REFUSED: Final = "section[aria-label='The call'] .denial"
 
 
 def control_call(stack: RunningStack, method: str, path: str, body: str = "{}") -> None:
     """Make a call of the control API that must succeed."""
-    content = ("-H", "Content-Type: application/json", "-d", body)
-    status, answer = stack.curl(stack.services["control"] + path, "-X", method, *content)
-    assert status == 200, answer
+    headers = {"Content-Type": "application/json"}
+    with closing(
+        http.client.HTTPConnection(stack.services["control"].removeprefix("http://"), timeout=20)
+    ) as connection:
+        connection.request(method, path, body.encode(), headers)
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
 
 
 def open_page(tab: Tab, stack: RunningStack, page: str) -> None:

@@ -75,6 +75,28 @@ def test_page_of_a_foreign_name_gets_nothing(ready_stack: RunningStack) -> None:
         assert ready_stack.curl(ready_stack.services["control"] + path, "-H", "Host: evil.example")[0] == 403
 
 
+def test_answers_of_the_api_may_not_be_loaded_or_framed_by_other_pages(ready_stack: RunningStack) -> None:
+    for path in ("/stack", "/nothing", "/health"):
+        _, answer = ready_stack.curl(f"{ready_stack.services['control']}{path}", "-i")
+        headers = answer.replace("\r", "").partition("\n\n")[0].splitlines()
+        assert "Content-Security-Policy: default-src 'none'; frame-ancestors 'none'" in headers
+        assert "X-Content-Type-Options: nosniff" in headers
+        assert "Cross-Origin-Resource-Policy: same-origin" in headers
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_page_of_another_origin_may_link_to_the_console_and_use_nothing(ready_stack: RunningStack, site: str) -> None:
+    def status(path: str, *more: str) -> int:
+        return ready_stack.curl(ready_stack.services["control"] + path, "-H", f"Sec-Fetch-Site: {site}", *more)[0]
+
+    link = ("-H", "Sec-Fetch-Mode: navigate", "-H", "Sec-Fetch-Dest: document")
+    assert [status(path, *link) for path in ("/", "/console/", "/stack", "/console/main.js")] == [302, 200, 403, 200]
+    for path in ("/console/", "/console/main.js", "/stack", "/journal/stream", "/health"):
+        assert status(path, "-H", "Sec-Fetch-Dest: script") == 403
+        assert status(path, "-H", "Sec-Fetch-Dest: iframe") == 403
+    assert status("/journal/off", "-H", "Content-Type: application/json", "-d", "{}", *link) == 403
+
+
 @pytest.fixture(scope="module")
 def open_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
     """A stack whose control API demands a token."""

@@ -10,7 +10,7 @@ import pytest
 
 from tests.axe import violations
 from tests.browser import Tab
-from tests.console import PAGES, fill, open_filled, open_page
+from tests.console import CUT, PAGES, fill, open_filled, open_page
 from tests.running import RunningStack
 
 pytestmark = [
@@ -21,17 +21,6 @@ pytestmark = [
 WINDOW, ENLARGED, PHONE = (1280, 900), (640, 450), (360, 640)
 """Sizes in CSS pixels; the second is the first at 200 %."""
 
-# What is cut off, or reaches out of the page, though nothing scrolls there. Rows of the list of calls are left out:
-# each shows a part of what the call shows in full.
-CUT = """
-[...document.querySelectorAll('body *')].filter((each) => {
-  if (each.closest('.skip, .unseen, .item, svg, option') || !each.getClientRects().length) return false;
-  const {left, right} = each.getBoundingClientRect(), style = getComputedStyle(each);
-  const isClipped = /hidden|clip/.test(style.overflowX) && each.scrollWidth > each.clientWidth + 1;
-  const scrolls = each.parentElement.closest('.scroll, pre, textarea, .windowed');
-  return isClipped || (!scrolls && (left < -1 || right > innerWidth + 1));
-}).map((each) => each.outerHTML.slice(0, 200))
-"""
 # What takes a finger, except links within a text.
 SMALL = """(least) =>
 [...document.querySelectorAll('button, input, select, textarea, summary, nav a, [role=button], [role=option]')]

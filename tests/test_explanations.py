@@ -328,3 +328,12 @@ async def test_differences_show_no_key_and_no_token(running: Stack, control: Con
     assert token not in text
     keys = control.save()["guests"]["booted"]["keys"]["keys"]
     assert not [value for value in keys.values() if isinstance(value, str) and len(value) > 16 and value in text]
+
+
+@pytest.mark.parametrize("effect", [{"kind": "decision", "allow": False}, {"script": ["deny"]}], ids=["kind", "script"])
+async def test_denial_by_a_fault_names_the_fault(control: Control, effect: dict[str, Any]) -> None:
+    fault = control.add_fault(service="auth-src", call="/bootAuth/app", **effect)
+    with pytest.raises(ControlError, match="Boot denied"):
+        await control.boot_guest("app")
+    (denial,) = control.why(str(control.journal.position))["denials"]
+    assert denial["problem"] == f"The fault {fault.id} decided this, and no policy: lift the fault."

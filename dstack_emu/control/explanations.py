@@ -63,6 +63,9 @@ class ExplanationControl(KmsControl):
         decision, service = record["decision"], record["service"]
         kms = service.removeprefix(_WEBHOOK)
         said = {key: record[key] for key in ("id", "service", "caller", "call")} | {"kms": kms, "decision": decision}
+        if "about" not in decision:  # no webhook has read the request
+            fault = record["fault"]["id"] if "fault" in record else "none"
+            return said | {"problem": f"The fault {fault} decided this, and no policy: lift the fault."}
         if (chain := self._chain_of(kms)) is not None:
             from dstack_emu.control.chain_denial import explain_on_chain  # few stacks have a chain
 

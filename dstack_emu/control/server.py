@@ -40,6 +40,15 @@ from dstack_emu.transport.validation import describe
 
 MAX_BODY: Final = 32 * 1024 * 1024
 
+_PROTECTION: Final = MappingProxyType(
+    {
+        "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Cache-Control": "no-store",
+    }
+)
+
 _HEALTH: Final = "/health"
 """The path of the API that needs no token: it says only whether the stack is ready."""
 
@@ -129,7 +138,14 @@ def control_app(
     if pages is not None:
         pages.add(app)
     app.on_shutdown.append(stream.end)
+    app.on_response_prepare.append(_protect)
     return app
+
+
+async def _protect(_request: web.Request, response: web.StreamResponse) -> None:
+    """Say in each answer, unless it says more itself, that no page of another origin may load or frame it."""
+    for name, value in _PROTECTION.items():
+        response.headers.setdefault(name, value)
 
 
 def _handler(control: Control, route: Route) -> Callable[[web.Request], Awaitable[web.Response]]:
@@ -175,17 +191,20 @@ def _parsed(body: bytes) -> Any:
 def _guard(token: str | None, pages: Pages | None) -> Middleware:
     """Make the middleware that refuses who may not call, and turns errors into answers."""
 
+    def is_page(path: str) -> bool:
+        return pages is not None and pages.is_public(path)
+
     def is_public(path: str) -> bool:
-        return path == _HEALTH or (pages is not None and pages.is_public(path))
+        return path == _HEALTH or is_page(path)
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         if token is None:
-            return await _answer(request, handler, needs_local_host=True)
+            return await _answer(request, handler, needs_local_host=True, can_be_linked=is_page(request.path))
         if not is_public(request.path) and not is_authorized(request.headers.get("Authorization"), token):
             return _unauthorized(request)
         # A page that reaches this by a name of its own (DNS rebinding) has no token, so the name does not matter.
-        return await _answer(request, handler, needs_local_host=False)
+        return await _answer(request, handler, needs_local_host=False, can_be_linked=is_page(request.path))
 
     return guard
 
@@ -202,11 +221,13 @@ def _unauthorized(request: web.Request) -> web.Response:
     return web.json_response({"error": text}, status=401, headers={"WWW-Authenticate": challenge})
 
 
-async def _answer(request: web.Request, handler: Handler, *, needs_local_host: bool) -> web.StreamResponse:
+async def _answer(
+    request: web.Request, handler: Handler, *, needs_local_host: bool, can_be_linked: bool
+) -> web.StreamResponse:
     try:
         if needs_local_host:
             _require_local_host(request)
-        _require_own_page(request, needs_local_host=needs_local_host)
+        _require_own_page(request, needs_local_host=needs_local_host, can_be_linked=can_be_linked)
         trace = read_trace(request.headers.getall(TRACEPARENT, []), request.headers.getall(TRACESTATE, []))
         with working_for(trace):
             return await handler(request)
@@ -231,8 +252,12 @@ def _require_local_host(request: web.Request) -> None:
         raise ControlError(f"Host: localhost or an IP address expected, got {host!r:.100}", 403)
 
 
-def _require_own_page(request: web.Request, *, needs_local_host: bool) -> None:
-    """Refuse what a browser would send for a foreign page: raise `ControlError`."""
+def _require_own_page(request: web.Request, *, needs_local_host: bool, can_be_linked: bool) -> None:
+    """Refuse what a browser would send for a foreign page, except that it may link to a page: raise `ControlError`."""
+    site = request.headers.get("Sec-Fetch-Site", "none")  # pages of other ports are `same-site`
+    is_link = can_be_linked and request.method == "GET" and request.headers.get("Sec-Fetch-Dest") == "document"
+    if site not in ("same-origin", "none") and not is_link:
+        raise ControlError(f"Sec-Fetch-Site: pages of other hosts or ports may not use this; got {site!r:.40}", 403)
     origin = request.headers.get("Origin")
     if origin is not None and not (_is_own(origin, request) and (_is_local(origin) or not needs_local_host)):
         raise ControlError(f"Origin: pages of other hosts may not use this; got {origin!r:.100}", 403)

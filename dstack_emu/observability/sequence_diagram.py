@@ -112,7 +112,7 @@ class _Drawing:
     def call(self, record: Record) -> None:
         """Draw a call, what it caused, and its answer."""
         caller, service = self._lanes[record["caller"]], self._lanes[record["service"]]
-        self._arrow(caller, service, "call", record["call"], record["call"])
+        self._arrow(caller, service, "call", _short(record["call"]), record["call"])
         for inner in shown_inner(record):
             if "call" in inner:
                 self.call(inner)

@@ -1,7 +1,7 @@
 // The page of calls: a live list of the calls from outside, and of each one what it led to.
 
 import {get} from "./api.js";
-import {alertBox, attempt, choice, draw, facts, labelled, make, scrolling, unseenStatus} from "./dom.js";
+import {alertBox, attempt, choice, draw, facts, labelled, make, scrolling, unseenStatus, whole} from "./dom.js";
 import {denial} from "./denial.js";
 import {flattened, journal, result} from "./journal.js";
 import {evidenceOf} from "./links.js";
@@ -49,7 +49,7 @@ export async function show(content, [chosen]) {
     redraw();
     found.textContent = count.textContent;
   });
-  let turn = 0, offered = "", closed = false;
+  let turn = 0, offered = 0, closed = false;
 
   const older = make("button", {onclick: (event) => attempt(alert, event.currentTarget, async () => {
     older.hidden = !await journal.loadOlder(OLDER);
@@ -57,17 +57,19 @@ export async function show(content, [chosen]) {
   content.append(filter.form, found, make("div", {class: "row"}, count, older), alert, list.element, details);
 
   function redraw() {
-    const lines = journal.entries.filter(predicate(filter.values()));
+    const wanted = filter.values(), isFiltered = Object.values(wanted).some((each) => each.trim());
+    const lines = isFiltered ? journal.entries.filter(predicate(wanted)) : journal.entries;
     list.show(lines);
     const held = journal.entries.length;
-    count.textContent = `${lines.length} of ${held} calls${journal.dropped ? "; older ones were dropped here" : ""}`;
+    count.textContent = `${lines.length} of ${held} calls${journal.dropped ? "; older ones were dropped here" : ""}` +
+      (journal.lost ? `; ${journal.lost} are missing: this page read more slowly than calls ended` : "");
   }
 
   // Names that appear later are offered, too.
   function offer() {
-    const names = [...new Set(journal.entries.flatMap((line) => `${line.services}${line.callers}`.split(" ")))].filter(Boolean).sort();
-    if (names.join() === offered) return;
-    offered = names.join();
+    if (journal.names.size === offered) return;
+    offered = journal.names.size;
+    const names = [...journal.names].sort();
     const {service} = filter.fields, value = service.value;
     // The present choice stays, also while its list is open: options are only added, in their places.
     for (const name of names) {
@@ -108,7 +110,7 @@ export async function show(content, [chosen]) {
 function described(record, diagram, why) {
   return [
     make("p", {}, `${record.time}: ${record.caller} → ${record.service} ${record.call}`),
-    make("p", {class: record.outcome}, result(record)),
+    make("p", {class: record.outcome}, whole(result(record))),
     ...why.denials.map((each) => denial(each)),
     scrolling("Sequence diagram", sequence(diagram)),
     toKeep(record.id),
@@ -128,5 +130,5 @@ function sequence({label, width, height, shapes}) {
 function steps(record) {
   const text = (each) => each.call ? `${each.caller} → ${each.service} ${each.call}: ${result(each)}` : `evidence ${each.attestation ?? "not verified"} ${each.tcb_status ?? each.error ?? ""}`;
   return make("ol", {}, [...flattened(record)].map((each) =>
-    make("li", {class: each.outcome ?? (each.attestation === "refused" ? "refused" : null)}, text(each), each.ms ? ` (${each.ms} ms)` : "")));
+    make("li", {class: each.outcome ?? (each.attestation === "refused" ? "refused" : null)}, whole(text(each)), each.ms ? ` (${each.ms} ms)` : "")));
 }

@@ -1,7 +1,7 @@
 // What differs between two states of a stack, part by part: policies as diffs, everything else as values.
 
 import {diff} from "./diff.js";
-import {make, scrolling, worded} from "./dom.js";
+import {make, scrolling, whole, worded} from "./dom.js";
 
 // A table below a heading, which is its name.
 function table(label, heads, rows) {
@@ -11,7 +11,7 @@ function table(label, heads, rows) {
 
 function values({part, changes}) {
   const rows = changes.map(({what, before, after}) => make("tr", {}, make("th", {scope: "row"}, worded(what)),
-    make("td", {class: "mono"}, before), make("td", {class: "mono"}, after)));
+    make("td", {class: "mono"}, whole(before)), make("td", {class: "mono"}, whole(after))));
   return table(part, ["what", "before", "after"], rows);
 }
 
@@ -19,7 +19,7 @@ function values({part, changes}) {
 export function comparison({parts, unseen}, places) {
   if (!places.length) return [make("p", {}, "Nothing differs.")];
   const rows = places.map(({path, before, after}) => make("tr", {}, make("th", {scope: "row"}, path),
-    make("td", {class: "mono"}, before), make("td", {class: "mono"}, after)));
+    make("td", {class: "mono"}, whole(before)), make("td", {class: "mono"}, whole(after))));
   return [
     make("p", {}, `${parts.length} parts differ: ${parts.map(({part}) => part).join(", ") || "none that is shown"}.`),
     ...parts.map((each) => make("section", {class: "card"}, make("h3", {}, each.part),

@@ -1,7 +1,7 @@
 // The page of conditions: the clock, faults, platforms and their vendor.
 
 import {call, get, part} from "./api.js";
-import {alertBox, attempt, choice, labelled, make, scrolling, tied, unseenStatus} from "./dom.js";
+import {alertBox, attempt, choice, labelled, make, scrolling, tied, unseenStatus, whole} from "./dom.js";
 import {allowed, changeForm, properties} from "./fields.js";
 import {Scenarios} from "./scenarios.js";
 
@@ -111,7 +111,7 @@ class Faults {
     if (faults === null || JSON.stringify(faults) === this._shown) return;
     this._shown = JSON.stringify(faults);
     this._rows.replaceChildren(...faults.map(({id, seen, met, spent, ...rule}) => make("tr", {},
-      make("td", {}, id), make("td", {}, Object.entries(rule).map(([name, value]) => `${name} ${typeof value === "object" ? JSON.stringify(value) : value}`).join(", ")),
+      make("td", {}, id), make("td", {}, whole(Object.entries(rule).map(([name, value]) => `${name} ${typeof value === "object" ? JSON.stringify(value) : value}`).join(", "))),
       make("td", {}, String(seen)), make("td", {}, spent ? `${met}, spent` : String(met)),
       make("td", {}, make("button", {"aria-label": `Lift fault ${id}`, onclick: (event) =>
         this._act(event, () => call("DELETE", `/faults/${part(id)}`))}, "Lift")))));

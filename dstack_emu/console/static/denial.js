@@ -1,9 +1,11 @@
 // Why a webhook denied a boot: the rule, what it compared, the line of the policy, and the change that allows it.
 
 import {call, get, part} from "./api.js";
-import {alertBox, attempt, make, worded} from "./dom.js";
+import {alertBox, attempt, clipped, make, whole, worded} from "./dom.js";
 import {aligned, diff, same} from "./diff.js";
 import {outcome} from "./proposal.js";
+
+const TITLE = 300;  // characters of a reason in a heading
 
 export function compared(refusal) {
   const nowhere = refusal.contract ? `It looks at ${refusal.place}.` : "No line of the policy decides this.";
@@ -48,8 +50,9 @@ export function allowing(each) {
 }
 
 export function denial(each) {
-  const {decision} = each, title = `${each.service} denied it: ${decision.reason || "no reason given"}`;
-  const shown = [make("h3", {class: "denied"}, title)];
+  const {decision} = each, reason = decision.reason || "no reason given";
+  const shown = [make("h3", {class: "denied"}, `${each.service} denied it: ${clipped(reason, TITLE)}`)];
+  if (reason.length > TITLE) shown.push(make("p", {}, whole(reason)));
   if (decision.mismatch && !each.refusals?.length) {
     const {field, got, allowed} = decision.mismatch;
     shown.push(make("p", {}, `It compared ${field}, as the policy was then:`), ...[got].flat().map((value) => aligned(value, allowed)));

@@ -11,9 +11,12 @@ export function diff(text) {
 
 const HEX = /^(0x)?([0-9a-f]*)$/i;
 
+const MOST = 1_000;  // bytes or characters of a value that are compared
+
 function pieces(text) {
   const hex = HEX.exec(text);
-  return hex && hex[2].length % 2 === 0 && hex[2] ? hex[2].toLowerCase().match(/../g) : [...text];
+  const all = hex && hex[2].length % 2 === 0 && hex[2] ? hex[2].toLowerCase().match(/../g) : [...text];
+  return all.length > MOST ? [...all.slice(0, MOST), `… and ${all.length - MOST} more`] : all;
 }
 
 // How many pieces two texts have in common, place by place.

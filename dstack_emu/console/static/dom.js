@@ -2,13 +2,35 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 
+const LONGEST = 1_000;  // characters of a text that are shown at once
+// Characters that are not seen, or that turn the order of those around them.
+const UNSEEN = /[\0-\x08\v\f\r\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+
+// A text with a name in place of each character that would not be seen.
+export function visible(text) {
+  return text.replace(UNSEEN, (each) => `‹U+${each.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}›`);
+}
+
+export function clipped(text, most) {
+  return text.length > most ? `${text.slice(0, most - 1)}…` : text;
+}
+
+// A text of any length: of a long one the beginning, and the whole on request.
+export function whole(text) {
+  if (text.length <= LONGEST) return text;
+  return [clipped(text, LONGEST), make("details", {}, make("summary", {}, `All ${text.length} characters`),
+    make("pre", {class: "long", tabindex: 0, role: "group", "aria-label": "The whole text"}, text))];
+}
+
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (value === true) element.setAttribute(name, "");
+    else if (name === "aria-label") element.setAttribute(name, visible(value));
     else if (value !== false && value !== null && value !== undefined) element.setAttribute(name, value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  const filled = children.flat().filter((child) => child !== null && child !== undefined);
+  element.append(...filled.map((child) => typeof child === "string" ? visible(child) : child));
   return element;
 }
 
@@ -64,11 +86,11 @@ export function choice(values, chosen, empty = "any") {
 export function facts(value) {
   if (Array.isArray(value)) {
     if (!value.length) return "none";
-    if (value.every((each) => typeof each !== "object" || each === null)) return value.join(", ");
+    if (value.every((each) => typeof each !== "object" || each === null)) return whole(value.join(", "));
     return make("ol", {}, value.map((each) => make("li", {}, facts(each))));
   }
   if (value === null || value === "") return "none";
-  if (typeof value !== "object") return make("span", {class: isHex(value) ? "mono" : null}, String(value));
+  if (typeof value !== "object") return make("span", {class: isHex(value) ? "mono" : null}, whole(String(value)));
   const rows = Object.entries(value).map(([name, each]) =>
     [make("dt", {}, worded(name)), make("dd", {}, name === "app_url" && each ? link(each) : facts(each))]);
   return make("dl", {class: "facts"}, rows.flat());
@@ -94,7 +116,7 @@ export async function attempt(alert, button, action) {
   try {
     return await action();
   } catch (error) {
-    alert.textContent = error.message;
+    alert.textContent = visible(clipped(error.message, LONGEST));
     mark(alert, error.message);
     return undefined;
   } finally {

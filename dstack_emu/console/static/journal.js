@@ -2,12 +2,16 @@
 // other one. Both are bounded; a whole record is requested from the stack when it is looked at.
 
 import {get, stream} from "./api.js";
+import {clipped} from "./dom.js";
 
 export const MOST = 100_000;  // lines; older ones are dropped
 const DROPPED = 1_000;        // at a time, when there are more
 const FIRST = 500;            // records that are requested at the start
 const DISORDER = 100;         // calls that were in progress at once
+const MISSED = 2_000;         // records that are requested after a time without connection: what a stack keeps
 const PAUSE = 2_000;          // milliseconds before the next try to connect
+const SHORTEST = 200;         // milliseconds between two announcements of changes: drawing takes longer than reading
+const SHOWN = 300;            // characters of a result that a line keeps
 
 export function number(entry) {
   return Number(entry.id.split(".")[0]);
@@ -41,13 +45,16 @@ class Journal {
     this.position = 0;
     this.version = 0;        // grows with every change
     this.dropped = false;
+    this.lost = 0;           // calls that are missing here, because the stack had no more of them when they were read
+    this.names = new Set();  // every service and caller so far
     this._texts = new Map();
     this._listeners = new Set();
     this._connection = () => {};
     this._scheduled = false;
+    this._announced = 0;
   }
 
-  // Calls the listener after changes, at most once a frame; returns what ends that.
+  // Calls the listener after changes, at most five times a second; returns what ends that.
   onChange(listener) {
     this._listeners.add(listener);
     return () => this._listeners.delete(listener);
@@ -70,31 +77,47 @@ class Journal {
   }
 
   async _follow() {
-    const known = await get(`/journal?limit=${FIRST}`);
-    // After a gap that is longer than what was requested, or in a stack that began anew, the lines begin anew, too.
-    if (known.position < this.position || this.position < known.position - FIRST) this._clear();
-    const seen = new Set(this.entries.slice(-2 * FIRST).map((line) => line.number));
+    const query = this.position ? `since=${Math.max(0, this.position - DISORDER)}&limit=${MISSED}` : `limit=${FIRST}`;
+    const known = await get(`/journal?${query}`);
+    const times = new Map(this.entries.slice(-2 * FIRST).map((line) => [line.number, line.time]));
+    const isOther = (record) => times.has(number(record)) && times.get(number(record)) !== record.time;
+    if (known.position < this.position || known.records.some(isOther)) {  // a stack that began anew
+      this._clear();
+      return this._follow();
+    }
+    if (this.position && known.records.length) this.lost += Math.max(0, number(known.records[0]) - this.position - 1);
+    const seen = new Set(times.keys());
     const add = (record) => {
       if (!seen.has(number(record))) this._add(record);
     };
     known.records.forEach(add);
     known.records.forEach((record) => seen.add(number(record)));
     this.position = Math.max(this.position, known.position);
-    this._changed();
-    this._connection("connected");
+    this.version += 1;
+    this._announce();
+    this._connected();
     // Calls end in another order than they begin: one that began before the others may have ended meanwhile.
     for await (const record of stream(Math.max(0, known.position - DISORDER))) {
       if ("rewound_to" in record) {
         this._rewind(record.rewound_to);
         seen.clear();
+      } else if ("lost" in record) {
+        this.lost += record.lost;
+        this._connected();
       } else add(record);
       this._changed();
     }
     this._connection("not connected: the stack has ended");
   }
 
+  _connected() {
+    this._connection(this.lost ? `connected; ${this.lost} calls were missed` : "connected");
+  }
+
   _clear() {
     this.entries = [];
+    this.lost = 0;
+    this.dropped = false;
     this.edges.clear();
     this.position = 0;
   }
@@ -131,20 +154,25 @@ class Journal {
   _connect(record) {
     this.edges.set(`${record.caller} ${record.service}`, {
       caller: record.caller, service: record.service, call: record.call, outcome: record.outcome,
-      text: result(record), time: record.time, number: this.position,
+      text: this._result(record), time: record.time, number: this.position,
     });
   }
 
   _line(record) {
     const calls = [...flattened(record)].filter((each) => each.call);
+    for (const each of calls) this.names.add(each.service).add(each.caller);
     const asked = calls.flatMap((each) => each.decision?.asked?.app_id ?? each.verdict?.app_id ?? []);
     const all = (name) => this._shared(` ${[...new Set(calls.map((each) => each[name]))].join(" ")} `);
     return {
       number: number(record), time: record.time, ms: record.ms, outcome: record.outcome, worst: worst(calls),
       caller: this._shared(record.caller), service: this._shared(record.service), call: this._shared(record.call),
-      text: this._shared(result(record)), services: all("service"), callers: all("caller"), names: all("call"),
+      text: this._shared(this._result(record)), services: all("service"), callers: all("caller"), names: all("call"),
       apps: this._shared(` ${[...new Set(asked)].join(" ")} `),
     };
+  }
+
+  _result(record) {
+    return clipped(result(record), SHOWN);
   }
 
   // Equal texts are kept once: a journal repeats itself.
@@ -155,14 +183,18 @@ class Journal {
     return kept ?? text;
   }
 
+  _announce() {
+    this._scheduled = false;
+    this._announced = performance.now();
+    for (const listener of this._listeners) listener();
+  }
+
   _changed() {
     this.version += 1;
     if (this._scheduled) return;
     this._scheduled = true;
-    requestAnimationFrame(() => {
-      this._scheduled = false;
-      for (const listener of this._listeners) listener();
-    });
+    const wait = Math.max(0, this._announced + SHORTEST - performance.now());
+    setTimeout(() => requestAnimationFrame(() => this._announce()), wait);
   }
 }
 

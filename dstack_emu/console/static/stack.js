@@ -1,7 +1,7 @@
 // The page of the stack: its picture, alive, and what each part is.
 
 import {call, get, part} from "./api.js";
-import {alertBox, attempt, facts, make, scrolling} from "./dom.js";
+import {alertBox, attempt, facts, make, scrolling, visible} from "./dom.js";
 import {journal} from "./journal.js";
 import {certificateLink, evidenceLink} from "./links.js";
 import {picture, place} from "./topology.js";
@@ -57,8 +57,8 @@ export async function show(content) {
     calls.replaceChildren(...last.map((edge) => make("tr", {}, make("td", {}, edge.caller), make("td", {}, edge.service),
       make("td", {}, make("a", {href: `#/calls/${edge.number}`}, edge.call)), make("td", {class: edge.outcome}, edge.text),
       make("td", {}, edge.time.slice(11, 23)))));
-    summary.textContent = `dstack ${stack.release}, seed “${stack.seed}”, ${stack.fresh ? "started fresh" : "started ready"}; ` +
-      `state in ${stack.state}`;
+    summary.textContent = visible(`dstack ${stack.release}, seed “${stack.seed}”, ${stack.fresh ? "started fresh" : "started ready"}; ` +
+      `state in ${stack.state}`);
   }
 
   async function refresh() {
