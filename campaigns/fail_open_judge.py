@@ -10,6 +10,8 @@ from campaigns.decision_state import State
 
 RELEASING: Final = ("GetTempCaCert", "GetAppKey", "SignCert", "GetKmsKey")
 """The RPCs of a KMS that answer with a key or a certificate."""
+LATE: Final = "no answer within"
+"""Words of a refusal because a part was late, which a busy machine may be; the report counts them."""
 Record = dict[str, Any]
 
 
@@ -66,6 +68,9 @@ def _judge_rpc(record: Record, seen: Seen, is_own: bool, outcome: Outcome) -> No
                 outcome.findings.append(Finding(f"{rpc} released", f"to {caller} by {kms}, although: {why}"))
     elif is_own and not seen.faults and caller != "outside" and not any(reasons for part in parts for reasons in part):
         said = record.get("error") or record["outcome"]
+        if LATE in said:
+            outcome.counts["refused as late"] += 1
+            return
         outcome.findings.append(Finding(f"{rpc} refused without a reason", f"to {caller} by {kms}: {said}"))
 
 

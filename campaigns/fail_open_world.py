@@ -15,7 +15,7 @@ import aiohttp
 from campaigns.case import Act, Finding, Outcome, Script
 from campaigns.decision_stack import DecisionStack, decision_stack
 from campaigns.decision_state import State
-from campaigns.fail_open_judge import Seen, calls, judge
+from campaigns.fail_open_judge import LATE, Seen, calls, judge
 from dstack_emu import ControlError
 from dstack_emu.observability.fault_rules import InstalledRule
 
@@ -174,7 +174,7 @@ class _Case:
         if has_keys and not had_keys:
             self._find("keys after a refusal", f"{who} of {kms}: {error}")
         refused = any(r["outcome"] != "ok" for r, _ in calls(seen.records) if r["service"] == f"kms-{kms}")
-        if not (seen.faults or refused or any(server) or kms in self._stack.misattested):
+        if not (seen.faults or refused or any(server) or kms in self._stack.misattested or LATE in str(error)):
             self._find("boot refused without a reason", f"{who} by {kms}: {error}")
 
     async def _judge_keys(self, who: str, *, got: bool) -> None:

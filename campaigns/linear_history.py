@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from campaigns.case import Finding, Outcome
 from campaigns.decision_state import State
-from campaigns.fail_open_judge import RELEASING, Record
+from campaigns.fail_open_judge import LATE, RELEASING, Record
 from tests.decision_model import BootInfo
 
 MAX_AGE: Final = 1.0
@@ -106,8 +106,10 @@ class History:
                 or (needs_caller and (caller not in during[0].domains or any(s.invalid(caller) for s in during)))
                 or (not about_itself and any(self._denied_itself(kms, call)))
             )
-            if not has_reason:
-                said = record.get("error") or record["outcome"]
+            said = record.get("error") or record["outcome"]
+            if not has_reason and LATE in said:
+                outcome.counts["refused as late"] += 1
+            elif not has_reason:
                 outcome.findings.append(Finding("a refusal that no moment explains", f"{rpc} of {kms}: {said}"))
             return
         where = f"{rpc} of {kms} to {caller}, moments {call.invoked} to {call.answered}"
