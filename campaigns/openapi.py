@@ -8,7 +8,6 @@ Methods that a document does not have are not compared, but for control: the rea
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from campaigns.outputs import command, stack
+from campaigns.outputs import running, stack
 
 CHECKS: Final = (
     "not_a_server_error",
@@ -42,15 +41,8 @@ class Document:
 @contextmanager
 def webhook(kind: str, *arguments: str) -> Iterator[str]:
     """Run a webhook until the block ends; yield its URL."""
-    line = command("auth", kind, "--listen", "127.0.0.1:0", "--json", *arguments)
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        url: str = json.loads(process.stdout.readline())["url"]
-        yield url
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
+    with running("auth", kind, "--listen", "127.0.0.1:0", *arguments) as said:
+        yield said["url"]
 
 
 @contextmanager
@@ -58,12 +50,12 @@ def documents(folder: Path) -> Iterator[list[Document]]:
     """Run everything that serves a document; yield the documents."""
     allowlist = folder / "allowlist.json"
     allowlist.write_text("{}")
-    with ExitStack() as running:
-        services = running.enter_context(stack("--vmm", "--auth", "dst=eth", "--state", str(folder / "state")))[
+    with ExitStack() as parts:
+        services = parts.enter_context(stack("--vmm", "--auth", "dst=eth", "--state", str(folder / "state")))[
             "services"
         ]
-        file = running.enter_context(webhook("file", "--config", str(allowlist)))
-        mock = running.enter_context(webhook("mock"))
+        file = parts.enter_context(webhook("file", "--config", str(allowlist)))
+        mock = parts.enter_context(webhook("mock"))
         yield [
             # The stream does not end.
             Document(

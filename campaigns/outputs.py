@@ -6,6 +6,7 @@ The campaign `determinism` runs it in different surroundings. Its own surroundin
 import json
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,16 +39,27 @@ def asked(url: str, body: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
+def running(*arguments: str) -> Iterator[dict[str, Any]]:
+    """Run a command until the block ends; yield the line of JSON that it prints. Its log is shown if there is none."""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command(*arguments, "--json"), stdout=subprocess.PIPE, stderr=log, text=True)
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            if not line:
+                log.seek(0)
+                raise RuntimeError(f"{' '.join(arguments)}: {log.read()[-4000:]}")
+            yield json.loads(line)
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)
+
+
+@contextmanager
 def stack(*arguments: str) -> Iterator[dict[str, Any]]:
     """Run a stack until the block ends; yield its description."""
-    process = subprocess.Popen(command("up", "--json", "--free-ports", *arguments), stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        description: dict[str, Any] = json.loads(process.stdout.readline())
+    with running("up", "--free-ports", *arguments) as description:
         yield description
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
 
 
 def of_commands(folder: Path) -> Iterator[tuple[str, bytes]]:
