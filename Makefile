@@ -1,5 +1,5 @@
 # `make up` runs the stack, `make test` the tests. Both first create .venv, if it is missing or older than pyproject.toml
-# or constraints.txt.
+# or requirements/, whose files have the version and the hashes of everything that is installed.
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -9,11 +9,12 @@ ARGS ?=
 # of coincurve has no wheel for a later one.
 PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 FITS    := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
-PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt --only-binary=:all:
-# setuptools is installed first, in its pinned version: pip's isolated builds would use the newest one.
-INSTALL := $(PIP) --no-build-isolation --editable
+PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet install
+HASHED  := $(PIP) --require-hashes --only-binary=:all: --requirement
+# setuptools is one of the requirements: pip's isolated builds would use the newest one.
+INSTALL := $(PIP) --no-index --no-deps --no-build-isolation --editable .
 
-.PHONY: help venv up test browser rust fuzz openapi decisions campaign contracts check-kms console-load machines crash lint types imports check bench proto lock clean
+.PHONY: help venv up test browser rust fuzz openapi decisions campaign contracts check-kms console-load machines crash lint types imports check bench proto lock release audit clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,9 +36,9 @@ BROWSED := $(addprefix tests/test_,console_browser.py console_evidence.py consol
   console_connection.py console_safety.py gateway_browser.py pages_browser.py runbook_browser.py)
 
 # Alone: the package would install a browser of its own, and only its axe-core is used.
-.axe/.installed: tools/axe.txt $(VENV)/.dev
+.axe/.installed: requirements/axe.txt $(VENV)/.dev
 	@rm -rf .axe
-	@$(BIN)/python -m pip --disable-pip-version-check --quiet install --only-binary=:all: --no-deps --target .axe --requirement tools/axe.txt
+	@$(BIN)/python -m pip --disable-pip-version-check --quiet install --require-hashes --only-binary=:all: --no-deps --target .axe --requirement requirements/axe.txt
 	@touch .axe/.installed
 
 rust: $(VENV)/.dev ## Use the chain from a program in Rust, with alloy, which cargo builds in minutes
@@ -98,18 +99,25 @@ proto: $(VENV)/.dev ## Generate the protobuf code, after a change of a .proto fi
 
 contracts: $(VENV)/.runtime ## Compile the contracts of the chain, with a compiler in .vyper (ARGS="--check": compare only)
 	@$(BIN)/python -m venv .vyper
-	@.vyper/bin/python -m pip --disable-pip-version-check --quiet install --only-binary=:all: --requirement tools/vyper.txt
+	@.vyper/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes --only-binary=:all: \
+	  --requirement requirements/vyper.txt
 	@.vyper/bin/python tools/compile_contracts.py $(ARGS)
 
-lock: ## Resolve all dependencies into constraints.txt
-	@PYTHON="$(PYTHON)" .ci/lock
+lock: ## Resolve all dependencies into requirements/ and constraints.txt (ARGS=--upgrade: take the newest versions)
+	@PYTHON="$(PYTHON)" .ci/lock $(ARGS)
+
+release: $(VENV)/.dev .release/.tools ## Build sdist, wheel and image twice, compare the bytes, and try the wheel on each Python here
+	@$(BIN)/python tools/release.py $(ARGS)
+
+audit: $(VENV)/.dev .release/.tools ## Look up known vulnerabilities and check the licences of all that is installed
+	@$(BIN)/python tools/release.py audit $(ARGS)
 
 clean: ## Remove .venv, caches and build files
-	rm -rf $(VENV) .axe .rust .vyper .atheris .schemathesis build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .axe .rust .vyper .atheris .schemathesis .release build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A candidate is used only if it runs: some systems have shims that are found and then fail.
-$(VENV)/.runtime: pyproject.toml constraints.txt
+$(VENV)/.runtime: pyproject.toml requirements/run.txt
 	@fit=; found=; \
 	for python in $(PYTHONS); do \
 	  "$$python" -c '$(FITS)' >/dev/null 2>&1 || continue; \
@@ -124,15 +132,20 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 	  echo "$$fit cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; \
 	fi; \
 	echo "Making $(VENV) with $$found" && \
-	"$$found" -m venv --clear $(VENV) && $(PIP) setuptools && $(INSTALL) . && touch $@
+	"$$found" -m venv --clear $(VENV) && $(HASHED) requirements/run.txt && $(INSTALL) && touch $@
 
-$(VENV)/.dev: $(VENV)/.runtime
+$(VENV)/.dev: $(VENV)/.runtime requirements/dev.txt
 	@echo "Adding the tools for tests and checks to $(VENV)"
-	@$(INSTALL) '.[dev]' && touch $@
+	@$(HASHED) requirements/dev.txt && touch $@
 
 # The fuzzer has wheels for Linux on x86-64 alone. Without it the inputs are drawn, and the report says so.
-.atheris: tools/atheris.txt | $(VENV)/.dev
+.atheris: requirements/atheris.txt | $(VENV)/.dev
 	@rm -rf $@ && mkdir $@
 	@[ "$$(uname -sm)" != "Linux x86_64" ] || $(BIN)/python -m pip --disable-pip-version-check --quiet install \
-	  --only-binary=:all: --no-deps --target $@ --requirement tools/atheris.txt
+	  --require-hashes --only-binary=:all: --no-deps --target $@ --requirement requirements/atheris.txt
 	@touch $@
+
+.release/.tools: requirements/release.txt
+	@$(BIN)/python -m venv --clear .release
+	@.release/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes --only-binary=:all: \
+	  --requirement requirements/release.txt && touch $@

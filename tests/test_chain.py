@@ -114,6 +114,30 @@ def request(method: str, *params: Any, id_: Any = 1) -> dict[str, Any]:
     return {"jsonrpc": "2.0", "id": id_, "method": method, "params": list(params)}
 
 
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("https://pages.example", 403),
+        ("null", 403),
+        ("http://127.0.0.1.example:8545", 403),
+        ("http://203.0.113.5", 403),
+        ("http://localhost:3000", 200),
+        ("http://[::1]:3000", 200),
+        ("chrome-extension://nkbihfbeogaeaoehlefnkodbefgpgknn", 200),
+    ],
+)
+async def test_pages_of_other_hosts_may_send_no_transaction(origin: str, status: int, chain: LiveChain) -> None:
+    before = chain.web3.eth.block_number
+    act = request("evm_mine")
+    async with aiohttp.ClientSession(headers={"Origin": origin}) as session:
+        async with session.post(chain.url, json=act) as answer:
+            assert answer.status == status
+        assert chain.web3.eth.block_number == before + (status == 200)
+        if status == 403:
+            with pytest.raises(aiohttp.WSServerHandshakeError, match="403"):
+                await session.ws_connect(chain.url)
+
+
 def test_batch_is_answered_in_its_order_without_its_notifications(chain: LiveChain) -> None:
     notification = {"jsonrpc": "2.0", "method": "eth_chainId"}
     batch = [request("eth_chainId", id_="a"), notification, request("nothing", id_=None), request("net_version", id_=7)]

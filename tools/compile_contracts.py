@@ -2,8 +2,8 @@
 
 `python tools/compile_contracts.py` writes the artefacts, a JSON file with ABI and bytecode for each contract. `--check`
 writes nothing, and exits with status 1 if a file is missing or different. The compiler is vyper in the version of
-tools/vyper.txt. It shares no environment with this project, whose cbor2 is newer than vyper accepts: VYPER names the
-program; without it `.vyper/bin/vyper` is used, which `make contracts` installs, or the one on the path.
+requirements/vyper.txt. It shares no environment with this project, whose cbor2 is newer than vyper accepts: VYPER
+names the program; without it `.vyper/bin/vyper` is used, which `make contracts` installs, or the one on the path.
 
 The proxy is assembled here, and needs no compiler.
 """
@@ -263,9 +263,9 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare only; status 1 if an artefact is stale")
     parser.add_argument("--into", type=Path, default=ROOT, help="the folder that has the packages")
     arguments = parser.parse_args()
-    pinned = (ROOT / "tools/vyper.txt").read_text()
-    if f"vyper=={version()}\n" not in pinned:
-        print(f"vyper {version()} found; tools/vyper.txt names another version", file=sys.stderr)
+    pinned = (ROOT / "requirements/vyper.txt").read_text()
+    if f"vyper=={version()} " not in pinned:
+        print(f"vyper {version()} found; requirements/vyper.txt names another version", file=sys.stderr)
         return 1
     folder = arguments.into / CONTRACTS
     generated = generate(folder)

@@ -5,12 +5,15 @@ socket. What the EVM executes is done in a thread, one request after the other, 
 """
 
 import asyncio
+import ipaddress
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from aiohttp import WSMsgType, web
+from aiohttp.typedefs import Handler
+from yarl import URL
 
 from dstack_emu.chain.block import Block
 from dstack_emu.chain.errors import InvalidParamsError
@@ -38,7 +41,7 @@ class ChainServer:
 
     def app(self) -> web.Application:
         """Make the application."""
-        app = web.Application(client_max_size=MAX_BODY)
+        app = web.Application(client_max_size=MAX_BODY, middlewares=[_refuse_foreign_pages])
         app.router.add_post("/", self._post)
         app.router.add_get("/", self._get)
         app.on_shutdown.append(self._close_sockets)
@@ -79,6 +82,30 @@ class ChainServer:
     async def _close_sockets(self, _app: web.Application) -> None:
         for socket in tuple(self._sockets):
             await socket.websocket.close()
+
+
+@web.middleware
+async def _refuse_foreign_pages(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse what a page of another machine makes a browser send: the accounts here have no password."""
+    origin = request.headers.get("Origin")
+    if origin is not None and not _is_of_this_machine(origin):
+        return web.Response(status=403, text=f"Origin: pages of other hosts may not use this; got {origin!r:.100}")
+    return await handler(request)
+
+
+def _is_of_this_machine(origin: str) -> bool:
+    try:
+        url = URL(origin)
+    except ValueError:
+        return False
+    if url.scheme not in ("http", "https"):
+        return bool(url.scheme)  # an extension, such as a wallet, which its user installed
+    if url.host is None or url.host == "localhost":
+        return url.host is not None
+    try:
+        return ipaddress.ip_address(url.host).is_loopback
+    except ValueError:
+        return False
 
 
 class _Socket:

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from dstack_emu.cli import logs
-from dstack_emu.cli.commands.common import WARNING, add_release, listen_address, run_server, say, stop_on_signals
+from dstack_emu.cli.commands.common import (
+    WARNING,
+    UsageError,
+    add_release,
+    listen_address,
+    run_server,
+    say,
+    stop_on_signals,
+)
 from dstack_emu.deployment.clock import ISSUED_AT, wall_clock
 from dstack_emu.kms_emu.agent_client import DEFAULT_ADDRESS
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
@@ -17,6 +25,8 @@ from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.kms_emu.server import KmsServer
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.listen import bind_tcp
+from dstack_emu.transport.production import reality_of
+from dstack_emu.transport.trust_root import trust_anchor
 
 DESCRIPTION = (
     "Run one KMS with upstream's kms.toml; both phases use the same port. The environment variable "
@@ -54,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="use a successful self check and GetMeta's info for a second, as a KMS of 0.6 does "
         "(emulator.auth_api_cache)",
     )
+    parser.add_argument(
+        "--trust-production",
+        action="store_true",
+        help="start with Intel's root certificate or a PCCS for real hardware, too: real machines then get keys that "
+        "protect nothing",
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
 
 
@@ -62,6 +78,13 @@ def run(arguments: argparse.Namespace) -> int:
     config = KmsConfig.load(arguments.config, os.environ)
     if arguments.auth_api_cache:
         config = config.with_auth_api_cache()
+    real = reality_of(trust_anchor(config.core.attestation, "core."), config.core.pccs)
+    if real and not arguments.trust_production:
+        raise UsageError(
+            f"{arguments.config}: {real}. This KMS is an emulator, and would give real machines keys that protect "
+            "nothing. Name the emulated root and PCCS: core.attestation.root_ca.tdx and core.attestation.urls.pccs, with "
+            "root_ca and pccs_url of `dstack-emu agent --json`; or add --trust-production"
+        )
     agent = os.environ.get("DSTACK_AGENT_ADDRESS") or DEFAULT_ADDRESS
     return run_server(_run_kms(config, agent, arguments), has_grpc=config.emulator.grpc.enabled)
 
