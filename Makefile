@@ -53,9 +53,9 @@ fuzz: $(VENV)/.dev .atheris ## Fuzz every decoder, guided by coverage (INPUTS=20
 openapi: $(VENV)/.dev .schemathesis/.installed ## Hold each OpenAPI document against its server, with schemathesis (SECONDS=120 SEED=1)
 	@$(BIN)/python -m campaigns.openapi .schemathesis/bin/schemathesis --seconds $(or $(SECONDS),120) --seed $(or $(SEED),1) $(ARGS)
 
-.schemathesis/.installed: tools/schemathesis.txt $(VENV)/.dev
+.schemathesis/.installed: requirements/schemathesis.txt $(VENV)/.dev
 	@$(BIN)/python -m venv --clear .schemathesis
-	@.schemathesis/bin/python -m pip --disable-pip-version-check --quiet install --only-binary=:all: --requirement tools/schemathesis.txt
+	@.schemathesis/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes --only-binary=:all: --requirement requirements/schemathesis.txt
 	@touch $@
 
 decisions: $(VENV)/.dev ## Hold many more random decisions against the models of a real KMS and of the contracts (CASES=20000 SEED=x)
