@@ -1,7 +1,7 @@
 """Build what a release consists of, twice, and check that both builds are equal; or audit what it installs.
 
-`make release` runs it: sdist and wheel from the files of HEAD, the wheel tried in a bare environment of each Python that
-is here, the image, and a bill of materials (CycloneDX) for wheel and image. All is in `dist/`, with SHA256SUMS.
+`make release` runs it: sdist and wheel from the files of HEAD, the wheel tried in a bare environment of each Python
+that is here, the image, and a bill of materials (CycloneDX) for wheel and image. All is in `dist/`, with SHA256SUMS.
 `make audit` looks up known vulnerabilities, and checks the licences.
 
 Every file has the date of the commit. The tools are those of requirements/release.txt, in an environment of their own.

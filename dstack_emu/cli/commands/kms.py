@@ -82,8 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     if real and not arguments.trust_production:
         raise UsageError(
             f"{arguments.config}: {real}. This KMS is an emulator, and would give real machines keys that protect "
-            "nothing. Name the emulated root and PCCS: core.attestation.root_ca.tdx and core.attestation.urls.pccs, with "
-            "root_ca and pccs_url of `dstack-emu agent --json`; or add --trust-production"
+            "nothing. Name the emulated root and PCCS: core.attestation.root_ca.tdx and core.attestation.urls.pccs, "
+            "with root_ca and pccs_url of `dstack-emu agent --json`; or add --trust-production"
         )
     agent = os.environ.get("DSTACK_AGENT_ADDRESS") or DEFAULT_ADDRESS
     return run_server(_run_kms(config, agent, arguments), has_grpc=config.emulator.grpc.enabled)
