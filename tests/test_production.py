@@ -20,7 +20,8 @@ PCCS = "http://127.0.0.1:9"
 def intel_root() -> bytes:
     """The root certificate in a quote of real hardware, PEM."""
     quote = external_path("intel-tdx-quote.bin").read_bytes()
-    return re.findall(rb"-----BEGIN.*?-----END CERTIFICATE-----\n", quote, re.DOTALL)[-1]
+    found: list[bytes] = re.findall(rb"-----BEGIN.*?-----END CERTIFICATE-----\n", quote, re.DOTALL)
+    return found[-1]
 
 
 def emulated_root() -> bytes:
