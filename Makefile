@@ -14,7 +14,7 @@ HASHED  := $(PIP) --require-hashes --only-binary=:all: --requirement
 # setuptools is one of the requirements: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-index --no-deps --no-build-isolation --editable .
 
-.PHONY: help venv up test browser rust fuzz openapi decisions campaign contracts check-kms console-load machines crash lint types imports check bench proto lock release audit clean
+.PHONY: help venv up test browser pictures rust fuzz openapi decisions campaign contracts check-kms console-load machines crash lint types imports check bench proto lock release audit clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ browser: $(VENV)/.dev .axe/.installed ## Use console and gateway in Chromium (De
 
 BROWSED := $(addprefix tests/test_,console_browser.py console_evidence.py console_accessibility.py console_contracts.py \
   console_connection.py console_safety.py gateway_browser.py pages_browser.py runbook_browser.py)
+
+pictures: $(VENV)/.dev ## Make the pictures of the documents anew, in Chromium
+	@DSTACK_EMU_BROWSER=1 DSTACK_EMU_PICTURES=docs/pictures $(BIN)/python -m pytest -n 0 tests/test_pictures.py $(ARGS)
 
 # Alone: the package would install a browser of its own, and only its axe-core is used.
 .axe/.installed: requirements/axe.txt $(VENV)/.dev

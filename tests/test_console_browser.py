@@ -22,8 +22,6 @@ pytestmark = [
     pytest.mark.timeout(240),
 ]
 
-PICTURES = os.environ.get("DSTACK_EMU_PICTURES")
-"""A folder for a picture of each page; none are made without it."""
 HOSTILE = '<img src=x onerror="alert(1)"><b>bold</b>'
 
 
@@ -39,11 +37,9 @@ def tab(console_tab: Tab) -> Tab:
     return console_tab
 
 
-def check_accessible(tab: Tab, name: str) -> None:
+def check_accessible(tab: Tab) -> None:
     """Everything that takes the focus has a name, and the page fits at 200 % and on a phone."""
     assert tab.unnamed() == []
-    if PICTURES:
-        tab.screenshot(Path(PICTURES, f"console-{name}.png"))
     for width, dark in ((640, False), (390, True)):  # 1280 at 200 %, and a phone
         tab.resize(width, 800, dark=dark)
         wide = (
@@ -72,7 +68,7 @@ def test_stack_page_shows_each_part_and_its_last_calls(stack: RunningStack, tab:
     tab.see("app not registered", "section")
     tab.wait("document.querySelector('svg .arrow.denied')")
     tab.see("denied: app not registered", "tbody")
-    check_accessible(tab, "stack")
+    check_accessible(tab)
 
 
 def test_part_that_is_opened_shows_measurements_and_certificates_but_no_key(stack: RunningStack, tab: Tab) -> None:
@@ -165,7 +161,7 @@ def test_bootstrap_that_was_refused_is_allowed_by_what_the_call_shows(tab: Tab) 
         )
         tab.see(f"Line {line} of the policy: ", "section")
         assert tab.run("document.querySelectorAll('svg[role=img] .arrow.denied').length") == 1
-        check_accessible(tab, "calls")
+        check_accessible(tab)
         before = stack.policies["src"].read_text()
         tab.tab_to("Allow this")
         tab.press("Enter")
@@ -299,7 +295,7 @@ def test_policy_is_checked_while_it_is_typed_saved_and_reverted(stack: RunningSt
     tab.write("x")
     tab.see("Line 1: not JSON", "ul[aria-label=Problems]")
     assert tab.run("[...document.querySelectorAll('button')].find((each) => each.innerText === 'Save').disabled")
-    check_accessible(tab, "policies")
+    check_accessible(tab)
     set_text(tab, json.dumps(before | {"osImage": [HOSTILE]}))
     tab.see("osImage: nothing reads this key, did you mean osImages?", "ul[aria-label=Problems]")
     set_text(tab, json.dumps(before | {"osImages": 1}))
@@ -371,7 +367,7 @@ def boot_app(stack: RunningStack) -> tuple[int, str]:
 def test_fault_is_put_in_force_met_and_lifted(stack: RunningStack, tab: Tab) -> None:
     open_page(tab, stack, "conditions")
     tab.see("Start kms-src anew")
-    check_accessible(tab, "conditions")
+    check_accessible(tab)
     tab.tab_to("A webhook that decides the opposite, once")
     tab.press("Enter")
     tab.see("kind decision", "tbody")
@@ -488,7 +484,7 @@ def test_snapshot_is_taken_and_reverted(stack: RunningStack, tab: Tab) -> None:
     tab.write("before")
     tab.press("Enter")
     tab.see("before is taken.")
-    check_accessible(tab, "snapshots")
+    check_accessible(tab)
     control_call(stack, "POST", "/policies/src/deny", '{"guest": "app"}')
     tab.tab_to("Compare before")
     tab.press("Enter")

@@ -6,7 +6,6 @@ It runs if DSTACK_EMU_BROWSER is set (`make browser`).
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -19,9 +18,6 @@ pytestmark = [
     pytest.mark.skipif("DSTACK_EMU_BROWSER" not in os.environ, reason="DSTACK_EMU_BROWSER is not set: `make browser`"),
     pytest.mark.timeout(240),
 ]
-
-PICTURES = os.environ.get("DSTACK_EMU_PICTURES")
-"""A folder for a picture of the page; none is made without it."""
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +98,6 @@ def test_app_is_revoked_by_a_transaction_that_the_page_of_policies_sends(stack: 
     tab.tab_to(f"Remove compose-hash 0x{compose_hash}")
     tab.press("Enter")
     tab.see("app: allowed before, denied: Compose hash not allowed after it", "section")
-    if PICTURES:
-        tab.run("document.querySelectorAll('details').forEach((each) => { each.open = false; })")
-        tab.screenshot(Path(PICTURES, "console-contracts.png"))
     assert boot(stack)[0] == 200  # nothing has been sent
     tab.wait("document.activeElement.innerText === 'What remove would do'")
     tab.tab_to("Send the transaction")

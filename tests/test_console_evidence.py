@@ -26,8 +26,6 @@ pytestmark = [
     pytest.mark.timeout(240),
 ]
 
-PICTURES = os.environ.get("DSTACK_EMU_PICTURES")
-"""A folder for a picture of the page; none is made without it."""
 HOSTILE = '<img src=x onerror="alert(1)"><b>bold</b>'
 MARKUP = "main img, main b, main script, main a[href^=javascript]"
 
@@ -105,9 +103,6 @@ def test_policy_that_denies_is_changed_by_what_the_page_shows(stack: RunningStac
     tab.see("kms-dst: allowed")
     tab.see("The rule app registered: appId")
     tab.see("Line ", ".card")
-    if PICTURES:
-        tab.run("document.querySelector('h2 ~ h2 ~ h2').scrollIntoView()")
-        tab.screenshot(Path(PICTURES, "console-evidence.png"))
     for width, dark in ((640, False), (390, True)):
         tab.resize(width, 800, dark=dark)
         assert tab.run("document.documentElement.scrollWidth <= innerWidth"), width

@@ -5,7 +5,6 @@ It runs if DSTACK_EMU_BROWSER is set (`make browser`).
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 import pytest
@@ -21,8 +20,6 @@ pytestmark = [
     pytest.mark.timeout(240),
 ]
 
-PICTURES = os.environ.get("DSTACK_EMU_PICTURES")
-"""A folder for a picture of the set-up page; none is made without it."""
 PAGES: Final = {
     "setup": "A fresh dstack KMS",
     "kms-src": "A dstack KMS",
@@ -91,9 +88,6 @@ def test_page_looks_like_the_console_and_can_be_used_by_everyone(
     assert "protects nothing" in tab.text("header")
     assert tab.complaints == []  # of the Content-Security-Policy, too
     assert tab.requests == []  # it loads nothing
-    if PICTURES and name == "setup":
-        tab.resize(1280, 900)
-        tab.screenshot(Path(PICTURES, "kms-setup.png"))
 
 
 def test_kms_is_set_up_by_the_keyboard(fresh: RunningStack, full_stack: RunningStack, tab: Tab) -> None:

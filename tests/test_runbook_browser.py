@@ -18,9 +18,6 @@ pytestmark = [
     pytest.mark.timeout(240),
 ]
 
-PICTURES = os.environ.get("DSTACK_EMU_PICTURES")
-"""A folder for a picture of the page; none is made without it."""
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
@@ -58,9 +55,6 @@ def test_page_opens_from_its_folder_and_requests_nothing_else(page: Path, tab: T
     assert tab.run(
         "[...document.querySelectorAll('header, nav, main, footer')].map((each) => each.localName).join()"
     ) == ("header,nav,main,footer")
-    if PICTURES:
-        tab.run("document.getElementById('step-1.3').scrollIntoView()")
-        tab.screenshot(Path(PICTURES, "runbook-evidence.png"))
     tab.tab_to("Case 1")
     tab.press("Enter")
     tab.wait("location.hash === '#case-1' && document.getElementById('case-1').getBoundingClientRect().top < 50")

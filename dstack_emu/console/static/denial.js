@@ -46,7 +46,7 @@ export function allowing(each) {
     preview.hidden = !preview.hidden;
     first.setAttribute("aria-expanded", String(!preview.hidden));
   }}, "Allow this…");
-  return make("div", {}, first, preview, alert, done);
+  return make("div", {class: "allowing"}, first, preview, alert, done);
 }
 
 export function denial(each) {

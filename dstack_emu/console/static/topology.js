@@ -2,7 +2,7 @@
 
 import {draw} from "./dom.js";
 
-const WIDE = 170, NARROW = 130, HIGH = 46, COLUMN = 270, ROW = 120, LEFT = 20, TOP = 60;
+const WIDE = 170, NARROW = 130, HIGH = 46, COLUMN = 255, ROW = 120, LEFT = 20, TOP = 44, BEND = 70;
 
 // Places every part: trust domains at the left; KMS, and a gateway, in the middle, each above its agent; everything else
 // at the right; the PCCS below all.
@@ -28,7 +28,7 @@ export function place(services, webhooks, guests, kms) {
   const others = services.filter((name) => !boxes.has(name) && !["pccs", "control"].includes(name));
   others.forEach((name, index) => put(name, columns, 1 + index * 0.6));
   const lowest = Math.max(2, 0.6 * domains.length + 0.4, 0.6 * others.length + 0.4);
-  put("pccs", 0, lowest + 0.8, COLUMN * (columns - (others.length ? 0 : 1)) + WIDE);
+  put("pccs", 0, lowest + 0.8, others.length ? COLUMN * columns + NARROW : COLUMN * (columns - 1) + WIDE);
   return boxes;
 }
 
@@ -49,12 +49,19 @@ function route(from, to) {
   }
   const start = anchor(from, to), end = anchor(to, from);
   if (start.y === end.y && Math.abs(start.x - end.x) > COLUMN) {
-    const high = start.y - 70, x = (start.x + end.x) / 2;
     const [a, b] = [{x: from.x + from.width / 2, y: from.y}, {x: to.x + to.width / 2, y: to.y}];
-    return {path: `M${a.x} ${a.y}Q${x} ${high} ${b.x} ${b.y}`, x, y: high + 28, end: b, angle: 60};
+    const bend = {x: (a.x + b.x) / 2, y: a.y - BEND}, passed = Math.round(Math.abs(b.x - a.x) / COLUMN);
+    const at = passed % 2 ? 0.5 : 0.5 - 0.5 / passed;  // the label stands between two columns
+    return {path: `M${a.x} ${a.y}Q${bend.x} ${bend.y} ${b.x} ${b.y}`, x: a.x + at * (b.x - a.x), y: a.y - 2 * at * (1 - at) * BEND + 4,
+            end: b, angle: degrees(bend, b)};
   }
-  const angle = Math.atan2(end.y - start.y, end.x - start.x) * 180 / Math.PI;
-  return {path: `M${start.x} ${start.y}L${end.x} ${end.y}`, x: (start.x + end.x) / 2, y: (start.y + end.y) / 2, end, angle};
+  const isSteep = start.x === end.x && end.y < start.y;  // below its label, others pass from column to column
+  return {path: `M${start.x} ${start.y}L${end.x} ${end.y}`, x: (start.x + end.x) / 2, y: isSteep ? end.y + 24 : (start.y + end.y) / 2,
+          end, angle: degrees(start, end)};
+}
+
+function degrees(from, to) {
+  return Math.atan2(to.y - from.y, to.x - from.x) * 180 / Math.PI;
 }
 
 // A path by its last part.
@@ -82,7 +89,7 @@ function arrow(edge, from, to) {
 export function picture(boxes, edges, states, open) {
   const all = [...boxes.values()];
   const width = Math.max(...all.map((box) => box.x + box.width)) + LEFT;
-  const height = Math.max(...all.map((box) => box.y + box.height)) + TOP;
+  const height = Math.max(...all.map((box) => box.y + box.height)) + LEFT;
   const arrows = edges.filter((edge) => boxes.has(edge.caller) && boxes.has(edge.service) && edge.caller !== edge.service)
     .map((edge) => arrow(edge, boxes.get(edge.caller), boxes.get(edge.service)));
   const parts = all.map((box) => part(box, states.get(box.name) ?? "", open));
