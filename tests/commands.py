@@ -27,6 +27,11 @@ def run_command(
         command = start(*arguments, stdin=given, stdout=out, stderr=err, environment=environment, folder=folder)
         try:
             status = command.wait(COMMAND_TIMEOUT)
+        except subprocess.TimeoutExpired as error:
+            command.send_signal(signal.SIGUSR1)  # it says what it waits for
+            command.poll(1)
+            err.seek(0)
+            raise AssertionError(f"{arguments} did not end: {err.read().decode()}") from error
         finally:
             command.end(signal.SIGKILL)
         out.seek(0)

@@ -5,6 +5,7 @@ socket. What the EVM executes is done in a thread, one request after the other, 
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import json
 from collections.abc import Callable
@@ -26,6 +27,10 @@ MAX_BODY: Final = 4 * 1024 * 1024
 """Bytes of a request or a message."""
 MAX_SUBSCRIPTIONS: Final = 100
 """Subscriptions of one connection."""
+MAX_UNSENT: Final = 20_000
+"""Messages that wait for one connection, as in geth; that of a client that falls further behind is aborted."""
+CLOSE_TIMEOUT: Final = 2.0
+"""Seconds that clients have to close their connections when the server ends."""
 
 Views = Callable[[Block], list[Any]]
 """What a subscriber is sent of a block."""
@@ -68,7 +73,7 @@ class ChainServer:
                 status=405, text="JSON-RPC by POST, or a WebSocket, expected", headers={"Allow": "POST"}
             )
         await websocket.prepare(request)
-        socket = _Socket(websocket, self._rpc)
+        socket = _Socket(websocket, request.transport, self._rpc)
         self._sockets.add(socket)
         try:
             await socket.serve(self)
@@ -80,8 +85,12 @@ class ChainServer:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _close_sockets(self, _app: web.Application) -> None:
-        for socket in tuple(self._sockets):
-            await socket.websocket.close()
+        sockets = tuple(self._sockets)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await asyncio.gather(*(socket.websocket.close() for socket in sockets))
+        for socket in sockets:
+            socket.abort()
 
 
 @web.middleware
@@ -111,13 +120,14 @@ def _is_of_this_machine(origin: str) -> bool:
 class _Socket:
     """A connection, and what it subscribed to."""
 
-    def __init__(self, websocket: web.WebSocketResponse, rpc: Rpc) -> None:
+    def __init__(self, websocket: web.WebSocketResponse, transport: asyncio.Transport | None, rpc: Rpc) -> None:
         self.websocket = websocket
         self._rpc = rpc.also({"eth_subscribe": self._subscribe, "eth_unsubscribe": self._unsubscribe})
         self._views: dict[str, Views] = {}
         self._last = 0
         self._loop = asyncio.get_running_loop()
-        self._outgoing = asyncio.Queue[bytes]()
+        self._outgoing = asyncio.Queue[bytes](MAX_UNSENT)
+        self._transport = transport
 
     async def serve(self, server: ChainServer) -> None:
         """Answer messages until the connection ends."""
@@ -128,7 +138,7 @@ class _Socket:
                     continue
                 body = message.data.encode() if message.type == WSMsgType.TEXT else message.data
                 if answer := await server.answer(self._rpc, body):
-                    self._outgoing.put_nowait(answer)
+                    self._send(answer)
         finally:
             writer.cancel()
 
@@ -138,7 +148,18 @@ class _Socket:
             for view in views(block):
                 message = {"subscription": name, "result": view}
                 text = json.dumps({"jsonrpc": "2.0", "method": "eth_subscription", "params": message})
-                self._loop.call_soon_threadsafe(self._outgoing.put_nowait, text.encode())
+                self._loop.call_soon_threadsafe(self._send, text.encode())
+
+    def _send(self, message: bytes) -> None:
+        try:
+            self._outgoing.put_nowait(message)
+        except asyncio.QueueFull:
+            self.abort()
+
+    def abort(self) -> None:
+        """Abort the connection."""
+        if self._transport is not None:
+            self._transport.abort()
 
     async def _write(self) -> None:
         while True:

@@ -15,7 +15,7 @@ from typing import Any, Final, NoReturn, get_args
 from dstack_emu.attest.errors import AttestError
 from dstack_emu.attest.release import DEFAULT, RELEASES
 from dstack_emu.attest.version import EMULATOR
-from dstack_emu.cli import logs
+from dstack_emu.cli import logs, waits
 from dstack_emu.cli.commands.common import WARNING, Interrupted, UsageError, say
 from dstack_emu.deployment.errors import PartEndedError, StackError
 from dstack_emu.gateway.errors import GatewayError
@@ -97,6 +97,7 @@ def _run(words: Sequence[str]) -> int:
     arguments = _parse(words, named)
     module = _module(arguments.command)
     level = module.log_level() if hasattr(module, "log_level") else None
+    waits.answer_signal()
     logs.set_up(arguments.verbose, arguments.log_format, getattr(module, "TALKATIVE", ()), level)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # see cli.entry

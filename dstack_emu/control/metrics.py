@@ -7,7 +7,9 @@ Source of truth: https://prometheus.io/docs/practices/naming/, and the formats a
 https://prometheus.io/docs/instrumenting/exposition_formats/.
 """
 
+import asyncio
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Final
@@ -21,6 +23,7 @@ from dstack_emu.attest.release import release
 from dstack_emu.attest.version import EMULATOR
 from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.observability.metrics import BUCKETS, Key
+from dstack_emu.transport import open_calls
 from dstack_emu.transport.connections import open_connections
 
 PREFIX: Final = "dstack_emu_"
@@ -58,6 +61,7 @@ class _StackCollector(Collector):
         yield from self._counts()
         yield from self._journal()
         yield from self._parts()
+        yield from self._waits()
         yield from self._export()
 
     def _counts(self) -> Iterator[Metric]:
@@ -135,6 +139,11 @@ class _StackCollector(Collector):
         yield _gauge(
             "open_connections", "Open HTTP connections, without those of gRPC and of the ingress.", ["service"], opened
         )
+
+    def _waits(self) -> Iterator[Metric]:
+        yield _gauge("tasks", "Tasks of the event loop.", [], {(): len(asyncio.all_tasks())})
+        yield _gauge("threads", "Threads of Python.", [], {(): threading.active_count()})
+        yield _gauge("open_calls", "Calls that the stack answers or makes now.", [], {(): open_calls.count()})
 
     def _export(self) -> Iterator[Metric]:
         export = self._deployment.context.instrumentation.exported

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dstack_emu.simulator.errors import GuestError
+from dstack_emu.transport.open_calls import Asked
 
 HOST_NETWORK: Final = "dstack-emu-host"
 """The network whose gateway is 10.0.2.2: the engine gives this host that address, and no container joins it."""
@@ -35,6 +36,24 @@ _LINES, _LINE_SIZE = 12, 400
 """How much of a failed command's output an error has: lines, and characters of each."""
 _ATTEMPTS: Final = 3
 """How often the removal of what has a label is tried."""
+DEADLINE: Final = 120.0
+"""Seconds that the engine has for a command that neither pulls, builds, starts, nor waits for a container."""
+_SHORT: Final = frozenset(
+    (
+        ("version",),
+        ("container",),
+        ("network",),
+        ("volume",),
+        ("rm",),
+        ("create",),
+        ("compose", "version"),
+        ("image", "inspect"),
+        ("image", "ls"),
+        ("image", "rm"),
+    )
+)
+_END: Final = 5.0
+"""Seconds until a killed command is no longer waited for."""
 _MAX_LINE: Final = 1 << 20
 """The size in bytes above which a line of output is read in parts."""
 
@@ -126,6 +145,20 @@ class Engine:
             if line.strip() and not (is_kept and has_secrets):
                 last.append(line.strip()[:_LINE_SIZE])
 
+        what = f"`{' '.join((self.program, *arguments[:2]))}`"
+        with Asked(what):
+            try:
+                async with asyncio.timeout(DEADLINE if arguments[:1] in _SHORT or arguments[:2] in _SHORT else None):
+                    status = await self._end_of(arguments, text, environment, took)
+            except TimeoutError as error:
+                raise GuestError(
+                    f"{what}: the container engine did not answer within {DEADLINE:g} s; see whether "
+                    f"`{self.program} info` answers"
+                ) from error
+        return Result(status, "".join(printed), "\n".join(last))
+
+    async def _end_of(self, arguments: tuple[str, ...], text: str, environment: Mapping[str, str], took: Output) -> int:
+        """Run a command, and return its status."""
         async with self.process(*arguments, environment=environment) as process:
             assert process.stdin is not None  # noqa: S101 - they are pipes
             assert process.stdout is not None  # noqa: S101
@@ -137,7 +170,7 @@ class Engine:
             await asyncio.gather(
                 _pass_on(process.stdout, "stdout", took), _pass_on(process.stderr, "stderr", took), process.wait()
             )
-        return Result(process.returncode or 0, "".join(printed), "\n".join(last))
+        return process.returncode or 0
 
     @asynccontextmanager
     async def process(
@@ -276,7 +309,9 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        await process.communicate()
+        with contextlib.suppress(TimeoutError):  # what it started in a session of its own may hold its pipes open
+            async with asyncio.timeout(_END):
+                await process.communicate()
 
 
 def _is_own(address: str) -> bool:

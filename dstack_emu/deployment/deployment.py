@@ -39,6 +39,8 @@ from dstack_emu.deployment.supervision import Supervisor
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.intel import Intel
+from dstack_emu.transport.files import replace_file
+from dstack_emu.transport.open_calls import named_by
 from dstack_emu.vmm.state import FleetState
 
 SERVICES: Final = frozenset(
@@ -102,7 +104,8 @@ class Deployment:
         self.context, remembered = prepare(self.config, self.logs, services, self._exit)
         self._before = RememberedApp.of(remembered)
         self.context.instrumentation.calls.domains = self.guests.keys
-        self.root_ca.write_text(self.intel.root_pem)
+        self._exit.enter_context(named_by(self._names))
+        replace_file(self.root_ca, self.intel.root_pem.encode())
         self._close_at_end(await serve_pccs(self.context))
         self._app_verifier = self.context.verifier("app")
         self._exit.push_async_callback(self._app_verifier.pccs.close)
@@ -126,9 +129,13 @@ class Deployment:
         else:
             await self._authorize()
         await self._bring_back(AddedParts.read(self.state))
-        (self.state / DESCRIPTION_FILE).write_text(json.dumps(self.description()) + "\n")
+        replace_file(self.state / DESCRIPTION_FILE, (json.dumps(self.description()) + "\n").encode())
         for extension in self._extensions:
             extension.became_ready()
+
+    def _names(self) -> dict[str, str]:
+        """Return the name of each service by its URL, and of each gRPC listener by its address."""
+        return {address: name for name, address in (*self.services.items(), *self.grpc.items())}
 
     # ---- its parts
 

@@ -1,6 +1,8 @@
 """Atomic replacement of files: a reader finds the old content or the new one, never a part of it."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -14,13 +16,12 @@ def replace_file(path: Path, data: bytes, *, like_folder: bool = False, mode: in
     `mode` is the mode of the file, less the umask. With `like_folder` it gets the owner of its folder if this process
     is root. It is not synchronized to the disk: a power failure may undo the change.
     """
-    temporary = beside(path)
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-        file.write(data)
-    if like_folder and os.geteuid() == 0:
-        owner = path.parent.stat()
-        os.chown(temporary, owner.st_uid, owner.st_gid)
-    temporary.replace(path)
+    with _moved_to(path) as temporary:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+            file.write(data)
+        if like_folder and os.geteuid() == 0:
+            owner = path.parent.stat()
+            os.chown(temporary, owner.st_uid, owner.st_gid)
 
 
 def replace_file_durably(path: Path, data: bytes, mode: int) -> None:
@@ -28,10 +29,22 @@ def replace_file_durably(path: Path, data: bytes, mode: int) -> None:
 
     `mode` is the mode of the file. Raises `OSError`.
     """
-    temporary = beside(path)
-    write_durably(temporary, data, mode)
-    temporary.replace(path)
+    with _moved_to(path) as temporary:
+        write_durably(temporary, data, mode)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _moved_to(path: Path) -> Iterator[Path]:
+    """Move the temporary file that the block writes to its place; if that fails, leave nothing behind."""
+    temporary = beside(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def write_durably(path: Path, data: bytes, mode: int) -> None:

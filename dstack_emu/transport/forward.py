@@ -5,8 +5,12 @@ listening, TLS settings, and which server a client gets.
 """
 
 import asyncio
+from typing import Final
 
 from dstack_emu.transport.listen import reset
+
+CONNECT_TIMEOUT: Final = 10.0
+"""Seconds until a client whose server cannot be connected is refused."""
 
 
 class Side(asyncio.Protocol):
@@ -79,8 +83,9 @@ class ClientSide(Side):
         server = _ServerSide()
         server.half_closes = self.half_closes
         try:
-            await self.connect(server)
-        except OSError as error:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                await self.connect(server)
+        except OSError as error:  # TimeoutError is one
             self.refused(error)
             return
         self.other, server.other = server, self

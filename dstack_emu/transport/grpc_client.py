@@ -10,7 +10,9 @@ Not here: retries and kept connections. Upstream has no gRPC; this is an additio
 
 import asyncio
 import contextlib
+import logging
 import ssl
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Final, TypeVar
 
@@ -24,6 +26,7 @@ from dstack_emu.attest.errors import FormatError
 from dstack_emu.transport.client import MAX_RESPONSE
 from dstack_emu.transport.errors import TransportError
 from dstack_emu.transport.failures import describe_failure
+from dstack_emu.transport.open_calls import Asked
 from dstack_emu.transport.tls import Identity, client_context
 
 A = TypeVar("A", bound=Message)
@@ -37,8 +40,13 @@ _OPTIONS: Final[Options] = (
 )
 
 
+_log = logging.getLogger(__name__)
+
 SLACK: Final = 1.0
 """Seconds after a call's deadline in which grpcio must have ended the call."""
+
+STOP_TIMEOUT: Final = 5.0
+"""Seconds that grpcio has to end its threads."""
 
 PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """The first bytes of an HTTP/2 client, with empty settings (RFC 9113, section 3.4)."""
@@ -51,7 +59,12 @@ def running() -> Iterator[None]:
     try:
         yield
     finally:
-        grpc.aio.shutdown_grpc_aio()
+        # grpcio waits without a deadline until its thread has ended, which a call that it did not end may prevent.
+        ending = threading.Thread(target=grpc.aio.shutdown_grpc_aio, name="end of grpcio", daemon=True)
+        ending.start()
+        ending.join(STOP_TIMEOUT)
+        if ending.is_alive():
+            _log.warning("grpcio did not end its threads within %g s; they end with the process", STOP_TIMEOUT)
 
 
 class StatusError(Exception):
@@ -92,7 +105,7 @@ async def call(
     answer_to = f"answer to {method}"
     # grpcio enforces the deadline of the call; the outer deadline is for the case that it does not.
     async with (
-        _within(seconds + SLACK, target, answer_to),
+        _within(seconds + SLACK, target, answer_to, f"{method} over gRPC"),
         _channel(target, credentials, (*_OPTIONS, *options)) as channel,
     ):
         stub = channel.unary_unary(
@@ -135,11 +148,15 @@ async def is_demanded(target: str, *, seconds: float) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def _within(seconds: float, target: str, awaited: str) -> AsyncIterator[None]:
-    """Give a block a deadline, and raise its failures as `TransportError`; `awaited` names what it waits for."""
+async def _within(seconds: float, target: str, awaited: str, asked: str = "") -> AsyncIterator[None]:
+    """Give a block a deadline, and raise its failures as `TransportError`; `awaited` names what it waits for.
+
+    `asked` names it among the open calls.
+    """
     try:
-        async with asyncio.timeout(seconds):
-            yield
+        with Asked(asked or f"for a {awaited}", target):
+            async with asyncio.timeout(seconds):
+                yield
     except OSError as error:  # TimeoutError is one
         late = isinstance(error, TimeoutError) and not error.errno
         cause = _late(awaited, seconds) if late else describe_failure(error, seconds)

@@ -38,7 +38,8 @@ from dstack_emu.attest.prpc import decode_binary, encode_binary
 from dstack_emu.transport.aside import run_aside
 from dstack_emu.transport.http.application import MAX_BODY
 from dstack_emu.transport.listen import GRACE, ListenError
-from dstack_emu.transport.relay import Relay, start_relay
+from dstack_emu.transport.open_calls import began, ended
+from dstack_emu.transport.relay import Relay, client_of, start_relay
 from dstack_emu.transport.service import Rpc, ServiceTable
 
 C = TypeVar("C")
@@ -227,7 +228,8 @@ class _Calls:
             self._count += 1
             self._none.clear()
             call.add_done_callback(self._end)
-            refused = True
+            refused, answered = True, _Answered(name, call)
+            began(answered)
             try:
                 context = await service.context(self._peer(call))
                 request = await run_aside(len(body), functools.partial(decode_binary, rpc.request_type, body))
@@ -237,6 +239,7 @@ class _Calls:
             except Exception as error:  # the server's edge
                 code, text = self._refusal(error, name)
             finally:
+                ended(answered)
                 if self._answered is not None:
                     self._answered(name, refused)
             await call.abort(code, text)
@@ -262,6 +265,19 @@ class _Calls:
                 return code, details(str(error))
         _log.error("%r failed", name, exc_info=error)
         return grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}"
+
+
+class _Answered:
+    """A call in progress."""
+
+    __slots__ = ("_call", "_name")
+
+    def __init__(self, name: str, call: Any) -> None:
+        self._name, self._call = name, call
+
+    def described(self) -> str:
+        """Say what it is, and for whom: the relay's client under the name that it has at grpcio."""
+        return f"answers {self._name} over gRPC for {client_of(self._call.peer())}"
 
 
 def details(text: str) -> str:

@@ -23,6 +23,7 @@ from dstack_emu.transport.http.answer import AnswerReader
 from dstack_emu.transport.http.client_connection import ClientConnection
 from dstack_emu.transport.http.headers import Headers
 from dstack_emu.transport.http.origin import Origin, RequestTarget
+from dstack_emu.transport.open_calls import Asked
 
 MAX_REDIRECTS: Final = 10
 
@@ -98,13 +99,15 @@ class HttpClient:
         why, and `AnswerTooLongError`. No request is repeated.
         """
         try:
+            whom = url if self._unix is None else f"unix:{self._unix} {url}"
             async with asyncio.timeout(self.timeout):
                 for _ in range(MAX_REDIRECTS):
-                    answer = await self._send(method, url, body, headers or {}, write)
+                    with Asked(method, whom):
+                        answer = await self._send(method, url, body, headers or {}, write)
                     location = answer.headers.get("location")
                     if not follow_redirects or answer.status not in _REDIRECTS or location is None:
                         return answer
-                    url = urljoin(url, location)
+                    whom = url = urljoin(url, location)
         except (OSError, TimeoutError) as error:
             kind = NoAnswerInTimeError if isinstance(error, TimeoutError) and not error.errno else NoAnswerError
             raise kind(describe_failure(error, self.timeout)) from error

@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 from dstack_emu.transport.forward import ClientSide, Side
 from dstack_emu.transport.listen import accept_on, reachable, reset
 from dstack_emu.transport.localhost_socket import parts_of
+from dstack_emu.transport.open_calls import shown_peer
 
 HANDSHAKE_TIMEOUT: Final = 20.0
 """The timeout of a client's TLS handshake in seconds."""
@@ -36,6 +37,15 @@ def reset_connection(name: str) -> bool:
         return False
     reset(client.transport)
     return True
+
+
+def client_of(name: str) -> str:
+    """Return the address of the client whose connection has that name at the server, and where it has connected to."""
+    client = _by_name.get(name)
+    if client is None or client.transport is None:
+        return "a client that has gone"
+    ends = (shown_peer(client.transport.get_extra_info(end)) for end in ("peername", "sockname"))
+    return " at ".join(ends)
 
 
 class Relay:

@@ -24,6 +24,7 @@ from dstack_emu.observability.mermaid import mermaid
 from dstack_emu.observability.record_text import texts
 from dstack_emu.observability.sequence_diagram import sequence_diagram
 from dstack_emu.observability.svg import svg
+from dstack_emu.transport.files import replace_file_durably
 
 
 def pair(text: str) -> tuple[str, Any]:
@@ -250,8 +251,10 @@ def save(api: Api, arguments: argparse.Namespace) -> None:
     """Write the state of the stack to a file."""
     text = json.dumps(api.get("/state"), indent=1) + "\n"
     try:
-        arguments.file.touch(mode=0o600)  # it contains private keys
-        arguments.file.write_text(text)
+        if arguments.file.exists() and not arguments.file.is_file():
+            arguments.file.write_text(text)  # a terminal or a pipe, say
+        else:
+            replace_file_durably(arguments.file.resolve(), text.encode(), 0o600)  # it contains private keys
     except OSError as error:
         raise UsageError(f"{arguments.file} cannot be written: {error.strerror}") from error
 

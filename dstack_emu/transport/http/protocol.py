@@ -18,6 +18,7 @@ from dstack_emu.transport.http.connection import IncomingRequest, InvalidRequest
 from dstack_emu.transport.http.deadline import Awaited, Deadline, Deadlines
 from dstack_emu.transport.http.message import Framing, Request, Response, response_head
 from dstack_emu.transport.http.writer import ResponseWriter
+from dstack_emu.transport.open_calls import began, ended, shown_peer
 from dstack_emu.transport.status import status_line
 
 MAX_DROPPED: Final = 64 * 1024 * 1024
@@ -142,6 +143,13 @@ class HttpProtocol(asyncio.Protocol):
         self._writer.resume()
         self._wait()
 
+    def described(self) -> str:
+        """Say which request it answers, where, and for whom."""
+        what = "" if self._request is None else f"{self._request.method} {self._request.path:.100}"
+        at = shown_peer(self._transport.get_extra_info("sockname"))
+        url = at if at.startswith("unix:") else f"{'http' if self._tls is None else 'https'}://{at}"
+        return f"answers {what} at {url} for {shown_peer(self._transport.get_extra_info('peername'))}"
+
     # ---- closing the server
 
     def finish(self) -> None:
@@ -172,6 +180,7 @@ class HttpProtocol(asyncio.Protocol):
         self._wait()
 
     async def _answer(self, incoming: IncomingRequest) -> None:
+        began(self)
         try:
             response = await self._handle(incoming)
             await self._receive_rest(incoming)
@@ -185,6 +194,7 @@ class HttpProtocol(asyncio.Protocol):
             self._transport.abort()
         finally:
             self.task = self._request = None
+            ended(self)
             if not self._is_open:
                 self._server.connections.discard(self)
         if self._is_open and not self._is_lingering:

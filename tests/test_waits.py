@@ -1,0 +1,175 @@
+"""What a process says when SIGUSR1 asks what it waits for, and who gives up waiting for a client or a server."""
+
+import asyncio
+import json
+import re
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import pytest
+from aiohttp import web
+from google.protobuf.empty_pb2 import Empty
+
+from dstack_emu.attest.proto import kms_pb2
+from dstack_emu.cli import waits
+from dstack_emu.transport.aiohttp_server import AiohttpServer
+from dstack_emu.transport.errors import TransportError
+from dstack_emu.transport.grpc_client import call
+from dstack_emu.transport.http.deadline import Deadlines
+from dstack_emu.transport.listen import accept_on, bind_tcp
+from tests.processes import Command, start
+
+END = "end of what the process waits for"
+
+
+@contextmanager
+def silent_peer() -> Iterator[socket.socket]:
+    """A server that accepts connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+def said(process: Command, errors: IO[str], *, until: str = "") -> str:
+    """Ask a process what it waits for, again until it says so; return its last words."""
+    text, asked = "", 0
+    while not re.search(until, text):
+        process.send_signal(signal.SIGUSR1)
+        asked += 1
+        while text.count(END) < asked:
+            assert process.poll(0.02) is None, text
+            text = Path(f"/proc/self/fd/{errors.fileno()}").read_text()
+    return text[text.rindex("\nprocess ") :]
+
+
+def target(folder: Path, port: int) -> Path:
+    """A description of two KMS that accept connections by gRPC, and say nothing."""
+    needed = ("auth-src", "auth-dst", "kms-src", "kms-dst")
+    listeners = [f"kms-{side}-grpc{more}" for side in ("src", "dst") for more in ("", "-mtls")]
+    description = {
+        "services": dict.fromkeys(needed, f"http://user:password@127.0.0.1:{port}"),
+        "policies": {side: str(folder / side) for side in ("src", "dst")},
+        "grpc": dict.fromkeys(listeners, f"127.0.0.1:{port}"),
+    }
+    file = folder / "stack.json"
+    file.write_text(json.dumps(description))
+    return file
+
+
+def test_runbook_says_whom_it_waits_for_and_goes_on(tmp_path: Path) -> None:
+    with silent_peer() as server, tempfile.TemporaryFile("w+") as errors:
+        port = server.getsockname()[1]
+        process = start("runbook", "--against", str(target(tmp_path, port)), "--transport", "grpc", stderr=errors)
+        try:
+            server.accept()[0].close()  # it has begun
+            text = said(process, errors, until=r"over gRPC[^$]*grpc_client\.py:\d+ call:")
+            again = said(process, errors, until="open calls: 1")
+        finally:
+            process.end(signal.SIGINT)
+    asked = r"asks kms\.Onboard/GetAttestationInfo over gRPC"
+    assert re.search(rf"since \d+\.\d s: {asked} of 127\.0\.0\.1:{port}\n", text), text
+    assert re.search(r"\n    dstack_emu/transport/grpc_client\.py:\d+ call: \S", text), text
+    assert "password" not in text + again
+
+
+def test_server_says_whom_it_answers_whom_it_asks_and_in_which_task() -> None:
+    with silent_peer() as server, tempfile.TemporaryFile("w+") as errors:
+        port = server.getsockname()[1]
+        chain = f"http://user:password@127.0.0.1:{port}/?key=secret"
+        options = ("--listen", "127.0.0.1:0", "--eth-rpc-url", chain, "--kms-contract", "0x" + "00" * 20)
+        process = start("auth", "eth", *options, "--json", stderr=errors)
+        try:
+            url = json.loads(process.stdout.readline())["url"]
+            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+                client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                text = said(process, errors, until="asks POST")
+                host, number = client.getsockname()
+        finally:
+            process.end()
+    assert re.search(rf"s: answers GET / at {url} for {host}:{number}\n", text), text
+    assert re.search(rf"s: asks POST of http://127\.0\.0\.1:{port}/\n", text), text
+    assert "client_connection.py" in text, text
+    assert not re.search("password|secret", text)
+
+
+async def test_report_is_bounded_however_many_wait() -> None:
+    async def deep(left: int) -> None:
+        await (deep(left - 1) if left else asyncio.Event().wait())
+
+    tasks = [asyncio.create_task(deep(depth), name="x" * 1000) for depth in range(150) for _ in range(3)]
+    await asyncio.sleep(0)
+    lines = waits.report().splitlines()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert f"tasks: {len(tasks) + 1}, in " in "\n".join(lines)
+    assert len(lines) < waits.MAX_STACKS * (waits.MAX_FRAMES + 3)
+    assert max(map(len, lines)) < 300
+
+
+@pytest.mark.parametrize(
+    ("sent", "awaited"),
+    [
+        (b"", "a request"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\n", "the rest of a head"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc", "the rest of a body"),
+        (b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n", "the client to read"),
+    ],
+)
+async def test_aiohttp_server_ends_a_client_that_it_waits_for(sent: bytes, awaited: str) -> None:
+    async def handle(request: web.Request) -> web.Response:
+        return web.Response(body=await request.read() + bytes(1 << 26 if request.path == "/large" else 0))
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handle)
+    server = AiohttpServer(app, 0.1, Deadlines(request=0.2, body=0.2, reading=0.2))
+    await server.set_up()
+    sock = bind_tcp("127.0.0.1", 0)
+    listening = await accept_on(sock, server)
+    client = socket.create_connection(sock.getsockname())
+    with client:
+        client.setblocking(False)
+        await asyncio.get_running_loop().sock_sendall(client, sent)
+        async with asyncio.timeout(20):
+            while not server.connections:  # noqa: ASYNC110 - aiohttp's server has no event for it
+                await asyncio.sleep(0)
+            while server.connections:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    listening.close()
+    await server.close()
+
+
+async def test_aiohttp_server_does_not_end_a_client_that_waits_for_it() -> None:
+    lifted = asyncio.Event()
+
+    async def handle(request: web.Request) -> web.Response:
+        await lifted.wait()
+        return web.Response(text="late")
+
+    app = web.Application()
+    app.router.add_get("/", handle)
+    server = AiohttpServer(app, 0.1, Deadlines(request=0.02, body=0.02, reading=0.02))
+    await server.set_up()
+    sock = bind_tcp("127.0.0.1", 0)
+    listening = await accept_on(sock, server)
+    reader, writer = await asyncio.open_connection(*sock.getsockname())
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    asyncio.get_running_loop().call_later(0.2, lifted.set)  # ten deadlines later
+    async with asyncio.timeout(20):
+        assert (await reader.read()).endswith(b"late")
+    writer.close()
+    listening.close()
+    await server.close()
+
+
+@pytest.mark.parametrize(("secure", "awaited"), [(True, "TLS handshake"), (False, "answer to kms.KMS/GetMeta")])
+async def test_call_by_grpc_says_whom_it_waited_for_and_how_long(secure: bool, awaited: str) -> None:
+    with silent_peer() as server:
+        peer = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(TransportError) as late:
+            await call(peer, "kms.KMS/GetMeta", Empty(), kms_pb2.GetMetaResponse, seconds=0.2, secure=secure)
+    assert str(late.value) == f"error sending request for url ({peer}): no {awaited} within 0.2 s"
