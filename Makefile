@@ -25,9 +25,15 @@ up: $(VENV)/.runtime ## Run the whole stack in the foreground (options: ARGS="--
 	@exec $(BIN)/dstack-emu up $(ARGS)
 
 # The compiled code is kept, even if the environment forbids it: each worker and each command would compile it again.
-test: $(VENV)/.dev ## Run the tests (options: ARGS="-k quote")
+test: $(VENV)/.dev .pytest_cache/.compiled ## Run the tests (options: ARGS="-k quote")
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m compileall -q dstack_emu auth kms_emu simulator
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# pytest compiles a test file when it collects it. What is wrong with one is said by the run that follows.
+.pytest_cache/.compiled: $(VENV)/.dev $(wildcard tests/test_*.py)
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m compileall -q dstack_emu auth kms_emu simulator
+	@echo $(filter tests/%,$?) | PYTHONDONTWRITEBYTECODE= xargs -r -P 2 -n 100 $(BIN)/python -m pytest --collect-only -q >/dev/null 2>&1; \
+	mkdir -p $(@D) && touch $@
 
 browser: $(VENV)/.dev .axe/.installed ## Use console and gateway in Chromium (Debian's chromium-headless-shell, libnss3-tools)
 	@DSTACK_EMU_BROWSER=1 $(BIN)/python -m pytest -n 0 $(BROWSED) $(ARGS)
