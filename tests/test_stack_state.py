@@ -169,7 +169,12 @@ async def test_parts_that_were_added_come_back_with_their_identity_and_keys(
         await control.remove_guest("removed")
         before = {name: measured_of(control.guest(name)) for name in ("wallet", "waiting", "kms-third")}
         key, root = stack.guests["wallet"].agent.keys.k256_key, stack.kms["third"].capture().files["root-ca.key"]
-    assert stat.S_IMODE((short_folder / "added.json").stat().st_mode) == 0o600
+    records = short_folder / "added"
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in records.iterdir()} == {
+        "000001-kms-third.json": 0o600,
+        "000002-wallet.json": 0o600,
+        "000003-waiting.json": 0o600,
+    }
 
     async with own_stack(state=short_folder) as stack:
         assert {name: measured_of(stack.control.guest(name)) for name in before} == before
@@ -198,6 +203,7 @@ async def test_parts_that_were_added_come_back_with_their_identity_and_keys(
     async with own_stack(state=short_folder) as stack:
         assert stack.guests.keys() == {"kms-src", "kms-dst", "app", "wallet"}
         assert not (short_folder / "kms-third" / "certs").exists()
+        assert [path.name for path in records.iterdir()] == ["000002-wallet.json"]
 
 
 def measured_of(guest: dict[str, object]) -> dict[str, object]:
@@ -205,11 +211,35 @@ def measured_of(guest: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in guest.items() if name != "url"}
 
 
+async def test_a_change_of_one_added_part_writes_the_record_of_no_other(short_folder: Path) -> None:
+    def written() -> dict[str, int]:
+        """Return the inode of each record, which is another one after it was replaced."""
+        return {path.stem.partition("-")[2]: path.stat().st_ino for path in (short_folder / "added").iterdir()}
+
+    async with own_stack(state=short_folder) as stack:
+        control = stack.control
+        for name in ("one", "two", "three"):
+            await control.add_guest(name)
+            control.allow("src", name)
+        before = written()
+        await control.boot_guest("two")
+        assert {name for name, inode in written().items() if before[name] != inode} == {"two"}
+        before = written()
+        await control.add_guest("four")
+        await control.remove_guest("one")
+        await control.boot_guest("three")
+        await control.boot_guest("two")  # from the same KMS as before: its record says the same
+        after = written()
+        assert after.keys() == {"two", "three", "four"}
+        assert after["two"] == before["two"]
+    assert written() == after
+
+
 async def test_record_of_added_parts_that_cannot_be_used_is_named(short_folder: Path) -> None:
     async with own_stack(state=short_folder, fresh=True) as stack:
         await stack.control.add_guest("wallet")
-    record = short_folder / "added.json"
-    advice = f"delete {record} to start without the trust domains and KMS that were added"
+    (record,) = (short_folder / "added").iterdir()
+    advice = f"delete {record} to start without this part"
     text = record.read_text()
     for content, words in (
         ("{", f"{record}: "),

@@ -15,8 +15,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from dstack_emu.deployment import policy_files
-from dstack_emu.deployment.added_parts import FILE as ADDED_FILE
-from dstack_emu.deployment.added_parts import AddedParts, how_to_leave_out
+from dstack_emu.deployment.added_parts import AddedParts, naming
 from dstack_emu.deployment.authorization import Progress
 from dstack_emu.deployment.config import DESCRIPTION_FILE, StackConfig
 from dstack_emu.deployment.deployer import Deployer
@@ -26,7 +25,6 @@ from dstack_emu.deployment.extension import Extension, Listeners
 from dstack_emu.deployment.gateway_names import GATEWAY
 from dstack_emu.deployment.guests import RunningGuest, start_guest
 from dstack_emu.deployment.kms import start_kms, stop_kms
-from dstack_emu.deployment.own_app import NAME as OWN_APP
 from dstack_emu.deployment.own_app import RememberedApp
 from dstack_emu.deployment.preparation import prepare
 from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
@@ -71,7 +69,7 @@ class Deployment:
         self._extensions: list[Extension] = []
         self._exit = AsyncExitStack()
         self._supervisor: Supervisor | None = None
-        self._records_added = False
+        self._added: AddedParts | None = None
 
     def extend(self, extension: Extension) -> None:
         """Add an extension, before the deployment is entered."""
@@ -128,7 +126,7 @@ class Deployment:
             await self._flow.measure_fresh_kms()
         else:
             await self._authorize()
-        await self._bring_back(AddedParts.read(self.state))
+        await self._bring_back(AddedParts(self.state))
         replace_file(self.state / DESCRIPTION_FILE, (json.dumps(self.description()) + "\n").encode())
         for extension in self._extensions:
             extension.became_ready()
@@ -186,7 +184,7 @@ class Deployment:
         if spec.name in self.guests:
             raise GuestError(f"there is a trust domain {spec.name} already")
         guest = self.guests[spec.name] = await start_guest(self.context, spec, service or spec.name)
-        self.remember_added()
+        self._remember(guest)
         return guest
 
     async def stop_guest(self, guest: RunningGuest) -> None:
@@ -194,7 +192,7 @@ class Deployment:
         await guest.close()
         self.context.withdraw(guest.service)
         self.guests.pop(guest.name, None)
-        self.remember_added()
+        self._forget(guest.name)
 
     async def start_kms(self, spec: KmsSpec, *, comes_back: bool = False) -> RunningKms:
         """Start a KMS in a trust domain of its own; raise `StackError` if it does not start.
@@ -208,7 +206,8 @@ class Deployment:
         keeps_files = comes_back or spec.name in PERMANENT
         kms = await start_kms(self.context, spec, self.progress, keeps_files=keeps_files)
         self.kms[spec.name], self.guests[spec.service] = kms, kms.guest
-        self.remember_added()
+        if self._added is not None:
+            self._added.put_kms(kms)
         return kms
 
     async def stop_kms(self, kms: RunningKms) -> None:
@@ -216,31 +215,40 @@ class Deployment:
         await stop_kms(self.context, kms, keeps_files=kms.name in PERMANENT)
         self.guests.pop(kms.guest.name, None)
         self.kms.pop(kms.name, None)
-        self.remember_added()
+        self._forget(kms.spec.service)
 
     # ---- parts that were added in an earlier run
 
     def remember_added(self) -> None:
         """Record in the state folder which trust domains and KMS were added, and which of them have keys."""
-        if self.config.state is not None and self._records_added:
-            AddedParts.of(self.kms.values(), self.guests.values(), (OWN_APP, GATEWAY)).write(self.state)
+        if self._added is not None:
+            self._added.replace(self.kms.values(), self.guests.values())
+
+    def _remember(self, guest: RunningGuest) -> None:
+        """Record one trust domain."""
+        if self._added is not None:
+            self._added.put_guest(guest)
+
+    def _forget(self, name: str) -> None:
+        if self._added is not None:
+            self._added.drop(name)
 
     async def _bring_back(self, added: AddedParts) -> None:
         """Start the parts that were added in an earlier run; raise `StackError` if one does not start.
 
         A trust domain that had keys fetches them again, and runs without if the KMS refuses.
         """
-        try:
-            for kms in added.kms:
-                self.progress(f"starting {kms.spec.service} again")
-                (await self.start_kms(kms.spec, comes_back=True)).measured = kms.measured
-            for guest in added.guests:
-                self.progress(f"starting the trust domain {guest.spec.name} again")
-                await self._boot_again(await self.start_guest(guest.spec), guest.kms)
-        except (GuestError, StackError) as error:
-            raise StackError(f"{error}: {how_to_leave_out(self.state / ADDED_FILE)}") from error
-        self._records_added = True
-        self.remember_added()
+        for kms in added.kms():
+            with naming(kms.path):
+                self.progress(f"starting {kms.part.spec.service} again")
+                (await self.start_kms(kms.part.spec, comes_back=True)).measured = kms.part.measured
+        for guest in added.guests():
+            with naming(guest.path):
+                self.progress(f"starting the trust domain {guest.part.spec.name} again")
+                await self._boot_again(await self.start_guest(guest.part.spec), guest.part.kms)
+        if self.config.state is not None:
+            self._added = added
+            self.remember_added()
 
     async def _boot_again(self, guest: RunningGuest, kms: str) -> None:
         if not kms:
@@ -281,7 +289,7 @@ class Deployment:
             source = next((name for name in kms if self.kms[name].phase == "runtime"), kms[0])
             guest.encrypted_env = await Deployer(self.context).encrypt(guest.domain.app_id, self.kms[source])
         await guest.boot(kms, self._app_verifier)
-        self.remember_added()
+        self._remember(guest)
 
     # ---- its description
 
