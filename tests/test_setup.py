@@ -1,8 +1,11 @@
 """`dstack-emu setup` and `health`: a stack that runs elsewhere, by its public interfaces alone."""
 
+import http.server
 import json
+import threading
 import urllib.request
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -91,6 +94,37 @@ def test_health_of_nothing_and_of_no_url_is_refused() -> None:
 def test_health_finds_the_stack_by_the_folder_in_the_environment(ready_stack: RunningStack) -> None:
     done = run_command("health", environment={"DSTACK_EMU_STATE": ready_stack.description["state"]})
     assert (done.returncode, done.stdout) == (0, b"ready\n"), done.stderr
+
+
+class _Starting(http.server.BaseHTTPRequestHandler):
+    """A service that is ready at the third request."""
+
+    statuses: ClassVar[list[int]] = [200, 503, 503]
+
+    def do_GET(self) -> None:
+        self.send_response(self.statuses.pop())
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+def test_health_that_waits_repeats_the_check_until_all_answer() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), _Starting) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        done = run_command("health", "--url", f"http://127.0.0.1:{server.server_port}/health", "--wait", "60")
+        server.shutdown()
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"ready\n", b"")
+    assert _Starting.statuses == []
+
+
+def test_health_that_has_waited_says_once_what_does_not_answer() -> None:
+    done = run_command("health", "--url", "http://127.0.0.1:1/health", "--wait", "0.3")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr == b"http://127.0.0.1:1/health: [Errno 111] Connection refused\n"
+    assert usage_error("health", "--url", "http://x:1/", "--wait", "soon") == (
+        "argument --wait: seconds, 0 to 86400, expected, got 'soon' (see dstack-emu health --help)"
+    )
 
 
 def test_setup_where_nothing_answers_says_who(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import argparse
 from urllib.parse import urlsplit
 
 from dstack_emu.cli.commands.agent import add_listener_options, serve_guest
-from dstack_emu.cli.commands.common import WARNING
+from dstack_emu.cli.commands.common import WARNING, seconds_to_wait
 from dstack_emu.cli.commands.guest_options import add_guest_options, encrypted_env, guest_config
 from dstack_emu.deployment.guest_config import KmsBoot
 from dstack_emu.simulator.platform import PlatformState
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--wait",
-        type=_seconds,
+        type=seconds_to_wait,
         default=0.0,
         metavar="SECONDS",
         help="repeat calls for so long while no KMS is reachable (default: do not repeat them)",
@@ -70,13 +70,3 @@ def _kms_url(text: str) -> str:
     if not usable or parts.path.strip("/") or parts.query or parts.fragment:
         raise argparse.ArgumentTypeError(f"https://host:port expected, without a path, got {text!r:.200}")
     return text.rstrip("/")
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= 86400:
-        raise argparse.ArgumentTypeError(f"seconds, 0 to 86400, expected, got {text!r:.80}")
-    return seconds

@@ -94,6 +94,17 @@ def listen_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def seconds_to_wait(text: str) -> float:
+    """Parse a number of seconds, at most a day; raise what argparse reports."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"seconds, 0 to 86400, expected, got {text!r:.80}")
+    return seconds
+
+
 def hex_bytes(text: str) -> bytes:
     """Read hex, with 0x or without, for argparse."""
     try:

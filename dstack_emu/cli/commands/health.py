@@ -3,9 +3,11 @@
 import argparse
 import asyncio
 import os
+import time
 from pathlib import Path
+from typing import Final
 
-from dstack_emu.cli.commands.common import UsageError, say
+from dstack_emu.cli.commands.common import UsageError, say, seconds_to_wait
 from dstack_emu.deployment.config import STATE_VARIABLE
 from dstack_emu.deployment.healthcheck import check
 from dstack_emu.transport.urls import without_credentials
@@ -14,6 +16,8 @@ DESCRIPTION = (
     "Check every service of the stack in a state folder, or the services that are named. Exit 0 if all answer; "
     "otherwise print the reasons, and exit 1."
 )
+INTERVAL: Final = 0.25
+"""The seconds between two checks of `--wait`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +38,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kms", action="append", default=[], metavar="HOST:PORT", help="a KMS that must answer, in either phase"
     )
+    parser.add_argument(
+        "--wait",
+        type=seconds_to_wait,
+        default=0.0,
+        metavar="SECONDS",
+        help="repeat the check for so long until all answer (default: check once)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the services and print what is wrong."""
     if not arguments.state and not arguments.url and not arguments.kms:
         arguments.state = _state_of_environment()
+    give_up = time.monotonic() + arguments.wait
+    while (problems := _problems(arguments)) and time.monotonic() < give_up:
+        time.sleep(INTERVAL)
+    for problem in problems:
+        say(without_credentials(problem))
+    if not problems:
+        print("ready")
+    return 1 if problems else 0
+
+
+def _problems(arguments: argparse.Namespace) -> list[str]:
     targets = [*arguments.url, *(f"kms:{address}" for address in arguments.kms)]
     try:
         problems = [problem for target in targets if (problem := check(target))]
@@ -51,11 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
 
         problems += asyncio.run(check_health(arguments.state))
-    for problem in problems:
-        say(without_credentials(problem))
-    if not problems:
-        print("ready")
-    return 1 if problems else 0
+    return problems
 
 
 def _state_of_environment() -> Path:
