@@ -52,6 +52,7 @@ PAGES = (
 OTHER_TESTS = {
     TUTORIAL: "the last test of this module, on stacks that the page itself starts",
     "docs/grpc.md": "tests/test_grpc.py",
+    "docs/howto/kubernetes.md": "tests/test_kubernetes.py reads its commands; they need a cluster",
     "docs/pytest.md": "tests/test_pytest_plugin.py; its settings: here",
     "docs/recipes.md": "tests/test_recipes.py",
 }

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from dstack_emu.transport.ports import PORTS
-from tests.documents import code, document, rows, section
+from tests.documents import blocks, code, document, rows, section
 from tests.manifests import FOLDER, ROOTS, Manifest, containers, kustomization, manifests, only, pod_of
 from tests.repository import ROOT
 
@@ -138,6 +138,53 @@ def test_jobs_end_and_repeat_nothing() -> None:
         assert spec["template"]["spec"]["restartPolicy"] == "Never"
 
 
+PAGE = "docs/howto/kubernetes.md"
+
+
+def test_commands_of_the_page_name_what_is_there() -> None:
+    text = "\n".join(block.text for block in blocks(document(PAGE)))
+    assert {name for name in re.findall(r"kubernetes/[\w./]+", text) if not (ROOT / name).exists()} == set()
+    spaces = {kustomization(FOLDER / root)["namespace"] for root in ROOTS}
+    assert set(re.findall(r"--namespace (\S+)|delete namespace (\S+)", text)) >= {(space, "") for space in spaces}
+    assert set(re.findall(r"job/(\w+)", text)) == {
+        each["metadata"]["name"] for root in ROOTS for each in manifests(FOLDER / root) if each["kind"] == "Job"
+    }
+    assert set(re.findall(r"generic (\S+) --from-literal=(\w+)=", text)) == {("dstack-emu-token", "token")}
+
+
+def test_arithmetic_of_the_page_follows_from_the_requests() -> None:
+    requests = {
+        root: [_requests(pod_of(each)) for each in manifests(FOLDER / root) if each["kind"] in ("Deployment", "Job")]
+        for root in ROOTS
+    }
+    table = {row[0]: row[1:] for row in rows(document(PAGE), "for 1,000 stacks at once")}
+    for column, root in enumerate(("parallel", "run")):
+        cpu, memory = (sum(each) for each in zip(*requests[root], strict=True))
+        objects = len(list(manifests(FOLDER / root))) + (root == "run")  # the Secret is in no file
+        fitting = [int(15.5 * 1000 / cpu), int(60 * 1024 / memory), 100 // len(requests[root])]
+        nodes = -(-1000 // min(fitting))
+        assert [cells[column].replace(",", "") for cells in table.values()] == [
+            f"{cpu}m {memory}Mi",
+            *map(str, fitting),
+            str(nodes),
+            f"{cpu} {memory * 1000 / 1024:.0f}",
+            f"{nodes * 16} {nodes * 64}",
+            str(objects * (1000 if root == "run" else 1)),
+            f"{nodes * 207 / 1000:.1f} GB",
+        ]
+
+
+def _requests(pod: Manifest) -> tuple[int, int]:
+    """What a scheduler reserves for a pod, in thousandths of a core and MiB: its containers and sidecars."""
+    running = [
+        each["resources"]["requests"]
+        for each in containers(pod)
+        if each in pod["spec"]["containers"] or each.get("restartPolicy") == "Always"
+    ]
+    cpu, memory = ([each[name] for each in running] for name in ("cpu", "memory"))
+    return sum(int(each.removesuffix("m")) for each in cpu), sum(int(each.removesuffix("Mi")) for each in memory)
+
+
 # ---- with the programs of `make kubernetes`
 
 TOOLS = os.environ.get("DSTACK_EMU_KUBERNETES", "")
@@ -150,12 +197,13 @@ VERSIONS = ("1.29", "1.33", "1.37")
 
 def _built(folder: Path) -> str:
     """What kubectl makes of a folder."""
-    command = [ROOT / TOOLS / "kubectl", "kustomize", folder]
+    command = [str(ROOT / TOOLS / "kubectl"), "kustomize", str(folder)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 def _validate(file: Path, version: str) -> "subprocess.CompletedProcess[str]":
-    command = [ROOT / TOOLS / "bin/kubernetes-validate", "--strict", "--kubernetes-version", version, file]
+    program = str(ROOT / TOOLS / "bin/kubernetes-validate")
+    command = [program, "--strict", "--kubernetes-version", version, str(file)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
