@@ -102,7 +102,7 @@ def test_answers_of_a_fresh_stack_have_the_headers_of_rocket(fresh_stack: Runnin
     _check_rocket_headers(fresh_stack, listener)
 
 
-@pytest.mark.parametrize("service", ["auth-src", "pccs", "control"])
+@pytest.mark.parametrize("service", ["auth-src", "pccs"])
 def test_programs_that_are_no_rocket_do_not_have_them(ready_stack: RunningStack, service: str) -> None:
     parts = urlsplit(ready_stack.services[service])
     connection = http.client.HTTPConnection(str(parts.hostname), parts.port, timeout=TIMEOUT)

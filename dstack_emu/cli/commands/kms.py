@@ -78,15 +78,18 @@ def run(arguments: argparse.Namespace) -> int:
     config = KmsConfig.load(arguments.config, os.environ)
     if arguments.auth_api_cache:
         config = config.with_auth_api_cache()
-    real = reality_of(trust_anchor(config.core.attestation, "core."), config.core.pccs)
-    if real and not arguments.trust_production:
-        raise UsageError(
-            f"{arguments.config}: {real}. This KMS is an emulator, and would give real machines keys that protect "
-            "nothing. Name the emulated root and PCCS: core.attestation.root_ca.tdx and core.attestation.urls.pccs, "
-            "with root_ca and pccs_url of `dstack-emu agent --json`; or add --trust-production"
-        )
     agent = os.environ.get("DSTACK_AGENT_ADDRESS") or DEFAULT_ADDRESS
     return run_server(_run_kms(config, agent, arguments), has_grpc=config.emulator.grpc.enabled)
+
+
+def _refuse_production(config: KmsConfig, path: Path) -> None:
+    """Raise `UsageError` if real machines could get keys from this KMS."""
+    if real := reality_of(trust_anchor(config.core.attestation, "core."), config.core.pccs):
+        raise UsageError(
+            f"{path}: {real}. This KMS is an emulator, and would give real machines keys that protect nothing. Name "
+            "the emulated root and PCCS: core.attestation.root_ca.tdx and core.attestation.urls.pccs, with root_ca and "
+            "pccs_url of `dstack-emu agent --json`; or add --trust-production"
+        )
 
 
 def _kms(config: KmsConfig, agent: str, arguments: argparse.Namespace) -> KmsServer:
@@ -107,6 +110,8 @@ def _kms(config: KmsConfig, agent: str, arguments: argparse.Namespace) -> KmsSer
 async def _run_kms(config: KmsConfig, agent: str, arguments: argparse.Namespace) -> int:
     stop = stop_on_signals()
     kms = _kms(config, agent, arguments)
+    if not arguments.trust_production:
+        _refuse_production(config, arguments.config)
     await kms.start()
     for key, target in kms.grpc_targets.items():
         say(f"gRPC at {target} (emulator.grpc.{key})")
