@@ -4,11 +4,12 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from dstack_emu.attest.release import AuthEthRevision
-from dstack_emu.chain import operations
+from dstack_emu.chain import contracts, operations
 from dstack_emu.chain.ask import remote_ask
 from dstack_emu.chain.contracts import (
     AppContract,
@@ -126,6 +127,26 @@ async def test_same_acts_work_on_a_node_that_runs_elsewhere(chain: EmbeddedChain
         await server.close()
 
 
+async def test_act_waits_until_a_node_mines_it(chain: EmbeddedChain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contracts, "PAUSE", 0.01)
+    monkeypatch.setattr(contracts, "RECEIPT_TIMEOUT", 0.05)
+    unmined = 3
+
+    async def mining_later(method: str, params: list[Any]) -> Any:
+        nonlocal unmined
+        if method == "eth_getTransactionReceipt" and unmined > 0:
+            unmined -= 1
+            return None
+        return await chain.ask(method, params)
+
+    sender = Sender(mining_later, chain.owner.address)
+    changed = await operations.list_entry(chain.kms, sender, "os-image", IMAGE, allowed=True)
+    assert (changed.before, changed.after, unmined) == ("not allowed", "allowed", 0)
+    unmined = 100
+    with pytest.raises(ContractError, match="was sent, but not mined within"):
+        await chain.kms.add_os_image(sender, MR)
+
+
 @pytest.mark.parametrize(
     "answer", [b"", b"[]", b'{"id":2,"result":"0x"}', b'{"id":1,"error":7}', b"[" * 10_000, b'{"id":1,"error":{}}']
 )
@@ -146,8 +167,9 @@ async def test_node_that_answers_nonsense_is_an_error(answer: bytes) -> None:
 
 async def test_node_that_is_down_is_an_error() -> None:
     client = HttpClient(timeout=20, max_answer=1 << 20)
-    with refusing_port() as port, pytest.raises(RpcError, match=f"no answer of http://127.0.0.1:{port}"):
-        await remote_ask(client, f"http://127.0.0.1:{port}")("eth_chainId", [])
+    with refusing_port() as port, pytest.raises(RpcError, match=f"no answer of http://127.0.0.1:{port}: ") as refused:
+        await remote_ask(client, f"http://user:password@127.0.0.1:{port}")("eth_chainId", [])
+    assert "password" not in str(refused.value)
     await client.close()
 
 

@@ -177,6 +177,8 @@ def test_command_says_what_the_contract_answered_before_and_after(
     assert act("allow", "os-image", image, "--from", other) == (1, f"Error: OwnableUnauthorizedAccount({other})")
     monkeypatch.setenv("PRIVATE_KEY", private_keys(Seed.of(DEFAULT_SEED).derive)[1].hex())
     assert act("remove", "os-image", image) == (1, f"Error: OwnableUnauthorizedAccount({other})")
+    status, said = act("remove", "os-image", image, "--from", described["chain"]["accounts"][0])
+    assert (status, said.startswith(f"Error: --from: {other} expected")) == (2, True)
     monkeypatch.setenv("PRIVATE_KEY", private_keys(Seed.of(DEFAULT_SEED).derive)[0].hex())
     assert act("remove", "os-image", image)[0] == 0
     assert "32 bytes in hex expected" in act("allow", "os-image", "11")[1]

@@ -11,6 +11,7 @@ from dstack_emu.chain.errors import ChainError, ExecutionRevertedError
 from dstack_emu.chain.rpc import INTERNAL_ERROR, REVERTED, Rpc
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
+from dstack_emu.transport.urls import shown_url, without_credentials
 
 T = TypeVar("T")
 
@@ -56,7 +57,8 @@ def _run(rpc: Rpc, method: str, params: list[Any]) -> Any:
 
 
 def remote_ask(client: HttpClient, url: str) -> Ask:
-    """Ask a node by its URL."""
+    """Ask a node by its URL; errors show it without user and password."""
+    shown = shown_url(url)
     numbers: Callable[[], int] = count(1).__next__
 
     async def ask(method: str, params: list[Any]) -> Any:
@@ -65,8 +67,8 @@ def remote_ask(client: HttpClient, url: str) -> Ask:
         try:
             answer = await client.send("POST", url, json.dumps(request).encode(), JSON)
         except (NoAnswerError, AnswerTooLongError) as error:
-            raise RpcError(INTERNAL_ERROR, f"no answer of {url}: {error}") from error
-        return _result(answer.body, number, url)
+            raise RpcError(INTERNAL_ERROR, f"no answer of {shown}: {without_credentials(str(error))}") from error
+        return _result(answer.body, number, shown)
 
     return ask
 

@@ -4,6 +4,7 @@
 mined, and raises `ContractError` if the contract refuses. Nothing is decided here: the contracts do.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,7 +15,7 @@ from dstack_emu.chain import abi
 from dstack_emu.chain.artefacts import app_contract, kms_contract, proxy_contract
 from dstack_emu.chain.errors import ChainError
 from dstack_emu.chain.quantities import checksummed, data, quantity
-from dstack_emu.chain.revert import reason
+from dstack_emu.chain.revert import custom_error, reason
 from dstack_emu.chain.transaction import created_address
 
 BOOT_INFO: Final = "(address,bytes32,address,bytes32,bytes32,bytes32,bytes32,string,string[])"
@@ -23,19 +24,10 @@ INITIALIZE_APP: Final = "(address,bool,bool,bool,bytes32,bytes32)"
 Ask = Callable[[str, list[Any]], Awaitable[Any]]
 """Sends a JSON-RPC request, method and parameters, and returns its result; raises `RpcError`."""
 
-_ERRORS: Final = {
-    abi.selector(signature): signature
-    for signature in (
-        "OwnableUnauthorizedAccount(address)",
-        "OwnableInvalidOwner(address)",
-        "InvalidInitialization()",
-        "ERC1967InvalidImplementation(address)",
-        "ERC1967NonPayable()",
-        "UUPSUnauthorizedCallContext()",
-        "UUPSUnsupportedProxiableUUID(bytes32)",
-        "FailedCall()",
-    )
-}
+RECEIPT_TIMEOUT: Final = 120.0
+"""Seconds that an act waits until it is mined."""
+PAUSE: Final = 0.5
+"""Seconds between two questions for a receipt."""
 
 
 class RpcError(ChainError):
@@ -125,10 +117,21 @@ class Sender:
             hash_ = await self.ask("eth_sendTransaction", [{"from": data(self.address), **transaction}])
         except RpcError as error:
             raise ContractError(described(error)) from error
-        receipt = await self.ask("eth_getTransactionReceipt", [hash_])
-        if receipt is None or int(receipt["status"], 16) != 1:
-            raise ContractError(f"transaction {hash_} failed")
+        receipt = await self._receipt(hash_)
+        if int(receipt["status"], 16) != 1:
+            raise ContractError(f"transaction {hash_} was mined, and failed")
         return Sent(receipt)
+
+    async def _receipt(self, hash_: str) -> Mapping[str, Any]:
+        """Wait until a transaction is mined: many nodes mine a block every few seconds, and not for each."""
+        for _ in range(int(RECEIPT_TIMEOUT / PAUSE)):
+            receipt: Mapping[str, Any] | None = await self.ask("eth_getTransactionReceipt", [hash_])
+            if receipt is not None:
+                return receipt
+            await asyncio.sleep(PAUSE)
+        raise ContractError(
+            f"transaction {hash_} was sent, but not mined within {RECEIPT_TIMEOUT:g} s: it still may be"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,8 +337,4 @@ def described(error: RpcError) -> str:
     text = reason(error.data)
     if text is not None:
         return text
-    signature = _ERRORS.get(error.data[:4])
-    if signature is None:
-        return str(error)
-    name = signature.partition("(")[0]
-    return f"{name}({checksummed(error.data[16:36])})" if signature.endswith("(address)") else signature
+    return custom_error(error.data) or str(error)

@@ -3,7 +3,6 @@
 They work through any node's JSON-RPC, with accounts of the node, or with a private key that signs here.
 """
 
-import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -18,16 +17,12 @@ from dstack_emu.chain.contracts import (
     ContractError,
     KmsContract,
     KmsInfo,
-    RpcError,
     Sender,
     Sent,
 )
 from dstack_emu.chain.quantities import checksummed, data
 from dstack_emu.chain.transaction import DYNAMIC_FEE, Transaction, address_of
 
-RECEIPT_TIMEOUT: Final = 120.0
-PAUSE: Final = 0.5
-"""Seconds between two questions for a receipt."""
 IMPLEMENTATION: Final = 0x360894A13BA1A3210667C828492DB98DCA3E2076CC3735A920A3CA505D382BBC
 """The slot in which a proxy has the address of its implementation (ERC-1967)."""
 
@@ -185,7 +180,7 @@ async def _hands_over_at_once(contract: Contract) -> bool:
 
 async def _with_owner(contract: Contract, before: bytes, sent: Sent) -> Changed:
     after, pending = checksummed(await contract.owner()), await pending_owner(contract)
-    waiting = "" if pending is None else f", {checksummed(pending)} once it has accepted"
+    waiting = "" if pending is None else f" ({checksummed(pending)} once it accepts)"
     return _changed(f"owner of {checksummed(contract.address)}", checksummed(before), f"{after}{waiting}", sent)
 
 
@@ -219,7 +214,7 @@ async def pending_owner(contract: Contract) -> bytes | None:
 
 
 def signing_ask(ask: Ask, private_key: bytes) -> tuple[Ask, bytes]:
-    """Return an `Ask` whose eth_sendTransaction signs here and waits until it is mined, and the key's address.
+    """Return an `Ask` whose eth_sendTransaction signs here, and the key's address.
 
     The node sees no key. Raises `ValueError` for what is no private key of 32 bytes.
     """
@@ -242,9 +237,7 @@ def signing_ask(ask: Ask, private_key: bytes) -> tuple[Ask, bytes]:
             0,
             bytes.fromhex(call["data"][2:]),
         ).signed(private_key)
-        hash_ = await ask("eth_sendRawTransaction", [data(transaction.raw)])
-        await _mined(ask, hash_)
-        return hash_
+        return await ask("eth_sendRawTransaction", [data(transaction.raw)])
 
     return signed, sender
 
@@ -254,11 +247,3 @@ def _asking_numbers(ask: Ask) -> Callable[..., Any]:
         return int(await ask(method, params), 16)
 
     return number
-
-
-async def _mined(ask: Ask, hash_: str) -> None:
-    for _ in range(int(RECEIPT_TIMEOUT / PAUSE)):
-        if await ask("eth_getTransactionReceipt", [hash_]) is not None:
-            return
-        await asyncio.sleep(PAUSE)
-    raise RpcError(0, f"transaction {hash_} was not mined within {RECEIPT_TIMEOUT:g} s")

@@ -51,7 +51,8 @@ def parse_number(value: object, name: str, most: int = MAX_NUMBER) -> int:
 def parse_data(value: object, name: str, size: int | None = None) -> bytes:
     """Read bytes, of one size if it is given; raise `InvalidParamsError`."""
     if not isinstance(value, str) or len(value) > 2 * MAX_DATA + 2 or not _DATA.fullmatch(value):
-        raise InvalidParamsError(f"{name}: hex with 0x, of at most {MAX_DATA} bytes, expected, got {value!r:.80}")
+        wanted = f"of at most {MAX_DATA}" if size is None else f"of {size}"
+        raise InvalidParamsError(f"{name}: hex with 0x, {wanted} bytes, expected, got {value!r:.80}")
     found = bytes.fromhex(value[2:])
     if size is not None and len(found) != size:
         raise InvalidParamsError(f"{name}: {size} bytes expected, got {len(found)}")

@@ -101,9 +101,9 @@ def add_acts(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_where(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rpc-url", metavar="URL", help="the JSON-RPC (ETH_RPC_URL, else that of the stack)")
+    parser.add_argument("--rpc-url", metavar="URL", help="the JSON-RPC (that of the stack, else ETH_RPC_URL)")
     parser.add_argument(
-        "--kms-contract", type=_address, metavar="ADDRESS", help="DstackKms (KMS_CONTRACT_ADDR, else that of the stack)"
+        "--kms-contract", type=_address, metavar="ADDRESS", help="DstackKms (that of the stack, else KMS_CONTRACT_ADDR)"
     )
     parser.add_argument("--state", type=Path, metavar="FOLDER", help=f"the stack's state folder ({STATE_VARIABLE})")
     parser.add_argument(
@@ -153,9 +153,12 @@ async def _sender(client: HttpClient, url: str, arguments: argparse.Namespace) -
     key = os.environ.get(KEY_VARIABLE)
     if key:
         try:
-            return Sender(*operations.signing_ask(ask, bytes.fromhex(key.removeprefix("0x"))))
+            signing, owner = operations.signing_ask(ask, bytes.fromhex(key.removeprefix("0x")))
         except ValueError as error:
             raise UsageError(f"{KEY_VARIABLE}: a private key of 32 bytes in hex expected") from error
+        if arguments.sender not in (None, owner):
+            raise UsageError(f"--from: {checksummed(owner)} expected, whose key {KEY_VARIABLE} has; unset one of both")
+        return Sender(signing, owner)
     if arguments.sender is not None:
         return Sender(ask, arguments.sender)
     accounts = await ask("eth_accounts", [])
@@ -180,7 +183,10 @@ def _stack(arguments: argparse.Namespace) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     except (KeyError, TypeError) as error:
-        raise UsageError(f"the stack in {folder} has no chain of its own: start it with --auth eth") from error
+        raise UsageError(
+            f"the stack in {folder} has no chain of its own: start it with --auth eth, "
+            "or name another chain by --rpc-url and --kms-contract"
+        ) from error
 
 
 # ---- the acts
