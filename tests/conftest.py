@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 from dstack_emu.attest.release import DEFAULT, RELEASES
 from tests.running import RunningStack, running_stack
@@ -26,6 +27,11 @@ for _number, _handler in (
 ):
     if signal.getsignal(_number) == signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+
+# A slow machine fails no test: Hypothesis ends an example after 200 ms by default.
+settings.register_profile("any-machine", deadline=None)
+settings.load_profile("any-machine")
 
 
 LONGEST = (

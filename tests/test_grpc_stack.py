@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 T = TypeVar("T")
 GET_META = "kms.KMS/GetMeta"
 INFO = "dstack_guest.DstackGuest/Info"
+ENDED = "reset by peer|Broken pipe"
+"""What grpcio says of a connection that ends: the second if it was still writing."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -178,8 +181,8 @@ async def test_journal_that_is_off_notes_nothing_and_faults_go_on(stack: Stack, 
         ({"kind": "status", "status": 403}, "PERMISSION_DENIED", "made by fault f1"),
         ({"kind": "status", "grpc_status": "RESOURCE_EXHAUSTED"}, "RESOURCE_EXHAUSTED", "made by fault f1"),
         ({"script": ["429", "pass"]}, "UNAVAILABLE", "made by fault f1"),
-        ({"kind": "reset"}, "UNAVAILABLE", "reset by peer"),
-        ({"kind": "drop"}, "UNAVAILABLE", "reset by peer"),
+        ({"kind": "reset"}, "UNAVAILABLE", ENDED),
+        ({"kind": "drop"}, "UNAVAILABLE", ENDED),
         ({"kind": "hang"}, "DEADLINE_EXCEEDED", "Deadline Exceeded"),
         ({"kind": "delay", "seconds": 60}, "DEADLINE_EXCEEDED", "Deadline Exceeded"),
         ({"kind": "slow", "seconds": 60}, "DEADLINE_EXCEEDED", "Deadline Exceeded"),
@@ -199,7 +202,7 @@ async def test_fault_does_by_grpc_what_is_nearest(
     rule = control.add_fault(service="kms-src", call="GetMeta", caller="outside", **fault)
     late = code == "DEADLINE_EXCEEDED"
     outcome = await asked(stack, "kms-src-grpc", GET_META, timeout=0.5 if late else foreign.TIMEOUT)
-    assert (outcome.code, text in outcome.text) == (code, True), outcome
+    assert (outcome.code, bool(re.search(text, outcome.text))) == (code, True), outcome
     assert rule.met == 1
     kind = fault.get("kind", "status")
     record = await coming  # when the server knows, too, that a client is gone
@@ -243,7 +246,7 @@ async def test_call_that_hangs_is_reset_once_the_fault_is_lifted(stack: Stack, c
         await asyncio.sleep(0)
     control.lift_fault(rule.id)
     outcome = await waiting
-    assert (outcome.code, "reset by peer" in outcome.text) == ("UNAVAILABLE", True)
+    assert (outcome.code, bool(re.search(ENDED, outcome.text))) == ("UNAVAILABLE", True), outcome
 
 
 async def test_fault_on_a_socket_file_ends_the_call_alone(stack: Stack, control: Control) -> None:

@@ -134,7 +134,9 @@ def test_stack_does_not_start_without_its_kms(tmp_path: Path) -> None:
     with pytest.raises(StackError, match="kms-src: the command .* ended with status 1 before it answered") as ended:
         asyncio.run(start(kms={"src": ends, "dst": sleeps}))
     assert str(ended.value).endswith("no licence")
-    with pytest.raises(StackError, match="kms-dst at http://127.0.0.1:[0-9]+: Connection refused; waited 0.2 s for it"):
+    with pytest.raises(
+        StackError, match="Connection refused; waited 0.2 s for it|does not answer; waited 0.2 s for it"
+    ):
         asyncio.run(start(kms={"dst": sleeps}, kms_wait=0.2))
 
 
