@@ -33,14 +33,15 @@ class KmsInstruments:
     """Additions to a KMS that is observed or gets faults; a KMS that runs alone has none.
 
     `middlewares` wrap the applications of its listeners; `verifier` replaces the one with the configured PCCS and root;
-    `headers` are added to requests to its agent and to a source KMS. `timeout` is the time limit of each such request
-    in seconds (None: each client's own). `now`, a clock in seconds with their fraction, limits how long answers of the
-    webhook are kept. `route` says where its clients connect to, for a KMS in a network of its own.
+    `headers` are added to requests to its agent, `to_source` to those to a source KMS. `timeout` is the time limit of
+    each such request in seconds (None: each client's own). `now`, a clock in seconds with their fraction, limits how
+    long answers of the webhook are kept. `route` says where its clients connect to, for a KMS in a network of its own.
     """
 
     middlewares: Sequence[Middleware] = ()
     verifier: AttestationVerifier | None = None
     headers: MoreHeaders | None = None
+    to_source: MoreHeaders | None = None
     timeout: float | None = None
     now: Callable[[], float] = time.monotonic
     route: Route = direct
@@ -127,7 +128,7 @@ class KmsDependencies:
                 verifier,
                 entropy,
                 timeout or SOURCE_TIMEOUT,
-                headers,
+                instruments.to_source,
                 release.substitutes_own_image_for_legacy_source_alone,
                 instruments.route,
             ),

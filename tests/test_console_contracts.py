@@ -108,6 +108,21 @@ def test_app_is_revoked_by_a_transaction_that_the_page_of_policies_sends(stack: 
     assert "Compose hash not allowed" in boot(stack)[1]
 
 
+@pytest.mark.parametrize("title", ["The app is revoked", "kms-src is revoked"])
+def test_scenario_is_begun_and_undone_by_transactions(stack: RunningStack, tab: Tab, title: str) -> None:
+    open_page(tab, stack, "conditions")
+    tab.see("A transaction removes", ".scenarios")
+    card = f"[...document.querySelectorAll('.scenarios li')].find((each) => each.innerText.startsWith('{title}'))"
+    says = tab.run(f"{card}.querySelector('code').innerText")
+    for button, status in (("Begin", 403), ("Undo", 200)):
+        tab.run(f"{card}.querySelector('button').focus()")
+        assert tab.focused() == f"{button}: {title}"
+        tab.press("Enter")
+        tab.see(f"{'In force' if button == 'Begin' else 'Undone'}: {title}.", "main")
+        answer = boot(stack)
+        assert (answer[0], says in answer[1]) == (status, status == 403)
+
+
 def test_form_of_an_act_says_what_is_wrong_and_sends_what_was_confirmed(stack: RunningStack, tab: Tab) -> None:
     open_page(tab, stack, "policies")
     tab.see("Allow an entry of a list")

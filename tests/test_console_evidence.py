@@ -193,7 +193,7 @@ def test_links_of_parts_and_calls_open_their_evidence(stack: RunningStack, tab: 
     open_page(tab, stack, "calls")
     tab.tab_to("Calls, the newest last")
     tab.press("ArrowUp", "Enter")
-    tab.see("Evidence as it is now: app, gateway, kms-src", "section")
+    tab.see("Evidence as it is now: app, gateway, kms-src (the journal keeps no quotes, ", "section")
     tab.tab_to("kms-src")
     tab.press("Enter")
     tab.see("The evidence of kms-src, as it is now")

@@ -189,3 +189,11 @@ def test_hostile_names_and_reasons_are_shown_as_text_and_break_no_page(stack: Ru
             widths = tab.run("[...document.querySelectorAll('svg')].map((each) => each.scrollWidth)")
             assert max([0, *widths]) < 5000, (address, widths)
         tab.resize(1280, 900)
+
+
+def test_address_that_is_no_page_is_no_link(stack: RunningStack, tab: Tab) -> None:
+    open_page(tab, stack, "stack")
+    for url, is_link in (("https://a.example/", True), ("HTTP://a.example", True), ("javascript:alert(1)", False)):
+        facts = f"import('/console/dom.js').then(({{facts}}) => facts({{app_url: {url!r}}})"
+        assert tab.run(f"{facts}.querySelector('a') !== null)") is is_link
+        assert tab.run(f"{facts}.textContent)") == f"app url{url}"

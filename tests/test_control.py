@@ -579,7 +579,7 @@ async def test_wrong_request_is_refused_with_the_reason(
     assert (seen, problem in answer["error"]) == (status, True), answer
 
 
-async def test_other_calls_are_answered_while_a_large_body_is_read(control: Control) -> None:
+async def test_other_calls_are_answered_while_a_body_is_read_and_the_api_described(control: Control) -> None:
     turns: list[int] = []
 
     @web.middleware
@@ -598,6 +598,10 @@ async def test_other_calls_are_answered_while_a_large_body_is_read(control: Cont
         for text, status in (("x" * 1024 * 1024, 400), ("soon", 400), ("2026-12-01T00:00:00Z", 200)):
             async with session.post("/clock", json={"set": text}) as answer:
                 assert answer.status == status
+        for _ in range(2):
+            async with session.get("/openapi.json") as answer:
+                assert (await answer.json())["openapi"] == "3.1.0"
     await server.close()
     assert turns[0] > 0
-    assert turns[1:] == [0, 0], "a small body needs no thread"
+    assert turns[1:3] == [0, 0], "a small body needs no thread"
+    assert turns[3] > turns[4] == 0, "the description is made once, beside the loop"

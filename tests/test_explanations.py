@@ -99,6 +99,10 @@ async def test_picture_has_each_call_and_its_texts_stay_texts(control: Control) 
     hostile: dict[str, Any] = {**record, "call": "</text><script>\x00&", "error": '"><img src=x>'}
     document = ElementTree.fromstring(svg(sequence_diagram(hostile)))
     assert "</text><script>\ufffd&" in shown(document)
+    forbidden = "".join(map(chr, (*range(32), *range(127, 160), 0xD800, 0xDFFF, 0xFFFE, 0xFFFF, 0x1FFFE)))
+    for member in ("service", "caller", "call", "error", "outcome"):
+        written = svg(sequence_diagram({**record, member: forbidden}))
+        assert ElementTree.fromstring(written.encode()).get("role") == "img", member
     assert {element.tag.partition("}")[2] for element in document.iter()} == {
         "svg", "title", "desc", "style", "line", "text", "path", "rect",
     }  # fmt: skip

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,39 @@ async def boots_by_policy(stack: Stack) -> None:
     for side in ("src", "dst"):
         stack.control.deny(side, "app")
         with pytest.raises(ControlError, match="Boot denied: app not registered"):
-            await stack.control.boot_guest("app", side)
+            await stack.control.boot_guest("app", "src")
     await stack.control.reset()
     assert (await stack.control.boot_guest("app", "dst"))["has_keys"]
+
+
+RECORDER = """
+import os
+from dstack_emu.transport.http.headers import Headers
+make = Headers.__init__
+def note(self, raw):
+    with open(os.environ["HEADERS_SEEN"], "a") as file:
+        file.writelines(f"{name.decode().lower()}\\n" for name, _ in raw)
+    make(self, raw)
+Headers.__init__ = note
+"""
+
+
+def test_kms_of_ones_own_is_sent_no_header_of_the_emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program notes the names of all headers that it gets."""
+    (tmp_path / "sitecustomize.py").write_text(RECORDER)
+    seen = tmp_path / "seen"
+    monkeypatch.setenv("HEADERS_SEEN", str(seen))
+    line = f'PYTHONPATH="{tmp_path}:$PYTHONPATH" exec {sys.executable} -m dstack_emu kms --config "$1"'
+    command = f"{script(tmp_path, 'noting-kms', line)} {{config}}"
+
+    async def run() -> None:
+        async with own_stack(kms={"src": command}) as stack:
+            await stack.control.boot_guest("app", "src")
+
+    asyncio.run(run())
+    names = set(seen.read_text().split())
+    assert "content-type" in names
+    assert not {name for name in names if name.startswith(("x-dstack", "traceparent"))}
 
 
 def test_keys_of_a_kms_of_ones_own_are_in_no_snapshot(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from dstack_emu.observability.spans import headers_of, trace_headers
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import Seed
+from dstack_emu.transport.client import MoreHeaders
 from dstack_emu.transport.listen import Server, bind_tcp, serve
 
 if TYPE_CHECKING:
@@ -170,6 +171,10 @@ class StackContext:
         if self.chain is None:
             return given_chain(self.config)
         return AskedChain(self.urls[CHAIN], self.chain.kms_address, self.chain.chain_id)
+
+    def headers_to_kms(self, caller: str, *kms: str) -> MoreHeaders:
+        """Return the headers of a part's requests to these KMS: if one is another program, only those of a trace."""
+        return trace_headers if self.config.kms.keys() & set(kms) else headers_of(caller)
 
     def chain_of(self, kms: str) -> "StackChain | None":
         """Return the stack's own chain if it decides for a KMS."""

@@ -17,7 +17,6 @@ from dstack_emu.deployment.authorization import TIMEOUT
 from dstack_emu.deployment.context import StackContext
 from dstack_emu.deployment.running_kms import RunningKms
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
-from dstack_emu.observability.spans import headers_of
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.transport.client import PrpcClient, RpcError, TransportError
 from dstack_emu.transport.tls import client_context
@@ -49,7 +48,8 @@ class Deployer:
     async def _env_key(self, app_id: bytes, kms: RunningKms) -> bytes:
         tls = client_context(root_ca=(kms.cert_dir / ROOT_CA_CERT).read_text())
         timeout = self.context.instrumentation.patience or TIMEOUT
-        async with PrpcClient(kms.url, timeout=timeout, ssl=tls, headers=headers_of("stack")) as client:
+        headers = self.context.headers_to_kms("stack", kms.name)
+        async with PrpcClient(kms.url, timeout=timeout, ssl=tls, headers=headers) as client:
             meta = await client.call("prpc/KMS.GetMeta", Empty(), pb.GetMetaResponse)
             answer = await client.call("prpc/KMS.GetAppEnvEncryptPubKey", pb.AppId(app_id=app_id), pb.PublicKeyResponse)
         if answer.signature_v1:

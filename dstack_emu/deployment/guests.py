@@ -162,7 +162,7 @@ class RunningGuest:
             self.streams["boot"],
             self._context.instrumentation.clock.issue(),
             patience=self._kms_timeout,
-            headers=headers_of(self.name),
+            headers=self._context.headers_to_kms(self.name, *kms),
         )
         try:
             environment = decrypt_environment(self.domain, self.encrypted_env, keys)
@@ -308,7 +308,8 @@ class RunningGuest:
             await self._use(None, "")
             return
         url = f"{self._context.urls[f'kms-{state.kms}']}/prpc"
-        connect = functools.partial(RaTlsClient, timeout=self._kms_timeout, headers=headers_of(self.name))
+        headers = self._context.headers_to_kms(self.name, state.kms)
+        connect = functools.partial(RaTlsClient, timeout=self._kms_timeout, headers=headers)
         self._write_environment(decrypt_environment(self.domain, self.encrypted_env, state.keys))
         issuer = KmsIssuer.of(self.domain, url, state.identity, state.keys.ca_cert, connect=connect)
         self.agent.restore(ProvidedKeys(state.keys, issuer, state.demo_certificate))

@@ -24,6 +24,7 @@ from dstack_emu.observability.service_calls import ServiceCalls
 from dstack_emu.observability.spans import headers_of, trace_headers
 from dstack_emu.observability.tracing import Tracer
 from dstack_emu.simulator.seed import Seed
+from dstack_emu.transport.client import MoreHeaders
 from dstack_emu.transport.http import Application
 from dstack_emu.transport.pccs_client import DEFAULT_TIMEOUT, PccsClient
 
@@ -108,11 +109,13 @@ class Instrumentation:
         self.calls.add(service, GRPC_CALLS)
         return [CallInterceptor(service, self.journal, self.faults)]
 
-    def kms_instruments(self, service: str, verifier: RecordingVerifier) -> KmsInstruments:
-        """Make the instruments of a KMS."""
+    def kms_instruments(self, service: str, verifier: RecordingVerifier, to_source: MoreHeaders) -> KmsInstruments:
+        """Make the instruments of a KMS; `to_source` are the headers of its requests to a KMS with keys."""
         self.calls.add(service, KMS_CALLS)
         middleware = HttpInstruments(service, self.journal, self.faults).middleware
-        return KmsInstruments((middleware,), verifier, headers_of(service), self.patience, now=lambda: self.clock.now())
+        return KmsInstruments(
+            (middleware,), verifier, headers_of(service), to_source, self.patience, now=lambda: self.clock.now()
+        )
 
     def webhook_client(self, caller: str, url: str, *, own: bool, release: Release, timeout: float) -> AuthApi:
         """Make the client of a webhook for a KMS of that release.

@@ -64,7 +64,9 @@ class EmulatedKms(RunningKms):
                 grpc_socks=grpc_socks,
                 grpc_interceptors=instrumentation.interceptors(service) if grpc_socks else (),
                 auth=instrumentation.webhook_client(service, webhook, own=is_own, release=release, timeout=timeout),
-                instruments=instrumentation.kms_instruments(service, context.verifier(service)),
+                instruments=instrumentation.kms_instruments(
+                    service, context.verifier(service), context.headers_to_kms(service, *context.config.kms)
+                ),
                 release=release,
             )
             self._exit.push_async_callback(self.server.stop)

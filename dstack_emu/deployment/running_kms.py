@@ -14,7 +14,6 @@ from dstack_emu.deployment.reach import KMS_PORT, endpoint_of
 from dstack_emu.deployment.specs import KmsSpec
 from dstack_emu.deployment.state import KmsState
 from dstack_emu.gateway.routing import Endpoint
-from dstack_emu.observability.spans import headers_of
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.validation import suggestion
 
@@ -151,7 +150,8 @@ class RunningKms(PhaseSource, ABC):
     def onboarding(self) -> KmsOnboarding:
         """The public interface of its onboard phase."""
         has_alias, token = self._context.release_of(self.spec.release).attestation_mode_alias, self._token
-        return KmsOnboarding(self.spec.service, self.url, self.domain, self, headers_of("stack"), has_alias, token)
+        headers = self._context.headers_to_kms("stack", self.name)
+        return KmsOnboarding(self.spec.service, self.url, self.domain, self, headers, has_alias, token)
 
     # ---- state
 

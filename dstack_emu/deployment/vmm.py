@@ -19,7 +19,6 @@ from dstack_emu.deployment.machines import DomainMachines
 from dstack_emu.deployment.process_workload import ProcessWorkloads
 from dstack_emu.deployment.reach import AGENT_PORT, endpoint_of
 from dstack_emu.deployment.workloads import Workloads
-from dstack_emu.observability.spans import headers_of
 from dstack_emu.transport.listen import Server, serve
 from dstack_emu.vmm.config import CvmSection, GatewaySection, ImageSection, PortMappingSection, PortRange, VmmConfig
 from dstack_emu.vmm.fleet import Fleet
@@ -151,5 +150,5 @@ def _site(context: StackContext, workloads: Workloads) -> MachineSite:
         clock=context.instrumentation.clock,
         reach=context.reach,
         writes_environment=isinstance(workloads, ProcessWorkloads),
-        headers=headers_of,
+        headers=lambda caller: context.headers_to_kms(caller, "src"),
     )

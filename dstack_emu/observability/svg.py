@@ -60,7 +60,7 @@ def _shapes(diagram: Diagram) -> str:
 
 
 def _element(shape: Shape) -> str:
-    attributes = "".join(f' {name}="{escape(_value(value))}"' for name, value in shape.attributes.items())
+    attributes = "".join(f' {name}="{escaped(_value(value))}"' for name, value in shape.attributes.items())
     title = f"<title>{escaped(shape.title)}</title>" if shape.title else ""
     return f"<{shape.tag}{attributes}>{title}{escaped(shape.text)}</{shape.tag}>"
 

@@ -82,7 +82,7 @@ export function choice(values, chosen, empty = "any") {
 }
 
 // A JSON value as facts: objects become lists of terms, within one another; what is empty is left out. The `app_url` of an
-// instance is a link.
+// instance is a link, unless it is something else than a page.
 export function facts(value) {
   if (Array.isArray(value)) {
     if (!value.length) return "none";
@@ -92,8 +92,12 @@ export function facts(value) {
   if (value === null || value === "") return "none";
   if (typeof value !== "object") return make("span", {class: isHex(value) ? "mono" : null}, whole(String(value)));
   const rows = Object.entries(value).map(([name, each]) =>
-    [make("dt", {}, worded(name)), make("dd", {}, name === "app_url" && each ? link(each) : facts(each))]);
+    [make("dt", {}, worded(name)), make("dd", {}, name === "app_url" && isPage(each) ? link(each) : facts(each))]);
   return make("dl", {class: "facts"}, rows.flat());
+}
+
+function isPage(value) {
+  return typeof value === "string" && /^https?:\/\//i.test(value);
 }
 
 function link(url) {

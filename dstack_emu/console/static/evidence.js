@@ -22,7 +22,7 @@ function base64(file) {
 async function ofStack([kind, name, file]) {
   if (kind === "guest") {
     const text = JSON.stringify(await get(`/guests/${part(name)}/evidence`), null, 1);
-    return {text, caller: name.startsWith("kms-") ? "kms" : "app", what: `The evidence of ${name}, as it is now`};
+    return {text, caller: name.startsWith("kms-") ? "kms" : "app", what: `The evidence of ${name}, as it is now, and not as an earlier call verified it: the journal keeps no quotes.`};
   }
   if (kind === "kms") return {text: (await get(`/kms/${part(name)}/certificates/${part(file)}`)).pem, caller: "kms", what: `${file} of kms-${name}`};
   return {text: (await get(`/certificates/${part(name)}`)).pem, caller: "app", what: name};

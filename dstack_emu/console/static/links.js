@@ -21,7 +21,8 @@ export function evidenceOf(record) {
     .map((name) => name.replace(/^agent-/, "")));
   get("/guests").then((guests) => {
     const known = [...names].filter((name) => Object.hasOwn(guests, name)).sort();
-    if (known.length) shown.append("Evidence as it is now: ", ...known.flatMap((name, index) => [index ? ", " : "", evidenceLink(name)]));
+    if (known.length) shown.append("Evidence as it is now: ", ...known.flatMap((name, index) => [index ? ", " : "", evidenceLink(name)]),
+      make("span", {class: "note"}, " (the journal keeps no quotes, so it may not be what this call verified)"));
   }).catch(() => {});  // the call itself is shown all the same
   return shown;
 }

@@ -43,11 +43,12 @@ function fault(title, expect, says, rule) {
   };
 }
 
-// Denies a trust domain by the policy of kms-src. `id` is what of it the policy lists.
-function denied(title, expect, says, guest, id) {
+// Denies a trust domain by what decides for kms-src, its policy or contracts. `listed` is what of it they list, as a
+// member of the domain. `byPolicy` and `byContract` are what to expect.
+function denied(title, byPolicy, byContract, guest, listed) {
   return {
-    title, expect, says, isPossible: (state) => state.policy !== null,
-    isOn: (state) => !JSON.stringify(state.policy).toLowerCase().includes(id(state)),
+    title, expected: ({isByContract}) => isByContract ? byContract : byPolicy, isPossible: (state) => state.policy !== null,
+    isOn: (state) => !JSON.stringify(state.policy).toLowerCase().includes(state.guests[guest][listed]),
     async begin(state) {
       await call("POST", "/policies/src/deny", {guest});
       before.set(title, {was: state.policy, left: await get("/policies/src")});
@@ -55,7 +56,7 @@ function denied(title, expect, says, guest, id) {
     // The policy is what it was, unless somebody has changed it meanwhile.
     async undo(state) {
       const {was, left} = before.get(title) ?? {};
-      if (was && same(state.policy, left)) await call("PUT", "/policies/src", was);
+      if (was && !state.isByContract && same(state.policy, left)) await call("PUT", "/policies/src", was);
       else await call("POST", "/policies/src/allow", {guest});
     },
   };
@@ -96,10 +97,16 @@ const recovered = {
 
 const restart = () => call("POST", "/kms/src/restart", {});
 const SCENARIOS = [
-  denied("The app is revoked", "The policy of kms-src lists it no more. It keeps the keys that it has, and gets none when it boots again:",
-    "Boot denied: app not registered", "app", ({guests}) => guests.app.app_id),
-  denied("kms-src is revoked", "The policy of kms-src lists its own measurement no more. It keeps running, and releases nothing:",
-    "KMS self authorization failed: KMS is not allowed: aggregated MR not allowed", "kms-src", ({guests}) => guests["kms-src"].mr_aggregated),
+  denied("The app is revoked",
+    ["The policy of kms-src lists it no more. It keeps the keys that it has, and gets none when it boots again:", "Boot denied: app not registered"],
+    ["A transaction removes its compose hash. It keeps the keys that it has, and gets none when it boots again:", "Boot denied: Compose hash not allowed"],
+    "app", "compose_hash"),
+  denied("kms-src is revoked",
+    ["The policy of kms-src lists its own measurement no more. It keeps running, and releases nothing:",
+     "KMS self authorization failed: KMS is not allowed: aggregated MR not allowed"],
+    ["A transaction removes its measurement. It keeps running, and releases nothing:",
+     "KMS self authorization failed: KMS is not allowed: Aggregated MR not allowed"],
+    "kms-src", "mr_aggregated"),
   platform("The platform of the app becomes out of date", "Its quotes have the TCB status OutOfDate. The app gets no keys when it boots again:",
     "App not allowed: Boot denied: TCB status is not allowed", APP, OUTDATED, CURRENT),
   platform("The platform of kms-src becomes out of date", "kms-src is started anew, because it verifies itself once in its life. It releases nothing:",
@@ -122,9 +129,9 @@ const SCENARIOS = [
 ];
 
 async function present() {
-  const [platforms, vendor, faults, clock, guests, policy] = await Promise.all([...["platforms", "vendor", "faults", "clock", "guests"]
-    .map((name) => get(`/${name}`)), get("/policies/src").catch(() => null)]);
-  return {platforms, vendor, faults, clock, guests, policy};
+  const [platforms, vendor, faults, clock, guests, kms, policy] = await Promise.all([
+    ...["platforms", "vendor", "faults", "clock", "guests", "kms"].map((name) => get(`/${name}`)), get("/policies/src").catch(() => null)]);
+  return {platforms, vendor, faults, clock, guests, policy, isByContract: kms.src?.policy === null};
 }
 
 // The section; `onChange` is called when a scenario has begun or was undone. `look` reads which are in force.
@@ -142,7 +149,7 @@ export class Scenarios {
   }
 
   _card(scenario, onChange) {
-    const {title, expect, says} = scenario, inForce = make("strong", {class: "unanswered"}, "in force");
+    const {title} = scenario, text = make("p"), inForce = make("strong", {class: "unanswered"}, "in force");
     const button = make("button", {onclick: () => attempt(this._alert, button, async () => {
       this._done.textContent = "";
       const state = await present(), isOn = scenario.isOn(state);
@@ -150,13 +157,17 @@ export class Scenarios {
       await Promise.all([this.look(), onChange()]);
       this._done.textContent = `${isOn ? "Undone" : "In force"}: ${title}.`;
     })});
-    const card = make("li", {class: "card"}, make("h3", {}, title), make("p", {}, expect, says ? " " : "", says ? make("code", {}, says) : ""),
+    const card = make("li", {class: "card"}, make("h3", {}, title), text,
       make("p", {class: "row"}, button, inForce));
     const show = (state) => {
       card.hidden = !(scenario.isPossible?.(state) ?? true);
-      const isOn = !card.hidden && scenario.isOn(state), text = isOn ? "Undo" : "Begin";
-      if (button.textContent !== text) button.textContent = text;
-      button.setAttribute("aria-label", `${text}: ${title}`);
+      if (!text.firstChild) {
+        const [expect, says] = scenario.expected?.(state) ?? [scenario.expect, scenario.says];
+        text.append(expect, says ? " " : "", says ? make("code", {}, says) : "");
+      }
+      const isOn = !card.hidden && scenario.isOn(state), act = isOn ? "Undo" : "Begin";
+      if (button.textContent !== act) button.textContent = act;
+      button.setAttribute("aria-label", `${act}: ${title}`);
       inForce.hidden = !isOn;
     };
     card.hidden = true;
