@@ -25,39 +25,39 @@ MAX_ADVISORY_ID: Final = 256
 MAX_ADVISORY_IDS: Final = 128
 """Advisories of a boot info at most, since next."""
 
-_SIZES: Final[Mapping[str, int]] = MappingProxyType(
+_SIZES: Final[Mapping[str, tuple[str, int]]] = MappingProxyType(
     {
-        "mr_aggregated": 32,
-        "os_image_hash": 32,
-        "app_id": 20,
-        "compose_hash": 32,
-        "instance_id": 20,
-        "device_id": 32,
-        "mr_system": 32,
+        "mr_aggregated": ("mrAggregated", 32),
+        "os_image_hash": ("osImageHash", 32),
+        "app_id": ("appId", 20),
+        "compose_hash": ("composeHash", 32),
+        "instance_id": ("instanceId", 20),
+        "device_id": ("deviceId", 32),
+        "mr_system": ("mrSystem", 32),
     }
 )
-"""Bytes of each member; those of 20 are addresses."""
+"""The name in a request and the bytes of each member; those of 20 are addresses."""
 _DIGITS: Final = re.compile("[0-9a-fA-F]*")
 
 
 def parse_bounded_boot_info(document: object) -> ReceivedBootInfo:
     """Read a parsed body as boot info, within next's bounds; raise `BootInfoError` or `BootInfoBoundsError`."""
     boot_info = parse_boot_info(document)
-    for name, size in _SIZES.items():
-        _require_hex(name, getattr(boot_info, name), size)
-    _require_short("tcb_status", boot_info.tcb_status, MAX_TCB_STATUS)
+    for attribute, (name, size) in _SIZES.items():
+        _require_hex(name, getattr(boot_info, attribute), size)
+    _require_short("tcbStatus", boot_info.tcb_status, MAX_TCB_STATUS)
     if len(boot_info.advisory_ids) > MAX_ADVISORY_IDS:
         raise BootInfoBoundsError(
-            f"advisory_ids: {MAX_ADVISORY_IDS} at most expected, got {len(boot_info.advisory_ids)}"
+            f"advisoryIds: {MAX_ADVISORY_IDS} at most expected, got {len(boot_info.advisory_ids)}"
         )
     for each in boot_info.advisory_ids:
-        _require_short("advisory_ids", each, MAX_ADVISORY_ID)
+        _require_short("advisoryIds", each, MAX_ADVISORY_ID)
     return boot_info
 
 
 def contract_question(boot_info: ReceivedBootInfo) -> AppBootInfo:
     """Return the contract's argument; raise `ChainError` for a member that the contract cannot be given."""
-    octets = {name: _octets(name, getattr(boot_info, name), size) for name, size in _SIZES.items()}
+    octets = {key: _octets(name, getattr(boot_info, key), size) for key, (name, size) in _SIZES.items()}
     return AppBootInfo(**octets, tcb_status=boot_info.tcb_status, advisory_ids=boot_info.advisory_ids)
 
 

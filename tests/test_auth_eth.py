@@ -334,11 +334,11 @@ async def test_short_hex_is_padded_on_the_left(chain: Chain) -> None:
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"mrAggregated": "0x" + "11" * 33}, "mr_aggregated: 32 bytes at most expected, got 66 digits"),
-        ({"composeHash": "no hex"}, "compose_hash: hex expected, got '"),
-        ({"appId": "0x" + "11" * 21}, "app_id: an address expected, 0x and 40 hex digits, got '"),
-        ({"instanceId": "xyz"}, "instance_id: an address expected, 0x and 40 hex digits, got '"),
-        ({"appId": "0x" + "aB" * 20}, "app_id: the address 0x"),
+        ({"mrAggregated": "0x" + "11" * 33}, "mrAggregated: 32 bytes at most expected, got 66 digits"),
+        ({"composeHash": "no hex"}, "composeHash: hex expected, got '"),
+        ({"appId": "0x" + "11" * 21}, "appId: an address expected, 0x and 40 hex digits, got '"),
+        ({"instanceId": "xyz"}, "instanceId: an address expected, 0x and 40 hex digits, got '"),
+        ({"appId": "0x" + "aB" * 20}, "appId: the address 0x"),
     ],
 )
 async def test_0_5_11_denies_what_the_contract_cannot_be_given(

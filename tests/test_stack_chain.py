@@ -17,6 +17,7 @@ from dstack_emu.cli.main import main
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.errors import StackError
+from dstack_emu.observability.record_text import lines
 from dstack_emu.runbook.cases import run_cases
 from dstack_emu.runbook.kms_client import PrpcKmsClient
 from dstack_emu.runbook.runner import RunbookRun
@@ -168,6 +169,7 @@ def test_command_says_what_the_contract_answered_before_and_after(
     assert (status, said.startswith(f"os-image 0x{image}: not allowed before, allowed now (block ")) == (0, True)
     status, said = act("remove", "compose-hash", compose_hash, "--json")
     assert (status, json.loads(said)["before"], json.loads(said)["after"]) == (0, "allowed", "not allowed")
+    assert stack.journal.find("eth_sendTransaction")[-1]["chain"]["function"] == "removeComposeHash"
     with refused("Compose hash not allowed"):
         stack.boot()
     assert f"0x{image}" in json.loads(act("show")[1])["osImages"]
@@ -312,6 +314,8 @@ def test_journal_has_what_the_webhook_asked_of_which_block_and_what_was_answered
     assert asked[1][2] == {"result": block}
     reason = [False, "Compose hash not allowed"]
     assert asked[2][2] == {"function": "isAppAllowed", "block": block, "result": reason}
+    said = [line for line in lines(denied) if f'eth_call  200 isAppAllowed at {block}: [false, "Compose hash' in line]
+    assert len(said) == 1
 
 
 def test_fault_before_the_chain_denies_by_what_it_does(stack: LiveStack) -> None:

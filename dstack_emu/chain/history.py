@@ -58,6 +58,12 @@ def _transaction(block: Block, receipt: Receipt, revision: AuthEthRevision | Non
     }
 
 
+def function_name(call: bytes) -> str | None:
+    """Return the name of the function that a call is to, None if no contract of dstack has it."""
+    entry = _functions("next").get(call[:4])  # which has all of 0.5.11, too
+    return None if entry is None else entry.name
+
+
 def _called(call: bytes, revision: AuthEthRevision | None) -> tuple[str, dict[str, Any]] | None:
     entry = _functions(revision).get(call[:4])
     if entry is None:

@@ -163,7 +163,7 @@ def _change(change: PolicyChange, colour: bool) -> Iterator[str]:
 
 def _contract_change(change: ContractChange, colour: bool) -> Iterator[str]:
     yield ""
-    yield paint("The smallest change of a contract that allows it", BOLD, colour)
+    yield paint("The change of a contract that lifts this reason", BOLD, colour)
     for line in change.diff.splitlines():
         yield f"  {paint(printable(line), GREEN if line.startswith('+') else '', colour)}"
     yield f"  by the transaction {printable(change.call)}"

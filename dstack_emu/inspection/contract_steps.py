@@ -34,8 +34,8 @@ _STEPS: Final[Mapping[ContractRule, str]] = MappingProxyType(
         "os_image": "its owner allows the image by addOsImageHash({osImageHash}) of DstackKms",
         "kms_mr_aggregated": "its owner allows the KMS by addKmsAggregatedMr({mrAggregated}) of DstackKms",
         "kms_device": "its owner allows the device by addKmsDevice({deviceId}) of DstackKms",
-        "app_registered": "anyone registers the app by registerApp({appId}) of DstackKms, or deploys and registers one "
-        "by deployAndRegisterApp",
+        "app_registered": "anyone registers the app by registerApp({appId}) of DstackKms, if its contract is at that "
+        "address; deployAndRegisterApp creates one, whose address is the app id",
         "app_deployed": "the app is registered, but no contract is at its address {appId}: the app id is the address "
         "that deployAndRegisterApp returns",
         "app_compose_hash": "the app's owner allows the app-compose by addComposeHash({composeHash}) of DstackApp "
@@ -104,7 +104,7 @@ def may_be_of_a_file(rule: ContractRule) -> bool:
 
 
 def contract_change(rule: ContractRule | None, request: Mapping[str, Any], *, is_kms: bool) -> ContractChange | None:
-    """Return the smallest change of a contract for a denial by this rule; None if none is known, or possible.
+    """Return the change of a contract that lifts a denial by this rule; None if none is known, or possible.
 
     A reason that a webhook with a file may give, too, has the change that a contract would need.
     """

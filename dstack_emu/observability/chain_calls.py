@@ -15,6 +15,7 @@ from dstack_emu.attest.errors import FormatError
 from dstack_emu.chain import abi
 from dstack_emu.chain.contracts import BOOT_INFO
 from dstack_emu.chain.faulty import FaultyNode, NodeFault
+from dstack_emu.chain.history import function_name
 from dstack_emu.observability.aiohttp_middleware import AiohttpCall, answered
 from dstack_emu.observability.fault_effects import OwnFault
 from dstack_emu.observability.fault_rules import FaultRule
@@ -29,16 +30,17 @@ UNKNOWN: Final = "unknown"
 MAX_SHOWN: Final = 200
 """Characters that the journal keeps of a result."""
 
-_FUNCTIONS: Final = {
-    abi.selector(signature).hex(): (signature.partition("(")[0], results)
+_CALLING: Final = ("eth_call", "eth_estimateGas", "eth_sendTransaction")
+"""The methods whose first parameter is a call."""
+_RESULTS: Final = {
+    abi.selector(signature): results
     for signature, results in (
         (f"isKmsAllowed({BOOT_INFO})", "(bool,string)"),
         (f"isAppAllowed({BOOT_INFO})", "(bool,string)"),
         ("gatewayAppId()", "(string)"),
-        ("appImplementation()", ""),
     )
 }
-"""The functions that a webhook calls, by their selectors, and their results as far as the journal has them."""
+"""What the functions that a webhook calls return, as far as the journal has it decoded."""
 
 
 def faults_of(node: FaultyNode) -> OwnFault:
@@ -110,19 +112,28 @@ def _described(asked: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     params = asked.get("params")
     call, block = (*params, None, None)[:2] if isinstance(params, list) else (None, None)
     said: dict[str, Any] = {}
-    if asked.get("method") == "eth_call" and isinstance(call, dict):
-        said = {"function": _function(call)[0], "block": block}
+    if asked.get("method") in _CALLING and isinstance(call, dict):
+        said = {"function": _named(call), "block": block}
     if isinstance(error := answer.get("error"), dict):
         return {**said, "error": str(error.get("message"))[:MAX_SHOWN]}
     result = answer.get("result")
-    if said.get("function") and (results := _function(call)[1]):
+    if asked.get("method") == "eth_call" and (results := _RESULTS.get(_data(call)[:4])):
         return {**said, "result": _decoded(results, str(result))}
     return {**said, "result": result[:MAX_SHOWN]} if isinstance(result, str) else said
 
 
-def _function(call: Any) -> tuple[str, str]:
-    encoded = call.get("data") or call.get("input")
-    return _FUNCTIONS.get(encoded[2:10], ("", "")) if isinstance(encoded, str) else ("", "")
+def _named(call: dict[str, Any]) -> str:
+    """Return the function of dstack's contracts that is called, empty for any other."""
+    return function_name(_data(call)) or ""
+
+
+def _data(call: Any) -> bytes:
+    """Return what a call sends, empty if that is no hex."""
+    encoded = call.get("input") or call.get("data") if isinstance(call, dict) else None
+    try:
+        return bytes.fromhex(encoded.removeprefix("0x")) if isinstance(encoded, str) else b""
+    except ValueError:
+        return b""
 
 
 def _decoded(results: str, encoded: str) -> Any:

@@ -1,5 +1,6 @@
 """Renders a record of the journal as text: a line for the call from outside, and below it the calls that it caused."""
 
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
@@ -104,7 +105,7 @@ def result_text(record: Record) -> str:
         if mismatch := decision.get("mismatch"):
             got, allowed = ", ".join(_values(mismatch["got"])), ", ".join(_values(mismatch["allowed"]))
             compared += f"; {mismatch['field']} {got}, the policy has {allowed}"
-    return _result(record, compared)
+    return _result(record, compared) + _said_by_chain(record.get("chain") or {})
 
 
 def _result(record: Record, compared: str = "") -> str:
@@ -124,6 +125,17 @@ def _result(record: Record, compared: str = "") -> str:
     if fault := record.get("fault"):
         result += f" (fault {fault['id']}: {fault['kind']})"
     return result
+
+
+def _said_by_chain(said: dict[str, Any]) -> str:
+    """Return what a node answered, after the status, which is 200 for its refusals, too; nothing if it said nothing."""
+    function, block = said.get("function"), said.get("block")
+    asked = "".join([f" {function}" if function else "", f" at {block}" if block else ""])
+    if "error" in said:
+        return f"{asked} error: {_short(said['error'])}"
+    if "result" not in said:
+        return asked
+    return f"{asked}{':' if asked else ''} {_short(json.dumps(said['result'], ensure_ascii=False))}"
 
 
 def _release(released: dict[str, Any]) -> str:
