@@ -17,7 +17,7 @@ INSTALL := $(PIP) --no-index --no-deps --no-build-isolation --editable .
 .PHONY: help venv up test browser pictures rust fuzz openapi decisions campaign contracts kubernetes check-kms console-load machines crash lint types imports check bench proto lock release audit clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 venv: $(VENV)/.dev ## Create .venv with the tools for tests and checks (`. .venv/bin/activate` puts dstack-emu on the path)
 

@@ -32,7 +32,8 @@ WHOLE = os.environ.get("DSTACK_EMU_CHECK_KMS", "")
 
 QUICK = (
     *(
-        "bootstrap/p*",
+        "bootstrap/pck-revoked",
+        "bootstrap/pccs-500",
         "certificate/*",
         "request/*",
         "tcb/[!m]*",
