@@ -3,13 +3,16 @@
 `DecisionStack` has what changes it, each act in the stack and in the model at once.
 """
 
+import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
-from campaigns.case import Act
+from campaigns.case import Act, Outcome, Script
 from campaigns.decision_state import GARBAGE, NOBODYS, Domain, State, contracts_of
 from dstack_emu import Stack, StackConfig
 from dstack_emu.attest.release import RELEASES
@@ -202,3 +205,27 @@ async def decision_stack(release: str, *, auth_api_cache: bool = False) -> Async
 
 
 __all__ = ["APPS", "GARBAGE", "NOBODYS", "STATUSES", "DecisionStack", "decision_stack"]
+
+
+class StackWorld(ABC):
+    """A world whose stacks start when a script first needs them, all in one event loop of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._exit = AsyncExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.run_until_complete(self._exit.aclose())
+        self._loop.close()
+
+    def run(self, script: Script) -> Outcome:
+        """Run a script."""
+        return self._loop.run_until_complete(self._run(script))
+
+    @abstractmethod
+    async def _run(self, script: Script) -> Outcome: ...

@@ -5,15 +5,13 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import aiohttp
 
 from campaigns.case import Act, Finding, Outcome, Script
-from campaigns.decision_stack import DecisionStack, decision_stack
+from campaigns.decision_stack import DecisionStack, StackWorld, decision_stack
 from campaigns.decision_state import State
 from campaigns.fail_open_judge import LATE, Seen, calls, judge
 from dstack_emu import ControlError
@@ -26,28 +24,14 @@ LOOK: Final = 0.002
 KEY_PATH: Final = "campaign"
 
 
-class FailOpenWorld:
-    """The stacks; each starts when a script first needs it."""
+class FailOpenWorld(StackWorld):
+    """A stack of each release; a script without an act that names one is of 0.6."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._exit = AsyncExitStack()
+        super().__init__()
         self._stacks: dict[str, DecisionStack] = {}
         self._keys: dict[str, dict[str, str]] = {}
         self._before: dict[str, list[State]] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._loop.run_until_complete(self._exit.aclose())
-        self._loop.close()
-
-    def run(self, script: Script) -> Outcome:
-        """Run a script; without an act that names a release it is of 0.6."""
-        return self._loop.run_until_complete(self._run(script))
 
     async def _run(self, script: Script) -> Outcome:
         release = next((act.fields["name"] for act in script if act.name == "release"), "0.6")

@@ -2,12 +2,10 @@
 
 import asyncio
 from collections.abc import Awaitable
-from contextlib import AsyncExitStack
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from campaigns.case import Act, Finding, Outcome, Script
-from campaigns.decision_stack import DecisionStack, decision_stack
+from campaigns.decision_stack import DecisionStack, StackWorld, decision_stack
 from campaigns.fail_open_world import answered, post
 from campaigns.linear_history import MAX_AGE, Call, History, judge_order
 from dstack_emu import ControlError
@@ -16,27 +14,13 @@ NOON = "2026-06-01T12:00:00Z"
 """The time at which each case begins; the clock stands still between its acts."""
 
 
-class LinearWorld:
-    """A stack whose KMS keep answers about themselves, and one whose KMS do not; each starts when it is needed."""
+class LinearWorld(StackWorld):
+    """A stack whose KMS keep answers about themselves, and one, the default, whose KMS do not."""
 
     def __init__(self, *, trusts_cache: bool) -> None:
+        super().__init__()
         self._trusts_cache = trusts_cache
-        self._loop = asyncio.new_event_loop()
-        self._exit = AsyncExitStack()
         self._stacks: dict[bool, DecisionStack] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._loop.run_until_complete(self._exit.aclose())
-        self._loop.close()
-
-    def run(self, script: Script) -> Outcome:
-        """Run a script; without an act about the stack it has no cache."""
-        return self._loop.run_until_complete(self._run(script))
 
     async def _run(self, script: Script) -> Outcome:
         caches = any(act.fields["caches"] for act in script if act.name == "stack")

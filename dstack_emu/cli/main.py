@@ -182,8 +182,15 @@ class _Parser(argparse.ArgumentParser):
     """Reports wrong arguments in one line, as every other error, without the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        say(f"Error: {message} (see {self.prog} --help)")
+        say(f"Error: {message}{_similar_choice(message)} (see {self.prog} --help)")
         sys.exit(USED_WRONGLY)
+
+
+def _similar_choice(message: str) -> str:
+    """Return the question for the most similar choice, if argparse's message is about a choice that does not exist."""
+    found = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+    similar = get_close_matches(found[1], found[2].replace("'", "").split(", "), n=1) if found else []
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 def _one_line(error: Exception) -> str:
