@@ -10,6 +10,7 @@ BootResponseSchema); zod 3.25.76 `v3/types.ts`, `v3/locales/en.ts`; what JSON me
 `JSON.parse`.
 """
 
+import heapq
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -50,16 +51,16 @@ class Refusal(NamedTuple):
     def __str__(self) -> str:
         """State what was sent and what is admitted: `mrAggregated is 0xab, the file admits none`."""
         got = ", ".join(each or "empty" for each in self.got)
-        return f"{self.member} is {got}; the file admits {_some(sorted(self.expected))}"
+        return f"{self.member} is {got}; the file admits {_some(self.expected)}"
 
 
 _SHOWN: Final = 5
 """Admitted values that the text of a refusal names."""
 
 
-def _some(values: list[str]) -> str:
+def _some(values: frozenset[str]) -> str:
     more = [f"{len(values) - _SHOWN} more"] if len(values) > _SHOWN else []
-    return ", ".join([*values[:_SHOWN], *more]) or "none"
+    return ", ".join([*heapq.nsmallest(_SHOWN, values), *more]) or "none"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ and 27cc12d7 (the same rules); the upgrade notes of 0.6.0.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Final, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
@@ -153,6 +154,11 @@ class Policy(_ConfigModel):
     kms: KmsPolicy = KmsPolicy()
     apps: Annotated[Mapping[str, AppPolicy], AfterValidator(_normalize_ids)] = {}
 
+    @cached_property
+    def app_ids(self) -> frozenset[str]:
+        """The ids of all apps; made once, because there may be thousands, and every denial names them."""
+        return frozenset(self.apps)
+
 
 def evaluate(
     policy: Policy, boot_info: ReceivedBootInfo, is_kms: bool, *, contract: Contract = DEFAULT_CONTRACT
@@ -219,8 +225,7 @@ def _app_refusal(policy: Policy, boot_info: ReceivedBootInfo, rules: _Rules) -> 
     app_id = normalize_hex(boot_info.app_id)
     app = policy.apps.get(app_id)
     if app is None:
-        known = frozenset(policy.apps)
-        return _refusal("app_registered", "app not registered", "appId", (boot_info.app_id,), known, "apps")
+        return _refusal("app_registered", "app not registered", "appId", (boot_info.app_id,), policy.app_ids, "apps")
     compose_hash = boot_info.compose_hash
     if normalize_hex(compose_hash) not in app.compose_hashes:
         reason, path = "compose hash not allowed", ("apps", app_id, "composeHashes")

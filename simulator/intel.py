@@ -81,6 +81,7 @@ class Intel:
         self.mr_seam = self.seed.derive("mr_seam", 48)
         self.state = VendorState()
         self._platforms: dict[str, Platform] = {}
+        self._by_fmspc: dict[bytes, Platform] = {}  # each request for TCB info looks one up among all
         # A document is made once for each state of what it is about, of which there are few.
         self._tcb_info = _made_once(self._make_tcb_info)
         self._qe_identity = _made_once(self._make_qe_identity)
@@ -108,7 +109,9 @@ class Intel:
     def platform(self, name: str) -> Platform:
         """Return the platform of that name: always the same one, with its own PPID and FMSPC."""
         if name not in self._platforms:
-            self._platforms[name] = Platform(self, name, self.seed.child(f"platform {name}"), self.fmspc(name))
+            made = Platform(self, name, self.seed.child(f"platform {name}"), self.fmspc(name))
+            self._platforms[name] = made
+            self._by_fmspc.setdefault(made.fmspc, made)
         return self._platforms[name]
 
     @property
@@ -124,6 +127,7 @@ class Intel:
         """Publish what was captured; remove platforms that it does not contain, and create those that are missing."""
         self.state = state.vendor
         self._platforms = {name: self.platform(name) for name in state.platforms}
+        self._by_fmspc = {platform.fmspc: platform for platform in reversed(self._platforms.values())}
         for name, platform in self._platforms.items():
             platform.state = state.platforms[name]
 
@@ -138,7 +142,8 @@ class Intel:
 
     def state_of(self, fmspc: bytes) -> PlatformState:
         """Return the state of the platform with that FMSPC; the default state if this process did not create it."""
-        return next((p.state for p in self._platforms.values() if p.fmspc == fmspc), PlatformState())
+        platform = self._by_fmspc.get(fmspc)
+        return PlatformState() if platform is None else platform.state
 
     def _fmspc_proof(self, nonce: bytes) -> bytes:
         return hmac.digest(self.seed.material, b"fmspc" + nonce, hashlib.sha256)[:3]

@@ -22,6 +22,8 @@ from dstack_emu.auth.errors import AuthConfigError
 from dstack_emu.auth.policy import CONTRACTS, Contract, Policy, evaluate
 from dstack_emu.auth.server import simple_app
 from dstack_emu.auth.simple import SimpleAuth, SimpleSettings
+from dstack_emu.observability.decisions import decision_recorder
+from dstack_emu.observability.spans import CallSpan, entered
 from tests.recorded import golden
 
 Client = TestClient[web.Request, web.Application]
@@ -876,3 +878,25 @@ def test_a_refusal_says_what_it_compared_with_which_place_of_the_file() -> None:
     refusal = evaluate(policy, outdated, False, contract="readme").refusal
     assert refusal is not None
     assert (refusal.rule, refusal.got, refusal.path) == ("tcb_status", ("OutOfDate",), ())
+
+
+def test_denials_by_one_policy_share_what_it_admits_however_many_apps_it_has() -> None:
+    apps = {f"0x{number:040x}": {"composeHashes": ["0xc0"]} for number in range(1000)}
+    policy, boot_info = Policy.model_validate(config_with(apps=apps)), parse_boot_info(BOOT_INFO)
+    record, spans = (
+        decision_recorder(),
+        [CallSpan(False, n, "auth-src", "/bootAuth/app", "kms-src", 0.0) for n in (1, 2)],
+    )
+    decisions = [evaluate(policy, boot_info, is_kms=False) for _ in spans]
+    for span, decision in zip(spans, decisions, strict=True):
+        with entered(span):
+            record(boot_info, False, decision)
+    first, second = (decision.refusal for decision in decisions)
+    assert first is not None
+    assert second is not None
+    assert first.expected == apps.keys()
+    assert first.expected is second.expected
+    assert str(first).endswith("admits " + ", ".join([*sorted(apps)[:5], "995 more"]))
+    one, two = (span.annotations["decision"]["mismatch"]["allowed"] for span in spans)
+    assert one == sorted(apps)
+    assert one is two

@@ -4,7 +4,6 @@ Source: dstack `gateway/src/main.rs` at 312dc605.
 """
 
 import asyncio
-import resource
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from dstack_emu.gateway.routing import Endpoint, Instance, Reach
 from dstack_emu.gateway.service import GatewayService
 from dstack_emu.gateway.webhook import Webhook
 from dstack_emu.transport.client import MoreHeaders
+from dstack_emu.transport.file_limit import raise_file_limit
 from dstack_emu.transport.http import Application
 from dstack_emu.transport.listen import Server, bind_tcp, serve
 from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
@@ -183,7 +183,7 @@ class GatewayServer:
         if identity is not None:
             write_identity(self.config.tls_files, identity)
         if core.set_ulimit:
-            _raise_file_limit()
+            raise_file_limit()
         return app_id
 
     async def _serve(self, name: str, make: Callable[[], Application]) -> None:
@@ -216,9 +216,3 @@ class GatewayServer:
             await self._own_verifier.pccs.close()
         await self._webhook.close()
         await self._agent.close()
-
-
-def _raise_file_limit() -> None:
-    """Raise the limit of open files to the hard one, as `core.set_ulimit` says."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -29,6 +29,7 @@ _CACHED: Final = 256
 def decision_recorder() -> DecisionObserver:
     """Make the observer of a webhook, which records each decision on the span of its call."""
     cached: dict[tuple[Any, ...], dict[str, Any]] = {}
+    admitted = _Admitted()
 
     def record(boot_info: ReceivedBootInfo, is_kms: bool, decision: PolicyDecision) -> None:
         call = current()
@@ -40,7 +41,7 @@ def decision_recorder() -> DecisionObserver:
         if document is None:
             document = _document_of(boot_info, is_kms, decision)
             if decision.refusal is not None:
-                document["mismatch"] = _mismatch(decision.refusal)
+                document["mismatch"] = _mismatch(decision.refusal, admitted)
             if len(cached) >= _CACHED:
                 cached.clear()
             cached[key] = document
@@ -70,8 +71,22 @@ def _fields_of(boot_info: ReceivedBootInfo) -> dict[str, Any]:
     return {name: getattr(boot_info, name) for name in _REQUEST_FIELDS} | {"advisory_ids": list(boot_info.advisory_ids)}
 
 
-def _mismatch(refusal: Refusal) -> dict[str, Any]:
+class _Admitted:
+    """Sorts the values that a policy admits, once for denials that follow each other: a policy may have thousands."""
+
+    def __init__(self) -> None:
+        self._values: frozenset[str] = frozenset()
+        self._sorted: list[str] = []
+
+    def sorted(self, values: frozenset[str]) -> list[str]:
+        """Return the values in order; the list is shared, and not to be changed."""
+        if values is not self._values:
+            self._values, self._sorted = values, sorted(values)
+        return self._sorted
+
+
+def _mismatch(refusal: Refusal, admitted: _Admitted) -> dict[str, Any]:
     """Return the field that the policy does not admit, its value, and the values that the policy admits."""
     field = _FIELD_OF[refusal.member]
     got = list(refusal.got) if field == "advisory_ids" else refusal.got[0]
-    return {"field": field, "got": got, "allowed": sorted(refusal.expected)}
+    return {"field": field, "got": got, "allowed": admitted.sorted(refusal.expected)}

@@ -12,6 +12,7 @@ from dstack_emu.cli.commands.common import WARNING, Interrupted, interruptible, 
 from dstack_emu.cli.commands.stack_options import add_stack_options, stack_config
 from dstack_emu.cli.stack_summary import summary
 from dstack_emu.deployment.config import TOKEN_FILE, StackConfig
+from dstack_emu.transport.file_limit import raise_file_limit
 
 TALKATIVE = ("kms_emu",)
 
@@ -46,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the stack until a signal."""
     config = stack_config(arguments, free_ports=arguments.free_ports, host=arguments.listen.strip("[]"))
     config = replace(config, domains=tuple(arguments.domain))
+    raise_file_limit()  # a trust domain has three sockets, and the usual limit is 1024
     with contextlib.suppress(Interrupted):  # a signal is the regular end of a stack
         asyncio.run(interruptible(_run_stack(config, as_json=arguments.json)))
     return 0
