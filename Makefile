@@ -14,7 +14,7 @@ HASHED  := $(PIP) --require-hashes --only-binary=:all: --requirement
 # setuptools is one of the requirements: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-index --no-deps --no-build-isolation --editable .
 
-.PHONY: help venv up test browser pictures rust fuzz openapi decisions campaign contracts kubernetes check-kms console-load machines crash lint types imports check bench proto lock release audit clean
+.PHONY: help venv up test browser pictures rust fuzz openapi decisions campaign contracts kubernetes check-kms console-load machines lint types imports check bench proto lock release audit clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -84,9 +84,6 @@ console-load: $(VENV)/.dev ## Print how fast the console is over 100,000 calls, 
 
 machines: $(VENV)/.dev ## Deploy many machines at once, remove them, and check that nothing is left (COUNT=50)
 	@DSTACK_EMU_MACHINES=$(or $(COUNT),50) $(BIN)/python -m pytest --timeout 600 tests/test_vmm_process.py -k nothing_behind $(ARGS)
-
-crash: $(VENV)/.dev ## Kill a KMS at random moments of its set-up, and check its next start
-	@$(BIN)/python -m tests.crash_campaign $(ARGS)
 
 lint: $(VENV)/.dev ## Check the style and the format
 	@$(BIN)/ruff check .

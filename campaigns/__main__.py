@@ -14,6 +14,7 @@ from campaigns.report import Report
 from campaigns.run import replay, run
 
 CAMPAIGNS: Final[dict[str, str]] = {
+    "crash": "crash",
     "determinism": "determinism",
     "fail-open": "fail_open",
     "linearizability": "linearizability",

@@ -5,6 +5,7 @@ crash completes the move, or deletes the unfinished subfolder. `cert_dir` may be
 done inside it. Private files have mode 0600. Source of the names: dstack `kms/src/config.rs` at 312dc605.
 """
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ PRIVATE: Final = frozenset((TMP_CA_KEY, ROOT_CA_KEY, RPC_KEY, K256_KEY))
 
 _STAGING: Final = ".writing"
 _COMMITTED: Final = ".committed"
+_REMAINING: Final = ".remaining"
+"""In the committed folder: the names of the files that remain, as JSON, if all others go."""
 
 
 class CertDir:
@@ -75,16 +78,8 @@ class CertDir:
 
     def store(self, files: Mapping[str, bytes]) -> None:
         """Write a set of files; after a crash at any moment, the next start finds all of them or none."""
-        staging = self.path / _STAGING
         try:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(mode=0o700)
-            for name, data in files.items():
-                write_durably(staging / name, data, _mode(name))
-            sync_folder(staging)
-            staging.rename(self.path / _COMMITTED)  # from here on the next start completes the move
-            sync_folder(self.path)
-            self._move_committed()
+            self._commit(files)
         except OSError as error:
             raise KmsConfigError(f"cannot store keys in {self.path}: {error.strerror}") from error
 
@@ -102,19 +97,41 @@ class CertDir:
         return {path.name: path.read_bytes() for path in sorted(self.path.iterdir()) if path.is_file()}
 
     def overwrite(self, files: Mapping[str, bytes]) -> None:
-        """Delete all files, and write others. After a crash only some of them may exist."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(mode=0o700)
-        for name, data in files.items():
-            path = self.path / name
-            path.touch(mode=_mode(name))
-            path.write_bytes(data)
+        """Replace all files; after a crash at any moment, the next start finds those of before or these.
+
+        Raises `OSError`.
+        """
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        self._commit({**files, _REMAINING: json.dumps(sorted(files)).encode()})
+
+    def _commit(self, files: Mapping[str, bytes]) -> None:
+        staging = self.path / _STAGING
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            staging.mkdir(mode=0o700)
+            for name, data in files.items():
+                write_durably(staging / name, data, _mode(name))
+            sync_folder(staging)
+            staging.rename(self.path / _COMMITTED)  # from here on the next start completes the move
+        except OSError:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        sync_folder(self.path)
+        self._move_committed()
 
     def _move_committed(self) -> None:
         committed = self.path / _COMMITTED
+        remaining = committed / _REMAINING
+        if remaining.exists():
+            names = json.loads(remaining.read_bytes())
+            for file in self.path.iterdir():
+                if file.is_file() and file.name not in names:
+                    file.unlink()
         for file in sorted(committed.iterdir()):
-            file.replace(self.path / file.name)
+            if file != remaining:
+                file.replace(self.path / file.name)
         sync_folder(self.path)
+        remaining.unlink(missing_ok=True)
         committed.rmdir()
 
 

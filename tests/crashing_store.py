@@ -158,10 +158,35 @@ def crash_replace(root: Path, stored: dict[str, bytes]) -> dict[str, int]:
     return found
 
 
+def crash_overwrite(root: Path, stored: dict[str, bytes]) -> dict[str, int]:
+    """Kill the replacement of all files, by fewer ones, at each of its steps: all are old, or all are new."""
+    new = {name: content for name, content in stored.items() if name != BOOTSTRAP_INFO} | {RPC_CERT: b"new"}
+    found = {"crashes": 0, "old": 0, "new": 0}
+    came_so_far = True
+    while came_so_far:
+        folder = root / "overwrite"
+        folder.mkdir()
+        CertDir(folder).store(stored)
+        came_so_far = killed_at(found["crashes"], partial(CertDir(folder).overwrite, new))
+        found["crashes"] += came_so_far
+        is_new = CertDir(folder).path.joinpath(".committed").exists() or not (folder / BOOTSTRAP_INFO).exists()
+        assert judge(folder, new if is_new else stored)
+        found["new" if is_new else "old"] += 1
+        shutil.rmtree(folder)
+    return found
+
+
+CRASHES: dict[str, Callable[[Path, dict[str, bytes]], dict[str, int]]] = {
+    "store": crash_store,
+    "replace": crash_replace,
+    "overwrite": crash_overwrite,
+}
+
+
 def main() -> None:
-    """Run both campaigns in the folder that is named."""
+    """Run all campaigns in the folder that is named."""
     root, stored = Path(sys.argv[1]), files()
-    print(json.dumps({"store": crash_store(root, stored), "replace": crash_replace(root, stored)}))
+    print(json.dumps({name: crash(root, stored) for name, crash in CRASHES.items()}))
 
 
 if __name__ == "__main__":

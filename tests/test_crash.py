@@ -1,6 +1,6 @@
 """A KMS that is killed while it stores its keys: the next start finds all of them, or none and nothing else.
 
-Here at every step of the storing alone; `make crash` does it to the whole KMS, at random moments.
+Here at every step of the storing alone; the campaign `crash` does it to whole servers, too, at random moments.
 """
 
 import json
@@ -24,9 +24,11 @@ def test_crash_at_any_step_of_storing_leaves_all_keys_or_none() -> None:
         done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    store, replace = found["store"], found["replace"]
+    store, replace, overwrite = found["store"], found["replace"], found["overwrite"]
     assert store["with keys"] + store["without keys"] == store["crashes"] + 1
     assert replace["old"] + replace["new"] == replace["crashes"] + 1
+    assert overwrite["old"] + overwrite["new"] == overwrite["crashes"] + 1
+    assert min(overwrite["old"], overwrite["new"]) >= 5
     assert min(store["with keys"], store["without keys"], replace["old"], replace["new"]) >= 5
     assert store["crashes"] > 100
     assert store["crashes of the next start"] > 100
