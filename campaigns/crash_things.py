@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 from dstack_emu.chain import acts
@@ -14,7 +15,7 @@ from dstack_emu.chain.errors import StoreError
 from dstack_emu.cli.commands import ctl_calls
 from dstack_emu.cli.commands.common import UsageError
 from dstack_emu.deployment import added_parts, policy_files
-from dstack_emu.deployment.added_parts import AddedGuest, AddedParts
+from dstack_emu.deployment.added_parts import AddedParts
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.deployment.specs import GuestSpec
 from dstack_emu.gateway import store as gateway_store
@@ -133,12 +134,16 @@ def _evidence_read(folder: Path) -> Any:
     return path.read_bytes().hex() if path.exists() else None
 
 
+def _add(folder: Path) -> None:
+    guest = SimpleNamespace(name="extra", spec=GuestSpec(name="extra"), source="")
+    AddedParts(folder).put_guest(guest)  # type: ignore[arg-type]
+
+
 def _gateway(name: str) -> GatewayState:
     entry = InstanceEntry(app_id="00" * 20, ip="10.0.0.1", public_key=name, registered_at=1)
     return GatewayState(instances={name: entry})
 
 
-_GUEST: Final = AddedParts(guests=(AddedGuest(spec=GuestSpec(name="extra")),))
 _EVIDENCE: Final = {"manifest.json": b"{}", "responses/1.json": b"[" + b"1," * 2000 + b"1]"}
 
 THINGS: Final[dict[str, Thing]] = {
@@ -164,7 +169,7 @@ THINGS: Final[dict[str, Thing]] = {
         is_named=False,
     ),
     "added parts": Thing(
-        lambda folder: _GUEST.write(folder), lambda folder: AddedParts.read(folder).model_dump(), is_named=False
+        _add, lambda folder: [added.part.model_dump() for added in AddedParts(folder).guests()], is_named=False
     ),
     "chain": Thing(_append, _chain, lambda folder: Kept(folder / "chain.jsonl", {"chain_id": 1}).add(Ahead(1))),
     "saved state": Thing(

@@ -71,6 +71,15 @@ def test_state_of_another_seed_is_refused_by_name(tmp_path: Path) -> None:
     assert text == f"{tmp_path} was made with the seed 'one', not 'two': give that seed, or another --state folder"
 
 
+@pytest.mark.parametrize("name", ["root-ca.pem", "stack.json"])
+def test_state_folder_that_cannot_be_written_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / f".{name}.new").mkdir()  # where it is written first: root ignores permissions
+    how = "make room, or let this user write to its folder, or name another one by --state"
+    text = _up_fails("--state", str(tmp_path))
+    assert text == f"{tmp_path / name} cannot be written: Is a directory: {how}"
+    assert not (tmp_path / name).exists()
+
+
 def test_state_of_another_release_is_refused_by_name(tmp_path: Path) -> None:
     with running_stack("--fresh", "--release", "0.5", "--state", str(tmp_path)):
         pass

@@ -26,7 +26,7 @@ from dstack_emu.deployment.gateway_names import GATEWAY
 from dstack_emu.deployment.guests import RunningGuest, start_guest
 from dstack_emu.deployment.kms import start_kms, stop_kms
 from dstack_emu.deployment.own_app import RememberedApp
-from dstack_emu.deployment.preparation import prepare
+from dstack_emu.deployment.preparation import prepare, write_state
 from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
 from dstack_emu.deployment.service_logs import ServiceLogs
 from dstack_emu.deployment.shared_services import serve_pccs, serve_verifier
@@ -37,7 +37,6 @@ from dstack_emu.deployment.supervision import Supervisor
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.intel import Intel
-from dstack_emu.transport.files import replace_file
 from dstack_emu.transport.open_calls import named_by
 from dstack_emu.vmm.state import FleetState
 
@@ -103,7 +102,7 @@ class Deployment:
         self._before = RememberedApp.of(remembered)
         self.context.instrumentation.calls.domains = self.guests.keys
         self._exit.enter_context(named_by(self._names))
-        replace_file(self.root_ca, self.intel.root_pem.encode())
+        write_state(self.root_ca, self.intel.root_pem)
         self._close_at_end(await serve_pccs(self.context))
         self._app_verifier = self.context.verifier("app")
         self._exit.push_async_callback(self._app_verifier.pccs.close)
@@ -127,7 +126,7 @@ class Deployment:
         else:
             await self._authorize()
         await self._bring_back(AddedParts(self.state))
-        replace_file(self.state / DESCRIPTION_FILE, (json.dumps(self.description()) + "\n").encode())
+        write_state(self.state / DESCRIPTION_FILE, json.dumps(self.description()) + "\n")
         for extension in self._extensions:
             extension.became_ready()
 

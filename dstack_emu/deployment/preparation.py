@@ -36,6 +36,7 @@ from dstack_emu.simulator.image_files import ImageFileError, load_image
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.vendor_state import VendorState, validity_of_issue
+from dstack_emu.transport.files import replace_file
 from dstack_emu.transport.ports import GRPC_PORTS, PORTS
 from dstack_emu.transport.urls import is_http_url, shown_url
 
@@ -169,6 +170,15 @@ def _is_host(text: str) -> bool:
     except ValueError:
         return len(text) <= MAX_NAME and all(map(_HOST_LABEL.fullmatch, text.split(".")))
     return True
+
+
+def write_state(path: Path, text: str) -> None:
+    """Replace a file of a state folder; raise `StackError`."""
+    try:
+        replace_file(path, text.encode())
+    except OSError as error:
+        how = "make room, or let this user write to its folder, or name another one by --state"
+        raise StackError(f"{path} cannot be written: {error.strerror}: {how}") from error
 
 
 def _remembered(state: Path, config: StackConfig) -> dict[str, Any]:
