@@ -22,6 +22,7 @@ DESCRIPTION = (
 EXAMPLES: Final = """\
 examples:
   dstack-emu ctl tail                                   each call, and why it was refused
+  dstack-emu ctl why                                    the last denial, and the change that allows it
   dstack-emu ctl trace 3 --svg                          a picture of call 3, and of what it led to
   dstack-emu ctl policy deny src app                    revoke the app
   dstack-emu ctl platform 'host of app' --set tcb_status=OutOfDate
@@ -88,6 +89,10 @@ def _add_observation(command: _AddCommand) -> None:
     pictures.add_argument(
         "--mermaid", action="store_true", help="the same in Mermaid, for texts such as a pull request's"
     )
+
+    why = command("why", "say why a webhook denied a boot, and which change allows it", calls.why)
+    why.add_argument("id", nargs="?", metavar="ID", help="the number of a call, as `tail` shows it (the last denial)")
+    why.add_argument("--json", action="store_true", help="as JSON, with the acts or the JSON Patch of the change")
 
     journal = command("journal", "show the calls that match (JSON), count them, or remove all", calls.journal)
     journal.add_argument("verb", nargs="?", choices=("find", "count", "clear"), default="find")

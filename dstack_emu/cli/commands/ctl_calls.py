@@ -93,6 +93,37 @@ def trace(api: Api, arguments: argparse.Namespace) -> str:
     return "\n".join(texts([record], colours=False))
 
 
+def why(api: Api, arguments: argparse.Namespace) -> Any:
+    """Return why webhooks denied what they did in one call, or the last denial of all, as text or as JSON."""
+    number = arguments.id
+    if number is None:
+        found = api.get("/journal?outcome=denied&limit=1")["records"]
+        if not found:
+            return (
+                []
+                if arguments.json
+                else "The journal has no denial: `dstack-emu ctl tail` shows the calls that it has."
+            )
+        number = found[0]["id"]
+    denials = api.get(f"/journal/{urllib.parse.quote(number, safe='')}/why")["denials"]
+    if arguments.json:
+        return denials
+    return "\n\n".join("\n".join(_denial(each)) for each in denials) or f"No webhook denied anything in call {number}."
+
+
+def _denial(explained: dict[str, Any]) -> Iterator[str]:
+    decision = explained["decision"]
+    yield f"{explained['id']}: {explained['service']} denied {explained['call']}: {decision.get('reason', '')}"
+    change = explained.get("change")
+    if obstacle := explained.get("problem") or explained.get("no_change_because"):
+        yield f"  {obstacle}"
+    elif change is None:
+        yield "  It would be allowed now."
+    else:
+        yield "  The smallest change that admits it:"
+        yield from (f"    {line}" for line in change["diff"].splitlines())
+
+
 def _following(api: Api, position: int, past: list[Any], *, follow: bool) -> Iterator[Any]:
     yield from past
     if follow:
