@@ -1,29 +1,35 @@
 """Campaign `determinism`: the same seed gives the same bytes, whatever surrounds the process.
 
 An act changes one thing in the surroundings: the interpreter, the hash seed, the time zone, the locale, the umask, the
-folders, the date, the load. The files of `campaigns.outputs` are compared with those of plain surroundings.
+folders, the date, the load. The files of `campaigns.outputs` are compared with those of plain surroundings, which are made
+once in a run, part by part: after a part that differs, the others are left out. A process that fails is a finding, too.
 
 Other interpreters are those that DSTACK_EMU_PYTHONS names, separated by colons; they must have the dependencies. The
 date is changed with libfaketime (Debian: faketime), if it is there.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Final
 
 from campaigns.case import Act, Finding, Outcome, Script, World
+from campaigns.outputs import PARTS
 from tests.repository import ROOT
 
 Files = Mapping[str, bytes]
 
 FAKETIME: Final = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1")
-TIMEOUT: Final = 600
+TIMEOUT: Final = 600.0
+"""Seconds that one part may take, on a busy machine."""
+SAID: Final = 4000
+"""Characters of what a failed process said that are reported, from the end."""
 CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "interpreter": ("1", "2", "3"),
     "hash seed": ("0", "1", "4294967295", "random"),
@@ -49,11 +55,14 @@ def faketime() -> str | None:
 
 
 class Surroundings:
-    """The world: it has the files of plain surroundings, and makes those of a script."""
+    """The world: it has the files of plain surroundings, and makes those of a script.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._number = folder, 0
-        self._plain = self._files(())
+    `parts` and `module`, which makes them, are those of `campaigns.outputs`, unless a test has its own.
+    """
+
+    def __init__(self, folder: Path, parts: Sequence[str] = (*PARTS,), module: str = "campaigns.outputs") -> None:
+        self._folder, self._parts, self._module, self._number = folder, parts, module, 0
+        self._plain: dict[str, Files | str] = {}
 
     def run(self, script: Script) -> Outcome:
         """Make the files, and compare them."""
@@ -61,12 +70,27 @@ class Surroundings:
         for act in script:
             if act.name == "date" and faketime() is None:
                 outcome.counts["the date is not changed: no libfaketime"] += 1
-        files = self._files(script)
-        outcome.counts["files compared"] += len(files)
-        outcome.findings += list(differences(self._plain, files))
+            if act.name == "interpreter" and len(pythons()) == 1:
+                outcome.counts["the interpreter is not changed: DSTACK_EMU_PYTHONS names none"] += 1
+        for part in self._parts:
+            if part not in self._plain:
+                self._plain[part] = self._made((), part)
+            plain = self._plain[part]
+            if isinstance(plain, str):
+                outcome.findings.append(Finding(f"no files in plain surroundings: {part}", plain))
+                break
+            files = self._made(script, part)
+            if isinstance(files, str):
+                outcome.findings.append(Finding(f"no files: {part}", files))
+                break
+            outcome.counts[f"files compared: {part}"] += len(files)
+            if found := list(differences(plain, files)):
+                outcome.findings += found
+                break
         return outcome
 
-    def _files(self, script: Script) -> Files:
+    def _made(self, script: Script, part: str) -> Files | str:
+        """Return the files of a part, or why there are none."""
         self._number += 1
         folder = self._folder / str(self._number)
         folder.mkdir()
@@ -75,19 +99,43 @@ class Surroundings:
             for _ in range(load):
                 busy = ending.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
                 ending.callback(busy.kill)
-            done = subprocess.run(
-                [*python, "-m", "campaigns.outputs", str(folder / "out")],
-                env=environment,
-                umask=mask,
-                cwd=cwd,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=TIMEOUT,
-                check=False,
+            status, said = finished(
+                [*python, "-m", self._module, str(folder / "out"), part], environment, mask, cwd, TIMEOUT
             )
-        if done.returncode:
-            raise RuntimeError(f"campaigns.outputs ended with {done.returncode}: {done.stdout.decode()[-2000:]}")
+        if status:
+            return f"{self._module} {part} ended with {status}: {said[-SAID:]}"
         return {path.name: path.read_bytes() for path in sorted((folder / "out" / "found").iterdir())}
+
+
+def finished(
+    command: list[str], environment: Mapping[str, str], mask: int, cwd: Path, timeout: float
+) -> tuple[int | str, str]:
+    """Run a command; return its status, or that it took too long, and what it said.
+
+    All processes that it started are ended with it.
+    """
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(
+            command,
+            env=environment,
+            umask=mask,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            status: int | str = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            status = f"no status within {timeout:g} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        log.seek(0)
+        return status, log.read().decode(errors="backslashreplace")
 
 
 def surroundings(script: Script, folder: Path) -> tuple[list[str], dict[str, str], int, Path, int]:

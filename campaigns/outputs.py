@@ -1,4 +1,4 @@
-"""Everything that depends on a seed alone, as files: `python -m campaigns.outputs FOLDER`.
+"""What depends on a seed alone, as files: `python -m campaigns.outputs FOLDER PART`; parts are those of `PARTS`.
 
 The campaign `determinism` runs it in different surroundings. Its own surroundings are those of the process.
 """
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -52,7 +52,7 @@ def running(*arguments: str) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         finally:
             process.terminate()
-            process.communicate(timeout=60)
+            process.communicate()  # without a limit, which needs time.sleep: libfaketime lets that fail at times
 
 
 @contextmanager
@@ -62,21 +62,38 @@ def stack(*arguments: str) -> Iterator[dict[str, Any]]:
         yield description
 
 
-def of_commands(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield what commands make that start no stack, and the evidence of a runbook."""
+def of_quotes(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield quotes of both releases."""
     for release in ("0.5", "0.6"):
         yield f"quote {release}", said("quote", "--json", "--seed", SEED, "--release", release)
+
+
+def of_image(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the files of an OS image."""
     said("image", "build", "--seed", SEED, str(folder / "image"))
+    yield from files_of(folder / "image")
+
+
+def of_runbook(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the files of a runbook's evidence."""
     said("runbook", "--seed", SEED, "--evidence", f"{folder / 'runbook'}/")
-    for part in ("image", "runbook"):
-        for path in sorted((folder / part).rglob("*")):
-            if path.is_file():
-                yield str(path.relative_to(folder)), path.read_bytes()
+    yield from files_of(folder / "runbook")
+
+
+def files_of(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the files below a folder, by their path from its parent."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield str(path.relative_to(folder.parent)), path.read_bytes()
 
 
 def of_stack(folder: Path) -> Iterator[tuple[str, bytes]]:
     """Yield what a stack with a VMM, a gateway and a chain has that depends on no address."""
-    with stack("--seed", SEED, "--state", str(folder), "--vmm", "--gateway", "--auth", "dst=eth") as description:
+    with stack(
+        "--seed", SEED, "--state", str(folder / "state"), "--vmm", "--gateway", "--auth", "dst=eth"
+    ) as description:
+        for info in description["kms"].values():
+            info["eth_rpc_url"] = ""  # an address
         yield from everything(description).items()
         vmm, chain = description["services"]["vmm"], description["services"]["chain"]
         image = asked(f"{vmm}/prpc/ListImages?json", {})["images"][0]["name"]
@@ -92,13 +109,22 @@ def _call(chain: str, method: str, *params: object) -> Any:
     return asked(chain, {"jsonrpc": "2.0", "id": 1, "method": method, "params": params})["result"]
 
 
-def main(folder: Path) -> None:
-    """Write all files."""
+PARTS: Final[Mapping[str, Callable[[Path], Iterator[tuple[str, bytes]]]]] = {
+    "quotes": of_quotes,
+    "image": of_image,
+    "stack": of_stack,
+    "runbook": of_runbook,
+}
+"""The makers of the files, the quickest first."""
+
+
+def main(folder: Path, part: str) -> None:
+    """Write the files of a part."""
     found = folder / "found"
     found.mkdir(parents=True)
-    for name, content in (*of_commands(folder), *of_stack(folder / "state")):
+    for name, content in PARTS[part](folder):
         (found / name.replace("/", " ")).write_bytes(content)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
