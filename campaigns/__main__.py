@@ -18,6 +18,7 @@ CAMPAIGNS: Final[dict[str, str]] = {
     "determinism": "determinism",
     "fail-open": "fail_open",
     "linearizability": "linearizability",
+    "listeners": "listeners",
 }
 """Each campaign's module, which has its `CAMPAIGN`."""
 EVERY: Final = 10.0

@@ -1,8 +1,9 @@
 """Campaign `determinism`: the same seed gives the same bytes, whatever surrounds the process.
 
 An act changes one thing in the surroundings: the interpreter, the hash seed, the time zone, the locale, the umask, the
-folders, the date, the load. The files of `campaigns.outputs` are compared with those of plain surroundings, which are made
-once in a run, part by part: after a part that differs, the others are left out. A process that fails is a finding, too.
+folders, the date, the load. The files of `campaigns.outputs` are compared with those of plain surroundings, which are
+made once in a run, part by part: after a part that differs, the others are left out. A process that fails is a finding,
+too.
 
 Other interpreters are those that DSTACK_EMU_PYTHONS names, separated by colons; they must have the dependencies. The
 date is changed with libfaketime (Debian: faketime), if it is there.

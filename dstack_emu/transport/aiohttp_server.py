@@ -5,24 +5,52 @@ are aiohttp's, except that a request's Content-Encoding is not decoded: upstream
 if the client shuts down its sending side, and refuses some repeated headers. Services that speak dstack's protocols are
 served by `transport.http`, which does neither.
 
-aiohttp waits for a client without a deadline, but for the next request on an idle connection. Here a client has as long
-as with `transport.http`; then its connection is aborted.
+A request that cannot be read, or whose client goes away, is one line of the log, as with `transport.http`. aiohttp waits for
+a client without a deadline, but for the next request on an idle connection. Here a client has as long as with
+`transport.http`; then its connection is aborted.
 """
 
 import asyncio
+import logging
 from collections.abc import Collection
 from typing import Final
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 from dstack_emu.transport.http.deadline import NEVER, Deadlines
 from dstack_emu.transport.open_calls import began, ended, shown_peer
 
+log = logging.getLogger(__name__)
+
 SHUTDOWN_STEPS: Final = 2
 """aiohttp waits this many times: for handlers to finish, and then for cancelled handlers to end."""
 LOOKS: Final = 4
 """How often the clients are looked at within the shortest deadline."""
+
+
+class _ClientMistakes(logging.Filter):
+    """Keeps aiohttp's records of what a client did wrong, which have a traceback, from the log, and logs a line each.
+
+    A handler's own calls never raise ConnectionResetError: `transport.http_client` raises errors of its own.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        match error:
+            case HttpProcessingError():
+                log.debug("refused with %d: %s", error.code, error.message)
+            case ConnectionResetError():
+                log.debug("the client went away: %s", error)
+            case _:
+                return True
+        return False
+
+
+_connections = logging.getLogger(f"{__name__}.connections")
+"""aiohttp's own log."""
+_connections.addFilter(_ClientMistakes())
 
 
 class AiohttpServer:
@@ -38,7 +66,12 @@ class AiohttpServer:
         self._looking: asyncio.TimerHandle | None = None
         app.middlewares.insert(0, self._noting())
         self._runner = web.AppRunner(
-            app, access_log=None, auto_decompress=False, tcp_keepalive=False, shutdown_timeout=grace / SHUTDOWN_STEPS
+            app,
+            access_log=None,
+            logger=_connections,
+            auto_decompress=False,
+            tcp_keepalive=False,
+            shutdown_timeout=grace / SHUTDOWN_STEPS,
         )
 
     async def set_up(self) -> None:
