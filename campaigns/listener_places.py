@@ -238,6 +238,7 @@ def places(stack: RunningStack) -> list[Place]:
         plain(
             "gateway admin",
             address(services["gateway-admin"]),
+            http("POST", "/prpc/ListDnsCredentials?json", b"{}"),
             http("GET", "/"),
             http("POST", "/prpc/Status?json", b"{}"),
         ),

@@ -61,21 +61,20 @@ SETTLED: Final = 20.0
 class Listeners:
     """The world: a stack, and what its listeners answered at first."""
 
-    def __init__(self, found: list[Place], process: Process) -> None:
+    def __init__(self, found: list[Place], processes: list[Process]) -> None:
         self._places = {place.name: place for place in found}
-        if missing := set(NAMES) ^ self._places.keys():
-            raise RuntimeError(f"these listeners are named, or there, but not both: {', '.join(sorted(missing))}")
-        self._process, self._cases = process, 0
+        self._processes, self._cases = processes, 0
         self._first = {place.name: place.answer() for place in found}
         for name, answer in self._first.items():
             if self._places[name].answer() != answer:
                 raise RuntimeError(f"{name} has no constant answer: {answer[:300]!r}")
-        self._files, self._threads, self._memory = process.files(), process.threads(), process.memory()
+        self._files, self._threads, self._memory = self._held()
 
     def run(self, script: Script) -> Outcome:
         """Send all, eight at a time; then judge."""
         outcome = Outcome()
-        self._process.new_log()
+        for process in self._processes:
+            process.new_log()
         with ThreadPoolExecutor(8) as pool:
             for act, said in zip(script, pool.map(self._send, script), strict=True):
                 place = act.fields["listener"]
@@ -88,7 +87,7 @@ class Listeners:
             outcome.findings += self._alive(name)
             outcome.counts["valid requests answered"] += 1
         outcome.findings += self._tidy()
-        for trace in self._process.tracebacks():
+        for trace in [trace for process in self._processes for trace in process.tracebacks()]:
             outcome.findings.append(Finding(f"traceback: {trace.rpartition(chr(10))[2][:80]}", trace[-3000:]))
         return outcome
 
@@ -106,17 +105,26 @@ class Listeners:
         if answer != self._first[name]:
             yield Finding(f"{name}: another answer", f"{answer[:500]!r}, before {self._first[name][:500]!r}")
 
+    def _held(self) -> tuple[int, int, int]:
+        """Return the open files, the threads and the resident memory of all processes."""
+        every = self._processes
+        return (
+            sum(each.files() for each in every),
+            sum(each.threads() for each in every),
+            sum(each.memory() for each in every),
+        )
+
     def _tidy(self) -> Iterator[Finding]:
-        """Compare what the process holds with the beginning."""
+        """Compare what the processes hold with the beginning."""
         end = time.monotonic() + SETTLED
-        while (files := self._process.files()) > self._files + FILES and time.monotonic() < end:
+        while (held := self._held())[0] > self._files + FILES and time.monotonic() < end:
             time.sleep(0.05)
+        files, threads, memory = held
         if files > self._files + FILES:
             yield Finding("open files", f"{files}, {self._files} at the beginning")
-        if (threads := self._process.threads()) > self._threads + THREADS:
+        if threads > self._threads + THREADS:
             yield Finding("threads", f"{threads}, {self._threads} at the beginning")
         self._cases += 1
-        memory = self._process.memory()
         if self._cases <= FIRST_CASES:
             self._memory = max(self._memory, memory)
         elif memory > self._memory + MEMORY:
@@ -147,7 +155,10 @@ class Campaign:
     def world(self) -> Iterator[World]:
         """Run a stack."""
         with tempfile.TemporaryDirectory(prefix="listeners-") as folder, running_stack(Path(folder)) as stack:
-            yield Listeners(places(stack), stack.process)
+            found = places(stack)
+            if missing := set(NAMES) ^ {place.name for place in found}:
+                raise RuntimeError(f"these listeners are named, or there, but not both: {', '.join(sorted(missing))}")
+            yield Listeners(found, [stack.process, stack.mock_process])
 
 
 CAMPAIGN: Final = Campaign()

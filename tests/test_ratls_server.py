@@ -8,6 +8,8 @@ import contextlib
 import datetime
 import hashlib
 import json
+import os
+import shutil
 import socket
 import ssl
 import struct
@@ -812,6 +814,13 @@ def test_a_context_of_files_that_do_not_fit_together_is_refused(server_pair: Pai
     for certificate, key in ((server_pair.certificate, good.key), (tmp_path / "absent", good.key)):
         with pytest.raises(OSError, match=r"KEY_VALUES_MISMATCH|No such file"):
             attested_clients_context(certificate, key, now=time.time, refused=print)
+
+
+def test_a_context_of_files_in_a_folder_whose_name_is_no_text(server_pair: Pair, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    certificate, key = (Path(shutil.copy(path, folder)) for path in (server_pair.certificate, server_pair.key))
+    attested_clients_context(certificate, key, now=time.time, refused=print)
 
 
 def test_the_alert_without_keys_is_a_plain_record() -> None:

@@ -5,9 +5,10 @@ are aiohttp's, except that a request's Content-Encoding is not decoded: upstream
 if the client shuts down its sending side, and refuses some repeated headers. Services that speak dstack's protocols are
 served by `transport.http`, which does neither.
 
-A request that cannot be read, or whose client goes away, is one line of the log, as with `transport.http`. aiohttp waits for
-a client without a deadline, but for the next request on an idle connection. Here a client has as long as with
-`transport.http`; then its connection is aborted.
+A request that cannot be read, or whose client goes away, is one line of the log, as with `transport.http`.
+
+aiohttp waits for a client without a deadline, but for the next request on an idle connection. Here a client has as long
+as with `transport.http`; then its connection is aborted.
 """
 
 import asyncio

@@ -97,8 +97,9 @@ def _openssl_context(certificate: str | os.PathLike[str], key: str | os.PathLike
     context.set_verify(SSL.VERIFY_PEER | (SSL.VERIFY_FAIL_IF_NO_PEER_CERT if required else 0), _accept_any_issuer)
     context.set_keylog_callback(_keep_secret)
     try:
-        context.use_certificate_chain_file(os.fspath(certificate))
-        context.use_privatekey_file(os.fspath(key))
+        # As bytes, because pyOpenSSL refuses a path that is no text in the file system's encoding.
+        context.use_certificate_chain_file(os.fsencode(certificate))
+        context.use_privatekey_file(os.fsencode(key))
     except SSL.Error as error:
         raise ssl.SSLError(ssl.SSL_ERROR_SSL, _reason(error)) from error
     return context
