@@ -47,7 +47,7 @@ from tests.evidence_samples import (
 )
 
 THOROUGH: Final = settings(
-    max_examples=int(os.environ.get("DSTACK_EMU_EXAMPLES", "60")),
+    max_examples=int(os.environ.get("DSTACK_EMU_EXAMPLES", "20")),
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
