@@ -73,3 +73,20 @@ def test_page_connects_again_to_the_stack_that_starts_again(tab: Tab, tmp_path: 
         tab.complaints.clear()  # a refused connection is an error in Chromium's console
         tab.open("about:blank")
         tab.requests.clear()
+
+
+def test_page_that_was_frozen_in_the_background_catches_up(tab: Tab) -> None:
+    with LiveStack(fresh=True) as stack:
+        tab.open(f"{stack.services['control']}/console/#/calls")
+        tab.see("connected", "#connection")
+        tab.run("import('/console/journal.js').then(({journal}) => { window.journal = journal; })")
+        tab.send("Page.setWebLifecycleState", state="frozen")
+        stack.in_thread(calls(1, 301))
+        tab.send("Page.setWebLifecycleState", state="active")
+        # It stays hidden in a browser without windows, and so draws nothing.
+        tab.wait("journal.entries.at(-1)?.call === 'Call300'")
+        stack.in_thread(calls(301, 302))
+        tab.wait("journal.entries.at(-1).call === 'Call301'")
+        tab.wait("document.getElementById('connection').textContent === 'connected'")
+        tab.open("about:blank")
+        tab.requests.clear()

@@ -52,6 +52,7 @@ class Journal {
     this._connection = () => {};
     this._scheduled = false;
     this._announced = 0;
+    this._reading = new AbortController();
   }
 
   // Calls the listener after changes, at most five times a second; returns what ends that.
@@ -66,10 +67,15 @@ class Journal {
 
   // Keeps up with the stack for as long as the page is open.
   async start() {
+    // A browser freezes a page in the background, and a stream that was read then may say nothing any more.
+    document.addEventListener("resume", () => this._reading.abort());
+    addEventListener("pageshow", (event) => event.persisted && this._reading.abort());
     for (;;) {
+      this._reading = new AbortController();
       try {
         await this._follow();
       } catch (error) {
+        if (this._reading.signal.aborted) continue;
         this._connection(`not connected: ${error.message}`);
       }
       await new Promise((resolve) => setTimeout(resolve, PAUSE));
@@ -97,7 +103,7 @@ class Journal {
     this._announce();
     this._connected();
     // Calls end in another order than they begin: one that began before the others may have ended meanwhile.
-    for await (const record of stream(Math.max(0, known.position - DISORDER))) {
+    for await (const record of stream(Math.max(0, known.position - DISORDER), this._reading.signal)) {
       if ("rewound_to" in record) {
         this._rewind(record.rewound_to);
         seen.clear();
