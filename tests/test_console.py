@@ -12,8 +12,9 @@ from tests.repository import ROOT
 from tests.running import RunningStack, running_stack
 
 STATIC = ROOT / "dstack_emu" / "console" / "static"
-STYLE = ROOT / "dstack_emu" / "transport" / "static" / "style.css"
-FILES = {path.name: path for path in sorted([*STATIC.iterdir(), STYLE])}
+STYLES = ROOT / "dstack_emu" / "transport" / "static"
+FILES = {path.name: path.read_text() for path in sorted(STATIC.iterdir())}
+FILES["style.css"] = "".join((STYLES / name).read_text() for name in ("colours.css", "style.css"))
 
 
 class Links(HTMLParser):
@@ -40,7 +41,7 @@ def test_port_of_control_leads_to_the_console_and_its_files(ready_stack: Running
     assert page.inline == []
     assert set(page.loads) <= set(FILES)
     for name in FILES:
-        assert ready_stack.curl(f"{control}/console/{name}") == (200, FILES[name].read_text())
+        assert ready_stack.curl(f"{control}/console/{name}") == (200, FILES[name])
 
 
 def test_files_are_sent_with_a_policy_that_lets_nothing_else_run(ready_stack: RunningStack) -> None:

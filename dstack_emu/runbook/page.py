@@ -16,6 +16,7 @@ from dstack_emu.observability.sequence_diagram import sequence_diagram
 from dstack_emu.observability.svg import STYLE, inline_svg
 from dstack_emu.runbook.comparison import asked, decisions, denial, plain
 from dstack_emu.runbook.markup import Markup, tag
+from dstack_emu.transport.html import colours
 
 INDEX: Final = "index.html"
 REPORT: Final = "runbook.json"
@@ -60,7 +61,7 @@ class _Page:
             tag("meta", name="color-scheme", content="light dark"),
             tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
             tag("title", f"KMS authorization runbook: {self._result()}"),
-            Markup(f"<style>\n{css}{STYLE}</style>"),
+            Markup(f"<style>\n{colours()}{css}{STYLE}</style>"),
         )
         body = tag(
             "body",

@@ -1,7 +1,8 @@
 """The frame of the HTML pages of all services: one style, a header that says that nothing is protected, and a policy.
 
-The style is `static/style.css`. The console serves it as a file; every other page has it inside, because the route
-tables of the real services have no place for it. A page loads nothing, and runs no script but its own.
+The style is `static/style.css` after `static/colours.css`. The console serves it as a file; every other page has it
+inside, because the route tables of the real services have no place for it. A page loads nothing, and runs no script but
+its own.
 """
 
 import base64
@@ -22,9 +23,15 @@ class Markup(str):
 
 
 @functools.cache
+def colours() -> str:
+    """Return the colours of all pages (CSS)."""
+    return resources.files(__package__).joinpath("static", "colours.css").read_text()
+
+
+@functools.cache
 def style_sheet() -> str:
-    """Return the style of all pages (CSS)."""
-    return resources.files(__package__).joinpath("static", STYLE_FILE).read_text()
+    """Return the style of all pages (CSS), with their colours."""
+    return colours() + resources.files(__package__).joinpath("static", STYLE_FILE).read_text()
 
 
 def style_element() -> str:
