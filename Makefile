@@ -14,7 +14,7 @@ HASHED  := $(PIP) --require-hashes --only-binary=:all: --requirement
 # setuptools is one of the requirements: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-index --no-deps --no-build-isolation --editable .
 
-.PHONY: help venv up test browser pictures rust fuzz openapi decisions campaign contracts kubernetes check-kms console-load machines lint types imports check bench proto lock release audit clean
+.PHONY: help venv up test browser pictures rust fuzz openapi decisions campaign contracts kubernetes check-kms console-load machines lint types imports check bench scale proto lock release audit clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -99,6 +99,9 @@ check: lint types imports test ## Check style, types and layers, and run the tes
 
 bench: $(VENV)/.dev ## Run the benchmarks
 	@$(BIN)/python -m bench $(ARGS)
+
+scale: $(VENV)/.dev ## Measure how a stack grows, and draw it into docs/ (ARGS=--quick: small sizes, nothing is written)
+	@$(BIN)/python -m bench.scale $(ARGS)
 
 proto: $(VENV)/.dev ## Generate the protobuf code, after a change of a .proto file
 	@$(BIN)/python tools/generate_proto.py

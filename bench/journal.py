@@ -53,17 +53,17 @@ def measure(effort: Effort) -> Iterator[Figure]:
     yield Figure("revert", median(reverts), "ms", Bar(REVERT_BAR, at_most=True))
 
 
-def app_connections(stack: ExitStack, description: dict[str, Any]) -> list[Connection]:
+def app_connections(stack: ExitStack, description: dict[str, Any], connections: int = CONNECTIONS) -> list[Connection]:
     """Connect to a stack's KMS as its app, for GetAppKey; the connections are closed when the ExitStack is left."""
     kms, agent = description["services"]["kms-src"], description["app"]["dstack_sock"]
     vm_config: str = json.loads(call(agent, "Info"))["vm_config"]
     request = post("/prpc/KMS.GetAppKey?json", json.dumps({"api_version": 1, "vm_config": vm_config}).encode())
     url, context = urlsplit(kms), client_context(asyncio.run(_identity(kms, agent)))
     address = (str(url.hostname), int(url.port or 0))
-    connections = [Connection(connect_tls(address, context), request) for _ in range(CONNECTIONS)]
-    for connection in connections:
+    made = [Connection(connect_tls(address, context), request) for _ in range(connections)]
+    for connection in made:
         stack.callback(connection.close)
-    return connections
+    return made
 
 
 def _switched(control: str, turn: str, load: Callable[[float], float]) -> Callable[[float], float]:

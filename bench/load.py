@@ -71,11 +71,16 @@ def connect_unix(path: str) -> socket.socket:
     return sock
 
 
-def connect_tls(address: tuple[str, int], context: ssl.SSLContext) -> socket.socket:
-    """Connect to a TLS server, and perform the handshake."""
+def connect_tcp(address: tuple[str, int]) -> socket.socket:
+    """Connect to a TCP server."""
     sock = socket.create_connection(address, timeout=_TIMEOUT)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return context.wrap_socket(sock, server_hostname=address[0])
+    return sock
+
+
+def connect_tls(address: tuple[str, int], context: ssl.SSLContext) -> socket.socket:
+    """Connect to a TLS server, and perform the handshake."""
+    return context.wrap_socket(connect_tcp(address), server_hostname=address[0])
 
 
 def closed_loop(connections: Sequence[Connection]) -> Callable[[float], float]:

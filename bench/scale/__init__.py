@@ -1,0 +1,1 @@
+"""How time, memory and speed grow with the number of trust domains, KMS, apps and stacks: `make scale`."""
