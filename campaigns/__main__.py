@@ -19,6 +19,7 @@ CAMPAIGNS: Final[dict[str, str]] = {
     "fail-open": "fail_open",
     "linearizability": "linearizability",
     "listeners": "listeners",
+    "soak": "soak",
 }
 """Each campaign's module, which has its `CAMPAIGN`."""
 EVERY: Final = 10.0
