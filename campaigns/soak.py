@@ -25,9 +25,9 @@ from tests.running import RunningStack, running_stack
 
 ACTS: Final = 60
 THREADS: Final = 8
-WARM_UP: Final = 6
+WARM_UP: Final = 2
 """Cases before the first sample that counts."""
-MIN_SAMPLES: Final = 8
+MIN_SAMPLES: Final = 4
 """Samples from which a trend is judged."""
 SETTLED: Final = 10.0
 """Seconds that the stack has to get back to no open calls but that for the metrics."""
@@ -140,6 +140,7 @@ class Load:
         outcome.counts["samples"] += 1
         if self._cases < WARM_UP + MIN_SAMPLES:
             return
+        outcome.counts["trends judged"] += 1
         for name, samples in self._samples.items():
             growth = rise(samples)
             if growth > GROWTH[name]:
