@@ -7,11 +7,13 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -518,6 +520,17 @@ def test_act_that_cannot_be_written_is_refused_and_leaves_no_part(tmp_path: Path
     kept.add(Balance(bytes(20), 6))
     assert list(kept.acts()) == [Balance(bytes(20), 6)]
     kept.close()
+
+
+@pytest.mark.parametrize("header", [b"Upgrade: \xff", b"Sec-WebSocket-Key: \xff"])
+def test_header_of_a_websocket_that_is_not_ascii_is_refused(chain: LiveChain, header: bytes) -> None:
+    lines = [b"GET / HTTP/1.1", b"Host: localhost", b"Connection: Upgrade", b"Sec-WebSocket-Version: 13"]
+    if not header.startswith(b"Upgrade"):
+        lines.append(b"Upgrade: websocket")
+    url = urlsplit(chain.url)
+    with socket.create_connection((str(url.hostname), int(url.port or 0)), 10) as sock:
+        sock.sendall(b"\r\n".join([*lines, header, b"", b""]))
+        assert sock.recv(65536).startswith(b"HTTP/1.1 405 ")
 
 
 def test_contract_reads_the_hashes_of_earlier_blocks(chain: LiveChain) -> None:

@@ -68,7 +68,7 @@ class ChainServer:
 
     async def _get(self, request: web.Request) -> web.StreamResponse:
         websocket = web.WebSocketResponse(max_msg_size=MAX_BODY)
-        if not websocket.can_prepare(request).ok:
+        if not _asks_for(websocket, request):
             return web.Response(
                 status=405, text="JSON-RPC by POST, or a WebSocket, expected", headers={"Allow": "POST"}
             )
@@ -91,6 +91,14 @@ class ChainServer:
                 await asyncio.gather(*(socket.websocket.close() for socket in sockets))
         for socket in sockets:
             socket.abort()
+
+
+def _asks_for(websocket: web.WebSocketResponse, request: web.Request) -> bool:
+    """Return whether a request begins a WebSocket."""
+    try:
+        return websocket.can_prepare(request).ok
+    except ValueError:  # aiohttp raises it for a header that is not ASCII
+        return False
 
 
 @web.middleware
