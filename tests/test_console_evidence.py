@@ -106,6 +106,7 @@ def test_policy_that_denies_is_changed_by_what_the_page_shows(stack: RunningStac
     for width, dark in ((640, False), (390, True)):
         tab.resize(width, 800, dark=dark)
         assert tab.run("document.documentElement.scrollWidth <= innerWidth"), width
+        assert tab.run("document.querySelector('.aligned th').clientHeight") < 50  # one line
     tab.resize(1280, 900)
     tab.tab_to("Allow this")
     tab.press("Enter")
