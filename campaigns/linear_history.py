@@ -12,6 +12,7 @@ from typing import Any, Final
 from campaigns.case import Finding, Outcome
 from campaigns.decision_state import State
 from campaigns.fail_open_judge import LATE, RELEASING, Record
+from dstack_emu.auth.eth_settings import BACKEND_UNAVAILABLE
 from tests.decision_model import BootInfo
 
 MAX_AGE: Final = 1.0
@@ -77,7 +78,10 @@ class History:
             if denied != given["allowed"]:
                 outcome.counts["decided by a moment after the call began"] += number > call.invoked
                 return number
-        how = "allowed" if given["allowed"] else "denied"
+        if not given["allowed"] and given["reason"] == BACKEND_UNAVAILABLE:
+            outcome.counts["denied as late"] += 1  # on a busy machine the chain does not answer the webhook in time
+            return at
+        how = "allowed" if given["allowed"] else f"denied ({given['reason']})"
         text = (
             f"{record['service']} {how} {given['about']} in {call.service} {call.rpc}, moments {at} to {call.answered}"
         )

@@ -1,8 +1,13 @@
 """The errors of a request without an answer, with texts that do not depend on library, event loop or Python version."""
 
 import os
+import re
 import socket
 import ssl
+from typing import Final
+
+_LINE_OF_PYTHON: Final = re.compile(r" \(_ssl\.c:\d+\)")
+"""Where in the source of Python OpenSSL's error was found: another place in each version."""
 
 
 class NoAnswerError(Exception):
@@ -20,7 +25,7 @@ class AnswerTooLongError(Exception):
 def describe_failure(error: Exception, timeout: float) -> str:
     """Return the text of a failure; `timeout` is the timeout of the whole request in seconds."""
     if isinstance(error, ssl.SSLError):
-        return f"TLS: {error}"
+        return f"TLS: {_LINE_OF_PYTHON.sub('', str(error))}"
     if isinstance(error, socket.gaierror):
         return f"no such host: {error}"
     if isinstance(error, OSError) and error.errno:
