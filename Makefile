@@ -14,7 +14,7 @@ HASHED  := $(PIP) --require-hashes --only-binary=:all: --requirement
 # setuptools is one of the requirements: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-index --no-deps --no-build-isolation --editable .
 
-.PHONY: help venv up test browser pictures rust fuzz openapi decisions campaign contracts kubernetes check-kms console-load machines lint types imports check bench scale proto lock release audit clean
+.PHONY: help venv up test browser pictures rust fuzz openapi decisions campaign contracts kubernetes check-kms console-load machines lint types imports check bench scale proto lock package release audit clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -127,6 +127,9 @@ kubernetes: $(VENV)/.dev .kubernetes/.installed ## Hold kubernetes/ against the 
 
 lock: ## Resolve all dependencies into requirements/ and constraints.txt (ARGS=--upgrade: take the newest versions)
 	@PYTHON="$(PYTHON)" .ci/lock $(ARGS)
+
+package: $(VENV)/.dev ## Install the package as others do: the wheel, an editable install, from a Git repository
+	@DSTACK_EMU_PACKAGE=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_wheel.py tests/test_install.py $(ARGS)
 
 release: $(VENV)/.dev .release/.tools ## Build sdist, wheel and image twice, compare the bytes, and try the wheel on each Python here
 	@$(BIN)/python tools/release.py $(ARGS)

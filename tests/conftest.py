@@ -40,7 +40,6 @@ LONGEST = (
     "test_docs_commands",
     "test_check_kms",
     "test_exec",
-    "test_wheel",
     "test_stack",
     "test_webhook_safety",
     "test_decisions",

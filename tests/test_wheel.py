@@ -1,7 +1,7 @@
 """The package as others install it: what the wheel has, and that it leaves everybody else's names alone.
 
-Every install here is made of a copy of the packaged files, in an environment of its own whose dependencies are those of
-this one.
+It runs if DSTACK_EMU_PACKAGE is set (`make package`). Every install here is made of a copy of the packaged files, in an
+environment of its own whose dependencies are those of this one.
 """
 
 import os
@@ -20,6 +20,10 @@ import pytest
 from tests.documents import PACKAGES, blocks, document
 from tests.repository import ROOT
 from tests.scratch import write
+
+pytestmark = pytest.mark.skipif(
+    "DSTACK_EMU_PACKAGE" not in os.environ, reason="DSTACK_EMU_PACKAGE is not set: `make package`"
+)
 
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--no-input")
 OFFLINE = ("--no-deps", "--no-index")
