@@ -269,6 +269,13 @@ async def test_wrong_state_is_refused_by_name_and_changes_nothing(
 # ---- who there is
 
 
+async def test_boots_of_one_trust_domain_at_once_come_one_after_the_other(control: Control) -> None:
+    await control.boot_guest("app")
+    measured = control.guest("app")["mr_aggregated"]
+    booted = await asyncio.gather(*(control.boot_guest("app") for _ in range(3)))
+    assert [each["mr_aggregated"] for each in booted] == [measured] * 3
+
+
 async def test_trust_domain_of_any_identity_boots_if_it_is_allowed(stack: Stack, control: Control) -> None:
     compose = json.dumps({**MANIFEST, "name": "mine", "public_tcbinfo": False})
     made = await control.add_guest(

@@ -50,7 +50,11 @@ def judge(target: Target, data: bytes, *, thoroughly: bool = False) -> Finding |
     seconds = time.thread_time() - began
     if finding is not None:
         return finding
-    if seconds > _bound(data) and (seconds := min(seconds, _seconds(target, data))) > _bound(data):
+    if (
+        not target.is_of_the_user
+        and seconds > _bound(data)
+        and (seconds := min(seconds, _seconds(target, data))) > _bound(data)
+    ):
         return Finding(target.name, "slow", "", f"{seconds:.2f} s for {len(data)} bytes", data)
     if (thoroughly or _peak() - peak > MEMORY) and (used := _memory(target, data)) > MEMORY + MEMORY_PER_BYTE * len(
         data

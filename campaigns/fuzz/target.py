@@ -15,7 +15,8 @@ class Target:
 
     `refusals` are the errors that the decoder documents; any other exception is a finding. `weight` is its share of a
     run's inputs. An answer may have at most `growth` times the characters of the input and 64 KiB more. `dictionary`
-    has pieces that a mutation may put in.
+    has pieces that a mutation may put in. What `is_of_the_user`, such as a configuration file, may take any time:
+    Python's parser of TOML is quadratic, and nobody else writes it.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Target:
     weight: float = 1.0
     growth: int = 64
     dictionary: tuple[bytes, ...] = ()
+    is_of_the_user: bool = False
 
 
 def table(*targets: Target) -> Mapping[str, Target]:

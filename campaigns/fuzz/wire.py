@@ -325,15 +325,32 @@ TARGETS: Final = table(
     Target("rlp", _rlp, lambda: [rlp.encode([b"a", [b"b" * 60, []], b""]), *_transactions()], (FormatError,), weight=2),
     Target("transaction", _transaction, _transactions, (InvalidTransactionError,)),
     Target("rpc-parameters", _rpc_params, lambda: _PARAMS, (ChainError,)),
-    Target("kms.toml", _configuration(KmsConfig.load), lambda: [_KMS_TOML], (ConfigError,), weight=0.3),
-    Target("gateway.toml", _configuration(GatewayConfig.load), lambda: list(_OTHER_TOML), (ConfigError,), weight=0.3),
-    Target("vmm.toml", _configuration(VmmConfig.load), lambda: list(_OTHER_TOML), (ConfigError,), weight=0.3),
+    Target(
+        "kms.toml", _configuration(KmsConfig.load), lambda: [_KMS_TOML], (ConfigError,), weight=0.3, is_of_the_user=True
+    ),
+    Target(
+        "gateway.toml",
+        _configuration(GatewayConfig.load),
+        lambda: list(_OTHER_TOML),
+        (ConfigError,),
+        weight=0.3,
+        is_of_the_user=True,
+    ),
+    Target(
+        "vmm.toml",
+        _configuration(VmmConfig.load),
+        lambda: list(_OTHER_TOML),
+        (ConfigError,),
+        weight=0.3,
+        is_of_the_user=True,
+    ),
     Target(
         "verifier.toml",
         _configuration(lambda path: VerifierConfig.load(path, {})),
         lambda: list(_OTHER_TOML),
         (ConfigError,),
         weight=0.3,
+        is_of_the_user=True,
     ),
     Target("overrides", _overrides, lambda: [b'X_A__B=1\nX_RPC__PORT=[1,2]\nX_C="x"'], (ConfigError, AttestError)),
 )

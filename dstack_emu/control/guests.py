@@ -55,8 +55,8 @@ class GuestControl(VendorControl):
     async def boot_guest(self, name: str, kms: str | Sequence[str] = "src") -> dict[str, Any]:
         """Let a trust domain fetch its keys from a KMS, or from the first of several that releases them.
 
-        If it has keys already, it is power-cycled first. A refusal by the KMS has status 403 and the KMS's text; the
-        denial of a webhook also names whom it denied.
+        If it has keys already, it is power-cycled first; a boot that is in progress is awaited. A refusal by the KMS
+        has status 403 and the KMS's text; the denial of a webhook also names whom it denied.
         """
         guest = self._known_guest(name)
         if guest.name.startswith("kms-"):
@@ -68,16 +68,18 @@ class GuestControl(VendorControl):
             raise ControlError(text, 409)
         if "runtime" not in phases:
             raise ControlError(f"kms-{names[0]} has no keys: it is in its {phases[0]} phase, onboard it first", 409)
-        before = guest.domain.capture()
-        if guest.agent.has_keys:
-            guest.power_cycle()
-        try:
-            await self._deployment.boot(guest, names)
-        except (GuestError, FormatError) as error:
-            guest.domain.restore(before)
-            domain = guest.domain
-            raise refused(error, f"app id {domain.app_id.hex()}, compose hash {domain.compose_hash.hex()}") from error
-        return self.guest(name)
+        async with guest.booting:
+            before = guest.domain.capture()
+            if guest.agent.has_keys:
+                guest.power_cycle()
+            try:
+                await self._deployment.boot(guest, names)
+            except (GuestError, FormatError) as error:
+                guest.domain.restore(before)
+                domain = guest.domain
+                whom = f"app id {domain.app_id.hex()}, compose hash {domain.compose_hash.hex()}"
+                raise refused(error, whom) from error
+            return self.guest(name)
 
     def emit_event(self, name: str, event: str, payload: str = "", *, measured: bool = True) -> dict[str, Any]:
         """Extend a trust domain's RTMR3 with an event; with `measured` false, add it to the log only."""

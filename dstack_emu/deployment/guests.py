@@ -1,5 +1,6 @@
 """The trust domains of a stack and their agents, including those that are added while it runs."""
 
+import asyncio
 import functools
 import logging
 import os
@@ -65,6 +66,8 @@ class RunningGuest:
         self.boot_error = ""
         self.find_program: FindEndpoint = self._on_app_host
         self.when_booted: Callable[[], Awaitable[None]] | None = None
+        self.booting = asyncio.Lock()
+        """Held while it boots: two boots at once would measure into one log."""
         self._context = context
         self._membership: GatewayMembership | None = None
         self._issuer: KmsIssuer | None = None
