@@ -120,8 +120,8 @@ class Run:
             self.counts[f"{target.name} stretched"] += len(STRETCHED)
             if target.is_of_the_user:
                 continue
-            # A second is more than a busy machine adds to what takes milliseconds.
-            if seconds[-1] > 1 and seconds[-2] > 0.005 and seconds[-1] > 8 * seconds[-2]:
+            # Three seconds for 256 KiB are more than a busy machine adds to what takes milliseconds.
+            if seconds[-1] > 3 and seconds[-2] > 0.005 and seconds[-1] > 8 * seconds[-2]:
                 text = " ".join(f"{each:.3f} s for {size}" for each, size in zip(seconds, STRETCHED, strict=True))
                 self.add(self._judge.Finding(target.name, "superlinear", "", text, data))
 
