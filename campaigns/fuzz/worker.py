@@ -120,10 +120,22 @@ class Run:
             self.counts[f"{target.name} stretched"] += len(STRETCHED)
             if target.is_of_the_user:
                 continue
-            # Three seconds for 256 KiB are more than a busy machine adds to what takes milliseconds.
-            if seconds[-1] > 3 and seconds[-2] > 0.005 and seconds[-1] > 8 * seconds[-2]:
+            if self._is_superlinear(seconds):
+                # Another process may have had the caches: the least time of each size counts.
+                for place, size in enumerate(STRETCHED):
+                    data = before + piece * (size // len(piece)) + after
+                    for _ in range(2):
+                        began = time.thread_time()
+                        self._judge.answer(target, data)
+                        seconds[place] = min(seconds[place], time.thread_time() - began)
+            if self._is_superlinear(seconds):
                 text = " ".join(f"{each:.3f} s for {size}" for each, size in zip(seconds, STRETCHED, strict=True))
                 self.add(self._judge.Finding(target.name, "superlinear", "", text, data))
+
+    @staticmethod
+    def _is_superlinear(seconds: Sequence[float]) -> bool:
+        """Tell whether the last size, four times the one before, takes more than eight times its time."""
+        return seconds[-1] > 0.2 and seconds[-2] > 0.005 and seconds[-1] > 8 * seconds[-2]
 
     def end(self) -> None:
         """Compare the kept answers once more, and write the result."""
