@@ -110,7 +110,10 @@ class Ledger:
         return outcome.output
 
     def estimate(self, block: Block, message: Message) -> int:
-        """Return the least gas with which a message succeeds; raise what it fails with if it has all gas."""
+        """Return gas with which a message succeeds, or raise what it fails with if it has all: at most 1.5 % above the least.
+
+        That bound is geth's (`estimateGasErrorRatio`): each step less is an execution less.
+        """
         root, around = self.root_at(block), self._around(block)
 
         def outcome(gas: int) -> Outcome:
@@ -119,13 +122,15 @@ class Ledger:
         first = outcome(message.gas)
         require_success(first)
         low, high = GAS_OF_A_TRANSFER - 1, message.gas
-        # Most calls need what they use; a sixty-fourth is kept from each inner call, and refunds come at the end.
-        for guess in (first.gas_used, first.gas_used * 64 // 63 + 2_400):
+        # Most calls need what they use; a sixty-fourth is kept from each inner call, and refunds, which are a fifth at
+        # most (EIP-3529), come at the end.
+        used, without_refunds = first.gas_used, first.gas_used * 5 // 4
+        for guess in (used, used * 64 // 63 + 2_400, without_refunds * 64 // 63 + 2_400):
             if low < guess < high and _succeeds(outcome, guess):
                 high = guess
                 break
             low = max(low, guess)
-        while high - low > max(1, high // 1_000):
+        while high - low > high * 15 // 1_000:
             middle = (low + high) // 2
             if _succeeds(outcome, middle):
                 high = middle

@@ -28,6 +28,8 @@ PAUSE: Final = 0.05
 """Seconds between two attempts to reach a KMS that does not answer yet."""
 ATTEMPT: Final = 5.0
 """The timeout of one attempt in seconds."""
+TELLING: Final = 1.0
+"""Seconds without an answer from which on an attempt tells that the program does not answer."""
 REPORTED_EVERY: Final = 5.0
 """Seconds between two lines that tell what is waited for."""
 GRACE: Final = 5.0
@@ -185,13 +187,16 @@ class KmsProcess:
                 self._progress(
                     f"waiting for {self.name} at {self.url} ({waited:.0f} of {self._patience:g} s): {problem}"
                 )
+            attempt = min(ATTEMPT, self._patience - waited)
             try:
-                async with asyncio.timeout(min(ATTEMPT, self._patience - waited)):
+                async with asyncio.timeout(attempt):
                     phase = await self.phase()
                 self._release_port()
                 return phase
             except TimeoutError:
-                problem = "it accepts connections and does not answer"
+                # The last attempt may be too short to tell anything: what the one before it met is the better reason.
+                if not problem or attempt >= TELLING:
+                    problem = "it accepts connections and does not answer"
             except StackError as error:
                 problem = str(error)
             await asyncio.sleep(PAUSE)
