@@ -132,8 +132,10 @@ class _Case:
     # ---- calls
 
     async def _restart(self, kms: str) -> None:
+        task = asyncio.ensure_future(self._stack.control.restart_kms(kms))
+        await self._until_done(task, {rule.id: rule.met for rule in self._rules})
         try:
-            await self._stack.control.restart_kms(kms)
+            await task
         except ControlError:
             self._count("restart", "failed")
         if self._shown:  # its new certificate may have the evidence of another trust domain

@@ -172,6 +172,8 @@ async def fetch_keys(
     require_kms_as_provider(domain, kms_urls)
     released = await _first_that_releases(kms_urls, domain.release, request_keys)
     answer = released.keys
+    if not answer.disk_crypt_key:
+        raise GuestError("Failed to get valid key phrase from KMS")
     provider = KeyProvider("kms", certificate_spki(load_pem(released.root_ca, "KMS root CA certificate")).hex())
     domain.complete(provider, os_image_hash=answer.os_image_hash, mr_kms=released.mr_kms)
     keys = AppKeys(

@@ -163,6 +163,12 @@ async def test_boot_whose_last_certificate_is_refused_leaves_no_keys(control: Co
     assert (await control.boot_guest("late"))["has_keys"]
 
 
+async def test_answer_without_a_disk_key_is_refused_as_upstreams_guest_does(control: Control) -> None:
+    control.add_fault(service="kms-src", call="GetAppKey", kind="status", status=200, body="{}")
+    with pytest.raises(ControlError, match="Failed to get valid key phrase from KMS"):
+        await control.boot_guest("app")
+
+
 async def test_answer_that_a_fault_made_up_is_no_release(control: Control) -> None:
     control.add_fault(service="kms-src", call="GetTempCaCert", kind="status", status=200, body={})
     position = control.journal.position

@@ -110,7 +110,7 @@ class Ledger:
         return outcome.output
 
     def estimate(self, block: Block, message: Message) -> int:
-        """Return gas with which a message succeeds, or raise what it fails with if it has all: at most 1.5 % above the least.
+        """Return gas that suffices, at most 1.5 % above the least; raise what a message fails with if it has all gas.
 
         That bound is geth's (`estimateGasErrorRatio`): each step less is an execution less.
         """
