@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import grpc.aio
 import pytest
 from aiohttp import web
 from google.protobuf.empty_pb2 import Empty
@@ -109,6 +110,16 @@ async def test_report_is_bounded_however_many_wait() -> None:
     assert f"tasks: {len(tasks) + 1}, in " in "\n".join(lines)
     assert len(lines) < waits.MAX_STACKS * (waits.MAX_FRAMES + 3)
     assert max(map(len, lines)) < 300
+
+
+async def test_report_says_what_grpc_waits_for_in_places_without_a_line() -> None:
+    server = grpc.aio.server()
+    server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    await asyncio.sleep(0)
+    text = waits.report()
+    await server.stop(None)
+    assert re.search(r"\n    aio/server\.pyx\.pxi _\w+\n", text), text
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,10 @@ def _places(coroutine: Any) -> list[str]:
 
 
 def _place(frame: FrameType) -> str:
-    path, line = frame.f_code.co_filename, frame.f_lineno
+    path = frame.f_code.co_filename
+    line: int | None = frame.f_lineno  # None: Cython's coroutines, such as those of grpcio, have no line
     shown = path.removeprefix(_ROOT) if path.startswith(_ROOT) else "/".join(path.split("/")[-2:])
+    if line is None:
+        return f"{shown} {frame.f_code.co_qualname}"
     source = linecache.getline(path, line).strip()
     return f"{shown}:{line} {frame.f_code.co_qualname}: {source:.100}"
