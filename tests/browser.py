@@ -229,7 +229,7 @@ def chromium(folder: Path, home: Path | None = None) -> Iterator[Browser]:
         "--no-first-run",
         "--disable-partial-raster",  # what changes is drawn anew in whole, to the same pixels
         "--disable-background-networking",
-        "--host-resolver-rules=MAP *.example 127.0.0.1",  # foreign names that lead here
+        "--host-resolver-rules=MAP *.example 127.0.0.1, MAP *.attacker.com 127.0.0.1",  # foreign names that lead here
         f"--user-data-dir={folder}",
         "--remote-debugging-pipe",
         "about:blank",

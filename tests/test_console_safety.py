@@ -147,6 +147,39 @@ def test_name_that_leads_here_opens_nothing(stack: RunningStack, browser: Browse
     tab.open("about:blank")
 
 
+@pytest.mark.parametrize("host", ["foreign.example", "127.0.0.1"])
+def test_page_of_another_origin_makes_no_service_do_anything(
+    stack: RunningStack, browser: Browser, tmp_path: Path, host: str
+) -> None:
+    vmm, app = stack.services["vmm"], stack.services["app"]
+    (tmp_path / "index.html").write_text(
+        f"<!DOCTYPE html><img src='{vmm}/prpc/RemoveVm?id=x'><iframe src='{app}/GetKey?path=x'></iframe>"
+        f"<form method=post enctype=text/plain action='{vmm}/prpc/StopVm?json' target=posted><input name='{{}}'></form>"
+        "<iframe name=posted></iframe>"
+    )
+    with foreign_site(tmp_path) as port:
+        tab = browser.tab()
+        tab.open(f"http://{host}:{port}/")
+        tab.wait("document.querySelector('form') && document.readyState === 'complete'")
+        tab.run("document.querySelector('form').submit()")
+        for name in ("vmm", "app", "auth-src", "verifier", "gateway-admin"):
+            sent = "{method: 'POST', mode: 'no-cors', body: '{}'}"
+            tab.run(f"fetch('{stack.services[name]}/prpc/Info?json', {sent}).then(() => 1, () => 1)")
+    assert stack.curl(f"{app}/GetQuote?report_data=00")[0] == 200
+    records = json.loads(stack.curl(f"{stack.services['control']}/journal?limit=3")[1])["records"]
+    assert [record["call"] for record in records if record["caller"] == "outside"] == ["GetQuote"]
+    tab.open("about:blank")
+
+
+def test_name_that_leads_here_opens_no_service(stack: RunningStack, browser: Browser) -> None:
+    tab = browser.tab()
+    for name in ("vmm", "app", "auth-src", "pccs", "gateway-admin"):
+        port = stack.services[name].rpartition(":")[2]
+        tab.open(f"http://rebound.attacker.com:{port}/")
+        tab.see("Host: an IP address or a name of this machine expected")
+    tab.open("about:blank")
+
+
 def test_hostile_names_and_reasons_are_shown_as_text_and_break_no_page(stack: RunningStack, tab: Tab) -> None:
     policy = json.loads(stack.policies["src"].read_text())
     control_call(stack, "PUT", "/policies/src", json.dumps(policy | {"$note": LONG, HOSTILE: LONG}))

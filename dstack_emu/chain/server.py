@@ -22,6 +22,7 @@ from dstack_emu.chain.filters import LogFilter
 from dstack_emu.chain.quantities import Params, quantity
 from dstack_emu.chain.rpc import Rpc
 from dstack_emu.chain.views import header_view
+from dstack_emu.transport.aiohttp_server import JUDGES_PAGES
 
 MAX_BODY: Final = 4 * 1024 * 1024
 """Bytes of a request or a message."""
@@ -47,6 +48,7 @@ class ChainServer:
     def app(self) -> web.Application:
         """Make the application."""
         app = web.Application(client_max_size=MAX_BODY, middlewares=[_refuse_foreign_pages])
+        app[JUDGES_PAGES] = True
         app.router.add_post("/", self._post)
         app.router.add_get("/", self._get)
         app.on_shutdown.append(self._close_sockets)

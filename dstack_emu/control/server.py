@@ -34,6 +34,7 @@ from dstack_emu.deployment.config import TOKEN_FILE, TOKEN_VARIABLE
 from dstack_emu.deployment.deployment import Deployment
 from dstack_emu.observability.spans import working_for
 from dstack_emu.observability.w3c_trace import TRACEPARENT, TRACESTATE, read_trace
+from dstack_emu.transport.aiohttp_server import JUDGES_PAGES
 from dstack_emu.transport.aside import run_aside
 from dstack_emu.transport.listen import Server, serve
 from dstack_emu.transport.validation import describe
@@ -116,6 +117,7 @@ def control_app(
 ) -> web.Application:
     """Make the application; it demands the token unless that is None."""
     app = web.Application(middlewares=[_guard(token, pages)], client_max_size=MAX_BODY)
+    app[JUDGES_PAGES] = True
 
     description: asyncio.Task[str] | None = None
 

@@ -21,12 +21,15 @@ from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 from dstack_emu.transport.http.deadline import NEVER, Deadlines
+from dstack_emu.transport.http.foreign_page import foreign_page
 from dstack_emu.transport.open_calls import began, ended, shown_peer
 
 log = logging.getLogger(__name__)
 
 SHUTDOWN_STEPS: Final = 2
 """aiohttp waits this many times: for handlers to finish, and then for cancelled handlers to end."""
+JUDGES_PAGES: Final = web.AppKey("judges_pages", bool)
+"""Set in an application that judges itself what a browser sends it for pages of others; `foreign_page` does so here."""
 LOOKS: Final = 4
 """How often the clients are looked at within the shortest deadline."""
 
@@ -54,6 +57,13 @@ _connections = logging.getLogger(f"{__name__}.connections")
 _connections.addFilter(_ClientMistakes())
 
 
+@web.middleware
+async def _refuse_foreign_pages(request: web.Request, handler: Handler) -> web.StreamResponse:
+    address = None if request.transport is None else request.transport.get_extra_info("sockname")
+    why = foreign_page(request.method, request.path, request.headers, address, is_secure=request.secure)
+    return web.Response(status=403, text=why) if why else await handler(request)
+
+
 class AiohttpServer:
     """Serves one application. After `set_up`, asyncio calls it to make the protocol of each new connection."""
 
@@ -65,6 +75,8 @@ class AiohttpServer:
         self._seen: dict[web.RequestHandler, tuple[object, float]] = {}
         """What was last seen of each open connection, and since when that is so."""
         self._looking: asyncio.TimerHandle | None = None
+        if not app.get(JUDGES_PAGES, False):
+            app.middlewares.insert(0, _refuse_foreign_pages)
         app.middlewares.insert(0, self._noting())
         self._runner = web.AppRunner(
             app,

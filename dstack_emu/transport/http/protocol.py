@@ -16,6 +16,7 @@ from typing import Final, cast
 from dstack_emu.transport.http.application import Application
 from dstack_emu.transport.http.connection import IncomingRequest, InvalidRequest, ServerConnection
 from dstack_emu.transport.http.deadline import Awaited, Deadline, Deadlines
+from dstack_emu.transport.http.foreign_page import refusing_foreign_pages
 from dstack_emu.transport.http.message import Framing, Request, Response, response_head
 from dstack_emu.transport.http.writer import ResponseWriter
 from dstack_emu.transport.open_calls import began, ended, shown_peer
@@ -39,7 +40,7 @@ class HttpServer:
 
     def __init__(self, app: Application, *, grace: float = 0.0, deadlines: Deadlines | None = None) -> None:
         self._grace = grace
-        self.handler = app.handler()
+        self.handler = refusing_foreign_pages(app.handler())
         self.max_body = app.max_body
         self.deadlines = deadlines or Deadlines()
         self.connections: set[HttpProtocol] = set()
