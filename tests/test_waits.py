@@ -154,6 +154,35 @@ async def test_aiohttp_server_ends_a_client_that_it_waits_for(sent: bytes, await
     await server.close()
 
 
+async def test_aiohttp_server_does_not_wait_for_the_body_of_a_client_that_went_away() -> None:
+    async def handle(_request: web.Request) -> web.Response:
+        return web.Response(text="without the body")
+
+    app = web.Application()
+    app.router.add_post("/", handle)
+    server = AiohttpServer(app, 0.1)
+    await server.set_up()
+    sock = bind_tcp("127.0.0.1", 0)
+    listening = await accept_on(sock, server)
+    before = asyncio.all_tasks()
+    reader, writer = await asyncio.open_connection(*sock.getsockname())
+    writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc")
+    assert b"200 OK" in await reader.readline()
+    late = asyncio.all_tasks() - before
+    (connection,) = server.connections
+    writer.close()
+    async with asyncio.timeout(20):
+        while connection.transport is not None:  # noqa: ASYNC110 - aiohttp's server has no event for it
+            await asyncio.sleep(0)
+    for _ in range(20):  # turns of the loop, which take no time
+        await asyncio.sleep(0)
+    assert late
+    assert all(task.done() for task in late)
+    assert not server.connections
+    listening.close()
+    await server.close()
+
+
 async def test_aiohttp_server_does_not_end_a_client_that_waits_for_it() -> None:
     lifted = asyncio.Event()
 

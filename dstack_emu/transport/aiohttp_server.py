@@ -8,15 +8,16 @@ served by `transport.http`, which does neither.
 A request that cannot be read, or whose client goes away, is one line of the log, as with `transport.http`.
 
 aiohttp waits for a client without a deadline, but for the next request on an idle connection. Here a client has as long
-as with `transport.http`; then its connection is aborted.
+as with `transport.http`; then its connection is aborted. After an answer aiohttp waits up to 10 s for the rest of a
+body that no handler read, even if the connection is lost meanwhile. Here that wait ends with the connection.
 """
 
 import asyncio
 import logging
-from collections.abc import Collection
-from typing import Final
+from collections.abc import Collection, Mapping
+from typing import Any, Final
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
@@ -64,6 +65,31 @@ async def _refuse_foreign_pages(request: web.Request, handler: Handler) -> web.S
     return web.Response(status=403, text=why) if why else await handler(request)
 
 
+_SETTINGS: Final[Mapping[str, Any]] = {
+    "access_log": None,
+    "logger": _connections,
+    "auto_decompress": False,
+    "tcp_keepalive": False,
+}
+
+
+class _Connection(web.RequestHandler):
+    """aiohttp's connection, which waits for no body once it is lost."""
+
+    __slots__ = ("unread",)
+
+    def __init__(self, server: web.Server) -> None:
+        super().__init__(server, loop=asyncio.get_running_loop(), **_SETTINGS)
+        self.unread: StreamReader | None = None
+        """The body of the request whose handler was the last to end."""
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Handle the end of the connection."""
+        super().connection_lost(exc)
+        if self.unread is not None:
+            self.unread.feed_eof()
+
+
 class AiohttpServer:
     """Serves one application. After `set_up`, asyncio calls it to make the protocol of each new connection."""
 
@@ -78,14 +104,7 @@ class AiohttpServer:
         if not app.get(JUDGES_PAGES, False):
             app.middlewares.insert(0, _refuse_foreign_pages)
         app.middlewares.insert(0, self._noting())
-        self._runner = web.AppRunner(
-            app,
-            access_log=None,
-            logger=_connections,
-            auto_decompress=False,
-            tcp_keepalive=False,
-            shutdown_timeout=grace / SHUTDOWN_STEPS,
-        )
+        self._runner = web.AppRunner(app, shutdown_timeout=grace / SHUTDOWN_STEPS, **_SETTINGS)
 
     async def set_up(self) -> None:
         """Run the application's start-up handlers."""
@@ -100,8 +119,7 @@ class AiohttpServer:
         assert self._runner.server is not None  # noqa: S101 - set_up() made it
         if self._looking is None:
             self._looking = asyncio.get_running_loop().call_later(self._pause, self._look)
-        made: web.RequestHandler = self._runner.server()
-        return made
+        return _Connection(self._runner.server)
 
     async def close(self) -> None:
         """Close every connection; requests in progress are answered first, within the grace period."""
@@ -123,6 +141,8 @@ class AiohttpServer:
                 ended(answered)
                 self._answered.pop(connection, None)
                 self._seen.pop(request.protocol, None)  # the client has done what was waited for
+                if isinstance(request.protocol, _Connection):
+                    request.protocol.unread = request.content
 
         return noted
 
