@@ -44,10 +44,11 @@ class Finding:
 
 @dataclass
 class Outcome:
-    """What came of a script: how often what happened, and what must not be."""
+    """What came of a script: how often what happened, what must not be, and what was measured at its end."""
 
     counts: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
+    measured: dict[str, float] = field(default_factory=dict)
 
 
 class World(Protocol):

@@ -40,6 +40,8 @@ class Report:
     acts: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
     found: list[Found] = field(default_factory=list)
+    measured: list[dict[str, float]] = field(default_factory=list)
+    """What each case measured."""
     slowest: tuple[float, int] = (0.0, 0)
     """Seconds, and the number of the case."""
     seconds: float = 0.0
@@ -69,7 +71,14 @@ class Report:
         self.cases += 1
         self.acts.update(act.counted for act in script)
         self.outcomes.update(outcome.counts)
+        if outcome.measured:
+            self.measured.append(outcome.measured)
         self.slowest = max(self.slowest, (seconds, number))
+
+    def levels(self) -> dict[str, dict[str, float]]:
+        """Return what was measured first, in the middle and last."""
+        found = self.measured
+        return {"first": found[0], "middle": found[len(found) // 2], "last": found[-1]} if found else {}
 
     def known(self, finding: Finding) -> Found | None:
         """Return what was found before of the same rule."""
@@ -93,6 +102,7 @@ class Report:
             "interrupted": self.interrupted,
             "acts": dict(sorted(self.acts.items())),
             "outcomes": dict(sorted(self.outcomes.items())),
+            "measured": self.levels(),
             "slowest_case": {"case": self.slowest[1], "seconds": round(self.slowest[0], 2)},
             "found": [
                 {
@@ -121,6 +131,10 @@ class Report:
             *_table(self.acts),
             "outcomes:",
             *_table(self.outcomes),
+            *(
+                f"{when}: {', '.join(f'{name} {value:.0f}' for name, value in levels.items())}"
+                for when, levels in self.levels().items()
+            ),
         ]
         for found in self.found:
             steady = "" if found.is_steady else " (not again, when it was run once more)"
