@@ -1,29 +1,21 @@
-"""Servers that are killed with SIGKILL at a moment of a call: a KMS, a VMM, a chain, a stack with its state folder.
+"""Servers that are killed with SIGKILL at a moment of a call: KMS, VMM, chain, gateway, a stack with its state folder.
 
 At the next start a thing is whole or gone, what was answered is there, and the same call succeeds again.
 """
 
-import contextlib
-import http.client
 import itertools
-import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+from campaigns import crash_gateway
 from campaigns.case import Act, Finding, Outcome
+from campaigns.crash_process import Process, cut_off, request
 from tests.foreign import kms
-from tests.repository import ROOT
 from tests.running import RunningStack, running_stack
 from tests.vmm import COMPOSE, VmmClient, configuration
 
@@ -32,54 +24,11 @@ SERVERS: Final[dict[str, tuple[str, ...]]] = {
     "vmm": ("create", "update", "remove"),
     "chain": ("mine", "set a balance"),
     "stack": ("policy", "trust domain", "nothing"),
+    "gateway": crash_gateway.CALLS,
 }
-PATIENCE: Final = 60
 SPREAD: Final[Mapping[str, float]] = {"kms": 0.15, "vmm": 0.05, "chain": 0.02, "stack": 0.4}
 """Seconds within which the moments lie, from the beginning of a call, or of what a KMS stores in it."""
 OTHER: Final = COMPOSE + "\n"
-
-
-class Process:
-    """A command of ours, ready."""
-
-    def __init__(self, *arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> None:
-        with log.open("w") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "dstack_emu", *arguments, "--json"],
-                cwd=ROOT,
-                env={**os.environ, **(environment or {})},
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise AssertionError(f"`{arguments[0]}` ended with {self._process.wait()}: {log.read_text()[-1000:]}")
-        self.description: dict[str, Any] = json.loads(line)
-
-    def kill(self) -> None:
-        """Kill it, and wait for its end."""
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait(PATIENCE)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-
-def cut_off(process: Process, call: Callable[[], Any], wait: Callable[[], None]) -> Any:
-    """Make a call, kill the server in it when `wait` has returned, and return the answer, None if it got none."""
-    answers: list[Any] = []
-
-    def ask() -> None:
-        with contextlib.suppress(OSError, http.client.HTTPException, subprocess.SubprocessError, ValueError):
-            answers.append(call())
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    wait()
-    process.kill()
-    asking.join()
-    return answers[0] if answers else None
 
 
 class Servers:
@@ -103,7 +52,7 @@ class Servers:
         server, call, moment = (act.fields[name] for name in ("server", "call", "moment"))
         folder = self._folder / str(next(self._numbers))
         folder.mkdir()
-        run = {"kms": self._kms, "vmm": _vmm, "chain": _chain, "stack": _stack}[server]
+        run = {"kms": self._kms, "vmm": _vmm, "chain": _chain, "stack": _stack, "gateway": crash_gateway.killed}[server]
         try:
             outcome.counts[f"{server}: {run(folder, call, float(moment))}"] += 1
         except AssertionError as error:
@@ -230,7 +179,7 @@ def _chain(folder: Path, call: str, moment: float) -> str:
         return Process("chain", "--listen", "127.0.0.1:0", "--state", str(folder / "chain"), log=folder / "log")
 
     def ask(process: Process, name: str, *arguments: Any) -> Any:
-        found = _request(
+        found = request(
             "POST", process.description["url"], {"jsonrpc": "2.0", "id": 1, "method": name, "params": arguments}
         )
         assert "result" in found, f"{name} was refused: {found}"
@@ -266,7 +215,7 @@ def _stack(folder: Path, call: str, moment: float) -> str:
         return Process("up", "--free-ports", "--state", str(folder / "state"), log=folder / "log")
 
     def control(process: Process, method: str, path: str, body: Any = None) -> Any:
-        return _request(method, process.description["services"]["control"] + path, body)
+        return request(method, process.description["services"]["control"] + path, body)
 
     process = start()
     policy = {**control(process, "GET", "/policies/src"), "gatewayAppId": "0x" + "12" * 20}
@@ -289,11 +238,3 @@ def _stack(folder: Path, call: str, moment: float) -> str:
         return f"{call}: {'answered' if answered else 'cut off'}"
     finally:
         again.kill()
-
-
-def _request(method: str, url: str, body: Any) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=PATIENCE) as response:
-        return json.loads(response.read() or b"null")

@@ -14,7 +14,7 @@ import json
 import os
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,38 +202,11 @@ class Table:
         return self.endpoints.get((instance.id, port))
 
 
-class RunningGateway:
-    """A gateway, its clock, and requests to it."""
+class GatewayClient:
+    """Requests to a gateway."""
 
-    def __init__(self, server: GatewayServer, ca: TestCa, loop: asyncio.AbstractEventLoop, clock: list[int]) -> None:
-        self.server, self.ca, self.clock, self._loop = server, ca, clock, loop
-        self.urls = dict(server.urls)
-
-    def remember(self) -> None:
-        """Remember the present state for `reset`."""
-        self._remembered = self.call(self.server.gateway.capture)
-
-    def reset(self) -> None:
-        """Put back the state that was remembered, and the clock."""
-        self.clock[0] = START
-        self.call(lambda: self.server.gateway.restore(self._remembered))
-
-    def call(self, function: Callable[[], T]) -> T:
-        """Call a function in the gateway's thread."""
-        done: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                done.set_result(function())
-            except BaseException as error:
-                done.set_exception(error)
-
-        self._loop.call_soon_threadsafe(run)
-        return done.result(20)
-
-    def wait_for_exit(self) -> None:
-        """Wait until an operator has ended it."""
-        asyncio.run_coroutine_threadsafe(self.server.wait(), self._loop).result(20)
+    def __init__(self, urls: Mapping[str, str], ca: TestCa) -> None:
+        self.urls, self.ca = dict(urls), ca
 
     def ask(
         self,
@@ -301,6 +274,40 @@ class RunningGateway:
         """Register an instance on the debug listener."""
         names = {"instance_id": instance, "app_id": app, "client_public_key": wg_key(key or instance)}
         return self.rpc("debug", "RegisterCvm", None, **names)
+
+
+class RunningGateway(GatewayClient):
+    """A gateway, its clock, and requests to it."""
+
+    def __init__(self, server: GatewayServer, ca: TestCa, loop: asyncio.AbstractEventLoop, clock: list[int]) -> None:
+        super().__init__(server.urls, ca)
+        self.server, self.clock, self._loop = server, clock, loop
+
+    def remember(self) -> None:
+        """Remember the present state for `reset`."""
+        self._remembered = self.call(self.server.gateway.capture)
+
+    def reset(self) -> None:
+        """Put back the state that was remembered, and the clock."""
+        self.clock[0] = START
+        self.call(lambda: self.server.gateway.restore(self._remembered))
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Call a function in the gateway's thread."""
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(function())
+            except BaseException as error:
+                done.set_exception(error)
+
+        self._loop.call_soon_threadsafe(run)
+        return done.result(20)
+
+    def wait_for_exit(self) -> None:
+        """Wait until an operator has ended it."""
+        asyncio.run_coroutine_threadsafe(self.server.wait(), self._loop).result(20)
 
 
 TOML = """
