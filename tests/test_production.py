@@ -1,4 +1,4 @@
-"""An emulated KMS must not start by accident where real machines could get its keys."""
+"""Nothing emulated must start by accident where real machines could get its keys, or have a part."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,7 @@ from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.production import reality_of
+from tests.commands import run_command, usage_error
 from tests.kms_process import World, ends, running, variables, write_kms_toml
 from tests.recorded import external_path
 
@@ -69,3 +70,37 @@ def test_kms_refuses_a_pccs_for_real_hardware(nobody: World, tmp_path: Path) -> 
 def test_emulated_root_with_a_pccs_of_ones_own_is_not_production(url: str) -> None:
     anchor = TrustAnchor.of(x509.load_pem_x509_certificate(emulated_root()))
     assert reality_of(anchor, url) == ""
+
+
+REAL_PCCS = "https://pccs.phala.network"
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        (("verifier", "--pccs", REAL_PCCS), "evidence of real hardware is verified with --intel alone"),
+        (("agent", "--pccs", REAL_PCCS), "it knows no platform of the emulated Intel"),
+        (("vmm", "--pccs", REAL_PCCS), "a machine here is of the emulated Intel: see --root and --pccs"),
+    ],
+)
+def test_commands_refuse_a_pccs_for_real_hardware(command: tuple[str, ...], advice: str) -> None:
+    assert usage_error(*command) == f"the PCCS at pccs.phala.network serves real hardware: {advice}"
+
+
+def test_root_of_intel_in_a_file_is_trusted_under_its_own_name_alone(tmp_path: Path) -> None:
+    file, quote = tmp_path / "root.pem", external_path("intel-tdx-quote.bin")
+    file.write_bytes(intel_root())
+    for command in (("verify", str(quote)), ("verifier",)):
+        said = usage_error(*command, "--root", str(file))
+        assert said.startswith(
+            "the root certificate is Intel's own: evidence of real hardware is verified with --intel"
+        )
+    assert usage_error("vmm", "--root", str(file)).startswith("the root certificate is Intel's own: a machine here is")
+    assert run_command("verify", str(quote), "--intel", "--collateral", str(file)).returncode == 2  # which is none
+
+
+def test_gateway_refuses_the_root_of_intel_unless_it_verifies_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.toml"
+    file.write_text("")
+    said = usage_error("gateway", "--config", str(file))
+    assert said.startswith(f"{file}: the root certificate is Intel's own. This gateway is an emulator")

@@ -6,6 +6,7 @@ the emulated Intel, and the ports are free ones of this host.
 """
 
 import asyncio
+import contextlib
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,9 @@ from dstack_emu.transport.errors import ConfigError, ListenError
 from dstack_emu.transport.http_client import Route
 from dstack_emu.transport.listen import AnyApplication, Server, bind_tcp, serve
 from dstack_emu.transport.pccs_client import AttestationVerifier, Clock, PccsClient
+from dstack_emu.transport.production import reality_of
 from dstack_emu.transport.settings import Section, read_toml
+from dstack_emu.transport.trust_root import trust_anchor
 
 KMS_FOLDER: Final = "/kms"
 WEBHOOK_FOLDER: Final = "/app"
@@ -134,6 +137,7 @@ class KmsProgram:
             sock = bind_tcp(LOOPBACK, 0)
             try:
                 config = _placed(written, container.files, sock.getsockname()[1])
+                self._require_emulated(config)
                 config.core.cert_dir.mkdir(parents=True, exist_ok=True)
                 self._server = KmsServer(
                     config,
@@ -172,6 +176,15 @@ class KmsProgram:
             return KmsConfig.from_document(read_toml(file), path)
         except ConfigError as error:
             raise ConfigError(str(error).replace(str(file), path)) from error
+
+    def _require_emulated(self, config: KmsConfig) -> None:
+        """Refuse a file that names Intel's root, or with a root of its own a PCCS for real hardware."""
+        attestation = config.core.attestation
+        if attestation.root_ca.tdx is None:
+            return  # see _verifier
+        with contextlib.suppress(ConfigError):  # the KMS reports it in upstream's words
+            if real := reality_of(trust_anchor(attestation), config.core.pccs):
+                raise GuestError(f"{self._container.service.name}: {real}, and this KMS is an emulator")
 
     def _agent(self) -> str:
         address = self._container.environment.get("DSTACK_AGENT_ADDRESS") or f"unix:{_AGENT}"

@@ -23,6 +23,11 @@ def reality_of(anchor: TrustAnchor, pccs_url: str) -> str:
     """Say what of it belongs to real hardware: the empty text if nothing does."""
     if anchor.root_ca is None or _key(anchor.root_ca) == INTEL_ROOT_KEY:
         return "the root certificate is Intel's own"
+    return pccs_of_reality(pccs_url)
+
+
+def pccs_of_reality(pccs_url: str) -> str:
+    """Say that a PCCS serves real hardware: the empty text if it is not known to."""
     host = (urlsplit(pccs_url).hostname or "").rstrip(".")
     if any(host == domain or host.endswith(f".{domain}") for domain in REAL_HOSTS):
         return f"the PCCS at {host} serves real hardware"

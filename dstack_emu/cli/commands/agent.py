@@ -17,6 +17,7 @@ from dstack_emu.cli.commands.guest_options import (
     platform_state,
     vendor_state,
 )
+from dstack_emu.cli.commands.production import require_emulated
 from dstack_emu.deployment.guest_config import GuestConfig
 from dstack_emu.deployment.standalone_guest import ListenOptions, StandaloneGuest
 
@@ -89,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def serve_guest(config: GuestConfig, arguments: argparse.Namespace) -> int:
     """Run a guest's agent, on the listeners of the options, until a signal."""
+    require_emulated(None, arguments.pccs or "", "it knows no platform of the emulated Intel")
     host, port = arguments.listen
     listen = ListenOptions(host, port, arguments.dstack_sock, arguments.tappd_sock, arguments.grpc, arguments.grpc_sock)
     guest = StandaloneGuest(config, listen, pccs_url=arguments.pccs, progress=say)

@@ -13,6 +13,8 @@ from dstack_emu.attest.collateral import CollateralKey, assemble
 from dstack_emu.attest.errors import UnverifiableError
 from dstack_emu.attest.pcs import Document
 from dstack_emu.cli.commands.common import UsageError
+from dstack_emu.cli.commands.production import require_emulated
+from dstack_emu.cli.commands.root_options import REAL_EVIDENCE
 from dstack_emu.cli.terminal import printable
 from dstack_emu.inspection.checks import Collect
 from dstack_emu.simulator.intel import Intel
@@ -65,6 +67,8 @@ def collector(arguments: argparse.Namespace) -> Collect:
         return lambda quote: _made(intel, quote)
     if arguments.collateral is None:
         url: str = arguments.pccs
+        if not arguments.intel:
+            require_emulated(None, url, REAL_EVIDENCE)
         return lambda quote: asyncio.run(_fetch(url, quote))
     collateral = _read(arguments.collateral)
     return lambda quote: collateral

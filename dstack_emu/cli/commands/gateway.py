@@ -9,6 +9,7 @@ from typing import Any
 
 from dstack_emu.cli import logs
 from dstack_emu.cli.commands.common import WARNING, add_release, run_server, say, stop_on_signals
+from dstack_emu.cli.commands.production import add_trust_production, require_emulated_service
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.gateway.agent import DEFAULT_ADDRESS
 from dstack_emu.gateway.config import GatewayConfig
@@ -32,12 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="the gateway.toml")
     add_release(parser, "the dstack release of the gateway")
+    add_trust_production(parser, "real machines are then registered as instances")
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the gateway until an operator ends it or a signal comes."""
     config = GatewayConfig.load(arguments.config)
+    core = config.core
+    if not (arguments.trust_production or core.debug.insecure_skip_attestation):
+        require_emulated_service(
+            core.attestation,
+            core.pccs,
+            arguments.config,
+            "This gateway is an emulator, and would register real machines.",
+        )
     given = GatewayDependencies(
         clock=wall_clock,
         entropy=os.urandom,

@@ -10,13 +10,13 @@ from typing import Any
 from dstack_emu.cli import logs
 from dstack_emu.cli.commands.common import (
     WARNING,
-    UsageError,
     add_release,
     listen_address,
     run_server,
     say,
     stop_on_signals,
 )
+from dstack_emu.cli.commands.production import add_trust_production, require_emulated_service
 from dstack_emu.deployment.clock import ISSUED_AT, wall_clock
 from dstack_emu.kms_emu.agent_client import DEFAULT_ADDRESS
 from dstack_emu.kms_emu.cert_dir import ROOT_CA_CERT
@@ -25,8 +25,6 @@ from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.kms_emu.server import KmsServer
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.listen import bind_tcp
-from dstack_emu.transport.production import reality_of
-from dstack_emu.transport.trust_root import trust_anchor
 
 DESCRIPTION = (
     "Run one KMS with upstream's kms.toml; both phases use the same port. The environment variable "
@@ -64,12 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="use a successful self check and GetMeta's info for a second, as a KMS of 0.6 does "
         "(emulator.auth_api_cache)",
     )
-    parser.add_argument(
-        "--trust-production",
-        action="store_true",
-        help="start with Intel's root certificate or a PCCS for real hardware, too: real machines then get keys that "
-        "protect nothing",
-    )
+    add_trust_production(parser, "real machines then get keys that protect nothing")
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, no more on stdout")
 
 
@@ -80,16 +73,6 @@ def run(arguments: argparse.Namespace) -> int:
         config = config.with_auth_api_cache()
     agent = os.environ.get("DSTACK_AGENT_ADDRESS") or DEFAULT_ADDRESS
     return run_server(_run_kms(config, agent, arguments), has_grpc=config.emulator.grpc.enabled)
-
-
-def _refuse_production(config: KmsConfig, path: Path) -> None:
-    """Raise `UsageError` if real machines could get keys from this KMS."""
-    if real := reality_of(trust_anchor(config.core.attestation, "core."), config.core.pccs):
-        raise UsageError(
-            f"{path}: {real}. This KMS is an emulator, and would give real machines keys that protect nothing. Name "
-            "the emulated root and PCCS: core.attestation.root_ca.tdx and core.attestation.urls.pccs, with root_ca and "
-            "pccs_url of `dstack-emu agent --json`; or add --trust-production"
-        )
 
 
 def _kms(config: KmsConfig, agent: str, arguments: argparse.Namespace) -> KmsServer:
@@ -111,7 +94,12 @@ async def _run_kms(config: KmsConfig, agent: str, arguments: argparse.Namespace)
     stop = stop_on_signals()
     kms = _kms(config, agent, arguments)
     if not arguments.trust_production:
-        _refuse_production(config, arguments.config)
+        require_emulated_service(
+            config.core.attestation,
+            config.core.pccs,
+            arguments.config,
+            "This KMS is an emulator, and would give real machines keys that protect nothing.",
+        )
     await kms.start()
     for key, target in kms.grpc_targets.items():
         say(f"gRPC at {target} (emulator.grpc.{key})")

@@ -2,14 +2,18 @@
 
 import argparse
 from pathlib import Path
+from typing import Final
 
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.cli.commands.common import UsageError
+from dstack_emu.cli.commands.production import require_emulated
 from dstack_emu.cli.terminal import printable
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import DEFAULT_SEED, Seed
 from dstack_emu.transport.errors import ConfigError
 from dstack_emu.transport.trust_root import read_root
+
+REAL_EVIDENCE: Final = "evidence of real hardware is verified with --intel alone"
 
 NamedAnchor = tuple[TrustAnchor, str]
 """A trust anchor, and its name in messages."""
@@ -46,4 +50,6 @@ def _in_file(path: Path) -> NamedAnchor:
         certificate = read_root(path)
     except ConfigError as error:
         raise UsageError(printable(str(error))) from error
-    return TrustAnchor.of(certificate), f"the root in {path}"
+    anchor = TrustAnchor.of(certificate)
+    require_emulated(anchor, "", f"{REAL_EVIDENCE}, not with --root {path}")
+    return anchor, f"the root in {path}"

@@ -15,7 +15,8 @@ from dstack_emu.attest.release import Release
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.cli.commands.collateral_options import PCCS
 from dstack_emu.cli.commands.common import WARNING, UsageError, add_release, listen_address, say, stop_on_signals
-from dstack_emu.cli.commands.root_options import NamedAnchor, add_root, chosen_root, default_root
+from dstack_emu.cli.commands.production import require_emulated
+from dstack_emu.cli.commands.root_options import REAL_EVIDENCE, NamedAnchor, add_root, chosen_root, default_root
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.transport.files import replace_file
 from dstack_emu.transport.image_store import ImageStore
@@ -74,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     config = VerifierConfig.load(arguments.config, os.environ)
     anchor, root = _anchor(arguments, config)
     pccs_url: str = arguments.pccs or config.attestation.urls.pccs or PCCS
+    if not arguments.intel:
+        require_emulated(anchor, pccs_url, REAL_EVIDENCE)
     verifier = _verifier(config, pccs_url, anchor, arguments.release)
     if arguments.verify is not None:
         return _verify_file(arguments.verify, verifier)

@@ -14,6 +14,7 @@ from typing import Final
 
 from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.cli.commands.common import WARNING, UsageError, add_release, listen_address, say, stop_on_signals
+from dstack_emu.cli.commands.production import require_emulated
 from dstack_emu.cli.commands.workload_options import add_workload
 from dstack_emu.cli.terminal import printable
 from dstack_emu.deployment.standalone_vmm import UNIX, StandaloneVmm, VmmSettings, prepare_machine
@@ -139,6 +140,9 @@ def _settings(arguments: argparse.Namespace, config: VmmConfig) -> VmmSettings:
     )
     if arguments.root is not None:
         settings = replace(settings, anchor=_root(arguments.root))
+    require_emulated(
+        settings.anchor, settings.pccs_url, "a machine here is of the emulated Intel: see --root and --pccs"
+    )
     return settings
 
 
