@@ -103,8 +103,11 @@ class EthSettings:
     @property
     def answered_rpc_url(self) -> str:
         """Return the URL as `GET /` names it: next has scheme and host alone, 0.5.11 all, here without credentials."""
-        if not self.rules.hides_cause:
-            return shown_url(self.rpc_url)
+        return self.shown_rpc_url if self.rules.hides_cause else shown_url(self.rpc_url)
+
+    @property
+    def shown_rpc_url(self) -> str:
+        """Return scheme, host and port: the path of a URL of a node often has the key of an account."""
         parts = urlsplit(self.rpc_url)
         host = parts.hostname or ""
         port = "" if parts.port in (None, {"http": 80, "https": 443}[parts.scheme]) else f":{parts.port}"

@@ -48,7 +48,7 @@ class DecisionStack:
         self.state = State({}, {}, [], self._contract, {})
         self.baseline_instances: frozenset[str] = frozenset()
         self.misattested: set[str] = set()
-        """KMS whose certificate has the evidence of another trust domain; a revert does not change that."""
+        """KMS whose certificate has the evidence of another trust domain, until a revert."""
 
     @property
     def chain(self) -> Any:
@@ -118,11 +118,7 @@ class DecisionStack:
         """Begin a case."""
         assert self._base is not None
         await self.control.revert(BASE)
-        for kms in sorted(self.misattested):
-            await self.control.restart_kms(kms)
-        if self.misattested:
-            self.misattested.clear()
-            await self.control.revert(BASE)
+        self.misattested.clear()
         self.state = self._base.copy()
 
     # ---- what changes it

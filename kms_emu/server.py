@@ -17,7 +17,6 @@ from dstack_emu.attest.app_info import BootInfo
 from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.kms_emu.api_auth import KmsAuth
 from dstack_emu.kms_emu.auth_api import AuthApi
-from dstack_emu.kms_emu.cert_dir import RPC_CERT
 from dstack_emu.kms_emu.config import Core, KmsConfig
 from dstack_emu.kms_emu.dependencies import KmsDependencies
 from dstack_emu.kms_emu.dependencies import KmsInstruments as KmsInstruments
@@ -166,13 +165,16 @@ class KmsServer:
         return KmsServerState(self.phase, files, own, self._metrics.requests, self._metrics.failures)
 
     async def restore(self, state: KmsServerState) -> None:
-        """Put a captured state back. If phase or keys differ it restarts at the same address, as a new process."""
+        """Put a captured state back. If phase or files differ it restarts at the same address, as a new process.
+
+        So the RPC certificate, which may prove what its agent showed at an earlier restart, is issued anew.
+        """
         folder = self._deps.folder
-        same_keys = _keys(folder.contents()) == _keys(state.files)
+        is_same = folder.contents() == state.files
         if self.phase == state.phase == "onboard":
-            if not same_keys:
+            if not is_same:
                 folder.overwrite(state.files)
-        elif self.phase != state.phase or not same_keys:
+        elif self.phase != state.phase or not is_same:
             await self._restart(state.files, onboard=state.phase == "onboard")
         if self._service is not None:
             self._service.gate.own_boot_info = state.own_boot_info
@@ -315,8 +317,3 @@ def _is_loopback(address: str) -> bool:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
         return address == "localhost"
-
-
-def _keys(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Leave out the RPC certificate: it is issued anew at each start, so another one is no sign of other keys."""
-    return {name: data for name, data in files.items() if name != RPC_CERT}

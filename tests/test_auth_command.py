@@ -217,12 +217,10 @@ CONTRACT_OPTIONS = ("--kms-contract", CONTRACT)
 
 
 def test_eth_asks_its_contract_and_says_so(tmp_path: Path) -> None:
-    log = tmp_path / "log"
+    command, log = ("auth", "eth", *FREE, "--eth-rpc-url"), tmp_path / "log"
     with (
         running_chain() as chain,
-        serving(
-            "auth", "eth", *FREE, "--eth-rpc-url", chain.url, *CONTRACT_OPTIONS, "--eth-chain-id", "1337", log=log
-        ) as said,
+        serving(*command, f"{chain.url}/v3/key", *CONTRACT_OPTIONS, "--eth-chain-id", "1337", log=log) as said,
     ):
         assert said == {"url": said["url"], "rpc_url": chain.url, "kms_contract": CONTRACT, "compat": "next"}
         allowed = {"isAllowed": True, "reason": "", "gatewayAppId": "0xgateway"}

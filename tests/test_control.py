@@ -16,6 +16,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from dstack_emu.control.api import Control
+from dstack_emu.control.journal_stream import JournalStream
 from dstack_emu.control.routes import ROUTES, openapi
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.control.server import Readiness, control_app
@@ -111,6 +112,20 @@ async def test_kms_that_did_not_start_anew_can_be_restarted_or_put_back(stack: S
         assert (control.kms("src")["phase"], control.kms("src")["url"]) == ("runtime", url)
         await control.boot_guest("app")
         assert stack.guests["app"].agent.has_keys
+
+
+async def test_reset_gives_a_kms_a_certificate_with_its_own_evidence_again(stack: Stack, control: Control) -> None:
+    certificate = _files(control.kms("src")["certs"])["rpc.crt"]
+    given = {"report_data": bytes(64).hex()}
+    other = await asyncio.to_thread(foreign.ask_agent, stack.services["agent-dst"], "Attest", given)
+    control.add_fault(service="agent-src", call="Attest", kind="status", status=200, body=other)
+    await control.restart_kms("src")
+    control.clear_faults()
+    with pytest.raises(ControlError, match="report data mismatch"):
+        await control.boot_guest("app")
+    await control.reset()
+    assert _files(control.kms("src")["certs"])["rpc.crt"] == certificate
+    await control.boot_guest("app")
 
 
 async def test_times_are_shown_as_times(control: Control) -> None:
@@ -515,6 +530,20 @@ async def test_journal_streams_each_record_as_it_ends(stack: Stack, control: Con
         assert json.loads(await lines.content.readline()) == expected
         assert (await events.content.readline()).startswith(b'data: {"id":')
         assert events.content_type == "text/event-stream"
+
+
+async def test_stream_of_events_of_a_quiet_stack_is_kept_alive_by_comments(control: Control) -> None:
+    app = web.Application()
+    app.router.add_get("/", JournalStream(control.journal, heartbeat=0.01).answer)
+    server = await serve(app, bind_tcp("127.0.0.1", 0))
+    try:
+        async with (
+            aiohttp.ClientSession(headers={"Accept": "text/event-stream"}) as session,
+            session.get(server.url) as events,
+        ):
+            assert await events.content.readexactly(6) == b":\n\n:\n\n"
+    finally:
+        await server.close()
 
 
 async def test_follower_of_the_journal_that_is_too_slow_is_told_how_many_records_it_has_lost(

@@ -173,7 +173,11 @@ def test_command_says_what_the_contract_answered_before_and_after(
     with refused("Compose hash not allowed"):
         stack.boot()
     assert f"0x{image}" in json.loads(act("show")[1])["osImages"]
-    app_id = json.loads(act("app-deploy", "--allow-any-device")[1])["app_id"]
+    app_id = json.loads(act("app-deploy", "--allow-any-device", "--require-tcb-up-to-date")[1])["app_id"]
+    shown, owner = json.loads(act("show")[1]), described["chain"]["accounts"][0]
+    settings = {name: app["requireTcbUpToDate"] for name, app in shown["apps"].items()}
+    assert (settings.pop(f"0x{app_id}"), any(settings.values())) == (True, False)
+    assert [shown["owner"], *(app["owner"] for app in shown["apps"].values())] == [owner] * (len(settings) + 2)
     assert act("allow", "device", image, "--app", f"0x{app_id}")[0] == 0
     other = described["chain"]["accounts"][1]
     assert act("allow", "os-image", image, "--from", other) == (1, f"Error: OwnableUnauthorizedAccount({other})")

@@ -119,6 +119,23 @@ async def read_policy(ask: Ask, kms: bytes) -> ContractPolicy:
     )
 
 
+async def read_document(ask: Ask, kms: bytes) -> dict[str, Any]:
+    """Return what is allowed in auth-simple's form, and what that lacks: owners, and requirements of a TCB status."""
+    policy = await read_policy(ask, kms)
+    document = policy.document() | {"owner": checksummed(await KmsContract(ask, kms).owner())}
+    for address, app in zip(policy.apps, document["apps"].values(), strict=True):
+        app |= await _beside(AppContract(ask, address))
+    return document
+
+
+async def _beside(app: AppContract) -> dict[str, Any]:
+    try:
+        requires = bool(await app.view("requireTcbUpToDate()", "(bool)"))
+        return {"requireTcbUpToDate": requires, "owner": checksummed(await app.owner())}
+    except ContractError:  # a registered app may be any contract
+        return {}
+
+
 async def _read_app(app: AppContract, logs: list[Mapping[str, Any]]) -> AppPolicy:
     own = _Listed.of(log for log in logs if bytes.fromhex(log["address"][2:]) == app.address)
     try:

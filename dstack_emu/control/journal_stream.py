@@ -24,12 +24,19 @@ _PAUSE: Final = 0.03
 stack's time than a write for each.
 """
 
+HEARTBEAT: Final = 15.0
+"""Seconds without a record after which a follower of events is sent a comment, because proxies end silent connections.
+
+The HTML standard advises this time. Lines of JSON have no comment.
+"""
+_COMMENT: Final = b":\n\n"
+
 
 class JournalStream:
-    """The stream of one journal, for any number of followers."""
+    """The stream of one journal, for any number of followers; `heartbeat` is in seconds."""
 
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
+    def __init__(self, journal: Journal, heartbeat: float = HEARTBEAT) -> None:
+        self._journal, self._heartbeat = journal, heartbeat
         self._ended: Backlog[Published] = Backlog(_WAITING)
         self._followers: set[Backlog[str]] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -55,7 +62,12 @@ class JournalStream:
                 if before:
                     await response.write(_written(map(json_of, before), is_events))
                 while True:
-                    await response.write(_written(await self._coming(mine), is_events))
+                    try:
+                        coming = await asyncio.wait_for(self._coming(mine), self._heartbeat if is_events else None)
+                    except TimeoutError:
+                        await response.write(_COMMENT)
+                        continue
+                    await response.write(_written(coming, is_events))
                     await asyncio.sleep(_PAUSE)
         except (ConnectionError, asyncio.CancelledError):
             pass

@@ -122,10 +122,14 @@ async def apply_state(deployment: Deployment, state: StackState) -> None:
         context.policies.restore(state.policies)
         if context.chain is not None:
             context.chain.restore(state.chain or ())
+        of_kms = [f"kms-{name}" for name in state.kms]
+        for name in of_kms:  # a KMS that starts anew quotes from its trust domain
+            await deployment.guests[name].restore(state.guests[name])
         for name, kms_state in state.kms.items():
             await deployment.kms[name].restore(kms_state)
         for name, guest_state in state.guests.items():
-            await deployment.guests[name].restore(guest_state)
+            if name not in of_kms:
+                await deployment.guests[name].restore(guest_state)
         if deployment.gateway is not None:
             await deployment.gateway.restore(state.gateway)
             deployment.gateway.txt_records.clear()

@@ -11,6 +11,7 @@ Source of truth: OpenTelemetry Protocol 1.9, OTLP/HTTP (https://opentelemetry.io
 
 import asyncio
 import logging
+import re
 import threading
 import time
 from collections import deque
@@ -32,6 +33,8 @@ PAUSE: Final = 0.2
 """Seconds in which calls gather before they are sent."""
 DEADLINE: Final = 3.0
 """Seconds that the end of a stack waits for what is still in the queue."""
+
+_OF_SYSTEM: Final = re.compile(r"\[Errno -?\d+\] ([^\"')]+)")
 
 log = logging.getLogger("dstack_emu.otlp")
 _EXPORTER_LOG: Final = logging.getLogger(trace_exporter.__name__)
@@ -120,7 +123,13 @@ class OtlpExport:
         """Report that the collector took no spans, unless that is known already."""
         if self._is_answered:
             self._is_answered = False
-            log.warning("--otlp: %s takes no spans: %s", self._shown, without_credentials(why))
+            log.warning("--otlp: %s takes no spans: %s", self._shown, _short(without_credentials(why)))
+
+
+def _short(why: str) -> str:
+    """Return what the system said, if the exporter's text has it in the words of its libraries; else the text."""
+    said = _OF_SYSTEM.search(why)
+    return said[1] if said else why
 
 
 class _Messages(logging.Filter):

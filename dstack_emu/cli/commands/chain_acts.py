@@ -16,7 +16,7 @@ from dstack_emu.chain.ask import remote_ask
 from dstack_emu.chain.contracts import AppContract, Contract, KmsContract, KmsInfo, Sender, deploy_kms
 from dstack_emu.chain.errors import ChainError
 from dstack_emu.chain.operations import APP_SETTINGS, LISTINGS, OF_APP, Changed
-from dstack_emu.chain.policy import read_policy
+from dstack_emu.chain.policy import read_document
 from dstack_emu.chain.quantities import checksummed
 from dstack_emu.cli.commands.common import UsageError, add_release, say
 from dstack_emu.deployment.config import DESCRIPTION_FILE, STATE_VARIABLE
@@ -202,7 +202,7 @@ async def _deploy(node: _Node, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _show(node: _Node, arguments: argparse.Namespace) -> dict[str, Any]:
-    return (await read_policy(node.sender.ask, node.kms.address)).document()
+    return await read_document(node.sender.ask, node.kms.address)
 
 
 async def _kms_info(node: _Node, arguments: argparse.Namespace) -> dict[str, Any]:
