@@ -4,14 +4,16 @@ import json
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from campaigns.fuzz import growth
 from campaigns.fuzz.__main__ import minimized, shared_out
 from campaigns.fuzz.judge import answer, canonical, judge
 from campaigns.fuzz.target import Target
 from campaigns.fuzz.targets import TARGETS
-from campaigns.fuzz.worker import Run
+from campaigns.fuzz.worker import Run, slots_of
 
 COUNTED: Iterator[int] = count()
 
@@ -41,6 +43,7 @@ def spin(data: bytes) -> object:
         (lambda data: {"a", "b"}, None),
         (fail_at_x, "KeyError"),
         (lambda data: next(COUNTED), "another answer"),
+        (lambda data: f"<it at 0x{id(data):x}>", "an address"),
         (lambda data: "x" * 100_000, "long answer"),
         (lambda data: len(bytearray(100_000_000)), "memory"),
         (spin, "slow"),
@@ -61,6 +64,25 @@ def test_input_is_minimized_to_what_breaks_the_rule() -> None:
     assert minimized(toy(fail_at_x), found.to_json()) == b"x"
 
 
+def compare_each_with_each(data: bytes) -> object:
+    return sum(one == other for one in data[::256] for other in data[::256])
+
+
+def make_many_objects(data: bytes) -> object:
+    return [[each] for each in data] and len(data)
+
+
+@pytest.mark.parametrize(
+    ("read", "rules"), [(compare_each_with_each, ["superlinear"]), (make_many_objects, []), (fail_at_x, [])]
+)
+def test_cost_that_grows_faster_than_the_size_is_found(
+    monkeypatch: pytest.MonkeyPatch, read: Callable[[bytes], object], rules: list[str]
+) -> None:
+    monkeypatch.setattr(growth, "LEAST", 0.01)
+    number, found = growth.judge_stretched(toy(read), [b"abc"], Random(1))
+    assert (number, [each.rule for each in found]) == (3, rules)
+
+
 def test_answer_does_not_depend_on_the_order_of_a_set() -> None:
     assert canonical({"b", "a"}) == canonical({"a", "b"}) == "{'a', 'b'}"
     assert answer(toy(refuse), b"abc") == "ValueError: 3 bytes"
@@ -69,6 +91,11 @@ def test_answer_does_not_depend_on_the_order_of_a_set() -> None:
 def test_each_target_has_its_share_of_the_inputs() -> None:
     assert shared_out(["quote", "rlp"], 300, 0) == [(["quote"], 100), (["rlp"], 200)]
     assert shared_out(["quote", "rlp", "abi"], 300, 2) == [(["quote", "abi"], 200), (["rlp"], 100)]
+
+
+def test_target_has_values_of_the_first_byte_by_its_weight() -> None:
+    assert slots_of([1, 2, 0.5]) == [0, 0, 1, 1, 1, 1, 2]
+    assert len(slots_of([each.weight for each in TARGETS.values()])) <= 256
 
 
 def test_run_keeps_the_shortest_input_of_a_finding_and_compares_answers_at_its_end(tmp_path: Path) -> None:
@@ -100,6 +127,7 @@ FOUND = [
     pytest.param("overrides", b"X_A=" + b"[" * 5000, id="a variable of many lists in each other"),
     pytest.param("overrides", b"X_" + b"A__" * 5000 + b"B=1", id="a variable of many sections in each other"),
     pytest.param("gateway.toml", b"port = " + b"4" * 5000, id="a configuration of more digits than Python reads"),
+    pytest.param("control-request", b'\2{"freeze": "x"}', id="a time that is none, in place of true or a time"),
     pytest.param("gateway.toml", b"a = " + b"[" * 5000, id="a configuration of many lists in each other"),
 ]
 

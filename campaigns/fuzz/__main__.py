@@ -10,13 +10,16 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from campaigns.fuzz.judge import answer, judge
 from campaigns.fuzz.target import Target
 from campaigns.fuzz.targets import TARGETS
+from campaigns.fuzz.worker import Share
+from campaigns.report import versions
 
 
 def shared_out(names: Sequence[str], inputs: int, together: int) -> list[tuple[list[str], int]]:
@@ -28,24 +31,38 @@ def shared_out(names: Sequence[str], inputs: int, together: int) -> list[tuple[l
     return [([name], max(1, round(inputs * TARGETS[name].weight / whole))) for name in names]
 
 
-def run_worker(names: Sequence[str], inputs: int, seconds: float, seed: str, folder: Path) -> dict[str, Any]:
-    """Run one process; return its result. If the process ends early, that is a finding."""
+def share_of(names: Sequence[str], inputs: int, seconds: float, seed: str) -> Share:
+    """Return what one process runs; its mutations are drawn from the seed and the names of its targets."""
     label = names[0] if len(names) == 1 else f"{names[0]}-and-{len(names) - 1}"
     number = int.from_bytes(hashlib.sha256(f"{seed}:{label}".encode()).digest()[:4], "big") >> 1
-    corpus, result = folder / label, folder / f"{label}.json"
-    corpus.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "campaigns.fuzz.worker", *names, "--inputs", str(inputs), "--seed", str(number)]
-    command += ["--seconds", str(seconds), "--corpus", str(corpus), "--result", str(result)]
-    with (folder / f"{label}.log").open("w") as log:
-        ended = subprocess.run(command, stdout=log, stderr=log, check=False, env=os.environ | {"PYTHONHASHSEED": "0"})
-    found: dict[str, Any] = {"targets": list(names), "inputs": {}, "found": [], "kept": [], "guided": False}
+    return Share(label, names, inputs, seconds, number)
+
+
+def run_shares(shares: Sequence[Share], folder: Path, jobs: int) -> list[dict[str, Any]]:
+    """Run all shares; return their results. If the process of one ends early, that is a finding."""
+    command = [sys.executable, "-m", "campaigns.fuzz.worker", "--jobs", str(jobs), "--folder", str(folder)]
+    plan = json.dumps([asdict(share) for share in shares])
+    environment = os.environ | {"PYTHONHASHSEED": "0"}
+    with (folder / "worker.log").open("w") as log:
+        ended = subprocess.run(
+            command, input=plan, stdout=subprocess.PIPE, stderr=log, check=False, text=True, env=environment
+        )
+    statuses = json.loads(ended.stdout) if ended.returncode == 0 else {}
+    return [result_of(share, statuses.get(share.label, ended.returncode), folder) for share in shares]
+
+
+def result_of(share: Share, status: int, folder: Path) -> dict[str, Any]:
+    """Return the result of a process that ended."""
+    label, result = share.label, folder / f"{share.label}.json"
+    found: dict[str, Any] = {"inputs": {}, "found": [], "kept": [], "guided": False, "cpu seconds": 0}
     if result.exists():
         found = json.loads(result.read_text())
-    if ended.returncode or not found.get("whole"):
+    if status or not found.get("whole"):
         crash = next(iter(sorted(folder.glob(f"{label}-crash-*"))), None)
         data = crash.read_bytes().hex() if crash else ""
-        text = (folder / f"{label}.log").read_text(errors="replace")[-400:]
-        end = {"target": ",".join(names), "rule": "the process ended", "place": str(ended.returncode), "text": text}
+        logs = [log for log in (folder / f"{label}.log", folder / "worker.log") if log.exists()]
+        text = "".join(log.read_text(errors="replace")[-400:] for log in logs)
+        end = {"target": ",".join(share.targets), "rule": "the process ended", "place": str(status), "text": text}
         found["found"].append(end | {"data": data, "times": 1})
     return found
 
@@ -102,14 +119,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in names if name not in TARGETS]:
         parser.error(f"no such target: {', '.join(unknown)}; there are {', '.join(TARGETS)}")
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary, ThreadPoolExecutor(given.jobs) as pool:
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
         folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        shares = shared_out(names, given.inputs, given.together)
-        running = [
-            pool.submit(run_worker, group, number, given.minutes * 60, given.seed, folder) for group, number in shares
+        shares = [
+            share_of(group, number, given.minutes * 60, given.seed)
+            for group, number in shared_out(names, given.inputs, given.together)
         ]
-        results = [each.result() for each in running]
+        results = run_shares(shares, folder, given.jobs)
     report = reported(results, given.seed, time.monotonic() - began)
     print(shown(report))
     if given.json is not None:
@@ -131,7 +148,10 @@ def reported(results: Sequence[dict[str, Any]], seed: str, seconds: float) -> di
         "campaign": "fuzz",
         "seed": seed,
         "guided": all(result["guided"] for result in results),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
         "seconds": round(seconds, 1),
+        "cpu seconds": round(sum(result["cpu seconds"] for result in results), 1),
         "inputs": dict(sorted(inputs.items())),
         "in all": inputs.total(),
         "answers compared between processes": sum(len(result["kept"]) for result in results),
@@ -142,7 +162,11 @@ def reported(results: Sequence[dict[str, Any]], seed: str, seconds: float) -> di
 def shown(report: dict[str, Any]) -> str:
     """Return a report as a text."""
     how = "guided by coverage" if report["guided"] else "drawn from the seed, not guided: there is no atheris"
-    lines = [f"fuzz: {report['in all']} inputs in {report['seconds']} s, seed {report['seed']}, {how}"]
+    said = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    lines = [
+        f"fuzz: {report['in all']} inputs in {report['seconds']} s, {report['cpu seconds']} s of CPU time, {how}",
+        f"seed {report['seed']}, {report['date']}; {said}",
+    ]
     lines += [f"  {number:>9}  {name}" for name, number in report["inputs"].items()]
     lines.append(f"  {report['answers compared between processes']} answers compared between processes")
     for each in report["found"]:

@@ -337,7 +337,7 @@ TARGETS: Final = table(
     Target("signing-request", _signing_request, lambda: _signing_requests(), growth=256),
     Target("event-log", _event_log, lambda: [_log()], weight=2, growth=256),
     Target("certificate", _certificate, samples.certificates, weight=2, growth=256),
-    Target("extension", _extension, _extensions, weight=0.3, growth=256),
+    Target("extension", _extension, _extensions, weight=0.1, growth=256),
     Target("collateral", _collateral, lambda: _documents(), weight=0.5),
     Target("issuer-chain", _issuer_chain, lambda: [world().documents[1].issuer_chain.encode()], weight=0.3),
     Target("collateral-verified", _verify_collateral, lambda: _documents(), weight=0.05),

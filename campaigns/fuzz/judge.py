@@ -1,6 +1,8 @@
 """Judge what a target does with an input: which error, how long, how much memory, and whether it does so again."""
 
 import dataclasses
+import gc
+import re
 import resource
 import time
 import traceback
@@ -21,6 +23,8 @@ MEMORY: Final = 32 * 1024 * 1024
 MEMORY_PER_BYTE: Final = 1024
 ONE_OF: Final = 16
 """Of so many inputs one is run twice, chosen by its checksum."""
+_ADDRESS: Final = re.compile(r" at 0x[0-9a-f]{8,16}>")
+"""What Python writes of an object that has no text of its own, which is another one in each process."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,28 +47,32 @@ class Finding:
         return {**dataclasses.asdict(self), "data": self.data.hex()}
 
 
-def judge(target: Target, data: bytes, *, thoroughly: bool = False) -> Finding | None:
-    """Run an input; return what is wrong, None if nothing is."""
-    peak, began = _peak(), time.thread_time()
-    said, finding = _run(target, data)
-    seconds = time.thread_time() - began
-    if finding is not None:
-        return finding
-    if (
-        not target.is_of_the_user
-        and seconds > _bound(data)
-        and (seconds := min(seconds, _seconds(target, data))) > _bound(data)
-    ):
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """One run of an input: its answer, an undocumented error, seconds of CPU time, and bytes of new memory at most."""
+
+    said: Callable[[], str]
+    finding: Finding | None
+    seconds: float
+    risen: int
+
+
+def judge(target: Target, data: bytes, *, thoroughly: bool = False, ran: Ran | None = None) -> Finding | None:
+    """Run an input, unless it was `ran`; return what is wrong, None if nothing is."""
+    ran = ran or run(target, data)
+    if ran.finding is not None:
+        return ran.finding
+    if not target.is_of_the_user and ran.seconds > _bound(data) and (seconds := _least(target, data)) > _bound(data):
         return Finding(target.name, "slow", "", f"{seconds:.2f} s for {len(data)} bytes", data)
-    if (thoroughly or _peak() - peak > MEMORY) and (used := _memory(target, data)) > MEMORY + MEMORY_PER_BYTE * len(
-        data
-    ):
+    if (thoroughly or ran.risen > MEMORY) and (used := _memory(target, data)) > MEMORY + MEMORY_PER_BYTE * len(data):
         return Finding(target.name, "memory", "", f"{used} bytes of memory for {len(data)} bytes", data)
     if not thoroughly and zlib.crc32(data) % ONE_OF:
         return None
-    first, again = said(), _run(target, data)[0]()
+    first, again = ran.said(), run(target, data).said()
     if first != again:
         return Finding(target.name, "another answer", "", f"{first:.200} and then {again:.200}", data)
+    if (address := _ADDRESS.search(first)) and address[0].encode() not in data:
+        return Finding(target.name, "an address", "", first[max(0, address.start() - 200) : address.end()], data)
     if len(first) > target.growth * len(data) + 65536:
         return Finding(target.name, "long answer", "", f"{len(first)} characters for {len(data)} bytes", data)
     return None
@@ -72,8 +80,28 @@ def judge(target: Target, data: bytes, *, thoroughly: bool = False) -> Finding |
 
 def answer(target: Target, data: bytes) -> str:
     """Return the answer to an input as a text that is the same in each process."""
+    ran = run(target, data)
+    return ran.said() if ran.finding is None else f"{ran.finding.rule}: {ran.finding.place}"
+
+
+def run(target: Target, data: bytes) -> Ran:
+    """Run an input."""
+    peak, began = _peak(), time.thread_time()
     said, finding = _run(target, data)
-    return said() if finding is None else f"{finding.rule}: {finding.place}"
+    return Ran(said, finding, time.thread_time() - began, _peak() - peak)
+
+
+def run_without_collector(target: Target, data: bytes) -> Ran:
+    """Run an input without Python's garbage collector.
+
+    What the collector takes depends on all objects of the process, and comes in steps: a full collection begins when
+    the new objects are a quarter of the old ones.
+    """
+    gc.disable()
+    try:
+        return run(target, data)
+    finally:
+        gc.enable()
 
 
 def _run(target: Target, data: bytes) -> tuple[Callable[[], str], Finding | None]:
@@ -117,11 +145,9 @@ def _bound(data: bytes) -> float:
     return SECONDS + SECONDS_PER_BYTE * len(data)
 
 
-def _seconds(target: Target, data: bytes) -> float:
-    """Return the CPU time of an input once more: another process may have had the caches of the first."""
-    began = time.thread_time()
-    _run(target, data)
-    return time.thread_time() - began
+def _least(target: Target, data: bytes) -> float:
+    """Return the least CPU time of an input in three runs: another process may have had the caches of one."""
+    return min(run_without_collector(target, data).seconds for _ in range(3))
 
 
 def _peak() -> int:

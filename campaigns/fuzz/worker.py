@@ -1,7 +1,8 @@
-"""One process of the fuzzer: `python -m campaigns.fuzz.worker`, started by `python -m campaigns.fuzz`.
+"""The process that runs inputs: `python -m campaigns.fuzz.worker`, started by `python -m campaigns.fuzz`.
 
-With atheris it is guided by coverage; without (there is a wheel for Linux on x86-64 alone) mutations are drawn from the
-seed. It writes its result as JSON, and ends.
+It reads what is to be run, as JSON. Each share of it has a process of its own, a fork, because it takes seconds to
+import all targets. With atheris it is guided by coverage; without (there is a wheel for Linux on x86-64 alone) the
+mutations are drawn from the seed. It writes its result as JSON, and ends.
 """
 
 import argparse
@@ -12,8 +13,10 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -30,8 +33,6 @@ OBJECTS: Final = 100_000
 WRITE_EVERY: Final = 30.0
 """Seconds after which the result so far is written."""
 MAX_INPUT: Final = 64 * 1024
-STRETCHED: Final = (16 * 1024, 64 * 1024, 256 * 1024)
-"""Sizes of stretched inputs in bytes."""
 
 
 def load() -> Any:
@@ -45,6 +46,17 @@ def load() -> Any:
     return TARGETS
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one process runs: its targets, a number of inputs, and for how many seconds at most."""
+
+    label: str
+    targets: Sequence[str]
+    inputs: int
+    seconds: float
+    seed: int
+
+
 class Run:
     """Judges inputs, and keeps what it found."""
 
@@ -53,6 +65,7 @@ class Run:
 
         self._judge = judge
         self._targets, self._inputs, self._result = targets, inputs, result
+        self.slots = slots_of([target.weight for target in targets])
         self._began = self._written = time.monotonic()
         self._end = self._began + seconds
         self._objects = 0
@@ -67,7 +80,7 @@ class Run:
         """Return the number of the target that an input is for, and the input."""
         if len(self._targets) == 1:
             return 0, data
-        return (data[0] % len(self._targets), data[1:]) if data else (0, b"")
+        return (self.slots[data[0] % len(self.slots)], data[1:]) if data else (0, b"")
 
     def is_past(self, part: float = 1) -> bool:
         """Return whether a part of the inputs, or of the time, is over."""
@@ -104,38 +117,16 @@ class Run:
         return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
 
     def stretch(self, samples: Sequence[Sequence[bytes]], number: int, chance: Random) -> None:
-        """Judge inputs of growing size in which one piece is repeated."""
-        from campaigns.fuzz.mutation import stretched
+        """Judge inputs of growing size in which one piece is repeated, in turn for each target."""
+        from campaigns.fuzz import growth
 
-        for _ in range(number):
-            which = chance.randrange(len(self._targets))
+        for turn in range(number):
+            which = turn % len(self._targets)
             target = self._targets[which]
-            before, piece, after = stretched(chance.choice(samples[which]), chance)
-            seconds = []
-            for size in STRETCHED:
-                data = before + piece * (size // len(piece)) + after
-                began = time.thread_time()
-                self.add(self._judge.judge(target, data, thoroughly=size == STRETCHED[0]))
-                seconds.append(time.thread_time() - began)
-            self.counts[f"{target.name} stretched"] += len(STRETCHED)
-            if target.is_of_the_user:
-                continue
-            if self._is_superlinear(seconds):
-                # Another process may have had the caches: the least time of each size counts.
-                for place, size in enumerate(STRETCHED):
-                    data = before + piece * (size // len(piece)) + after
-                    for _ in range(2):
-                        began = time.thread_time()
-                        self._judge.answer(target, data)
-                        seconds[place] = min(seconds[place], time.thread_time() - began)
-            if self._is_superlinear(seconds):
-                text = " ".join(f"{each:.3f} s for {size}" for each, size in zip(seconds, STRETCHED, strict=True))
-                self.add(self._judge.Finding(target.name, "superlinear", "", text, data))
-
-    @staticmethod
-    def _is_superlinear(seconds: Sequence[float]) -> bool:
-        """Tell whether the last size, four times the one before, takes more than eight times its time."""
-        return seconds[-1] > 0.2 and seconds[-2] > 0.005 and seconds[-1] > 8 * seconds[-2]
+            number, found = growth.judge_stretched(target, samples[which], chance)
+            self.counts[f"{target.name} stretched"] += number
+            for finding in found:
+                self.add(finding)
 
     def end(self) -> None:
         """Compare the kept answers once more, and write the result."""
@@ -157,6 +148,7 @@ class Run:
             "guided": atheris is not None,
             "whole": is_whole,
             "seconds": round(time.monotonic() - self._began, 1),
+            "cpu seconds": round(time.process_time(), 1),
             "inputs": dict(self.counts),
             "found": [finding.to_json() | {"times": self.times[" ".join(key)]} for key, finding in self.found.items()],
             "kept": [
@@ -165,6 +157,13 @@ class Run:
             ],
         }
         self._result.write_text(json.dumps(document))
+
+
+def slots_of(weights: Sequence[float]) -> list[int]:
+    """Return the number of the target for each value of an input's first byte: a target has values by its weight."""
+    least = min(weights)
+    unit = max(least, sum(weights) / 200)
+    return [number for number, weight in enumerate(weights) for _ in range(max(1, round(weight / unit)))]
 
 
 def _objects() -> int:
@@ -187,7 +186,7 @@ def guide(run: Run, corpus: Path, samples: Sequence[Sequence[bytes]], inputs: in
     longest = 0
     for number, each in enumerate(samples):
         for sample in each:
-            data = (bytes([number]) if several else b"") + sample
+            data = (bytes([run.slots.index(number)]) if several else b"") + sample
             longest = max(longest, len(data))
             (corpus / f"sample-{hashlib.sha256(data).hexdigest()[:16]}").write_bytes(data)
     words = sorted(dictionary([sample for each in samples for sample in each]))
@@ -212,7 +211,7 @@ def guide(run: Run, corpus: Path, samples: Sequence[Sequence[bytes]], inputs: in
         "fuzz",
         f"-seed={seed or 1}",
         f"-max_len={min(MAX_INPUT, 2 * longest + 256)}",
-        f"-dict={corpus.parent / f'{corpus.name}.dict'}",
+        *([f"-dict={corpus.parent / f'{corpus.name}.dict'}"] if words else []),
         f"-artifact_prefix={corpus}-crash-",
         "-timeout=600",
         "-rss_limit_mb=3072",
@@ -233,37 +232,68 @@ def draw(run: Run, samples: Sequence[Sequence[bytes]], inputs: int, seed: int) -
     chance = Random(seed)
     several = len(samples) > 1
     while not run.is_past():
-        number = chance.randrange(len(samples))
-        data = mutated(chance.choice(samples[number]), samples[number], chance)
-        run.one((bytes([number]) if several else b"") + data)
+        slot = chance.randrange(len(run.slots))
+        own = samples[run.slots[slot]]
+        data = mutated(chance.choice(own), own, chance)
+        run.one((bytes([slot]) if several else b"") + data)
     run.stretch(samples, max(4, min(400, inputs // 5000)), chance)
     run.end()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("targets", nargs="+")
-    parser.add_argument("--inputs", type=int, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--result", type=Path, required=True)
-    given = parser.parse_args(arguments)
-    every = load()
-    targets = [every[name] for name in given.targets]
-    samples = [[bytes(sample) for sample in target.samples()] for target in targets]
-    run = Run(targets, given.inputs, given.seconds, given.result)
+def work(share: Share, targets: Sequence[Any], samples: Sequence[Sequence[bytes]], folder: Path) -> None:
+    """Run one share, and write its result; with atheris this does not return."""
+    run = Run(targets, share.inputs, share.seconds, folder / f"{share.label}.json")
     for number, each in enumerate(samples):
         for sample in each:
             run.add(run._judge.judge(targets[number], sample, thoroughly=True))
     if atheris is None:
-        draw(run, samples, given.inputs, given.seed)
+        draw(run, samples, share.inputs, share.seed)
     else:
-        guide(run, given.corpus, samples, given.inputs, given.seed)
+        guide(run, folder / share.label, samples, share.inputs, share.seed)
 
 
-Read = Callable[[bytes], object]
+def forked(share: Share, every: Mapping[str, Any], samples: Mapping[str, Sequence[bytes]], folder: Path) -> int:
+    """Run one share in a new process, with a log of its own; return the process's id."""
+    if (process := os.fork()) != 0:
+        return process
+    status = 1
+    try:
+        (folder / share.label).mkdir(exist_ok=True)
+        (folder / f"{share.label}.json").unlink(missing_ok=True)
+        log = os.open(folder / f"{share.label}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        work(share, [every[name] for name in share.targets], [samples[name] for name in share.targets], folder)
+        status = 0
+    except BaseException:  # the process ends here, whatever it is
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run all shares of the standard input; print the status of each as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    waiting = [Share(**each) for each in json.load(sys.stdin)]
+    every = load()
+    samples = {name: list(map(bytes, every[name].samples())) for share in waiting for name in share.targets}
+    # What is there now stays: without it, each process's collections look at less.
+    gc.collect()
+    gc.freeze()
+    running: dict[int, str] = {}
+    statuses: dict[str, int] = {}
+    while waiting or running:
+        while waiting and len(running) < given.jobs:
+            share = waiting.pop(0)
+            running[forked(share, every, samples, given.folder)] = share.label
+        process, status = os.wait()
+        statuses[running.pop(process)] = os.waitstatus_to_exitcode(status)
+    print(json.dumps(statuses))
+
 
 if __name__ == "__main__":
     main()

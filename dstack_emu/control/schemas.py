@@ -8,7 +8,16 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from dstack_emu.deployment.clock import LATEST
 from dstack_emu.deployment.specs import Name
@@ -181,7 +190,7 @@ class ClockChange(RequestBody):
 
     set: Timestamp | None = None
     advance: TimeSpan | None = None
-    freeze: bool | Timestamp | None = None
+    freeze: bool | Annotated[Timestamp, Tag("time")] | None = None
     resume: bool | None = None
     follow_the_wall: bool | None = None
 
@@ -203,7 +212,9 @@ class SnapshotRequest(RequestBody):
 class BootRequest(RequestBody):
     """The KMS from which a trust domain gets its keys; several are tried in order."""
 
-    kms: Name | Annotated[tuple[Name, ...], Field(min_length=1, max_length=16)] = "src"
+    kms: (
+        Annotated[Name, Tag("name")] | Annotated[tuple[Name, ...], Field(min_length=1, max_length=16), Tag("names")]
+    ) = "src"
 
 
 class TxtRecord(RequestBody):
