@@ -10,7 +10,7 @@ from typing import Any
 
 from dstack_emu.attest import verify
 from dstack_emu.attest.app_info import BootInfo
-from dstack_emu.cli.main import main
+from dstack_emu.cli.main import main as dstack_emu
 from dstack_emu.kms_emu import gate, keys
 from dstack_emu.kms_emu.auth_api import Decision, WebhookAuth
 from dstack_emu.kms_emu.errors import UnavailableError
@@ -90,6 +90,12 @@ DEFECTS: dict[str, Callable[[], None]] = {
     "has_one_key_for_all": has_one_key_for_all,
 }
 
+
+def main(arguments: list[str]) -> None:
+    """Switch off the check that the first argument names, and run the KMS with the others."""
+    DEFECTS[arguments[0]]()
+    dstack_emu(["kms", *arguments[1:]])
+
+
 if __name__ == "__main__":
-    DEFECTS[sys.argv[1]]()
-    main(["kms", *sys.argv[2:]])
+    main(sys.argv[1:])

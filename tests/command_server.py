@@ -1,19 +1,24 @@
 """Fork commands of `dstack-emu` out of one process that has imported them all.
 
 A command takes half a second to import what it needs, and the tests start hundreds. Each message on the socket, whose
-descriptor is argument 1, is JSON with `arguments`, `environment`, `folder` and `finalizes`. It brings four descriptors:
-the three streams of the command, and where its process id and then its exit status are written, each on a line. This
-process runs no command itself and has no thread, so what it forks is as good as new. It ends with the socket.
+descriptor is argument 1, is JSON with `arguments`, `module`, `environment`, `folder` and `finalizes`. It brings four
+descriptors: the three streams of the command, and where its process id and then its exit status are written, each on a
+line; a command whose status nobody can read any more is killed. Messages also come to the socket of argument 2, which
+has an address. This process runs no command itself and has no thread, so what it forks is as good as new. It ends with
+the first socket.
 """
 
+import contextlib
 import gc
 import importlib
 import io
 import json
 import os
+import select
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from dstack_emu.cli.main import COMMANDS, main
@@ -23,15 +28,17 @@ EAGER = ("dstack_emu.runbook.grpc_kms_client", "dstack_emu.stack", "grpc.aio")
 MAX_MESSAGE = 1 << 20
 
 
-def serve(requests: socket.socket) -> dict[str, Any] | None:
+def serve(*sockets: socket.socket) -> dict[str, Any] | None:
     """Fork a process for each message, in which this returns with the message; return None here at the end."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # what it forks first is nobody's to wait for
     while True:
-        message, descriptors, _, _ = socket.recv_fds(requests, MAX_MESSAGE, 4)
+        ready, _, _ = select.select(sockets, [], [])
+        message, descriptors, _, _ = socket.recv_fds(ready[0], MAX_MESSAGE, 4)
         if not message:
             return None
         if os.fork() == 0:
-            requests.close()
+            for each in sockets:
+                each.close()
             return _begin(json.loads(message), *descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
@@ -44,8 +51,14 @@ def _begin(message: dict[str, Any], stdin: int, stdout: int, stderr: int, status
     if command != 0:
         os.write(status, b"%d\n" % command)
         os.closerange(0, status)
+        either = select.poll()
+        either.register(os.pidfd_open(command), select.POLLIN)
+        either.register(status, 0)  # an error: the other end is closed
+        if status in dict(either.poll()):
+            os.kill(command, signal.SIGKILL)
         _, ended = os.waitpid(command, 0)
-        os.write(status, b"%d\n" % os.waitstatus_to_exitcode(ended))
+        with contextlib.suppress(BrokenPipeError):
+            os.write(status, b"%d\n" % os.waitstatus_to_exitcode(ended))
         os._exit(0)
     os.close(status)
     for number, descriptor in enumerate((stdin, stdout, stderr)):
@@ -62,13 +75,13 @@ def _begin(message: dict[str, Any], stdin: int, stdout: int, stderr: int, status
     return message
 
 
-def _run(arguments: list[str]) -> NoReturn:
+def _run(program: Callable[[list[str]], object], arguments: list[str]) -> NoReturn:
     """Run a command, and end at once with its status, its output written.
 
     The interpreter's own end would take twenty times as long as the fork: it visits every object of the modules.
     """
     try:
-        main(arguments)
+        program(arguments)
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     for stream in (sys.stdout, sys.stderr):
@@ -80,8 +93,9 @@ if __name__ == "__main__":
     for module in (*(f"dstack_emu.cli.commands.{name.replace('-', '_')}" for name in COMMANDS), *EAGER):
         importlib.import_module(module)
     gc.freeze()  # so that a collection in a command touches none of the pages that they share
-    command = serve(socket.socket(fileno=int(sys.argv[1])))
+    command = serve(*(socket.socket(fileno=int(number)) for number in sys.argv[1:]))
     if command is not None:
+        program = importlib.import_module(command["module"]).main if command["module"] else main
         if command["finalizes"]:
-            main(command["arguments"])
-        _run(command["arguments"])
+            program(command["arguments"])
+        _run(program, command["arguments"])

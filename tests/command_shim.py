@@ -1,8 +1,10 @@
 """Run a `dstack-emu` command out of a shell by the process that forks commands: `python -I -S command_shim.py …`.
 
 The variable `COMMAND_SERVER` has the descriptor of the socket of `command_server`. The command has this process's
-streams, folder and environment without that variable: what the command itself starts does not have the descriptor. This
-process passes on signals, and ends as the command ends. Only what starts quickly is imported.
+streams, folder and environment without that variable: what the command itself starts does not have the descriptor.
+With `--at ADDRESS MODULE …` the socket with that address is used instead, and `main` of that module, if one is named.
+This process passes on signals, and ends as the command ends; if it is killed, so is the command. Only what starts
+quickly is imported.
 """
 
 import json
@@ -16,11 +18,18 @@ PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def main() -> None:
     """Start the command, wait for it, and end with its status, or by the signal that ended it."""
-    server = socket.socket(fileno=int(os.environ.pop("COMMAND_SERVER")))
+    module, arguments = "", sys.argv[1:]
+    if arguments[:1] == ["--at"]:
+        _, address, module, *arguments = arguments
+        server = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        server.connect("\0" + address)
+    else:
+        server = socket.socket(fileno=int(os.environ.pop("COMMAND_SERVER")))
     reading, writing = os.pipe()
     finalizes = os.environ.pop("COMMAND_FINALIZES", "") != ""
     message = {
-        "arguments": sys.argv[1:],
+        "arguments": arguments,
+        "module": module,
         "environment": dict(os.environ),
         "folder": os.getcwd(),
         "finalizes": finalizes,

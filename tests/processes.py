@@ -8,7 +8,9 @@ import contextlib
 import functools
 import json
 import os
+import secrets
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -25,6 +27,8 @@ COMMAND_SERVER = "COMMAND_SERVER"
 COMMAND_FINALIZES = "COMMAND_FINALIZES"
 """The variable that lets the interpreter of a forked command end as it does for a user."""
 SHIM = ROOT / "tests/command_shim.py"
+ADDRESS = f"dstack-emu-tests-{os.getpid()}-{secrets.token_hex(4)}"
+"""The abstract address of this process's server."""
 
 
 class Command:
@@ -88,6 +92,7 @@ def start(
     """
     message = {
         "arguments": arguments,
+        "module": "",
         "environment": {**os.environ, **(environment or {})},
         "folder": str(folder),
         "finalizes": finalizes,
@@ -112,6 +117,15 @@ def forked(*arguments: str) -> tuple[list[str], dict[str, Any]]:
     server = _server().fileno()
     settings = {"env": {**os.environ, COMMAND_SERVER: str(server), COMMAND_FINALIZES: "1"}, "pass_fds": (server,)}
     return [sys.executable, "-I", "-S", str(SHIM), *arguments], settings
+
+
+def forked_by_anyone(*arguments: str, module: str = "") -> str:
+    """Return a command line that forks `dstack-emu`, or `main` of a module, whoever starts it.
+
+    It does not need the descriptor, so it may be started by a command, and may be killed.
+    """
+    _server()
+    return shlex.join([sys.executable, "-I", "-S", str(SHIM), "--at", ADDRESS, module, *arguments])
 
 
 def command_for_shells(path: Path) -> int:
@@ -140,9 +154,11 @@ def _pipe(passed: contextlib.ExitStack) -> tuple[int, int]:
 def _server() -> socket.socket:
     """Start the process that forks, one for each process of pytest."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        command = [sys.executable, "-m", "tests.command_server", str(theirs.fileno())]
-        server = subprocess.Popen(command, cwd=ROOT, pass_fds=(theirs.fileno(),))
+    with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as named:
+        named.bind("\0" + ADDRESS)
+        passed = (theirs.fileno(), named.fileno())
+        command = [sys.executable, "-m", "tests.command_server", *map(str, passed)]
+        server = subprocess.Popen(command, cwd=ROOT, pass_fds=passed)
     atexit.register(server.wait, END_TIMEOUT)
     atexit.register(ours.close)  # the last that is registered is called first
     return ours

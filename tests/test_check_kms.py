@@ -7,7 +7,6 @@ import asyncio
 import json
 import os
 import re
-import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,12 +20,17 @@ from dstack_emu.kms_check.runner import Result, Settings, check_kms, run_cases
 from dstack_emu.kms_check.world import surroundings
 from tests.broken_kms import DEFECTS
 from tests.commands import run_command, usage_error
-from tests.processes import Command, start
+from tests.processes import Command, forked_by_anyone, start
 from tests.running import running_kms
 
 pytestmark = pytest.mark.timeout(300)  # hundreds of calls, on a machine that may be busy
 
-KMS = f"{sys.executable} -m tests.broken_kms none -c {{config}}"
+
+def kms(*arguments: str) -> str:
+    """Return the command line of a `tests.broken_kms`."""
+    return f"{forked_by_anyone(*arguments, module='tests.broken_kms')} -c {{config}}"
+
+
 WHOLE = os.environ.get("DSTACK_EMU_CHECK_KMS", "")
 """Set to `all` to run every case in both releases, as .ci/run does."""
 
@@ -111,7 +115,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Mapping[st
         found = {}
         async with surroundings(release("0.6"), lambda _: None, patience=20, self_check_cache=0) as world:
             for name, (arguments, patterns) in RUNS.items():
-                command = f"{sys.executable} -m tests.broken_kms {arguments} -c {{config}}"
+                command = kms(*arguments.split())
                 folder = tmp_path_factory.mktemp("kms")
                 world.self_check_cache = 1 if name == CACHING else 0
                 settings = Settings(command=command, release=release("0.6"), folder=folder, patience=20)
@@ -145,7 +149,7 @@ def test_kms_that_keeps_an_answer_about_itself_is_given_the_time(
 @pytest.mark.parametrize("name", ["0.5", "0.6"])
 def test_own_kms_does_what_it_must(tmp_path: Path, name: str) -> None:
     used, some = release(name), () if WHOLE == "all" else QUICK
-    settings = Settings(command=f"{KMS} --release {name}", release=used, folder=tmp_path, patience=20)
+    settings = Settings(command=kms("none", "--release", name), release=used, folder=tmp_path, patience=20)
     results = asyncio.run(check_kms(settings, select(some, used), lambda *_: None, lambda _: None))
     assert {result.case.name: result.said for result in results if result.outcome != "pass"} == {}
     assert {result.case.group for result in results} == {case.group for case in CASES}
@@ -154,22 +158,24 @@ def test_own_kms_does_what_it_must(tmp_path: Path, name: str) -> None:
 # ---- the command
 
 
-ONE_KEY = f"{sys.executable} -m tests.broken_kms has_one_key_for_all -c {{config}}"
+@pytest.fixture(scope="module")
+def one_key() -> str:
+    return kms("has_one_key_for_all")
 
 
-def test_failure_is_shown_with_what_runs_it_again_and_may_be_allowed(tmp_path: Path) -> None:
+def test_failure_is_shown_with_what_runs_it_again_and_may_be_allowed(tmp_path: Path, one_key: str) -> None:
     junit, allowed, folder = tmp_path / "check-kms.xml", tmp_path / "allowed", tmp_path / "kept"
     allowed.write_text("# known\nkeys/another-app  each app has the same key\nkeys/again  passes\n")
     some = ("--only", "keys/a*", "--only", "keys/signature", "--folder", str(folder))
     done = run_command(
-        *("check-kms", "--kms", ONE_KEY, *some, "--allow", str(allowed), "--junit", str(junit)),
+        *("check-kms", "--kms", one_key, *some, "--allow", str(allowed), "--junit", str(junit)),
     )
     text = done.stdout.decode()
     assert done.returncode == 1, done
     assert "FAIL     keys/another-instance: another instance of an app shares the app's keys" in text
     assert "got:      equal values" in text
     assert "expected: different values" in text
-    assert f"again:    dstack-emu check-kms --kms '{ONE_KEY}' --release 0.6 --only keys/another-instance\n" in text
+    assert f"again:    dstack-emu check-kms --kms '{one_key}' --release 0.6 --only keys/another-instance\n" in text
     assert "allowed  keys/another-app: " in text
     assert "keys/again is on the allow list, and passes: remove it there.\n" in text
     assert text.splitlines()[-1].startswith("2 failed, of 4 of 4 cases in ")
@@ -180,7 +186,7 @@ def test_failure_is_shown_with_what_runs_it_again_and_may_be_allowed(tmp_path: P
     assert [case.get("name") for case in suite if case.find("failure") is not None] == ["another-instance", "signature"]
     assert "[4/4] " in done.stderr.decode()
     assert (folder / "kms-1" / "kms.toml").exists()
-    again = usage_error("check-kms", "--kms", ONE_KEY, *some)
+    again = usage_error("check-kms", "--kms", one_key, *some)
     assert again == f"--folder: {folder}/kms-1 is there already, and a fresh KMS is needed: name another folder"
 
 
@@ -244,7 +250,7 @@ def test_arguments_that_cannot_be_used_are_told(options: tuple[str, ...], words:
 def test_allow_list_that_cannot_be_used_is_told(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "allowed"
     path.write_text(text)
-    assert usage_error("check-kms", "--kms", KMS, "--allow", str(path)).startswith(f"{path}: {words}")
+    assert usage_error("check-kms", "--kms", kms("none"), "--allow", str(path)).startswith(f"{path}: {words}")
 
 
 def test_list_names_each_case_once_with_what_it_proves() -> None:

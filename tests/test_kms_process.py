@@ -95,7 +95,8 @@ def test_written_kms_toml_is_read_back_by_a_kms(tmp_path: Path, release: object)
 
 
 def test_program_by_another_name_runs_until_it_is_stopped(tmp_path: Path) -> None:
-    run_by_a_child = script(tmp_path, "wrapper", f"{their_kms(tmp_path).replace('{config}', '$1')} & wait")
+    line = f"trap wait TERM; {their_kms(tmp_path).replace('{config}', '$1')} & wait"  # it ends when its child has ended
+    run_by_a_child = script(tmp_path, "wrapper", line)
     kms = foreign_kms(tmp_path, f"{run_by_a_child} {{config}}")
 
     async def run() -> None:
