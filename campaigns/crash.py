@@ -1,7 +1,8 @@
 """Campaign `crash`: whatever happens while something is stored, the next start finds what was before or what is new.
 
 Most acts store one thing in a process that is killed at a step, whose calls fail, whose disk is full, or that has lost
-its permission (`crash_faults`). The others kill whole servers with SIGKILL at a moment of a call (`crash_servers`).
+its permission (`crash_faults`). The others kill whole servers with SIGKILL at a moment of a call (`crash_servers`), or
+set the clock back between two starts (`crash_clock`).
 """
 
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
+from campaigns import crash_clock
 from campaigns import crash_faults as faults
 from campaigns.case import Act, Finding, Outcome, Script, World
 from campaigns.crash_servers import SERVERS, Servers
@@ -22,6 +24,8 @@ STORED: Final = 20
 """Acts of a case that store one thing."""
 SERVED: Final = 0.15
 """The share of cases with an act that kills a server, which takes hundreds of times as long."""
+CLOCKED: Final = 0.05
+"""The share of cases with an act that sets the clock back."""
 MEMORY: Final = "/dev/shm"
 ERRNOS: Final = ("ENOSPC", "EROFS", "EACCES", "EIO", "EDQUOT")
 
@@ -38,10 +42,10 @@ class Machine:
         """Do each act, and judge what the next start finds."""
         outcome = Outcome()
         for act in script:
-            if act.name == "kill a server":
-                self._servers.run(act, outcome)
-            else:
+            if act.name == "store":
                 self._store(act, outcome)
+            else:
+                self._servers.run(act, outcome)
         return outcome
 
     def _store(self, act: Act, outcome: Outcome) -> None:
@@ -112,7 +116,7 @@ class Crash:
     """The campaign."""
 
     name = "crash"
-    about = "kill -9, failing calls, full disks and lost permissions while something is stored, against its next start"
+    about = "what is stored, after kill -9, failing calls, full disks, lost permissions and clocks that are set back"
 
     def draw(self, chance: Random) -> Script:
         """Draw acts."""
@@ -127,6 +131,9 @@ class Crash:
                     f"kill {server}: {call}",
                 )
             )
+        if chance.random() < CLOCKED:
+            server, back = chance.choice(sorted(crash_clock.SERVERS)), chance.choice(crash_clock.BACK)
+            acts.append(Act("set the clock back", {"server": server, "back": back}, f"set the clock back: {server}"))
         return tuple(acts)
 
     @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from campaigns import crash_gateway
+from campaigns import crash_clock, crash_gateway
 from campaigns.case import Act, Finding, Outcome
 from campaigns.crash_process import Process, cut_off, request
 from tests.foreign import kms
@@ -48,15 +48,19 @@ class Servers:
         self._exit.close()
 
     def run(self, act: Act, outcome: Outcome) -> None:
-        """Kill a server once, start it again, and judge."""
-        server, call, moment = (act.fields[name] for name in ("server", "call", "moment"))
-        folder = self._folder / str(next(self._numbers))
+        """Kill a server once, or set its clock back, start it again, and judge."""
+        server, folder = str(act.fields["server"]), self._folder / str(next(self._numbers))
         folder.mkdir()
-        run = {"kms": self._kms, "vmm": _vmm, "chain": _chain, "stack": _stack, "gateway": crash_gateway.killed}[server]
         try:
-            outcome.counts[f"{server}: {run(folder, call, float(moment))}"] += 1
+            outcome.counts[f"{server}: {self._ended(act, server, folder)}"] += 1
         except AssertionError as error:
             outcome.findings.append(Finding(f"{server}: {str(error).partition(':')[0]:.80}", str(error)))
+
+    def _ended(self, act: Act, server: str, folder: Path) -> str:
+        if act.name == "set the clock back":
+            return f"set back by {crash_clock.set_back(folder, server, str(act.fields['back']))}"
+        run = {"kms": self._kms, "vmm": _vmm, "chain": _chain, "stack": _stack, "gateway": crash_gateway.killed}[server]
+        return run(folder, str(act.fields["call"]), float(act.fields["moment"]))
 
     def _kms(self, folder: Path, method: str, moment: float) -> str:
         if self._stack is None:

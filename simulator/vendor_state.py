@@ -154,6 +154,12 @@ class VendorState:
         if wrong := [d for d in datings if not isinstance(d, Validity) and d not in get_args(Dating)]:
             raise FormatError(f"collateral dating: one of {', '.join(get_args(Dating))} expected, got {wrong[0]!r}")
 
+    @property
+    def issued(self) -> float:
+        """The time at which the last of the documents was issued, in Unix seconds; before it they refuse everything."""
+        datings = (self.tcb_info_dating, self.qe_identity_dating, self.pck_crl_dating, self.root_ca_crl_dating)
+        return max(moments(dating)[0].timestamp() for dating in datings)
+
     @classmethod
     def dated(cls, dating: Dating | Validity) -> "VendorState":
         """Return the state in which only the dates of all four documents differ from the default."""

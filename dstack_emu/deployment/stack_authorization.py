@@ -14,6 +14,7 @@ from dstack_emu.deployment.own_app import DomainRules, RememberedApp
 from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.trust_domain import TrustDomain
+from dstack_emu.simulator.vendor_state import iso
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,9 @@ class StackAuthorization:
         if is_new:
             raise StackError(f"app: {error}{self.advice}") from error
         self.progress(f"app: {error}")
+        if early := self._early_clock:
+            self.progress(f"the app has no keys, because {early}; everything else runs")
+            return
         self.progress("the app has no keys, because the policy does not allow it; everything else runs")
         self.before.advise(self.app.domain, self.context.policies.paths.get("src"))
         await self._report_policies_of_other_stacks()
@@ -92,5 +96,15 @@ class StackAuthorization:
 
     @property
     def advice(self) -> str:
-        """What to do about a refusal, if a webhook of the user's own may have made it."""
+        """What to do about a refusal, if the clock or a webhook of the user's own may have made it."""
+        if early := self._early_clock:
+            return f". The reason is that {early}"
         return what_was_denied(self.context.instrumentation.journal, self.kms, self.app.agent)
+
+    @property
+    def _early_clock(self) -> str:
+        """Say that the clock is before the dates of evidence, as that of a machine that was set back; else empty."""
+        now, issued = self.context.instrumentation.clock(), self.context.intel.state.issued
+        if now >= issued:
+            return ""
+        return f"the clock of this machine is at {iso(now)}, before the vendor's documents, which are of {iso(issued)}"
