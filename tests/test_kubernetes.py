@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dstack_emu.attest.version import EMULATOR
 from dstack_emu.transport.ports import PORTS
 from tests.documents import blocks, code, document, rows, section
 from tests.manifests import FOLDER, ROOTS, Manifest, containers, kustomization, manifests, only, pod_of
@@ -38,7 +39,7 @@ def test_kustomizations_list_every_file_and_change_only_namespace_and_image() ->
         assert {name for name in listed["resources"] if not name.startswith("..")} == files
         assert listed.keys() - {"namespace", "images"} == {"apiVersion", "kind", "resources"}
         for image in listed.get("images", []):
-            assert image["name"] == "dstack-emu"
+            assert (image["name"], image["newTag"]) == ("dstack-emu", EMULATOR)
 
 
 @pytest.mark.parametrize("root", ROOTS)

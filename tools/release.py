@@ -2,7 +2,7 @@
 
 `make release` runs it: sdist and wheel from the files of HEAD, the wheel tried in a bare environment of each Python
 that is here, the image, and a bill of materials (CycloneDX) for wheel and image. All is in `dist/`, with SHA256SUMS.
-`make audit` looks up known vulnerabilities, and checks the licences.
+`make audit` looks up known vulnerabilities and security updates of Debian, and checks the licences.
 
 Every file has the date of the commit. The tools are those of requirements/release.txt, in an environment of their own.
 """
@@ -175,6 +175,27 @@ def image() -> None:
     same("image", *built)
     (DIST / f"{IMAGE}-image.layers").write_text("".join(f"{digest}\n" for digest in built[0].values()))
     (DIST / f"{IMAGE}-image.cdx.json").write_text(bill_of_image())
+    scan_image()
+
+
+def scan_image() -> None:
+    """Say which security updates of Debian the image lacks. They come with a newer base image, so they are no error."""
+    network = os.environ.get("BUILD_NETWORK", "bridge")
+    script = """. /etc/os-release
+echo "deb http://deb.debian.org/debian-security $VERSION_CODENAME-security main" >/etc/apt/sources.list.d/scan.list
+apt-get --error-on=any update >/dev/null && apt-get --simulate upgrade"""
+    inside = ("--rm", "--user", "0", "--network", network, "--entrypoint", "sh", IMAGE)
+    asked = attempt("docker", "run", *inside, "-e", "-c", script)
+    if asked.returncode:
+        print("SKIPPED: the security updates that the image lacks: Debian's archive does not answer here")
+        return
+    lines = [line for line in asked.stdout.splitlines() if line.startswith("Inst ") and "Debian-Security:" in line]
+    for _, name, old, new, *_ in map(str.split, lines):
+        print(f"a security update of Debian: {name} {old.strip('[]')}, now {new.strip('(')}")
+    if lines:
+        print(f"The image lacks {len(lines)} security updates: pull or name a newer base image (BASE_IMAGE)")
+    else:
+        print("the image lacks no security update of Debian")
 
 
 def bill_of_image() -> str:
@@ -199,6 +220,10 @@ def audit() -> None:
             print(f"requirements/{name}.txt: no vulnerability in the {len(known)} packages that the database has")
         else:
             print(f"SKIPPED: the vulnerabilities of requirements/{name}.txt: no database answers here")
+    if shutil.which("docker") and not attempt("docker", "image", "inspect", IMAGE).returncode:
+        scan_image()
+    else:
+        print("SKIPPED: the security updates of Debian: there is no image here (make release builds it)")
     names = ("--python", str(ROOT / ".venv/bin/python"), "--from", "all", "--format", "json")
     found = json.loads(run(str(TOOLS / "pip-licenses"), *names))
     strange = [
