@@ -18,6 +18,8 @@ from tests.commands import run_command
 from tests.own_stack import own_stack
 from tests.running import running_stack
 
+EARLY = r"the clock of this machine is at \S+Z, before the vendor's documents, which are of 2090-01-01T00:00:00Z"
+
 
 def _up_fails(*arguments: str) -> str:
     done = run_command("up", "--json", "--free-ports", *arguments)
@@ -35,6 +37,14 @@ def test_resumed_stack_has_the_same_keys_measurements_and_app(tmp_path: Path) ->
         assert stack.rpc("kms-src", "KMS.GetMeta")[1] == meta
         assert stack.rpc("kms-dst", "KMS.GetMeta")[1]["k256_pubkey"] == meta["k256_pubkey"]
         assert {key: stack.description[key] for key in ("kms", "app")} == {key: first[key] for key in ("kms", "app")}
+    # As on a machine whose clock was set back, where the documents are of a time to come.
+    with running_stack("--state", str(tmp_path), "--collateral-issued", "2090-01-01") as stack:
+        assert re.search(f"the app has no keys, because {EARLY}; everything else runs\n", stack.said())
+
+
+def test_new_stack_whose_clock_is_before_the_documents_names_the_clock() -> None:
+    text = _up_fails("--collateral-issued", "2090-01-01")
+    assert re.search(rf"TCBInfo issue date is in the future\. The reason is that {EARLY}$", text), text
 
 
 def test_fresh_stack_that_was_half_set_up_by_hand_is_completed(tmp_path: Path) -> None:
