@@ -28,6 +28,8 @@ from dstack_emu.transport.settings import (
 )
 from dstack_emu.transport.trust_root import AttestationConfig
 
+LOOPBACK: Final = "127.0.0.1"
+"""Where it listens if the file names no address. Upstream's default is all addresses."""
 VARIABLES: Final = "DSTACK_EMU_KMS_"
 """The prefix of variables that set a key, such as `DSTACK_EMU_KMS_CORE__AUTH_API__WEBHOOK__URL`.
 
@@ -67,7 +69,7 @@ class Tls(StrictSection):
 class RpcSection(StrictSection):
     """[rpc]: the address of the runtime phase."""
 
-    address: str = "0.0.0.0"  # noqa: S104 - upstream's default; the emulator's own commands bind loopback
+    address: str = LOOPBACK
     port: Port = 8000
     tls: Tls = Tls()
 
@@ -113,7 +115,7 @@ class OnboardConfig(StrictSection):
 
     enabled: bool = True
     auto_bootstrap_domain: str = ""
-    address: str = "0.0.0.0"  # noqa: S104 - as above
+    address: str = LOOPBACK
     port: Port = 8000
     quote_enabled: bool = True
     auth_token: str = Field(default="", repr=False)

@@ -288,8 +288,9 @@ def toml_of(keys: dict[str, Any]) -> str:
     return "".join(f"[{section}]\n" + "\n".join(lines) + "\n" for section, lines in sections.items())
 
 
-def test_file_of_0_6_is_our_defaults() -> None:
-    config = configured({}, toml_of(DOCUMENTED_IN_0_6))
+def test_file_of_0_6_is_our_defaults_but_for_loopback() -> None:
+    listening = dict.fromkeys(("rpc.address", "core.onboard.address"), "127.0.0.1")
+    config = configured({}, toml_of(DOCUMENTED_IN_0_6 | listening))
     assert config.default["ident"] == "DStack KMS"
     assert config.model_copy(update={"default": {}}) == KmsConfig()
 

@@ -153,7 +153,7 @@ class ProxySection(_Section):
 
     tls_crypto_provider: Literal["aws-lc-rs", "ring"] = "aws-lc-rs"
     tls_versions: Annotated[tuple[Literal["1.2", "1.3"], ...], Field(strict=False)] = ("1.2",)
-    listen_addr: Address = IPv4Address("0.0.0.0")  # noqa: S104 - upstream's default; our own commands bind loopback
+    listen_addr: Address = IPv4Address("127.0.0.1")  # upstream: 0.0.0.0
     listen_port: Ports = (8443,)
     agent_port: Port = 8090
     buffer_size: Annotated[int, Field(ge=1)] = 65536
