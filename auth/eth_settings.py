@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
-from urllib.parse import urlsplit
 
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.eth_address import decode_address
 from dstack_emu.attest.release import DEFAULT, AuthEthRevision
 from dstack_emu.auth.errors import AuthConfigError
-from dstack_emu.transport.urls import is_http_url, shown_url
+from dstack_emu.transport.urls import is_http_url, shown_origin, shown_url
 
 BACKEND_UNAVAILABLE: Final = "authorization backend unavailable"
 """What next says of every failure behind it."""
@@ -103,15 +102,7 @@ class EthSettings:
     @property
     def answered_rpc_url(self) -> str:
         """Return the URL as `GET /` names it: next has scheme and host alone, 0.5.11 all, here without credentials."""
-        return self.shown_rpc_url if self.rules.hides_cause else shown_url(self.rpc_url)
-
-    @property
-    def shown_rpc_url(self) -> str:
-        """Return scheme, host and port: the path of a URL of a node often has the key of an account."""
-        parts = urlsplit(self.rpc_url)
-        host = parts.hostname or ""
-        port = "" if parts.port in (None, {"http": 80, "https": 443}[parts.scheme]) else f":{parts.port}"
-        return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}"
+        return (shown_origin if self.rules.hides_cause else shown_url)(self.rpc_url)
 
 
 def unread_variables(settings: EthSettings, env: Mapping[str, str]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from dstack_emu.auth.errors import ChainError
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
 from dstack_emu.transport.status import status_line
-from dstack_emu.transport.urls import without_credentials
+from dstack_emu.transport.urls import shown_origin, without_credentials
 
 MAX_RPC_ANSWER: Final = 256 * 1024
 """The maximum length of an answer in bytes, uncompressed: a reason and its gateway take a few hundred."""
@@ -43,7 +43,7 @@ class JsonRpcClient:
     def __init__(self, url: str, *, timeout: float, headers: Headers | None = None) -> None:
         self._headers = headers
         self._url = url
-        self._client = HttpClient(timeout=timeout, max_answer=MAX_RPC_ANSWER)
+        self._client = HttpClient(timeout=timeout, max_answer=MAX_RPC_ANSWER, shown=shown_origin)
         self._ids = itertools.count(1)
 
     async def close(self) -> None:

@@ -676,7 +676,6 @@ def test_variables_are_read() -> None:
     assert older == replace(read, revision="0.5.11", chain_id=None, confirmations=0, block_cache=0)
     assert unread_variables(older, environment) == tuple(environment)[2:]
     assert older.answered_rpc_url == "https://node.example/v3/key"
-    assert older.shown_rpc_url == "https://node.example"
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_runbook_says_whom_it_waits_for_and_goes_on(tmp_path: Path) -> None:
 def test_server_says_whom_it_answers_whom_it_asks_and_in_which_task() -> None:
     with silent_peer() as server, tempfile.TemporaryFile("w+") as errors:
         port = server.getsockname()[1]
-        chain = f"http://user:password@127.0.0.1:{port}/?key=secret"
+        chain = f"http://user:password@127.0.0.1:{port}/v3/secret?key=secret"
         options = ("--listen", "127.0.0.1:0", "--eth-rpc-url", chain, "--kms-contract", "0x" + "00" * 20)
         process = start("auth", "eth", *options, "--json", stderr=errors)
         try:
@@ -92,7 +92,7 @@ def test_server_says_whom_it_answers_whom_it_asks_and_in_which_task() -> None:
         finally:
             process.end()
     assert re.search(rf"s: answers GET / at {url} for {host}:{number}\n", text), text
-    assert re.search(rf"s: asks POST of http://127\.0\.0\.1:{port}/\n", text), text
+    assert re.search(rf"s: asks POST of http://127\.0\.0\.1:{port}\n", text), text
     assert "client_connection.py" in text, text
     assert not re.search("password|secret", text)
 

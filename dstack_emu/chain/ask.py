@@ -11,7 +11,7 @@ from dstack_emu.chain.errors import ChainError, ExecutionRevertedError
 from dstack_emu.chain.rpc import INTERNAL_ERROR, REVERTED, Rpc
 from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http_client import HttpClient
-from dstack_emu.transport.urls import shown_url, without_credentials
+from dstack_emu.transport.urls import shown_origin, without_credentials
 
 T = TypeVar("T")
 
@@ -57,8 +57,8 @@ def _run(rpc: Rpc, method: str, params: list[Any]) -> Any:
 
 
 def remote_ask(client: HttpClient, url: str) -> Ask:
-    """Ask a node by its URL; errors show it without user and password."""
-    shown = shown_url(url)
+    """Ask a node by its URL, of which errors show scheme and host alone."""
+    shown = shown_origin(url)
     numbers: Callable[[], int] = count(1).__next__
 
     async def ask(method: str, params: list[Any]) -> Any:

@@ -14,7 +14,7 @@ from dstack_emu.chain.policy import ContractPolicy, Planner, read_policy
 from dstack_emu.runbook.errors import RunbookError
 from dstack_emu.runbook.target import TargetChain
 from dstack_emu.transport.http_client import HttpClient
-from dstack_emu.transport.urls import shown_url
+from dstack_emu.transport.urls import shown_origin
 
 TIMEOUT: Final = 30.0
 MAX_ANSWER: Final = 4 * 1024 * 1024
@@ -26,7 +26,7 @@ class ContractsOfTarget:
 
     def __init__(self, chain: TargetChain) -> None:
         self._chain = chain
-        self._client = HttpClient(timeout=TIMEOUT, max_answer=MAX_ANSWER)
+        self._client = HttpClient(timeout=TIMEOUT, max_answer=MAX_ANSWER, shown=shown_origin)
         self._owner = Sender(remote_ask(self._client, chain.rpc_url), chain.owner)
         self._before: ContractPolicy | None = None
 
@@ -42,7 +42,7 @@ class ContractsOfTarget:
         try:
             return await self._change(ContractPolicy.of_document(policy, map(bytes.fromhex, devices)))
         except (ChainError, FormatError) as error:
-            raise RunbookError(f"the contracts at {shown_url(self._chain.rpc_url)}: {error}") from error
+            raise RunbookError(f"the contracts at {shown_origin(self._chain.rpc_url)}: {error}") from error
 
     async def restore(self) -> None:
         """Let the contracts allow what they allowed before; raise `ChainError`."""

@@ -59,10 +59,11 @@ class HttpAnswer:
 class HttpClient:
     """Sends requests, each over a connection of its own. Close it; later requests still work.
 
-    `timeout` is for a whole request, in seconds. `max_answer` is the maximum length of a body in bytes, uncompressed.
-    `headers` are sent with every request. `tls` are the settings for https (None: the system's authorities verify
-    servers). With `unix`, every request goes to that socket file, and the host in its URL is ignored. With `unpacks`
-    false, a compressed body is returned as it is. `route` says where the client connects to.
+    `timeout` is for a whole request, in seconds. `max_answer` is the maximum length of a body in bytes,
+    uncompressed. `headers` are sent with every request. `tls` are the settings for https (None: the system's
+    authorities verify servers). With `unix`, every request goes to that socket file, and the host in its URL is
+    ignored. With `unpacks` false, a compressed body is returned as it is. `route` says where the client connects
+    to. `shown` is how the open calls name a URL.
     """
 
     def __init__(
@@ -75,11 +76,12 @@ class HttpClient:
         unix: str | None = None,
         unpacks: bool = True,
         route: Route = direct,
+        shown: Callable[[str], str] = str,
     ) -> None:
         self.timeout, self._max_answer = timeout, max_answer
         always = {"Accept": "*/*", "Connection": "close"}
         self._headers = _lines({"User-Agent": f"dstack-emu/{EMULATOR}", **(headers or {}), **always})
-        self._tls, self._unix, self._unpacks, self._route = tls, unix, unpacks, route
+        self._tls, self._unix, self._unpacks, self._route, self._shown = tls, unix, unpacks, route, shown
         self._target = Memo(RequestTarget.parse, lambda url, target: 3 * len(url), max_entries=64, max_bytes=1 << 16)
         self._open: set[ClientConnection] = set()
 
@@ -99,7 +101,7 @@ class HttpClient:
         why, and `AnswerTooLongError`. No request is repeated.
         """
         try:
-            whom = url if self._unix is None else f"unix:{self._unix} {url}"
+            whom = self._shown(url) if self._unix is None else f"unix:{self._unix} {url}"
             async with asyncio.timeout(self.timeout):
                 for _ in range(MAX_REDIRECTS):
                     with Asked(method, whom):
@@ -107,7 +109,8 @@ class HttpClient:
                     location = answer.headers.get("location")
                     if not follow_redirects or answer.status not in _REDIRECTS or location is None:
                         return answer
-                    whom = url = urljoin(url, location)
+                    url = urljoin(url, location)
+                    whom = self._shown(url)
         except (OSError, TimeoutError) as error:
             kind = NoAnswerInTimeError if isinstance(error, TimeoutError) and not error.errno else NoAnswerError
             raise kind(describe_failure(error, self.timeout)) from error

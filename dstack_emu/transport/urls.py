@@ -24,6 +24,19 @@ def shown_url(url: str) -> str:
     return scheme + authority.rpartition("@")[2] + slash + path
 
 
+def shown_origin(url: str) -> str:
+    """Return scheme, host and port of an http URL, as browsers write an origin; what is no such URL as `shown_url`.
+
+    Use it for the node of a chain: the path of its URL often has the key of an account.
+    """
+    if not is_http_url(url):
+        return shown_url(url)
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    port = "" if parts.port in (None, {"http": 80, "https": 443}[parts.scheme]) else f":{parts.port}"
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{port}"
+
+
 def without_credentials(text: str) -> str:
     """Return a text in which no URL has a user or a password."""
     return _IN_TEXT.sub(r"\1", text) if "@" in text else text

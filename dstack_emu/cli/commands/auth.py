@@ -32,6 +32,7 @@ from dstack_emu.cli.commands.common import (
 from dstack_emu.cli.commands.eth_options import add_eth_options, eth_variables, given_eth_options
 from dstack_emu.cli.commands.inspect import WIDTH
 from dstack_emu.transport.listen import AnyApplication, bind_tcp, serve
+from dstack_emu.transport.urls import shown_origin
 
 DESCRIPTION: Final = (
     "Run one auth webhook. `simple` (auth-simple) and `file` (dstack-auth) decide by a JSON file that they read at "
@@ -147,7 +148,7 @@ def _eth(arguments: argparse.Namespace) -> _Webhook:
     if settings.kms_contract == NO_CONTRACT:
         say("KMS_CONTRACT_ADDR (--kms-contract) is not set: everything is denied, because no contract is at address 0")
     facts = {
-        "rpc_url": settings.shown_rpc_url,
+        "rpc_url": shown_origin(settings.rpc_url),
         "kms_contract": settings.kms_contract,
         "compat": settings.revision,
     }

@@ -21,7 +21,7 @@ from dstack_emu.chain.quantities import checksummed
 from dstack_emu.cli.commands.common import UsageError, add_release, say
 from dstack_emu.deployment.config import DESCRIPTION_FILE, STATE_VARIABLE
 from dstack_emu.transport.http_client import HttpClient
-from dstack_emu.transport.urls import is_http_url, shown_url
+from dstack_emu.transport.urls import is_http_url, shown_origin, shown_url
 
 KEY_VARIABLE: Final = "PRIVATE_KEY"
 """The variable with the private key that signs, as upstream's scripts name it."""
@@ -137,7 +137,7 @@ async def _run(arguments: argparse.Namespace) -> Changed | dict[str, Any]:
         raise UsageError("a chain expected: --rpc-url URL, ETH_RPC_URL, or --state FOLDER of a stack with --auth eth")
     if not is_http_url(url):
         raise UsageError(f"--rpc-url: http(s)://host:port expected, got {shown_url(url)!r:.200}")
-    client = HttpClient(timeout=TIMEOUT, max_answer=MAX_ANSWER)
+    client = HttpClient(timeout=TIMEOUT, max_answer=MAX_ANSWER, shown=shown_origin)
     try:
         sender = await _sender(client, url, arguments)
         kms = arguments.kms_contract or _given_address(stack.get("kms") or os.environ.get("KMS_CONTRACT_ADDR"))
