@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from web3.contract import Contract
 
 BEGAN = 1_767_225_600
-READY_TIMEOUT = 30
+READY_TIMEOUT = 120
 
 
 class LiveChain:

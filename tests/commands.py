@@ -14,7 +14,7 @@ from typing import Any
 from tests.processes import start
 from tests.repository import ROOT
 
-COMMAND_TIMEOUT = 60
+COMMAND_TIMEOUT = 250
 
 
 def run_command(

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from tests.repository import ROOT
 
-END_TIMEOUT = 20
+END_TIMEOUT = 100
 COMMAND_SERVER = "COMMAND_SERVER"
 """The variable that names the descriptor to `command_shim`."""
 COMMAND_FINALIZES = "COMMAND_FINALIZES"

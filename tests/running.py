@@ -12,7 +12,7 @@ from typing import IO, Any
 from dstack_emu.attest.release import RELEASES
 from tests.processes import Command, start
 
-READY_TIMEOUT = 30
+READY_TIMEOUT = 120
 
 
 class RunningStack:

@@ -61,7 +61,6 @@ async def test_unknown_contract_is_refused_by_name() -> None:
     assert "invalid choice: '0.7'" in usage_error("up", "--auth-contract", "0.7")
 
 
-@pytest.mark.timeout(120)
 def test_option_of_the_plugin_goes_before_the_fixture_and_that_before_the_ini_key(tmp_path: Path) -> None:
     test = (
         "import os\n\n\ndef test_it(dstack_session_stack):\n"

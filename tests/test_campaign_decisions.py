@@ -17,7 +17,6 @@ from campaigns.run import run
 
 pytestmark = [
     pytest.mark.skipif("DSTACK_EMU_CAMPAIGNS" not in os.environ, reason="DSTACK_EMU_CAMPAIGNS is not set"),
-    pytest.mark.timeout(300),
 ]
 
 

@@ -468,7 +468,6 @@ def test_contract_and_model_decide_the_same_in_random_states() -> None:
 # ---- the compiler
 
 
-@pytest.mark.timeout(300)
 def test_committed_bytecode_is_what_the_compiler_makes() -> None:
     tool = [sys.executable, str(ROOT / "tools/compile_contracts.py"), "--check"]
     done = subprocess.run(tool, capture_output=True, text=True, check=False)

@@ -23,8 +23,6 @@ from tests.commands import run_command, usage_error
 from tests.processes import Command, forked_by_anyone, start
 from tests.running import running_kms
 
-pytestmark = pytest.mark.timeout(300)  # hundreds of calls, on a machine that may be busy
-
 
 def kms(*arguments: str) -> str:
     """Return the command line of a `tests.broken_kms`."""

@@ -99,7 +99,7 @@ class Runner:
             stdin=subprocess.DEVNULL,
             cwd=self.temp,
             text=True,
-            timeout=120,
+            timeout=250,
             check=False,
         )
 
@@ -149,7 +149,7 @@ fi
     return str(script)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)  # pip installs twice
 def test_job_has_a_stack_between_the_two_actions_and_files_after_them(job: Runner, python: str) -> None:
     job.uses("", expected=1, python=python, options="--free-ports --no-such-option")
     assert "::error::the stack does not start: Error: unrecognized arguments: --no-such-option" in job.said

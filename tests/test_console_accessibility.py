@@ -15,7 +15,6 @@ from tests.running import RunningStack
 
 pytestmark = [
     pytest.mark.skipif("DSTACK_EMU_BROWSER" not in os.environ, reason="DSTACK_EMU_BROWSER is not set: `make browser`"),
-    pytest.mark.timeout(240),
 ]
 
 WINDOW, ENLARGED, PHONE = (1280, 900), (640, 450), (360, 640)

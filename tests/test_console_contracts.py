@@ -16,7 +16,6 @@ from tests.running import RunningStack, running_stack
 
 pytestmark = [
     pytest.mark.skipif("DSTACK_EMU_BROWSER" not in os.environ, reason="DSTACK_EMU_BROWSER is not set: `make browser`"),
-    pytest.mark.timeout(240),
 ]
 
 

@@ -23,7 +23,6 @@ from tests.running import RunningStack
 
 pytestmark = [
     pytest.mark.skipif("DSTACK_EMU_BROWSER" not in os.environ, reason="DSTACK_EMU_BROWSER is not set: `make browser`"),
-    pytest.mark.timeout(240),
 ]
 
 HOSTILE = '<img src=x onerror="alert(1)"><b>bold</b>'

@@ -21,7 +21,6 @@ from tests.running import RunningStack
 
 pytestmark = [
     pytest.mark.skipif("DSTACK_EMU_BROWSER" not in os.environ, reason="DSTACK_EMU_BROWSER is not set: `make browser`"),
-    pytest.mark.timeout(240),
 ]
 
 MARKUP = "<img src=x onerror='window.ran=1'><b>bold</b>"

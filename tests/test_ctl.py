@@ -8,8 +8,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from dstack_emu.cli.commands.ctl import EXAMPLES
 from tests.commands import ask, run_command
 from tests.running import RunningStack
@@ -21,7 +19,6 @@ def _ctl(stack: RunningStack, *words: str, environment: dict[str, str] | None = 
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
-@pytest.mark.timeout(120)
 def test_shell_revokes_breaks_and_turns_back(ready_stack: RunningStack, tmp_path: Path) -> None:
     def ctl(*words: str) -> str:
         status, out, err = _ctl(ready_stack, *words)
@@ -52,7 +49,6 @@ def test_shell_revokes_breaks_and_turns_back(ready_stack: RunningStack, tmp_path
     assert json.loads(ctl("guest", "boot", "app"))["has_keys"] is True
 
 
-@pytest.mark.timeout(120)
 def test_shell_finds_the_stack_by_its_folder_and_by_the_environment(ready_stack: RunningStack, tmp_path: Path) -> None:
     environment = {"DSTACK_EMU_CONTROL": ready_stack.services["control"]}
     assert _ctl(ready_stack, "health", environment=environment)[1] == "ready\n"
@@ -76,7 +72,6 @@ EXAMPLE_COMMANDS = [
 ]
 
 
-@pytest.mark.timeout(120)
 def test_each_example_of_the_help_runs_as_written(ready_stack: RunningStack, tmp_path: Path) -> None:
     environment = {"DSTACK_EMU_CONTROL": ready_stack.services["control"]}
     commands = [shlex.split(command) for line in EXAMPLE_COMMANDS for command in re.split(r" && |; ", line)]
@@ -92,7 +87,6 @@ def test_each_example_of_the_help_runs_as_written(ready_stack: RunningStack, tmp
         ready_stack.reset()
 
 
-@pytest.mark.timeout(120)
 def test_policy_allows_and_denies_by_compose_file_app_id_and_evidence(
     ready_stack: RunningStack, tmp_path: Path
 ) -> None:
@@ -165,7 +159,6 @@ def test_policy_show_warns_of_misspelt_keys(ready_stack: RunningStack, tmp_path:
     assert err == "Warning: osImage: nothing reads this key, did you mean osImages?\n"
 
 
-@pytest.mark.timeout(120)
 def test_denied_onboarding_names_the_measurement_that_was_denied(ready_stack: RunningStack) -> None:
     def onboard() -> str:
         status, _, err = _ctl(ready_stack, "kms", "onboard", "third")

@@ -21,13 +21,13 @@ import pytest
 from dstack_emu import StackConfig
 from dstack_emu.transport.ports import PORTS
 from tests.documents import DOCUMENTS, Block, blocks, code, document, prose
-from tests.processes import COMMAND_SERVER, command_for_shells
+from tests.processes import COMMAND_SERVER, END_TIMEOUT, command_for_shells
 from tests.repository import ROOT
 from tests.running import READY_TIMEOUT, RunningStack, running_stack
 from tests.scratch import run_pytest
 
 STATE = "/tmp/emu"
-WORK_TIMEOUT = 100
+WORK_TIMEOUT = 250
 """Seconds for the blocks of a page that run in one shell: they only work, which takes long on a busy machine."""
 ANYTHING = "…"
 TUTORIAL = "docs/tutorial.md"
@@ -161,7 +161,7 @@ class Terminal:
         finally:
             deadline.cancel()
             process.terminate()
-            process.wait(timeout=10)
+            process.wait(END_TIMEOUT)
 
     def run_python(self, block: Block, number: int) -> None:
         """Run a block in Python: with pytest if it defines tests, otherwise as a program."""
@@ -243,7 +243,6 @@ def reset(stack: RunningStack) -> Iterator[RunningStack]:
     )
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_of_a_page_work(page: str, reset: RunningStack, tmp_path: Path) -> None:
     terminal = Terminal(tmp_path, reset)
@@ -287,7 +286,6 @@ def tutorial_stack(command: str, terminal: Terminal) -> Iterator[RunningStack]:
         yield running
 
 
-@pytest.mark.timeout(300)
 def test_tutorial_answers_as_written(tmp_path: Path) -> None:
     shown = blocks(document(TUTORIAL))
     starts = [number for number, block in enumerate(shown) if "dstack-emu up" in block.text]

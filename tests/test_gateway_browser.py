@@ -18,7 +18,6 @@ from tests.running import RunningStack, running_stack
 
 pytestmark = [
     pytest.mark.skipif("DSTACK_EMU_BROWSER" not in os.environ, reason="DSTACK_EMU_BROWSER is not set: `make browser`"),
-    pytest.mark.timeout(240),
 ]
 
 DOCUMENTED_CA = "/tmp/emu/gateway/data/gateway-ca.crt"

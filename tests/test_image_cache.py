@@ -11,8 +11,6 @@ from dstack_emu.attest.release import RELEASES, Release
 from tests.commands import serving
 from tests.kms_process import Kms, World, running, variables
 
-pytestmark = pytest.mark.timeout(180)
-
 TOKEN = "the operator's ✓ token"
 IMAGE, CONFIG = "ab" * 32, "cd" * 32
 

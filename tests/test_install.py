@@ -48,7 +48,6 @@ def git_environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.skipif("DSTACK_EMU_PACKAGE" not in os.environ, reason="DSTACK_EMU_PACKAGE is not set: `make package`")
-@pytest.mark.timeout(180)
 def test_package_installs_from_a_git_repository(git_environment: dict[str, str], tmp_path: Path) -> None:
     environment = tmp_path / "venv"
     venv.create(environment, with_pip=False)

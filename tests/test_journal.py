@@ -64,13 +64,12 @@ asyncio.run(main())
 def _played(path: Path) -> list[str]:
     """Run the script twice in one process, with a revert in between; return its records, those of either time."""
     command = [sys.executable, "-c", SCRIPT, str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=True)
     lines_of_file = path.read_text().splitlines()[int(done.stdout) :]
     (middle,) = (i for i, line in enumerate(lines_of_file) if "rewound_to" in line)
     return ["\n".join(lines_of_file[:middle]), "\n".join(lines_of_file[middle + 1 :])]
 
 
-@pytest.mark.timeout(200)
 def test_same_seed_and_script_give_the_same_journal_in_two_runs_and_two_processes(tmp_path: Path) -> None:
     first, again = _played(tmp_path / "one")
     assert first == again

@@ -27,8 +27,6 @@ from tests.commands import serving
 from tests.kms_process import Kms, World, ends, running, variables
 from tests.recorded import golden
 
-pytestmark = pytest.mark.timeout(180)
-
 KEYS = {"root-ca.key", "root-k256.key", "rpc.key", "tmp-ca.key"}
 STORED = {*KEYS, "root-ca.crt", "rpc.crt", "tmp-ca.crt", "rpc-domain"}
 REISSUE = (

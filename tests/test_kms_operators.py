@@ -18,8 +18,6 @@ from tests.commands import serving
 from tests.foreign import Authority
 from tests.kms_process import Kms, World, ends, running, variables
 
-pytestmark = pytest.mark.timeout(180)
-
 TOKEN = "the-operators-token"
 WRONG = "the-operators-tokem"
 PASSWORD = "myPassword"

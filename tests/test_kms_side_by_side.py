@@ -21,8 +21,6 @@ from tests.ports import refusing_port
 from tests.reflected import reflected
 from tests.transports import UNAVAILABLE
 
-pytestmark = pytest.mark.timeout(180)
-
 RELEASES = ("0.5", "0.6")
 DOMAIN = "127.0.0.1"
 LIMIT = 10 * 1024 * 1024

@@ -24,8 +24,6 @@ from tests.kms_process import Kms, World, running, variables
 from tests.running import RunningStack
 from tests.test_onboarding_refusals import http, tls_server
 
-pytestmark = pytest.mark.timeout(180)
-
 FORMS = ["versioned", "legacy", "legacy-gzip"]
 MAGIC = b"ELGZv1"
 

@@ -15,8 +15,6 @@ from dstack_emu.transport.events import Event, EventLog
 from tests.commands import serving, usage_error
 from tests.kms_process import World, ends, running, variables
 
-pytestmark = pytest.mark.timeout(180)
-
 MOMENT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 
 

@@ -44,7 +44,7 @@ def on_the_page(folder: Path, receiver: KmsServer) -> Iterator[Ask]:
         yield lambda _, request: str(browser.do("submit", section="onboard", fields=request)["onboard"]["error"])
     finally:
         browser.process.kill()
-        browser.process.communicate(timeout=10)
+        browser.process.communicate(timeout=100)
 
 
 WAYS: dict[str, Callable[[Path, KmsServer], AbstractContextManager[Ask]]] = {

@@ -25,7 +25,6 @@ pytestmark = [
         not {"DSTACK_EMU_BROWSER", "DSTACK_EMU_PICTURES"} <= os.environ.keys(),
         reason="DSTACK_EMU_PICTURES names no folder for the pictures: `make pictures`",
     ),
-    pytest.mark.timeout(240),
 ]
 
 FOLDER: Final = Path(os.environ.get("DSTACK_EMU_PICTURES", "."))

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
 from tests.documents import blocks, document, section
 from tests.scratch import run_pytest, write
 
@@ -12,7 +10,6 @@ PAGE = document("docs/recipes.md")
 HEADINGS = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
 
 
-@pytest.mark.timeout(120)
 def test_recipes_run_unchanged(tmp_path: Path) -> None:
     assert len(HEADINGS) == 12
     files = {}

@@ -15,7 +15,6 @@ from tests.commands import run_command
 
 pytestmark = [
     pytest.mark.skipif("DSTACK_EMU_BROWSER" not in os.environ, reason="DSTACK_EMU_BROWSER is not set: `make browser`"),
-    pytest.mark.timeout(240),
 ]
 
 

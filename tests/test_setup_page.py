@@ -24,8 +24,6 @@ from tests.commands import serving
 from tests.kms_process import Kms, World, running, variables
 from tests.repository import ROOT
 
-pytestmark = pytest.mark.timeout(180)
-
 SITE = '</script><b>site</b> & "more"'
 
 
@@ -139,7 +137,7 @@ def browser(kms: Kms, tmp_path: Path) -> Iterator[Browser]:
     started = Browser(kms.url, page)
     yield started
     started.process.kill()
-    started.process.communicate(timeout=10)
+    started.process.communicate(timeout=100)
 
 
 def test_page_measures_bootstraps_and_finishes(kms: Kms, browser: Browser) -> None:
@@ -254,7 +252,7 @@ def test_page_that_was_opened_with_a_token_sends_it_along(world: World, tmp_path
             assert browser.do("finish")["finish"]["error"] == ""
         finally:
             browser.process.kill()
-            browser.process.communicate(timeout=10)
+            browser.process.communicate(timeout=100)
         assert kms.rpc("KMS.GetMeta")[1]["k256_pubkey"] == source.rpc("KMS.GetMeta")[1]["k256_pubkey"]
 
 
@@ -266,4 +264,4 @@ def test_page_without_the_token_is_told_so(world: World, tmp_path: Path) -> None
             assert browser.do("loaded")["measured"]["error"].startswith("status 401")
         finally:
             browser.process.kill()
-            browser.process.communicate(timeout=10)
+            browser.process.communicate(timeout=100)

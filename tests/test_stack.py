@@ -185,7 +185,7 @@ TURNS = int(os.environ.get("DSTACK_EMU_TURNS") or 3)
 """Twenty in a campaign; three are one for each way to end."""
 
 
-@pytest.mark.timeout(60 + 20 * TURNS)
+@pytest.mark.timeout(max(300, 60 + 20 * TURNS))
 def test_stack_is_stopped_and_resumed_many_times(short_folder: Path) -> None:
     seen = []
     ends = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)

@@ -21,8 +21,6 @@ from tests.kms_process import World, running, variables
 from tests.ports import refusing_port
 from tests.running import RunningStack
 
-pytestmark = pytest.mark.timeout(180)
-
 USER, PASSWORD = "the-user", "the%20pass%40word"
 SECRETS = (USER, PASSWORD, "the pass@word", base64.b64encode(b"the-user:the pass@word").decode())
 

@@ -116,7 +116,6 @@ class VmmCli:
 
 
 @pytest.mark.skipif(not CLI, reason="DSTACK_VMM_CLI is not set: vmm-cli.py of dstack was not run")
-@pytest.mark.timeout(180)
 def test_real_client_with_each_of_its_subcommands(vmm: VmmClient, vmm_stack: LiveStack, tmp_path: Path) -> None:
     cli = VmmCli(tmp_path, DSTACK_VMM_URL=vmm_stack.services["vmm"])
     (tmp_path / "compose.yaml").write_text("services: {}\n")

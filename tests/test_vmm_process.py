@@ -145,7 +145,6 @@ def test_mapped_port_passes_on_the_end_of_one_direction_and_resets_where_nothing
         client.recv(1)
 
 
-@pytest.mark.timeout(300)
 def test_machines_deployed_at_once_leave_nothing_behind(vmm: VmmClient, vmm_stack: LiveStack) -> None:
     def left() -> tuple[int, int, int, int]:
         tasks = vmm_stack.in_thread(lambda _: len(asyncio.all_tasks()))
