@@ -4,6 +4,7 @@ What was stored is there at the earlier time and, once the clock is right again,
 cannot be done at a time before the vendor's documents is refused with a reason that names the time.
 """
 
+import json
 import re
 import urllib.error
 from collections.abc import Callable, Mapping
@@ -133,7 +134,7 @@ def _vmm(folder: Path, earlier: Mapping[str, str], _back: str) -> str:
 
 def _stack(folder: Path, earlier: Mapping[str, str], back: str) -> str:
     def start(environment: Mapping[str, str] | None = None) -> Process:
-        options = ("--free-ports", "--gateway", "--state", str(folder / "state"))
+        options = ("--free-ports", "--gateway", "--state", f"{folder}/state", "--journal", f"{folder}/journal")
         return Process("up", *options, log=folder / "log", environment=environment)
 
     def control(process: Process, method: str, path: str, body: Any = None) -> Any:
@@ -158,7 +159,7 @@ def _stack(folder: Path, earlier: Mapping[str, str], back: str) -> str:
     control(process, "POST", "/guests", {"name": "first"})
     policy = {**control(process, "GET", "/policies/src"), "gatewayAppId": "0x" + "12" * 20}
     control(process, "PUT", "/policies/src", policy)
-    saved = control(process, "GET", "/state")
+    saved, saved_policy = control(process, "GET", "/state"), policy
     process.kill()
     for number, environment in enumerate((earlier, None), 1):
         is_valid = environment is None or back in VALID
@@ -178,11 +179,15 @@ def _stack(folder: Path, earlier: Mapping[str, str], back: str) -> str:
         assert control(process, "GET", "/policies/src")["kms"] == allowed, "another policy than was put"
         judge(process, *boot, is_valid=is_valid)
         judge(process, "PUT", "/state", saved, is_valid=is_valid)
-        assert control(process, "GET", "/policies/src") == policy, "another policy than was restored or was there"
+        restored = saved_policy if is_valid else policy
+        assert control(process, "GET", "/policies/src") == restored, "another policy than was restored or was there"
         judge(process, *boot, is_valid=is_valid)
         policy = {**control(process, "GET", "/policies/src"), "gatewayAppId": f"0x{number:040x}"}
         control(process, "PUT", "/policies/src", policy)
         process.kill()
+    records = [json.loads(line) for line in (folder / "journal").read_text().splitlines()]
+    times = [record["time"] for record in records if "time" in record]  # a state that is restored is a record, too
+    assert times != sorted(times), "the journal has no record of the earlier time"
     return "it works" if back in VALID else "boots were refused at the earlier time"
 
 

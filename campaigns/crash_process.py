@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from tests.processes import Command, start
 from tests.repository import ROOT
 
 PATIENCE: Final = 60
@@ -22,19 +23,23 @@ class Process:
     """A command of ours, ready."""
 
     def __init__(self, *arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> None:
+        words, more = (*arguments, "--json"), dict(environment or {})
+        self._process: Command | subprocess.Popen[str]
         with log.open("w") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "dstack_emu", *arguments, "--json"],
-                cwd=ROOT,
-                env={**os.environ, **(environment or {})},
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
+            if "LD_PRELOAD" in more:  # what is forked has its libraries already
+                command = [sys.executable, "-m", "dstack_emu", *words]
+                everything = {**os.environ, **more}
+                self._process = subprocess.Popen(
+                    command, cwd=ROOT, env=everything, stdout=subprocess.PIPE, stderr=errors, text=True
+                )
+            else:
+                self._process = start(*words, stderr=errors, environment=more)
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise AssertionError(f"`{arguments[0]}` ended with {self._process.wait()}: {log.read_text()[-1000:]}")
+            raise AssertionError(
+                f"`{arguments[0]}` ended with {self._process.wait(PATIENCE)}: {log.read_text()[-1000:]}"
+            )
         self.description: dict[str, Any] = json.loads(line)
 
     def kill(self) -> None:
