@@ -54,12 +54,15 @@ def kms_service(image: str = "registry.example/dstacktee/dstack-kms:0.5.5@sha256
     }
 
 
-def app_compose(services: dict[str, Any], kms_toml: str = KMS_TOML, **more: Any) -> str:
-    """An app-compose.json of these services, with keys of the host, as `vmm-cli.py compose` writes it."""
+def app_compose(services: dict[str, Any], kms_toml: str = KMS_TOML, root: str = "", **more: Any) -> str:
+    """An app-compose.json of these services, with keys of the host, as `vmm-cli.py compose` writes it.
+
+    `root` is the content of the config `root`, which a service can mount.
+    """
     compose = {
         "services": services,
         "volumes": {"kms-volume": None},
-        "configs": {"kms_config": {"content": kms_toml}},
+        "configs": {"kms_config": {"content": kms_toml}, **({"root": {"content": root}} if root else {})},
     }
     document = {
         "manifest_version": 2,

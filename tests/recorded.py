@@ -7,6 +7,7 @@ that needs one which is absent skips. `tests/README.md` lists both.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,10 @@ def external_path(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{name} is not in {EXTERNAL}: tests/README.md says what it is and where to get it")
     return path
+
+
+def intel_root() -> bytes:
+    """The root certificate in a quote of real hardware, PEM."""
+    quote = external_path("intel-tdx-quote.bin").read_bytes()
+    found: list[bytes] = re.findall(rb"-----BEGIN.*?-----END CERTIFICATE-----\n", quote, re.DOTALL)
+    return found[-1]

@@ -13,16 +13,9 @@ from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.production import reality_of
 from tests.commands import run_command, usage_error
 from tests.kms_process import World, ends, running, variables, write_kms_toml
-from tests.recorded import external_path
+from tests.recorded import external_path, intel_root
 
 PCCS = "http://127.0.0.1:9"
-
-
-def intel_root() -> bytes:
-    """The root certificate in a quote of real hardware, PEM."""
-    quote = external_path("intel-tdx-quote.bin").read_bytes()
-    found: list[bytes] = re.findall(rb"-----BEGIN.*?-----END CERTIFICATE-----\n", quote, re.DOTALL)
-    return found[-1]
 
 
 def emulated_root() -> bytes:

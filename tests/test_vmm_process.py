@@ -19,6 +19,7 @@ from dstack_emu.deployment.guest_programs import program_for
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.testing import LiveStack
 from tests.kms_machines import AUTH_MOCK, KMS_TOML, app_compose, kms_service, mapping
+from tests.recorded import intel_root
 from tests.vmm import VmmClient, allow
 
 MACHINES = int(os.environ.get("DSTACK_EMU_MACHINES", "20"))
@@ -115,6 +116,18 @@ def test_error_in_a_kms_toml_is_a_boot_error_and_the_corrected_one_runs(
     vmm.rpc("UpgradeApp", id=vm_id, compose_file=app_compose({"kms": kms_service()}))
     vmm.rpc("StartVm", id=vm_id)
     assert vmm.booted(vm_id)["boot_progress"] == "done"
+
+
+def test_kms_whose_file_names_the_root_of_intel_does_not_run(vmm: VmmClient) -> None:
+    toml = KMS_TOML.replace(
+        "[core.image]",
+        "[core.attestation]\ninsecure_allow_external_trust_anchors = true\n"
+        '[core.attestation.root_ca]\ntdx = "/kms/root.pem"\n[core.image]',
+    )
+    configs = [*kms_service()["configs"], {"source": "root", "target": "/kms/root.pem"}]
+    document = app_compose({"kms": kms_service(configs=configs)}, toml, intel_root().decode())
+    said = vmm.booted(vmm.deploy(compose_file=document))["boot_error"]
+    assert "kms: the root certificate is Intel's own, and this KMS is an emulator" in said, said
 
 
 def test_port_of_the_host_that_is_taken_is_a_boot_error_that_names_it(vmm: VmmClient) -> None:
