@@ -31,16 +31,17 @@ def shared_out(names: Sequence[str], inputs: int, together: int) -> list[tuple[l
     return [([name], max(1, round(inputs * TARGETS[name].weight / whole))) for name in names]
 
 
-def share_of(names: Sequence[str], inputs: int, seconds: float, seed: str) -> Share:
+def share_of(names: Sequence[str], inputs: int, seed: str) -> Share:
     """Return what one process runs; its mutations are drawn from the seed and the names of its targets."""
     label = names[0] if len(names) == 1 else f"{names[0]}-and-{len(names) - 1}"
     number = int.from_bytes(hashlib.sha256(f"{seed}:{label}".encode()).digest()[:4], "big") >> 1
-    return Share(label, names, inputs, seconds, number)
+    return Share(label, names, inputs, number)
 
 
-def run_shares(shares: Sequence[Share], folder: Path, jobs: int) -> list[dict[str, Any]]:
+def run_shares(shares: Sequence[Share], folder: Path, jobs: int, seconds: float) -> list[dict[str, Any]]:
     """Run all shares; return their results. If the process of one ends early, that is a finding."""
     command = [sys.executable, "-m", "campaigns.fuzz.worker", "--jobs", str(jobs), "--folder", str(folder)]
+    command += ["--seconds", str(seconds)]
     plan = json.dumps([asdict(share) for share in shares])
     environment = os.environ | {"PYTHONHASHSEED": "0"}
     with (folder / "worker.log").open("w") as log:
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m campaigns.fuzz", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of: {', '.join(TARGETS)}")
     parser.add_argument("--inputs", type=int, default=200_000, help="in all (%(default)s)")
-    parser.add_argument("--minutes", type=float, default=1e6, help="for each process, at most (no limit)")
+    parser.add_argument("--minutes", type=float, default=1e6, help="for all inputs, at most (no limit)")
     parser.add_argument("--seed", default="1", help="a text, from which mutations are drawn (%(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time (%(default)s)")
     parser.add_argument("--together", type=int, default=0, metavar="N", help="all targets in N processes: a short run")
@@ -123,10 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         shares = [
-            share_of(group, number, given.minutes * 60, given.seed)
-            for group, number in shared_out(names, given.inputs, given.together)
+            share_of(group, number, given.seed) for group, number in shared_out(names, given.inputs, given.together)
         ]
-        results = run_shares(shares, folder, given.jobs)
+        results = run_shares(shares, folder, given.jobs, given.minutes * 60)
     report = reported(results, given.seed, time.monotonic() - began)
     print(shown(report))
     if given.json is not None:

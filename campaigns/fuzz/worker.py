@@ -48,12 +48,11 @@ def load() -> Any:
 
 @dataclass(frozen=True)
 class Share:
-    """What one process runs: its targets, a number of inputs, and for how many seconds at most."""
+    """What one process runs: its targets, and a number of inputs."""
 
     label: str
     targets: Sequence[str]
     inputs: int
-    seconds: float
     seed: int
 
 
@@ -240,9 +239,11 @@ def draw(run: Run, samples: Sequence[Sequence[bytes]], inputs: int, seed: int) -
     run.end()
 
 
-def work(share: Share, targets: Sequence[Any], samples: Sequence[Sequence[bytes]], folder: Path) -> None:
+def work(
+    share: Share, targets: Sequence[Any], samples: Sequence[Sequence[bytes]], seconds: float, folder: Path
+) -> None:
     """Run one share, and write its result; with atheris this does not return."""
-    run = Run(targets, share.inputs, share.seconds, folder / f"{share.label}.json")
+    run = Run(targets, share.inputs, seconds, folder / f"{share.label}.json")
     for number, each in enumerate(samples):
         for sample in each:
             run.add(run._judge.judge(targets[number], sample, thoroughly=True))
@@ -252,7 +253,9 @@ def work(share: Share, targets: Sequence[Any], samples: Sequence[Sequence[bytes]
         guide(run, folder / share.label, samples, share.inputs, share.seed)
 
 
-def forked(share: Share, every: Mapping[str, Any], samples: Mapping[str, Sequence[bytes]], folder: Path) -> int:
+def forked(
+    share: Share, every: Mapping[str, Any], samples: Mapping[str, Sequence[bytes]], seconds: float, folder: Path
+) -> int:
     """Run one share in a new process, with a log of its own; return the process's id."""
     if (process := os.fork()) != 0:
         return process
@@ -263,7 +266,8 @@ def forked(share: Share, every: Mapping[str, Any], samples: Mapping[str, Sequenc
         log = os.open(folder / f"{share.label}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        work(share, [every[name] for name in share.targets], [samples[name] for name in share.targets], folder)
+        targets, own = [every[name] for name in share.targets], [samples[name] for name in share.targets]
+        work(share, targets, own, seconds, folder)
         status = 0
     except BaseException:  # the process ends here, whatever it is
         traceback.print_exc()
@@ -276,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run all shares of the standard input; print the status of each as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     given = parser.parse_args(arguments)
     waiting = [Share(**each) for each in json.load(sys.stdin)]
@@ -284,12 +289,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # What is there now stays: without it, each process's collections look at less.
     gc.collect()
     gc.freeze()
+    end = time.monotonic() + given.seconds
     running: dict[int, str] = {}
     statuses: dict[str, int] = {}
     while waiting or running:
         while waiting and len(running) < given.jobs:
+            # The time that is left is shared out by the inputs that are left: quick targets leave some of it.
+            left, inputs = max(0.0, end - time.monotonic()), sum(share.inputs for share in waiting)
             share = waiting.pop(0)
-            running[forked(share, every, samples, given.folder)] = share.label
+            seconds = min(left, left * given.jobs * share.inputs / inputs)
+            running[forked(share, every, samples, seconds, given.folder)] = share.label
         process, status = os.wait()
         statuses[running.pop(process)] = os.waitstatus_to_exitcode(status)
     print(json.dumps(statuses))
