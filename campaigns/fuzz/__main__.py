@@ -43,8 +43,9 @@ def run_shares(shares: Sequence[Share], folder: Path, jobs: int, seconds: float)
     command = [sys.executable, "-m", "campaigns.fuzz.worker", "--jobs", str(jobs), "--folder", str(folder)]
     command += ["--seconds", str(seconds)]
     plan = json.dumps([asdict(share) for share in shares])
-    environment = os.environ | {"PYTHONHASHSEED": "0"}
-    with (folder / "worker.log").open("w") as log:
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary, (folder / "worker.log").open("w") as log:
+        # The processes end without removing their temporary files.
+        environment = os.environ | {"PYTHONHASHSEED": "0", "TMPDIR": temporary}
         ended = subprocess.run(
             command, input=plan, stdout=subprocess.PIPE, stderr=log, check=False, text=True, env=environment
         )

@@ -241,15 +241,16 @@ _PARAMS: Final = (
 
 def _configuration(read: Callable[[Path], object]) -> Callable[[bytes], object]:
     @cache
-    def file() -> Path:
-        return Path(tempfile.mkdtemp(prefix="fuzz-")) / "it.toml"
+    def folder() -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="fuzz-")
 
     def load(data: bytes) -> object:
-        file().write_bytes(data)
+        file = Path(folder().name) / "it.toml"
+        file.write_bytes(data)
         try:
-            return repr(read(file()))
+            return repr(read(file))
         except ConfigError as error:
-            raise ConfigError(str(error).replace(str(file()), "it.toml")) from error
+            raise ConfigError(str(error).replace(str(file), "it.toml")) from error
 
     return load
 
