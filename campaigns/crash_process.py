@@ -11,7 +11,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from tests.processes import Command, start
 from tests.repository import ROOT
@@ -21,6 +21,9 @@ PATIENCE: Final = 60
 
 class Process:
     """A command of ours, ready."""
+
+    running: ClassVar[set["Process"]] = set()
+    """Those that were not ended."""
 
     def __init__(self, *arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> None:
         words, more = (*arguments, "--json"), dict(environment or {})
@@ -41,6 +44,7 @@ class Process:
                 f"`{arguments[0]}` ended with {self._process.wait(PATIENCE)}: {log.read_text()[-1000:]}"
             )
         self.description: dict[str, Any] = json.loads(line)
+        self.running.add(self)
 
     def kill(self) -> None:
         """Kill it, and wait for its end."""
@@ -48,6 +52,7 @@ class Process:
 
     def end(self, number: int = signal.SIGTERM) -> None:
         """Send it a signal, and wait for its end."""
+        self.running.discard(self)
         self._process.send_signal(number)
         self._process.wait(PATIENCE)
         assert self._process.stdout is not None

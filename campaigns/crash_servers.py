@@ -55,6 +55,9 @@ class Servers:
             outcome.counts[f"{server}: {self._ended(act, server, folder)}"] += 1
         except AssertionError as error:
             outcome.findings.append(Finding(f"{server}: {str(error).partition(':')[0]:.80}", str(error)))
+        finally:
+            for process in tuple(Process.running):
+                process.kill()
 
     def _ended(self, act: Act, server: str, folder: Path) -> str:
         if act.name == "set the clock back":
