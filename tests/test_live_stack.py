@@ -150,7 +150,7 @@ def test_journal_looks_at_the_test_alone(dstack_stack: LiveStack, dstack_journal
 
 def test_fault_ends_with_its_block_and_counts(dstack_stack: LiveStack) -> None:
     hang = dstack_stack.fault(service="auth-src", call="/bootAuth/app", kind="hang")
-    with hang as fault, refused("no answer within 1 s"):
+    with hang as fault, refused("no answer within 5 s"):
         dstack_stack.boot()
     assert fault.met == 1
     dstack_stack.boot()
