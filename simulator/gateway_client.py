@@ -177,13 +177,14 @@ class GatewayClient:
         )
         allowed = self._app_keys.gateway_app_id
         is_verified = allowed != ANY
-        with _refused_as("Failed to register CVM"):
+        with _refused_as("Failed to create RA client"):
             client = self._connect(
                 f"{url.rstrip('/').removesuffix('/prpc')}/prpc",
                 identity=Identity(certificate, keys.client_key),
                 root_ca=self._app_keys.ca_cert if is_verified else None,
                 check_peer=functools.partial(require_gateway, allowed) if is_verified else None,
             )
+        with _refused_as("Failed to register CVM"):
             try:
                 return await client.call("RegisterCvm", request, pb.RegisterCvmResponse)
             finally:

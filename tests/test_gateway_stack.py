@@ -400,6 +400,10 @@ def test_app_and_machine_of_0_5_do_not_boot_without_their_gateway() -> None:
         with pytest.raises(ControlError, match="Failed to register CVM, all dstack-gateway urls are down"):
             stack.control.boot_guest("app")
         assert DstackClient(stack.description["app"]["dstack_sock"]).info().instance_id
+        stack.control.clear_faults()
+        stack.control.add_fault(service="kms-dst", call="SignCert", kind="status", status=200, body="{}")
+        with pytest.raises(ControlError, match="Failed to create RA client: Failed to parse identity: "):
+            stack.control.boot_guest("app", "dst")
 
 
 @pytest.mark.parametrize("domain", ["localhost", "App.test", "a..b", "-a.test", f"{'a' * 64}.test", "x.y." * 60 + "z"])

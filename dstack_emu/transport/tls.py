@@ -9,6 +9,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from dstack_emu.attest.errors import FormatError
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -22,7 +24,7 @@ def client_context(identity: Identity | None = None, root_ca: str | None = None)
     """Make the settings of a client that shows `identity`, if given, and verifies the server under `root_ca` (PEM).
 
     Without `root_ca`, the server is not verified: the caller must verify the evidence in its certificate, unless it
-    does not matter which server answers.
+    does not matter which server answers. Raises `FormatError` if `identity` is no certificate with its key.
     """
     # Not ssl.create_default_context(): from Python 3.13 on it requires authority key identifiers, which
     # dstack's certificates, upstream's and ours, do not have.
@@ -43,4 +45,7 @@ def _load_identity(context: ssl.SSLContext, identity: Identity) -> None:
         certificate.write_text(identity.certificate)
         key.touch(mode=0o600)
         key.write_text(identity.key)
-        context.load_cert_chain(certificate, key)
+        try:
+            context.load_cert_chain(certificate, key)
+        except ssl.SSLError as error:
+            raise FormatError("Failed to parse identity: a certificate chain in PEM and its key expected") from error
