@@ -10,7 +10,6 @@ import json
 import os
 import secrets
 import select
-import shlex
 import signal
 import socket
 import subprocess
@@ -119,13 +118,13 @@ def forked(*arguments: str) -> tuple[list[str], dict[str, Any]]:
     return [sys.executable, "-I", "-S", str(SHIM), *arguments], settings
 
 
-def forked_by_anyone(*arguments: str, module: str = "") -> str:
-    """Return a command line that forks `dstack-emu`, or `main` of a module, whoever starts it.
+def forked_by_anyone(*arguments: str, module: str = "") -> list[str]:
+    """Return the words of a command that forks `dstack-emu`, or `main` of a module, whoever starts it.
 
     It does not need the descriptor, so it may be started by a command, and may be killed.
     """
     _server()
-    return shlex.join([sys.executable, "-I", "-S", str(SHIM), "--at", ADDRESS, module, *arguments])
+    return [sys.executable, "-I", "-S", str(SHIM), "--at", ADDRESS, module, *arguments]
 
 
 def command_for_shells(path: Path) -> int:

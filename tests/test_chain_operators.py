@@ -129,7 +129,6 @@ async def test_same_acts_work_on_a_node_that_runs_elsewhere(chain: EmbeddedChain
 
 async def test_act_waits_until_a_node_mines_it(chain: EmbeddedChain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contracts, "PAUSE", 0.01)
-    monkeypatch.setattr(contracts, "RECEIPT_TIMEOUT", 0.05)
     unmined = 3
 
     async def mining_later(method: str, params: list[Any]) -> Any:
@@ -142,6 +141,7 @@ async def test_act_waits_until_a_node_mines_it(chain: EmbeddedChain, monkeypatch
     sender = Sender(mining_later, chain.owner.address)
     changed = await operations.list_entry(chain.kms, sender, "os-image", IMAGE, allowed=True)
     assert (changed.before, changed.after, unmined) == ("not allowed", "allowed", 0)
+    monkeypatch.setattr(contracts, "RECEIPT_TIMEOUT", 0.05)
     unmined = 100
     with pytest.raises(ContractError, match="was sent, but not mined within"):
         await chain.kms.add_os_image(sender, MR)

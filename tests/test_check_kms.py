@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from tests.running import running_kms
 
 def kms(*arguments: str) -> str:
     """Return the command line of a `tests.broken_kms`."""
-    return f"{forked_by_anyone(*arguments, module='tests.broken_kms')} -c {{config}}"
+    return f"{shlex.join(forked_by_anyone(*arguments, module='tests.broken_kms'))} -c {{config}}"
 
 
 WHOLE = os.environ.get("DSTACK_EMU_CHECK_KMS", "")

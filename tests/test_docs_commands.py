@@ -21,7 +21,7 @@ import pytest
 from dstack_emu import StackConfig
 from dstack_emu.transport.ports import PORTS
 from tests.documents import DOCUMENTS, Block, blocks, code, document, prose
-from tests.processes import COMMAND_SERVER, END_TIMEOUT, command_for_shells
+from tests.processes import COMMAND_SERVER, END_TIMEOUT, command_for_shells, forked_by_anyone
 from tests.repository import ROOT
 from tests.running import READY_TIMEOUT, RunningStack, running_stack
 from tests.scratch import run_pytest
@@ -172,7 +172,7 @@ class Terminal:
             done = run_pytest(folder)
             assert (done.returncode, "skipped" in done.stdout) == (0, False), done.stdout + done.stderr
         else:
-            command = [sys.executable, "-c", self.here(block.text)]
+            command = forked_by_anyone(self.here(block.text), module="tests.program")
             subprocess.run(command, cwd=ROOT, env=self.environment, check=True, timeout=WORK_TIMEOUT)
 
 

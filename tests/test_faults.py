@@ -24,7 +24,7 @@ from tests.own_stack import PATIENCE, own_stack
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-LIMIT = 20.0
+LIMIT = 60.0
 """Seconds after which a call counts as hanging: many times what the services wait."""
 
 

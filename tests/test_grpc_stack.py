@@ -201,7 +201,7 @@ async def test_fault_does_by_grpc_what_is_nearest(
     await asyncio.sleep(0)
     rule = control.add_fault(service="kms-src", call="GetMeta", caller="outside", **fault)
     late = code == "DEADLINE_EXCEEDED"
-    outcome = await asked(stack, "kms-src-grpc", GET_META, timeout=0.5 if late else foreign.TIMEOUT)
+    outcome = await asked(stack, "kms-src-grpc", GET_META, timeout=2.0 if late else foreign.TIMEOUT)
     assert (outcome.code, bool(re.search(text, outcome.text))) == (code, True), outcome
     assert rule.met == 1
     kind = fault.get("kind", "status")

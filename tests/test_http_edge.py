@@ -18,7 +18,7 @@ KMS_ROWS = {row.name: row for row in edge_rows("kms-tls")}
 AGENT_ROWS = {row.name: row for row in edge_rows("agent-unix")}
 SILENCE = 0.3
 """Seconds after which a server counts as silent."""
-LIMIT = 10.0
+LIMIT = 60.0
 
 
 @asynccontextmanager

@@ -598,10 +598,10 @@ def test_localhost_is_this_machine_where_the_settings_open_it(domain: DomainTls)
 # ---- what the surroundings make of a connection
 
 
-@limited(connect=0.05, handshake=0.05, dns=0.05)
+@limited(connect=0.5, handshake=0.5, dns=0.5)
 @pytest.mark.parametrize("label", ["vm1", "gateway"])
 def test_interrupted_connection_goes_on_whatever_the_other_limits_are(hasty: RunningIngress, label: str) -> None:
-    hasty.table.interrupt = lambda: asyncio.sleep(0.2)
+    hasty.table.interrupt = lambda: asyncio.sleep(0.8)
     with app_server(echo) as endpoint:
         hasty.table.add("vm1", 80, endpoint)
         with hasty.connect_tls(label) as client:

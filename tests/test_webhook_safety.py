@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import xml.dom.minidom
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from dstack_emu.webhook_check.safety import list_requests
 from dstack_emu.webhook_check.sample_requests import SampleError, SampleRequests
 from tests.commands import run_command, serving, usage_error
 from tests.json_rpc_server import CONTRACT, Fault, abi_decision, running_chain
+from tests.processes import forked_by_anyone
 from tests.recorded import golden
 
 SAMPLES = SampleRequests.of_seed("dstack-emu")
@@ -110,7 +110,8 @@ def policy_file(tmp_path: Path) -> Path:
 def webhook(rule: str, policy_file: Path) -> Iterator[str]:
     """Run a webhook of a few lines in a process of its own, and yield its URL."""
     text = WEBHOOK.replace("{rule}", "\n".join(f"    {line}" for line in rule.splitlines()))
-    with subprocess.Popen([sys.executable, "-c", text, str(policy_file)], stdout=subprocess.PIPE, text=True) as process:
+    command = forked_by_anyone(text, str(policy_file), module="tests.program")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             yield f"http://127.0.0.1:{process.stdout.readline().strip()}"

@@ -1,5 +1,6 @@
 """A KMS that is not ours by name: a script `their-kms` that takes the path of a kms.toml, and what it stands in for."""
 
+import shlex
 import stat
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from tests.repository import ROOT
 
 def their_kms(folder: Path, *arguments: str) -> str:
     """Write a script that runs our `kms` command with further arguments; return the command line for `--kms`."""
-    line = f'exec {forked_by_anyone("kms")} --config "$1" {" ".join(arguments)}'
+    line = f'exec {shlex.join(forked_by_anyone("kms"))} --config "$1" {" ".join(arguments)}'
     return f"{script(folder, 'their-kms', line)} {{config}}"
 
 
