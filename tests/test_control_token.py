@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dstack_emu.control.schemas import ClockChange, ControlError, OnboardRequest, checked
 from tests.commands import run_command, usage_error
 from tests.running import RunningStack, running_stack
 
@@ -116,3 +117,12 @@ def test_stack_that_resumes_keeps_its_token_and_takes_one_that_is_given(tmp_path
 def test_loopback_address_needs_no_token(ready_stack: RunningStack) -> None:
     assert ready_stack.curl(f"{ready_stack.services['control']}/stack")[0] == 200
     assert not (Path(ready_stack.description["state"]) / "control.token").exists()
+
+
+def test_tokens_are_not_in_the_text_of_a_request() -> None:
+    assert repr(OnboardRequest(source_token="one", onboard_token="two")) == "OnboardRequest(source='src')"
+
+
+def test_refused_choice_is_named_in_words() -> None:
+    with pytest.raises(ControlError, match="; freeze.time: Input should be greater than or equal to 0$"):
+        checked(ClockChange, {"freeze": -1})

@@ -72,7 +72,7 @@ HexText = Annotated[
     Field(json_schema_extra={"description": "hex, with or without 0x"}, pattern="^[0-9a-f]*$"),
 ]
 """Hex in lowercase, without 0x."""
-Token = Annotated[str, AfterValidator(functools.partial(require_token, name="token")), Field(repr=False)]
+Token = Annotated[str, AfterValidator(functools.partial(require_token, name="token"))]
 Advisory = Annotated[str, Field(min_length=1, max_length=100)]
 
 
@@ -231,8 +231,8 @@ class OnboardRequest(RequestBody):
     """
 
     source: Name | None = "src"
-    source_token: Token = ""
-    onboard_token: Token | None = None
+    source_token: Token = Field("", repr=False)
+    onboard_token: Token | None = Field(None, repr=False)
 
 
 class PolicyChange(RequestBody):
