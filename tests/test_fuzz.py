@@ -72,6 +72,20 @@ def make_many_objects(data: bytes) -> object:
     return [[each] for each in data] and len(data)
 
 
+def called_within(calls: int, target: Target, data: bytes) -> str:
+    return called_within(calls - 1, target, data) if calls else answer(target, data)
+
+
+@pytest.mark.parametrize(("target", "form"), [("control-request", b'\2{"freeze": %b%b}'), ("strict-json", b"%b%b")])
+def test_answer_to_a_deep_document_does_not_depend_on_the_calls_around_it(target: str, form: bytes) -> None:
+    answers = []
+    for depth in (20, *range(840, 1000, 8)):
+        data = form % (b"[" * depth, b"]" * depth)
+        answers.append(called_within(0, TARGETS[target], data))
+        assert called_within(40, TARGETS[target], data) == answers[-1]
+    assert len(set(answers)) > 1
+
+
 @pytest.mark.parametrize(
     ("read", "rules"), [(compare_each_with_each, ["superlinear"]), (make_many_objects, []), (fail_at_x, [])]
 )

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import re
 import resource
+import sys
 import time
 import traceback
 import tracemalloc
@@ -23,6 +24,8 @@ MEMORY: Final = 32 * 1024 * 1024
 MEMORY_PER_BYTE: Final = 1024
 ONE_OF: Final = 16
 """Of so many inputs one is run twice, chosen by its checksum."""
+ROOM: Final = 900
+"""So many calls may be within each other when an answer is made that is compared with another process's."""
 _ADDRESS: Final = re.compile(r" at 0x[0-9a-f]{8,16}>")
 """What Python writes of an object that has no text of its own, which is another one in each process."""
 
@@ -79,9 +82,24 @@ def judge(target: Target, data: bytes, *, thoroughly: bool = False, ran: Ran | N
 
 
 def answer(target: Target, data: bytes) -> str:
-    """Return the answer to an input as a text that is the same in each process."""
-    ran = run(target, data)
+    """Return the answer to an input as a text that is the same in each process.
+
+    How deep a document may be depends on the calls that are left, and these on how the process came here.
+    """
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + ROOM - _calls_left())
+    try:
+        ran = run(target, data)
+    finally:
+        sys.setrecursionlimit(limit)
     return ran.said() if ran.finding is None else f"{ran.finding.rule}: {ran.finding.place}"
+
+
+def _calls_left(calls: int = 0) -> int:
+    try:
+        return _calls_left(calls + 1)
+    except RecursionError:
+        return calls
 
 
 def run(target: Target, data: bytes) -> Ran:
@@ -115,7 +133,17 @@ def _run(target: Target, data: bytes) -> tuple[Callable[[], str], Finding | None
     except BaseException as error:  # panics of Rust are no Exception
         text = f"{type(error).__name__}: {error}"[:300]
         return lambda: text, Finding(target.name, type(error).__name__, _place(error), text, data)
-    return lambda: canonical(result), None
+    return lambda: _text(result), None
+
+
+def _text(result: object) -> str:
+    """Return the canonical text of a result, which may be as deep as its decoder could go."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(8 * limit)
+    try:
+        return canonical(result)
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def canonical(value: Any) -> str:
