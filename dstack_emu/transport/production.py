@@ -5,13 +5,14 @@ believe that they are safe. Docs: docs/security.md.
 """
 
 import hashlib
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from dstack_emu.attest.verify import TrustAnchor
+if TYPE_CHECKING:  # commands that verify nothing start without dcap-qvl
+    from dstack_emu.attest.verify import TrustAnchor
 
 INTEL_ROOT_KEY: Final = "a0af031289f5d5d4132f9186068a7fc13628633ba235777472e29b6b6c67a49e"
 """The SHA-256 of the public key (SubjectPublicKeyInfo in DER) of Intel's SGX Root CA, in hexadecimal."""
@@ -19,7 +20,7 @@ REAL_HOSTS: Final = ("intel.com", "phala.network", "azure.net", "azure.com", "go
 """Domains with a PCCS, or a service like one, for real hardware: Intel's PCS, dstack's default, and those of clouds."""
 
 
-def reality_of(anchor: TrustAnchor, pccs_url: str) -> str:
+def reality_of(anchor: "TrustAnchor", pccs_url: str) -> str:
     """Say what of it belongs to real hardware: the empty text if nothing does."""
     if anchor.root_ca is None or _key(anchor.root_ca) == INTEL_ROOT_KEY:
         return "the root certificate is Intel's own"

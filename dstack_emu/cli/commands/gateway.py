@@ -14,6 +14,7 @@ from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.gateway.agent import DEFAULT_ADDRESS
 from dstack_emu.gateway.config import GatewayConfig
 from dstack_emu.gateway.server import RPC, GatewayDependencies, GatewayServer
+from dstack_emu.transport.trust_root import trust_anchor
 
 DESCRIPTION = (
     "Run one gateway with upstream's gateway.toml, without WireGuard: instances register, and the ingress reaches none "
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     core = config.core
     if not (arguments.trust_production or core.debug.insecure_skip_attestation):
         require_emulated_service(
-            core.attestation,
+            trust_anchor(core.attestation, "core."),
             core.pccs,
             arguments.config,
             "This gateway is an emulator, and would register real machines.",

@@ -25,6 +25,7 @@ from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.kms_emu.server import KmsServer
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.listen import bind_tcp
+from dstack_emu.transport.trust_root import trust_anchor
 
 DESCRIPTION = (
     "Run one KMS with upstream's kms.toml; both phases use the same port. The environment variable "
@@ -95,7 +96,7 @@ async def _run_kms(config: KmsConfig, agent: str, arguments: argparse.Namespace)
     kms = _kms(config, agent, arguments)
     if not arguments.trust_production:
         require_emulated_service(
-            config.core.attestation,
+            trust_anchor(config.core.attestation, "core."),
             config.core.pccs,
             arguments.config,
             "This KMS is an emulator, and would give real machines keys that protect nothing.",

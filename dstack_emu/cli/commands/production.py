@@ -1,11 +1,13 @@
 """What keeps commands from real hardware: refuses Intel's root and a PCCS for real hardware, unless it is asked for."""
 
 import argparse
+from typing import TYPE_CHECKING
 
-from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.cli.commands.common import UsageError
 from dstack_emu.transport.production import pccs_of_reality, reality_of
-from dstack_emu.transport.trust_root import AttestationConfig, trust_anchor
+
+if TYPE_CHECKING:  # commands that verify nothing start without dcap-qvl
+    from dstack_emu.attest.verify import TrustAnchor
 
 _NAMES = (
     "Name the emulated root and PCCS: core.attestation.root_ca.tdx and core.attestation.urls.pccs, with root_ca and "
@@ -22,13 +24,13 @@ def add_trust_production(parser: argparse.ArgumentParser, consequence: str) -> N
     )
 
 
-def require_emulated_service(attestation: AttestationConfig, pccs_url: str, where: object, why: str) -> None:
+def require_emulated_service(anchor: "TrustAnchor", pccs_url: str, where: object, why: str) -> None:
     """Refuse a service whose configuration file at `where` trusts real hardware: raise `UsageError` with `why`."""
-    if real := reality_of(trust_anchor(attestation, "core."), pccs_url):
+    if real := reality_of(anchor, pccs_url):
         raise UsageError(f"{where}: {real}. {why} {_NAMES}")
 
 
-def require_emulated(anchor: TrustAnchor | None, pccs_url: str, advice: str) -> None:
+def require_emulated(anchor: "TrustAnchor | None", pccs_url: str, advice: str) -> None:
     """Refuse a root (None: not asked about) and a PCCS of real hardware: raise `UsageError` with `advice`."""
     if real := pccs_of_reality(pccs_url) if anchor is None else reality_of(anchor, pccs_url):
         raise UsageError(f"{real}: {advice}")
