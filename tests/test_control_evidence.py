@@ -225,6 +225,7 @@ def test_boot_info_is_a_claim_that_is_decided_about(ready_stack: RunningStack) -
         ("/inspect", {}, 400, "one of text and data expected"),
         ("/inspect", {"text": "", "data": ""}, 400, "one of text and data expected"),
         ("/inspect", {"data": "?"}, 400, "data: base64 expected"),
+        ("/admit", {"data": "\u00dd"}, 400, "data: base64 expected"),
         ("/inspect", {"text": "\ud800"}, 400, "unknown input"),
         ("/inspect", {"text": "1", "strict": True}, 400, "strict: unknown key"),
         ("/inspect", {"text": KEY}, 400, "PEM of certificates or a CRL expected, got PRIVATE KEY"),

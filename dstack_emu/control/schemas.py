@@ -1,7 +1,6 @@
 """The schemas of the control API's request bodies."""
 
 import base64
-import binascii
 import datetime
 import functools
 import re
@@ -115,7 +114,7 @@ class EvidenceInput(RequestBody):
             return (self.text or "").encode(errors="replace")  # JSON's escapes can spell half of a surrogate pair
         try:
             return base64.b64decode(self.data, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # of other characters than ASCII it is no binascii.Error
             raise ControlError(f"data: base64 expected: {error}") from error
 
 
