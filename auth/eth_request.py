@@ -80,7 +80,7 @@ def _octets(name: str, text: str, size: int) -> bytes:
     try:
         if size == 20:
             return decode_address(f"0x{digits}")
-        _require_hex(name, digits, size)
+        _require_hex(name, text, size)
         return bytes.fromhex(digits)
     except (FormatError, BootInfoBoundsError) as error:
         raise ChainError(f"{name}: {error}" if isinstance(error, FormatError) else str(error)) from error

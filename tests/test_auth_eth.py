@@ -336,6 +336,7 @@ async def test_short_hex_is_padded_on_the_left(chain: Chain) -> None:
     [
         ({"mrAggregated": "0x" + "11" * 33}, "mrAggregated: 32 bytes at most expected, got 66 digits"),
         ({"composeHash": "no hex"}, "composeHash: hex expected, got '"),
+        ({"mrAggregated": "0xx" + "ab" * 31}, "mrAggregated: hex expected, got '0xx"),  # padded: 0x again
         ({"appId": "0x" + "11" * 21}, "appId: an address expected, 0x and 40 hex digits, got '"),
         ({"instanceId": "xyz"}, "instanceId: an address expected, 0x and 40 hex digits, got '"),
         ({"appId": "0x" + "aB" * 20}, "appId: the address 0x"),
