@@ -69,6 +69,19 @@ def test_custom_error_of_a_refused_act_is_decoded(chain: LiveChain) -> None:
     assert refused.value.data == expected
 
 
+@pytest.mark.parametrize("act", ["addOsImageHash", "removeOsImageHash"])  # the second is refunded a part at its end
+def test_estimated_gas_suffices_and_is_hardly_more_than_needed(chain: LiveChain, act: str) -> None:
+    from web3.exceptions import Web3Exception
+
+    if act.startswith("remove"):
+        chain.kms.functions.addOsImageHash(IMAGE).transact({"from": chain.owner})
+    function = getattr(chain.kms.functions, act)(IMAGE)
+    gas = function.estimate_gas({"from": chain.owner})
+    function.call({"from": chain.owner, "gas": gas})
+    with pytest.raises(Web3Exception, match="execution reverted"):  # by the proxy, whose inner call has too little
+        function.call({"from": chain.owner, "gas": gas * 1_000 // 1_015 - 1})
+
+
 def test_text_of_a_refused_act_is_the_message(chain: LiveChain) -> None:
     from web3.exceptions import ContractLogicError
 

@@ -239,7 +239,9 @@ _PARAMS: Final = (
 )
 
 
-def _configuration(read: Callable[[Path], object]) -> Callable[[bytes], object]:
+def _configuration(name: str, read: Callable[[Path], object], *samples: bytes) -> Target:
+    """Make the target of a configuration file of the user."""
+
     @cache
     def folder() -> tempfile.TemporaryDirectory[str]:
         return tempfile.TemporaryDirectory(prefix="fuzz-")
@@ -252,7 +254,7 @@ def _configuration(read: Callable[[Path], object]) -> Callable[[bytes], object]:
         except ConfigError as error:
             raise ConfigError(str(error).replace(str(file), "it.toml")) from error
 
-    return load
+    return Target(name, load, lambda: list(samples), (ConfigError,), weight=0.3, is_of_the_user=True)
 
 
 def _overrides(data: bytes) -> object:
@@ -326,32 +328,9 @@ TARGETS: Final = table(
     Target("rlp", _rlp, lambda: [rlp.encode([b"a", [b"b" * 60, []], b""]), *_transactions()], (FormatError,), weight=2),
     Target("transaction", _transaction, _transactions, (InvalidTransactionError,)),
     Target("rpc-parameters", _rpc_params, lambda: _PARAMS, (ChainError,)),
-    Target(
-        "kms.toml", _configuration(KmsConfig.load), lambda: [_KMS_TOML], (ConfigError,), weight=0.3, is_of_the_user=True
-    ),
-    Target(
-        "gateway.toml",
-        _configuration(GatewayConfig.load),
-        lambda: list(_OTHER_TOML),
-        (ConfigError,),
-        weight=0.3,
-        is_of_the_user=True,
-    ),
-    Target(
-        "vmm.toml",
-        _configuration(VmmConfig.load),
-        lambda: list(_OTHER_TOML),
-        (ConfigError,),
-        weight=0.3,
-        is_of_the_user=True,
-    ),
-    Target(
-        "verifier.toml",
-        _configuration(lambda path: VerifierConfig.load(path, {})),
-        lambda: list(_OTHER_TOML),
-        (ConfigError,),
-        weight=0.3,
-        is_of_the_user=True,
-    ),
+    _configuration("kms.toml", KmsConfig.load, _KMS_TOML),
+    _configuration("gateway.toml", GatewayConfig.load, *_OTHER_TOML),
+    _configuration("vmm.toml", VmmConfig.load, *_OTHER_TOML),
+    _configuration("verifier.toml", lambda path: VerifierConfig.load(path, {}), *_OTHER_TOML),
     Target("overrides", _overrides, lambda: [b'X_A__B=1\nX_RPC__PORT=[1,2]\nX_C="x"'], (ConfigError, AttestError)),
 )
