@@ -71,9 +71,10 @@ class Tab:
         return self._browser.send(method, self.session, **parameters)
 
     def open(self, url: str) -> None:
-        """Load an address from anew."""
+        """Load an address from anew, and wait until its document is whole: a text may be seen before."""
         self.send("Page.navigate", url="about:blank")
         self.send("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete'")
 
     def world(self, name: str) -> int:
         """Return a world of scripts that shares the document with the page, and nothing else."""

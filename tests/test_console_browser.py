@@ -265,7 +265,7 @@ def test_hundred_thousand_calls_stay_usable(tab: Tab) -> None:
         while not tab.run(f"{button}.hidden"):
             tab.run(f"{button}.click()")
             tab.wait(f"{button}.hidden || !{button}.disabled")
-        tab.wait("parseInt(document.querySelector('.note').innerText) >= 99_000")
+        tab.wait("parseInt(document.querySelector('.note').innerText) >= 100_000")
         assert tab.run("document.querySelectorAll('.item').length") < 60
         tab.tab_to("Calls, the newest last")
         tab.press("Home")
