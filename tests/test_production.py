@@ -1,5 +1,6 @@
 """Nothing emulated must start by accident where real machines could get its keys, or have a part."""
 
+import json
 import re
 from pathlib import Path
 
@@ -97,3 +98,29 @@ def test_gateway_refuses_the_root_of_intel_unless_it_verifies_nothing(tmp_path: 
     file.write_text("")
     said = usage_error("gateway", "--config", str(file))
     assert said.startswith(f"{file}: the root certificate is Intel's own. This gateway is an emulator")
+
+
+ELSEWHERE = {
+    "services": dict.fromkeys(("auth-src", "auth-dst", "kms-src", "kms-dst", "pccs"), "http://127.0.0.1:9"),
+    "policies": {"src": "a", "dst": "b"},
+}
+"""The description of a stack that names a PCCS and no root."""
+
+
+def test_runbook_judges_real_hardware_with_intel_alone(tmp_path: Path) -> None:
+    file, own, intels = (tmp_path / name for name in ("stack.json", "root.pem", "intel.pem"))
+    own.write_bytes(emulated_root())
+    intels.write_bytes(intel_root())
+    real = {**ELSEWHERE["services"], "pccs": REAL_PCCS}
+    for description, what in (
+        (ELSEWHERE, "the root certificate is Intel's own"),
+        ({**ELSEWHERE, "root_ca": str(intels)}, "the root certificate is Intel's own"),
+        ({**ELSEWHERE, "root_ca": str(own), "services": real}, "the PCCS at pccs.phala.network serves real hardware"),
+    ):
+        file.write_text(json.dumps(description))
+        assert usage_error("runbook", "--against", str(file)) == (
+            f"{what}: in {file}, root_ca and services.pccs of an emulated stack are expected, or --intel, which judges "
+            "real hardware"
+        )
+    said = run_command("runbook", "--against", str(file), "--intel", "--wait", "0").stderr.decode()
+    assert said.startswith("Error: kms-src at http://127.0.0.1:9 does not say what it measures")

@@ -587,9 +587,13 @@ def test_kms_that_does_not_answer_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_source_url_without_a_stack_elsewhere_is_refused() -> None:
-    text = usage_error("runbook", "--source-url", "https://127.0.0.1:9")
-    assert text == "--source-url is only for a stack that runs elsewhere: give --against, too"
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--source-url", ["https://127.0.0.1:9"]), ("--intel", [])],
+)
+def test_option_about_a_stack_elsewhere_is_refused_without_one(option: str, value: list[str]) -> None:
+    text = usage_error("runbook", option, *value)
+    assert text == f"{option} is only for a stack that runs elsewhere: give --against, too"
 
 
 def test_measurements_name_the_variant_by_either_name() -> None:

@@ -23,6 +23,7 @@ from dstack_emu.transport.urls import is_http_url
 from dstack_emu.transport.validation import problems
 
 SIDES: Final = ("src", "dst")
+INTEL: Final = "Intel's production root"
 _NO_NAMES: Final[Mapping[str, str]] = MappingProxyType({})
 
 
@@ -196,7 +197,7 @@ class Target:
                 ("dst", services.kms_dst, runtime.dst, services.auth_dst, found.policies.dst),
             )
         }
-        anchor, root = TrustAnchor.intel(), "Intel's production root"
+        anchor, root = TrustAnchor.intel(), INTEL
         if found.root_ca is not None:
             path = folder / found.root_ca
             try:

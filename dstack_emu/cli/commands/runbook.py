@@ -12,8 +12,10 @@ from types import MappingProxyType
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from dstack_emu.attest.verify import TrustAnchor
 from dstack_emu.attest.version import EMULATOR
 from dstack_emu.cli.commands.common import WARNING, UsageError, add_release, interruptible, say
+from dstack_emu.cli.commands.production import require_emulated
 from dstack_emu.cli.commands.stack_options import add_kms_options
 from dstack_emu.cli.commands.token_options import add_tokens, tokens
 from dstack_emu.cli.runbook_report import to_stderr, to_stdout
@@ -28,7 +30,7 @@ from dstack_emu.runbook.kms_client import KmsClient, PrpcKmsClient
 from dstack_emu.runbook.page import CALLS, REPORT
 from dstack_emu.runbook.runner import RunbookRun
 from dstack_emu.runbook.step_calls import StepCalls
-from dstack_emu.runbook.target import SIDES, Target, TargetError
+from dstack_emu.runbook.target import INTEL, SIDES, Target, TargetError
 from dstack_emu.runbook.transcript import Step, Transcript
 from dstack_emu.simulator.seed import DEFAULT_SEED, Entropy, Seed
 from dstack_emu.stack import Stack
@@ -69,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="run it on a fresh stack that runs elsewhere: stack.json in its state folder, or JSON with the same keys",
+    )
+    parser.add_argument(
+        "--intel",
+        action="store_true",
+        help="with --against, judge a stack on real hardware: verify its evidence under Intel's production root",
     )
     parser.add_argument(
         "--deploy",
@@ -121,6 +128,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the cases, report them, and write the evidence."""
     if arguments.source_url and not arguments.against:
         raise UsageError("--source-url is only for a stack that runs elsewhere: give --against, too")
+    if arguments.intel and not arguments.against:
+        raise UsageError("--intel is only for a stack that runs elsewhere: give --against, too")
     if arguments.against and arguments.auth:
         raise UsageError("--auth is for the stack that the command starts: leave out --against, or give it to `up`")
     if arguments.against and (arguments.kms or arguments.kms_wait):
@@ -165,7 +174,7 @@ async def _run(arguments: argparse.Namespace, destination: Destination | None) -
     about: dict[str, Any] = {"emulator": EMULATOR, "transport": arguments.transport}
     by_grpc = arguments.transport == "grpc"
     if arguments.against:
-        target = Target.load(arguments.against, source_url=arguments.source_url, by_grpc=by_grpc)
+        target = _target_elsewhere(arguments, by_grpc=by_grpc)
         about["upstream"] = (target.release or arguments.release).version
         await _run_cases(arguments, target, transcript, os.urandom)
         logs: dict[str, str] = {}
@@ -205,6 +214,17 @@ async def _run(arguments: argparse.Namespace, destination: Destination | None) -
         document = json.dumps({**about, "ok": transcript.ok, "cases": transcript.to_json()})
         print(transcript.secrets.redact(document), flush=True)
     return 0 if transcript.ok else 1
+
+
+def _target_elsewhere(arguments: argparse.Namespace, *, by_grpc: bool) -> Target:
+    """Read the description of --against; refuse real hardware without --intel, which trusts Intel's root alone."""
+    target = Target.load(arguments.against, source_url=arguments.source_url, by_grpc=by_grpc)
+    if arguments.intel:
+        return replace(target, anchor=TrustAnchor.intel(), root=INTEL)
+    if target.pccs is not None:  # without one, nothing is verified
+        advice = "of an emulated stack are expected, or --intel, which judges real hardware"
+        require_emulated(target.anchor, target.pccs, f"in {arguments.against}, root_ca and services.pccs {advice}")
+    return target
 
 
 def _tokens(arguments: argparse.Namespace) -> tuple[str, str]:
