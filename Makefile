@@ -14,7 +14,7 @@ HASHED  := $(PIP) --require-hashes --only-binary=:all: --requirement
 # setuptools is one of the requirements: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-index --no-deps --no-build-isolation --editable .
 
-.PHONY: help venv up test browser pictures rust fuzz openapi decisions campaign contracts kubernetes check-kms console-load machines lint types imports check bench scale proto lock package release audit clean
+.PHONY: help venv up test browser pictures rust fuzz openapi decisions campaign contracts kubernetes repeat check-kms console-load machines lint types imports check bench scale proto lock package release audit clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -75,6 +75,9 @@ decisions: $(VENV)/.dev ## Hold many more random decisions against the models of
 campaign: $(VENV)/.dev ## Run a campaign of random cases (NAME=fail-open CASES=1000 SEED=x MINUTES=60; ARGS="--json FILE")
 	@$(BIN)/python -m campaigns $(NAME) --seed $(or $(SEED),1) $(if $(CASES),--cases $(CASES)) \
 	  $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
+repeat: $(VENV)/.dev .pytest_cache/.compiled ## Run the tests again and again beside a load on every core (TIMES=50; ARGS="--load 4 -- -k kms")
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python tools/repeat.py --times $(or $(TIMES),50) $(ARGS)
 
 check-kms: $(VENV)/.dev ## Put every case of check-kms to the emulator's own KMS, in both releases
 	@DSTACK_EMU_CHECK_KMS=all $(BIN)/python -m pytest tests/test_check_kms.py -k own_kms $(ARGS)

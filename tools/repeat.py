@@ -1,0 +1,106 @@
+"""Run the tests again and again beside a load on every core, and say how often in a row nothing failed.
+
+`make repeat TIMES=50` runs it. Each run is a line of `.repeat/runs.jsonl`, so that a series goes on after a pause and
+over changes of the code: the line has the commit. What a failed run printed is kept beside it.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+FOLDER: Final = ROOT / ".repeat"
+RUNS: Final = FOLDER / "runs.jsonl"
+TESTS: Final = ("-m", "pytest", "-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder", "-q")
+BUSY: Final = "while True: pass"
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=50, help="how often the tests run (default: 50)")
+    parser.add_argument(
+        "--load",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="busy processes beside them (default: one for each core)",
+    )
+    parser.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="for pytest, behind --")
+    arguments = parser.parse_args()
+    FOLDER.mkdir(exist_ok=True)
+    with busy(arguments.load):
+        results = [run(arguments.load, arguments.arguments) for _ in range(arguments.times)]
+    print(f"{sum(results)} of {len(results)} runs had no failure; without one in a row: {in_a_row()}")
+    return 0 if all(results) else 1
+
+
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Keep processes busy, of the tests' own priority, while the block runs."""
+    processes = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def run(load: int, arguments: list[str]) -> bool:
+    """Run the tests once, note it, and say whether nothing failed."""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, *TESTS, *arguments], cwd=ROOT, text=True, capture_output=True, check=False)
+    seconds = round(time.monotonic() - began)
+    said = done.stdout.splitlines()
+    ended = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    noted = {
+        "ended": ended,
+        "commit": commit(),
+        "arguments": arguments,
+        "busy": load,
+        "load_average": round(os.getloadavg()[0], 1),
+        "seconds": seconds,
+        "status": done.returncode,
+        "result": said[-1] if said else "",
+    }
+    with RUNS.open("a") as file:
+        file.write(json.dumps(noted) + "\n")
+    print(f"{ended}  {noted['commit']}  load {noted['load_average']}  {noted['result']}", flush=True)
+    if done.returncode != 0:
+        kept = FOLDER / f"{ended}.txt"
+        kept.write_text(done.stdout + done.stderr)
+        print(f"  what it printed is in {kept.relative_to(ROOT)}", flush=True)
+    return done.returncode == 0
+
+
+def commit() -> str:
+    """Return the present commit, with a plus sign if files differ from it."""
+    git = shutil.which("git") or "git"
+    told = subprocess.run(
+        [git, "describe", "--always", "--dirty=+"], cwd=ROOT, text=True, capture_output=True, check=False
+    )
+    return told.stdout.strip() or "no commit"
+
+
+def in_a_row() -> int:
+    """Count the latest runs of all tests that had no failure."""
+    runs: list[dict[str, Any]] = [json.loads(line) for line in RUNS.read_text().splitlines()]
+    count = 0
+    for each in reversed(runs):
+        if each["status"] != 0:
+            break
+        count += not each["arguments"]
+    return count
+
+
+if __name__ == "__main__":
+    sys.exit(main())
