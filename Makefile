@@ -14,7 +14,7 @@ HASHED  := $(PIP) --require-hashes --only-binary=:all: --requirement
 # setuptools is one of the requirements: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-index --no-deps --no-build-isolation --editable .
 
-.PHONY: help venv up test browser pictures rust fuzz openapi decisions campaign contracts kubernetes repeat check-kms console-load machines lint types imports check bench scale proto lock package release audit clean
+.PHONY: help venv up test browser pictures rust fuzz openapi decisions campaign contracts kubernetes repeat check-kms console-load machines lint types imports check bench scale proto lock package documents release audit clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -133,6 +133,10 @@ lock: ## Resolve all dependencies into requirements/ and constraints.txt (ARGS=-
 
 package: $(VENV)/.dev ## Install the package as others do: the wheel, an editable install, from a Git repository
 	@DSTACK_EMU_PACKAGE=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_wheel.py tests/test_install.py $(ARGS)
+
+documents: $(VENV)/.dev ## Run every command and program of the documents, the job of a CI, and the runbook by hand
+	@DSTACK_EMU_DOCUMENTS=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/test_ci.py tests/test_recipes.py \
+	  tests/test_docs_commands.py tests/test_runbook_script.py $(ARGS)
 
 release: $(VENV)/.dev .release/.tools ## Build sdist, wheel and image twice, compare the bytes, and try the wheel on each Python here
 	@$(BIN)/python tools/release.py $(ARGS)

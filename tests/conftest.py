@@ -35,9 +35,7 @@ settings.load_profile("any-machine")
 
 
 LONGEST = (
-    "test_docs_commands",
     "test_webhook_safety",
-    "test_ci",
     "test_runbook_command",
     "test_ratls_server",
     "test_bounds",
@@ -51,7 +49,6 @@ LONGEST = (
     "test_pytest_plugin",
     "test_faults",
     "test_policy_under_load",
-    "test_recipes",
     "test_exec",
     "test_inspect",
     "test_check_webhook",

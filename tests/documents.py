@@ -1,9 +1,17 @@
 """Read the documents: their sections, fenced blocks, tables and code spans."""
 
+import os
 import re
 from dataclasses import dataclass
 
+import pytest
+
 from tests.repository import ROOT
+
+RUN_DOCUMENTS = pytest.mark.skipif(
+    "DSTACK_EMU_DOCUMENTS" not in os.environ, reason="DSTACK_EMU_DOCUMENTS is not set: `make documents`"
+)
+"""Marks a test that runs the commands or programs of a document as its reader does: it takes seconds for each page."""
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 PACKAGES = ("auth", "dstack_emu", "kms_emu", "simulator")

@@ -1,4 +1,7 @@
-"""What a CI uses: the GitHub actions, whose steps run in bash as a runner runs them; the compose files; the image."""
+"""What a CI uses: the GitHub actions, whose steps run in bash as a runner runs them; the compose files; the image.
+
+The job is run if DSTACK_EMU_DOCUMENTS is set (`make documents`).
+"""
 
 import json
 import os
@@ -19,7 +22,7 @@ import pytest
 import yaml
 
 from dstack_emu.transport.ports import PORTS
-from tests.documents import blocks, document
+from tests.documents import RUN_DOCUMENTS, blocks, document
 from tests.repository import ROOT
 
 BASH = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail"]
@@ -149,6 +152,7 @@ fi
     return str(script)
 
 
+@RUN_DOCUMENTS
 @pytest.mark.timeout(600)  # pip installs twice
 def test_job_has_a_stack_between_the_two_actions_and_files_after_them(job: Runner, python: str) -> None:
     job.uses("", expected=1, python=python, options="--free-ports --no-such-option")

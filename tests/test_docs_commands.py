@@ -2,6 +2,8 @@
 
 Ports and the state folder are replaced by those of a stack of this run, nothing else. A line whose comment begins with
 `fails` must fail; every other command must succeed, and must print what the page shows after it.
+
+The pages are run if DSTACK_EMU_DOCUMENTS is set (`make documents`).
 """
 
 import os
@@ -20,7 +22,7 @@ import pytest
 
 from dstack_emu import StackConfig
 from dstack_emu.transport.ports import PORTS
-from tests.documents import DOCUMENTS, Block, blocks, code, document, prose
+from tests.documents import DOCUMENTS, RUN_DOCUMENTS, Block, blocks, code, document, prose
 from tests.processes import COMMAND_SERVER, END_TIMEOUT, command_for_shells, forked_by_anyone
 from tests.repository import ROOT
 from tests.running import READY_TIMEOUT, RunningStack, running_stack
@@ -243,6 +245,7 @@ def reset(stack: RunningStack) -> Iterator[RunningStack]:
     )
 
 
+@RUN_DOCUMENTS
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_of_a_page_work(page: str, reset: RunningStack, tmp_path: Path) -> None:
     terminal = Terminal(tmp_path, reset)
@@ -286,6 +289,7 @@ def tutorial_stack(command: str, terminal: Terminal) -> Iterator[RunningStack]:
         yield running
 
 
+@RUN_DOCUMENTS
 def test_tutorial_answers_as_written(tmp_path: Path) -> None:
     shown = blocks(document(TUTORIAL))
     starts = [number for number, block in enumerate(shown) if "dstack-emu up" in block.text]

@@ -1,15 +1,19 @@
-"""Every recipe of docs/recipes.md runs unchanged, with the fixtures of the plugin."""
+"""Every recipe of docs/recipes.md runs unchanged, with the fixtures of the plugin.
+
+They are run if DSTACK_EMU_DOCUMENTS is set (`make documents`).
+"""
 
 import re
 from pathlib import Path
 
-from tests.documents import blocks, document, section
+from tests.documents import RUN_DOCUMENTS, blocks, document, section
 from tests.scratch import run_pytest, write
 
 PAGE = document("docs/recipes.md")
 HEADINGS = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
 
 
+@RUN_DOCUMENTS
 def test_recipes_run_unchanged(tmp_path: Path) -> None:
     assert len(HEADINGS) == 12
     files = {}

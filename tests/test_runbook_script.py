@@ -4,6 +4,8 @@
 own commands from "Shared setup" on are run, too: a page whose lines have lost their fences, so that a command and what
 follows it stand on one line in places. `FUSED` takes those apart, `LEFT_OUT` leaves out what starts, deploys and stops
 machines, and `read` is all that is changed in the rest.
+
+Both are run if DSTACK_EMU_DOCUMENTS is set (`make documents`).
 """
 
 import json
@@ -18,6 +20,7 @@ from typing import Any, Self
 
 import pytest
 
+from tests.documents import RUN_DOCUMENTS
 from tests.kms_machines import KMS_TOML, app_compose, kms_service, mapping
 from tests.recorded import EXTERNAL
 from tests.repository import ROOT
@@ -154,6 +157,7 @@ if DOCUMENT.exists() and shutil.which("jq"):
     SCRIPTS["the document's"] = of_the_document
 
 
+@RUN_DOCUMENTS
 @pytest.mark.parametrize("where", [Place.stack, Place.machines], ids=["stack", "machines"])
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_runbook_by_hand_gives_what_it_expects(
