@@ -1,11 +1,12 @@
 """A gateway that is killed with SIGKILL while instances register or its operator changes it, call after call."""
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from campaigns.crash_process import Process, cut_off
+from campaigns.crash_process import PATIENCE, Process, cut_off
 from campaigns.crash_things import left
 from dstack_emu.gateway.errors import GatewayConfigError
 from dstack_emu.gateway.state import GatewayState
@@ -15,8 +16,8 @@ from tests.gateway import GatewayClient, TestCa, config_text
 CALLS: Final = ("RegisterCvm", "CreateDnsCredential", "AddZtDomain", "DeleteDnsCredential")
 NUMBER: Final = 30
 """Calls that are made at most."""
-SPREAD: Final = 0.5
-"""Seconds from the first call within which the moments lie."""
+FIRST: Final = 0.02
+"""Seconds within which the moments of the first call lie; those of a later one lie within the average of the others."""
 
 
 class Gateway:
@@ -49,7 +50,7 @@ class Gateway:
 
 
 def killed(folder: Path, call: str, moment: float) -> str:
-    """Kill a gateway at a moment of some calls, start it again, and judge."""
+    """Kill a gateway at a moment of some calls, from 0 to 1, start it again, and judge."""
     gateway = Gateway(folder)
     process, client = gateway.start()
     default = client.rpc("admin", "CreateDnsCredential", **_credential("default", set_as_default=True))["id"]
@@ -63,12 +64,23 @@ def killed(folder: Path, call: str, moment: float) -> str:
         "DeleteDnsCredential": lambda client, number: client.rpc("admin", "DeleteDnsCredential", id=ids[number]),
     }
     answered: list[Any] = []
+    steps = threading.Semaphore(0)
 
     def several() -> None:
-        for number in range(NUMBER):
-            answered.append(calls[call](client, number))
+        try:
+            for number in range(NUMBER):
+                answered.append(calls[call](client, number))
+                steps.release()
+        finally:
+            steps.release(NUMBER)
 
-    cut_off(process, several, lambda: time.sleep(moment * SPREAD))
+    def wait() -> None:
+        began, (whole, part) = time.monotonic(), divmod(moment * NUMBER, 1)
+        for _ in range(int(whole)):
+            steps.acquire(timeout=PATIENCE)
+        time.sleep(part * ((time.monotonic() - began) / whole if whole else FIRST))
+
+    cut_off(process, several, wait)
     stored = gateway.stored()
     done = _done(stored, call, ids)
     assert list(range(len(done))) == done, f"others than the first {len(done)} were stored: {done}"

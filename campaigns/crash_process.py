@@ -24,19 +24,21 @@ class Process:
 
     running: ClassVar[set["Process"]] = set()
     """Those that were not ended."""
+    module: ClassVar[str] = ""
+    """The module whose `main` is run, if it is another one than that of the emulator."""
 
     def __init__(self, *arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> None:
         words, more = (*arguments, "--json"), dict(environment or {})
         self._process: Command | subprocess.Popen[str]
         with log.open("w") as errors:
             if "LD_PRELOAD" in more:  # what is forked has its libraries already
-                command = [sys.executable, "-m", "dstack_emu", *words]
+                command = [sys.executable, "-m", self.module or "dstack_emu", *words]
                 everything = {**os.environ, **more}
                 self._process = subprocess.Popen(
                     command, cwd=ROOT, env=everything, stdout=subprocess.PIPE, stderr=errors, text=True
                 )
             else:
-                self._process = start(*words, stderr=errors, environment=more)
+                self._process = start(*words, stderr=errors, environment=more, module=self.module)
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:

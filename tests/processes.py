@@ -84,14 +84,16 @@ def start(
     environment: Mapping[str, str] | None = None,
     folder: Path = ROOT,
     finalizes: bool = False,
+    module: str = "",
 ) -> Command:
     """Start a command; `environment` is added to the one of the tests. Without `stdin` it reads nothing.
 
-    Once it has run, it ends at once; if it `finalizes`, the interpreter ends as it does for a user.
+    If a `module` is named, its `main` is run. Once it has run, it ends at once; if it `finalizes`, the interpreter ends
+    as it does for a user.
     """
     message = {
         "arguments": arguments,
-        "module": "",
+        "module": module,
         "environment": {**os.environ, **(environment or {})},
         "folder": str(folder),
         "finalizes": finalizes,

@@ -1,15 +1,18 @@
 """The campaign `crash` finds what is stored badly, and nothing where it is stored well."""
 
+import re
 from pathlib import Path
 from random import Random
 
 import pytest
 
 from campaigns import crash
-from campaigns.case import Act
+from campaigns.case import Act, Outcome
 from campaigns.crash import Machine
+from campaigns.crash_process import Process
 from campaigns.crash_servers import Servers
 from campaigns.crash_things import THINGS, Thing
+from campaigns.determinism import faketime
 
 
 def in_place(folder: Path) -> None:
@@ -50,3 +53,37 @@ def test_things_are_stored_well(tmp_path: Path) -> None:
         outcome = Machine(tmp_path, servers).run(tuple(acts))
     assert outcome.findings == []
     assert outcome.counts["kill: killed"] > 10
+
+
+def served(folder: Path, defect: str, act: Act, monkeypatch: pytest.MonkeyPatch) -> Outcome:
+    """Do an act with a server that has a defect of `tests.broken_gateway`."""
+    monkeypatch.setattr(Process, "module", "tests.broken_gateway")
+    monkeypatch.setenv("DEFECT", defect)
+    with Servers() as servers:
+        return Machine(folder, servers).run((act,))
+
+
+@pytest.mark.parametrize(
+    ("defect", "found"),
+    [
+        ("none", None),
+        ("leaves_a_part_in_its_buffer", r"gateway: the state cannot be read"),
+        ("stores_two_calls_later", r"gateway: (\d+) stored after (?!\1 )\d+ answers"),
+    ],
+)
+def test_gateway_that_loses_what_it_answered_is_found(
+    defect: str, found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act = Act("kill a server", {"server": "gateway", "call": "RegisterCvm", "moment": 0.15})
+    outcome = served(tmp_path, defect, act, monkeypatch)
+    assert [bool(re.fullmatch(found or "", finding.rule)) for finding in outcome.findings] == ([True] if found else [])
+    assert outcome.counts == ({} if found else {"gateway: RegisterCvm: some answered": 1})
+
+
+@pytest.mark.skipif(faketime() is None, reason="libfaketime is not installed (Debian: faketime)")
+def test_gateway_that_forgets_when_its_clock_is_set_back_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act = Act("set the clock back", {"server": "gateway", "back": "1h"})
+    outcome = served(tmp_path, "forgets_what_is_later_than_its_clock", act, monkeypatch)
+    assert [finding.rule for finding in outcome.findings] == ["gateway: other instances than before"]
