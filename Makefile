@@ -14,7 +14,7 @@ HASHED  := $(PIP) --require-hashes --only-binary=:all: --requirement
 # setuptools is one of the requirements: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-index --no-deps --no-build-isolation --editable .
 
-.PHONY: help venv up test browser pictures rust fuzz openapi decisions campaign contracts kubernetes repeat check-kms console-load machines lint types imports check bench scale proto lock package documents release audit clean
+.PHONY: help venv up test browser prometheus pictures rust fuzz openapi decisions campaign contracts kubernetes repeat check-kms console-load machines lint types imports check bench scale proto lock package documents release audit clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ browser: $(VENV)/.dev .axe/.installed ## Use console and gateway in Chromium (De
 
 BROWSED := $(addprefix tests/test_,console_browser.py console_evidence.py console_accessibility.py console_contracts.py \
   console_connection.py console_safety.py gateway_browser.py pages_browser.py runbook_browser.py)
+
+prometheus: $(VENV)/.dev ## Let Prometheus scrape a stack (Debian's package prometheus, installed or unpacked in .prometheus)
+	@DSTACK_EMU_PROMETHEUS=1 $(BIN)/python -m pytest -n 0 tests/test_prometheus.py $(ARGS)
 
 pictures: $(VENV)/.dev ## Make the pictures of the documents anew, in Chromium
 	@DSTACK_EMU_BROWSER=1 DSTACK_EMU_PICTURES=docs/pictures $(BIN)/python -m pytest -n 0 tests/test_pictures.py $(ARGS)
@@ -145,7 +148,7 @@ audit: $(VENV)/.dev .release/.tools ## Look up known vulnerabilities and check t
 	@$(BIN)/python tools/release.py audit $(ARGS)
 
 clean: ## Remove .venv, caches and build files
-	rm -rf $(VENV) .axe .rust .vyper .atheris .schemathesis .kubernetes .release build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .axe .prometheus .rust .vyper .atheris .schemathesis .kubernetes .release build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A candidate is used only if it runs: some systems have shims that are found and then fail.
