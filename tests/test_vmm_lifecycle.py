@@ -30,6 +30,7 @@ from dstack_emu.vmm.logs import MachineLogs
 from dstack_emu.vmm.machine import GuestConfig, HostApi, Launch
 from dstack_emu.vmm.restart import Decision, RestartState
 from dstack_emu.vmm.restarter import EXHAUSTED
+from tests.audited import file_events
 from tests.repository import ROOT
 
 MEMORY = "/dev/shm"
@@ -130,6 +131,30 @@ async def turns(number: int = 5) -> None:
     """Let other tasks run."""
     for _ in range(number):
         await asyncio.sleep(0)
+
+
+async def test_creating_a_machine_asks_no_more_of_the_disk_however_many_there_are(
+    tmp_path: Path, machines: IdleMachines
+) -> None:
+    numbers = itertools.count(1)
+    config = VmmConfig(run_path=tmp_path / "vms")
+    options = {"release": DEFAULT, "clock": lambda: 0.0, "new_id": lambda: f"vm-{next(numbers)}"}
+    fleet = Fleet(config, machines, entropy=os.urandom, **options)  # type: ignore[arg-type]
+    await fleet.open()
+    counted = []
+    for _ in range(12):
+        with file_events() as events:
+            await fleet.create(request())
+        counted.append(events)
+    await fleet.close()
+    assert counted[-1] == counted[1]
+    assert counted[1]["open"] > 0
+    assert counted[-1].keys().isdisjoint({"os.listdir", "os.scandir"})
+
+
+async def test_new_machine_has_no_id_of_a_folder_that_the_vmm_has_not_loaded(fleet: Fleet, tmp_path: Path) -> None:
+    (tmp_path / "vms" / "vm-1").mkdir()
+    assert await fleet.create(request()) == "vm-2"
 
 
 # ---- restarts

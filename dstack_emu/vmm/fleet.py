@@ -171,8 +171,7 @@ class Fleet:
 
     def _free_id(self) -> str:
         """Draw an id that no machine and no folder has: after a restart, a stack's seed gives the same ids again."""
-        taken = self.vms.keys() | set(self._store.ids())
-        while (vm_id := self._new_id()) in taken:
+        while (vm_id := self._new_id()) in self.vms or self._store.is_taken(vm_id):
             pass
         return vm_id
 

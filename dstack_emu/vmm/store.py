@@ -192,6 +192,10 @@ class Store:
             if is_vm_id(found.name) and (found / MANIFEST).is_file():
                 yield found.name
 
+    def is_taken(self, vm_id: str) -> bool:
+        """Return whether anything has the name that a machine of this id would have."""
+        return (self.path / vm_id).exists()
+
     def folder(self, vm_id: str) -> MachineFolder:
         """Return the folder of a machine; raise `VmmError` for a text that may be no id."""
         if not is_vm_id(vm_id):
