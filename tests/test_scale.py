@@ -53,9 +53,10 @@ def test_count_that_grows_with_the_square_is_a_fault(power: float, faults: int) 
     assert all(fault.startswith("some: Time: ") for fault in found)
 
 
-def test_sizes_double() -> None:
+def test_sizes_double_up_to_the_largest() -> None:
     assert Effort(1024, 0.1).sizes() == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
-    assert Effort(12, 0.1).sizes() == [1, 2, 4, 8]
+    assert Effort(1000, 0.1).sizes() == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000]
+    assert Effort(1, 0.1).sizes() == [1]
 
 
 def test_pictures_and_tables_are_those_of_the_data() -> None:

@@ -1,1 +1,1 @@
-"""How time, memory and speed grow with the number of trust domains, KMS, apps and stacks: `make scale`."""
+"""How time, memory and speed grow with the number of trust domains, CVMs, KMS, apps and stacks: `make scale`."""

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.processes import ROOT
-from bench.scale import apps, kms, stacks, trust_domains
+from bench.scale import apps, cvms, kms, restart, stacks, trust_domains
 from bench.scale.chart import draw, number
 from bench.scale.growth import Effort, Series, Subject, from_json, medians, slope, to_json
 from bench.scale.page import run_of, table_of, with_tables
 from dstack_emu.attest.release import DEFAULT
 
-SUBJECTS: Final = {each.SUBJECT.name: each.SUBJECT for each in (trust_domains, kms, apps, stacks)}
+SUBJECTS: Final = {each.SUBJECT.name: each.SUBJECT for each in (trust_domains, cvms, kms, apps, stacks, restart)}
 DATA: Final = ROOT / "docs" / "scale.json"
 PAGE: Final = ROOT / "docs" / "scale.md"
 PICTURES: Final = ROOT / "docs" / "pictures"
@@ -68,7 +68,7 @@ def _measured(subject: Subject, effort: Effort, rounds: int) -> Series:
         measured.append({})
         for size, values in subject.measure(effort):
             measured[-1][size] = values
-            shown = [number(values[each.key]) for each in subject.quantities]
+            shown = [number(values[each.key]) if each.key in values else "" for each in subject.quantities]
             print("".join(f"{cell:>14}" for cell in (size, *shown)), flush=True)
     series = medians(measured)
     slopes = [slope(series, each) for each in subject.quantities]
@@ -87,7 +87,7 @@ def faster_than_the_size(subject: Subject, series: Series) -> list[str]:
         half, last = sizes[-2:]
         before = (count[half] - count.get(0, 0.0)) / half
         added = (count[last] - count[half]) / (last - half)
-        if added >= TOO_FAST * before:
+        if added > 0 and added >= TOO_FAST * before:
             found.append(f"{subject.name}: {quantity.title}: {number(added)} for each one more, after {number(before)}")
     return found
 

@@ -36,7 +36,8 @@ class Quantity:
 class Subject:
     """Something that grows: its name in the data, its words, and its quantities.
 
-    `measure` yields the values at size 0 and at each size up to a maximum, while one deployment grows.
+    `measure` yields the values at size 0 and at each size up to a maximum, while one deployment grows. A size may lack
+    the value of a quantity, as size 0 does of what is called.
     """
 
     name: str
@@ -56,8 +57,8 @@ class Effort:
     seconds: float
 
     def sizes(self) -> list[int]:
-        """Return 1, 2, 4 … up to the largest size."""
-        return [2**power for power in range(self.largest.bit_length()) if 2**power <= self.largest]
+        """Return 1, 2, 4 … and the largest size."""
+        return [2**power for power in range(self.largest.bit_length()) if 2**power < self.largest] + [self.largest]
 
 
 Series = dict[int, Values]

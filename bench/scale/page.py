@@ -21,7 +21,8 @@ def table_of(subject: Subject, series: Series) -> str:
     """Return the values of a subject by size, and the slope of each quantity."""
     heads = [subject.axis, *(f"{each.title} ({each.unit})" for each in subject.quantities)]
     rows = [
-        [f"{size:,}", *(number(values[each.key]) for each in subject.quantities)] for size, values in series.items()
+        [f"{size:,}", *(number(values[each.key]) if each.key in values else "" for each in subject.quantities)]
+        for size, values in series.items()
     ]
     slopes = [slope(series, each) for each in subject.quantities]
     rows.append(["slope", *("" if each is None else f"{each + 0.0:.2f}" for each in slopes)])

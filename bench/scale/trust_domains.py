@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 from bench.load import Connection, connect_unix, make_calls, post
@@ -25,12 +25,13 @@ def measure(effort: Effort) -> Iterator[tuple[int, Values]]:
             before = stack.recorded()
             with spent.counting():
                 while len(sockets) < size:
-                    sockets.append(_add(stack, len(sockets), app_id))
+                    sockets.append(add_trust_domain(stack, len(sockets), app_id))
             recorded += stack.recorded() - before
             yield size, _values(spent, stack, sockets, effort) | {"recorded": float(recorded)}
 
 
-def _add(stack: GrowingStack, number: int, app_id: str) -> str:
+def add_trust_domain(stack: GrowingStack, number: int, app_id: str) -> str:
+    """Add a trust domain of that number, and let it boot; return the path of its agent's socket file."""
     name = f"guest-{number}"
     spec = {"name": name, "platform": f"host {number}", "instance": name, "app_id": app_id, "compose": _COMPOSE}
     sock: str = stack.call("POST", "/guests", spec)["dstack_sock"]
@@ -45,14 +46,20 @@ _COMPOSE = json.dumps({"manifest_version": 2, "name": "many", "runner": "docker-
 
 def _values(spent: Spent, stack: GrowingStack, sockets: list[str], effort: Effort) -> Values:
     values = spent.values()
-    request = post("/GetQuote", json.dumps({"report_data": os.urandom(64).hex()}).encode())
-    connections = [Connection(connect_unix(sock), request) for sock in sockets[-CALLED:]]
-    make_calls(connections, 2 * len(connections))  # the first calls of an agent fill its caches
-    values["calls"] = spent.calls_per_cpu_second(connections, effort.seconds)
-    for connection in connections:
-        connection.close()
+    with ExitStack() as closing:
+        values["calls"] = spent.calls_per_cpu_second(quoting(closing, sockets), effort.seconds)
     stack.forget_calls()
     return values
+
+
+def quoting(closing: ExitStack, sockets: Sequence[str]) -> list[Connection]:
+    """Connect to the agents with these socket files, of which the last `CALLED` are called, for GetQuote."""
+    request = post("/GetQuote", json.dumps({"report_data": os.urandom(64).hex()}).encode())
+    connections = [Connection(connect_unix(sock), request) for sock in sockets[-CALLED:]]
+    for connection in connections:
+        closing.callback(connection.close)
+    make_calls(connections, 2 * len(connections))  # the first calls of an agent fill its caches
+    return connections
 
 
 SUBJECT = Subject(

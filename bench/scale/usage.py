@@ -66,6 +66,21 @@ class Spent:
         return rate * (time.perf_counter() - began) / (self._used() - before)
 
 
+def processes_of(pid: int) -> list[int]:
+    """Return a process and all that it has started, with what those have started."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    children = [child for thread in threads for child in (thread / "children").read_text().split()]
+    return [pid, *(found for child in children for found in processes_of(int(child)))]
+
+
+def call_json(method: str, url: str, body: Any = None) -> Any:
+    """Make a call in JSON, with a connection of its own; return the answer."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
+    with _direct.open(request, timeout=_TIMEOUT) as answer:
+        return json.load(answer)
+
+
 class GrowingStack:
     """A stack in a process of its own, and its control API."""
 
@@ -75,12 +90,7 @@ class GrowingStack:
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """Make a call of the control API; return the answer."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self._control + path, data, {"Content-Type": "application/json"}, method=method
-        )
-        with _direct.open(request, timeout=_TIMEOUT) as answer:
-            return json.load(answer)
+        return call_json(method, self._control + path, body)
 
     def recorded(self) -> int:
         """Return how many calls from outside the stack has recorded since it began."""
@@ -99,9 +109,9 @@ def started(closing: ExitStack, commands: Sequence[Sequence[str]]) -> tuple[list
     return [process.pid for process, _ in entered], [line for _, line in entered]
 
 
-def growing_stack(closing: ExitStack, spent: Spent) -> GrowingStack:
+def growing_stack(closing: ExitStack, spent: Spent, *options: str) -> GrowingStack:
     """Run a stack until `closing` ends; its start is counted as spent."""
     with spent.counting():
-        pids, (line,) = started(closing, [command("up", DEFAULT, "--free-ports")])
+        pids, (line,) = started(closing, [command("up", DEFAULT, "--free-ports", *options)])
         spent.pids += pids
     return GrowingStack(pids[0], json.loads(line))
