@@ -130,7 +130,7 @@ class KmsGrpcServer:
             try:
                 return await caller_of(peer.certificate, self._deps.verifier)
             except (KmsError, AttestError) as error:
-                log_refusal(self._log, error, listener="grpc")
+                log_refusal(self._log, error, self._deps.clock, listener="grpc")
                 raise
 
         kms = GrpcService("kms.KMS", kms_table(service), caller)

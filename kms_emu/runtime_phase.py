@@ -9,7 +9,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from dstack_emu.attest.errors import AttestError
-from dstack_emu.kms_emu.call_log import log_refusal
+from dstack_emu.kms_emu.call_log import early_clock, log_refusal
 from dstack_emu.kms_emu.caller import caller_of
 from dstack_emu.kms_emu.config import AdminTls, Tls
 from dstack_emu.kms_emu.dependencies import KmsDependencies
@@ -70,7 +70,7 @@ def caller(verifier: AttestationVerifier, log: EventLog) -> Callable[[Request], 
         try:
             return await caller_of(request.client_certificate, verifier)
         except (KmsError, AttestError) as error:
-            log_refusal(log, error, path=request.path)
+            log_refusal(log, error, verifier.clock, path=request.path)
             raise
 
     return identify
@@ -135,7 +135,7 @@ def _attested_clients_context(
     from dstack_emu.transport.ratls_server import attested_clients_context
 
     def refused(reason: str) -> None:
-        deps.log.info("refused", phase="handshake", reason=reason)
+        deps.log.info("refused", phase="handshake", reason=reason, **early_clock(reason, deps.clock))
 
     try:
         context = attested_clients_context(certs, key, now=deps.clock, refused=refused, required=mandatory)

@@ -14,6 +14,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from dstack_emu.attest.app_info import BootInfo
+from dstack_emu.attest.certificate import load_der
+from dstack_emu.attest.moment import iso
 from dstack_emu.attest.release import DEFAULT, Release
 from dstack_emu.kms_emu.api_auth import KmsAuth
 from dstack_emu.kms_emu.auth_api import AuthApi
@@ -225,6 +227,8 @@ class KmsServer:
             warn(setting="core.enforce_self_authorization = false", reason=reason)
         if not core.attest_rpc_cert:
             warn(setting="core.attest_rpc_cert = false", reason="the RPC certificate carries no attestation")
+        if early := _before_root(self._deps):
+            self.log.warning("early clock", reason=early)
         for setting, reason in self.config.ineffective(self._deps.release):
             self.log.warning("no effect", setting=setting, reason=reason)
         if core.pccs_url and not self._deps.release.core_pccs_url:
@@ -309,6 +313,16 @@ class KmsServer:
         self.phase = "runtime"
         self._runtime.set()
         self.log.info("runtime phase", url=self.url, domain=kms_keys.domain)
+
+
+def _before_root(deps: KmsDependencies) -> str:
+    """Say that the clock is before the root of verification, as that of a machine that was set back; else empty."""
+    if deps.verifier.anchor.root_ca is None:
+        return ""
+    now, first = deps.clock(), load_der(deps.verifier.anchor.root_ca).not_valid_before_utc
+    if now >= first.timestamp():
+        return ""
+    return f"the clock of this KMS is at {iso(now)}, before the root under which it verifies, which is of {iso(first)}"
 
 
 def _is_loopback(address: str) -> bool:

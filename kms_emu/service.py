@@ -56,7 +56,7 @@ class OnboardService:
 
     def __init__(self, deps: KmsDependencies, finish: Callable[[], None]) -> None:
         self._deps, self._finish = deps, finish
-        self.log, self.release = deps.log, deps.release
+        self.log, self.clock, self.release = deps.log, deps.clock, deps.release
         self._lock = asyncio.Lock()
 
     async def bootstrap(self, request: pb.BootstrapRequest) -> pb.BootstrapResponse:
@@ -182,7 +182,7 @@ class KmsService:
     def __init__(self, deps: KmsDependencies, kms_keys: KmsKeys) -> None:
         self._deps, self._keys = deps, kms_keys
         self._root_ca_pem = kms_keys.roots.root_ca.pem
-        self.log, self.core, self.release = deps.log, deps.core, deps.release
+        self.log, self.clock, self.core, self.release = deps.log, deps.clock, deps.core, deps.release
         self._self_allowed: ShortLived[None] = ShortLived(deps.auth_cache_seconds, deps.now)
         self._auth_info: ShortLived[AuthInfo] = ShortLived(deps.auth_cache_seconds, deps.now)
         self._gate = Gate(
@@ -327,7 +327,7 @@ def onboard_table(service: OnboardService) -> ServiceTable[None]:
         ),
         Rpc("Finish", Empty, Empty, without_arguments(service.finish)),
     )
-    return journaled(table, service.log)
+    return journaled(table, service.log, service.clock)
 
 
 def kms_table(service: KmsService) -> ServiceTable[Caller]:
@@ -345,7 +345,7 @@ def kms_table(service: KmsService) -> ServiceTable[Caller]:
         Rpc("SignCert", pb.SignCertRequest, pb.SignCertResponse, without_context(service.sign_cert)),
         *([main_listener_rpc(cache, token_hash)] if token_hash else []),
     )
-    return journaled(table, service.log, Caller.fields)
+    return journaled(table, service.log, service.clock, Caller.fields)
 
 
 def admin_handover_rpc(service: KmsService) -> Rpc[Any, Any, Any]:

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from dstack_emu.attest.cache import Memo
+from dstack_emu.attest.moment import iso
 from dstack_emu.attest.pck import OID_SGX_EXTENSION, PckExtension
 from dstack_emu.attest.pcs import Document
 from dstack_emu.simulator.platform import (
@@ -46,7 +47,6 @@ from dstack_emu.simulator.vendor_state import (
     Dating,
     Validity,
     VendorState,
-    iso,
     moments,
     recovery_date,
 )

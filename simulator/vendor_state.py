@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.moment import iso
 from dstack_emu.simulator.platform import FIRST_EVALUATION, PART_STATUSES, PartStatus, require_status
 
 VALID_FROM: Final = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
@@ -68,13 +69,6 @@ def moments(dating: Dating | Validity) -> tuple[datetime.datetime, datetime.date
         )
         return issued, next_update
     return DATES[dating]
-
-
-def iso(moment: datetime.datetime | float) -> str:
-    """Return a time, which may be in Unix seconds, as Intel writes it: ISO 8601 in UTC, to the second."""
-    if not isinstance(moment, datetime.datetime):
-        moment = datetime.datetime.fromtimestamp(int(moment), datetime.UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _shown(seconds: int) -> str:

@@ -228,6 +228,7 @@ FOREIGN = {
     "QE report hash mismatch": "dcap-qvl",
     "ISV enclave report signature is invalid": "dcap-qvl",
     "Debug mode is enabled": "dcap-qvl",
+    "TCBInfo issue date is in the future": "dcap-qvl",
     "Failed to parse root CA CRL": "dcap-qvl",
     "Connection refused": "the operating system",
     "No Python 3.11, 3.12 or 3.13 runs here": "the Makefile",

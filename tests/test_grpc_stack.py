@@ -371,6 +371,7 @@ async def test_clock_that_makes_a_certificate_invalid_ends_the_handshake_and_the
         with pytest.raises(grpc.RpcError) as refusal:
             await by_grpc(stack, port, lambda client: client.call(GET_META), identity)
         assert refusal.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert "client certificate is not yet valid" in caplog.text
+        hint = "the clock of this KMS is at 2001-09-09T01:46:40Z, before that date"
+        assert f'reason="client certificate is not yet valid" hint="{hint}"' in caplog.text
         await control.revert()
         assert (await by_grpc(stack, port, lambda client: client.call(GET_META), identity)).value

@@ -13,14 +13,18 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from dstack_emu.attest.attestation import decode
 from tests.commands import serving
@@ -336,6 +340,37 @@ def test_kms_does_not_start_without_its_agent(world: World, with_keys: Path) -> 
         **variables({"core.attest_rpc_cert": "false", "core.enforce_self_authorization": "false"}),
     ) as kms:
         assert kms.rpc("KMS.GetTempCaCert")[0] == 200
+
+
+# ---- a clock that is too early
+
+
+EARLY = r"the clock of this KMS is at 20[2-8]\d-\S+Z, before "
+
+
+def test_refusal_at_a_time_before_the_documents_names_the_clock_in_the_log(with_keys: Path) -> None:
+    with ExitStack() as exits:
+        later = World.of(exits.enter_context(serving("agent", "--collateral-issued", "2090-01-01")))
+        kms = exits.enter_context(running(with_keys, later))
+        status, answer = kms.rpc("KMS.GetTempCaCert")
+        assert (status, answer["error"].endswith(": TCBInfo issue date is in the future")) == (400, True), answer
+        (line,) = (line for line in kms.log() if "refused" in line)
+    assert re.search(rf'is in the future" hint="{EARLY}that date"$', line), line
+
+
+def test_kms_whose_clock_is_before_its_root_says_so_at_its_start(world: World, with_keys: Path, tmp_path: Path) -> None:
+    key, root = generate_private_key(SECP256R1()), tmp_path / "root.pem"
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "root of a time to come")])
+    first = datetime(2090, 1, 1, tzinfo=UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, first, datetime(2099, 1, 1, tzinfo=UTC))
+    certificate = made.add_extension(x509.BasicConstraints(True, None), critical=True).sign(key, SHA256())
+    root.write_bytes(certificate.public_bytes(Encoding.PEM))
+    with running(with_keys, world, **variables({"core.attestation.root_ca.tdx": str(root)})) as kms:
+        log = "\n".join(kms.log())
+    says = "the root under which it verifies, which is of 2090-01-01T00:00:00Z"
+    assert re.search(rf'early clock reason="{EARLY}{says}"', log), log
+    with running(with_keys, world) as kms:
+        assert "early clock" not in "\n".join(kms.log())
 
 
 def test_admin_listener_needs_a_credential(world: World, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Final
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509 import load_pem_x509_certificates
 
+from dstack_emu.attest.moment import iso
 from dstack_emu.control.differences import differences
 from dstack_emu.control.snapshots import StackState
 from dstack_emu.deployment.clock import ClockState
@@ -105,17 +106,13 @@ def _document(content: bytes | None) -> str:
 
 def _clock(state: ClockState) -> Values:
     if state.frozen_at is not None:
-        return {"time": f"frozen at {_moment(state.frozen_at)}"}
+        return {"time": f"frozen at {iso(state.frozen_at)}"}
     ahead = datetime.timedelta(seconds=round(abs(state.ahead)))
     return {
         "time": f"{ahead} {'after' if state.ahead > 0 else 'before'} the system clock"
         if ahead
         else "that of the system clock"
     }
-
-
-def _moment(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _values(state: Mapping[str, Any]) -> Values:
@@ -126,7 +123,7 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple | list):
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, Mapping):  # the dates of a document
-        return ", ".join(f"{name} {_moment(each)}" for name, each in value.items())
+        return ", ".join(f"{name} {iso(each)}" for name, each in value.items())
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -5,13 +5,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from dstack_emu.attest.errors import FormatError
+from dstack_emu.attest.moment import iso
 from dstack_emu.control.certificates import decoded_certificates
 from dstack_emu.control.policies import PolicyControl
 from dstack_emu.control.schemas import ClockChange, ControlError, Dates, PlatformChange, VendorChange, checked, unknown
 from dstack_emu.deployment.clock import ClockError, StackClock
 from dstack_emu.deployment.instrumentation import Instrumentation
 from dstack_emu.simulator.platform import Platform, PlatformState
-from dstack_emu.simulator.vendor_state import Validity, VendorState, iso
+from dstack_emu.simulator.vendor_state import Validity, VendorState
 
 
 class VendorControl(PolicyControl):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from dstack_emu.attest.moment import iso
 from dstack_emu.deployment import policy_files
 from dstack_emu.deployment.authorization import Authorization, Measurements, tls_url
 from dstack_emu.deployment.context import StackContext
@@ -14,7 +15,6 @@ from dstack_emu.deployment.own_app import DomainRules, RememberedApp
 from dstack_emu.deployment.running_kms import PERMANENT, RunningKms
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.trust_domain import TrustDomain
-from dstack_emu.simulator.vendor_state import iso
 
 
 @dataclass(frozen=True, slots=True)
