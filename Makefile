@@ -35,11 +35,11 @@ test: $(VENV)/.dev .pytest_cache/.compiled ## Run the tests (options: ARGS="-k q
 	@echo $(filter tests/%,$?) | PYTHONDONTWRITEBYTECODE= xargs -r -P 2 -n 100 $(BIN)/python -m pytest --collect-only -q >/dev/null 2>&1; \
 	mkdir -p $(@D) && touch $@
 
-browser: $(VENV)/.dev .axe/.installed ## Use console and gateway in Chromium (Debian's chromium-headless-shell, libnss3-tools)
+browser: $(VENV)/.dev .axe/.installed .mermaid/.installed ## Use console and gateway in Chromium (Debian's chromium-headless-shell, libnss3-tools)
 	@DSTACK_EMU_BROWSER=1 $(BIN)/python -m pytest -n 0 $(BROWSED) $(ARGS)
 
 BROWSED := $(addprefix tests/test_,console_browser.py console_evidence.py console_accessibility.py console_contracts.py \
-  console_connection.py console_safety.py gateway_browser.py pages_browser.py runbook_browser.py)
+  console_connection.py console_safety.py gateway_browser.py mermaid_browser.py pages_browser.py runbook_browser.py)
 
 prometheus: $(VENV)/.dev ## Let Prometheus scrape a stack (Debian's package prometheus, installed or unpacked in .prometheus)
 	@DSTACK_EMU_PROMETHEUS=1 $(BIN)/python -m pytest -n 0 tests/test_prometheus.py $(ARGS)
@@ -47,11 +47,11 @@ prometheus: $(VENV)/.dev ## Let Prometheus scrape a stack (Debian's package prom
 pictures: $(VENV)/.dev ## Make the pictures of the documents anew, in Chromium
 	@DSTACK_EMU_BROWSER=1 DSTACK_EMU_PICTURES=docs/pictures $(BIN)/python -m pytest -n 0 tests/test_pictures.py $(ARGS)
 
-# Alone: the package would install a browser of its own, and only its axe-core is used.
-.axe/.installed: requirements/axe.txt $(VENV)/.dev
-	@rm -rf .axe
-	@$(BIN)/python -m pip --disable-pip-version-check --quiet install --require-hashes --only-binary=:all: --no-deps --target .axe --requirement requirements/axe.txt
-	@touch .axe/.installed
+# Alone: of these packages only axe-core and Mermaid are used, which are JavaScript.
+.axe/.installed .mermaid/.installed: .%/.installed: requirements/%.txt $(VENV)/.dev
+	@rm -rf .$*
+	@$(BIN)/python -m pip --disable-pip-version-check --quiet install --require-hashes --only-binary=:all: --no-deps --target .$* --requirement requirements/$*.txt
+	@touch $@
 
 rust: $(VENV)/.dev ## Use the chain from a program in Rust, with alloy, which cargo builds in minutes
 	@if ! command -v cargo >/dev/null; then echo "SKIPPED: make rust needs cargo: https://rustup.rs"; exit 0; fi; \
@@ -148,7 +148,7 @@ audit: $(VENV)/.dev .release/.tools ## Look up known vulnerabilities and check t
 	@$(BIN)/python tools/release.py audit $(ARGS)
 
 clean: ## Remove .venv, caches and build files
-	rm -rf $(VENV) .axe .prometheus .rust .vyper .atheris .schemathesis .kubernetes .release build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .axe .mermaid .prometheus .rust .vyper .atheris .schemathesis .kubernetes .release build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A candidate is used only if it runs: some systems have shims that are found and then fail.

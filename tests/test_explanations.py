@@ -221,6 +221,14 @@ async def test_hostile_name_stays_one_text_in_mermaid(hostile: str) -> None:
     assert shown == (" ".join(hostile.split()) or "(empty)")
 
 
+async def test_mermaid_has_no_more_characters_than_mermaid_draws() -> None:
+    long = denied_record("<" * 40_000)
+    assert "&#60;" * 199 + "…" in re.sub(r"#(\d+);", r"&#\1;", "\n".join(mermaid(long))).replace("&#8230;", "…")
+    text = "\n".join(mermaid({**long, "inner": [long] * 100}))
+    assert 49_000 < len(text) < 50_000
+    assert re.search(r"\n  Note over p0: \d+ further lines are left out$", text)
+
+
 @pytest.mark.parametrize(
     ("text", "path", "line"),
     [

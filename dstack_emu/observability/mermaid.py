@@ -2,8 +2,9 @@
 
 Texts are written so that none can be syntax: what is no letter, digit or harmless sign becomes Mermaid's entity code, a
 `#`, the character's number and a `;`. A colon is one of them: Mermaid takes `wrap:` at the beginning of a text for an
-option, and `style…:…#…;` for a style. Source: Mermaid's page on sequence diagrams, its grammar
-`sequenceDiagram.jison`, and `encodeEntities` in `utils.ts`.
+option, and `style…:…#…;` for a style. A diagram is never longer than what Mermaid draws: texts are cut, and what has no
+place is left out and counted. Source: Mermaid's page on sequence diagrams, its grammar `sequenceDiagram.jison`,
+`encodeEntities` in `utils.ts`, and `maxTextSize` in `config.schema.yaml`.
 """
 
 import re
@@ -11,24 +12,40 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from dstack_emu.observability.record import Record, flattened
-from dstack_emu.observability.record_text import compared_lines, outcome_text, verification_text
+from dstack_emu.observability.record_text import compared_lines, outcome_text, short, verification_text
 from dstack_emu.observability.sequence_diagram import shown_inner
 
 _SPECIAL = re.compile(r"[^\w \-.,/()\[\]]", re.ASCII)
 """Characters that may mean something in Mermaid or in HTML."""
 _NEW_LINE: Final = "<br/>"
 _NOTHING: Final = "(empty)"
+_MAX_LENGTH: Final = 50_000
+"""Characters of a diagram; of a longer one Mermaid shows only that it is too long."""
+_RESERVED: Final = 100
+"""Characters for the line that counts what was left out."""
 
 
 def mermaid(record: Record) -> Iterator[str]:
-    """Yield the lines of a diagram of a call, with the calls that it caused in their order."""
+    """Yield the lines of a diagram of a call with the calls that it caused, in order: 50,000 characters at most."""
+    lines, left = list(_lines(record)), _MAX_LENGTH - _RESERVED
+    for number, line in enumerate(lines):
+        left -= len(line) + 1
+        if left < 0:
+            yield f"  Note over p0: {len(lines) - number} further lines are left out"
+            return
+        yield line
+
+
+def _lines(record: Record) -> Iterator[str]:
     names = dict.fromkeys(
         name for each in flattened(record) if "call" in each for name in (each["caller"], each["service"])
     )
     ids = {name: f"p{index}" for index, name in enumerate(names)}  # a name may be a word of Mermaid
     yield "sequenceDiagram"
-    label = f"{record['caller']} to {record['service']} {record['call']}: {outcome_text(record)}"
-    yield f"  accTitle: {_text(label)}"
+    caller, service, call, outcome = map(
+        _text, (record["caller"], record["service"], record["call"], outcome_text(record))
+    )
+    yield f"  accTitle: {caller} to {service} {call}#58; {outcome}"
     yield from (f"  participant {identifier} as {_text(name)}" for name, identifier in ids.items())
     yield from _call(record, ids)
 
@@ -52,4 +69,4 @@ def _verification(service: str, record: Record, ids: Mapping[str, str]) -> Itera
 
 
 def _text(text: str) -> str:
-    return _SPECIAL.sub(lambda match: f"#{ord(match[0])};", " ".join(text.split()) or _NOTHING)
+    return _SPECIAL.sub(lambda match: f"#{ord(match[0])};", short(text) or _NOTHING)

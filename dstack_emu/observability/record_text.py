@@ -8,7 +8,7 @@ from dstack_emu.observability.record import Record
 
 COLOURS: Final = {"ok": "32", "denied": "31", "refused": "31", "unanswered": "33", "dim": "2"}
 SHOWN_ERROR_LENGTH: Final = 200
-"""Characters of an error in a line."""
+"""Characters of an error in a line, and of a text in Mermaid."""
 SHOWN_VALUES: Final = 3
 """Values of a policy that are shown below what was got."""
 
@@ -69,7 +69,7 @@ def verification_text(record: Record) -> str:
     """Return what came of a verification of evidence, on one line."""
     verdict = record.get("attestation", "not verified")
     if verdict != "holds":
-        return f"evidence {verdict}: {_short(record.get('error', ''))}"
+        return f"evidence {verdict}: {short(record.get('error', ''))}"
     return " ".join([f"evidence holds: {record['tcb_status']}", *record["advisory_ids"]])
 
 
@@ -94,7 +94,7 @@ def compared_lines(record: Record) -> list[str]:
         said += [("wanted", value) for value in wanted[:SHOWN_VALUES]]
         if len(wanted) > SHOWN_VALUES:
             said.append(("wanted", f"… and {len(wanted) - SHOWN_VALUES} more"))
-    return [f"{name:<6} {_short(value.removeprefix('0x'))}" for name, value in said]  # hex digits below hex digits
+    return [f"{name:<6} {short(value.removeprefix('0x'))}" for name, value in said]  # hex digits below hex digits
 
 
 def result_text(record: Record) -> str:
@@ -115,9 +115,9 @@ def _result(record: Record, compared: str = "") -> str:
         reason = decision.get("reason") or "no reason given"
         result = ("allowed" if decision["allowed"] is True else f"denied: {reason}") + compared
     elif verdict := record.get("verdict"):
-        result = f"valid: app {verdict['app_id']}" if verdict["is_valid"] else f"not valid: {_short(verdict['reason'])}"
+        result = f"valid: app {verdict['app_id']}" if verdict["is_valid"] else f"not valid: {short(verdict['reason'])}"
     elif record.get("error"):
-        result = _short(record["error"] if status is None else f"{status} {record['error']}")
+        result = short(record["error"] if status is None else f"{status} {record['error']}")
     elif outcome == "unanswered":
         result = "no answer"
     else:
@@ -132,10 +132,10 @@ def _said_by_chain(said: dict[str, Any]) -> str:
     function, block = said.get("function"), said.get("block")
     asked = "".join([f" {function}" if function else "", f" at {block}" if block else ""])
     if "error" in said:
-        return f"{asked} error: {_short(said['error'])}"
+        return f"{asked} error: {short(said['error'])}"
     if "result" not in said:
         return asked
-    return f"{asked}{':' if asked else ''} {_short(json.dumps(said['result'], ensure_ascii=False))}"
+    return f"{asked}{':' if asked else ''} {short(json.dumps(said['result'], ensure_ascii=False))}"
 
 
 def _release(released: dict[str, Any]) -> str:
@@ -148,7 +148,8 @@ def _values(values: str | list[str]) -> list[str]:
     return ([values] if isinstance(values, str) else list(values)) or ["none"]
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """Return a text on one line, cut to SHOWN_ERROR_LENGTH characters."""
     text = " ".join(text.split())
     return text if len(text) <= SHOWN_ERROR_LENGTH else text[: SHOWN_ERROR_LENGTH - 1] + "…"
 
