@@ -2,11 +2,13 @@
 
 import asyncio
 import base64
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +19,7 @@ import bcrypt
 import pytest
 
 from dstack_emu.attest.release import DEFAULT
+from dstack_emu.deployment.machine_site import BOOTS_AT_ONCE
 from dstack_emu.deployment.standalone_vmm import StandaloneVmm, VmmSettings
 from dstack_emu.testing import LiveStack
 from dstack_emu.transport.errors import ConfigError
@@ -141,6 +144,40 @@ async def test_configuration_that_is_wrong_is_refused(tmp_path: Path, line: str,
         await start(tmp_path)
     (tmp_path / "vmm.toml").write_text("unknown = 1\n[image]\nregistry = 'x'\n[cvm.log]\nmax_bytes = '1K'")
     assert VmmConfig.load(tmp_path / "vmm.toml").cvm.log.max_bytes == 1024
+
+
+# ---- many machines
+
+
+async def test_machines_beyond_those_that_boot_at_once_wait_for_their_turn(short_folder: Path) -> None:
+    connected, may_end, connections = asyncio.Event(), asyncio.Event(), itertools.count(1)
+
+    async def silent_kms(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if next(connections) == BOOTS_AT_ONCE:
+            connected.set()
+        await may_end.wait()
+        writer.close()
+
+    async with (
+        await asyncio.start_server(silent_kms, "127.0.0.1", 0) as server,
+        StandaloneVmm(settings(short_folder)) as vmm,
+    ):
+        client = VmmClient(vmm.url)
+        kms = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+        def deploy() -> list[str]:
+            return [client.deploy(name=f"cvm {n}", kms_urls=[kms]) for n in range(BOOTS_AT_ONCE + 2)]
+
+        ids = await asyncio.to_thread(deploy)
+        await connected.wait()
+        status = await asyncio.to_thread(client.rpc, "Status", brief=True)
+        assert Counter(each["boot_progress"] for each in status["vms"]) == {
+            "requesting app keys": BOOTS_AT_ONCE,
+            "booting": 2,
+        }
+        may_end.set()
+        for vm_id in ids[-2:]:
+            assert "Failed to request app keys" in (await asyncio.to_thread(client.booted, vm_id))["boot_error"]
 
 
 # ---- credentials

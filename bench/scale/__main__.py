@@ -62,17 +62,17 @@ def main() -> None:
 
 def _measured(subject: Subject, effort: Effort, rounds: int) -> Series:
     print(f"\n{subject.title}")
-    print("".join(f"{head:>14}" for head in ("size", *(each.key for each in subject.quantities))), flush=True)
+    print("".join(f"{head:>16}" for head in ("size", *(each.key for each in subject.quantities))), flush=True)
     measured: list[Series] = []
     for _ in range(rounds):
         measured.append({})
         for size, values in subject.measure(effort):
             measured[-1][size] = values
             shown = [number(values[each.key]) if each.key in values else "" for each in subject.quantities]
-            print("".join(f"{cell:>14}" for cell in (size, *shown)), flush=True)
+            print("".join(f"{cell:>16}" for cell in (size, *shown)), flush=True)
     series = medians(measured)
     slopes = [slope(series, each) for each in subject.quantities]
-    print("".join(f"{cell:>14}" for cell in ("slope", *("" if s is None else f"{s:.2f}" for s in slopes))), flush=True)
+    print("".join(f"{cell:>16}" for cell in ("slope", *("" if s is None else f"{s:.2f}" for s in slopes))), flush=True)
     return series
 
 

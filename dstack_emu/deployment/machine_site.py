@@ -1,7 +1,8 @@
 """What the machines of one host share, and the trust domain that a machine is started as."""
 
+import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -25,6 +26,10 @@ from dstack_emu.vmm.machine import Launch
 
 MEGABYTE: Final = 1024**2
 
+BOOTS_AT_ONCE: Final = 32
+"""So many machines at most fetch their keys at once. Of a thousand that start together, each would hold what its boot
+needs until nearly all are done, and wait so long for each answer that its calls come close to their timeouts."""
+
 
 @dataclass(frozen=True, slots=True)
 class MachineSite:
@@ -34,6 +39,7 @@ class MachineSite:
     folder of OS images, `own_image` the one that exists without a folder, and `workloads` makes what runs beside the
     agents. With `writes_environment` an app's decrypted environment is in files of its machine's folder while it runs.
     `clock` says when a machine registers at its gateway again; its gateway finds the ports of machines in `reach`.
+    `boots` is held by a machine from its power-on until it has its keys.
     """
 
     intel: Intel
@@ -48,6 +54,7 @@ class MachineSite:
     reach: InstanceReach
     writes_environment: bool = True
     headers: Callable[[str], Callable[[], Mapping[str, str]]] | None = None
+    boots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(BOOTS_AT_ONCE))
 
     def image(self, name: str) -> OsImage:
         """Return the OS image of that name; raise `VmmError` if there is none."""

@@ -140,6 +140,20 @@ class DomainMachine:
     async def _boot(self, held: AsyncExitStack) -> None:
         remove_environment(self.launch.folder)  # an emulator that was killed has left it
         await open_ports(self.launch.manifest.port_map, self._endpoint, held)
+        async with self.site.boots:
+            agent, keys, issuer, environment = await self._until_keys(held)
+        domain = agent.domain
+        await self._register(domain, keys, issuer, held)
+        if self.launch.encrypted_env and self.site.writes_environment:
+            held.callback(remove_environment, self.launch.folder)
+            write_environment(self.launch.folder, environment)
+        self._log_measurements(agent)
+        await self._start_workload(BootedGuest(self.launch, self.host, domain, self._run_folder, environment), held)
+
+    async def _until_keys(
+        self, held: AsyncExitStack
+    ) -> tuple[GuestAgent, AppKeys, CertificateIssuer, Mapping[str, str]]:
+        """Switch the trust domain on, and fetch its keys; return them, and what they decrypt of the environment."""
         domain = self._power_on()
         agent = GuestAgent(domain, self._seed.stream("agent"))
         domain.boot()
@@ -157,12 +171,7 @@ class DomainMachine:
         self._progress("data disk ready")
         environment = decrypt_environment(domain, self.launch.encrypted_env, keys)
         await agent.provide(keys, issuer)
-        await self._register(domain, keys, issuer, held)
-        if self.launch.encrypted_env and self.site.writes_environment:
-            held.callback(remove_environment, self.launch.folder)
-            write_environment(self.launch.folder, environment)
-        self._log_measurements(agent)
-        await self._start_workload(BootedGuest(self.launch, self.host, domain, self._run_folder, environment), held)
+        return agent, keys, issuer, environment
 
     async def _register(
         self, domain: TrustDomain, keys: AppKeys, issuer: CertificateIssuer, held: AsyncExitStack
