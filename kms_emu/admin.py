@@ -30,4 +30,4 @@ def admin_table(service: KmsService) -> ServiceTable[Caller]:
     rpcs = [admin_listener_rpc(ImageCache(service.core.image.cache_dir))]
     if service.release.admin_get_kms_key:
         rpcs.append(admin_handover_rpc(service))
-    return journaled(ServiceTable("Admin.", {rpc.name: rpc for rpc in rpcs}), service.log, service.clock, Caller.fields)
+    return journaled(ServiceTable.of("Admin.", *rpcs), service.log, service.clock, Caller.fields)

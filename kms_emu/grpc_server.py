@@ -34,8 +34,9 @@ from dstack_emu.kms_emu.errors import (
     UnavailableError,
     WrongPhaseError,
 )
+from dstack_emu.kms_emu.onboard_service import OnboardService, onboard_table
 from dstack_emu.kms_emu.runtime_phase import admin_tls_context
-from dstack_emu.kms_emu.service import Caller, KmsService, OnboardService, kms_table, onboard_table
+from dstack_emu.kms_emu.service import Caller, KmsService, kms_table
 from dstack_emu.transport.api_auth import ListenerAuth
 from dstack_emu.transport.grpc_server import (
     GrpcPeer,

@@ -17,8 +17,9 @@ from dstack_emu.kms_emu.config import KmsConfig
 from dstack_emu.kms_emu.dependencies import KmsDependencies
 from dstack_emu.kms_emu.metrics import AttestationMetrics
 from dstack_emu.kms_emu.onboard_phase import onboard_app
+from dstack_emu.kms_emu.onboard_service import OnboardService
 from dstack_emu.kms_emu.runtime_phase import admin_tls_context, runtime_app, tls_context
-from dstack_emu.kms_emu.service import KmsService, OnboardService
+from dstack_emu.kms_emu.service import KmsService
 from dstack_emu.transport.http import Middleware
 from dstack_emu.transport.listen import Server, bind_tcp, reachable, serve
 from dstack_emu.transport.localhost_socket import bound_host

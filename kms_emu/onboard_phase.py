@@ -6,8 +6,8 @@ Source: dstack `kms/src/main.rs` (`run_onboard_service`) at 312dc605.
 from collections.abc import Callable, Sequence
 
 from dstack_emu.kms_emu.errors import KmsError
+from dstack_emu.kms_emu.onboard_service import OnboardService, onboard_table
 from dstack_emu.kms_emu.pages import setup_page, setup_policy
-from dstack_emu.kms_emu.service import OnboardService, onboard_table
 from dstack_emu.transport.http import ROCKET_HEADERS, Application, Middleware, Request, Response
 from dstack_emu.transport.prpc_server import RpcStatuses, add_prpc
 

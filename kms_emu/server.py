@@ -26,8 +26,9 @@ from dstack_emu.kms_emu.errors import KmsError
 from dstack_emu.kms_emu.keys import Entropy
 from dstack_emu.kms_emu.listeners import KmsListeners
 from dstack_emu.kms_emu.metrics import AttestationMetrics
+from dstack_emu.kms_emu.onboard_service import OnboardService
 from dstack_emu.kms_emu.rpc_certificate import reissue_certificates
-from dstack_emu.kms_emu.service import KmsService, OnboardService
+from dstack_emu.kms_emu.service import KmsService
 from dstack_emu.transport.events import EventLog
 from dstack_emu.transport.pccs_client import Clock
 

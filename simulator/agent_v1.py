@@ -152,4 +152,4 @@ def worker_v1_table(api: GuestApiV1) -> ServiceTable[None]:
 
 
 def _table(*rpcs: Rpc[None, Any, Any]) -> ServiceTable[None]:
-    return ServiceTable("", {rpc.name: rpc for rpc in rpcs})
+    return ServiceTable.of("", *rpcs)

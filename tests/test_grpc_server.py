@@ -53,7 +53,7 @@ def worker(version: Handler, context: Callable[[GrpcPeer], Awaitable[Any]] = any
         Rpc("Info", Empty, pb.AppInfo, info),
         Rpc("GetAttestationForAppKey", pb.GetAttestationForAppKeyRequest, pb.GetQuoteResponse, attest),
     )
-    return GrpcService(WORKER, ServiceTable("Worker.", {rpc.name: rpc for rpc in rpcs}), context)
+    return GrpcService(WORKER, ServiceTable.of("Worker.", *rpcs), context)
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ from typing import Final
 
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.kms_emu.errors import KmsError
-from dstack_emu.kms_emu.service import validate_domain
+from dstack_emu.kms_emu.onboard_service import validate_domain
 from dstack_emu.transport.localhost_socket import LOCALHOST
 
 _IPV4, _IPV6 = "127.0.0.1", "::1"

@@ -158,7 +158,7 @@ def gateway_table(service: GatewayService) -> ServiceTable[Caller]:
         Rpc("Info", Empty, pb.InfoResponse, without_arguments(service.info), reads_request=False),
         Rpc("GetPeers", Empty, pb.GetPeersResponse, service.get_peers, reads_request=False),
     ]
-    return ServiceTable("Tproxy.", {rpc.name: rpc for rpc in rpcs})
+    return ServiceTable.of("Tproxy.", *rpcs)
 
 
 def debug_table(service: GatewayService) -> ServiceTable[None]:
@@ -186,4 +186,4 @@ def debug_table(service: GatewayService) -> ServiceTable[None]:
             reads_request=False,
         ),
     ]
-    return ServiceTable("Debug.", {rpc.name: rpc for rpc in rpcs})
+    return ServiceTable.of("Debug.", *rpcs)

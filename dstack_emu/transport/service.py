@@ -7,7 +7,7 @@ the handler receives.
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from google.protobuf.message import Message
 
@@ -41,6 +41,11 @@ class ServiceTable(Generic[C]):
 
     prefix: str
     rpcs: Mapping[str, Rpc[C, Any, Any]]
+
+    @classmethod
+    def of(cls, prefix: str, *rpcs: Rpc[Any, Any, Any]) -> Self:
+        """Make the table of RPCs from their names."""
+        return cls(prefix, {rpc.name: rpc for rpc in rpcs})
 
 
 def without_context(method: Callable[[Q], Awaitable[A]]) -> Callable[[Any, Q], Awaitable[A]]:

@@ -36,7 +36,7 @@ def guest_table(fleet: Fleet, patience: float = PATIENCE) -> ServiceTable[None]:
         return Empty()
 
     rpcs.append(Rpc("Shutdown", pb.Id, Empty, without_context(shutdown)))
-    return ServiceTable("ProxiedGuestApi.", {rpc.name: rpc for rpc in rpcs})
+    return ServiceTable.of("ProxiedGuestApi.", *rpcs)
 
 
 def _passed_on(fleet: Fleet, method: str, patience: float) -> Callable[[pb.Id], Awaitable[Message]]:

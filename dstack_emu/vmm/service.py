@@ -299,4 +299,4 @@ def vmm_table(service: VmmService) -> ServiceTable[None]:
         Rpc("PullRegistryImage", pb.PullRegistryImageRequest, Empty, without_context(service.pull_registry_image)),
         Rpc("DeleteImage", pb.Id, Empty, without_context(service.delete_image)),
     ]
-    return ServiceTable("Teepod.", {rpc.name: rpc for rpc in rpcs})
+    return ServiceTable.of("Teepod.", *rpcs)
