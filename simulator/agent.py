@@ -7,10 +7,9 @@ One method for each RPC, over plain values and messages. Every call gets new evi
 import base64
 import json
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from coincurve import PrivateKey
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from google.protobuf.empty_pb2 import Empty
 
@@ -23,20 +22,21 @@ from dstack_emu.attest.errors import AttestError, FormatError
 from dstack_emu.attest.eventlog import TdxEvent, for_get_quote, log_to_json
 from dstack_emu.attest.kdf import derive_key, derive_p256, pkcs8_pem
 from dstack_emu.attest.proto import dstack_guest_pb2 as pb
+from dstack_emu.attest.proto import dstack_guest_v1_pb2 as v1
 from dstack_emu.attest.report_data import APP_DATA, DEFAULT_HASH, pad_report_data, ratls_report_data, report_data
-from dstack_emu.attest.signature import k256_key, k256_sign, k256_verify, sign_recoverable
+from dstack_emu.attest.signature import k256_key, sign_recoverable
+from dstack_emu.simulator import app_signature
 from dstack_emu.simulator.app_keys import AppKeys, CertificateIssuer
+from dstack_emu.simulator.app_signature import PREHASHED, known_algorithm
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.seed import Entropy
 from dstack_emu.simulator.trust_domain import TrustDomain
 from dstack_emu.transport.aside import run_aside
-from dstack_emu.transport.service import Rpc, ServiceTable, without_arguments, without_context
 
 EMIT_EVENT_REMOVED: Final = (
     "EmitEvent was removed in dstack 0.6.0; runtime RTMR3 events are system-owned and cannot be extended by apps"
 )
 SIGNING_PATH, SIGNING_PURPOSE = "vms", "signing"
-PREHASHED: Final = "secp256k1_prehashed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class GuestAgent:
 
     async def get_attestation_for_app_key(self, request: pb.GetAttestationForAppKeyRequest) -> pb.GetQuoteResponse:
         """Quote the public key of `sign`, as a `dip1::` text."""
-        _, public_key = self._signing_key(_known(request.algorithm, ("secp256k1", "ed25519")))
+        _, public_key = self._signing_key(known_algorithm(request.algorithm, ("secp256k1", "ed25519")))
         kind = "ed25519-pk" if len(public_key) == 32 else "secp256k1c-pk"
         text = f"dip1::{kind}:{base64.urlsafe_b64encode(public_key).decode().rstrip('=')}"
         return self._quote(pad_report_data(text.encode()))
@@ -158,7 +158,7 @@ class GuestAgent:
         return await run_aside(len(request.path) + len(request.purpose), lambda: self._key(request))
 
     def _key(self, request: pb.GetKeyArgs) -> pb.GetKeyResponse:
-        algorithm = _known(request.algorithm or "secp256k1", ("secp256k1", "ed25519"))
+        algorithm = known_algorithm(request.algorithm or "secp256k1", ("secp256k1", "ed25519"))
         key, public_key = self._derive(request.path, algorithm)
         message = f"{request.purpose}:{public_key.hex()}".encode()
         signature = sign_recoverable(_parse_k256(self.keys.k256_key, "app k256 key"), message)
@@ -171,19 +171,7 @@ class GuestAgent:
 
     async def get_tls_key(self, request: pb.GetTlsKeyArgs) -> pb.GetTlsKeyResponse:
         """Make a new P-256 key, and request a certificate for it."""
-        not_before = request.not_before if request.HasField("not_before") else None
-        not_after = request.not_after if request.HasField("not_after") else None
-        require_validity_order(not_before, not_after)
-        config = CertificateConfig(
-            subject=request.subject,
-            alt_names=tuple(request.alt_names),
-            server_auth=request.usage_server_auth,
-            client_auth=request.usage_client_auth,
-            with_attestation=request.usage_ra_tls,
-            with_app_info=request.with_app_info,
-            not_before=not_before,
-            not_after=not_after,
-        )
+        config = certificate_config(request)
         return await self._key_and_chain(derive_p256(self._entropy(32), []), config)
 
     async def derive_tls_key(self, request: pb.DeriveKeyArgs) -> pb.GetTlsKeyResponse:
@@ -240,12 +228,12 @@ class GuestAgent:
 
     async def sign(self, request: pb.SignRequest) -> pb.SignResponse:
         """Sign with the key at the path `vms`; the chain leads to the KMS root key."""
-        algorithm = _known(request.algorithm, ("secp256k1", "ed25519", PREHASHED))
+        algorithm = known_algorithm(request.algorithm, ("secp256k1", "ed25519", PREHASHED))
         if algorithm == PREHASHED and len(request.data) != 32:
             raise FormatError(f"Pre-hashed signing requires a 32-byte digest, but received {len(request.data)} bytes")
         kind = "ed25519" if algorithm == "ed25519" else "secp256k1"
         key, public_key = self._signing_key(kind)
-        signature = await run_aside(len(request.data), lambda: _sign(algorithm, key, request.data))
+        signature = await run_aside(len(request.data), lambda: app_signature.sign(algorithm, key, request.data))
         chain = await self.get_key(pb.GetKeyArgs(path=SIGNING_PATH, purpose=SIGNING_PURPOSE, algorithm=kind))
         return pb.SignResponse(
             signature=signature, signature_chain=[signature, *chain.signature_chain], public_key=public_key
@@ -253,9 +241,9 @@ class GuestAgent:
 
     async def verify(self, request: pb.VerifyRequest) -> pb.VerifyResponse:
         """Verify a signature; an invalid one is a result, bytes that are not a key or a signature are an error."""
-        algorithm = _known(request.algorithm, ("secp256k1", "ed25519", PREHASHED))
+        algorithm = known_algorithm(request.algorithm, ("secp256k1", "ed25519", PREHASHED))
         size = len(request.data) + len(request.public_key) + len(request.signature)
-        return pb.VerifyResponse(valid=await run_aside(size, lambda: _verify(algorithm, request)))
+        return pb.VerifyResponse(valid=await run_aside(size, lambda: app_signature.verify(algorithm, request)))
 
     def _signing_key(self, algorithm: str) -> tuple[bytes, bytes]:
         return self._derive(SIGNING_PATH, algorithm)
@@ -313,17 +301,26 @@ class GuestAgent:
         )
 
 
+def certificate_config(request: pb.GetTlsKeyArgs | v1.IssueCertRequest) -> CertificateConfig:
+    """Return the certificate that an app requests; raise `FormatError` if it would end before it begins."""
+    not_before = request.not_before if request.HasField("not_before") else None
+    not_after = request.not_after if request.HasField("not_after") else None
+    require_validity_order(not_before, not_after)
+    return CertificateConfig(
+        subject=request.subject,
+        alt_names=tuple(request.alt_names),
+        server_auth=request.usage_server_auth,
+        client_auth=request.usage_client_auth,
+        with_attestation=request.usage_ra_tls,
+        with_app_info=request.with_app_info,
+        not_before=not_before,
+        not_after=not_after,
+    )
+
+
 def _shown_log(log: tuple[TdxEvent, ...]) -> str:
     """Return a log in the form of GetQuote: the text is the same until another event is measured."""
     return log_to_json(for_get_quote(log))
-
-
-def _known(algorithm: str, known: tuple[str, ...]) -> str:
-    """Resolve the alias `k256`; raise FormatError for an unknown algorithm."""
-    algorithm = "secp256k1" if algorithm == "k256" else algorithm
-    if algorithm not in known:
-        raise FormatError("Unsupported algorithm")
-    return algorithm
 
 
 def _parse_k256(secret: bytes, what: str) -> PrivateKey:
@@ -332,87 +329,3 @@ def _parse_k256(secret: bytes, what: str) -> PrivateKey:
         return k256_key(secret)
     except FormatError as error:
         raise FormatError(f"Failed to parse {what}: signature error") from error
-
-
-def _sign(algorithm: str, key: bytes, data: bytes) -> bytes:
-    if algorithm == "ed25519":
-        return ed25519.Ed25519PrivateKey.from_private_bytes(key).sign(data)
-    return k256_sign(k256_key(key), data, prehashed=algorithm == PREHASHED)
-
-
-def _verify(algorithm: str, request: pb.VerifyRequest) -> bool:
-    if algorithm == "ed25519":
-        return _verify_ed25519(request)
-    return k256_verify(request.public_key, request.signature, request.data, prehashed=algorithm == PREHASHED)
-
-
-def _verify_ed25519(request: pb.VerifyRequest) -> bool:
-    if len(request.public_key) != 32:
-        raise FormatError("invalid public key")
-    if len(request.signature) != 64:
-        raise FormatError("signature error")
-    try:
-        ed25519.Ed25519PublicKey.from_public_bytes(request.public_key).verify(request.signature, request.data)
-    except (InvalidSignature, ValueError):
-        return False
-    return True
-
-
-# ---- service tables
-
-
-def dstack_table(agent: GuestAgent) -> ServiceTable[None]:
-    """Return the service DstackGuest, as on dstack.sock."""
-    return _table(
-        agent,
-        "DstackGuest.",
-        Rpc("GetTlsKey", pb.GetTlsKeyArgs, pb.GetTlsKeyResponse, without_context(agent.get_tls_key)),
-        Rpc("GetKey", pb.GetKeyArgs, pb.GetKeyResponse, without_context(agent.get_key)),
-        Rpc("GetQuote", pb.RawQuoteArgs, pb.GetQuoteResponse, without_context(agent.get_quote)),
-        Rpc("Attest", pb.RawQuoteArgs, pb.AttestResponse, without_context(agent.attest)),
-        Rpc("EmitEvent", pb.EmitEventArgs, Empty, without_context(agent.emit_event)),
-        Rpc("Info", Empty, pb.AppInfo, without_arguments(agent.info)),
-        Rpc("GpuInfo", Empty, pb.GpuInfoResponse, without_arguments(agent.gpu_info)),
-        Rpc("Sign", pb.SignRequest, pb.SignResponse, without_context(agent.sign)),
-        Rpc("Verify", pb.VerifyRequest, pb.VerifyResponse, without_context(agent.verify)),
-        Rpc("Version", Empty, pb.WorkerVersion, without_arguments(agent.version)),
-    )
-
-
-def tappd_table(agent: GuestAgent) -> ServiceTable[None]:
-    """Return the service Tappd, as on tappd.sock."""
-    return _table(
-        agent,
-        "Tappd.",
-        Rpc("DeriveKey", pb.DeriveKeyArgs, pb.GetTlsKeyResponse, without_context(agent.derive_tls_key)),
-        Rpc("DeriveK256Key", pb.GetKeyArgs, pb.DeriveK256KeyResponse, without_context(agent.derive_k256_key)),
-        Rpc("TdxQuote", pb.TdxQuoteArgs, pb.TdxQuoteResponse, without_context(agent.tdx_quote)),
-        Rpc("RawQuote", pb.RawQuoteArgs, pb.TdxQuoteResponse, without_context(agent.raw_quote)),
-        Rpc("Info", Empty, pb.AppInfo, without_arguments(agent.info)),
-        Rpc("Version", Empty, pb.WorkerVersion, without_arguments(agent.version)),
-    )
-
-
-def worker_table(agent: GuestAgent) -> ServiceTable[None]:
-    """Return the service Worker."""
-    attestation = without_context(agent.get_attestation_for_app_key)
-    return _table(
-        agent,
-        "Worker.",
-        Rpc("Info", Empty, pb.AppInfo, without_arguments(agent.public_info)),
-        Rpc("Version", Empty, pb.WorkerVersion, without_arguments(agent.version)),
-        Rpc("GetAttestationForAppKey", pb.GetAttestationForAppKeyRequest, pb.GetQuoteResponse, attestation),
-    )
-
-
-def combined_table(agent: GuestAgent) -> ServiceTable[None]:
-    """Return Tappd and Worker for one mount; a name without prefix that both have is Worker's, as outside a CVM."""
-    worker, tappd = worker_table(agent).rpcs, tappd_table(agent).rpcs
-    prefixed = {f"Tappd.{name}": rpc for name, rpc in tappd.items()}
-    return ServiceTable("Worker.", {**tappd, **worker, **prefixed})
-
-
-def _table(agent: GuestAgent, prefix: str, *rpcs: Rpc[Any, Any, Any]) -> ServiceTable[None]:
-    """Make a table of the methods that the service has in the agent's release."""
-    methods = agent.domain.release.v0_methods[prefix.removesuffix(".")]
-    return ServiceTable(prefix, {rpc.name: rpc for rpc in rpcs if rpc.name in methods})

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import grpc
 
-from dstack_emu.simulator.agent import GuestAgent, dstack_table, tappd_table, worker_table
+from dstack_emu.simulator.agent import GuestAgent
+from dstack_emu.simulator.agent_services import dstack_table, tappd_table, worker_table
 from dstack_emu.simulator.agent_v1 import GuestApiV1, guest_v1_table, worker_v1_table
 from dstack_emu.simulator.errors import GpuUnavailableError, GuestError, KmsRefusedError, KmsUnreachableError
 from dstack_emu.transport.grpc_server import GrpcServer, GrpcService, Listener, Statuses, anyone, serve_grpc

@@ -12,7 +12,8 @@ from http import HTTPStatus
 from typing import Final
 
 from dstack_emu.attest.errors import AttestError
-from dstack_emu.simulator.agent import GuestAgent, combined_table, dstack_table, tappd_table, worker_table
+from dstack_emu.simulator.agent import GuestAgent
+from dstack_emu.simulator.agent_services import combined_table, dstack_table, tappd_table, worker_table
 from dstack_emu.simulator.agent_v1 import GuestApiV1, guest_v1_table, worker_v1_table
 from dstack_emu.simulator.errors import GpuUnavailableError, GuestError
 from dstack_emu.transport.html import content_security_policy, facts, page

@@ -12,13 +12,12 @@ from typing import Any
 
 from dstack_emu.attest.app_info import AppInfo
 from dstack_emu.attest.attestation import REPORT_DATA_SIZE
-from dstack_emu.attest.csr import CertificateConfig, require_validity_order
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.guest_keys_v1 import derive_guest_key, sign_claim
 from dstack_emu.attest.kdf import derive_p256, pkcs8_pem
 from dstack_emu.attest.proto import dstack_guest_v1_pb2 as pb
 from dstack_emu.attest.report_data import pad_report_data
-from dstack_emu.simulator.agent import GuestAgent
+from dstack_emu.simulator.agent import GuestAgent, certificate_config
 from dstack_emu.simulator.app_health import NO_CONTAINER, UnhealthyError, read_health
 from dstack_emu.simulator.errors import GpuUnavailableError, GuestError
 from dstack_emu.transport.aside import run_aside
@@ -35,19 +34,7 @@ class GuestApiV1:
 
     async def issue_cert(self, request: pb.IssueCertRequest) -> pb.IssueCertResponse:
         """Make a new P-256 key and have a certificate issued for it; evidence in it has the form V1."""
-        not_before = request.not_before if request.HasField("not_before") else None
-        not_after = request.not_after if request.HasField("not_after") else None
-        require_validity_order(not_before, not_after)
-        config = CertificateConfig(
-            subject=request.subject,
-            alt_names=tuple(request.alt_names),
-            server_auth=request.usage_server_auth,
-            client_auth=request.usage_client_auth,
-            with_attestation=request.usage_ra_tls,
-            with_app_info=request.with_app_info,
-            not_before=not_before,
-            not_after=not_after,
-        )
+        config = certificate_config(request)
         key = derive_p256(self._agent.random(32), [])
         return pb.IssueCertResponse(
             key=pkcs8_pem(key), certificate_chain=await self._agent.issue(key, config, as_v1=True)
