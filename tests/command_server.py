@@ -23,7 +23,18 @@ from typing import Any, NoReturn
 
 from dstack_emu.cli.main import COMMANDS, main
 
-EAGER = ("dstack_emu.runbook.grpc_kms_client", "dstack_emu.stack", "grpc.aio")
+EAGER = (
+    "dstack_emu.control.admission",
+    "dstack_emu.kms_emu.grpc_server",
+    "dstack_emu.observability.interceptor",
+    "dstack_emu.runbook.grpc_kms_client",
+    "dstack_emu.stack",
+    "dstack_emu.testing",
+    "dstack_emu.transport.ratls_server",
+    "grpc.aio",
+    "uvloop",
+    "yaml",
+)
 """What commands import when they run."""
 MAX_MESSAGE = 1 << 20
 

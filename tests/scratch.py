@@ -2,20 +2,22 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.repository import ROOT
+from tests.processes import forked_by_anyone
+
+PYTEST = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
-def run_pytest(
-    folder: Path, *arguments: str, python: str = sys.executable, path: str = str(ROOT)
-) -> subprocess.CompletedProcess[str]:
-    """Run pytest in a folder, with the plugin as pytest finds it; `path` goes before what is installed."""
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest in a folder, with the plugin as pytest finds it, in a process that is forked.
+
+    `test_wheel.py` starts the interpreter, too.
+    """
+    quiet = ("-p", "no:cacheprovider", "-W", "ignore:Module already imported so cannot be rewritten")
+    command = forked_by_anyone(PYTEST, *quiet, *arguments, module="tests.program")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PYTHON"))}
-    environment |= {"PYTHONPATH": path} if path else {}
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250, check=False
     )
