@@ -166,14 +166,14 @@ class Served:
     refused: list[str] = field(default_factory=list)
     clock: list[float] = field(default_factory=lambda: [float(NOW)])
 
-    def tasks(self) -> int:
-        """Count the tasks of its loop beside the one that serves, after a turn of it."""
+    def wait_for_tasks(self) -> None:
+        """Wait until its loop has no task but the one that serves."""
 
-        async def count() -> int:
-            await asyncio.sleep(0)
-            return len(asyncio.all_tasks()) - 2  # this one, and the one that serves
+        async def wait() -> None:
+            while len(tasks := asyncio.all_tasks()) > 2:  # this one, and the one that serves
+                await asyncio.wait(tasks - {asyncio.current_task()}, return_when=asyncio.FIRST_COMPLETED)
 
-        return asyncio.run_coroutine_threadsafe(count(), self.loop).result(10)
+        asyncio.run_coroutine_threadsafe(wait(), self.loop).result()
 
     @contextlib.contextmanager
     def nothing_left(self) -> Iterator[None]:
@@ -182,8 +182,9 @@ class Served:
         What a test before may have left counts too: the server may be ending those connections still.
         """
         yield
-        while self.tasks() or accepted_connections(self.port):
-            pass
+        self.wait_for_tasks()
+        while accepted_connections(self.port):
+            self.wait_for_tasks()
 
 
 def accepted_connections(port: int) -> int:
