@@ -71,4 +71,6 @@ def _value(value: str | float) -> str:
 
 def escaped(text: str) -> str:
     """Escape a text, and replace what XML cannot have."""
-    return escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return escape(text)
