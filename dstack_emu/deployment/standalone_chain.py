@@ -1,17 +1,16 @@
 """A chain without a stack, for `dstack-emu chain`: an EVM with dstack's contracts, and its JSON-RPC on one port."""
 
 import socket
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from dstack_emu.attest.release import Release
 from dstack_emu.chain.embedded import ChainSettings, EmbeddedChain
 from dstack_emu.chain.errors import StoreError
 from dstack_emu.chain.quantities import checksummed
 from dstack_emu.deployment.clock import ISSUED_AT, wall_clock
+from dstack_emu.deployment.standalone import Standalone
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.transport.errors import ConfigError
 from dstack_emu.transport.listen import serve
@@ -34,15 +33,15 @@ class StandaloneChainSettings:
     deploys: bool = True
 
 
-class StandaloneChain:
+class StandaloneChain(Standalone):
     """A chain on a bound socket. Enter it to start it."""
 
     def __init__(self, settings: StandaloneChainSettings, sock: socket.socket) -> None:
+        super().__init__()
         self._settings, self._socket = settings, sock
-        self._exit = AsyncExitStack()
         self.url = ""
 
-    async def __aenter__(self) -> Self:
+    async def _start(self) -> None:
         settings = self._settings
         self._exit.callback(self._socket.close)
         try:
@@ -60,19 +59,9 @@ class StandaloneChain:
             await self.chain.deploy()
             server = await serve(self.chain.server.app(), self._socket)
         except StoreError as error:
-            await self._exit.aclose()
             raise ConfigError(f"--state: {error}") from error
-        except BaseException:
-            await self._exit.aclose()
-            raise
         self._exit.push_async_callback(server.close)
         self.url = server.url
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._exit.aclose()
 
     async def description(self) -> dict[str, Any]:
         """Return what the ready line says: URLs, accounts with their keys, contracts."""

@@ -8,16 +8,15 @@ import asyncio
 import logging
 import tempfile
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from dstack_emu.attest.app_info import vm_config_of
 from dstack_emu.deployment.agent_listeners import AgentAddresses, AgentListeners, SocketFile
 from dstack_emu.deployment.clock import ISSUED_AT
 from dstack_emu.deployment.guest_config import GuestConfig, KmsBoot, local_key_provider, power_on
+from dstack_emu.deployment.standalone import Standalone
 from dstack_emu.simulator.agent import GuestAgent
 from dstack_emu.simulator.app_keys import AppKeys, CertificateIssuer, LocalIssuer, OwnKeys
 from dstack_emu.simulator.errors import GuestError
@@ -58,7 +57,7 @@ class ListenOptions:
     grpc_sock: Path | None = None
 
 
-class StandaloneGuest:
+class StandaloneGuest(Standalone):
     """A single guest. Enter it to start it; leaving it stops every listener."""
 
     def __init__(
@@ -69,24 +68,11 @@ class StandaloneGuest:
         pccs_url: str | None = None,
         progress: Callable[[str], None] = log.info,
     ) -> None:
+        super().__init__()
         self.config, self._listen, self._progress = config, listen or ListenOptions(), progress
         self._given_pccs_url = pccs_url
         self._seed = Seed.of(config.seed).child(f"guest {config.name}")
         self._kms_url = "" if config.kms is None else config.kms.urls[0].rstrip("/")
-        self._exit = AsyncExitStack()
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self._start()
-        except BaseException:
-            await self._exit.aclose()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._exit.aclose()
 
     # ---- starting
 

@@ -9,8 +9,6 @@ import uuid
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from dstack_emu.attest.release import Release
 from dstack_emu.attest.verify import TrustAnchor
@@ -23,6 +21,7 @@ from dstack_emu.deployment.machine_site import MachineSite
 from dstack_emu.deployment.machines import DomainMachines
 from dstack_emu.deployment.process_workload import ProcessWorkloads
 from dstack_emu.deployment.reach import InstanceReach
+from dstack_emu.deployment.standalone import Standalone
 from dstack_emu.simulator.image import OsImage
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.seed import Seed
@@ -58,27 +57,14 @@ class VmmSettings:
     script_image: str = ""
 
 
-class StandaloneVmm:
+class StandaloneVmm(Standalone):
     """A VMM at `url`. Enter it to start it; leaving it ends every machine, and keeps their folders."""
 
     def __init__(self, settings: VmmSettings) -> None:
+        super().__init__()
         self.settings = settings
         self.url = ""
         self.discovery_file: Path | None = None
-        self._exit = AsyncExitStack()
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self._start()
-        except BaseException:
-            await self._exit.aclose()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._exit.aclose()
 
     async def _start(self) -> None:
         settings, config = self.settings, self.settings.config
