@@ -14,7 +14,7 @@ HASHED  := $(PIP) --require-hashes --only-binary=:all: --requirement
 # setuptools is one of the requirements: pip's isolated builds would use the newest one.
 INSTALL := $(PIP) --no-index --no-deps --no-build-isolation --editable .
 
-.PHONY: help venv up test browser prometheus pictures rust fuzz openapi decisions campaign contracts kubernetes repeat check-kms console-load machines lint types imports check bench scale proto lock package documents release audit clean
+.PHONY: help venv up test browser collector prometheus pictures rust fuzz openapi decisions campaign contracts kubernetes repeat check-kms console-load machines lint types imports check bench scale proto lock package documents release audit clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,14 +41,17 @@ browser: $(VENV)/.dev .axe/.installed .mermaid/.installed ## Use console and gat
 BROWSED := $(addprefix tests/test_,console_browser.py console_evidence.py console_accessibility.py console_contracts.py \
   console_connection.py console_safety.py gateway_browser.py mermaid_browser.py pages_browser.py runbook_browser.py)
 
+collector: $(VENV)/.dev .rotel/.installed ## Send the spans of a stack through Rotel, a collector of OpenTelemetry for Linux
+	@DSTACK_EMU_ROTEL=.rotel/rotel/rotel-agent $(BIN)/python -m pytest -n 0 tests/test_otlp_receivers.py $(ARGS)
+
 prometheus: $(VENV)/.dev ## Let Prometheus scrape a stack (Debian's package prometheus, installed or unpacked in .prometheus)
 	@DSTACK_EMU_PROMETHEUS=1 $(BIN)/python -m pytest -n 0 tests/test_prometheus.py $(ARGS)
 
 pictures: $(VENV)/.dev ## Make the pictures of the documents anew, in Chromium
 	@DSTACK_EMU_BROWSER=1 DSTACK_EMU_PICTURES=docs/pictures $(BIN)/python -m pytest -n 0 tests/test_pictures.py $(ARGS)
 
-# Alone: of these packages only axe-core and Mermaid are used, which are JavaScript.
-.axe/.installed .mermaid/.installed: .%/.installed: requirements/%.txt $(VENV)/.dev
+# Alone: of these packages only axe-core, Mermaid and a program are used, which need nothing of Python.
+.axe/.installed .mermaid/.installed .rotel/.installed: .%/.installed: requirements/%.txt $(VENV)/.dev
 	@rm -rf .$*
 	@$(BIN)/python -m pip --disable-pip-version-check --quiet install --require-hashes --only-binary=:all: --no-deps --target .$* --requirement requirements/$*.txt
 	@touch $@
@@ -148,7 +151,7 @@ audit: $(VENV)/.dev .release/.tools ## Look up known vulnerabilities and check t
 	@$(BIN)/python tools/release.py audit $(ARGS)
 
 clean: ## Remove .venv, caches and build files
-	rm -rf $(VENV) .axe .mermaid .prometheus .rust .vyper .atheris .schemathesis .kubernetes .release build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .axe .mermaid .prometheus .rotel .rust .vyper .atheris .schemathesis .kubernetes .release build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A candidate is used only if it runs: some systems have shims that are found and then fail.
