@@ -29,7 +29,7 @@ class _Secret:
     @classmethod
     def of(cls, value: str) -> Self:
         text, digits = _spelled(value), _in_base64(value.encode())
-        return cls(re.compile(text), re.compile("|".join((text, *map(_with_neighbours, digits)))), digits)
+        return cls(re.compile(text), re.compile("|".join((text, *map(_with_neighbours, digits)))), tuple(digits))
 
 
 class Secrets:
