@@ -31,7 +31,8 @@ from dstack_emu.attest.report_data import bootstrap_report_data
 from dstack_emu.cli.commands.inspect import WIDTH, render
 from dstack_emu.cli.main import main
 from dstack_emu.inspection.description import as_json
-from dstack_emu.inspection.identify import MAX_INPUT_SIZE, Finding, inspect_input
+from dstack_emu.inspection.finding import Finding
+from dstack_emu.inspection.identify import MAX_INPUT_SIZE, inspect_input
 from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.platform import PlatformState
 from dstack_emu.simulator.seed import Seed

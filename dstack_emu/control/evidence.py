@@ -24,7 +24,7 @@ from dstack_emu.transport.pccs_client import DEFAULT_TIMEOUT, PccsClient
 
 if TYPE_CHECKING:
     from dstack_emu.inspection.checks import Collect, Evidence, Expectations
-    from dstack_emu.inspection.identify import Finding
+    from dstack_emu.inspection.finding import Finding
 
 CALLER: Final = "control"
 """Who asks the PCCS and the stack's webhooks in the journal; they are inside a call `Verify` or `Admit`."""

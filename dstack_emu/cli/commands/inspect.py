@@ -14,7 +14,8 @@ from dstack_emu.attest.errors import FormatError
 from dstack_emu.cli.commands.common import UsageError
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
 from dstack_emu.inspection.description import UNKNOWN_NAME, UNREAD, Description, Named, as_json
-from dstack_emu.inspection.identify import MAX_INPUT_SIZE, Finding, inspect_input
+from dstack_emu.inspection.finding import Finding
+from dstack_emu.inspection.identify import MAX_INPUT_SIZE, inspect_input
 
 DESCRIPTION = (
     "Show a quote, a versioned attestation, certificates, a signing request, collateral, an event log, an app-compose, "
