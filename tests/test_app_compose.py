@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dstack_emu.attest.app_compose import AppManifest, GpuPolicy, Port, PortPolicy, VerityVolume
+from dstack_emu.attest.app_compose import AppManifest, Port, PortPolicy, VerityVolume
 from dstack_emu.attest.app_policy import (
     GuestFacts,
     launch_token_hash,
@@ -15,6 +15,7 @@ from dstack_emu.attest.app_policy import (
     verify_key_provider_inputs,
     verify_policy,
 )
+from dstack_emu.attest.app_requirements import GpuPolicy
 from dstack_emu.attest.errors import FormatError, VerificationError
 from dstack_emu.attest.release import RELEASES
 

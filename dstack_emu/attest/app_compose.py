@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, Literal, Self
 
-from dstack_emu.attest.canonical_json import canonical_json
+from dstack_emu.attest.app_requirements import Requirements, gpu_policy_hash, read_requirements
 from dstack_emu.attest.errors import FormatError, VerificationError
 from dstack_emu.attest.eventlog import check_version
 from dstack_emu.attest.json_struct import (
@@ -41,30 +41,6 @@ CONTAINER_RUNNERS: Final = ("docker-compose", NERDCTL_COMPOSE)
 FileSystem = Literal["zfs", "ext4"]
 _FILE_SYSTEMS: Final[Mapping[str, FileSystem]] = MappingProxyType({"zfs": "zfs", "ext4": "ext4"})
 EventLogVersion = Literal[1, 2]
-
-
-@dataclass(frozen=True, slots=True)
-class GpuPolicy:
-    """The requirements of an app on GPUs. A guest without a GPU only measures them."""
-
-    attest_gpu: bool = True
-    rego: str | None = None
-    allow_devtools: bool = False
-    allow_debug: bool = False
-    allow_insecure_boot: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Requirements:
-    """The requirements of an app on its guest; None requires nothing, an empty `platforms` admits no platform."""
-
-    os_version: str | None = None
-    platforms: tuple[str, ...] | None = None
-    tdx_measure_acpi_tables: bool | None = None
-    launch_token_hash: str | None = None
-    gpu_policy: GpuPolicy = field(default_factory=GpuPolicy)
-    health_check: bool = False
-    health_status_file: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +112,7 @@ class AppManifest:
             members = read_members(document, {"manifest_version": version, **_members(release)}, required=_REQUIRED)
         except ValueError as error:
             raise FormatError(f"app-compose: {error}") from error
-        return cls(text=text, gpu_policy_hash=_gpu_policy_hash(document), **members)
+        return cls(text=text, gpu_policy_hash=gpu_policy_hash(document), **members)
 
     @property
     def compose_hash(self) -> bytes:
@@ -174,12 +150,6 @@ class AppManifest:
 
 
 # ---- Members -----------------------------------------------------------------------------------------------
-
-
-def _gpu_policy_hash(document: dict[str, Any]) -> bytes:
-    requirements = document.get("requirements")
-    policy = requirements.get("gpu_policy", {}) if isinstance(requirements, dict) else {}
-    return hashlib.sha256(canonical_json(policy)).digest()
 
 
 def _version_reader(release: Release) -> Reader:
@@ -298,38 +268,6 @@ def read_verity_volumes(value: Any) -> tuple[VerityVolume, ...]:
     return volumes
 
 
-_GPU_POLICY: Final[Mapping[str, Reader]] = MappingProxyType(
-    {
-        "attest_gpu": read_boolean,
-        "rego": optional(read_text),
-        "allow_devtools": read_boolean,
-        "allow_debug": read_boolean,
-        "allow_insecure_boot": read_boolean,
-    }
-)
-
-
-def _read_gpu_policy(value: Any) -> GpuPolicy:
-    return GpuPolicy(**read_members(value, _GPU_POLICY, refuse_unknown=True))
-
-
-_REQUIREMENTS_MEMBERS: Final[Mapping[str, Reader]] = MappingProxyType(
-    {
-        "os_version": optional(read_text),
-        "platforms": optional(list_of(read_text)),
-        "tdx_measure_acpi_tables": optional(read_boolean),
-        "launch_token_hash": optional(read_text),
-        "gpu_policy": _read_gpu_policy,
-        "health_check": read_boolean,
-        "health_status_file": optional(read_text),
-    }
-)
-
-
-def _read_requirements(value: Any) -> Requirements:
-    return Requirements(**read_members(value, _REQUIREMENTS_MEMBERS, refuse_unknown=True))
-
-
 _REQUIRED: Final = ("manifest_version", "name", "runner")
 
 _MEMBERS: Final[Mapping[str, Reader]] = MappingProxyType(
@@ -362,7 +300,7 @@ _MANIFEST_3_MEMBERS: Final[Mapping[str, Reader]] = MappingProxyType(
         "snapshotter": optional(one_of("overlayfs", "stargz")),
         "init_script": _read_init_script,
         "event_log_version": _read_event_log_version,
-        "requirements": optional(_read_requirements),
+        "requirements": optional(read_requirements),
         "verity_volumes": read_verity_volumes,
     }
 )

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from dstack_emu.attest.app_compose import CONTAINER_RUNNERS, NERDCTL_COMPOSE, AppManifest, Requirements
+from dstack_emu.attest.app_compose import CONTAINER_RUNNERS, NERDCTL_COMPOSE, AppManifest
+from dstack_emu.attest.app_requirements import Requirements
 from dstack_emu.attest.errors import FormatError, VerificationError
 from dstack_emu.attest.json_struct import read_hex
 from dstack_emu.attest.release import Release

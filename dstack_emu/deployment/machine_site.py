@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
-from dstack_emu.attest.app_compose import AppManifest, Requirements
+from dstack_emu.attest.app_compose import AppManifest
+from dstack_emu.attest.app_requirements import Requirements
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.image.memory import HIGH_MEMORY, LOW_MEMORY
 from dstack_emu.attest.release import Release
