@@ -45,7 +45,7 @@ def main() -> None:
     if arguments.draw:
         write(json.loads(DATA.read_text()))
         return
-    faults = []
+    began, faults = time.monotonic(), list[str]()
     for name in arguments.only or SUBJECTS:
         subject = SUBJECTS[name]
         limit = subject.largest_quick if arguments.quick else min(arguments.largest or subject.largest, subject.largest)
@@ -56,6 +56,7 @@ def main() -> None:
         faults += faster_than_the_size(subject, series)
         if not arguments.quick:
             write(_with(name, {"rounds": rounds, "load": f"{load:.1f} before, {os.getloadavg()[0]:.1f} after"}, series))
+    print(f"\n{(time.monotonic() - began) / 60:.1f} minutes", flush=True)
     print("\n".join(faults), file=sys.stderr)
     sys.exit(1 if faults else 0)
 
@@ -132,5 +133,4 @@ def write(data: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    began = time.monotonic()
     main()

@@ -1,13 +1,12 @@
 """Stacks side by side on one machine: each a process with its own ports, seed and state folder, all running at once."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 
-from bench.load import Connection, connect_unix, post
 from bench.processes import command
 from bench.scale.growth import Effort, Quantity, Subject, Values
+from bench.scale.trust_domains import quoting
 from bench.scale.usage import Spent, started
 from dstack_emu.attest.release import DEFAULT
 
@@ -28,11 +27,8 @@ def measure(effort: Effort) -> Iterator[tuple[int, Values]]:
 
 def _values(spent: Spent, sockets: list[str], effort: Effort) -> Values:
     values = spent.values()
-    request = post("/GetQuote", json.dumps({"report_data": os.urandom(64).hex()}).encode())
-    connections = [Connection(connect_unix(sock), request) for sock in sockets]
-    values["calls"] = spent.calls_per_cpu_second(connections, effort.seconds)
-    for connection in connections:
-        connection.close()
+    with ExitStack() as closing:
+        values["calls"] = spent.calls_per_cpu_second(quoting(closing, sockets), effort.seconds)
     return values
 
 
