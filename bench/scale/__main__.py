@@ -36,7 +36,7 @@ def main() -> None:
         "--only", action="append", choices=SUBJECTS, metavar="NAME", help=f"one of {', '.join(SUBJECTS)}"
     )
     parser.add_argument(
-        "--rounds", type=int, default=3, help="how often each is measured, for the median (%(default)s)"
+        "--rounds", type=int, help="how often each is measured, for the median (1 to 3, less for what takes longer)"
     )
     parser.add_argument("--largest", type=int, help="the largest size, at most that of the subject")
     parser.add_argument("--quick", action="store_true", help="small sizes, one round; nothing is written")
@@ -50,7 +50,7 @@ def main() -> None:
         subject = SUBJECTS[name]
         limit = subject.largest_quick if arguments.quick else min(arguments.largest or subject.largest, subject.largest)
         effort = Effort(limit, seconds=0.1 if arguments.quick else 0.5)
-        rounds = 1 if arguments.quick else arguments.rounds
+        rounds = 1 if arguments.quick else arguments.rounds or subject.rounds
         load = os.getloadavg()[0]
         series = _measured(subject, effort, rounds)
         faults += faster_than_the_size(subject, series)

@@ -132,4 +132,5 @@ SUBJECT = Subject(
         Quantity("processes", "Processes of the stack, and of its CVMs", "number", is_counted=True),
     ),
     measure=measure,
+    rounds=2,
 )

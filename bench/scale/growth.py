@@ -47,6 +47,8 @@ class Subject:
     largest_quick: int
     quantities: tuple[Quantity, ...]
     measure: Callable[["Effort"], Iterator[tuple[int, Values]]] = field(compare=False)
+    rounds: int = 3
+    """How often it is measured unless the caller says: all subjects together take a quarter of an hour at most."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,4 +72,5 @@ SUBJECT = Subject(
         Quantity("cvms_files", "Files of CVMs", "number", is_counted=True),
     ),
     measure=measure,
+    rounds=1,
 )

@@ -46,4 +46,5 @@ SUBJECT = Subject(
         Quantity("descriptors", "Open files and sockets of all", "number", is_counted=True),
     ),
     measure=measure,
+    rounds=2,
 )

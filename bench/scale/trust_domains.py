@@ -77,4 +77,5 @@ SUBJECT = Subject(
         Quantity("recorded", "Calls from outside that the journal records", "number", is_counted=True),
     ),
     measure=measure,
+    rounds=2,
 )
