@@ -1,6 +1,8 @@
 """Commands of `dstack-emu` as a user runs them: servers that print one line of JSON, and commands that end."""
 
+import contextlib
 import http.client
+import io
 import json
 import signal
 import socket
@@ -11,6 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from dstack_emu.cli.main import main
 from tests.processes import start
 from tests.repository import ROOT
 
@@ -45,6 +50,15 @@ def usage_error(*arguments: str, environment: dict[str, str] | None = None) -> s
     lines = done.stderr.decode().splitlines()
     assert (done.returncode, done.stdout, len(lines)) == (2, b"", 1), done
     return lines[0].removeprefix("Error: ")
+
+
+def run_inside(*arguments: str) -> tuple[int, str, str]:
+    """Run the command in this process; return exit status, stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert isinstance(end.value.code, int)
+    return end.value.code, out.getvalue(), err.getvalue()
 
 
 @contextmanager

@@ -50,7 +50,7 @@ LONGEST = (
     "test_faults",
     "test_policy_under_load",
     "test_exec",
-    "test_inspect",
+    "test_inspect_command",
     "test_check_webhook",
     "test_crash",
     "test_stack",
@@ -70,6 +70,7 @@ LONGEST = (
     "test_request_vm_config",
     "test_ingress",
     "test_auth_server",
+    "test_inspect",
 )
 """Files that take longest. They begin first, so that no worker is left alone with one of them at the end."""
 

@@ -15,12 +15,11 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from dstack_emu.attest.certificate import OID_ATTESTATION
 from dstack_emu.control.server import MAX_BODY
 from dstack_emu.inspection.identify import MAX_INPUT_SIZE
-from tests.commands import ask
+from tests.commands import ask, run_inside
 from tests.evidence_samples import certificates, signing_request, with_extensions, world
 from tests.hardware import INTEL_QUOTE, LITE_GET_QUOTE
 from tests.recorded import external_path
 from tests.running import RunningStack
-from tests.test_inspect import run_inside
 
 COMPOSE: Final = '{"manifest_version": 2, "name": "mine", "runner": "docker-compose", "docker_compose_file": "a: b"}\n'
 KEY: Final = "-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----\n"

@@ -1,26 +1,18 @@
 """`dstack-emu inspect` on recorded bytes of hardware and of the real programs, in every form, and on hostile ones."""
 
 import base64
-import contextlib
 import hashlib
-import io
 import json
-import os
-import pty
 import re
 import subprocess
-import sys
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import dcap_qvl
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dstack_emu.attest import certificate, der, eventlog
 from dstack_emu.attest.certificate import OID_EVENT_LOG, OID_TDX_QUOTE
@@ -29,7 +21,6 @@ from dstack_emu.attest.pck import OID_SGX_EXTENSION, PckExtension, device_id, pc
 from dstack_emu.attest.quote import TD10_FIELDS, Quote, TdReport15
 from dstack_emu.attest.report_data import bootstrap_report_data
 from dstack_emu.cli.commands.inspect import WIDTH, render
-from dstack_emu.cli.main import main
 from dstack_emu.inspection.description import as_json
 from dstack_emu.inspection.finding import Finding
 from dstack_emu.inspection.identify import MAX_INPUT_SIZE, inspect_input
@@ -37,7 +28,6 @@ from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.platform import PlatformState
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.vendor_state import VendorState
-from tests.commands import run_command, usage_error
 from tests.evidence_samples import (
     issued,
     legacy_certificate,
@@ -61,8 +51,6 @@ from tests.hardware import (
     intel_pck,
 )
 from tests.recorded import external_path, golden
-from tests.repository import ROOT
-from tests.test_attest_properties import THOROUGH, mutated, restructured
 
 
 def vector(name: str) -> bytes:
@@ -719,123 +707,3 @@ def test_hostile_tables_and_names_fit_too() -> None:
     wide = {f"{i:040}": "x" * 900 for i in range(40)}
     document = {"tcbInfo": {"a" * 500: "b" * 5000, "c" * 300: [wide, wide], "d": {"e" * 200: {"f" * 200: "g" * 300}}}}
     assert max(map(len, lines_of(inspect_input(json.dumps(document).encode())))) <= WIDTH
-
-
-# ---- the command
-
-
-def run_inside(*arguments: str) -> tuple[int, str, str]:
-    """Run the command in this process; return exit status, stdout and stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
-        main(arguments)
-    assert isinstance(end.value.code, int)
-    return end.value.code, out.getvalue(), err.getvalue()
-
-
-def test_command_shows_a_file_and_standard_input_alike(tmp_path: Path) -> None:
-    file = tmp_path / "quote"
-    file.write_bytes(ours())
-    by_name, by_pipe = run_command("inspect", str(file)), run_command("inspect", "-", stdin=ours())
-    assert (by_name.returncode, by_name.stderr) == (0, b"")
-    assert by_name.stdout == by_pipe.stdout
-    text = by_name.stdout.decode()
-    assert text.startswith("TDX quote, version 4 (TD10); binary, ")
-    assert text.endswith("Read, not verified: use `dstack-emu verify`.\n")
-    assert "\x1b" not in text
-
-
-def test_command_prints_one_json_object() -> None:
-    done = run_command("inspect", "-", "--json", stdin=ours().hex().encode())
-    assert (done.returncode, done.stdout.count(b"\n")) == (0, 1)
-    shown = json.loads(done.stdout)
-    assert (shown["what"], shown["sure"], shown["form"]) == ("TDX quote, version 4 (TD10)", True, ["hex"])
-    assert shown["td_report"]["mr_td"] == Quote.parse(ours()).report.mr_td.hex()
-
-
-def test_command_colours_a_terminal_alone_and_not_under_no_color(tmp_path: Path) -> None:
-    file = tmp_path / "quote"
-    file.write_bytes(ours())
-
-    def on_terminal(**environment: str) -> str:
-        reader, writer = pty.openpty()
-        command = [sys.executable, "-m", "dstack_emu", "inspect", str(file)]
-        base = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
-        with subprocess.Popen(command, cwd=ROOT, stdout=writer, env=base | environment) as process:
-            os.close(writer)
-            parts = []
-            with contextlib.suppress(OSError):  # how a terminal ends
-                while part := os.read(reader, 65536):
-                    parts.append(part)
-        os.close(reader)
-        assert process.returncode == 0
-        return b"".join(parts).decode()
-
-    assert "\x1b[1mTD report\x1b[0m" in on_terminal()
-    assert "\x1b" not in on_terminal(NO_COLOR="1")
-
-
-def test_command_refuses_in_one_line_with_status_2(tmp_path: Path) -> None:
-    missing, unknown = tmp_path / "missing", tmp_path / "unknown"
-    unknown.write_text("hello")
-    assert usage_error("inspect", str(missing)) == f"{missing} cannot be read: No such file or directory"
-    assert usage_error("inspect", str(tmp_path)) == f"{tmp_path} cannot be read: Is a directory"
-    assert usage_error("inspect", str(unknown)).startswith(f"{unknown}: unknown input: ")
-
-
-def test_command_ends_quietly_when_nobody_reads_on() -> None:
-    collateral = json.dumps(json.loads(world().collateral.to_json()) | {"padding": "x"}).encode()
-    command = f"{sys.executable} -m dstack_emu inspect - --json | head -c 1"
-    many = b"[" + b",".join([json.dumps(certificate.pem(issued())).encode()] * 20) + b"]"
-    for data in (collateral, many):
-        done = subprocess.run(
-            ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, input=data, capture_output=True, timeout=60
-        )
-        assert (done.stdout, done.stderr) == (b"{", b"")
-        assert done.returncode in (0, 141)  # 0 if everything was written before the reader ended
-
-
-# ---- whatever it is given
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("inspect") / "input"
-
-
-def assert_ends_well(file: Path, data: bytes) -> None:
-    """Both views of the command end with 0 and an answer, or with 2 and one line."""
-    file.write_bytes(data)
-    for options in ((), ("--json",)):
-        status, out, err = run_inside("inspect", *options, str(file))
-        if status == 0:
-            assert (bool(out), err) == (True, "")
-            assert json.loads(out) if options else max(map(len, out.splitlines())) <= WIDTH
-        else:
-            assert (status, out, err.count("\n")) == (2, "", 1), data
-
-
-@THOROUGH
-@given(st.one_of(st.binary(max_size=400), st.text(max_size=400).map(str.encode)))
-def test_any_bytes_end_with_0_or_2(file: Path, data: bytes) -> None:
-    assert_ends_well(file, data)
-
-
-@THOROUGH
-@given(mutated(lambda: [data for data, _ in kinds().values()]))
-def test_mutated_samples_end_with_0_or_2(file: Path, data: bytes) -> None:
-    assert_ends_well(file, data)
-
-
-@THOROUGH
-@given(st.data())
-def test_json_of_odd_structure_ends_with_0_or_2(file: Path, data: st.DataObject) -> None:
-    names = [name for name, (sample, _) in kinds().items() if sample[:1] in b"{["]
-    document = json.loads(kinds()[data.draw(st.sampled_from(names))][0])
-    assert_ends_well(file, json.dumps(data.draw(restructured(document))).encode())
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from((b"\x00", b"0", b"{", b"[[", b"\x81", b"aB", b"-----BEGIN ", b"\xa7version\x01", b"\x30\x80")))
-def test_large_monotonous_inputs_end_with_0_or_2(file: Path, unit: bytes) -> None:
-    assert_ends_well(file, unit * (1_000_000 // len(unit)))

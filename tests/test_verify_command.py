@@ -30,7 +30,7 @@ from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.platform import PART_STATUSES, TCB_STATUSES, PlatformState
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.vendor_state import DATES, Dating, VendorState
-from tests.commands import run_command, serving, usage_error
+from tests.commands import run_command, run_inside, serving, usage_error
 from tests.evidence_samples import (
     NOW,
     issued,
@@ -46,7 +46,7 @@ from tests.hardware import BOOTS, INTEL_COLLATERAL, INTEL_QUOTE, LITE, LITE_GET_
 from tests.recorded import external_path, golden
 from tests.running import RunningStack
 from tests.test_attest_properties import THOROUGH, mutated
-from tests.test_inspect import kinds, run_inside
+from tests.test_inspect import kinds
 
 SKIPPED: Final = None
 

@@ -21,11 +21,10 @@ from dstack_emu.auth.policy import CONTRACTS, RULES, Contract, parse_contract
 from dstack_emu.auth.simple import SimpleAuth
 from dstack_emu.inspection.policy_change import smallest_change
 from dstack_emu.inspection.policy_file import Kind, PolicyFile
-from tests.commands import serving
+from tests.commands import run_inside, serving
 from tests.evidence_samples import NOW, issued, legacy_certificate, signing_request, with_extensions, world
 from tests.json_rpc_server import CONTRACT, Chain, running_chain
 from tests.repository import ROOT
-from tests.test_inspect import run_inside
 
 OFFLINE: Final = ("--offline", "--seed", "properties", "--time", str(NOW))
 APP_ID, DEVICE, IMAGE = "ab" * 20, "d1" * 32, "05" * 32
