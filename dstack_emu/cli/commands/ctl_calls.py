@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -236,36 +236,25 @@ def fault(api: Api, arguments: argparse.Namespace) -> Any:
 
 def guest(api: Api, arguments: argparse.Namespace) -> Any:
     """Return trust domains, or change one."""
-    fields = dict(arguments.fields)
-    match arguments.verb:
-        case "list":
-            return api.get("/guests")
-        case "show":
-            return api.get(f"/guests/{_name(arguments)}")
-        case "add":
-            return api.send("POST", "/guests", {"name": arguments.name, **fields})
-        case "boot":
-            return api.send("POST", f"/guests/{_name(arguments)}/boot", fields)
-        case "event":
-            return api.send("POST", f"/guests/{_name(arguments)}/events", fields)
-    return api.send("DELETE", f"/guests/{_name(arguments)}")
+    return _one_of(api, arguments, "/guests", {"boot": "boot", "event": "events"})
 
 
 def kms(api: Api, arguments: argparse.Namespace) -> Any:
     """Return KMS, or change one."""
-    fields = dict(arguments.fields)
-    match arguments.verb:
-        case "list":
-            return api.get("/kms")
-        case "show":
-            return api.get(f"/kms/{_name(arguments)}")
-        case "add":
-            return api.send("POST", "/kms", {"name": arguments.name, **fields})
-        case "onboard":
-            return api.send("POST", f"/kms/{_name(arguments)}/onboard", fields)
-        case "restart":
-            return api.send("POST", f"/kms/{_name(arguments)}/restart", fields)
-    return api.send("DELETE", f"/kms/{_name(arguments)}")
+    return _one_of(api, arguments, "/kms", {"onboard": "onboard", "restart": "restart"})
+
+
+def _one_of(api: Api, arguments: argparse.Namespace, path: str, changes: Mapping[str, str]) -> Any:
+    """List, show, add or delete what is below a path, or change it: `changes` has the last part of the path by verb."""
+    verb, fields = arguments.verb, dict(arguments.fields)
+    if verb == "list":
+        return api.get(path)
+    if verb == "add":
+        return api.send("POST", path, {"name": arguments.name, **fields})
+    one = f"{path}/{_name(arguments)}"
+    if verb == "show":
+        return api.get(one)
+    return api.send("POST", f"{one}/{changes[verb]}", fields) if verb in changes else api.send("DELETE", one)
 
 
 def snapshot(api: Api, arguments: argparse.Namespace) -> None:
