@@ -108,16 +108,22 @@ def judge(folder: Path, stored: dict[str, bytes]) -> bool:
     return True
 
 
-def state(folder: Path) -> frozenset[tuple[str, bytes]]:
+State = frozenset[tuple[str, int, bytes]]
+"""Names, modes and contents of a folder."""
+
+
+def state(folder: Path) -> State:
     """All that a start can see of a folder."""
     paths = ((path.relative_to(folder), path) for path in folder.rglob("*"))
-    return frozenset((str(name), path.read_bytes() if path.is_file() else b"/") for name, path in paths)
+    return frozenset(
+        (str(name), path.stat().st_mode, path.read_bytes() if path.is_file() else b"/") for name, path in paths
+    )
 
 
 def crash_store(root: Path, stored: dict[str, bytes]) -> dict[str, int]:
     """Kill a store at each of its steps, and what follows each crash at each of its."""
     found = {"crashes": 0, "with keys": 0, "without keys": 0, "crashes of the next start": 0}
-    seen = set()
+    seen: dict[State, bool] = {}
     came_so_far = True
     while came_so_far:
         folder = root / f"store-{found['crashes']}"
@@ -134,9 +140,10 @@ def crash_store(root: Path, stored: dict[str, bytes]) -> dict[str, int]:
             if not killed:
                 break
             recoveries += 1
-        seen.add(left)
         found["crashes of the next start"] += recoveries
-        found["with keys" if judge(folder, stored) else "without keys"] += 1
+        if left not in seen:
+            seen[left] = judge(folder, stored)
+        found["with keys" if seen[left] else "without keys"] += 1
         shutil.rmtree(folder)
     return found
 
@@ -144,6 +151,7 @@ def crash_store(root: Path, stored: dict[str, bytes]) -> dict[str, int]:
 def crash_replace(root: Path, stored: dict[str, bytes]) -> dict[str, int]:
     """Kill the replacement of one file at each of its steps: it is the old or the new one."""
     found = {"crashes": 0, "old": 0, "new": 0}
+    seen: set[State] = set()
     came_so_far = True
     while came_so_far:
         folder = root / "replace"
@@ -151,8 +159,9 @@ def crash_replace(root: Path, stored: dict[str, bytes]) -> dict[str, int]:
         CertDir(folder).store(stored)
         came_so_far = killed_at(found["crashes"], partial(CertDir(folder).replace, RPC_CERT, b"new"))
         found["crashes"] += came_so_far
-        is_new = (folder / RPC_CERT).read_bytes() == b"new"
-        assert judge(folder, {**stored, RPC_CERT: b"new"} if is_new else stored)
+        is_new, left = (folder / RPC_CERT).read_bytes() == b"new", state(folder)
+        assert left in seen or judge(folder, {**stored, RPC_CERT: b"new"} if is_new else stored)
+        seen.add(left)
         found["new" if is_new else "old"] += 1
         shutil.rmtree(folder)
     return found
@@ -162,6 +171,7 @@ def crash_overwrite(root: Path, stored: dict[str, bytes]) -> dict[str, int]:
     """Kill the replacement of all files, by fewer ones, at each of its steps: all are old, or all are new."""
     new = {name: content for name, content in stored.items() if name != BOOTSTRAP_INFO} | {RPC_CERT: b"new"}
     found = {"crashes": 0, "old": 0, "new": 0}
+    seen: set[State] = set()
     came_so_far = True
     while came_so_far:
         folder = root / "overwrite"
@@ -170,7 +180,9 @@ def crash_overwrite(root: Path, stored: dict[str, bytes]) -> dict[str, int]:
         came_so_far = killed_at(found["crashes"], partial(CertDir(folder).overwrite, new))
         found["crashes"] += came_so_far
         is_new = CertDir(folder).path.joinpath(".committed").exists() or not (folder / BOOTSTRAP_INFO).exists()
-        assert judge(folder, new if is_new else stored)
+        left = state(folder)
+        assert left in seen or judge(folder, new if is_new else stored)
+        seen.add(left)
         found["new" if is_new else "old"] += 1
         shutil.rmtree(folder)
     return found

@@ -25,7 +25,7 @@ from dstack_emu.vmm import store as vmm_store
 from dstack_emu.vmm.errors import VmmError
 from dstack_emu.vmm.manifest import Manifest
 from dstack_emu.vmm.store import COMPOSE, ENCRYPTED_ENV, MANIFEST, STATE, USER_CONFIG, Store
-from tests.crashing_store import killed_at, state
+from tests.crashing_store import State, killed_at, state
 
 TRACED = frozenset({vmm_store.__file__, transport_files.__file__})
 WRITES = {"open", "os.mkdir", "os.rename"}
@@ -96,7 +96,7 @@ def crash(root: Path, name: str) -> dict[str, int]:
     """Kill an action at each of its steps, and the start after each crash at each of its calls."""
     action, has_machine, allowed = CASES[name]
     found: Counter[str] = Counter()
-    seen: set[frozenset[tuple[str, bytes]]] = set()
+    seen: dict[State, View] = {}
     came_so_far = True
     while came_so_far:
         folder = prepared(root / f"{name}-{found['crashes']}", has_machine)
@@ -112,9 +112,10 @@ def crash(root: Path, name: str) -> dict[str, int]:
             if not was_killed:
                 break
             calls += 1
-        seen.add(left)
         found["crashes of the next start"] += calls
-        found["after" if judge(folder, allowed) == allowed[1] else "before"] += 1
+        if left not in seen:
+            seen[left] = judge(folder, allowed)
+        found["after" if seen[left] == allowed[1] else "before"] += 1
         shutil.rmtree(folder)
     return found
 

@@ -14,7 +14,7 @@ from tests.onboarding_cases import OnboardingDraw, Pair, pair
 from tests.onboarding_model import Onboarding, questions, refusals
 from tests.test_decisions import CASES, SEED, STRICTER
 
-COUNT = CASES // 25
+COUNT = CASES // 15
 
 
 @pytest.fixture(scope="module")
