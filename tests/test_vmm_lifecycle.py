@@ -30,7 +30,8 @@ from dstack_emu.vmm.logs import MachineLogs
 from dstack_emu.vmm.machine import GuestConfig, HostApi, Launch
 from dstack_emu.vmm.restart import Decision, RestartState
 from dstack_emu.vmm.restarter import EXHAUSTED
-from tests.audited import file_events
+from dstack_emu.vmm.service import VmmService
+from tests.audited import calls, file_events
 from tests.repository import ROOT
 
 MEMORY = "/dev/shm"
@@ -133,23 +134,41 @@ async def turns(number: int = 5) -> None:
         await asyncio.sleep(0)
 
 
-async def test_creating_a_machine_asks_no_more_of_the_disk_however_many_there_are(
-    tmp_path: Path, machines: IdleMachines
-) -> None:
+@pytest.fixture
+async def large_fleet(tmp_path: Path, machines: IdleMachines) -> AsyncIterator[Fleet]:
+    """A VMM with room for many machines."""
     numbers = itertools.count(1)
-    config = VmmConfig(run_path=tmp_path / "vms")
     options = {"release": DEFAULT, "clock": lambda: 0.0, "new_id": lambda: f"vm-{next(numbers)}"}
+    config = VmmConfig(run_path=tmp_path / "vms")
     fleet = Fleet(config, machines, entropy=os.urandom, **options)  # type: ignore[arg-type]
     await fleet.open()
+    yield fleet
+    await fleet.close()
+
+
+async def test_creating_a_machine_asks_no_more_of_the_disk_however_many_there_are(large_fleet: Fleet) -> None:
     counted = []
     for _ in range(12):
         with file_events() as events:
-            await fleet.create(request())
+            await large_fleet.create(request())
         counted.append(events)
-    await fleet.close()
     assert counted[-1] == counted[1]
     assert counted[1]["open"] > 0
     assert counted[-1].keys().isdisjoint({"os.listdir", "os.scandir"})
+
+
+async def test_status_of_some_machines_calls_no_more_however_many_others_there_are(large_fleet: Fleet) -> None:
+    service, counted = VmmService(large_fleet), []
+    asked = pb.StatusRequest(ids=["vm-2", "none", "vm-1", "vm-2"])
+    for _ in range(12):
+        await large_fleet.create(request(stopped=True))
+        await service.status(asked)  # the first time fills caches
+        with calls() as counts:
+            answer = await service.status(asked)
+        counted.append(counts)
+    assert [vm.id for vm in answer.vms] == ["vm-1", "vm-2"]
+    assert answer.total == 2
+    assert counted[-1] == counted[1]
 
 
 async def test_new_machine_has_no_id_of_a_folder_that_the_vmm_has_not_loaded(fleet: Fleet, tmp_path: Path) -> None:

@@ -131,9 +131,11 @@ class Fleet:
             raise UnknownVmError(text)
         return vm
 
-    def ordered(self) -> list[Vm]:
-        """Return the machines in the order of their creation."""
-        return sorted(self.vms.values(), key=lambda vm: (vm.manifest.created_at_ms, vm.id))
+    def ordered(self, ids: Iterable[str] = ()) -> list[Vm]:
+        """Return the machines of these ids, or all of them without any, in the order of their creation."""
+        wanted = set(ids)
+        vms = [self.vms[vm_id] for vm_id in wanted if vm_id in self.vms] if wanted else self.vms.values()
+        return sorted(vms, key=lambda vm: (vm.manifest.created_at_ms, vm.id))
 
     # ---- changing
 

@@ -18,6 +18,7 @@ from dstack_emu.vmm import checks
 from dstack_emu.vmm.errors import VmmError
 from dstack_emu.vmm.fleet import Fleet
 from dstack_emu.vmm.images import Images
+from dstack_emu.vmm.manifest import Manifest
 from dstack_emu.vmm.networks import interfaces
 from dstack_emu.vmm.vm import Vm
 
@@ -78,7 +79,9 @@ class VmmService:
 
     async def status(self, request: pb.StatusRequest) -> pb.StatusResponse:
         """List the machines that match, a page of them if pages are asked for."""
-        found = [vm for vm in self.fleet.ordered() if _matches(vm, request)]
+        found = self.fleet.ordered(request.ids)
+        if keyword := request.keyword:
+            found = [vm for vm in found if _contains(vm.manifest, keyword)]
         shown = found
         if request.page and request.page_size:
             first = (request.page - 1) * request.page_size
@@ -255,11 +258,8 @@ def _first(urls: tuple[str, ...]) -> str:
     return urls[0] if urls else ""
 
 
-def _matches(vm: Vm, request: pb.StatusRequest) -> bool:
-    manifest, keyword = vm.manifest, request.keyword
-    if request.ids and vm.id not in request.ids:
-        return False
-    return any(keyword in text for text in (manifest.name, vm.id, manifest.app_id, manifest.image))
+def _contains(manifest: Manifest, keyword: str) -> bool:
+    return any(keyword in text for text in (manifest.name, manifest.id, manifest.app_id, manifest.image))
 
 
 def _without_request(name: str, answer: type[Message], method: Callable[[], Awaitable[Message]]) -> Rpc[None, Any, Any]:
