@@ -101,10 +101,14 @@ def _run(program: Callable[[list[str]], object], arguments: list[str]) -> NoRetu
 
 
 if __name__ == "__main__":
+    listening = [socket.socket(fileno=int(number)) for number in sys.argv[1:]]
+    ready, _, _ = select.select(listening, [], [])
+    if listening[0] in ready and not listening[0].recv(1, socket.MSG_PEEK):
+        sys.exit()  # no test needed a command
     for module in (*(f"dstack_emu.cli.commands.{name.replace('-', '_')}" for name in COMMANDS), *EAGER):
         importlib.import_module(module)
     gc.freeze()  # so that a collection in a command touches none of the pages that they share
-    command = serve(*(socket.socket(fileno=int(number)) for number in sys.argv[1:]))
+    command = serve(*listening)
     if command is not None:
         program = importlib.import_module(command["module"]).main if command["module"] else main
         if command["finalizes"]:

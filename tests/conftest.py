@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 from dstack_emu.attest.release import DEFAULT, RELEASES
+from tests.processes import share
 from tests.running import RunningStack, running_stack
 
 if TYPE_CHECKING:
@@ -77,6 +78,12 @@ LONGEST = (
     "test_auth_server",
 )
 """Files that take longest. They begin first, so that no worker is left alone with one of them at the end."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let all workers have one process that forks commands."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        share()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -26,8 +26,10 @@ COMMAND_SERVER = "COMMAND_SERVER"
 COMMAND_FINALIZES = "COMMAND_FINALIZES"
 """The variable that lets the interpreter of a forked command end as it does for a user."""
 SHIM = ROOT / "tests/command_shim.py"
-ADDRESS = f"dstack-emu-tests-{os.getpid()}-{secrets.token_hex(4)}"
-"""The abstract address of this process's server."""
+SHARED = "COMMAND_SERVER_ADDRESS"
+"""The variable that names the address of the controller's server to the workers."""
+ADDRESS = os.environ.get(SHARED) or f"dstack-emu-tests-{os.getpid()}-{secrets.token_hex(4)}"
+"""The abstract address of the server."""
 
 
 class Command:
@@ -144,6 +146,12 @@ def command_for_shells(path: Path) -> int:
     return _server().fileno()
 
 
+def share() -> None:
+    """Start the process that forks, for all workers that are started from now on: each would import all by itself."""
+    _server()
+    os.environ[SHARED] = ADDRESS
+
+
 def _pipe(passed: contextlib.ExitStack) -> tuple[int, int]:
     """Make a pipe whose writing end is closed with `passed`."""
     reading, writing = os.pipe()
@@ -153,7 +161,11 @@ def _pipe(passed: contextlib.ExitStack) -> tuple[int, int]:
 
 @functools.cache
 def _server() -> socket.socket:
-    """Start the process that forks, one for each process of pytest."""
+    """Start the process that forks, or connect to the one that is shared."""
+    if SHARED in os.environ:
+        shared = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        shared.connect("\0" + ADDRESS)
+        return shared
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as named:
         named.bind("\0" + ADDRESS)
