@@ -71,7 +71,7 @@ def require_token(text: str, name: str) -> str:
 
 
 def _spelled(secret: str) -> str:
-    r"""Return a pattern for a text, each character as it is, as %41, as A, or after up to 15 backslashes."""
+    r"""Return a pattern for a text, each character as it is, as %41, as \u0041, or after up to 15 backslashes."""
     return "".join(map(_character, secret))
 
 
