@@ -27,20 +27,32 @@ BUSY: Final = "while True: pass"
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=50, help="how often the tests run (default: 50)")
+    parser.add_argument("--times", type=_count, default=50, help="how often the tests run (default: 50)")
     parser.add_argument(
         "--load",
-        type=int,
+        type=_count,
         default=len(os.sched_getaffinity(0)),
         help="busy processes beside them (default: one for each core)",
     )
     parser.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="for pytest, behind --")
     arguments = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
-    with busy(arguments.load):
-        results = [run(arguments.load, arguments.arguments) for _ in range(arguments.times)]
+    results: list[bool] = []
+    try:
+        with busy(arguments.load):
+            while len(results) < arguments.times:
+                results.append(run(arguments.load, arguments.arguments))
+    except KeyboardInterrupt:
+        print("Interrupted: the run that had begun is not noted.", file=sys.stderr)
     print(f"{sum(results)} of {len(results)} runs had no failure; without one in a row: {in_a_row()}")
-    return 0 if all(results) else 1
+    return 0 if all(results) and len(results) == arguments.times else 1
+
+
+def _count(text: str) -> int:
+    """Read a number of runs or processes, which may be 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number expected, got {text!r}")
+    return int(text)
 
 
 @contextlib.contextmanager
@@ -93,6 +105,8 @@ def commit() -> str:
 
 def in_a_row() -> int:
     """Count the latest runs of all tests that had no failure."""
+    if not RUNS.exists():
+        return 0
     runs: list[dict[str, Any]] = [json.loads(line) for line in RUNS.read_text().splitlines()]
     count = 0
     for each in reversed(runs):
