@@ -1,14 +1,17 @@
 """Run the tests again and again beside a load on every core, and say how often in a row nothing failed.
 
-`make repeat TIMES=50` runs it. Each run is a line of `.repeat/runs.jsonl`, so that a series goes on after a pause and
-over changes of the code: the line has the commit. What a failed run printed is kept beside it.
+`make repeat TIMES=50` runs it. The load is busy processes, or other runs of the tests, each beside the others
+(`--at-once 2 --load 0`). Each run is a line of `.repeat/runs.jsonl`, so that a series goes on after a pause and over
+changes of the code: the line has the commit. What a failed run printed is kept beside it.
 """
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -34,16 +37,16 @@ def main() -> int:
         default=len(os.sched_getaffinity(0)),
         help="busy processes beside them (default: one for each core)",
     )
+    parser.add_argument("--at-once", type=_positive, default=1, help="runs side by side (default: 1)")
     parser.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="for pytest, behind --")
     arguments = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     results: list[bool] = []
     try:
         with busy(arguments.load):
-            while len(results) < arguments.times:
-                results.append(run(arguments.load, arguments.arguments))
+            asyncio.run(run_all(arguments, results))
     except KeyboardInterrupt:
-        print("Interrupted: the run that had begun is not noted.", file=sys.stderr)
+        print("Interrupted: what had begun is not noted.", file=sys.stderr)
     print(f"{sum(results)} of {len(results)} runs had no failure; without one in a row: {in_a_row()}")
     return 0 if all(results) and len(results) == arguments.times else 1
 
@@ -52,6 +55,13 @@ def _count(text: str) -> int:
     """Read a number of runs or processes, which may be 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"a whole number expected, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    """Read a number of runs side by side."""
+    if _count(text) == 0:
+        raise argparse.ArgumentTypeError("a whole number above 0 expected, got 0")
     return int(text)
 
 
@@ -67,31 +77,58 @@ def busy(count: int) -> Iterator[None]:
             process.wait()
 
 
-def run(load: int, arguments: list[str]) -> bool:
+async def run_all(arguments: argparse.Namespace, results: list[bool]) -> None:
+    """Run the tests as often as asked, that many at once, and add to the results whether nothing failed."""
+    places = asyncio.Semaphore(arguments.at_once)
+
+    async def one() -> None:
+        async with places:
+            results.append(await run(arguments))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(arguments.times):
+            group.create_task(one())
+
+
+async def run(arguments: argparse.Namespace) -> bool:
     """Run the tests once, note it, and say whether nothing failed."""
     began = time.monotonic()
-    done = subprocess.run([sys.executable, *TESTS, *arguments], cwd=ROOT, text=True, capture_output=True, check=False)
+    # In a session of their own, so that Ctrl-C reaches them once, by the line below.
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, *TESTS, *arguments.arguments),
+        cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        printed, complained = (each.decode(errors="replace") for each in await process.communicate())
+    except asyncio.CancelledError:
+        os.killpg(process.pid, signal.SIGINT)
+        await process.communicate()
+        raise
     seconds = round(time.monotonic() - began)
-    said = done.stdout.splitlines()
+    said = printed.splitlines()
     ended = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
     noted = {
         "ended": ended,
         "commit": commit(),
-        "arguments": arguments,
-        "busy": load,
+        "arguments": arguments.arguments,
+        "at_once": arguments.at_once,
+        "busy": arguments.load,
         "load_average": round(os.getloadavg()[0], 1),
         "seconds": seconds,
-        "status": done.returncode,
+        "status": process.returncode,
         "result": said[-1] if said else "",
     }
     with RUNS.open("a") as file:
         file.write(json.dumps(noted) + "\n")
     print(f"{ended}  {noted['commit']}  load {noted['load_average']}  {noted['result']}", flush=True)
-    if done.returncode != 0:
-        kept = FOLDER / f"{ended}.txt"
-        kept.write_text(done.stdout + done.stderr)
+    if process.returncode != 0:
+        kept = FOLDER / f"{ended}-{process.pid}.txt"
+        kept.write_text(printed + complained)
         print(f"  what it printed is in {kept.relative_to(ROOT)}", flush=True)
-    return done.returncode == 0
+    return process.returncode == 0
 
 
 def commit() -> str:
