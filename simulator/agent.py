@@ -136,7 +136,10 @@ class GuestAgent:
 
     async def get_attestation_for_app_key(self, request: pb.GetAttestationForAppKeyRequest) -> pb.GetQuoteResponse:
         """Quote the public key of `sign`, as a `dip1::` text."""
-        _, public_key = self._signing_key(known_algorithm(request.algorithm, ("secp256k1", "ed25519")))
+        algorithm = request.algorithm
+        if algorithm == PREHASHED and self.domain.release.attests_key_of_prehashed:
+            algorithm = "secp256k1"
+        _, public_key = self._signing_key(known_algorithm(algorithm, ("secp256k1", "ed25519")))
         kind = "ed25519-pk" if len(public_key) == 32 else "secp256k1c-pk"
         text = f"dip1::{kind}:{base64.urlsafe_b64encode(public_key).decode().rstrip('=')}"
         return self._quote(pad_report_data(text.encode()))

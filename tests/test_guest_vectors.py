@@ -72,6 +72,19 @@ def test_app_key_is_attested_by_its_published_name(agent: dict[str, Any], algori
     assert (status, answer) == (400, {"error": "Unsupported algorithm"})
 
 
+def test_0_6_attests_the_key_of_prehashed_signatures_and_0_5_has_no_such_key(agent: dict[str, Any]) -> None:
+    """Upstream: `app_key_report_data` in guest-agent/src/rpc_service.rs at 0fcd31cd, `get_attestation_for_app_key` at
+    312dc605, which hands the name to GetKey.
+    """
+    request = {"algorithm": "secp256k1_prehashed"}
+    status, answer = ask(agent["dstack_url"], "/prpc/Worker.GetAttestationForAppKey", request)
+    if ask(agent["dstack_url"], "/Version", {})[1]["version"] == "0.6.0":
+        text = b"dip1::secp256k1c-pk:A6t_JdVkVdMAocH3f1f20WGT6JzdntxcXimUtEax8zc9"
+        assert (status, reported(answer["quote"])) == (200, text.ljust(64, b"\0"))
+    else:
+        assert (status, answer) == (400, {"error": "Unsupported algorithm"})
+
+
 def test_link_of_v0_equals_the_published_vector(agent: dict[str, Any]) -> None:
     for algorithm in ("secp256k1", "k256", ""):
         request = {"path": "test", "purpose": "signing", "algorithm": algorithm}

@@ -44,6 +44,8 @@ class Release:
     """EmitEvent is answered with its removal, and measures nothing."""
     get_quote_has_attestation: bool
     """GetQuote's answer has the versioned attestation, too."""
+    attests_key_of_prehashed: bool
+    """GetAttestationForAppKey takes secp256k1_prehashed as the name of the key secp256k1."""
 
     # Evidence.
     certificate_log_has_digests: bool
@@ -200,6 +202,7 @@ _0_5: Final = Release(
     ),
     emit_event_removed=False,
     get_quote_has_attestation=True,
+    attests_key_of_prehashed=False,
     certificate_log_has_digests=False,
     measures_kms=True,
     measures_init_scripts=False,
@@ -268,6 +271,7 @@ _0_6: Final = Release(
     v0_methods=MappingProxyType({"DstackGuest": _V0_METHODS, "Tappd": _TAPPD_METHODS, "Worker": _WORKER_METHODS}),
     emit_event_removed=True,
     get_quote_has_attestation=False,
+    attests_key_of_prehashed=True,
     certificate_log_has_digests=True,
     measures_kms=False,
     measures_init_scripts=True,
