@@ -126,6 +126,8 @@ def test_policy_allows_and_denies_by_compose_file_app_id_and_evidence(
 def test_policy_says_whom_it_expects(ready_stack: RunningStack, tmp_path: Path) -> None:
     quote = tmp_path / "quote.bin"
     run_command("quote", "--out", str(quote))
+    yaml = tmp_path / "docker-compose.yaml"
+    yaml.write_text("services: {}")
     for words, expected in (
         ([], "--app-compose, --app-id or --evidence"),
         (["app", "--app-id", "ab" * 20], "--app-compose, --app-id or --evidence"),
@@ -133,6 +135,7 @@ def test_policy_says_whom_it_expects(ready_stack: RunningStack, tmp_path: Path) 
         (["--app-id", "ab"], "20 bytes expected, got 1"),
         (["--evidence", str(quote)], "evidence with an event log expected"),
         (["--app-compose", str(tmp_path / "none")], "cannot be read"),
+        (["--app-compose", str(yaml)], "JSON expected, in which docker_compose_file is the text"),
         (["app", "--as-kms"], "--evidence FILE expected"),
     ):
         status, out, err = _ctl(ready_stack, "policy", "allow", "src", *words)

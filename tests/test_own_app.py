@@ -122,6 +122,11 @@ async def test_state_of_a_stack_with_another_app_is_refused(files: dict[str, Pat
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "missing": ({}, "app-compose {}: No such file or directory"),
     "no JSON": ({"text": b"{"}, "app-compose {}: Expecting property name"),
+    "docker-compose file": (
+        {"text": b"services: {}"},
+        "app-compose {}: Expecting value: line 1 column 1 (char 0): JSON expected, in which docker_compose_file is the "
+        "text of the docker-compose file",
+    ),
     "no object": ({"text": b"[]"}, "app-compose {}: object expected"),
     "not UTF-8": ({"text": b"\xff"}, "app-compose {}: UTF-8 text expected (invalid start byte at byte 0)"),
     "member": ({"change": {"name": 1}}, "app-compose {}: name: text expected, got 1"),

@@ -42,6 +42,8 @@ FileSystem = Literal["zfs", "ext4"]
 _FILE_SYSTEMS: Final[Mapping[str, FileSystem]] = MappingProxyType({"zfs": "zfs", "ext4": "ext4"})
 EventLogVersion = Literal[1, 2]
 
+_NO_JSON: Final = ": JSON expected, in which docker_compose_file is the text of the docker-compose file"
+
 
 @dataclass(frozen=True, slots=True)
 class Port:
@@ -106,8 +108,8 @@ class AppManifest:
     @classmethod
     def parse(cls, text: str, release: Release) -> Self:
         """Parse the file as a guest of this release does; raise `FormatError`, which names the wrong member."""
+        document = read_document(text)
         try:
-            document = read_object(parse_json(text))
             version = _version_reader(release)
             members = read_members(document, {"manifest_version": version, **_members(release)}, required=_REQUIRED)
         except ValueError as error:
@@ -150,6 +152,15 @@ class AppManifest:
 
 
 # ---- Members -----------------------------------------------------------------------------------------------
+
+
+def read_document(text: str) -> dict[str, Any]:
+    """Return the members of the file, of any release; raise `FormatError`, which says what a file of YAML lacks."""
+    try:
+        return read_object(parse_json(text))
+    except ValueError as error:
+        hint = _NO_JSON if isinstance(error, json.JSONDecodeError) and error.pos == 0 else ""
+        raise FormatError(f"app-compose: {error}{hint}") from error
 
 
 def _version_reader(release: Release) -> Reader:

@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, Final
 
+from dstack_emu.attest.app_compose import read_document
 from dstack_emu.attest.app_info import APP_ID_SIZE, decode_app_info
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.cli.commands.common import UsageError, hex_bytes
@@ -59,10 +60,15 @@ def _of_app(arguments: argparse.Namespace) -> dict[str, Any]:
                 "ctl policy allow: --app-compose FILE expected with --app-id: an app has a compose hash, too"
             )
         return {"app_id": arguments.app_id.hex()}
+    name = printable(str(arguments.app_compose))
     try:
-        digest = hashlib.sha256(arguments.app_compose.read_bytes()).digest()
+        data = arguments.app_compose.read_bytes()
+        read_document(data.decode())  # another file, such as docker-compose.yaml, would allow an app that no guest has
     except OSError as error:
-        raise UsageError(f"{printable(str(arguments.app_compose))} cannot be read: {error.strerror}") from error
+        raise UsageError(f"{name} cannot be read: {error.strerror}") from error
+    except (FormatError, UnicodeDecodeError) as error:
+        raise UsageError(f"app-compose {name}: {str(error).removeprefix('app-compose: ')}") from error
+    digest = hashlib.sha256(data).digest()
     app_id = arguments.app_id or digest[:APP_ID_SIZE]
     return {"app_id": app_id.hex(), "compose_hash": digest.hex()}
 
