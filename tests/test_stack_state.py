@@ -1,5 +1,7 @@
 """A stack that is stopped and started again: what its state folder keeps, and what it refuses."""
 
+import asyncio
+import itertools
 import json
 import re
 import stat
@@ -275,3 +277,24 @@ async def test_record_of_added_parts_that_cannot_be_used_is_named(short_folder: 
     record.write_text(text)
     async with own_stack(state=short_folder, fresh=True) as stack:
         assert "wallet" in stack.guests
+
+
+async def test_fresh_says_which_kms_has_no_keys_and_how_it_gets_them(short_folder: Path) -> None:
+    async def paste_calls(shown: str) -> None:
+        lines = re.findall(r"^  (?:# )?(curl .*?)(?:   \(.*)?$", shown, re.MULTILINE)
+        shell = await asyncio.create_subprocess_exec("bash", "-ec", "\n".join(lines), stdout=asyncio.subprocess.PIPE)
+        assert '"error"' not in (await shell.communicate())[0].decode()
+        assert shell.returncode == 0
+
+    for state in (
+        "ready, without keys: both KMS are in the onboard phase, and nobody is allowed",
+        "ready: kms-dst has no keys",
+        "ready: both KMS have the keys of an earlier run",
+    ):
+        async with own_stack(state=short_folder, fresh=True) as stack:
+            shown = summary(stack.description(), 1.0)
+            assert f"dstack-emu is {state}" in shown
+            assert f"\n  export DSTACK_EMU_STATE={short_folder}\n" in shown
+            for of, name in itertools.product(("src", "dst"), ("kms-src", "kms-dst")):
+                stack.control.allow(of, name)
+            await paste_calls(shown)

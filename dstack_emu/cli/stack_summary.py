@@ -1,5 +1,6 @@
 """The summary that `dstack-emu up` prints when the stack is ready."""
 
+import json
 import shlex
 from typing import Any
 
@@ -23,9 +24,7 @@ _OF_A_KMS = {"auth": "auth webhook of kms-", "agent": "guest agent of kms-", "km
 
 def summary(description: dict[str, Any], seconds: float) -> str:
     """Render a stack's description: a table of services, measured values, and commands to paste."""
-    fresh = description["fresh"]
-    state = "ready, without keys: both KMS are in the onboard phase, and nobody is allowed" if fresh else "ready"
-    lines = [f"dstack-emu is {state} ({seconds:.1f} s). It protects nothing.", ""]
+    lines = [f"dstack-emu is {_state(description)} ({seconds:.1f} s). It protects nothing.", ""]
     lines += [f"  {name:<13} {url:<28} {_what(name)}" for name, url in description["services"].items()]
     lines += [
         f"  auth-{name:<8} {url:<28} your auth webhook of kms-{name}"
@@ -60,9 +59,30 @@ def summary(description: dict[str, Any], seconds: float) -> str:
         lines += [f"  {path}" for path in policies.values()]
     lines += ["", "Commands to paste into another terminal:"]
     lines += [f"  export {name}={shlex.quote(value)}" for name, value in description["env"].items()]
-    lines += [f"  {line}" for line in (_fresh_steps(description) if fresh else _ready_steps(description))]
+    lines += [f"  export DSTACK_EMU_STATE={shlex.quote(description['state'])}"]
+    lines += [f"  {line}" for line in (_onboard_steps(description) or _ready_steps(description))]
     lines += ["", f"State: {description['state']}. Ctrl-C stops it."]
     return "\n".join(lines)
+
+
+def _without_keys(description: dict[str, Any]) -> list[str]:
+    """Return which of the two KMS are in the onboard phase; --fresh leaves it as the state folder has it."""
+    services = description["services"]
+    return [name for name in ("kms-src", "kms-dst") if description["fresh"] and services[name].startswith("http:")]
+
+
+def _state(description: dict[str, Any]) -> str:
+    if not description["fresh"]:
+        return "ready"
+    match _without_keys(description):
+        case []:
+            return "ready: both KMS have the keys of an earlier run, and the app has none because of --fresh"
+        case [name]:
+            return f"ready: {name} has no keys, and is in the onboard phase"
+        case _:
+            return (
+                "ready, without keys: both KMS are in the onboard phase, and nobody is allowed before a policy says so"
+            )
 
 
 def _what(name: str) -> str:
@@ -73,12 +93,20 @@ def _what(name: str) -> str:
     return _OF_A_KMS[kind] + kms
 
 
-def _fresh_steps(description: dict[str, Any]) -> list[str]:
-    kms, domain = description["services"]["kms-src"], description["kms_names"][0]
+def _onboard_steps(description: dict[str, Any]) -> list[str]:
+    """Return the calls by which the first KMS without keys gets them, nothing if both have keys."""
+    if not (waiting := _without_keys(description)):
+        return []
+    services, domain = description["services"], description["kms_names"][0]
+    kms, source = services[waiting[0]], f"{services['kms-src']}/prpc"
+    call, body, policies = {
+        "kms-src": ("Bootstrap", {"domain": domain}, "the policy of kms-src allows"),
+        "kms-dst": ("Onboard", {"source_url": source, "domain": domain}, "the policies of both KMS allow"),
+    }[waiting[0]]
     return [
         f"curl -s -X POST '{kms}/prpc/Onboard.GetAttestationInfo?json'",
-        f"curl -s -X POST '{kms}/prpc/Onboard.Bootstrap?json' -d '{{\"domain\":\"{domain}\"}}'",
-        "# Bootstrap is refused until the policy of kms-src allows it (docs/tutorial.md). Only after a success:",
+        f"curl -s -X POST '{kms}/prpc/Onboard.{call}?json' -d '{json.dumps(body, separators=(',', ':'))}'",
+        f"# {call} is refused until {policies} it (docs/tutorial.md). Only after a success:",
         f"# curl -s '{kms}/finish'   (a KMS without keys exits, and the stack with it)",
     ]
 
