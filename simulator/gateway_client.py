@@ -2,7 +2,8 @@
 
 It has a certificate issued by its KMS, calls RegisterCvm at the gateways in turn, and writes the answer as a WireGuard
 configuration. There is no WireGuard tunnel: the configuration is a file that nothing reads. Source: dstack
-`dstack-util/src/system_setup.rs` (`GatewayContext`, `AppIdValidator`) at 40eaf35e and 312dc605.
+`dstack-util/src/system_setup.rs` (`GatewayContext`, `AppIdValidator`) at 40eaf35e and 312dc605; `health_check` of a
+registration is that of gateway_rpc.proto at 0182d857.
 """
 
 import base64
@@ -167,13 +168,15 @@ class GatewayClient:
         return await self._call(url, keys, keys.client_cert_with_quote)
 
     async def _call(self, url: str, keys: GatewayKeys, certificate: str) -> pb.RegisterCvmResponse:
-        policy = self._domain.manifest.port_policy
+        manifest = self._domain.manifest
+        policy, requirements = manifest.port_policy, manifest.requirements
         request = pb.RegisterCvmRequest(
             client_public_key=keys.wg_pk,
             port_policy=pb.PortPolicy(
                 ports=[pb.PortAttrs(port=each.port, pp=each.pp) for each in policy.ports],
                 restrict_mode=policy.restrict_mode,
             ),
+            health_check=requirements is not None and requirements.health_check,
         )
         allowed = self._app_keys.gateway_app_id
         is_verified = allowed != ANY

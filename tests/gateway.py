@@ -129,6 +129,7 @@ class StubAgent:
         self.ca, self.app_id = ca, app_id
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.tcb_info = ""
+        self.health: dict[str, Any] = {}
         self.status = 200
         self._held = ""
         self._is_asked, self._may_answer = threading.Event(), threading.Event()
@@ -156,6 +157,8 @@ class StubAgent:
             return {"key": key, "certificate_chain": chain}
         if method == "Info":
             return {"app_id": self.app_id.hex(), "tcb_info": self.tcb_info}
+        if method == "Health":
+            return self.health
         return {"attestation" if method == "Attest" else "report_data": request["report_data"]}
 
     @contextmanager
@@ -304,6 +307,10 @@ class RunningGateway(GatewayClient):
 
         self._loop.call_soon_threadsafe(run)
         return done.result(20)
+
+    def poll_health(self) -> None:
+        """Let it ask the agents about the health of their apps once."""
+        asyncio.run_coroutine_threadsafe(self.server.gateway.poller.poll(), self._loop).result(20)
 
     def wait_for_exit(self) -> None:
         """Wait until an operator has ended it."""

@@ -7,6 +7,7 @@ import subprocess
 import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -461,6 +462,117 @@ def test_app_id_of_0_5_means_stale_instances_too(gateway_0_5: RunningGateway) ->
     gateway_0_5.clock[0] += 10_000
     gateway_0_5.debug_register("2")
     assert candidates(gateway_0_5, "app1") == ["2", "1"]
+
+
+# ---- rotation
+
+
+def test_app_id_leads_to_no_instance_that_an_operator_took_out(tmp_path: Path) -> None:
+    """Upstream: `set_ready` and `is_eligible` in gateway/src/main_service.rs (pull request 1078): all may be out, the
+    instance id leads to each of them, and only an operator puts one back.
+    """
+    ca = TestCa(tmp_path / "ca", "root")
+    one = ONE.hex()
+    with running_gateway(tmp_path, ca=ca) as gateway:
+        gateway.debug_register("two", app=(b"a" * 20).hex())
+        gateway.register(ca.instance(ONE), "one")
+        assert candidates(gateway, (b"a" * 20).hex()) == [one, "two"]
+        gateway.rpc("admin", "SetInstanceReady", instance_id=one, ready=False)
+        gateway.register(ca.instance(ONE), "another key")
+        assert candidates(gateway, (b"a" * 20).hex()) == ["two"]
+        assert candidates(gateway, one) == [one]
+        gateway.rpc("admin", "SetInstanceReady", instance_id="two", ready=False)
+        assert candidates(gateway, (b"a" * 20).hex()) == []
+    with running_gateway(tmp_path, ca=ca) as gateway:
+        assert [each["ready"] for each in gateway.rpc("admin", "Status")["hosts"]] == [False, False]
+        gateway.rpc("admin", "SetInstanceReady", instance_id=one, ready=True)
+        assert gateway.rpc("admin", "GetInfo", id=one)["info"]["ready"] is True
+        assert candidates(gateway, (b"a" * 20).hex()) == [one]
+        absent = gateway.refused("admin", "SetInstanceReady", instance_id="nobody", ready=True)
+        assert absent == "instance nobody not found"
+        assert "ready" in gateway.refused("admin", "SetInstanceReady", instance_id=one)
+        assert gateway.rpc("admin", "GetInfo", id=one)["info"]["ready"] is True
+
+
+# The gateway asks when a test says so.
+POLLING = '[core.proxy.health_check]\ninterval = "1h"\n'
+
+
+@contextmanager
+def polling(folder: Path, more: str = POLLING) -> Iterator[tuple[RunningGateway, StubAgent, Table]]:
+    """A gateway, the agent of the instances ONE and TWO, and where it listens."""
+    table, agent = Table(), StubAgent(TestCa(folder / "ca", "root"), b"a" * 20)
+    with agent.running() as url, running_gateway(folder, more, reach=table, ca=agent.ca) as gateway:
+        address = urllib.parse.urlsplit(url)
+        for instance in (ONE, TWO):
+            table.endpoints[instance.hex(), 8090] = (address.hostname or "", address.port or 0)
+        yield gateway, agent, table
+
+
+def health(gateway: RunningGateway, instance: bytes) -> str:
+    said: str = gateway.rpc("admin", "GetInfo", id=instance.hex())["info"]["health"]
+    return said
+
+
+def test_app_id_leads_to_healthy_instances_if_there_are_any(tmp_path: Path) -> None:
+    """Upstream: docs/app-health-checks.md at 1f7c6cda, and `Health` in gateway/src/models.rs (pull request 1079)."""
+    app, one, two = (b"a" * 20).hex(), ONE.hex(), TWO.hex()
+    with polling(tmp_path) as (gateway, agent, _):
+        ca = gateway.ca
+        assert gateway.rpc("admin", "Status")["health_gating"] is True
+        gateway.register(ca.instance(ONE), "one", health_check=True, port_policy={})
+        assert (health(gateway, ONE), candidates(gateway, app)) == ("unknown", [one])  # there is no other one
+        gateway.register(ca.instance(TWO), "two", port_policy={})
+        assert (health(gateway, TWO), candidates(gateway, app)) == ("ungated", [two])
+        agent.health = {"healthy": True}
+        gateway.poll_health()
+        assert (health(gateway, ONE), sorted(candidates(gateway, app))) == ("healthy", sorted([one, two]))
+        agent.health = {"healthy": False, "unhealthy": [{"name": "web", "status": "starting"}]}
+        gateway.poll_health()
+        assert (health(gateway, ONE), candidates(gateway, app)) == ("unhealthy", [two])
+        assert candidates(gateway, one) == [one]
+        gateway.register(ca.instance(ONE), "one", health_check=True, port_policy={})
+        assert health(gateway, ONE) == "unhealthy"
+        gateway.register(ca.instance(ONE), "key of another boot", health_check=True, port_policy={})
+        assert health(gateway, ONE) == "unknown"
+        gateway.register(ca.instance(ONE), "key of another boot", port_policy={})
+        assert health(gateway, ONE) == "ungated"
+        assert [method for method, _ in agent.asked] == ["Health", "Health"]
+
+
+@pytest.mark.parametrize("is_reached", [True, False])
+def test_agent_that_does_not_answer_is_asked_again_before_its_app_is_unhealthy(
+    tmp_path: Path, is_reached: bool
+) -> None:
+    with polling(tmp_path, POLLING + "failure_threshold = 3\n") as (gateway, agent, table):
+        gateway.register(gateway.ca.instance(ONE), "one", health_check=True, port_policy={})
+        agent.status = 500
+        if not is_reached:
+            table.endpoints.clear()
+        said = []
+        for _ in range(3):
+            gateway.poll_health()
+            said.append(health(gateway, ONE))
+        assert said == ["unknown", "unknown", "unhealthy"]
+
+
+def test_instance_without_a_fresh_handshake_is_not_asked(tmp_path: Path) -> None:
+    with polling(tmp_path) as (gateway, agent, _):
+        agent.health = {"healthy": True}
+        gateway.register(gateway.ca.instance(ONE), "one", health_check=True, port_policy={})
+        gateway.clock[0] += 1800
+        gateway.poll_health()
+        assert (health(gateway, ONE), agent.asked) == ("unknown", [])
+
+
+def test_without_polling_every_instance_is_in_rotation(tmp_path: Path) -> None:
+    with polling(tmp_path, "[core.proxy.health_check]\nenabled = false\n") as (gateway, agent, _):
+        gateway.register(gateway.ca.instance(ONE), "one", health_check=True, port_policy={})
+        gateway.register(gateway.ca.instance(TWO), "two", port_policy={})
+        assert gateway.rpc("admin", "Status")["health_gating"] is False
+        assert health(gateway, ONE) == "unknown"
+        assert len(candidates(gateway, (b"a" * 20).hex())) == 2
+        assert agent.asked == []
 
 
 # ---- state

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from prometheus_client.parser import text_string_to_metric_families
 
 from dstack_emu.attest.proto import gateway_pb2
 from tests import tls
@@ -123,6 +124,68 @@ def test_names_are_answered_at_both_mounts_with_and_without_prefix(
     status, body, _ = gateway.ask("admin", f"{mount}/{name}", verb="GET")
     assert (status, json.loads(body)["id"]) == (200, 1)
     assert "accel" not in json.loads(body)
+
+
+def test_0_5_has_its_own_messages_and_no_rotation(gateway: RunningGateway, gateway_0_5: RunningGateway) -> None:
+    """Upstream: gateway_rpc.proto at 40eaf35e and at 0182d857."""
+    added = {"SetInstanceReady", "RemoveCvm", "ListRejectedInstances", "RemoveNode"}
+    for running, fields, status in ((gateway_0_5, set(), 400), (gateway, {"ready", "health"}, 404)):
+        running.debug_register("one")
+        (host,) = running.rpc("admin", "Status")["hosts"]
+        assert host.keys() & {"ready", "health"} == fields
+        assert running.rpc("admin", "GetInfo", id="one")["info"].keys() == host.keys()
+        running.rpc("admin", "SetNodeUrl", id=7, url="https://seven.example")
+        (peer,) = running.rpc("admin", "WaveKvStatus")["persistent"]["peers"]
+        assert ("buffered_logs" in peer, "heard_from" in peer) == (not fields, bool(fields))
+        unknown = {name for name in added if running.tried("admin", name)[1] == {"error": f"Service not found: {name}"}}
+        assert unknown == (set() if fields else added)
+        assert running.ask("admin", "/metrics", verb="GET")[0] == (200 if fields else status)
+
+
+def test_instance_and_node_are_removed_and_the_answer_says_whether_they_were_there(gateway: RunningGateway) -> None:
+    """Upstream: `remove_cvm`, `remove_node` and `validate_id` of the gateway (pull requests 1044 and 1046)."""
+    gateway.debug_register("one")
+    gone = {"record_existed": True, "removed_locally": True}
+    never = {"record_existed": False, "removed_locally": False}
+    assert gateway.rpc("admin", "RemoveCvm", instance_id="one") == gone
+    assert gateway.rpc("admin", "RemoveCvm", instance_id="one") == never
+    assert gateway.rpc("admin", "Status")["hosts"] == []
+    for wrong, text in (
+        ("", "instance_id is empty"),
+        ("a b", "instance_id contains whitespace or control characters"),
+        ("a" * 129, "instance_id is 129 bytes, limit is 128"),
+    ):
+        assert gateway.refused("admin", "RemoveCvm", instance_id=wrong) == text
+    assert gateway.rpc("admin", "ListRejectedInstances") == {"rejected": []}
+    gateway.rpc("admin", "SetNodeUrl", id=7, url="https://seven.example")
+    assert gateway.rpc("admin", "RemoveNode", node_id=7) == {"record_existed": True, "removed_from_peer_set": True}
+    assert gateway.rpc("admin", "RemoveNode", node_id=7) == {"record_existed": False, "removed_from_peer_set": False}
+    assert gateway.rpc("admin", "WaveKvStatus")["persistent"]["peers"] == []
+    assert gateway.refused("admin", "RemoveNode", node_id=1) == "a node cannot remove itself"
+
+
+def test_metrics_are_those_of_the_state_and_need_the_credential(gateway: RunningGateway) -> None:
+    """Upstream: the names in gateway/src/metrics.rs (pull request 1037). The Prometheus client reads them."""
+    gateway.debug_register("one")
+    gateway.rpc("admin", "SetNodeUrl", id=7, url="https://seven.example")
+    status, body, headers = gateway.ask("admin", "/metrics", verb="GET")
+    assert (status, headers["Content-Type"]) == (200, "text/plain; charset=utf-8")
+    assert gateway.ask("admin", "/metrics", headers={}, verb="GET")[0] == 401
+    assert gateway.ask("rpc", "/metrics", verb="GET")[0] == 404
+    found = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(body.decode())
+        for sample in family.samples
+    }
+    expected = {
+        ("dstack_gateway_cluster_instances",): 1,
+        ("dstack_gateway_connections",): 0,
+        ("dstack_gateway_cluster_nodes_active",): 1,
+        ("dstack_gateway_wg_reconfigure_failures_total",): 0,
+        ("dstack_gateway_kv_peer_remote_ack", "persistent", "7"): 0,
+        ("dstack_gateway_kv_decode_failures_total", "inst/"): 0,
+    }
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_name_of_another_listener_is_unknown(gateway: RunningGateway, gateway_0_5: RunningGateway) -> None:

@@ -66,7 +66,7 @@ listen_addr = "127.0.0.1"
 def test_gateway_serves_the_ports_and_the_certificate_of_its_file(tmp_path: Path) -> None:
     identity, log = self_signed(tmp_path, "static", "*.example.org"), tmp_path / "log"
     first = free_port()
-    proxy = f'listen_port = "{first}-{first}"\nthread_per_core = false\nhealth_check = true\n[core.proxy.ktls]\n'
+    proxy = f'listen_port = "{first}-{first}"\nthread_per_core = false\n[core.proxy.ktls]\n'
     config = str(document(tmp_path, identity, proxy))
     with app_server(echo) as endpoint, serving("gateway", "--release", "0.6", "-c", config, log=log) as said:
         assert said["urls"]["ingress"] == f"127.0.0.1:{first}"
@@ -77,7 +77,6 @@ def test_gateway_serves_the_ports_and_the_certificate_of_its_file(tmp_path: Path
             assert client.recv(100) == b"hello"
     assert "kTLS is configured but unavailable" in log.read_text()
     assert "connection_rebalance is set but has no effect" in log.read_text()
-    assert "health_check is set but has no effect" in log.read_text()
     assert f"gateway at {said['urls']['rpc']}, ingress at 127.0.0.1:{first}. " in log.read_text()
 
 

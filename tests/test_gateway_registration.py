@@ -22,7 +22,12 @@ from tests.vmm import COMPOSE, VmmClient
 
 COMPOSE_FILE = json.dumps(
     json.loads(COMPOSE)
-    | {"gateway_enabled": True, "port_policy": {"ports": [{"port": 80, "pp": True}], "restrict_mode": True}}
+    | {
+        "manifest_version": "3",
+        "gateway_enabled": True,
+        "port_policy": {"ports": [{"port": 80, "pp": True}], "restrict_mode": True},
+        "requirements": {"health_check": True},
+    }
 )
 APP_ID = hashlib.sha256(COMPOSE_FILE.encode()).hexdigest()[:40]
 OID_APP_INFO = x509.ObjectIdentifier("1.3.6.1.4.1.62397.1.9")
@@ -71,6 +76,7 @@ def test_machine_registers_with_a_certificate_that_names_its_app(
     assert progress.index("data disk ready") < progress.index("setting up dstack-gateway") < progress.index("done")
     ((path, body, certificate),) = gateway.requests
     assert path == "/prpc/RegisterCvm?json"
+    assert body["health_check"] is True
     assert body["port_policy"] == {"ports": [{"port": 80, "pp": True}], "restrict_mode": True}
     assert certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value == "dstack-guest-agent"
     usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value

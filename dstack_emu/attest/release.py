@@ -124,6 +124,11 @@ class Release:
     """The admin listener starts only with a token, an htpasswd file or insecure_no_auth; otherwise anyone may call."""
     gateway_checks_keys: bool
     """RegisterCvm wants a WireGuard key of 32 bytes that no other instance has, and an instance of the same app."""
+    gateway_v05_messages: bool
+    """Its messages are those of gateway_v05.proto, without health and rotation of instances."""
+    gateway_rotates_instances: bool
+    """An app id means only instances that an operator left in rotation and whose health, if their app asks for it, is
+    good; instances and nodes can be removed, and the admin listener has metrics."""
     gateway_refuses_ports: bool
     """RegisterCvm refuses the ports 0 and above 65535 in a policy; otherwise it leaves out those above."""
     gateway_leaves_out_stale_instances: bool
@@ -237,6 +242,8 @@ _0_5: Final = Release(
     lite_acpi_tables_verified=False,
     gateway_admin_needs_credential=False,
     gateway_checks_keys=False,
+    gateway_v05_messages=True,
+    gateway_rotates_instances=False,
     gateway_refuses_ports=False,
     gateway_leaves_out_stale_instances=False,
     gateway_normalizes_domains=False,
@@ -306,6 +313,8 @@ _0_6: Final = Release(
     lite_acpi_tables_verified=True,
     gateway_admin_needs_credential=True,
     gateway_checks_keys=True,
+    gateway_v05_messages=False,
+    gateway_rotates_instances=True,
     gateway_refuses_ports=True,
     gateway_leaves_out_stale_instances=True,
     gateway_normalizes_domains=True,

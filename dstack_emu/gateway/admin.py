@@ -1,9 +1,14 @@
 """The RPCs of an operator about the gateway and its instances. Domains are in `admin_domains`.
 
-Source: dstack `gateway/src/admin_service.rs` at 312dc605 and 40eaf35e.
+Source: dstack `gateway/src/admin_service.rs` at 312dc605 and 40eaf35e; what 0.6.0 added is that of sources shortly
+before it.
 """
 
+import hashlib
+import json
+import unicodedata
 from collections.abc import Callable
+from typing import Final
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -13,6 +18,9 @@ from dstack_emu.gateway.errors import GatewayError
 from dstack_emu.gateway.gateway import Gateway
 from dstack_emu.gateway.policy_messages import admin_policy, policy_view
 from dstack_emu.gateway.state import InstanceEntry
+
+MAX_ID: Final = 128
+"""The maximum length of an instance id in a request to remove it, in bytes."""
 
 
 class AdminService:
@@ -40,6 +48,7 @@ class AdminService:
             hosts=hosts,
             nodes=[node],
             uuid=node.uuid,
+            health_gating=gateway.config.core.proxy.health_check.enabled,
         )
 
     async def get_info(self, request: pb.GetInfoRequest) -> pb.GetInfoResponse:
@@ -57,6 +66,8 @@ class AdminService:
             base_domain=self._gateway.base_domain()[0],
             latest_handshake=handshake_at,
             num_connections=self._gateway.connections.of(instance_id),
+            ready=entry.ready,
+            health=self._gateway.health.state(instance_id, entry),
         )
 
     async def get_meta(self) -> pb.GetMetaResponse:
@@ -122,6 +133,7 @@ class AdminService:
                 next_seq=gateway.writes + 1,
                 wal_enabled=True,
                 peers=peers,
+                digest=_digest(gateway.records.capture().model_dump_json()),
             ),
             ephemeral=pb.StoreSyncStatus(
                 name="ephemeral",
@@ -129,8 +141,39 @@ class AdminService:
                 n_keys=gateway.ephemeral_keys(),
                 next_seq=gateway.publications + 1,
                 peers=peers,
+                digest=_digest(json.dumps(gateway.published, sort_keys=True)),
             ),
         )
+
+    # ---- rotation and removal
+
+    async def set_instance_ready(self, request: pb.SetInstanceReadyRequest) -> Empty:
+        """Let the app id of an instance lead to it, or not; its instance id always does."""
+        if not request.HasField("ready"):
+            raise GatewayError("ready is required")
+        self._gateway.registry.set_ready(request.instance_id, request.ready)
+        self._gateway.log.info("rotation", instance=request.instance_id, ready=request.ready)
+        return Empty()
+
+    async def remove_cvm(self, request: pb.RemoveCvmRequest) -> pb.RemoveCvmResponse:
+        """Forget an instance, and say whether there was one."""
+        require_id("instance_id", request.instance_id)
+        known = self._gateway.registry.remove(request.instance_id)
+        return pb.RemoveCvmResponse(record_existed=known, removed_locally=known)
+
+    async def list_rejected_instances(self) -> pb.ListRejectedInstancesResponse:
+        """List no instance: a record that cannot be used ends the start of this gateway."""
+        return pb.ListRejectedInstancesResponse()
+
+    async def remove_node(self, request: pb.RemoveNodeRequest) -> pb.RemoveNodeResponse:
+        """Forget another node, and say whether it was known."""
+        gateway, node = self._gateway, request.node_id
+        if node == gateway.node_id:
+            raise GatewayError("a node cannot remove itself")
+        has_url, has_status = node in gateway.records.peer_urls, node in gateway.records.node_statuses
+        gateway.change("peer_urls", node, None)
+        gateway.change("node_statuses", node, None)
+        return pb.RemoveNodeResponse(record_existed=has_url or has_status, removed_from_peer_set=has_url)
 
     # ---- port policies
 
@@ -151,3 +194,17 @@ class AdminService:
     ) -> pb.GetInstancePortPolicyResponse:
         """Show both policies, and which of them is in force."""
         return policy_view(self._gateway.registry.entry(request.instance_id))
+
+
+def require_id(field: str, value: str) -> None:
+    """Raise `GatewayError` for a text that no instance can be called, with the text of upstream's `validate_id`."""
+    if not value:
+        raise GatewayError(f"{field} is empty")
+    if (size := len(value.encode())) > MAX_ID:
+        raise GatewayError(f"{field} is {size} bytes, limit is {MAX_ID}")
+    if any(character.isspace() or unicodedata.category(character) == "Cc" for character in value):
+        raise GatewayError(f"{field} contains whitespace or control characters")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -5,16 +5,26 @@ from typing import Any, Final
 
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from dstack_emu.attest.proto import gateway_pb2 as pb
+from dstack_emu.attest.proto import gateway_v05_pb2 as old
 from dstack_emu.attest.release import Release
 from dstack_emu.gateway.admin import AdminService
 from dstack_emu.gateway.admin_domains import DomainService
-from dstack_emu.transport.service import Rpc, ServiceTable, without_arguments, without_context
+from dstack_emu.transport.service import Rpc, ServiceTable, in_messages_of, without_arguments, without_context
 
 ROTATE: Final = "RotateAcmeCredentials"
 EXIT: Final = "Exit"
+ROTATION: Final = frozenset(("SetInstanceReady", "RemoveCvm", "ListRejectedInstances", "RemoveNode"))
+"""What 0.6.0 added."""
+
+_OLD: Final[Mapping[type[Message], type[Message]]] = {
+    pb.StatusResponse: old.StatusResponse,
+    pb.GetInfoResponse: old.GetInfoResponse,
+    pb.WaveKvStatusResponse: old.WaveKvStatusResponse,
+}
 
 
 def admin_table(admin: AdminService, domains: DomainService, release: Release) -> ServiceTable[None]:
@@ -22,9 +32,12 @@ def admin_table(admin: AdminService, domains: DomainService, release: Release) -
     handlers = _handlers(admin, domains)
     if not release.gateway_manages_acme_account:
         del handlers[ROTATE]
+    if not release.gateway_rotates_instances:
+        handlers = {name: handler for name, handler in handlers.items() if name not in ROTATION}
     methods: Mapping[str, MethodDescriptor] = pb.DESCRIPTOR.services_by_name["Admin"].methods_by_name
     rpcs = {name: _rpc(methods[name], handler, release) for name, handler in handlers.items()}
-    return ServiceTable("Admin.", rpcs)
+    table = ServiceTable("Admin.", rpcs)
+    return in_messages_of(table, _OLD) if release.gateway_v05_messages else table
 
 
 def _rpc(method: MethodDescriptor, handler: Callable[..., Awaitable[Any]], release: Release) -> Rpc[None, Any, Any]:
@@ -71,4 +84,8 @@ def _handlers(admin: AdminService, domains: DomainService) -> dict[str, Callable
         "SetInstancePortPolicy": admin.set_instance_port_policy,
         "ClearInstancePortPolicy": admin.clear_instance_port_policy,
         "GetInstancePortPolicy": admin.get_instance_port_policy,
+        "SetInstanceReady": admin.set_instance_ready,
+        "RemoveCvm": admin.remove_cvm,
+        "ListRejectedInstances": admin.list_rejected_instances,
+        "RemoveNode": admin.remove_node,
     }

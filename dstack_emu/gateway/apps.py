@@ -9,6 +9,7 @@ from dstack_emu.gateway.admin_table import admin_table
 from dstack_emu.gateway.caller import Caller, caller_of
 from dstack_emu.gateway.errors import GatewayError
 from dstack_emu.gateway.gateway import Gateway
+from dstack_emu.gateway.metrics import metrics_text
 from dstack_emu.gateway.page import dashboard
 from dstack_emu.gateway.service import GatewayService, debug_table, gateway_table
 from dstack_emu.gateway.wavekv import add_wavekv
@@ -38,6 +39,8 @@ def admin_app(gateway: Gateway, auth: ListenerAuth, end: Callable[[], None]) -> 
     app = Application(headers=ROCKET_HEADERS, middlewares=[auth.middleware(gateway.log)])
     table = admin_table(AdminService(gateway, end), DomainService(gateway), gateway.release)
     app.add("GET", "/", _dashboard(gateway))
+    if gateway.release.gateway_rotates_instances:
+        app.add("GET", "/metrics", _metrics(gateway))
     for mount in ("/prpc", ""):
         add_prpc(app, mount, table, _anyone, errors=(GatewayError,), statuses=RpcStatuses.of(gateway.release))
     return app
@@ -57,6 +60,13 @@ def _dashboard(gateway: Gateway) -> Handler:
         return Response.of(dashboard(gateway), "text/html", Content_Security_Policy=content_security_policy())
 
     return page
+
+
+def _metrics(gateway: Gateway) -> Handler:
+    async def metrics(_request: Request) -> Response:
+        return Response.of(metrics_text(gateway), "text/plain")
+
+    return metrics
 
 
 def _version(release: Release) -> str:

@@ -2,7 +2,8 @@
 
 Unknown keys are accepted, as upstream does; a value of another type is refused. Keys of WireGuard's interface, of
 threads and of kernel features are read, and have no effect. Source: dstack `gateway/gateway.toml` and
-`gateway/src/config.rs` at 312dc605, whose keys those of 40eaf35e are among.
+`gateway/src/config.rs` at 312dc605, whose keys those of 40eaf35e are among; `health_check` is that of
+docs/app-health-checks.md at 1f7c6cda.
 """
 
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network, ip_address
@@ -148,6 +149,19 @@ class PortPolicyFetchSection(_Section):
     backoff_max: Duration = 30.0
 
 
+class HealthCheckSection(_Section):
+    """`core.proxy.health_check`: how agents are asked for the health of their apps; times in seconds.
+
+    An agent that does not answer makes its app unhealthy once `failure_threshold` requests in a row have failed.
+    """
+
+    enabled: bool = True
+    interval: Annotated[Duration, Field(gt=0)] = 5.0
+    timeout: Annotated[Duration, Field(gt=0)] = 2.0
+    concurrency: Annotated[int, Field(ge=1)] = 16
+    failure_threshold: Annotated[int, Field(ge=1)] = 2
+
+
 class ProxySection(_Section):
     """`core.proxy`: the ingress."""
 
@@ -173,7 +187,7 @@ class ProxySection(_Section):
     inbound_pp_enabled: bool = False
     tcp_splice: dict[str, Any] | None = None
     ktls: dict[str, Any] | None = None
-    health_check: Any = None
+    health_check: HealthCheckSection = HealthCheckSection()
     port_policy_fetch: PortPolicyFetchSection = PortPolicyFetchSection()
     timeouts: TimeoutsSection = TimeoutsSection()
 

@@ -77,8 +77,6 @@ def _warn_of_what_has_no_effect(config: GatewayConfig, log: EventLog) -> None:
     proxy = config.core.proxy
     if proxy.ktls is not None:
         log.warning("kTLS is configured but unavailable", setting="core.proxy.ktls")
-    if proxy.health_check is not None:
-        log.warning("health_check is set but has no effect", setting="core.proxy.health_check")
     if proxy.connection_rebalance and not proxy.thread_per_core:
         log.warning("connection_rebalance is set but has no effect", without="core.proxy.thread_per_core")
 

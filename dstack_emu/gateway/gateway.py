@@ -21,6 +21,7 @@ from dstack_emu.gateway.config import GatewayConfig
 from dstack_emu.gateway.connections import Connections
 from dstack_emu.gateway.domains import best_domain
 from dstack_emu.gateway.errors import GatewayError
+from dstack_emu.gateway.health import HealthPoller, HealthStates
 from dstack_emu.gateway.policies import PolicyFetcher
 from dstack_emu.gateway.registry import Registry
 from dstack_emu.gateway.routing import Instance, Reach
@@ -67,9 +68,17 @@ class Gateway:
         self.published: dict[str, int] = {}
         self.connections = context.connections
         self.certificates = LoadedCertificates(context.static, context.clock, self.log)
+        self.health = HealthStates()
         self.registry = Registry(
-            self.records, core, self.release, clock=context.clock, entropy=context.entropy, changed=self.save
+            self.records,
+            core,
+            self.release,
+            clock=context.clock,
+            entropy=context.entropy,
+            health=self.health,
+            changed=self.save,
         )
+        self.poller = HealthPoller(self.registry.asked_for_health, self.health, core.proxy, context.reach, self.log)
         self.policies = PolicyFetcher(self.registry, core.proxy, context.reach, self.log)
         self.certbot = Certbot(
             CertbotContext(
@@ -138,6 +147,8 @@ class Gateway:
     def start(self) -> None:
         """Begin what runs in the background: certificates, and the policies that are not known."""
         self.certbot.start()
+        if self.release.gateway_rotates_instances:
+            self.poller.start()
         for instance_id, entry in self.records.instances.items():
             if entry.effective is None:
                 self.policies.begin(instance_id)
@@ -155,6 +166,7 @@ class Gateway:
 
     async def close(self) -> None:
         """End what runs in the background."""
+        await self.poller.close()
         await self.policies.close()
         await self.certbot.close()
 
@@ -173,6 +185,7 @@ class Gateway:
         self.save()
         self.certificates.load_all(self.records.certificates)
         self.published, self.last_seen = {}, 0
+        self.health.forget_all()
         self.certbot.abandon()
         self.policies.abandon()
         self.start()

@@ -2,12 +2,13 @@
 
 No WireGuard runs here. A registration stands for the handshake that a real instance makes, and so does a refresh,
 which is the same call; `end_handshake` stands for an instance that is gone. Source: dstack
-`gateway/src/main_service.rs` at 312dc605.
+`gateway/src/main_service.rs` at 312dc605, and of the rotation `gateway/src/{main_service,models}.rs` as stored shortly
+before 0.6.0.
 """
 
 import base64
 import binascii
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Final
@@ -15,6 +16,7 @@ from typing import Final
 from dstack_emu.attest.release import Release
 from dstack_emu.gateway.config import Core
 from dstack_emu.gateway.errors import GatewayError
+from dstack_emu.gateway.health import HealthStates
 from dstack_emu.gateway.pool import is_usable, lowest_free
 from dstack_emu.gateway.routing import Instance
 from dstack_emu.gateway.state import InstanceEntry, PolicyEntry, Records
@@ -29,13 +31,14 @@ Entropy = Callable[[int], bytes]
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """Who registers: hex ids, the key as it was sent, and the policy, None if the caller did not say."""
+    """Who registers: hex ids, the key as it was sent, and policy and health check, None if the caller did not say."""
 
     instance_id: str
     app_id: str
     public_key: str
     compose_hash: str
     policy: PolicyEntry | None
+    health_check: bool | None = None
 
 
 class Registry:
@@ -52,9 +55,11 @@ class Registry:
         *,
         clock: Callable[[], int],
         entropy: Entropy,
+        health: HealthStates,
         changed: Callable[[], None],
     ) -> None:
         self._records, self._core, self._release = records, core, release
+        self._health = health
         self._clock, self._entropy, self._changed = clock, entropy, changed
 
     # ---- registration
@@ -89,10 +94,12 @@ class Registry:
                 raise GatewayError("WireGuard public key is already registered to another instance")
             if old is not None and old.app_id != new.app_id:
                 raise GatewayError("instance_id is already registered to a different app")
+        if old is not None and new.health_check not in (None, old.health_check):
+            self._health.forget(new.instance_id)
         if old is not None and is_usable(IPv4Address(old.ip), self._core.wg):
             return self._refreshed(old, new, now)
         taken = {each.ip for id_, each in known.items() if id_ != new.instance_id}
-        return InstanceEntry(
+        entry = InstanceEntry(
             app_id=new.app_id,
             ip=lowest_free(self._core.wg, taken),
             public_key=new.public_key,
@@ -100,7 +107,11 @@ class Registry:
             handshake_at=now,
             compose_hash=new.compose_hash,
             reported=new.policy,
+            health_check=bool(new.health_check),
         )
+        if old is not None and self._release.gateway_rotates_instances:
+            entry = entry.model_copy(update={"override": old.override, "ready": old.ready})
+        return entry
 
     @staticmethod
     def _refreshed(old: InstanceEntry, new: Registration, now: int) -> InstanceEntry:
@@ -113,6 +124,7 @@ class Registry:
                 "handshake_at": now,
                 "compose_hash": new.compose_hash,
                 "reported": reported if new.policy is None else new.policy,
+                "health_check": old.health_check if new.health_check is None else new.health_check,
             }
         )
 
@@ -126,6 +138,7 @@ class Registry:
         ]
         for id_ in stale:
             del self._records.instances[id_]
+            self._health.forget(id_)
         if stale:
             self._changed()
         return stale
@@ -141,6 +154,20 @@ class Registry:
         now = self._clock()
         times = (each.handshake_at for each in self._records.instances.values())
         return sum(at is not None and now - at < ONLINE_SECONDS for at in times)
+
+    # ---- rotation
+
+    def set_ready(self, instance_id: str, ready: bool) -> None:
+        """Put an instance in the rotation of its app, or take it out; raise `GatewayError` if there is none."""
+        self._set(instance_id, ready=ready)
+
+    def remove(self, instance_id: str) -> bool:
+        """Forget an instance; return whether there was one of that id."""
+        if self._records.instances.pop(instance_id, None) is None:
+            return False
+        self._health.forget(instance_id)
+        self._changed()
+        return True
 
     # ---- policies
 
@@ -169,13 +196,30 @@ class Registry:
             return (instance_of(name, self._records.instances[name]),)
         fresh = [(id_, each) for id_, each in self._records.instances.items() if each.app_id == name]
         if self._release.gateway_leaves_out_stale_instances:
-            oldest = self._clock() - self._core.proxy.timeouts.handshake_stale
-            fresh = [(id_, each) for id_, each in fresh if each.handshake_at is not None and each.handshake_at > oldest]
+            fresh = [(id_, each) for id_, each in fresh if self._is_fresh(each)]
+        if self._release.gateway_rotates_instances:
+            fresh = self._in_rotation(fresh)
         fresh.sort(key=lambda pair: (-(pair[1].handshake_at or 0), pair[0]))
         count = self._core.proxy.connect_top_n
         if count == 0 and fresh:
             fresh = [fresh[int.from_bytes(self._entropy(4), "big") % len(fresh)]]
         return tuple(instance_of(id_, each) for id_, each in fresh[: count or 1])
+
+    def asked_for_health(self) -> Mapping[str, InstanceEntry]:
+        """Return the instances whose app asks for a look at its health, without those that no app id leads to."""
+        known = self._records.instances.items()
+        return {id_: each for id_, each in known if each.health_check and self._is_fresh(each)}
+
+    def _is_fresh(self, entry: InstanceEntry) -> bool:
+        oldest = self._clock() - self._core.proxy.timeouts.handshake_stale
+        return entry.handshake_at is not None and entry.handshake_at > oldest
+
+    def _in_rotation(self, found: list[tuple[str, InstanceEntry]]) -> list[tuple[str, InstanceEntry]]:
+        """Leave out what an operator took out, and what is not healthy, unless nothing else would remain."""
+        ready = [(id_, each) for id_, each in found if each.ready]
+        if not self._core.proxy.health_check.enabled:
+            return ready
+        return [(id_, each) for id_, each in ready if self._health.admits(id_, each)] or ready
 
     def _set(self, instance_id: str, **changed: object) -> None:
         self._records.instances[instance_id] = self.entry(instance_id).model_copy(update=changed)

@@ -38,6 +38,7 @@ class GatewayService:
                 public_key=request.client_public_key,
                 compose_hash=info.compose_hash.hex(),
                 policy=policy,
+                health_check=request.health_check,
             )
         )
 

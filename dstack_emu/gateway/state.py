@@ -30,7 +30,8 @@ class PolicyEntry(_Entry):
 class InstanceEntry(_Entry):
     """An instance: its app, its address and WireGuard key, and when it was registered and last heard of.
 
-    `compose_hash` is that of its reported policy; `override` is the policy that an operator set.
+    `compose_hash` is that of its reported policy; `override` is the policy that an operator set, and `ready` whether
+    one left it in rotation. With `health_check` its app asks for no traffic while it is not healthy.
     """
 
     app_id: str
@@ -41,6 +42,8 @@ class InstanceEntry(_Entry):
     compose_hash: str = ""
     reported: PolicyEntry | None = None
     override: PolicyEntry | None = None
+    ready: bool = True
+    health_check: bool = False
 
     @property
     def effective(self) -> PolicyEntry | None:

@@ -6,7 +6,7 @@ the handler receives.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Self, TypeVar
 
 from google.protobuf.message import Message
@@ -46,6 +46,36 @@ class ServiceTable(Generic[C]):
     def of(cls, prefix: str, *rpcs: Rpc[Any, Any, Any]) -> Self:
         """Make the table of RPCs from their names."""
         return cls(prefix, {rpc.name: rpc for rpc in rpcs})
+
+
+def in_messages_of(table: ServiceTable[C], others: Mapping[type[Message], type[Message]]) -> ServiceTable[C]:
+    """Return the table with the messages of another release: what these lack is neither read nor answered.
+
+    `others` has the other release's message for each that differs. On the wire one is the other, as far as both have
+    its fields.
+    """
+    return ServiceTable(table.prefix, {name: _in_messages_of(rpc, others) for name, rpc in table.rpcs.items()})
+
+
+def _in_messages_of(rpc: Rpc[C, Any, Any], others: Mapping[type[Message], type[Message]]) -> Rpc[C, Any, Any]:
+    request_type, response_type = rpc.request_type, rpc.response_type
+    other_request = others.get(request_type, request_type)
+    other_response = others.get(response_type, response_type)
+
+    async def handle(context: C, request: Message) -> Message:
+        return _as(other_response, await rpc.handler(context, _as(request_type, request)))
+
+    return replace(rpc, request_type=other_request, response_type=other_response, handler=handle)
+
+
+def _as(kind: type[Message], message: Message) -> Message:
+    """Return a message as one of another release; fields that its own release does not have are dropped."""
+    if isinstance(message, kind):
+        return message
+    message.DiscardUnknownFields()
+    converted = kind.FromString(message.SerializeToString())
+    converted.DiscardUnknownFields()
+    return converted
 
 
 def without_context(method: Callable[[Q], Awaitable[A]]) -> Callable[[Any, Q], Awaitable[A]]:

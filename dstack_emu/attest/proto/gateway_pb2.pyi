@@ -8,12 +8,14 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RegisterCvmRequest(_message.Message):
-    __slots__ = ("client_public_key", "port_policy")
+    __slots__ = ("client_public_key", "port_policy", "health_check")
     CLIENT_PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     PORT_POLICY_FIELD_NUMBER: _ClassVar[int]
+    HEALTH_CHECK_FIELD_NUMBER: _ClassVar[int]
     client_public_key: str
     port_policy: PortPolicy
-    def __init__(self, client_public_key: _Optional[str] = ..., port_policy: _Optional[_Union[PortPolicy, _Mapping]] = ...) -> None: ...
+    health_check: bool
+    def __init__(self, client_public_key: _Optional[str] = ..., port_policy: _Optional[_Union[PortPolicy, _Mapping]] = ..., health_check: _Optional[bool] = ...) -> None: ...
 
 class PortPolicy(_message.Message):
     __slots__ = ("ports", "restrict_mode")
@@ -152,7 +154,7 @@ class AcmeInfoResponse(_message.Message):
     def __init__(self, account_uri: _Optional[str] = ..., quoted_hist_keys: _Optional[_Iterable[_Union[QuotedPublicKey, _Mapping]]] = ..., account_quote: _Optional[str] = ..., account_attestation: _Optional[str] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("id", "url", "bootnode_url", "num_connections", "hosts", "nodes", "uuid", "accel")
+    __slots__ = ("id", "url", "bootnode_url", "num_connections", "hosts", "nodes", "uuid", "accel", "health_gating")
     ID_FIELD_NUMBER: _ClassVar[int]
     URL_FIELD_NUMBER: _ClassVar[int]
     BOOTNODE_URL_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +163,7 @@ class StatusResponse(_message.Message):
     NODES_FIELD_NUMBER: _ClassVar[int]
     UUID_FIELD_NUMBER: _ClassVar[int]
     ACCEL_FIELD_NUMBER: _ClassVar[int]
+    HEALTH_GATING_FIELD_NUMBER: _ClassVar[int]
     id: int
     url: str
     bootnode_url: str
@@ -169,7 +172,8 @@ class StatusResponse(_message.Message):
     nodes: _containers.RepeatedCompositeFieldContainer[GatewayNodeInfo]
     uuid: bytes
     accel: ProxyAccelStatus
-    def __init__(self, id: _Optional[int] = ..., url: _Optional[str] = ..., bootnode_url: _Optional[str] = ..., num_connections: _Optional[int] = ..., hosts: _Optional[_Iterable[_Union[HostInfo, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[GatewayNodeInfo, _Mapping]]] = ..., uuid: _Optional[bytes] = ..., accel: _Optional[_Union[ProxyAccelStatus, _Mapping]] = ...) -> None: ...
+    health_gating: bool
+    def __init__(self, id: _Optional[int] = ..., url: _Optional[str] = ..., bootnode_url: _Optional[str] = ..., num_connections: _Optional[int] = ..., hosts: _Optional[_Iterable[_Union[HostInfo, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[GatewayNodeInfo, _Mapping]]] = ..., uuid: _Optional[bytes] = ..., accel: _Optional[_Union[ProxyAccelStatus, _Mapping]] = ..., health_gating: _Optional[bool] = ...) -> None: ...
 
 class ProxyAccelStatus(_message.Message):
     __slots__ = ("ktls_mode", "splice_mode", "ktls_offloaded", "ktls_offload_failed", "splice_engaged")
@@ -186,20 +190,24 @@ class ProxyAccelStatus(_message.Message):
     def __init__(self, ktls_mode: _Optional[str] = ..., splice_mode: _Optional[str] = ..., ktls_offloaded: _Optional[int] = ..., ktls_offload_failed: _Optional[int] = ..., splice_engaged: _Optional[int] = ...) -> None: ...
 
 class HostInfo(_message.Message):
-    __slots__ = ("instance_id", "ip", "app_id", "base_domain", "latest_handshake", "num_connections")
+    __slots__ = ("instance_id", "ip", "app_id", "base_domain", "latest_handshake", "num_connections", "ready", "health")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     IP_FIELD_NUMBER: _ClassVar[int]
     APP_ID_FIELD_NUMBER: _ClassVar[int]
     BASE_DOMAIN_FIELD_NUMBER: _ClassVar[int]
     LATEST_HANDSHAKE_FIELD_NUMBER: _ClassVar[int]
     NUM_CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    HEALTH_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     ip: str
     app_id: str
     base_domain: str
     latest_handshake: int
     num_connections: int
-    def __init__(self, instance_id: _Optional[str] = ..., ip: _Optional[str] = ..., app_id: _Optional[str] = ..., base_domain: _Optional[str] = ..., latest_handshake: _Optional[int] = ..., num_connections: _Optional[int] = ...) -> None: ...
+    ready: bool
+    health: str
+    def __init__(self, instance_id: _Optional[str] = ..., ip: _Optional[str] = ..., app_id: _Optional[str] = ..., base_domain: _Optional[str] = ..., latest_handshake: _Optional[int] = ..., num_connections: _Optional[int] = ..., ready: _Optional[bool] = ..., health: _Optional[str] = ...) -> None: ...
 
 class GetInfoRequest(_message.Message):
     __slots__ = ("id",)
@@ -274,21 +282,25 @@ class LastSeenEntry(_message.Message):
     def __init__(self, node_id: _Optional[int] = ..., timestamp: _Optional[int] = ...) -> None: ...
 
 class PeerSyncStatus(_message.Message):
-    __slots__ = ("id", "local_ack", "peer_ack", "buffered_logs", "last_seen")
+    __slots__ = ("id", "local_ack", "peer_ack", "last_seen", "heard_from", "digest_mismatches", "consecutive_failures")
     ID_FIELD_NUMBER: _ClassVar[int]
     LOCAL_ACK_FIELD_NUMBER: _ClassVar[int]
     PEER_ACK_FIELD_NUMBER: _ClassVar[int]
-    BUFFERED_LOGS_FIELD_NUMBER: _ClassVar[int]
     LAST_SEEN_FIELD_NUMBER: _ClassVar[int]
+    HEARD_FROM_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_MISMATCHES_FIELD_NUMBER: _ClassVar[int]
+    CONSECUTIVE_FAILURES_FIELD_NUMBER: _ClassVar[int]
     id: int
     local_ack: int
     peer_ack: int
-    buffered_logs: int
     last_seen: _containers.RepeatedCompositeFieldContainer[LastSeenEntry]
-    def __init__(self, id: _Optional[int] = ..., local_ack: _Optional[int] = ..., peer_ack: _Optional[int] = ..., buffered_logs: _Optional[int] = ..., last_seen: _Optional[_Iterable[_Union[LastSeenEntry, _Mapping]]] = ...) -> None: ...
+    heard_from: bool
+    digest_mismatches: int
+    consecutive_failures: int
+    def __init__(self, id: _Optional[int] = ..., local_ack: _Optional[int] = ..., peer_ack: _Optional[int] = ..., last_seen: _Optional[_Iterable[_Union[LastSeenEntry, _Mapping]]] = ..., heard_from: _Optional[bool] = ..., digest_mismatches: _Optional[int] = ..., consecutive_failures: _Optional[int] = ...) -> None: ...
 
 class StoreSyncStatus(_message.Message):
-    __slots__ = ("name", "node_id", "n_keys", "next_seq", "dirty", "wal_enabled", "peers")
+    __slots__ = ("name", "node_id", "n_keys", "next_seq", "dirty", "wal_enabled", "peers", "digest", "entries_merged", "entries_rejected")
     NAME_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     N_KEYS_FIELD_NUMBER: _ClassVar[int]
@@ -296,6 +308,9 @@ class StoreSyncStatus(_message.Message):
     DIRTY_FIELD_NUMBER: _ClassVar[int]
     WAL_ENABLED_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_MERGED_FIELD_NUMBER: _ClassVar[int]
+    ENTRIES_REJECTED_FIELD_NUMBER: _ClassVar[int]
     name: str
     node_id: int
     n_keys: int
@@ -303,7 +318,10 @@ class StoreSyncStatus(_message.Message):
     dirty: bool
     wal_enabled: bool
     peers: _containers.RepeatedCompositeFieldContainer[PeerSyncStatus]
-    def __init__(self, name: _Optional[str] = ..., node_id: _Optional[int] = ..., n_keys: _Optional[int] = ..., next_seq: _Optional[int] = ..., dirty: _Optional[bool] = ..., wal_enabled: _Optional[bool] = ..., peers: _Optional[_Iterable[_Union[PeerSyncStatus, _Mapping]]] = ...) -> None: ...
+    digest: str
+    entries_merged: int
+    entries_rejected: int
+    def __init__(self, name: _Optional[str] = ..., node_id: _Optional[int] = ..., n_keys: _Optional[int] = ..., next_seq: _Optional[int] = ..., dirty: _Optional[bool] = ..., wal_enabled: _Optional[bool] = ..., peers: _Optional[_Iterable[_Union[PeerSyncStatus, _Mapping]]] = ..., digest: _Optional[str] = ..., entries_merged: _Optional[int] = ..., entries_rejected: _Optional[int] = ...) -> None: ...
 
 class WaveKvStatusResponse(_message.Message):
     __slots__ = ("enabled", "persistent", "ephemeral")
@@ -314,6 +332,60 @@ class WaveKvStatusResponse(_message.Message):
     persistent: StoreSyncStatus
     ephemeral: StoreSyncStatus
     def __init__(self, enabled: _Optional[bool] = ..., persistent: _Optional[_Union[StoreSyncStatus, _Mapping]] = ..., ephemeral: _Optional[_Union[StoreSyncStatus, _Mapping]] = ...) -> None: ...
+
+class RemoveCvmRequest(_message.Message):
+    __slots__ = ("instance_id",)
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    def __init__(self, instance_id: _Optional[str] = ...) -> None: ...
+
+class RemoveCvmResponse(_message.Message):
+    __slots__ = ("record_existed", "removed_locally")
+    RECORD_EXISTED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_LOCALLY_FIELD_NUMBER: _ClassVar[int]
+    record_existed: bool
+    removed_locally: bool
+    def __init__(self, record_existed: _Optional[bool] = ..., removed_locally: _Optional[bool] = ...) -> None: ...
+
+class RejectedInstanceInfo(_message.Message):
+    __slots__ = ("instance_id", "reason", "rejection", "active_locally")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    REJECTION_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_LOCALLY_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    reason: str
+    rejection: str
+    active_locally: bool
+    def __init__(self, instance_id: _Optional[str] = ..., reason: _Optional[str] = ..., rejection: _Optional[str] = ..., active_locally: _Optional[bool] = ...) -> None: ...
+
+class ListRejectedInstancesResponse(_message.Message):
+    __slots__ = ("rejected",)
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    rejected: _containers.RepeatedCompositeFieldContainer[RejectedInstanceInfo]
+    def __init__(self, rejected: _Optional[_Iterable[_Union[RejectedInstanceInfo, _Mapping]]] = ...) -> None: ...
+
+class RemoveNodeRequest(_message.Message):
+    __slots__ = ("node_id",)
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    node_id: int
+    def __init__(self, node_id: _Optional[int] = ...) -> None: ...
+
+class RemoveNodeResponse(_message.Message):
+    __slots__ = ("record_existed", "removed_from_peer_set")
+    RECORD_EXISTED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FROM_PEER_SET_FIELD_NUMBER: _ClassVar[int]
+    record_existed: bool
+    removed_from_peer_set: bool
+    def __init__(self, record_existed: _Optional[bool] = ..., removed_from_peer_set: _Optional[bool] = ...) -> None: ...
+
+class SetInstanceReadyRequest(_message.Message):
+    __slots__ = ("instance_id", "ready")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    ready: bool
+    def __init__(self, instance_id: _Optional[str] = ..., ready: _Optional[bool] = ...) -> None: ...
 
 class HandshakeEntry(_message.Message):
     __slots__ = ("observer_node_id", "timestamp")

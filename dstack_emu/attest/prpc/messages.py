@@ -13,6 +13,7 @@ from dstack_emu.attest.proto import (
     dstack_guest_pb2,
     dstack_guest_v1_pb2,
     gateway_pb2,
+    gateway_v05_pb2,
     guest_api_pb2,
     kms_pb2,
     kms_v05_pb2,
@@ -116,6 +117,7 @@ _FILES: Final = (
     vmm_v05_pb2.DESCRIPTOR,
     guest_api_pb2.DESCRIPTOR,
     gateway_pb2.DESCRIPTOR,
+    gateway_v05_pb2.DESCRIPTOR,
 )
 _TABLES: Final[Mapping[object, MessageTable]] = {
     descriptor: _describe(descriptor)

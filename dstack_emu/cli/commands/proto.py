@@ -7,9 +7,9 @@ from pathlib import Path
 from dstack_emu.cli.commands.common import UsageError
 
 DESCRIPTION = (
-    "Write the .proto files of the guest agent (packages dstack_guest and dstack.guest.v1), the KMS (package kms) and "
-    "the VMM (packages vmm, vmm_v05 and guest_api) into a folder, to generate clients from. It is an error if a file "
-    "of such a name exists with other contents."
+    "Write the .proto files of the guest agent (packages dstack_guest and dstack.guest.v1), the KMS (packages kms "
+    "and kms_v05), the VMM (packages vmm, vmm_v05 and guest_api) and the gateway (packages gateway and gateway_v05) "
+    "into a folder, to generate clients from. It is an error if a file of such a name exists with other contents."
 )
 
 
