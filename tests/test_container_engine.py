@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dstack_emu.deployment.container_engine import Engine
+from dstack_emu.simulator.errors import GuestError
 
 CLIENT = """#!/bin/sh
 # A command with a plugin, which has its pipes, and does not end with it.
@@ -47,3 +48,17 @@ async def test_command_that_creates_is_awaited_by_a_caller_that_is_cancelled(eng
     with pytest.raises(asyncio.CancelledError):
         await task
     assert (tmp_path / "made").exists()
+
+
+async def test_caller_that_is_cancelled_does_not_wait_for_ever(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dstack_emu.deployment.container_engine.DEADLINE", 0.2)
+    task = await cancelled(engine, creates=True)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_what_creates_has_a_deadline(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dstack_emu.deployment.container_engine.DEADLINE", 0.1)
+    late = r"docker compose`: the container engine did not answer within 0\.1 s"
+    with pytest.raises(GuestError, match=late):
+        await engine.run("compose", creates=True)

@@ -1,11 +1,14 @@
 """What a process says when SIGUSR1 asks what it waits for, and who gives up waiting for a client or a server."""
 
 import asyncio
+import contextlib
 import json
 import re
+import select
 import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +21,13 @@ from google.protobuf.empty_pb2 import Empty
 
 from dstack_emu.attest.proto import kms_pb2
 from dstack_emu.cli import waits
+from dstack_emu.deployment import healthcheck
 from dstack_emu.transport.aiohttp_server import AiohttpServer
 from dstack_emu.transport.errors import TransportError
 from dstack_emu.transport.grpc_client import call
 from dstack_emu.transport.http.deadline import Deadlines
 from dstack_emu.transport.listen import accept_on, bind_tcp
+from tests.commands import run_inside
 from tests.processes import Command, start
 
 END = "end of what the process waits for"
@@ -95,6 +100,76 @@ def test_server_says_whom_it_answers_whom_it_asks_and_in_which_task() -> None:
     assert re.search(rf"s: asks POST of http://127\.0\.0\.1:{port}\n", text), text
     assert "client_connection.py" in text, text
     assert not re.search("password|secret", text)
+
+
+def test_exec_says_whom_its_stack_waits_for_before_there_is_a_command() -> None:
+    with silent_peer() as server, tempfile.TemporaryFile("w+") as errors:
+        port = server.getsockname()[1]
+        process = start("exec", "--webhook", f"src=http://127.0.0.1:{port}", "--", "true", stderr=errors)
+        try:
+            server.accept()[0].close()  # it has begun
+            text = said(process, errors, until=rf"asks \w+ of http://127\.0\.0\.1:{port}/")
+            assert process.poll() is None, text
+        finally:
+            process.end()
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        (("ctl", "--url", "{url}", "health"), "asks GET of {url}/stack/health"),
+        (("health", "--url", "{url}/"), "asks for the health of {url}/"),
+    ],
+)
+def test_command_that_waits_in_its_main_thread_says_for_whom(words: tuple[str, ...], asked: str) -> None:
+    with silent_peer() as server, tempfile.TemporaryFile("w+") as errors:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        process = start(*(word.format(url=url) for word in words), stderr=errors)
+        try:
+            kept, _ = server.accept()  # it has begun
+            with kept:
+                said(process, errors, until=rf"s: {re.escape(asked.format(url=url))}\n")
+        finally:
+            process.end()
+
+
+def test_tail_ends_if_the_stream_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dstack_emu.cli.commands.control_client.SILENCE", 0.1)
+    with silent_peer() as server:
+        page = b'{"position": 0, "records": []}'
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(page)
+
+        def answer_once() -> None:
+            client, _ = server.accept()
+            with client:
+                client.recv(65536)
+                client.sendall(head + page)
+
+        once = threading.Thread(target=answer_once)
+        once.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        ended = run_inside("ctl", "--url", url, "tail")
+        once.join()
+    assert ended == (2, "", f"Error: {url}: no answer to GET /journal/stream?since=0 within 0.1 s\n")
+
+
+def test_health_check_ends_if_an_answer_comes_a_byte_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(healthcheck, "TIMEOUT", 0.2)
+    with silent_peer() as server:
+
+        def drip() -> None:
+            client, _ = server.accept()
+            with client, contextlib.suppress(OSError):
+                client.recv(65536)
+                while not select.select([client], [], [], 0.02)[0]:  # until the client has gone
+                    client.sendall(b"x")
+
+        slow = threading.Thread(target=drip)
+        slow.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        problem = healthcheck.check(url)
+        slow.join()
+    assert problem == f"{url}: timed out"
 
 
 async def test_report_is_bounded_however_many_wait() -> None:

@@ -11,7 +11,7 @@ import linecache
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -30,22 +30,40 @@ MAX_FRAMES: Final = 30
 _ROOT: Final = f"{Path(__file__).resolve().parents[2]}{os.sep}"
 
 
-def answer_signal() -> None:
-    """Print what this process waits for whenever it gets SIGUSR1, which would end it otherwise.
+def answer_signal(then: Callable[[], None] | None = None) -> None:
+    """Print what this process waits for whenever it gets SIGUSR1, which would end it otherwise; call `then` after that.
 
-    Leaves a signal alone that is ignored, and does nothing without a stderr.
+    Leaves a signal alone that is ignored. Without a stderr nothing is printed.
     """
-    if sys.stderr is None or signal.getsignal(SIGNAL) == signal.SIG_IGN:
+    if signal.getsignal(SIGNAL) == signal.SIG_IGN:
         return
+    has_errors = _has_errors()
+    if not has_errors and then is None:
+        return
+
+    def asked(_number: int, _frame: FrameType | None) -> None:
+        if has_errors:
+            _print()
+        if then is not None:
+            then()
+
+    faulthandler.unregister(SIGNAL)  # its handler is below Python's, and has to be set again after that
+    signal.signal(SIGNAL, asked)
+    if has_errors:
+        faulthandler.register(SIGNAL, all_threads=True, chain=True)
+
+
+def _has_errors() -> bool:
+    if sys.stderr is None:
+        return False
     try:
         sys.stderr.fileno()
     except (OSError, ValueError):
-        return
-    signal.signal(SIGNAL, _asked)
-    faulthandler.register(SIGNAL, all_threads=True, chain=True)
+        return False
+    return True
 
 
-def _asked(_number: int, _frame: FrameType | None) -> None:
+def _print() -> None:
     with contextlib.suppress(OSError):  # nobody reads
         os.write(sys.stderr.fileno(), report().encode(errors="replace"))  # print() may be under way in this thread
 

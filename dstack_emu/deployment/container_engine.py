@@ -45,7 +45,6 @@ _SHORT: Final = frozenset(
         ("network",),
         ("volume",),
         ("rm",),
-        ("create",),
         ("compose", "version"),
         ("image", "inspect"),
         ("image", "ls"),
@@ -116,13 +115,23 @@ class Engine:
 
         A command that `creates` something is not killed, but awaited also by a caller that is cancelled: the engine
         would go on without it, and what it made would appear after everything was removed. So such a command must not
-        pull, build, or wait for a container. `text` is its standard input, `variables` are set beside what the client
+        pull, build, or wait for a container: it has DEADLINE.
+
+        `text` is its standard input, `variables` are set beside what the client
         needs of this process, or of a guest's environment without `sees_host`, with which no engine is reached. Each
         line of its output is passed on to `output` as it comes, or kept; with `has_secrets` stdout is kept, and in no
         error. Raises `GuestError` if there is no such program.
         """
         environment = {**(variables or {}), **(_client() if sees_host else _client_in_guest())}
-        running = self._run(*arguments, text=text, environment=environment, output=output, has_secrets=has_secrets)
+        is_short = creates or not sees_host or arguments[:1] in _SHORT or arguments[:2] in _SHORT
+        running = self._run(
+            *arguments,
+            text=text,
+            environment=environment,
+            output=output,
+            has_secrets=has_secrets,
+            seconds=DEADLINE if is_short else None,
+        )
         return await (_finished(running) if creates else running)
 
     async def _run(
@@ -132,6 +141,7 @@ class Engine:
         environment: Mapping[str, str],
         output: Output | None,
         has_secrets: bool,
+        seconds: float | None,
     ) -> Result:
         last: deque[str] = deque(maxlen=_LINES)
         printed: list[str] = []
@@ -148,7 +158,7 @@ class Engine:
         what = f"`{' '.join((self.program, *arguments[:2]))}`"
         with Asked(what):
             try:
-                async with asyncio.timeout(DEADLINE if arguments[:1] in _SHORT or arguments[:2] in _SHORT else None):
+                async with asyncio.timeout(seconds):
                     status = await self._end_of(arguments, text, environment, took)
             except TimeoutError as error:
                 raise GuestError(
@@ -301,6 +311,8 @@ async def _finished(running: Coroutine[Any, Any, Result]) -> Result:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait({task})
+        with contextlib.suppress(asyncio.CancelledError, GuestError):
+            task.result()  # an error that nobody asks for would be logged
         raise
 
 

@@ -11,9 +11,11 @@ verified: only the status matters here.
 
 import socket
 import sys
+import time
 from typing import Final
 
 TIMEOUT: Final = 5.0
+"""Seconds for a whole request."""
 MAX_HEAD: Final = 4096
 
 
@@ -58,6 +60,7 @@ def _check_stack(folder: str) -> str:
 
 def _get(address: tuple[str, int], path: str, *, secure: bool) -> str:
     """GET a page; return the status in the first line of the answer, empty if it is not HTTP."""
+    until = time.monotonic() + TIMEOUT
     with socket.create_connection(address, TIMEOUT) as plain:
         stream: socket.socket = plain
         if secure:
@@ -69,6 +72,7 @@ def _get(address: tuple[str, int], path: str, *, secure: bool) -> str:
         stream.sendall(f"GET {path} HTTP/1.1\r\nHost: {address[0]}\r\nConnection: close\r\n\r\n".encode())
         head = b""
         while b"\r\n" not in head and len(head) < MAX_HEAD:
+            stream.settimeout(max(until - time.monotonic(), 0.001))  # a server may send a byte at a time
             chunk = stream.recv(MAX_HEAD)
             if not chunk:
                 break

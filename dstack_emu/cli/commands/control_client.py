@@ -1,17 +1,23 @@
 """The client of the control API that commands use: where the stack is, its token, and requests to it."""
 
+import contextlib
 import json
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from dstack_emu.cli.commands.common import UsageError
 from dstack_emu.deployment.config import DESCRIPTION_FILE, STATE_VARIABLE, TOKEN_FILE, TOKEN_VARIABLE
+from dstack_emu.transport.open_calls import Asked
 from dstack_emu.transport.ports import PORTS
 
 TIMEOUT: Final = 120.0
+"""Seconds for the connection, and for the next bytes of an answer."""
+SILENCE: Final = 60.0
+"""The same for a stream of events, of which control sends one each 15 s at least."""
 
 
 class ControlRefusedError(UsageError):
@@ -36,26 +42,35 @@ class Api:
 
     def send(self, method: str, path: str, body: Any = None) -> Any:
         """Send JSON and parse the answer; raise `ControlRefusedError` for a refusal, `UsageError` if none comes."""
-        try:
-            with self.open(method, path, body, timeout=TIMEOUT) as response:
-                return json.load(response)
-        except TimeoutError as error:
-            raise UsageError(f"{self._url}: no answer to {method} {path} within {TIMEOUT:g} s") from error
+        with self._open(method, path, body, timeout=TIMEOUT) as response:
+            return json.load(response)
 
-    def open(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> Any:
-        """Send JSON and return the answer as a stream; without `timeout`, wait for data without limit."""
+    def events(self, path: str) -> Iterator[Any]:
+        """Yield the events of a stream, parsed, until the stack ends it; raise as `send` does."""
+        with self._open("GET", path, timeout=SILENCE, accept="text/event-stream") as stream:
+            for line in stream:
+                if line.startswith(b"data: "):
+                    yield json.loads(line.removeprefix(b"data: "))
+
+    @contextlib.contextmanager
+    def _open(self, method: str, path: str, body: Any = None, *, timeout: float, accept: str = "*/*") -> Iterator[Any]:
+        """Send JSON and yield the answer as a stream."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(  # noqa: S310 - the URL is http, checked below, and the caller's own
-            self._url + path, data, self._headers, method=method
+            self._url + path, data, {**self._headers, "Accept": accept}, method=method
         )
-        try:
-            return self._opener.open(request, timeout=timeout)
-        except urllib.error.HTTPError as error:
-            raise ControlRefusedError(_refusal(error)) from error
-        except (urllib.error.URLError, OSError) as error:
-            reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            advice = "start one with `dstack-emu up`, or name one by --url or --state"
-            raise UsageError(f"no stack answers at {self._url} ({reason}): {advice}") from error
+        with Asked(method, request.full_url):
+            try:
+                with self._opener.open(request, timeout=timeout) as response:
+                    yield response
+            except urllib.error.HTTPError as error:
+                raise ControlRefusedError(_refusal(error)) from error
+            except TimeoutError as error:
+                raise UsageError(f"{self._url}: no answer to {method} {path} within {timeout:g} s") from error
+            except (urllib.error.URLError, OSError) as error:
+                reason = error.reason if isinstance(error, urllib.error.URLError) else error
+                advice = "start one with `dstack-emu up`, or name one by --url or --state"
+                raise UsageError(f"no stack answers at {self._url} ({reason}): {advice}") from error
 
 
 def _refusal(error: urllib.error.HTTPError) -> str:

@@ -127,9 +127,7 @@ def _denial(explained: dict[str, Any]) -> Iterator[str]:
 def _following(api: Api, position: int, past: list[Any], *, follow: bool) -> Iterator[Any]:
     yield from past
     if follow:
-        with api.open("GET", f"/journal/stream?since={position}") as stream:
-            for line in stream:
-                yield json.loads(line)
+        yield from api.events(f"/journal/stream?since={position}")
 
 
 def journal(api: Api, arguments: argparse.Namespace) -> Any:

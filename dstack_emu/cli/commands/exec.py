@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from dstack_emu.attest.errors import AttestError
+from dstack_emu.cli import waits
 from dstack_emu.cli.commands.common import WARNING, UsageError, say
 from dstack_emu.cli.commands.stack_options import add_stack_options, stack_config
 from dstack_emu.deployment.config import StackConfig
@@ -34,7 +35,7 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126
 PATIENCE: Final = 5.0
 """Seconds that a command has to end after the stack has failed, before it is killed."""
 
-_FORWARDED: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_FORWARDED: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 _FROM_THE_KEYBOARD: Final = (signal.SIGINT, signal.SIGQUIT)
 
 
@@ -55,7 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Run:
-    """Runs a command and forwards signals to it. A signal that comes before it runs ends the stack."""
+    """Runs a command and forwards signals to it. A signal that comes before it runs ends the stack.
+
+    SIGUSR1 is also answered here, and ends nothing here.
+    """
 
     def __init__(self, words: Sequence[str]) -> None:
         self._words = words
@@ -70,6 +74,7 @@ class _Run:
         for number in (*_FORWARDED, *_FROM_THE_KEYBOARD):
             if signal.getsignal(number) != signal.SIG_IGN:
                 loop.add_signal_handler(number, self._signal, number)
+        waits.answer_signal(self._forward_question)
         from dstack_emu.stack import Stack  # imported here, because it is slow and --help does not need it
 
         try:
@@ -112,6 +117,11 @@ class _Run:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), PATIENCE)
                 return
+
+    def _forward_question(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(waits.SIGNAL)
 
     def _signal(self, number: int) -> None:
         if self._process is not None:

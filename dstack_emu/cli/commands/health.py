@@ -10,6 +10,7 @@ from typing import Final
 from dstack_emu.cli.commands.common import UsageError, say, seconds_to_wait
 from dstack_emu.deployment.config import STATE_VARIABLE
 from dstack_emu.deployment.healthcheck import check
+from dstack_emu.transport.open_calls import Asked
 from dstack_emu.transport.urls import without_credentials
 
 DESCRIPTION = (
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _problems(arguments: argparse.Namespace) -> list[str]:
     targets = [*arguments.url, *(f"kms:{address}" for address in arguments.kms)]
     try:
-        problems = [problem for target in targets if (problem := check(target))]
+        problems = [problem for target in targets if (problem := _problem(target))]
     except ValueError as error:
         raise UsageError(without_credentials(str(error))) from error
     if arguments.state is not None:
@@ -74,6 +75,11 @@ def _problems(arguments: argparse.Namespace) -> list[str]:
 
         problems += asyncio.run(check_health(arguments.state))
     return problems
+
+
+def _problem(target: str) -> str:
+    with Asked("for the health", target.removeprefix("kms:")):
+        return check(target)
 
 
 def _state_of_environment() -> Path:
