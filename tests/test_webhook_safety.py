@@ -209,7 +209,12 @@ def test_webhook_that_allows_nobody_proves_nothing(policy_file: Path) -> None:
     assert (status, [each["name"] for each in report["requests"]]) == (1, ["kms unchanged", "app unchanged"])
     for each in report["requests"]:
         assert (each["level"], each["outcome"]) == ("unproven", "denied")
-        assert "give one that it allows by --allowed FILE" in each["said"]
+        assert "give one that it allows by --allowed FILE, or let it allow this one: mrAggregated " in each["said"]
+    rule = json.loads(policy_file.read_text())
+    kms, app = (each["said"] for each in report["requests"])
+    assert f"mrAggregated {rule['kms']['mrAggregated'][0].removeprefix('0x')}, osImageHash " in kms
+    for app_id, entry in rule["apps"].items():
+        assert app.endswith(f"appId {app_id}, composeHash {entry['composeHashes'][0]}".replace("0x", ""))
 
 
 def test_webhook_that_ends_at_a_malformed_request_does_not_pass(policy_file: Path) -> None:

@@ -27,6 +27,8 @@ MAX_UNANSWERED: Final = 5
 SafetyLevel = Literal["ok", "warning", "unsafe", "broken", "unexpected", "unproven"]
 FAILURES: Final[frozenset[SafetyLevel]] = frozenset(("unsafe", "broken", "unexpected", "unproven"))
 _CHANGE_FIRST: Final = "give one that it allows by --allowed FILE, or let it allow this one"
+_IDENTITY: Final = ("mrAggregated", "osImageHash", "deviceId", "appId", "composeHash")
+"""The members of a request that tell one trust domain from another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +190,10 @@ class _Path:
         elif is_allowed:
             self._record(name, "request", "allowed", answer, "ok")
         else:
+            document = _document(self._base.boot_info)
+            this = ", ".join(f"{member} {document[member]}" for member in _IDENTITY)
             why = "nothing that is denied proves anything" if name == _unchanged(self._side) else "it was, before"
-            said = f"the request that should be allowed is not ({answer.said}); {why}: {_CHANGE_FIRST}"
+            said = f"the request that should be allowed is not ({answer.said}); {why}: {_CHANGE_FIRST}: {this}"
             self._record(name, "request", "allowed", answer, "unproven", said)
         return is_allowed
 
