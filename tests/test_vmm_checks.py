@@ -148,14 +148,20 @@ def test_interfaces_have_the_mac_addresses_of_the_id(vmm: VmmClient) -> None:
     user, bridge = vmm.info(vm_id)["interfaces"]
     assert (user["backend"], user["mac"], user["bridge_name"], user["netdev_id"]) == ("slirp", macs[0], None, "net0")
     assert (bridge["backend"], bridge["mac"], bridge["bridge_name"]) == ("tap_bridge", macs[1], "b")
+    assert [(each["vhost"], each["queues"], each["macvtap_mode"]) for each in (user, bridge)] == [(False, 1, None)] * 2
+    assert vmm.info(vm_id)["running"] is False
 
 
-def test_status_finds_by_keyword_and_in_pages(vmm: VmmClient) -> None:
+def test_status_finds_by_keyword_and_status_and_in_pages(vmm: VmmClient) -> None:
+    """Upstream: list_vms in vmm/src/app.rs, and pull request 1193, which filters before it counts."""
     ids = [vmm.deploy(stopped=True, name=f"vm {number}", app_id=f"0{number}") for number in range(3)]
     for keyword, found in (("vm 1", [ids[1]]), (ids[2], [ids[2]]), ("02", [ids[2]]), (IMAGE, ids), ("none", [])):
         answer = vmm.rpc("Status", keyword=keyword)
         assert set(found) <= {each["id"] for each in answer["vms"]}
         assert answer["total"] == len(answer["vms"])
+    for status, found in (("stopped", ids), ("running", []), ("Stopped", []), ("", ids)):
+        answer = vmm.rpc("Status", status=status, page=1, page_size=2)
+        assert ([each["id"] for each in answer["vms"]], answer["total"]) == (found[:2], len(found))
     for page, size, shown in ((1, 2, ids[:2]), (2, 2, ids[2:]), (3, 2, []), (0, 2, ids), (2, 0, ids)):
         answer = vmm.rpc("Status", page=page, page_size=size)
         assert ([each["id"] for each in answer["vms"]], answer["total"]) == (shown, 3)

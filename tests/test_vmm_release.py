@@ -66,12 +66,34 @@ async def test_machine_has_networks_interfaces_and_a_simulated_tee_in_0_6_alone(
     info, binary, meta = await asked(tmp_path, release, ask, "[cvm.tee_simulator]")
     is_new = not is_old(release)
     assert ("interfaces" in info, "networking" in meta) == (is_new, is_new)
+    assert ("running" in info, meta.get("networking", {}).get("max_queues")) == (
+        (True, 16) if is_new else (False, None)
+    )
     found = info["configuration"]
     assert ({"networks", "simulated_tee"} <= found.keys(), found["no_tee"]) == (is_new, is_new)
     assert found["networking"] == ({"mode": "user", "bridge_name": ""} if is_new else {"mode": "user"})
     in_binary = pb.GetInfoResponse.FromString(binary).info
     assert (len(in_binary.interfaces), len(in_binary.configuration.networks)) == ((2, 2) if is_new else (0, 0))
     assert old.GetInfoResponse.FromString(binary).info.configuration.name == "app1"
+
+
+@BOTH
+async def test_queues_are_those_of_the_vcpus_if_vhost_is_on(tmp_path: Path, release: Release) -> None:
+    """Upstream: pull request 1145: one pair for each vCPU, 16 and cvm.max_net_queues at most, and none for `user`."""
+
+    def ask(vmm: VmmClient) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+        networks = [{"mode": "bridge", "bridge_name": "b"}, {"mode": "user"}]
+        found = [vmm.info(created(vmm, release, vcpu=vcpu, networks=networks)) for vcpu in (2, 9)]
+        return found, vmm.rpc("GetMeta"), vmm.rpc("Status", status="running")
+
+    more = "[cvm]\nmax_net_queues = 8\n[cvm.networking]\nvhost = true\n"
+    found, meta, running = await asked(tmp_path, release, ask, more)
+    assert len(running["vms"]) == (2 if is_old(release) else 0), "in 0.5 an unknown member"
+    if is_old(release):
+        return
+    told = [[(each["vhost"], each["queues"]) for each in info["interfaces"]] for info in found]
+    assert told == [[(True, 2), (False, 1)], [(True, 8), (False, 1)]]
+    assert (meta["networking"]["max_queues"], meta["networking"]["default_vhost"]) == (8, True)
 
 
 @BOTH

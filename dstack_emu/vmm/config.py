@@ -102,6 +102,7 @@ class NetworkingSection(_Section):
     bridge: str = ""
     mac_prefix: Annotated[str, Field(pattern=r"^([0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){0,2})?$")] = ""
     netdev: str = ""
+    vhost: bool = False
 
 
 class NetworkFilterSection(_Section):
@@ -155,6 +156,7 @@ class CvmSection(_Section):
     docker_registry: str = ""
     cid_start: Annotated[int, Field(ge=3)] = 1000
     cid_pool_size: Annotated[int, Field(ge=1)] = 1000
+    max_net_queues: Annotated[int, Field(ge=1, le=64)] = 16
     max_allocable_vcpu: Annotated[int, Field(ge=0)] = 20
     max_allocable_memory_in_mb: Annotated[int, Field(ge=0)] = 100_000
     volumes_dir: str = ""

@@ -55,7 +55,7 @@ class OneShot:
         """
         request = self._request()
         manifest = created_manifest(request, self.vm_id, self.created_at_ms, self.config.cvm, {}, self.release)
-        found = interfaces(manifest, self.config.cvm.networking)
+        found = interfaces(manifest, self.config.cvm)
         require_bridges(found)
         checks.check_image_name(manifest.image)
         self.factory.require_image(manifest.image)

@@ -1,6 +1,6 @@
 """The RPCs of a VMM: messages in, messages out, over the machines of a `Fleet`.
 
-Source: dstack `vmm/src/main_service.rs` at 312dc605.
+Source: dstack `vmm/src/main_service.rs` at 312dc605; what 0.6.0 added is that of vmm_rpc.proto at 030fbb21.
 """
 
 from collections.abc import Awaitable, Callable
@@ -82,6 +82,8 @@ class VmmService:
         found = self.fleet.ordered(request.ids)
         if keyword := request.keyword:
             found = [vm for vm in found if _contains(vm.manifest, keyword)]
+        if status := request.status:
+            found = [vm for vm in found if vm.status == status]
         shown = found
         if request.page and request.page_size:
             first = (request.page - 1) * request.page_size
@@ -123,7 +125,8 @@ class VmmService:
             shutdown_progress=vm.shutdown_progress,
             image_version=self._images.version(manifest.image),
             events=vm.recorded_events(),
-            interfaces=interfaces(manifest, self.config.cvm.networking),
+            running=vm.is_alive,
+            interfaces=interfaces(manifest, self.config.cvm),
         )
 
     def _app_url(self, vm: Vm, instance_id: str) -> str | None:
@@ -170,6 +173,8 @@ class VmmService:
                 supported_modes=["user", "bridge"],
                 default_mode=cvm.networking.mode,
                 default_bridge=cvm.networking.bridge,
+                max_queues=cvm.max_net_queues,
+                default_vhost=cvm.networking.vhost,
             ),
         )
 

@@ -16,6 +16,7 @@ from dstack_emu.transport.service import Rpc, ServiceTable, in_messages_of, with
 _OLD: Final[Mapping[type[Message], type[Message]]] = {
     pb.VmConfiguration: old.VmConfiguration,
     pb.UpdateVmRequest: old.UpdateVmRequest,
+    pb.StatusRequest: old.StatusRequest,
     pb.StatusResponse: old.StatusResponse,
     pb.GetInfoResponse: old.GetInfoResponse,
     pb.GetMetaResponse: old.GetMetaResponse,

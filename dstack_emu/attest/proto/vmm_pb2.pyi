@@ -152,18 +152,20 @@ class ResizeVmRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ..., vcpu: _Optional[int] = ..., memory: _Optional[int] = ..., disk_size: _Optional[int] = ..., image: _Optional[str] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
-    __slots__ = ("ids", "brief", "keyword", "page", "page_size")
+    __slots__ = ("ids", "brief", "keyword", "page", "page_size", "status")
     IDS_FIELD_NUMBER: _ClassVar[int]
     BRIEF_FIELD_NUMBER: _ClassVar[int]
     KEYWORD_FIELD_NUMBER: _ClassVar[int]
     PAGE_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
     ids: _containers.RepeatedScalarFieldContainer[str]
     brief: bool
     keyword: str
     page: int
     page_size: int
-    def __init__(self, ids: _Optional[_Iterable[str]] = ..., brief: _Optional[bool] = ..., keyword: _Optional[str] = ..., page: _Optional[int] = ..., page_size: _Optional[int] = ...) -> None: ...
+    status: str
+    def __init__(self, ids: _Optional[_Iterable[str]] = ..., brief: _Optional[bool] = ..., keyword: _Optional[str] = ..., page: _Optional[int] = ..., page_size: _Optional[int] = ..., status: _Optional[str] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
     __slots__ = ("vms", "port_mapping_enabled", "total")
@@ -176,7 +178,7 @@ class StatusResponse(_message.Message):
     def __init__(self, vms: _Optional[_Iterable[_Union[VmInfo, _Mapping]]] = ..., port_mapping_enabled: _Optional[bool] = ..., total: _Optional[int] = ...) -> None: ...
 
 class VmInfo(_message.Message):
-    __slots__ = ("id", "name", "status", "uptime", "app_url", "app_id", "instance_id", "configuration", "exited_at", "boot_progress", "boot_error", "shutdown_progress", "image_version", "events", "interfaces")
+    __slots__ = ("id", "name", "status", "uptime", "app_url", "app_id", "instance_id", "configuration", "exited_at", "boot_progress", "boot_error", "shutdown_progress", "image_version", "events", "interfaces", "running")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
@@ -192,6 +194,7 @@ class VmInfo(_message.Message):
     IMAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     INTERFACES_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     status: str
@@ -207,7 +210,8 @@ class VmInfo(_message.Message):
     image_version: str
     events: _containers.RepeatedCompositeFieldContainer[GuestEvent]
     interfaces: _containers.RepeatedCompositeFieldContainer[NetworkInterfaceStatus]
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., status: _Optional[str] = ..., uptime: _Optional[str] = ..., app_url: _Optional[str] = ..., app_id: _Optional[str] = ..., instance_id: _Optional[str] = ..., configuration: _Optional[_Union[VmConfiguration, _Mapping]] = ..., exited_at: _Optional[str] = ..., boot_progress: _Optional[str] = ..., boot_error: _Optional[str] = ..., shutdown_progress: _Optional[str] = ..., image_version: _Optional[str] = ..., events: _Optional[_Iterable[_Union[GuestEvent, _Mapping]]] = ..., interfaces: _Optional[_Iterable[_Union[NetworkInterfaceStatus, _Mapping]]] = ...) -> None: ...
+    running: bool
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., status: _Optional[str] = ..., uptime: _Optional[str] = ..., app_url: _Optional[str] = ..., app_id: _Optional[str] = ..., instance_id: _Optional[str] = ..., configuration: _Optional[_Union[VmConfiguration, _Mapping]] = ..., exited_at: _Optional[str] = ..., boot_progress: _Optional[str] = ..., boot_error: _Optional[str] = ..., shutdown_progress: _Optional[str] = ..., image_version: _Optional[str] = ..., events: _Optional[_Iterable[_Union[GuestEvent, _Mapping]]] = ..., interfaces: _Optional[_Iterable[_Union[NetworkInterfaceStatus, _Mapping]]] = ..., running: _Optional[bool] = ...) -> None: ...
 
 class GuestEvent(_message.Message):
     __slots__ = ("event", "body", "timestamp")
@@ -220,18 +224,24 @@ class GuestEvent(_message.Message):
     def __init__(self, event: _Optional[str] = ..., body: _Optional[str] = ..., timestamp: _Optional[int] = ...) -> None: ...
 
 class NetworkInterfaceStatus(_message.Message):
-    __slots__ = ("mode", "backend", "mac", "bridge_name", "netdev_id")
+    __slots__ = ("mode", "backend", "mac", "bridge_name", "netdev_id", "vhost", "queues", "macvtap_mode")
     MODE_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     MAC_FIELD_NUMBER: _ClassVar[int]
     BRIDGE_NAME_FIELD_NUMBER: _ClassVar[int]
     NETDEV_ID_FIELD_NUMBER: _ClassVar[int]
+    VHOST_FIELD_NUMBER: _ClassVar[int]
+    QUEUES_FIELD_NUMBER: _ClassVar[int]
+    MACVTAP_MODE_FIELD_NUMBER: _ClassVar[int]
     mode: str
     backend: str
     mac: str
     bridge_name: str
     netdev_id: str
-    def __init__(self, mode: _Optional[str] = ..., backend: _Optional[str] = ..., mac: _Optional[str] = ..., bridge_name: _Optional[str] = ..., netdev_id: _Optional[str] = ...) -> None: ...
+    vhost: bool
+    queues: int
+    macvtap_mode: str
+    def __init__(self, mode: _Optional[str] = ..., backend: _Optional[str] = ..., mac: _Optional[str] = ..., bridge_name: _Optional[str] = ..., netdev_id: _Optional[str] = ..., vhost: _Optional[bool] = ..., queues: _Optional[int] = ..., macvtap_mode: _Optional[str] = ...) -> None: ...
 
 class GetInfoResponse(_message.Message):
     __slots__ = ("found", "info")
@@ -330,14 +340,18 @@ class ResourcesSettings(_message.Message):
     def __init__(self, max_cvm_number: _Optional[int] = ..., max_allocable_vcpu: _Optional[int] = ..., max_allocable_memory_in_mb: _Optional[int] = ...) -> None: ...
 
 class NetworkingCapabilities(_message.Message):
-    __slots__ = ("supported_modes", "default_mode", "default_bridge")
+    __slots__ = ("supported_modes", "default_mode", "default_bridge", "max_queues", "default_vhost")
     SUPPORTED_MODES_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_MODE_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_BRIDGE_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUES_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_VHOST_FIELD_NUMBER: _ClassVar[int]
     supported_modes: _containers.RepeatedScalarFieldContainer[str]
     default_mode: str
     default_bridge: str
-    def __init__(self, supported_modes: _Optional[_Iterable[str]] = ..., default_mode: _Optional[str] = ..., default_bridge: _Optional[str] = ...) -> None: ...
+    max_queues: int
+    default_vhost: bool
+    def __init__(self, supported_modes: _Optional[_Iterable[str]] = ..., default_mode: _Optional[str] = ..., default_bridge: _Optional[str] = ..., max_queues: _Optional[int] = ..., default_vhost: _Optional[bool] = ...) -> None: ...
 
 class ListGpusResponse(_message.Message):
     __slots__ = ("gpus", "allow_attach_all")

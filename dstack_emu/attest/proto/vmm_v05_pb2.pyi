@@ -88,6 +88,20 @@ class UpdateVmRequest(_message.Message):
     no_tee: bool
     def __init__(self, id: _Optional[str] = ..., compose_file: _Optional[str] = ..., encrypted_env: _Optional[bytes] = ..., user_config: _Optional[str] = ..., update_ports: _Optional[bool] = ..., ports: _Optional[_Iterable[_Union[PortMapping, _Mapping]]] = ..., update_kms_urls: _Optional[bool] = ..., kms_urls: _Optional[_Iterable[str]] = ..., update_gateway_urls: _Optional[bool] = ..., gateway_urls: _Optional[_Iterable[str]] = ..., gpus: _Optional[_Union[GpuConfig, _Mapping]] = ..., vcpu: _Optional[int] = ..., memory: _Optional[int] = ..., disk_size: _Optional[int] = ..., image: _Optional[str] = ..., no_tee: _Optional[bool] = ...) -> None: ...
 
+class StatusRequest(_message.Message):
+    __slots__ = ("ids", "brief", "keyword", "page", "page_size")
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    BRIEF_FIELD_NUMBER: _ClassVar[int]
+    KEYWORD_FIELD_NUMBER: _ClassVar[int]
+    PAGE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[str]
+    brief: bool
+    keyword: str
+    page: int
+    page_size: int
+    def __init__(self, ids: _Optional[_Iterable[str]] = ..., brief: _Optional[bool] = ..., keyword: _Optional[str] = ..., page: _Optional[int] = ..., page_size: _Optional[int] = ...) -> None: ...
+
 class StatusResponse(_message.Message):
     __slots__ = ("vms", "port_mapping_enabled", "total")
     VMS_FIELD_NUMBER: _ClassVar[int]
