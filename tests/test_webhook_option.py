@@ -15,6 +15,7 @@ from dstack_emu.deployment.environment import environment
 from dstack_emu.deployment.errors import StackError
 from dstack_emu.runbook.target import Target, TargetError
 from dstack_emu.testing import LiveStack, Refused
+from tests.commands import run_command
 from tests.their_webhook import TheirWebhook, their_webhook
 
 
@@ -31,6 +32,12 @@ def test_kms_asks_a_webhook_of_ones_own() -> None:
             stack.boot()
         (call,) = stack.journal.find(call="/bootAuth/app", outcome="denied")[-1:]
         assert (call["service"], call["caller"]) == ("webhook", "kms-src")
+        explained = run_command("ctl", "--url", stack.services["control"], "why").stdout.decode()
+        assert explained.startswith(
+            f"{call['id']}: webhook denied /bootAuth/app: not on their list\n"
+            f"  kms-src asks the webhook {webhook.url}: change its policy there, the stack has none for it\n"
+            f"  It was asked about:\n    appId {stack.app().app_id}\n    composeHash {stack.app().compose_hash}\n"
+        )
         webhook.allowed.add(stack.app().info["app_id"])
         assert stack.boot().has_keys
         webhook.allowed = {"*"}

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic.alias_generators import to_camel
+
 from dstack_emu.auth.policy import Policy
 from dstack_emu.auth.spelling import unread_keys
 from dstack_emu.cli.commands.common import UsageError, say
@@ -117,6 +119,9 @@ def _denial(explained: dict[str, Any]) -> Iterator[str]:
     change = explained.get("change")
     if obstacle := explained.get("problem") or explained.get("no_change_because"):
         yield f"  {obstacle}"
+        yield from ["  It was asked about:"] if decision.get("asked") else []
+        for name, value in decision.get("asked", {}).items():
+            yield f"    {to_camel(name)} {', '.join(value) if isinstance(value, list) else value}".rstrip()
     elif change is None:
         yield "  It would be allowed now."
     else:
