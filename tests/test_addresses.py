@@ -19,6 +19,7 @@ from dstack_emu.transport.http import Application, Request, Response
 from dstack_emu.transport.listen import bind_tcp, reachable, serve
 from dstack_emu.transport.localhost_socket import LocalhostSocket, bound_host
 from tests.commands import usage_error
+from tests.ports import free_port
 
 
 def _has_ipv6() -> bool:
@@ -175,9 +176,9 @@ async def _page(request: Request) -> Response:
 
 
 async def test_socket_of_localhost_is_two_with_one_port_and_can_be_bound_again() -> None:
-    sock = bind_tcp("localhost", 0)
+    port = free_port()
+    sock = bind_tcp("localhost", port)
     assert isinstance(sock, LocalhostSocket)
-    port = sock.getsockname()[1]
     assert (sock.twin is not None, bound_host(sock), reachable(sock)) == (HAS_IPV6, "localhost", f"127.0.0.1:{port}")
     with pytest.raises(ListenError, match="the address is in use"):
         bind_tcp("localhost", port)
@@ -196,8 +197,8 @@ async def test_socket_of_localhost_is_two_with_one_port_and_can_be_bound_again()
 
 @needs_ipv6
 def test_localhost_whose_port_is_in_use_on_one_family_is_refused_by_that_address() -> None:
-    with socket.create_server(("::1", 0), family=socket.AF_INET6) as other:
-        port = other.getsockname()[1]
-        with pytest.raises(ListenError, match=rf"\[::1\]:{port}"):
-            bind_tcp("localhost", port)
+    port = free_port()
+    taken = socket.create_server(("::1", port), family=socket.AF_INET6)
+    with taken, pytest.raises(ListenError, match=rf"\[::1\]:{port}"):
+        bind_tcp("localhost", port)
     bind_tcp("localhost", port).close()

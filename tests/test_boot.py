@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from tests import foreign
 from tests.commands import ask, run_command, serving, usage_error
 from tests.foreign import Guest
 from tests.kms_files import copy_keys, write_kms_toml
-from tests.ports import refusing_port
+from tests.ports import free_port, refusing_port
 from tests.processes import Command, start
 from tests.running import RunningStack, running_kms
 from tests.test_foreign_client import RootKeys, hkdf
@@ -253,12 +252,6 @@ def test_key_file_with_keys_of_a_kms_gets_its_certificates_there(
     path.write_text(json.dumps(document))
     said = f"{path}: key_provider.Kms.url: https://host:port/prpc expected, got '127.0.0.1:9301'"
     assert usage_error("agent", "--keys", str(path)) == said
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 # ---- refusals

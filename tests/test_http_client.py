@@ -14,6 +14,7 @@ from dstack_emu.transport.failures import AnswerTooLongError, NoAnswerError
 from dstack_emu.transport.http.answer import AnswerReader
 from dstack_emu.transport.http.client_connection import ClientConnection
 from dstack_emu.transport.http_client import HttpAnswer, HttpClient
+from tests.ports import refusing_port
 
 MAX = 1000
 BODY = b'{"isAllowed": true}'
@@ -277,11 +278,7 @@ async def test_a_url_that_is_none_is_refused(client: HttpClient, url: str) -> No
     assert str(refused.value) == "not a URL"
 
 
-async def test_a_server_that_is_not_there_is_an_error(server: Server, client: HttpClient) -> None:
-    listener = await asyncio.start_server(server.converse, "127.0.0.1", 0)
-    port = listener.sockets[0].getsockname()[1]
-    listener.close()
-    await listener.wait_closed()
-    with pytest.raises(NoAnswerError) as refused:
+async def test_a_server_that_is_not_there_is_an_error(client: HttpClient) -> None:
+    with refusing_port() as port, pytest.raises(NoAnswerError) as refused:
         await client.send("POST", f"http://127.0.0.1:{port}")
     assert str(refused.value) == "Connection refused"

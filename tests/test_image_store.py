@@ -30,6 +30,7 @@ from dstack_emu.simulator.trust_domain import AppCompose, TrustDomain
 from dstack_emu.transport.image_archive import Limits
 from dstack_emu.transport.image_store import ImageStore
 from dstack_emu.transport.listen import bind_tcp, serve
+from tests.ports import refusing_port
 
 LIMITS = Limits(archive=200_000, unpacked=100_000, entries=20)
 IMAGE = OsImage.from_seed(Seed.of("image store").derive)
@@ -417,12 +418,11 @@ async def test_other_status_is_refused(status: int, shown: str, host: Host, stor
 
 
 async def test_nobody_there_is_an_error_of_the_request(tmp_path: Path) -> None:
-    sock = bind_tcp("127.0.0.1", 0)
-    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-    sock.close()
-    store = ImageStore(tmp_path, f"{url}/mr_{{OS_IMAGE_HASH}}.tar.gz", 20)
-    said = await refusal(store)
-    await store.close()
+    with refusing_port() as port:
+        url = f"http://127.0.0.1:{port}"
+        store = ImageStore(tmp_path, f"{url}/mr_{{OS_IMAGE_HASH}}.tar.gz", 20)
+        said = await refusal(store)
+        await store.close()
     assert said == (
         f"Failed to download image {HASH}: Failed to download image: error sending request for url "
         f"({url}/mr_{HASH}.tar.gz): Connection refused"

@@ -17,7 +17,7 @@ from tests import foreign
 from tests.commands import serving
 from tests.foreign import Authority, Guest
 from tests.kms_process import Kms, World, ends, running, variables
-from tests.ports import refusing_port
+from tests.ports import free_port, refusing_port
 from tests.reflected import reflected
 from tests.transports import UNAVAILABLE
 
@@ -162,7 +162,7 @@ def test_rpc_port_turns_clients_away_until_the_onboard_phase_has_ended(
             "rpc.address": rpc[0],
             "rpc.port": str(rpc[1]),
             "core.onboard.address": "127.0.0.1",
-            "core.onboard.port": "0",
+            "core.onboard.port": str(free_port()),
         }
         kms = stack.enter_context(running(tmp_path, world, "--release", release, listen="", **variables(keys)))
 

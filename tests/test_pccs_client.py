@@ -26,6 +26,7 @@ from dstack_emu.simulator.vendor_state import VendorState
 from dstack_emu.transport.http import Handler, Request, Response
 from dstack_emu.transport.listen import bind_tcp, serve
 from dstack_emu.transport.pccs_client import AttestationVerifier, PccsClient
+from tests.ports import refusing_port
 
 TIMEOUT = 10
 
@@ -282,12 +283,10 @@ async def test_other_evidence_around_the_same_quote_is_verified_anew(pccs: Pccs,
 
 @pytest.mark.parametrize("pccs", ["ours"], indirect=True)
 async def test_a_pccs_that_is_down_is_a_refusal_for_everyone_who_waits(pccs: Pccs) -> None:
-    socket = bind_tcp("127.0.0.1", 0)
-    port = socket.getsockname()[1]
-    socket.close()
-    client = PccsClient(f"http://127.0.0.1:{port}")
-    verifier = AttestationVerifier(client, TrustAnchor(pccs.intel.root_der), lambda: pccs.now)
-    refusals = await asyncio.gather(*(_status(verifier, pccs.evidence()) for _ in range(3)), return_exceptions=True)
+    with refusing_port() as port:
+        client = PccsClient(f"http://127.0.0.1:{port}")
+        verifier = AttestationVerifier(client, TrustAnchor(pccs.intel.root_der), lambda: pccs.now)
+        refusals = await asyncio.gather(*(_status(verifier, pccs.evidence()) for _ in range(3)), return_exceptions=True)
     assert [type(refusal) for refusal in refusals] == [UnverifiableError] * 3
     assert all("Connection refused" in str(refusal) for refusal in refusals)
     await client.close()

@@ -17,6 +17,7 @@ from dstack_emu.transport.client import PrpcClient, RpcError, TransportError
 from dstack_emu.transport.http import Request
 from dstack_emu.transport.listen import bind_tcp, bind_unix
 from tests.identities import Identity, self_signed, server_tls
+from tests.ports import refusing_port
 from tests.toy import Toy, application, served
 
 
@@ -123,16 +124,15 @@ async def test_client_refuses_an_answer_that_is_not_the_message(body: bytes, err
 
 
 async def test_client_names_a_refused_connection_and_a_missing_socket(tmp_path: Path) -> None:
-    with bind_tcp("127.0.0.1", 0) as closed:
-        port = closed.getsockname()[1]
-    for address, cause in [
-        (f"http://127.0.0.1:{port}", "Connection refused"),
-        (f"unix:{tmp_path}/none.sock", "No such file or directory"),
-    ]:
-        async with PrpcClient(address, timeout=5) as client:
-            with pytest.raises(TransportError) as caught:
-                await client.call("Version", Empty(), guest.WorkerVersion)
-        assert caught.value.cause == cause
+    with refusing_port() as port:
+        for address, cause in [
+            (f"http://127.0.0.1:{port}", "Connection refused"),
+            (f"unix:{tmp_path}/none.sock", "No such file or directory"),
+        ]:
+            async with PrpcClient(address, timeout=5) as client:
+                with pytest.raises(TransportError) as caught:
+                    await client.call("Version", Empty(), guest.WorkerVersion)
+            assert caught.value.cause == cause
         assert address in str(caught.value)
 
 

@@ -31,6 +31,7 @@ from dstack_emu.kms_emu.errors import NotAttestedError
 from dstack_emu.kms_emu.server import KmsServer
 from tests import foreign
 from tests.foreign import Answer, Guest
+from tests.ports import free_port
 from tests.running import RunningStack, running_kms
 
 Reply = Callable[[BufferedIOBase], None]
@@ -83,7 +84,7 @@ class Webhook:
 
     def __init__(self) -> None:
         self.replies: dict[str, Reply] = {}
-        self.port = 0
+        self.port = free_port()
         self._connections: list[socket.socket] = []
         self.listen()
 
@@ -97,7 +98,7 @@ class Webhook:
         return self.url if question == "info" else f"{self.url}/bootAuth/{question}"
 
     def listen(self) -> None:
-        """Listen, where it listened before if it did."""
+        """Listen, where it listened before."""
         webhook = self
 
         class Handler(socketserver.StreamRequestHandler):
@@ -110,7 +111,6 @@ class Webhook:
             request_queue_size = 64
 
         self._listener = Listener(("127.0.0.1", self.port), Handler)
-        self.port = int(self._listener.server_address[1])
         threading.Thread(target=self._listener.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def close(self) -> None:
