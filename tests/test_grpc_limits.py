@@ -13,6 +13,7 @@ import pytest
 
 from tests import foreign
 from tests.commands import serving
+from tests.http2 import DATA, END_HEADERS, HEADERS, PREFACE, SETTINGS, frame, header_block
 from tests.reflected import reflected
 from tests.running import RunningStack, running_stack
 from tests.test_grpc_kms import kms_process
@@ -143,25 +144,6 @@ def test_keys_are_stored_whole_or_not_at_all_whenever_the_call_ends(ready_stack:
 
 
 # ---- floods
-
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, SETTINGS = 0, 1, 4
-END_HEADERS = 4
-
-
-def frame(kind: int, stream: int, payload: bytes, flags: int = 0) -> bytes:
-    """One frame of HTTP/2."""
-    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + struct.pack(">I", stream) + payload
-
-
-def header_block(path: str) -> bytes:
-    """The headers of a gRPC call, each a literal without index."""
-    headers = {":method": "POST", ":scheme": "https", ":path": path, ":authority": "127.0.0.1"}
-    headers |= {"content-type": "application/grpc", "te": "trailers"}
-    return b"".join(
-        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-        for name, value in headers.items()
-    )
 
 
 def half_open(target: str, streams: int) -> ssl.SSLSocket:

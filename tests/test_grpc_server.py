@@ -1,7 +1,9 @@
 """The gRPC server itself, over a table of this file's own: what it does with errors, interceptors and tables."""
 
 import asyncio
+import contextlib
 import logging
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,6 +28,7 @@ from dstack_emu.transport.grpc_server import (
 )
 from dstack_emu.transport.listen import ListenError, bind_tcp, reserve_unix
 from dstack_emu.transport.service import Rpc, ServiceTable
+from tests.http2 import ACK, DATA, END_HEADERS, END_STREAM, HEADERS, PREFACE, SETTINGS, frame, header_block
 
 WORKER = "dstack_guest.Worker"
 Handler = Callable[[Any, Any], Awaitable[Any]]
@@ -79,6 +82,27 @@ def raising(error: Exception) -> Handler:
 
 async def answering(context: Any, request: Empty) -> pb.WorkerVersion:
     return pb.WorkerVersion(version=str(context))
+
+
+async def test_client_that_lets_no_byte_of_its_answer_in_is_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dstack_emu.transport.grpc_server.READING", 0.2)
+    sock = bind_tcp("127.0.0.1", 0)
+    server = await serve_grpc((worker(answering),), Listener(sock), statuses={})
+    reader, writer = await asyncio.open_connection(*sock.getsockname())
+    no_window = struct.pack(">HI", 4, 0)
+    writer.write(PREFACE + frame(SETTINGS, 0, no_window) + frame(SETTINGS, 0, b"", ACK))
+    writer.write(frame(HEADERS, 1, header_block(f"/{WORKER}/Version"), END_HEADERS))
+    writer.write(frame(DATA, 1, bytes(5), END_STREAM))
+    kinds = []
+    async with asyncio.timeout(20):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readexactly(9)
+                kinds.append(head[3])
+                await reader.readexactly(int.from_bytes(head[:3], "big"))
+    assert (HEADERS in kinds, DATA in kinds) == (True, False), "the answer has begun"
+    writer.close()
+    await server.close()
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from dstack_emu.transport.aside import run_aside
 from dstack_emu.transport.http.application import MAX_BODY
 from dstack_emu.transport.listen import GRACE, ListenError
 from dstack_emu.transport.open_calls import began, ended
-from dstack_emu.transport.relay import Relay, client_of, start_relay
+from dstack_emu.transport.relay import Relay, client_of, reset_connection, start_relay
 from dstack_emu.transport.service import Rpc, ServiceTable
 
 C = TypeVar("C")
@@ -67,7 +67,19 @@ MAX_PENDING: Final = 10_000
 STOP_TIMEOUT: Final = 5.0
 """Seconds to wait for grpcio's server to stop."""
 
+READING: Final = 60.0
+"""Seconds that the client of a port has to read its answer; then its connection is reset.
+
+HTTP/2 lets it refuse every byte of an answer and be alive otherwise. The connections of a socket file are grpcio's.
+"""
+
+_ALIVE: Final = 60_000
+"""Milliseconds without a byte after which a client is asked whether it lives, and those that it has for the answer."""
+
 _OPTIONS: Final = (
+    ("grpc.keepalive_time_ms", _ALIVE),
+    ("grpc.keepalive_timeout_ms", _ALIVE),
+    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_receive_message_length", MAX_BODY),
     ("grpc.max_send_message_length", -1),
     ("grpc.max_concurrent_streams", MAX_STREAMS),
@@ -240,6 +252,8 @@ class _Calls:
                 code, text = self._refusal(error, name)
             finally:
                 ended(answered)
+                late = asyncio.get_running_loop().call_later(READING, reset_connection, call.peer())
+                call.add_done_callback(lambda _: late.cancel())
                 if self._answered is not None:
                     self._answered(name, refused)
             await call.abort(code, text)
