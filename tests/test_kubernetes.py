@@ -150,6 +150,7 @@ def test_commands_of_the_page_name_what_is_there() -> None:
     assert set(re.findall(r"job/(\w+)", text)) == {
         each["metadata"]["name"] for root in ROOTS for each in manifests(FOLDER / root) if each["kind"] == "Job"
     }
+    assert set(re.findall(r"/dstack-emu:(\S+)", text)) == {EMULATOR}
     assert set(re.findall(r"generic (\S+) --from-literal=(\w+)=", text)) == {("dstack-emu-token", "token")}
 
 

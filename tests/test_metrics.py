@@ -10,6 +10,7 @@ import pytest_asyncio
 from prometheus_client import parser
 from prometheus_client.openmetrics import parser as openmetrics
 
+from dstack_emu.attest.version import EMULATOR
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.clock import StackClock
 from dstack_emu.observability.journal import Journal
@@ -69,7 +70,7 @@ async def test_calls_are_counted_as_the_journal_has_them(stack: Stack) -> None:
         assert counted == journal.calls(service=service) > 0
     assert value(found, "journal_records_total") == value(found, "journal_kept_records") == journal.position
     assert value(found, "kms_phase", service="kms-src", phase="runtime") == 1
-    assert value(found, "build_info", version="0.1.0", release="0.6", dstack_version="0.6.0") == 1
+    assert value(found, "build_info", version=EMULATOR, release="0.6", dstack_version="0.6.0") == 1
     assert value(found, "open_connections", service="control") >= 1
     assert found[("process_open_fds", frozenset())] > 0
 
