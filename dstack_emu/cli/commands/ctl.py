@@ -155,7 +155,9 @@ def _add_parts(command: _AddCommand) -> None:
     guest.add_argument("verb", nargs="?", choices=("list", "show", "add", "boot", "event", "remove"), default="list")
     guest.add_argument("name", nargs="?")
     pairs: dict[str, Any] = {"nargs": "*", "type": calls.pair, "metavar": "KEY=VALUE"}
-    guest.add_argument("fields", **pairs, help="add: app_id=, platform=, compose=@FILE …; boot: kms=")
+    guest.add_argument(
+        "fields", **pairs, help="add: app_id=, platform=, compose=@FILE …; boot: kms=; event: event=NAME payload=HEX"
+    )
 
     kms = command("kms", "show, add, onboard, restart or remove a KMS", calls.kms)
     verbs = ("list", "show", "add", "onboard", "restart", "remove")
