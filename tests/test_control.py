@@ -215,6 +215,18 @@ async def test_going_back_restores_all_that_was_changed(stack: Stack, control: C
     assert stack.app.agent.keys.k256_key == key
 
 
+async def test_reset_names_a_policy_that_cannot_be_written(control: Control) -> None:
+    folder = Path(control.policies()["src"]).parent
+    away = folder.rename(folder.with_name("away"))
+    try:
+        with pytest.raises(
+            ControlError, match="the state cannot be restored: .*auth-src.json cannot be written: No such"
+        ):
+            await control.reset()
+    finally:
+        away.rename(folder)
+
+
 async def test_reset_makes_a_kms_fresh_again_that_got_keys_since_and_the_same_script_makes_the_same_keys() -> None:
     async with own_stack(fresh=True) as stack:
         control = stack.control

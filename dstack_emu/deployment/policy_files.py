@@ -173,13 +173,16 @@ class PolicyFiles:
         return {name: _content(path) for name, path in self.paths.items()}
 
     def restore(self, state: PolicyContents) -> None:
-        """Restore captured contents."""
+        """Restore captured contents; raise `StackError`, which names a file that cannot be written."""
         for name, content in state.items():
             path = self.paths[name]
-            if content is None:
-                path.unlink(missing_ok=True)
-            elif _content(path) != content:
-                replace(path, content)
+            try:
+                if content is None:
+                    path.unlink(missing_ok=True)
+                elif _content(path) != content:
+                    replace(path, content)
+            except OSError as error:
+                raise StackError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _content(path: Path) -> bytes | None:
