@@ -135,7 +135,7 @@ class KmsDependencies:
             log=EventLog("dstack_emu.kms_emu", **({"site": core.site_name} if core.site_name else {})),
             evidence_form=config.emulator.rpc_cert_evidence,
             rpc_cert_names=config.emulator.rpc_cert_names,
-            images=_image_store(core, instruments.route) if core.image.verify else None,
+            images=_image_store(core, instruments.route, release) if core.image.verify else None,
             release=release,
             auth_cache_seconds=release.auth_api_cache_seconds if cached else 0,
             now=instruments.now,
@@ -157,6 +157,6 @@ def _auth_api(core: Core, release: Release, route: Route) -> AuthApi:
     return WebhookAuth(webhook.url, timeout=webhook.timeout, release=release, route=route)
 
 
-def _image_store(core: Core, route: Route) -> ImageStore:
-    image = core.image
-    return ImageStore(image.cache_dir, image.download_url, image.download_timeout, route=route)
+def _image_store(core: Core, route: Route, release: Release) -> ImageStore:
+    image, documents = core.image, release.measurement_documents
+    return ImageStore(image.cache_dir, image.download_url, image.download_timeout, route=route, documents=documents)

@@ -31,6 +31,7 @@ from dstack_emu.attest.image import (
     TdHobWitness,
     boot_event_log,
     cmdline_sha384,
+    file_authenticode,
     initrd_sha384,
     kernel_authenticode,
     measure,
@@ -91,9 +92,14 @@ def is_bootable(kernel: bytes) -> bool:
     return kernel.startswith(b"MZ")
 
 
-def kernel_digest(kernel: bytes, initrd_size: int) -> bytes:
-    """Return a kernel's digest, synthetic unless it is a PE; raise FormatError for a PE that cannot be measured."""
-    return kernel_authenticode(kernel, initrd_size) if is_bootable(kernel) else placeholder_digest("kernel", kernel)
+def kernel_digest(kernel: bytes, initrd_size: int, *, normalized: bool = False) -> bytes:
+    """Return a kernel's digest, synthetic unless it is a PE; raise FormatError for a PE that cannot be measured.
+
+    A firmware that normalizes its header measures the file as it is.
+    """
+    if not is_bootable(kernel):
+        return placeholder_digest("kernel", kernel)
+    return file_authenticode(kernel) if normalized else kernel_authenticode(kernel, initrd_size)
 
 
 @dataclass(frozen=True, slots=True)

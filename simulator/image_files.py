@@ -74,13 +74,17 @@ def disagreements(image: OsImage) -> list[str]:
     metadata = json.loads(image.files[METADATA_FILE])
     kernel, initrd = (image.files.get(metadata[part]) for part in ("kernel", "initrd"))
     found = []
+    declared = metadata.get("kernel_header_normalized", False)
+    if image.measurement.kernel_header_normalized != declared:
+        found.append(f"kernel_header_normalized is not that of {METADATA_FILE}")
     if image.measurement.cmdline_sha384 != cmdline_sha384(metadata["cmdline"]):
-        found.append(f"cmdline_sha384 is not of the command line in {METADATA_FILE}")
+        member = "cmdline_sha384" if image.measurement.cmdline is None else "cmdline"
+        found.append(f"{member} is not of the command line in {METADATA_FILE}")
     if initrd is not None and image.measurement.initrd_sha384 != initrd_sha384(initrd):
         found.append(f"initrd_sha384 is not of {metadata['initrd']}")
     if kernel is not None and initrd is not None:
         try:
-            digest = kernel_digest(kernel, len(initrd))
+            digest = kernel_digest(kernel, len(initrd), normalized=image.measurement.kernel_header_normalized)
         except FormatError as error:
             found.append(f"{metadata['kernel']} cannot be measured: {error}")
         else:

@@ -33,6 +33,7 @@ from dstack_emu.attest.image import (
     sha256sum_txt,
 )
 from dstack_emu.attest.quote import TdReport
+from dstack_emu.attest.release import RELEASES
 from dstack_emu.attest.vmconfig import VmConfig
 from dstack_emu.simulator.image import GIB, OsImage, placeholder_digest
 from tests.hardware import LEGACY, LITE, LITE_GET_QUOTE, boot
@@ -384,7 +385,7 @@ def set_version(value: object) -> Callable[[Json], object]:
 )
 def test_document_refused_when_one_member_is_wrong(steps: Json, change: Callable[[Json], object], reason: str) -> None:
     with pytest.raises(FormatError) as refusal:
-        ImageMeasurement.decode(changed_document(steps, change))
+        ImageMeasurement.decode(changed_document(steps, change), RELEASES["0.5"].measurement_documents)
     assert str(refusal.value) == f"TdxOsImageMeasurement: {reason}"
 
 

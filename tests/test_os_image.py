@@ -24,6 +24,7 @@ from dstack_emu.attest.os_image import (
     verify_lite,
 )
 from dstack_emu.attest.quote import TdReport
+from dstack_emu.attest.release import RELEASES
 from dstack_emu.attest.vmconfig import TdxMeasurement, VmConfig
 from tests.hardware import LITE, HardwareBoot, boot
 from tests.recorded import tdx_lite_steps
@@ -58,7 +59,7 @@ def config(hardware: HardwareBoot) -> VmConfig:
 
 def refusal(vm_config: VmConfig, log: tuple[TdxEvent, ...], report: TdReport) -> str:
     with pytest.raises(VerificationError) as refused:
-        verify_lite(vm_config, log, report)
+        verify_lite(vm_config, log, report, RELEASES["0.5"].measurement_documents)
     return str(refused.value)
 
 

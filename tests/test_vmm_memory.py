@@ -9,6 +9,7 @@ import pytest
 
 from dstack_emu.attest.release import DEFAULT
 from dstack_emu.deployment.machine_site import MEGABYTE, measured_memory
+from dstack_emu.simulator.image import OsImage
 from tests.test_vmm_release import asked
 from tests.vmm import COMPOSE, VmmClient, configuration
 
@@ -20,7 +21,7 @@ ALONE = COMPOSE.replace('"kms_enabled": true', '"kms_enabled": false')
     [(0, 2048), (1024, 2048), (2047, 2048), (2048, 2048), (2049, 2048), (2815, 2048), (2816, 2816), (3072, 3072)],
 )
 def test_memory_is_measured_as_2_gib_if_the_lite_variant_does_not_know_the_size(size: int, measured: int) -> None:
-    assert measured_memory(size * MEGABYTE) == measured * MEGABYTE
+    assert measured_memory(size * MEGABYTE, OsImage.from_seed(lambda label, size: bytes(size))) == measured * MEGABYTE
 
 
 async def test_every_size_of_memory_is_accepted_and_the_log_says_as_what_it_is_measured(short_folder: Path) -> None:

@@ -14,7 +14,7 @@ order and texts were seen on a real dstack-verifier. `sha256sum -c` is that of G
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Final, Self
 
@@ -24,6 +24,7 @@ from dstack_emu.attest.eventlog import RTMR_SIZE, TdxEvent
 from dstack_emu.attest.image import (
     ACPI_EVENT_NAMES,
     MEASUREMENT_FILE,
+    MEASUREMENT_VERSIONS,
     AcpiDigests,
     ImageMeasurement,
     Registers,
@@ -63,18 +64,25 @@ def require_registers(expected: Registers, report: TdReport) -> None:
 # ---- The lite variant
 
 
-def verify_lite(vm_config: VmConfig, event_log: Sequence[TdxEvent], report: TdReport) -> None:
+def verify_lite(
+    vm_config: VmConfig,
+    event_log: Sequence[TdxEvent],
+    report: TdReport,
+    versions: Collection[int] = MEASUREMENT_VERSIONS,
+) -> None:
     """Verify a boot by the measurement document in its VM config; raise `VerificationError` for the first failure.
 
     Checks and order are upstream's: there is a document, it belongs to the named image, it can be parsed, the log has
     three named ACPI digests, registers can be computed, and they are the quoted ones. The rest of the log is ignored.
     """
-    measurement = lite_measurement(vm_config)
+    measurement = lite_measurement(vm_config, versions)
     require_registers(lite_registers(measurement, vm_config, acpi_digests(event_log)), report)
 
 
-def lite_measurement(vm_config: VmConfig) -> ImageMeasurement:
+def lite_measurement(vm_config: VmConfig, versions: Collection[int] = MEASUREMENT_VERSIONS) -> ImageMeasurement:
     """Return the measurement document in a VM config; raise `VerificationError` if there is none for its image.
+
+    It has to be of one of the versions.
 
     Parsing the config has already verified the OVMF variant: there is only one.
     """
@@ -86,7 +94,7 @@ def lite_measurement(vm_config: VmConfig) -> ImageMeasurement:
     except FormatError as error:
         raise VerificationError(f"tdx lite measurement material does not match os_image_hash: {error}") from error
     try:
-        return ImageMeasurement.decode(document.measurement)
+        return ImageMeasurement.decode(document.measurement, versions)
     except FormatError as error:
         raise VerificationError(f"failed to decode vm_config.tdx_measurement CBOR: {error}") from error
 
@@ -146,10 +154,14 @@ def _no_acpi_digests(cause: str) -> VerificationError:
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """The facts about an image in metadata.json; the version is empty if there is none."""
+    """The facts about an image in metadata.json; the version is empty if there is none.
+
+    `kernel_header_normalized` says that its firmware normalizes the setup header before it measures the kernel.
+    """
 
     version: str
     is_dev: bool
+    kernel_header_normalized: bool = False
 
     @classmethod
     def parse(cls, text: bytes) -> Self:
@@ -166,7 +178,10 @@ class ImageInfo:
         version, is_dev = document.get("version", ""), document.get("is_dev", False)
         if not isinstance(version, str) or not isinstance(is_dev, bool):
             raise FormatError("Failed to parse image metadata: version: text, is_dev: true or false expected")
-        return cls(version, is_dev)
+        normalized = document.get("kernel_header_normalized", False)
+        if not isinstance(normalized, bool):
+            raise FormatError("Failed to parse image metadata: kernel_header_normalized: true or false expected")
+        return cls(version, is_dev, normalized)
 
 
 @dataclass(frozen=True, slots=True)

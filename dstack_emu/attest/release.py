@@ -72,6 +72,8 @@ class Release:
     """The highest manifest version that a guest boots; None if it checks none."""
     manifest_3_members: bool
     """Reads init_script, snapshotter, event_log_version, requirements and verity_volumes of an app-compose."""
+    measurement_documents: tuple[int, ...]
+    """The versions of an image's measurement document that a KMS and a verifier read."""
     tpm_key_provider: bool
     """The key provider `tpm` exists."""
     reports_every_kms: bool
@@ -219,6 +221,7 @@ _0_5: Final = Release(
     manifest_version_is_text=False,
     max_manifest_version=None,
     manifest_3_members=False,
+    measurement_documents=(3,),
     tpm_key_provider=False,
     reports_every_kms=False,
     verifies_usage_of_issuer=False,
@@ -290,6 +293,7 @@ _0_6: Final = Release(
     manifest_version_is_text=True,
     max_manifest_version=3,
     manifest_3_members=True,
+    measurement_documents=(3, 4),
     tpm_key_provider=True,
     reports_every_kms=True,
     verifies_usage_of_issuer=True,

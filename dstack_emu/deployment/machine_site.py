@@ -77,7 +77,7 @@ class MachineSite:
         manifest, image = launch.manifest, self.image(launch.manifest.image)
         config = image.vm_config(
             max(manifest.vcpu, 1),
-            measured_memory(manifest.memory * MEGABYTE),
+            measured_memory(manifest.memory * MEGABYTE, image),
             num_nics=len(manifest.networks) or 1,
             hugepages=manifest.hugepages,
             swtpm=manifest.swtpm,
@@ -112,9 +112,12 @@ def attestation_variant(requirements: Requirements | None) -> Literal["legacy", 
     return "legacy" if requirements is not None and requirements.tdx_measure_acpi_tables else "lite"
 
 
-def measured_memory(asked: int) -> int:
+def measured_memory(asked: int, image: OsImage) -> int:
     """Return the size of the memory in bytes: 2 GiB if the lite variant does not know the size that was asked for.
+
+    It knows every size for an image whose firmware normalizes the kernel's header.
 
     Upstream has the legacy variant then, whose images a KMS downloads.
     """
-    return asked if asked == LOW_MEMORY or asked >= HIGH_MEMORY else LOW_MEMORY
+    known = asked == LOW_MEMORY or asked >= HIGH_MEMORY or (asked > 0 and image.measurement.kernel_header_normalized)
+    return asked if known else LOW_MEMORY

@@ -46,10 +46,12 @@ async def serve_verifier(context: StackContext, closing: AsyncExitStack) -> Serv
 
     What else has to be closed is put on `closing`.
     """
-    images = ImageStore(context.state / "images", IMAGE_URL, IMAGE_TIMEOUT)
+    release = context.release_of(None)
+    documents = release.measurement_documents
+    images = ImageStore(context.state / "images", IMAGE_URL, IMAGE_TIMEOUT, documents=documents)
     closing.push_async_callback(images.close)
     verifier = context.verifier("verifier")
     closing.push_async_callback(verifier.pccs.close)
     observer = verdict_recorder(context.instrumentation.journal)
-    app = verifier_app(Verifier(verifier, images, context.release_of(None)), observer=observer)
+    app = verifier_app(Verifier(verifier, images, release), observer=observer)
     return await context.serve("verifier", app)

@@ -15,14 +15,14 @@ import asyncio
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from dstack_emu.attest.cache import Memo
 from dstack_emu.attest.errors import FormatError, UnverifiableError, VerificationError
-from dstack_emu.attest.image import AcpiDigests, ImageMeasurement, Registers, os_image_hash
+from dstack_emu.attest.image import MEASUREMENT_VERSIONS, AcpiDigests, ImageMeasurement, Registers, os_image_hash
 from dstack_emu.attest.os_image import (
     CHECKSUM_FILE,
     METADATA_FILE,
@@ -61,16 +61,11 @@ class ImageVerdict:
     acpi_tables_verified: bool
 
 
-def _read_config(text: str) -> tuple[VmConfig, ImageMeasurement | None]:
-    """Parse a VM config and its measurement document, which is None for the legacy variant."""
-    config = decode_vm_config(text)
-    return config, lite_measurement(config) if config.tdx_attestation_variant == "lite" else None
-
-
 class ImageStore:
     """Verifies boots against their images, with a cache in a folder. Close it to close its connections.
 
-    `download_url` contains PLACEHOLDER; `timeout` is for a whole download, in seconds.
+    `download_url` contains PLACEHOLDER; `timeout` is for a whole download, in seconds. `documents` are the versions of
+    the measurement document that are read.
     """
 
     def __init__(
@@ -81,6 +76,7 @@ class ImageStore:
         limits: Limits | None = None,
         *,
         route: Route = direct,
+        documents: Collection[int] = MEASUREMENT_VERSIONS,
     ) -> None:
         self._images, self._measurements = cache_dir / "images", cache_dir / "measurements"
         self._download_url, self._timeout = download_url, timeout
@@ -90,7 +86,8 @@ class ImageStore:
         # An archive may be served with Content-Encoding gzip; the client must not decompress it.
         self._client = HttpClient(timeout=timeout, max_answer=self._limits.archive, unpacks=False, route=route)
         # Many VMs boot one image in the same way, and each calls often.
-        self._read_config = Memo(_read_config, lambda text, _: 3 * len(text), max_entries=256, max_bytes=4 << 20)
+        self._documents = documents
+        self._read_config = Memo(self._parse, lambda text, _: 3 * len(text), max_entries=256, max_bytes=4 << 20)
         self._lite_registers = Memo(
             self._compute, lambda boot, _: len(boot[0]) + 512, max_entries=256, max_bytes=4 << 20
         )
@@ -123,6 +120,12 @@ class ImageStore:
         on_image(info)
         require_registers(self._computed_before(config), evidence.quote.report)
         return ImageVerdict(config, acpi_tables_verified=True)
+
+    def _parse(self, text: str) -> tuple[VmConfig, ImageMeasurement | None]:
+        """Parse a VM config and its measurement document, which is None for the legacy variant."""
+        config = decode_vm_config(text)
+        lite = config.tdx_attestation_variant == "lite"
+        return config, lite_measurement(config, self._documents) if lite else None
 
     def _compute(self, boot: tuple[str, AcpiDigests]) -> Registers:
         """Compute the registers of a lite boot: the text of its VM config, and the digests of its ACPI tables."""

@@ -29,14 +29,15 @@ from dstack_emu.attest.image.checksums import (
     sha256sum_entry,
     sha256sum_txt,
 )
-from dstack_emu.attest.image.files import cmdline_sha384, initrd_sha384, kernel_authenticode
-from dstack_emu.attest.image.measurement import OVMF_VARIANT, ImageMeasurement
+from dstack_emu.attest.image.files import cmdline_sha384, file_authenticode, initrd_sha384, kernel_authenticode
+from dstack_emu.attest.image.measurement import MEASUREMENT_VERSIONS, OVMF_VARIANT, ImageMeasurement
 from dstack_emu.attest.image.td_hob import TdHobWitness
 
 __all__ = [
     "ACPI_EVENT_NAMES",
     "CHECKED_FILES",
     "MEASUREMENT_FILE",
+    "MEASUREMENT_VERSIONS",
     "OVMF_VARIANT",
     "AcpiDigests",
     "ImageMeasurement",
@@ -45,6 +46,7 @@ __all__ = [
     "TdHobWitness",
     "boot_event_log",
     "cmdline_sha384",
+    "file_authenticode",
     "initrd_sha384",
     "kernel_authenticode",
     "measure",

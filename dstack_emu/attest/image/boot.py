@@ -1,6 +1,7 @@
 """The events that a machine measures while it boots an image, and the registers that follow from them."""
 
 import hashlib
+import re
 import struct
 from dataclasses import dataclass
 from typing import Final, Self
@@ -65,14 +66,37 @@ _LOAD_OPTIONS_TAG = struct.pack("<II", 0x8F3B22ED, 26) + b"LOADED_IMAGE::LoadOpt
 _INITRD_TAG = struct.pack("<II", 0x8F3B22EC, 13) + b"Linux initrd\0"
 
 
-def require_lite_memory_size(memory_size: int) -> None:
+def require_lite_memory_size(measurement: ImageMeasurement, memory_size: int) -> None:
     """Refuse a memory size for which QEMU patches the kernel unlike the measurement document's."""
-    if memory_size != LOW_MEMORY and memory_size < HIGH_MEMORY:
-        raise FormatError(
-            "TDX lite attestation without image download requires "
-            f"memory_size == {LOW_MEMORY} bytes ({LOW_MEMORY >> 20} MiB) "
-            f"or >= {HIGH_MEMORY} bytes ({HIGH_MEMORY >> 20} MiB); got {memory_size} bytes"
-        )
+    if measurement.kernel_header_normalized or memory_size == LOW_MEMORY or memory_size >= HIGH_MEMORY:
+        return
+    hint = (
+        ". This restriction only applies to images whose OVMF does not normalize the kernel setup header, because "
+        "QEMU's rewrite moves the initrd with guest RAM; re-emit the image to remove it"
+    )
+    raise FormatError(
+        "TDX lite attestation without image download requires "
+        f"memory_size == {LOW_MEMORY} bytes ({LOW_MEMORY >> 20} MiB) "
+        f"or >= {HIGH_MEMORY} bytes ({HIGH_MEMORY >> 20} MiB); got {memory_size} bytes"
+        f"{'' if measurement.cmdline is None else hint}"
+    )
+
+
+def _require_rootfs_hash(cmdline: str) -> None:
+    """Refuse a command line that pins no root file system."""
+    name = "dstack.rootfs_hash"
+    values = [word.removeprefix(f"{name}=") for word in cmdline.split() if word.startswith(f"{name}=")]
+    if not values:
+        fault = f"{name} is required in amd sev-snp measured cmdline"
+    elif not values[0]:
+        fault = f"{name} must not be empty"
+    elif not re.fullmatch("(?:[0-9a-fA-F]{2})+", values[0]):
+        fault = f"{name} must be valid hex"
+    elif len(values[0]) != 64:
+        fault = f"{name} must be 32 bytes"
+    else:
+        return
+    raise FormatError(f"failed to parse {name} from tdx.measurement.image.base_cmdline: {fault}")
 
 
 def boot_event_log(
@@ -83,7 +107,7 @@ def boot_event_log(
     kernel_size only fills a payload that no digest covers. Raises FormatError for a memory size that the
     document does not fit, a bad witness, or a digest that is not 48 bytes, checked in upstream's order.
     """
-    require_lite_memory_size(vm_config.memory_size)
+    require_lite_memory_size(measurement, vm_config.memory_size)
     try:
         witness = TdHobWitness.parse(measurement.td_hob)
     except FormatError as error:
@@ -91,6 +115,8 @@ def boot_event_log(
     td_hob = _sha384(witness.td_hob(vm_config.memory_size))
     kernel = _digest(measurement.kernel_authenticode, "image.kernel_authenticode")
     initrd = _digest(measurement.initrd_sha384, "image.initrd_sha384")
+    if measurement.cmdline is not None:
+        _require_rootfs_hash(measurement.cmdline)
     cmdline = _digest(measurement.cmdline_sha384, "image.kernel_cmdline_sha384")
 
     td_hob_table = b"\x09TdxTable\0" + struct.pack("<Q16sQ", 1, _TD_HOB_TABLE.bytes_le, witness.hob_address)
@@ -132,7 +158,7 @@ def measure(measurement: ImageMeasurement, vm_config: VmConfig, acpi_digests: Ac
     Of vm_config count memory_size, qemu_version and qemu_single_pass_add_pages. Raises FormatError as
     `boot_event_log` does, and for a QEMU version that is none or before 8.0.0.
     """
-    require_lite_memory_size(vm_config.memory_size)
+    require_lite_memory_size(measurement, vm_config.memory_size)
     two_pass = QemuOptions.of(vm_config).two_pass_add_pages
     mrtd = _digest(measurement.mrtd_two_pass if two_pass else measurement.mrtd_single_pass, "tdvf.mrtd")
     events = boot_event_log(measurement, vm_config, acpi_digests)

@@ -27,6 +27,11 @@ def kernel_authenticode(kernel: bytes, initrd_size: int, memory_size: int = HIGH
     return _authenticode_sha384(_patch_kernel(kernel, initrd_size, memory_size))
 
 
+def file_authenticode(kernel: bytes) -> bytes:
+    """Digest a bzImage as firmware sees it that normalizes the setup header: Authenticode sha384 of the file."""
+    return _authenticode_sha384(kernel)
+
+
 def _patch_kernel(kernel: bytes, initrd_size: int, memory_size: int) -> bytes:
     if len(kernel) < 0x1000:
         raise FormatError(f"the kernel image is too short: {len(kernel)} bytes, expected at least 4096")

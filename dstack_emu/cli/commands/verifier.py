@@ -105,7 +105,10 @@ async def _verifier(
     attestation = config.attestation
     pccs = PccsClient(pccs_url, ttl=attestation.collateral_ttl, revalidates_at_once=attestation.emulated_pccs)
     images = ImageStore(
-        Path(config.image_cache_dir), config.image_download_url, float(config.image_download_timeout_secs)
+        Path(config.image_cache_dir),
+        config.image_download_url,
+        float(config.image_download_timeout_secs),
+        documents=release.measurement_documents,
     )
     try:
         yield Verifier(AttestationVerifier(pccs, anchor, wall_clock), images, release)
