@@ -545,7 +545,7 @@ def test_pccs_that_is_down_fails_the_collateral_check_with_its_url() -> None:
     assert first["got"].startswith("error sending request for url (http://127.0.0.1:1/")
     done = run_command("verify", "-", "--pccs", "nonsense", stdin=world().evidence.quote)
     assert (done.returncode, done.stderr) == (1, b"")
-    assert "The quote is not proven: what holds beside it proves nothing." in done.stdout.decode()
+    assert "The quote is not proven: what holds beside it proves nothing.\n--pccs URL names" in done.stdout.decode()
 
 
 def test_json_has_every_check_with_its_five_fields() -> None:

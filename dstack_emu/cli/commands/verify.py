@@ -88,6 +88,8 @@ def _render(title: str, checks: Sequence[Check], policy: Expectations, colour: b
         yield paint(f"All {len(checks) - skipped} checks that could be made hold, {skipped} skipped.", GREEN, colour)
     if not any(check.ok for check in checks if check.name == "quote"):
         yield "The quote is not proven: what holds beside it proves nothing."
+    if any(check.ok is False for check in checks if check.name == "collateral"):
+        yield "--pccs URL names the PCCS of your stack; --offline and --collateral FILE need none."
 
 
 def _wrapped(label: str, text: str) -> list[str]:
