@@ -9,6 +9,7 @@ import ssl
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -63,6 +64,24 @@ async def test_an_answer_has_these_bytes() -> None:
         b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Own: 1\r\nContent-Length: 2\r\nDate: now\r\n"
         b"Server: dstack-emu\r\nX-App-Version: 2\r\n\r\n{}"
     )
+
+
+async def test_client_that_goes_away_before_the_answer_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    client = socket.socket()
+
+    async def answer(_request: Request) -> Response:
+        client.close()  # the answer meets nobody, and the connection is reset before it is ended
+        return Response.of(b"{}", "application/json")
+
+    async with served(answering(answer)) as server:
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(client, (urlsplit(server.url).hostname, urlsplit(server.url).port))
+        await loop.sock_sendall(client, raw("POST", "/", b"abc", {"Content-Length": "9"}, close=True))
+        async with asyncio.timeout(LIMIT):
+            while client.fileno() != -1 or server.connections:  # noqa: ASYNC110 - there is no event for it
+                await asyncio.sleep(0)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

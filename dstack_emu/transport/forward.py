@@ -5,6 +5,7 @@ listening, TLS settings, and which server a client gets.
 """
 
 import asyncio
+import contextlib
 from typing import Final
 
 from dstack_emu.transport.listen import reset
@@ -37,7 +38,8 @@ class Side(asyncio.Protocol):
         if self.other._has_sent_all:
             self.other.transport.close()
             return False
-        self.other.transport.write_eof()
+        with contextlib.suppress(OSError):  # it is gone, and its transport tells that, too
+            self.other.transport.write_eof()
         return True
 
     def pause_writing(self) -> None:

@@ -8,6 +8,7 @@ Not here: listening sockets (`transport.listen`), and the handlers.
 """
 
 import asyncio
+import contextlib
 import logging
 import ssl
 from http import HTTPStatus
@@ -249,7 +250,8 @@ class HttpProtocol(asyncio.Protocol):
         """Close the connection when the client stops sending; closing it before could lose the answer."""
         self._is_finishing = self._is_lingering = True
         if self._transport.can_write_eof():  # TLS cannot
-            self._transport.write_eof()
+            with contextlib.suppress(OSError):  # it is gone, and its transport tells that, too
+                self._transport.write_eof()
         self._wait()
         self._choose_reading()
 
