@@ -73,11 +73,13 @@ READING: Final = 60.0
 HTTP/2 lets it refuse every byte of an answer and be alive otherwise. The connections of a socket file are grpcio's.
 """
 
-_ALIVE: Final = 60_000
-"""Milliseconds without a byte after which a client is asked whether it lives, and those that it has for the answer."""
+_SILENCE: Final = 60_000
+"""Milliseconds without a byte after which a client is asked whether it lives."""
+_ALIVE: Final = 30_000
+"""Milliseconds that it has to answer that. For its first bytes grpcio gives it twice as long."""
 
 _OPTIONS: Final = (
-    ("grpc.keepalive_time_ms", _ALIVE),
+    ("grpc.keepalive_time_ms", _SILENCE),
     ("grpc.keepalive_timeout_ms", _ALIVE),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_receive_message_length", MAX_BODY),
