@@ -61,8 +61,7 @@ class KmsListeners:
         self._admin_sock: socket.socket | None = None
         self._admin_server: Server | None = None
         self._grpc: KmsGrpcServer | None = None
-        self._left: Addresses | None = None
-        """Where it listened when it was closed, so that a KMS that did not start anew can still be put back."""
+        self._addresses: Addresses | None = None
 
     @property
     def is_serving(self) -> bool:
@@ -99,6 +98,7 @@ class KmsListeners:
         if self._sock is None:
             rpc = self._config.rpc
             self._sock = bind_tcp(rpc.address, rpc.port, setting=_RPC_SETTING, listen=self._has_one_port)
+        self._note_addresses()
 
     def bind_optional(self) -> None:
         """Bind the admin and gRPC ports that the configuration enables; raise `ListenError`."""
@@ -119,17 +119,15 @@ class KmsListeners:
             )
 
     def addresses(self) -> Addresses:
-        """Return where the bound sockets listen, or did before they were closed."""
-        if self._left is not None:
-            return self._left
-        grpc = {key: _address(sock) for key, sock in self._grpc_socks.items()}
-        return Addresses(_address(self._rpc_sock), grpc)
+        """Return where the sockets were bound, which may be closed: by what begins a phase and does not get to its end."""
+        assert self._addresses is not None  # noqa: S101 - bind() comes first
+        return self._addresses
 
     def rebind(self, where: Addresses) -> None:
         """Bind the RPC and gRPC sockets again, once they are closed; raise `ListenError`."""
         self._sock = bind_tcp(*where.rpc, setting=_RPC_SETTING, listen=self._has_one_port)
-        self._left = None
         self._grpc_socks = {key: bind_tcp(*at, setting=f"emulator.grpc.{key}") for key, at in where.grpc.items()}
+        self._note_addresses()
 
     async def enter_onboard(self, service: OnboardService, finish: Callable[[], None]) -> None:
         """Serve the onboard phase; `finish` is called when its end is requested."""
@@ -179,8 +177,6 @@ class KmsListeners:
 
     async def close(self) -> None:
         """End it all: answers in progress get a short while, then everything is closed."""
-        if self._sock is not None:
-            self._left = self.addresses()
         servers, self._server, self._admin_server = (self._server, self._admin_server), None, None
         for server in servers:
             if server is not None:
@@ -201,6 +197,10 @@ class KmsListeners:
     def _rpc_sock(self) -> socket.socket:
         assert self._sock is not None  # noqa: S101 - bind() comes first
         return self._sock
+
+    def _note_addresses(self) -> None:
+        grpc = {key: _address(sock) for key, sock in self._grpc_socks.items()}
+        self._addresses = Addresses(_address(self._rpc_sock), grpc)
 
     async def _serve_admin(self, service: KmsService) -> None:
         if self._admin_sock is None:

@@ -90,13 +90,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection() -> Iterator[None]:
     """Collect without the garbage collector, and keep what was collected from it.
 
-    All of it lives until the end, and each worker would search it again and again.
+    All of it lives until the end, and each worker would search it again and again. Then it searches less often than by
+    default, which saves a fifteenth of the tests' time.
     """
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(20_000, 20, 20)
         gc.enable()
 
 

@@ -1,0 +1,64 @@
+"""A KMS that is restarted or stopped at any moment between its phases ends that, and goes on at the same address."""
+
+import asyncio
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from dstack_emu.kms_emu.config import KmsConfig
+from dstack_emu.kms_emu.server import KmsServer, KmsServerState
+from tests.kms_files import copy_keys, write_kms_toml
+from tests.running import RunningStack
+
+MOMENTS = 40
+"""More turns of the event loop than a KMS needs from its new certificate on until it serves TLS."""
+
+
+@pytest.mark.parametrize("end", ["restart", "stop"])
+async def test_kms_ends_at_each_moment_between_its_phases(end: str, ready_stack: RunningStack, tmp_path: Path) -> None:
+    copy_keys(tmp_path, ready_stack)
+    kms = KmsServer(
+        KmsConfig.load(write_kms_toml(tmp_path, ready_stack, webhook=ready_stack.services["auth-src"])),
+        ready_stack.services["agent-src"],
+        entropy=os.urandom,
+        clock=lambda: int(time.time()),
+    )
+    await kms.start()
+    onboard = KmsServerState("onboard", kms.capture().files)
+    address, phases = kms.runtime_address, []
+    certificate = tmp_path / "certs/rpc.crt"
+    try:
+        for moment in range(MOMENTS):
+            await kms.restore(onboard)
+            before = certificate.stat().st_ino
+            await _finish(address)
+            while certificate.stat().st_ino == before:  # noqa: ASYNC110 - there is no event for it
+                await asyncio.sleep(0)
+            for _ in range(moment):
+                await asyncio.sleep(0)
+            phases.append(kms.phase)
+            if end == "stop":
+                await kms.stop()
+                assert kms.phase == "stopped"
+            await kms.restart()
+            assert kms.phase in ("onboard", "runtime")
+            assert kms.runtime_address == address
+            if phases[-1] == "runtime":
+                break
+    finally:
+        await kms.stop()
+    assert (phases[0], phases[-1]) == ("onboard", "runtime")
+
+
+async def _finish(address: str) -> None:
+    """Ask a KMS to end its onboard phase, and read its answer."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /finish HTTP/1.1\r\nHost: kms\r\n\r\n")
+    assert (await reader.readline()).split()[1] == b"200"
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
