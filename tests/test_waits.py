@@ -92,7 +92,7 @@ def test_server_says_whom_it_answers_whom_it_asks_and_in_which_task() -> None:
             url = json.loads(process.stdout.readline())["url"]
             with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
                 client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                text = said(process, errors, until="asks POST")
+                text = said(process, errors, until=r"asks POST[^$]*client_connection\.py")
                 host, number = client.getsockname()
         finally:
             process.end()
