@@ -627,6 +627,11 @@ async def test_wrong_request_is_refused_with_the_reason(
     assert (seen, problem in answer["error"]) == (status, True), answer
 
 
+async def test_method_that_does_not_exist_is_refused_as_such_whatever_its_body_is(stack: Stack) -> None:
+    for content in ({}, {"data": "text", "headers": {"Content-Type": "text/plain"}}):
+        assert (await _ask(stack, "PUT", "/clock", **content))[0] == 405
+
+
 async def test_other_calls_are_answered_while_a_body_is_read_and_the_api_described(control: Control) -> None:
     turns: list[int] = []
 

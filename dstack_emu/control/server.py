@@ -263,7 +263,8 @@ def _require_own_page(request: web.Request, *, needs_local_host: bool, can_be_li
     origin = request.headers.get("Origin")
     if origin is not None and not (_is_own(origin, request) and (_is_local(origin) or not needs_local_host)):
         raise ControlError(f"Origin: pages of other hosts may not use this; got {origin!r:.100}", 403)
-    if request.method in ("POST", "PUT", "PATCH") and request.content_type != "application/json":
+    has_body = request.method in ("POST", "PUT", "PATCH") and request.match_info.http_exception is None
+    if has_body and request.content_type != "application/json":
         raise ControlError(f"Content-Type: application/json expected, got {request.content_type!r:.100}", 415)
 
 
