@@ -11,7 +11,8 @@ import functools
 import hashlib
 import hmac
 import json
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -113,6 +114,20 @@ class Intel:
             self._platforms[name] = made
             self._by_fmspc.setdefault(made.fmspc, made)
         return self._platforms[name]
+
+    @contextmanager
+    def platform_for(self, name: str) -> Iterator[Platform]:
+        """Yield the platform of that name; if the block fails, a platform that was new in it is removed."""
+        is_new = name not in self._platforms
+        platform = self.platform(name)
+        try:
+            yield platform
+        except BaseException:
+            if is_new:
+                del self._platforms[name]
+                if self._by_fmspc[platform.fmspc] is platform:
+                    del self._by_fmspc[platform.fmspc]
+            raise
 
     @property
     def platforms(self) -> dict[str, Platform]:

@@ -400,11 +400,11 @@ async def test_trust_domain_that_lies_or_is_debugged_gets_no_keys(
 async def test_trust_domain_that_cannot_be_is_refused_and_leaves_nothing(
     stack: Stack, control: Control, name: str, spec: dict[str, Any], problem: str
 ) -> None:
-    services = dict(stack.services)
+    services, platforms = dict(stack.services), control.platforms()
     with pytest.raises(ControlError) as refused:
         await control.add_guest(name, **spec)
     assert problem in str(refused.value)
-    assert stack.services == services
+    assert (stack.services, control.platforms()) == (services, platforms)
 
 
 async def test_kms_that_shares_a_webhook_onboards_and_gives_the_same_keys(stack: Stack, control: Control) -> None:

@@ -13,25 +13,26 @@ from dstack_emu.simulator.trust_domain import AppCompose, DomainSettings, TrustD
 def boot_domain(context: StackContext, spec: GuestSpec) -> TrustDomain:
     """Boot a trust domain until it needs keys.
 
-    Raises `FormatError` if its VM or its app-compose is invalid.
+    Raises `FormatError` if its VM or its app-compose is invalid; a platform that only this domain named is not added.
     """
     guest_release = context.release_of(spec.release)
     image = _image(context, spec, guest_release)
     mr_config_id = None if spec.mr_config_id is None else decode_hex(spec.mr_config_id)
-    domain = TrustDomain(
-        context.intel.platform(spec.platform_name),
-        image,
-        _compose(context, spec),
-        instance_seed=instance_seed(context.seed, spec.instance or spec.name),
-        vm_config=image.vm_config(spec.cpu_count, spec.memory_size),
-        app_id=None if spec.app_id is None else decode_hex(spec.app_id),
-        settings=DomainSettings(spec.debug, mr_config_id, spec.quote_version),
-        user_config=spec.user_config,
-        release=guest_release,
-    )
-    domain.boot()
-    for event in spec.events:
-        (domain.measure if event.measured else domain.claim)(event.event, decode_hex(event.payload))
+    with context.intel.platform_for(spec.platform_name) as platform:
+        domain = TrustDomain(
+            platform,
+            image,
+            _compose(context, spec),
+            instance_seed=instance_seed(context.seed, spec.instance or spec.name),
+            vm_config=image.vm_config(spec.cpu_count, spec.memory_size),
+            app_id=None if spec.app_id is None else decode_hex(spec.app_id),
+            settings=DomainSettings(spec.debug, mr_config_id, spec.quote_version),
+            user_config=spec.user_config,
+            release=guest_release,
+        )
+        domain.boot()
+        for event in spec.events:
+            (domain.measure if event.measured else domain.claim)(event.event, decode_hex(event.payload))
     return domain
 
 
