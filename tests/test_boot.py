@@ -300,6 +300,18 @@ def test_guest_of_another_seed_is_told_so(ready_stack: RunningStack) -> None:
         assert agent["app_id"] == ready_stack.description["app"]["app_id"]
 
 
+def test_guest_whose_image_is_not_allowed_is_told_of_the_release_beside_the_words_of_the_kms(
+    ready_stack: RunningStack,
+) -> None:
+    url = ready_stack.services["kms-src"]
+    hint = (
+        " (the guest is of the release 0.5, with an OS image of version 0.5.11: the policy may be for that of another "
+        "release; set it by --release)"
+    )
+    denied = f'{REFUSED}{{ "error": "App not allowed: Boot denied: OS image is not allowed" }}'
+    assert refusal("--kms", url, "--release", "0.5").endswith(denied + hint)
+
+
 def test_server_that_is_no_kms_is_refused(ready_stack: RunningStack) -> None:
     unreachable = "Failed to get temp ca cert: Failed to send request: error sending request for url "
     with refusing_port() as port:

@@ -26,6 +26,9 @@ RETRY_PAUSE: Final = 0.5
 _OF_ANOTHER_SEED: Final = ("HTTP 404", "InvalidCrlSignatureForPublicKey")
 """Parts of verifiers' errors for evidence of another seed: an unknown platform, or collateral under another root."""
 
+_OF_ANOTHER_IMAGE: Final = "OS image is not allowed"
+"""The reason of auth-simple, and of the contracts, for an OS image that a policy does not have."""
+
 
 @dataclass(frozen=True, slots=True)
 class CollateralSource:
@@ -54,14 +57,26 @@ async def fetch_keys_patiently(
     except KmsUnreachableError:
         raise
     except GuestError as error:
-        if not any(sign in str(error) for sign in _OF_ANOTHER_SEED):
+        if not (advice := _advice(str(error), domain, collateral)):
             raise
-        raise GuestError(
-            f"{error} (the guest is of the seed {collateral.seed!r}: guest, KMS and PCCS must have the "
-            "same seed; set it by --seed)"
-        ) from error
+        raise GuestError(f"{error} ({advice})") from error
     finally:
         await pccs.close()
+
+
+def _advice(refusal: str, domain: TrustDomain, collateral: CollateralSource) -> str:
+    """Return what this command adds to a refusal that an option of it may have caused; nothing if none may have."""
+    if any(sign in refusal for sign in _OF_ANOTHER_SEED):
+        return (
+            f"the guest is of the seed {collateral.seed!r}: guest, KMS and PCCS must have the same seed; "
+            "set it by --seed"
+        )
+    if _OF_ANOTHER_IMAGE in refusal:
+        return (
+            f"the guest is of the release {domain.release.name}, with an OS image of version {domain.image.version}: "
+            "the policy may be for that of another release; set it by --release"
+        )
+    return ""
 
 
 async def _fetch(
