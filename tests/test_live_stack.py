@@ -202,6 +202,11 @@ def test_name_that_does_not_exist_is_refused_with_the_nearest(
     assert problem in str(refused.value)
 
 
+def test_setting_that_no_stack_has_is_refused_with_the_nearest() -> None:
+    with pytest.raises(TypeError, match=r"^a stack has no setting 'patiance'; did you mean 'patience'\?$"):
+        LiveStack(patiance=1)
+
+
 def test_journal_knows_every_name_that_it_has_recorded(dstack_stack: LiveStack) -> None:
     with pytest.raises(ControlError, match="'other' is no caller"):
         dstack_stack.journal.calls(caller="other")

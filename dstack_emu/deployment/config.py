@@ -4,7 +4,7 @@ Ports are those of `transport.ports` by default.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Final, Self
 
@@ -126,5 +126,11 @@ class StackConfig:
 
     @classmethod
     def on_free_ports(cls, **settings: object) -> Self:
-        """Make settings with a free port for each service."""
+        """Make settings with a free port for each service; raise `TypeError` for a name that is no setting."""
+        known = [each.name for each in fields(cls)]
+        for name in settings:
+            if name not in known:
+                from dstack_emu.transport.validation import suggestion  # slow to import, and not needed otherwise
+
+                raise TypeError(f"a stack has no setting {name!r}{suggestion(name, known)}")
         return cls(**settings, ports=dict.fromkeys([*PORTS, *GRPC_PORTS], 0))  # type: ignore[arg-type]  # fields by name
