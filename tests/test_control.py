@@ -606,6 +606,7 @@ async def test_request_as_a_web_page_could_send_it_is_refused(
         ("PATCH", "/vendor", {"qe_status": "Fine"}, 400, "qe_status: Input should be 'UpToDate'"),
         ("PATCH", "/vendor", {"collateral_until": 5}, 400, "collateral dates: "),
         ("PATCH", "/platforms/nobody", {}, 404, "there is no platform 'nobody'"),
+        ("POST", "/guests/app/events", {"event": "x", "payload": "zz"}, 400, "payload: hex expected, got 'zz': "),
         ("POST", "/faults", [1], 400, "Input should be a valid dictionary"),
         ("PUT", "/policies/src", [1], 400, "a policy is a JSON object, got list"),
         ("POST", "/policies/src/allow", {"guest": "nobody"}, 404, "there is no trust domain 'nobody'"),

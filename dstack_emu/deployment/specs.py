@@ -1,6 +1,6 @@
 """The specifications of a stack's trust domains and KMS, in the control API and in saved states."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Final, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
@@ -22,14 +22,29 @@ def _release_name(text: object) -> str:
 
 
 ReleaseName = Annotated[str, BeforeValidator(_release_name)]
-Hex = Annotated[str, StringConstraints(pattern=r"^(0x)?([0-9a-fA-F]{2})*$", max_length=20_000)]
+
+
+def _hex(text: object) -> object:
+    """Refuse text that is no hex in words; the pattern, which would be named otherwise, is for the OpenAPI document."""
+    if isinstance(text, str):
+        try:
+            decode_hex(text)
+        except ValueError as error:
+            raise ValueError(f"hex expected, got {text!r:.60}: {error}") from error
+    return text
+
+
+HEX_PATTERN: Final = r"^(0x)?([0-9a-fA-F]{2})*$"
+Hex = Annotated[str, StringConstraints(pattern=HEX_PATTERN, max_length=20_000), BeforeValidator(_hex)]
 
 
 class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-LongHex = Annotated[str, StringConstraints(pattern=r"^(0x)?([0-9a-fA-F]{2})*$", max_length=2 * MAX_FILE_SIZE + 2)]
+LongHex = Annotated[
+    str, StringConstraints(pattern=HEX_PATTERN, max_length=2 * MAX_FILE_SIZE + 2), BeforeValidator(_hex)
+]
 
 
 class EventSpec(_Spec):
