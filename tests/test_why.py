@@ -371,7 +371,8 @@ def test_evidence_that_does_not_verify_is_refused_before_any_policy(tmp_path: Pa
 
 def test_what_cannot_be_used_ends_with_status_2(tmp_path: Path) -> None:
     request = write(tmp_path / "b.json", BOOT)
-    assert "config file not found" in refused(request, "--policy", str(tmp_path / "none.json"))
+    missing = str(tmp_path / "none.json")
+    assert refused(request, "--policy", missing) == f"config file not found: {missing}"
     broken = write(tmp_path / "broken.json", '{"osImages": 7}')
     assert "osImages" in refused(request, "--policy", broken)
     assert "osImages" in refused(request, "--allowlist", broken)

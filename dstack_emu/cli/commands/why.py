@@ -115,7 +115,10 @@ def _decider(arguments: argparse.Namespace, release: Release) -> tuple[Decider, 
     if arguments.webhook:
         return Decider("webhook", arguments.webhook), None
     contract = None if arguments.allowlist else arguments.contract or release.auth_contract
-    policy = PolicyFile.read(arguments.policy or arguments.allowlist, contract)
+    try:
+        policy = PolicyFile.read(arguments.policy or arguments.allowlist, contract)
+    except AuthError as error:  # it names the policy
+        raise UsageError(printable(str(error))) from error
     return Decider.of(policy), policy
 
 
