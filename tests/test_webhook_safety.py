@@ -338,11 +338,23 @@ def test_policy_of_a_running_stack_is_found(dstack_stack: LiveStack) -> None:
         0,
         f"the policy of the source KMS at {control}, contract {report['contract']}",
     )
+    state = dstack_stack.description["state"]
+    by_control, by_folder = (
+        run_command("check-webhook", "--list", environment=found).stdout
+        for found in ({"DSTACK_EMU_CONTROL": control}, {"DSTACK_EMU_STATE": state})
+    )
+    assert by_control == by_folder != run_command("check-webhook", "--list", "--seed", "another").stdout
     dstack_stack.policy("src").deny("app")
     done = run_command("check-webhook", url, "--control", control, "--json")
     assert done.returncode == 1
     unproven = [each for each in json.loads(done.stdout)["requests"] if each["level"] == "unproven"]
     assert [each["said"].partition(":")[0] for each in unproven] == ["no entry of apps has composeHashes"]
+
+
+def test_folder_without_a_stack_is_wrong_use_and_not_the_stack_of_a_seed(tmp_path: Path) -> None:
+    said = usage_error("check-webhook", "--list", environment={"DSTACK_EMU_STATE": str(tmp_path)})
+    assert said.startswith(f"no stack is ready in {tmp_path}: ")
+    assert said.endswith("; --allowed, --control or --seed name what is allowed otherwise")
 
 
 def test_webhook_of_a_stack_that_looks_at_no_tcb_fails_for_its_kms_and_its_app(

@@ -17,6 +17,7 @@ from dstack_emu.cli.commands.inspect import WIDTH
 from dstack_emu.cli.junit import JunitCase, to_junit
 from dstack_emu.cli.progress import ProgressLine
 from dstack_emu.cli.terminal import BOLD, GREEN, RED, YELLOW, paint, printable, wants_colour
+from dstack_emu.deployment.config import STATE_VARIABLE
 from dstack_emu.kms_emu.auth_api import TIMEOUT
 from dstack_emu.simulator.seed import DEFAULT_SEED
 from dstack_emu.transport.urls import is_http_url, shown_url
@@ -73,7 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         default=os.environ.get("DSTACK_EMU_CONTROL") or None,
         help="take what the policy of a running stack's source KMS allows, or its source KMS and app if it asks a "
-        "webhook of yours, if there is no --allowed; the stack's control API, by default that in DSTACK_EMU_CONTROL",
+        "webhook of yours, if there is no --allowed; the stack's control API, by default that in DSTACK_EMU_CONTROL, "
+        f"or that of the stack in the folder {STATE_VARIABLE}",
     )
     parser.add_argument(
         "--seed",
@@ -181,7 +183,8 @@ async def _check(
 def _allowed(arguments: argparse.Namespace) -> tuple[AllowedRequests, Contract, Release]:
     """Find the requests that should be allowed, and the contract and release to go by."""
     used: Release = arguments.release
-    if arguments.allowed is None and arguments.seed is None and arguments.control is not None:
+    is_stack_named = arguments.control is not None or bool(os.environ.get(STATE_VARIABLE))
+    if arguments.allowed is None and arguments.seed is None and is_stack_named:
         return _of_stack(arguments.control, arguments.contract)
     contract: Contract = arguments.contract or used.auth_contract
     seed = arguments.seed or DEFAULT_SEED
@@ -195,10 +198,14 @@ def _allowed(arguments: argparse.Namespace) -> tuple[AllowedRequests, Contract, 
         raise UsageError(printable(f"{arguments.allowed}: {error}")) from error
 
 
-def _of_stack(url: str, named: Contract | None) -> tuple[AllowedRequests, Contract, Release]:
-    if not url.startswith("http://"):
-        raise UsageError(f"--control: an http:// URL expected, got {url!r:.100}")
-    api = Api(*find_control(url, None, None))
+def _of_stack(control: str | None, named: Contract | None) -> tuple[AllowedRequests, Contract, Release]:
+    if control is not None and not control.startswith("http://"):
+        raise UsageError(f"--control: an http:// URL expected, got {control!r:.100}")
+    try:
+        url, token = find_control(control, None, None)
+    except UsageError as error:
+        raise UsageError(f"{error}; --allowed, --control or --seed name what is allowed otherwise") from error
+    api = Api(url, token)
     stack = api.get("/stack")
     used = release(stack["release"])
     contract: Contract = named or used.auth_contract
