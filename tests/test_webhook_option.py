@@ -77,9 +77,12 @@ def test_policy_that_is_not_the_stacks_is_named_with_its_webhook() -> None:
         assert variables["DSTACK_EMU_POLICY_DST"].endswith("auth-dst.json")
 
 
-def test_runbook_says_that_it_needs_a_policy_to_write() -> None:
+def test_summary_names_the_webhook_and_the_runbook_says_that_it_needs_a_policy_to_write() -> None:
     with their_webhook("*") as webhook, LiveStack(webhooks={"dst": webhook.url}, fresh=True) as stack:
         document = stack.description
+        shown = summary(document, 1.0)
+        assert "your webhook decides for kms-dst; the other allows nobody before its policy says so (1.0 s)" in shown
+        assert "# Bootstrap is refused until the policy of kms-src allows it" in shown
         folder = stack.in_thread(lambda running: running.state)
         with pytest.raises(
             TargetError, match=f"the stack: kms-dst asks the webhook {webhook.url}, whose policy the runb"

@@ -80,9 +80,22 @@ def _state(description: dict[str, Any]) -> str:
         case [name]:
             return f"ready: {name} has no keys, and is in the onboard phase"
         case _:
-            return (
-                "ready, without keys: both KMS are in the onboard phase, and nobody is allowed before a policy says so"
-            )
+            return f"ready, without keys: both KMS are in the onboard phase, and {_who_is_allowed(description)}"
+
+
+def _who_is_allowed(description: dict[str, Any]) -> str:
+    """Say whom the KMS of a fresh stack allow: nobody by the stack's policies; webhooks of the user's own decide."""
+    match [f"kms-{name}" for name in description["webhooks"]]:
+        case []:
+            return "nobody is allowed before a policy says so"
+        case [name]:
+            return f"your webhook decides for {name}; the other allows nobody before its policy says so"
+        case names:
+            return f"your webhooks decide for {' and '.join(names)}"
+
+
+def _decider(description: dict[str, Any], kms: str) -> str:
+    return f"{'your webhook' if kms in description['webhooks'] else 'the policy'} of kms-{kms}"
 
 
 def _what(name: str) -> str:
@@ -99,14 +112,18 @@ def _onboard_steps(description: dict[str, Any]) -> list[str]:
         return []
     services, domain = description["services"], description["kms_names"][0]
     kms, source = services[waiting[0]], f"{services['kms-src']}/prpc"
-    call, body, policies = {
-        "kms-src": ("Bootstrap", {"domain": domain}, "the policy of kms-src allows"),
-        "kms-dst": ("Onboard", {"source_url": source, "domain": domain}, "the policies of both KMS allow"),
+    call, body, condition = {
+        "kms-src": ("Bootstrap", {"domain": domain}, f"{_decider(description, 'src')} allows"),
+        "kms-dst": (
+            "Onboard",
+            {"source_url": source, "domain": domain},
+            f"{_decider(description, 'src')} and {_decider(description, 'dst')} allow",
+        ),
     }[waiting[0]]
     return [
         f"curl -s -X POST '{kms}/prpc/Onboard.GetAttestationInfo?json'",
         f"curl -s -X POST '{kms}/prpc/Onboard.{call}?json' -d '{json.dumps(body, separators=(',', ':'))}'",
-        f"# {call} is refused until {policies} it (docs/tutorial.md). Only after a success:",
+        f"# {call} is refused until {condition} it (docs/tutorial.md). Only after a success:",
         f"# curl -s '{kms}/finish'   (a KMS without keys exits, and the stack with it)",
     ]
 
