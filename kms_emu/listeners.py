@@ -119,7 +119,7 @@ class KmsListeners:
             )
 
     def addresses(self) -> Addresses:
-        """Return where the sockets were bound, which may be closed: by what begins a phase and does not get to its end."""
+        """Return where the sockets were bound, which may be closed: for what begins a phase and does not end it."""
         assert self._addresses is not None  # noqa: S101 - bind() comes first
         return self._addresses
 
