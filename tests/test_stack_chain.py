@@ -14,6 +14,7 @@ from dstack_emu import Stack
 from dstack_emu.chain.accounts import private_keys
 from dstack_emu.chain.artefacts import app_contract, kms_contract
 from dstack_emu.cli.main import main
+from dstack_emu.cli.stack_summary import summary
 from dstack_emu.control.schemas import ControlError
 from dstack_emu.deployment.clock import wall_clock
 from dstack_emu.deployment.errors import StackError
@@ -244,6 +245,8 @@ def stack_files(folder: Path) -> list[str]:
 
 def test_fresh_stack_allows_nothing_and_passes_the_runbook_by_transactions() -> None:
     with LiveStack(auth=BOTH, fresh=True) as stack:
+        shown = summary(stack.description, 1.0)
+        assert "and the contract of kms-src and the contract of kms-dst decide (1.0 s)" in shown
         _, kms, app = owner_of(stack)
         content = stack.policy("src").content
         assert (content["osImages"], content["kms"]["mrAggregated"], content["apps"]) == ([], [], {})

@@ -81,7 +81,7 @@ def test_summary_names_the_webhook_and_the_runbook_says_that_it_needs_a_policy_t
     with their_webhook("*") as webhook, LiveStack(webhooks={"dst": webhook.url}, fresh=True) as stack:
         document = stack.description
         shown = summary(document, 1.0)
-        assert "your webhook decides for kms-dst; the other allows nobody before its policy says so (1.0 s)" in shown
+        assert "your webhook of kms-dst decides; the other allows nobody before its policy says so (1.0 s)" in shown
         assert "# Bootstrap is refused until the policy of kms-src allows it" in shown
         folder = stack.in_thread(lambda running: running.state)
         with pytest.raises(

@@ -84,18 +84,20 @@ def _state(description: dict[str, Any]) -> str:
 
 
 def _who_is_allowed(description: dict[str, Any]) -> str:
-    """Say whom the KMS of a fresh stack allow: nobody by the stack's policies; webhooks of the user's own decide."""
-    match [f"kms-{name}" for name in description["webhooks"]]:
+    """Say whom the KMS of a fresh stack allow: by the stack's policies nobody; a webhook or contract decides."""
+    others = [_decider(description, kms) for kms in ("src", "dst") if kms not in description["policies"]]
+    match others:
         case []:
             return "nobody is allowed before a policy says so"
-        case [name]:
-            return f"your webhook decides for {name}; the other allows nobody before its policy says so"
-        case names:
-            return f"your webhooks decide for {' and '.join(names)}"
+        case [one]:
+            return f"{one} decides; the other allows nobody before its policy says so"
+        case _:
+            return f"{' and '.join(others)} decide"
 
 
 def _decider(description: dict[str, Any], kms: str) -> str:
-    return f"{'your webhook' if kms in description['webhooks'] else 'the policy'} of kms-{kms}"
+    own = "your webhook" if kms in description["webhooks"] else "the contract"
+    return f"{'the policy' if kms in description['policies'] else own} of kms-{kms}"
 
 
 def _what(name: str) -> str:
