@@ -285,6 +285,24 @@ async def test_a_client_that_goes_away_during_a_call_disturbs_nobody(caplog: pyt
     assert not caplog.records
 
 
+async def test_a_tls_client_that_ends_before_the_last_answer_leaves_no_connection(tmp_path: Path) -> None:
+    toy, identity = Toy(), self_signed(tmp_path, "server")
+    trust = ssl.create_default_context(cafile=identity.cert_file)
+    async with served(application(toy, "guest"), tls=server_tls(identity)) as server:
+        reader, writer = await connect(server, trust)
+        writer.write(raw("POST", "/GetQuote?json", close=True))
+        await toy.started.wait()
+        writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+        for _ in range(100):  # the server meets the end of file
+            await asyncio.sleep(0)
+        toy.may_answer.set()
+        async with asyncio.timeout(LIMIT):
+            assert await reader.read() == b""
+            while server.connections:  # noqa: ASYNC110 - there is no event for it
+                await asyncio.sleep(0)
+        writer.close()
+
+
 # ---- Clients that send or read too little or too much ----------------------------------------------------
 
 

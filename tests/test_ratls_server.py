@@ -511,6 +511,43 @@ async def test_the_relay_knows_each_connections_certificate(server_pair: Pair, g
     assert certificates == {}
 
 
+async def test_the_relay_ends_a_client_that_has_ended_while_its_server_read_nothing(
+    server_pair: Pair, tmp_path: Path
+) -> None:
+    context = attested_clients_context(server_pair.certificate, server_pair.key, now=time.time, refused=print)
+    certificates: dict[str, bytes | None] = {}
+    behind: list[asyncio.Transport] = []
+
+    class ReadsNothing(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, asyncio.Transport)
+            transport.pause_reading()
+            behind.append(transport)
+
+    loop = asyncio.get_running_loop()
+    listening = await loop.create_unix_server(ReadsNothing, sock=bind_unix(tmp_path / "behind"))
+    sock = bind_tcp("127.0.0.1", 0)
+    port = sock.getsockname()[1]
+    relay = await start_relay(sock, str(tmp_path / "behind"), certificates, context)
+
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=client_context(None))
+    writer.write(bytes(512 * 1024))  # more than is taken without a reader, less than is read without one
+    for _ in range(1000):
+        await asyncio.sleep(0)
+    writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+    for _ in range(100):  # the relay meets the end of file
+        await asyncio.sleep(0)
+    behind[0].abort()
+    async with asyncio.timeout(20):
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+        while certificates:  # noqa: ASYNC110 - there is no event for it
+            await asyncio.sleep(0)
+    writer.close()
+    await relay.close(10)
+    listening.close()
+
+
 # ---- Without a connection --------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 from typing import Final
 
+from dstack_emu.transport.closing import close
 from dstack_emu.transport.listen import reset
 
 CONNECT_TIMEOUT: Final = 10.0
@@ -36,7 +37,7 @@ class Side(asyncio.Protocol):
             return False
         self._has_sent_all = True
         if self.other._has_sent_all:
-            self.other.transport.close()
+            close(self.other.transport)
             return False
         with contextlib.suppress(OSError):  # it is gone, and its transport tells that, too
             self.other.transport.write_eof()
@@ -56,7 +57,7 @@ class Side(asyncio.Protocol):
         """Close the other end, after the pending bytes are written."""
         self.transport = None
         if self.other is not None and self.other.transport is not None:
-            self.other.transport.close()
+            close(self.other.transport)
 
 
 class ClientSide(Side):
@@ -95,7 +96,7 @@ class ClientSide(Side):
         if self._early:
             server.transport.write(self._early)
         if self.transport is None:  # the client has disconnected meanwhile
-            server.transport.close()
+            close(server.transport)
         else:
             self.transport.resume_reading()
 

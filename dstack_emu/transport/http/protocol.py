@@ -14,6 +14,7 @@ import ssl
 from http import HTTPStatus
 from typing import Final, cast
 
+from dstack_emu.transport.closing import close
 from dstack_emu.transport.http.application import Application
 from dstack_emu.transport.http.connection import IncomingRequest, InvalidRequest, ServerConnection
 from dstack_emu.transport.http.deadline import Awaited, Deadline, Deadlines
@@ -158,13 +159,13 @@ class HttpProtocol(asyncio.Protocol):
         """Close the connection, after the request in progress is answered."""
         self._is_finishing = True
         if self.task is None:
-            self._transport.close()
+            close(self._transport)
 
     def abandon(self) -> None:
         """Close the connection without another answer."""
         if self.task is not None:
             self.task.cancel()
-        self._transport.close()
+        close(self._transport)
 
     # ---- requests
 
@@ -177,7 +178,7 @@ class HttpProtocol(asyncio.Protocol):
         elif isinstance(following, InvalidRequest):
             self._refuse(following)
         elif self._is_finishing or self._core.is_over:
-            self._transport.close()
+            close(self._transport)
             return
         self._wait()
 
@@ -261,7 +262,7 @@ class HttpProtocol(asyncio.Protocol):
         was_over = self._core.is_over
         self._core.receive(data)
         if self._dropped > MAX_DROPPED or not (was_over or self._core.is_within_request):
-            self._transport.close()
+            close(self._transport)
         else:
             self._wait()
 
@@ -308,4 +309,4 @@ class HttpProtocol(asyncio.Protocol):
             case "reading":
                 self._transport.abort()
             case _:
-                self._transport.close()
+                close(self._transport)
