@@ -4,7 +4,6 @@ import json
 import os
 import re
 import socket
-import ssl
 import struct
 import subprocess
 import tempfile
@@ -58,8 +57,8 @@ class Place:
                 sock.sendall(piece)
                 if how == "in pieces":
                     time.sleep(0.002)
-            if how == "half closed" and not isinstance(sock, ssl.SSLSocket):
-                sock.shutdown(socket.SHUT_WR)
+            if how == "half closed":
+                socket.socket.shutdown(sock, socket.SHUT_WR)  # that of TLS without a close_notify
             if how == "stalled":
                 time.sleep(0.05)
             if how in ("stalled", "reset"):
