@@ -168,6 +168,7 @@ def test_refusal_is_tied_to_the_field_that_it_is_about(stack: RunningStack, tab:
     assert (invalid, "String should match" in text) == ("true", True)
     open_page(tab, stack, "policies")
     tab.tab_to("Policy (JSON)")
+    tab.wait("!document.activeElement.readOnly")  # it has its text
     tab.write("x")
     tab.wait("document.activeElement.ariaInvalid === 'true'")
     assert "not JSON" in tab.run(told)[1]

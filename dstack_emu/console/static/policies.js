@@ -61,6 +61,7 @@ class Editor {
     this._problems = make("ul", {"aria-label": "Problems"});
     this._diff = make("div");
     this._area = make("textarea", {rows: 24, spellcheck: "false", autocomplete: "off", "aria-describedby": "policy-help policy-problems", oninput: () => this._typed()});
+    this._area.readOnly = true;  // until it has its text, which would replace what is typed before
     this._save = make("button", {onclick: (event) => this._store(event)}, "Save");
     this._undo = make("button", {onclick: () => this._load(this._text)}, "Discard changes");
     this._versions = make("select", {onchange: () => this._version()});
@@ -75,6 +76,7 @@ class Editor {
   async start() {
     await attempt(this.alert, null, async () => this._read(await get(this._path)));
     if (this._base === null) this._load("{}");
+    this._area.readOnly = false;
     await this._offer();
     this._timer = setInterval(() => this._look(), EVERY);
   }
