@@ -20,7 +20,7 @@ from pydantic import (
 
 from dstack_emu.deployment.clock import LATEST
 from dstack_emu.deployment.specs import Name
-from dstack_emu.simulator.platform import TcbStatus
+from dstack_emu.simulator.platform import PartStatus, TcbStatus
 from dstack_emu.simulator.vendor_state import VALID_FROM, Dating, RecoveryPhase, Validity
 from dstack_emu.transport.secrets import require_token
 from dstack_emu.transport.validation import describe, suggestion
@@ -144,7 +144,7 @@ class PlatformChange(RequestBody):
 
     tcb_status: TcbStatus | None = None
     advisory_ids: tuple[Advisory, ...] | None = None
-    module_status: TcbStatus | None = None
+    module_status: PartStatus | None = None
     module_advisory_ids: tuple[Advisory, ...] | None = None
     pck_revoked: bool | None = None
     other_root: bool | None = None
@@ -170,7 +170,7 @@ class VendorChange(RequestBody):
     documents, `collateral_until` their date of expiry.
     """
 
-    qe_status: TcbStatus | None = None
+    qe_status: PartStatus | None = None
     qe_advisory_ids: tuple[Advisory, ...] | None = None
     pck_ca_revoked: bool | None = None
     tcb_info_dating: Dating | Dates | None = None
@@ -178,7 +178,7 @@ class VendorChange(RequestBody):
     pck_crl_dating: Dating | Dates | None = None
     root_ca_crl_dating: Dating | Dates | None = None
     tcb_recovery: RecoveryPhase | None = None
-    recovery_qe_status: TcbStatus | None = None
+    recovery_qe_status: PartStatus | None = None
     recovery_qe_advisory_ids: tuple[Advisory, ...] | None = None
     collateral: Dating | Dates | None = None
     collateral_until: Timestamp | None = None
