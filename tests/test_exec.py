@@ -100,9 +100,9 @@ def test_stack_that_does_not_come_up_is_no_status_of_the_command(fresh_stack: Ru
 
 WAIT = """
 import signal, sys
-signal.signal(signal.SIG{name}, lambda number, frame: sys.exit(number + 50))
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIG{name}])  # one that comes before it waits is not lost
 print("ready", flush=True)
-signal.pause()
+sys.exit(signal.sigwait([signal.SIG{name}]) + 50)
 """
 
 
