@@ -58,7 +58,7 @@ class Place:
                 if how == "in pieces":
                     time.sleep(0.002)
             if how == "half closed":
-                socket.socket.shutdown(sock, socket.SHUT_WR)  # that of TLS without a close_notify
+                socket.socket.shutdown(sock, socket.SHUT_WR)  # in TLS, too, without a close_notify
             if how == "stalled":
                 time.sleep(0.05)
             if how in ("stalled", "reset"):
