@@ -68,6 +68,7 @@ def test_with_the_token_a_name_of_a_network_works_and_a_foreign_page_does_not(
 
 def test_ctl_finds_the_token_by_folder_by_variable_and_by_option(open_stack: RunningStack, state: Path) -> None:
     url, token = open_stack.services["control"], token_in(state)
+    assert re.fullmatch("[0-9a-f]{64}", token)  # no value of an option may begin with a hyphen
     ways: list[tuple[list[str], dict[str, str]]] = [
         (["--state", str(state)], {}),
         (["--url", url, "--token", token], {}),

@@ -17,6 +17,7 @@ from dstack_emu.deployment.standalone_vmm import StandaloneVmm, VmmSettings
 from dstack_emu.testing import LiveStack
 from dstack_emu.vmm.config import CvmSection, ImageSection, VmmConfig
 from tests.commands import run_command
+from tests.ports import free_port
 from tests.vmm import APP_ID, COMPOSE, VmmClient, allow
 
 RUNNING, STOPPED, REMOVED, HALF_REMOVED = (f"{number}84e5240-0000-4000-8000-00000000000{number}" for number in range(4))
@@ -24,6 +25,10 @@ IMAGE = "dstack-0.5.11"
 SEED = "11" * 20
 INSTANCE = hashlib.sha256(bytes.fromhex(SEED) + bytes.fromhex(APP_ID)).digest()[:20].hex()
 WITHOUT_KMS = COMPOSE.replace('"kms_enabled": true', '"kms_enabled": false')
+
+
+def port_map(host_port: int) -> dict[str, Any]:
+    return {"address": "127.0.0.1", "protocol": "tcp", "from": host_port, "to": 80}
 
 
 def manifest(vm_id: str, number: int, **changed: Any) -> str:
@@ -36,7 +41,7 @@ def manifest(vm_id: str, number: int, **changed: Any) -> str:
         "memory": 2048,
         "disk_size": 20,
         "image": IMAGE,
-        "port_map": [{"address": "127.0.0.1", "protocol": "tcp", "from": 18080 + number, "to": 80}],
+        "port_map": [port_map(18080 + number)],
         "created_at_ms": 1_767_225_600_000 + number,
         "hugepages": False,
         "pin_numa": False,
@@ -69,7 +74,8 @@ def write_run_folder(runs: Path) -> None:
     """Write machines that run, that are stopped, and that were being removed, and what else may lie there."""
     network = {"mode": "bridge", "bridge": "", "forward_service_enabled": False, "mac_prefix": "", "net": ""}
     network |= {"dhcp_start": "", "restrict": False, "netdev": ""}
-    write_machine(runs / RUNNING, manifest(RUNNING, 1, networking=network), started=True)
+    ports = [port_map(free_port())]  # it listens there
+    write_machine(runs / RUNNING, manifest(RUNNING, 1, networking=network, port_map=ports), started=True)
     gpus = {"attach_mode": "listed", "gpus": [{"slot": "18:00.0"}], "bridges": [{"slot": "05:00.0"}]}
     write_machine(runs / STOPPED, manifest(STOPPED, 2, gpus=gpus), started=False)
     (runs / STOPPED / "guest-ip").write_text("192.0.2.7")

@@ -16,7 +16,7 @@ from dstack_emu.deployment.errors import StackError
 from dstack_emu.transport.files import replace_file_durably
 
 _SIZE: Final = 32
-"""The number of random bytes in a token."""
+"""The number of random bytes in a token. It is in hex: one in base64url may begin with `-`, as an option does."""
 _FORM: Final = re.compile(r"[!-~]{16,512}")
 
 
@@ -35,7 +35,7 @@ def make_token(given: str | None, state: Path) -> str:
     if given is not None and not _FORM.fullmatch(given):
         raise StackError(f"{TOKEN_VARIABLE}: 16 to 512 visible ASCII characters expected, got {len(given)} characters")
     path = state / TOKEN_FILE
-    token = given or _earlier(path) or secrets.token_urlsafe(_SIZE)
+    token = given or _earlier(path) or secrets.token_hex(_SIZE)
     try:
         replace_file_durably(path, f"{token}\n".encode(), 0o600)
     except OSError as error:

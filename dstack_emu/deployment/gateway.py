@@ -249,7 +249,7 @@ class GatewayExtension:
         """Return the token of the admin listener, empty on a loopback address, where none is demanded."""
         if self._is_private:
             return ""
-        token = self._deployment.config.control_token or secrets.token_urlsafe(32)
+        token = self._deployment.config.control_token or secrets.token_hex(32)
         replace_file_durably(self._deployment.state / TOKEN_FILE, f"{token}\n".encode(), 0o600)
         return token
 
