@@ -1,9 +1,9 @@
 """The sockets of one KMS, and what each phase serves on them.
 
-The RPC socket is bound once and survives the change of phases, so a client that connects in between waits for the
-handshake and is not refused. If the onboard phase has a port of its own, nobody listens on the RPC port before that
-phase ends. The admin port is bound at the start, so that a port that is taken is known, and answers once there are
-keys. gRPC listeners are optional.
+The RPC socket is bound once and survives the change of phases, and a restart, so a client that connects in between
+waits for the handshake and is not refused. If the onboard phase has a port of its own, nobody listens on the RPC port
+before that phase ends, and a restart binds it again. The admin port is bound at the start, so that a port that is taken
+is known, and answers once there are keys. gRPC listeners are optional.
 """
 
 import socket
@@ -54,7 +54,7 @@ class KmsListeners:
         middlewares: Sequence[Middleware],
     ) -> None:
         self._config, self._deps = config, deps
-        self._sock, self._grpc_socks = sock, grpc_socks
+        self._sock, self._grpc_socks = sock, dict(grpc_socks)
         self._auth, self._grpc_interceptors = auth, grpc_interceptors
         self._middlewares = middlewares
         self._server: Server | None = None
@@ -114,7 +114,7 @@ class KmsListeners:
                 self._config,
                 self._deps,
                 self._auth,
-                bound=self._grpc_socks,
+                bound={key: sock.dup() for key, sock in self._grpc_socks.items()},
                 interceptors=self._grpc_interceptors,
             )
 
@@ -124,9 +124,12 @@ class KmsListeners:
         return self._addresses
 
     def rebind(self, where: Addresses) -> None:
-        """Bind the RPC and gRPC sockets again, once they are closed; raise `ListenError`."""
-        self._sock = bind_tcp(*where.rpc, setting=_RPC_SETTING, listen=self._has_one_port)
-        self._grpc_socks = {key: bind_tcp(*at, setting=f"emulator.grpc.{key}") for key, at in where.grpc.items()}
+        """Bind those of the RPC and gRPC sockets again that are closed; raise `ListenError`."""
+        if self._sock is None or _is_closed(self._sock):
+            self._sock = bind_tcp(*where.rpc, setting=_RPC_SETTING, listen=self._has_one_port)
+        for key, at in where.grpc.items():
+            if _is_closed(self._grpc_socks[key]):
+                self._grpc_socks[key] = bind_tcp(*at, setting=f"emulator.grpc.{key}")
         self._note_addresses()
 
     async def enter_onboard(self, service: OnboardService, finish: Callable[[], None]) -> None:
@@ -173,19 +176,27 @@ class KmsListeners:
                 service, lambda mandatory: tls_context(tls, self._deps, mandatory), metrics.record
             )
         app = runtime_app(service, self._deps, metrics, self._middlewares)
-        self._server = await serve(app, self._rpc_sock, context)
+        self._server = await serve(app, self._rpc_sock.dup(), context)
 
-    async def close(self) -> None:
-        """End it all: answers in progress get a short while, then everything is closed."""
+    async def close(self, *, keeps_ports: bool = False) -> None:
+        """End it all: answers in progress get a short while, then everything is closed.
+
+        If `keeps_ports` is true, the RPC and gRPC sockets that listen in each phase stay open for `rebind`, so that no
+        other program takes their ports meanwhile; clients that connect wait.
+        """
+        if self._sock is not None and not (keeps_ports and self._has_one_port):
+            self._sock.close()
+        if not keeps_ports:
+            for sock in self._grpc_socks.values():
+                sock.close()
         servers, self._server, self._admin_server = (self._server, self._admin_server), None, None
         for server in servers:
             if server is not None:
                 await server.close()
         if self._grpc is not None:
             await self._grpc.close()
-        for sock in (self._sock, self._admin_sock):
-            if sock is not None:
-                sock.close()
+        if self._admin_sock is not None:
+            self._admin_sock.close()
 
     @property
     def _has_one_port(self) -> bool:
@@ -208,6 +219,10 @@ class KmsListeners:
         tls = admin_tls_context(self._config.core.admin.tls, self._deps)
         self._admin_server = await serve(admin_app(service, self._deps, self._auth.admin), self._admin_sock, tls)
         self._deps.log.info("admin listener", url=self.admin_url)
+
+
+def _is_closed(sock: socket.socket) -> bool:
+    return sock.fileno() == -1
 
 
 def _address(sock: socket.socket) -> tuple[str, int]:

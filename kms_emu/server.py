@@ -205,11 +205,15 @@ class KmsServer:
         self._leaving = None
         self._runtime.clear()
         where = self._listeners.addresses()
-        await self._close()
-        self._deps.folder.overwrite(files)
-        self._deps.folder.prepare()
-        self._service, self._metrics = None, AttestationMetrics()
-        self._listeners.rebind(where)
+        try:
+            await self._close(keeps_ports=True)
+            self._deps.folder.overwrite(files)
+            self._deps.folder.prepare()
+            self._service, self._metrics = None, AttestationMetrics()
+            self._listeners.rebind(where)
+        except BaseException:
+            await self._listeners.close()
+            raise
         if self._ended is not None and self._ended.done():  # it did not start anew before
             self._ended = asyncio.get_running_loop().create_future()
         await self._enter(onboard)
@@ -264,9 +268,9 @@ class KmsServer:
             self._leaving.cancel()
             await asyncio.gather(self._leaving, return_exceptions=True)
 
-    async def _close(self) -> None:
+    async def _close(self, *, keeps_ports: bool = False) -> None:
         self.phase = "stopped"
-        await self._listeners.close()
+        await self._listeners.close(keeps_ports=keeps_ports)
         await self._deps.close()
 
     def _end(self, error: BaseException | None) -> None:

@@ -11,22 +11,47 @@ import pytest
 from dstack_emu.kms_emu.config import KmsConfig
 from dstack_emu.kms_emu.server import KmsServer, KmsServerState
 from tests.kms_files import copy_keys, write_kms_toml
+from tests.ports import free_port
 from tests.running import RunningStack
 
 MOMENTS = 40
 """More turns of the event loop than a KMS needs from its new certificate on until it serves TLS."""
 
 
-@pytest.mark.parametrize("end", ["restart", "stop"])
-async def test_kms_ends_at_each_moment_between_its_phases(end: str, ready_stack: RunningStack, tmp_path: Path) -> None:
-    copy_keys(tmp_path, ready_stack)
+async def started(stack: RunningStack, folder: Path) -> KmsServer:
+    """Start a KMS that has keys."""
+    copy_keys(folder, stack)
+    config = write_kms_toml(folder, stack, webhook=stack.services["auth-src"], port=free_port())
     kms = KmsServer(
-        KmsConfig.load(write_kms_toml(tmp_path, ready_stack, webhook=ready_stack.services["auth-src"])),
-        ready_stack.services["agent-src"],
+        KmsConfig.load(config),
+        stack.services["agent-src"],
         entropy=os.urandom,
         clock=lambda: int(time.time()),
     )
     await kms.start()
+    return kms
+
+
+async def test_port_stays_that_of_the_kms_while_it_is_restarted(ready_stack: RunningStack, tmp_path: Path) -> None:
+    kms = await started(ready_stack, tmp_path)
+    host, _, port = kms.runtime_address.rpartition(":")
+    try:
+        restart, connections = asyncio.create_task(kms.restart()), 0
+        while not restart.done():
+            _, writer = await asyncio.open_connection(host, int(port))  # refused if nobody holds the port
+            writer.close()
+            connections += 1
+        await restart
+        assert connections > 1
+    finally:
+        await kms.stop()
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(host, int(port))
+
+
+@pytest.mark.parametrize("end", ["restart", "stop"])
+async def test_kms_ends_at_each_moment_between_its_phases(end: str, ready_stack: RunningStack, tmp_path: Path) -> None:
+    kms = await started(ready_stack, tmp_path)
     onboard = KmsServerState("onboard", kms.capture().files)
     address, phases = kms.runtime_address, []
     certificate = tmp_path / "certs/rpc.crt"
