@@ -124,7 +124,7 @@ class KmsListeners:
         return self._addresses
 
     def rebind(self, where: Addresses) -> None:
-        """Bind those of the RPC and gRPC sockets again that are closed; raise `ListenError`."""
+        """Bind the RPC and the given gRPC sockets again, if they are closed; raise `ListenError`."""
         if self._sock is None or _is_closed(self._sock):
             self._sock = bind_tcp(*where.rpc, setting=_RPC_SETTING, listen=self._has_one_port)
         for key, at in where.grpc.items():
@@ -181,8 +181,8 @@ class KmsListeners:
     async def close(self, *, keeps_ports: bool = False) -> None:
         """End it all: answers in progress get a short while, then everything is closed.
 
-        If `keeps_ports` is true, the RPC and gRPC sockets that listen in each phase stay open for `rebind`, so that no
-        other program takes their ports meanwhile; clients that connect wait.
+        If `keeps_ports` is true, the given gRPC sockets stay open, and so does the RPC socket if both phases have it:
+        clients that connect wait, and no other program takes the ports before `rebind`.
         """
         if self._sock is not None and not (keeps_ports and self._has_one_port):
             self._sock.close()

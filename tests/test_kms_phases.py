@@ -3,13 +3,17 @@
 import asyncio
 import contextlib
 import os
+import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from dstack_emu.kms_emu.config import KmsConfig
 from dstack_emu.kms_emu.server import KmsServer, KmsServerState
+from dstack_emu.transport.listen import bind_tcp
 from tests.kms_files import copy_keys, write_kms_toml
 from tests.ports import free_port
 from tests.running import RunningStack
@@ -18,35 +22,44 @@ MOMENTS = 40
 """More turns of the event loop than a KMS needs from its new certificate on until it serves TLS."""
 
 
-async def started(stack: RunningStack, folder: Path) -> KmsServer:
-    """Start a KMS that has keys."""
+async def started(
+    stack: RunningStack, folder: Path, grpc_socks: Mapping[str, socket.socket] = MappingProxyType({})
+) -> KmsServer:
+    """Start a KMS that has keys; with sockets for it, it serves gRPC, too."""
     copy_keys(folder, stack)
     config = write_kms_toml(folder, stack, webhook=stack.services["auth-src"], port=free_port())
+    if grpc_socks:
+        config.write_text(f"{config.read_text()}[emulator.grpc]\nenabled = true\n")
     kms = KmsServer(
         KmsConfig.load(config),
         stack.services["agent-src"],
         entropy=os.urandom,
         clock=lambda: int(time.time()),
+        grpc_socks=grpc_socks,
     )
     await kms.start()
     return kms
 
 
-async def test_port_stays_that_of_the_kms_while_it_is_restarted(ready_stack: RunningStack, tmp_path: Path) -> None:
-    kms = await started(ready_stack, tmp_path)
-    host, _, port = kms.runtime_address.rpartition(":")
+async def test_ports_stay_those_of_the_kms_while_it_is_restarted(ready_stack: RunningStack, tmp_path: Path) -> None:
+    grpc_socks = {key: bind_tcp("127.0.0.1", free_port()) for key in ("port", "mtls_port")}
+    kms = await started(ready_stack, tmp_path, grpc_socks)
+    addresses = [address.split(":") for address in (kms.runtime_address, *kms.grpc_targets.values())]
+    assert len(addresses) == 3
     try:
-        restart, connections = asyncio.create_task(kms.restart()), 0
+        restart, rounds = asyncio.create_task(kms.restart()), 0
         while not restart.done():
-            _, writer = await asyncio.open_connection(host, int(port))  # refused if nobody holds the port
-            writer.close()
-            connections += 1
+            for host, port in addresses:
+                _, writer = await asyncio.open_connection(host, int(port))  # refused if nobody holds the port
+                writer.close()
+            rounds += 1
         await restart
-        assert connections > 1
+        assert rounds > 1
     finally:
         await kms.stop()
-    with pytest.raises(ConnectionRefusedError):
-        await asyncio.open_connection(host, int(port))
+    for host, port in addresses:
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection(host, int(port))
 
 
 @pytest.mark.parametrize("end", ["restart", "stop"])
