@@ -19,6 +19,18 @@ pytestmark = [
 ]
 MISSED = r"/^connected; (\d+) calls were missed$/.exec(document.getElementById('connection').innerText)"
 
+HELD = """{
+  const send = window.fetch, released = new Promise((resolve) => { window.release = resolve; });
+  window.fetch = async (target, ...others) => {
+    if (String(target.url ?? target).includes("/journal/stream")) {
+      window.asked = true;
+      await released;
+    }
+    return send(target, ...others);
+  };
+}"""
+"""The page's next requests for the journal's stream wait until `release` is called."""
+
 
 @pytest.fixture
 def tab(console_tab: Tab) -> Tab:
@@ -50,6 +62,23 @@ def test_page_that_calls_overtake_says_how_many_it_missed_and_continues(tab: Tab
         stack.in_thread(calls(6001, 6101))
         tab.see("Call6100", ".windowed")
         assert int(tab.run(f"{MISSED}[1]")) == 5000
+        tab.open("about:blank")
+        tab.requests.clear()
+
+
+def test_page_says_how_many_calls_ended_before_its_stream_began_and_are_gone(tab: Tab) -> None:
+    with LiveStack(fresh=True) as stack:
+        tab.open(f"{stack.services['control']}/console/#/calls")
+        stack.in_thread(calls(0, 1))
+        tab.see("Call0", ".windowed")
+        tab.run(HELD)
+        tab.run("document.dispatchEvent(new Event('resume'))")  # the page reads the journal anew, then its stream
+        tab.wait("window.asked")
+        stack.in_thread(calls(1, 6001))  # the stack keeps 2000
+        tab.run("window.release()")
+        tab.wait(MISSED)
+        assert int(tab.run(f"{MISSED}[1]")) == 4000
+        tab.see("Call6000", ".windowed")
         tab.open("about:blank")
         tab.requests.clear()
 

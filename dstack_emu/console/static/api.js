@@ -62,11 +62,14 @@ export function part(name) {
   return encodeURIComponent(name);
 }
 
-// The records of the journal as their calls end, until the signal aborts or the stack ends.
-export async function* stream(since, signal) {
+// Opens the stream of the journal, and returns its records as their calls end, until the signal aborts or the stack ends.
+export async function stream(since, signal) {
   const answer = await authorized("GET", `/journal/stream?since=${since}`, undefined, {signal});
   if (!answer.ok) throw new Refused(`the journal's stream: status ${answer.status}`, answer.status);
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  return records(answer.body.pipeThrough(new TextDecoderStream()).getReader());
+}
+
+async function* records(reader) {
   let rest = "";
   for (;;) {
     const {done, value} = await reader.read();

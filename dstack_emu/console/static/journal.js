@@ -101,16 +101,25 @@ class Journal {
     this.position = Math.max(this.position, known.position);
     this.version += 1;
     this._announce();
-    this._connected();
     // Calls end in another order than they begin: one that began before the others may have ended meanwhile.
-    for await (const record of stream(Math.max(0, known.position - DISORDER), this._reading.signal)) {
+    const records = await stream(Math.max(0, known.position - DISORDER), this._reading.signal);
+    this._connected();
+    let repeats = known.records.length > 0;  // the stream begins with a known record, if the stack still has it
+    for await (const record of records) {
       if ("rewound_to" in record) {
         this._rewind(record.rewound_to);
         seen.clear();
       } else if ("lost" in record) {
         this.lost += record.lost;
         this._connected();
-      } else add(record);
+      } else {
+        if (repeats && number(record) > this.position + 1) {
+          this.lost += number(record) - this.position - 1;
+          this._connected();
+        }
+        add(record);
+      }
+      repeats = false;
       this._changed();
     }
     this._connection("not connected: the stack has ended");
