@@ -155,10 +155,18 @@ async def test_folder_of_0_5_11_is_taken_over_by_0_5_and_its_network_stays_reada
 
 @contextmanager
 def process_named(name: str, folder: Path) -> Iterator[int]:
-    """Run a program of that name; yield its process id."""
+    """Run a program of that name; yield its process id.
+
+    Linux closes the pipe by which `Popen` sees that the program has begun before it gives the process its name.
+    An answer of the program shows that the name is there.
+    """
     program = folder / name
     shutil.copy(shutil.which("cat") or "/bin/cat", program)
-    with subprocess.Popen([program], stdin=subprocess.PIPE) as process:
+    with subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"!")
+        assert process.stdout.read(1) == b"!"
         yield process.pid
         process.kill()
 
