@@ -25,6 +25,7 @@ from dstack_emu.deployment.guest_scripts import ScriptRunner, script_of
 from dstack_emu.deployment.host_relays import HOST_SUBNET, HostRelays
 from dstack_emu.deployment.workloads import BootedGuest, Endpoint, ServiceStatus
 from dstack_emu.simulator.errors import GuestError
+from dstack_emu.transport.background import begin_in_background
 from dstack_emu.transport.events import EventLog
 from dstack_emu.vmm.config import Protocol
 
@@ -220,7 +221,7 @@ class DockerWorkload:
             self._folders.require_inside(adapted.document)
             self._published = adapted.published
             await self._compose.start(adapted.document, environment)
-            self._logs = asyncio.create_task(self._compose.follow(self._print), name=f"logs of {self._project}")
+            self._logs = begin_in_background(self._compose.follow(self._print), f"logs of {self._project}")
             await self._compose.wait(adapted.with_health_check, adapted.document, environment)
         except GuestError as error:
             raise GuestError(f"failed to start containers: {error}") from error

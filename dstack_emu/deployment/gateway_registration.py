@@ -13,6 +13,7 @@ from dstack_emu.deployment.clock import StackClock
 from dstack_emu.simulator.errors import GuestError
 from dstack_emu.simulator.gateway_client import FIRST_RETRY, LAST_RETRY, REFRESH, GatewayClient
 from dstack_emu.simulator.gateway_keys import Registration
+from dstack_emu.transport.background import begin_in_background
 
 FAILED: Final = "dstack-gateway registration failed, the app has no ingress route"
 """How the error of a boot begins that goes on without a gateway."""
@@ -55,7 +56,7 @@ class GatewayMembership:
         await self._stop()
         self._client = client
         if client is not None:
-            self._task = asyncio.create_task(self._register_again(client), name="gateway registration")
+            self._task = begin_in_background(self._register_again(client), "gateway registration")
 
     async def leave(self) -> None:
         """Register no more, and remove the files: they have private keys."""

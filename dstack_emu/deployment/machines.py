@@ -36,6 +36,7 @@ from dstack_emu.simulator.guest_boot import KmsIssuer, fetch_keys
 from dstack_emu.simulator.guest_files import decrypt_environment, remove_environment, write_environment
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.trust_domain import KeyProvider, TrustDomain
+from dstack_emu.transport.background import begin_in_background
 from dstack_emu.transport.client import MoreHeaders
 from dstack_emu.transport.errors import ListenError
 from dstack_emu.transport.listen import bind_tcp
@@ -96,7 +97,7 @@ class DomainMachine:
 
     def start(self) -> None:
         """Switch it on."""
-        self._task = asyncio.create_task(self._run(), name=f"guest {self.launch.manifest.id}")
+        self._task = begin_in_background(self._run(), f"guest {self.launch.manifest.id}")
 
     async def wait(self) -> None:
         """Wait until it has ended."""

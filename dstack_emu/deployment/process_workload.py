@@ -26,6 +26,7 @@ from dstack_emu.deployment.guest_programs import (
 from dstack_emu.deployment.service_logs import ServiceLogs
 from dstack_emu.deployment.workloads import BootedGuest, Endpoint, ServiceStatus
 from dstack_emu.simulator.errors import GuestError
+from dstack_emu.transport.background import begin_in_background
 from dstack_emu.vmm.config import Protocol
 from dstack_emu.vmm.machine import HostApi
 
@@ -153,7 +154,7 @@ class ProcessWorkload:
         self._network.running[running.name] = program.endpoint
         with self._logs.of(running.name):
             await program.start()
-            task = asyncio.create_task(self._watch(running, program), name=f"service {running.name}")
+            task = begin_in_background(self._watch(running, program), f"service {running.name}")
         self._exit.push_async_callback(_cancelled, task)
 
     async def _watch(self, running: _Running, program: GuestProgram) -> None:

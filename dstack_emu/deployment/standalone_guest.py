@@ -31,6 +31,7 @@ from dstack_emu.simulator.intel import Intel
 from dstack_emu.simulator.pccs import pccs_app
 from dstack_emu.simulator.seed import Seed
 from dstack_emu.simulator.trust_domain import KeyProvider
+from dstack_emu.transport.background import begin_in_background
 from dstack_emu.transport.listen import bind_tcp, serve
 from dstack_emu.transport.urls import shown_url
 
@@ -93,7 +94,7 @@ class StandaloneGuest(Standalone):
         self._listeners = await AgentListeners.open(self.agent, addresses)
         self._exit.push_async_callback(self._listeners.close)
         if kms is not None and kms.keeps_asking:
-            requests = asyncio.create_task(self._request_until_provided(), name="guest requests its keys")
+            requests = begin_in_background(self._request_until_provided(), "guest requests its keys")
             self._exit.push_async_callback(_cancelled, requests)
 
     def _bind(self) -> AgentAddresses:

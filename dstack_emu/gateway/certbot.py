@@ -17,6 +17,7 @@ from dstack_emu.gateway.certificates import LoadedCertificates, issue_wildcard
 from dstack_emu.gateway.domains import credential_of
 from dstack_emu.gateway.errors import GatewayError
 from dstack_emu.gateway.state import AccountEntry, AttestationEntry, Records
+from dstack_emu.transport.background import begin_in_background
 from dstack_emu.transport.events import EventLog
 
 DIRECTORY: Final = "https://acme-v02.api.letsencrypt.org/directory"
@@ -199,7 +200,7 @@ class Certbot:
         self._begin(self._try_renew(domain))
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work, name="certificates of a gateway")
+        task = begin_in_background(work, "certificates of a gateway")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

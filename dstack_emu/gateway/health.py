@@ -14,6 +14,7 @@ from dstack_emu.attest.proto import dstack_guest_v1_pb2 as v1
 from dstack_emu.gateway.config import ProxySection
 from dstack_emu.gateway.routing import Instance, Reach
 from dstack_emu.gateway.state import InstanceEntry
+from dstack_emu.transport.background import begin_in_background
 from dstack_emu.transport.client import PrpcClient, RpcError, TransportError
 from dstack_emu.transport.events import EventLog
 
@@ -72,7 +73,7 @@ class HealthPoller:
     def start(self) -> None:
         """Begin, unless it has begun, or is switched off."""
         if self._settings.enabled and self._task is None:
-            self._task = asyncio.create_task(self._run(), name="health of instances")
+            self._task = begin_in_background(self._run(), "health of instances")
 
     async def close(self) -> None:
         """End it."""

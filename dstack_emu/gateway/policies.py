@@ -15,6 +15,7 @@ from dstack_emu.gateway.errors import GatewayError
 from dstack_emu.gateway.registry import Registry, instance_of
 from dstack_emu.gateway.routing import Reach
 from dstack_emu.gateway.state import PolicyEntry, PortNumber
+from dstack_emu.transport.background import begin_in_background
 from dstack_emu.transport.client import PrpcClient, RpcError, TransportError
 from dstack_emu.transport.events import EventLog
 
@@ -52,7 +53,7 @@ class PolicyFetcher:
         """Begin to ask an instance, unless that is under way."""
         if instance_id in self._running:
             return
-        task = asyncio.create_task(self._fetch(instance_id), name=f"port policy of {instance_id}")
+        task = begin_in_background(self._fetch(instance_id), f"port policy of {instance_id}")
         self._running[instance_id] = task
         task.add_done_callback(lambda done: self._ended(instance_id, done))
 

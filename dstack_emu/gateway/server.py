@@ -23,6 +23,7 @@ from dstack_emu.gateway.ingress.server import Ingress
 from dstack_emu.gateway.routing import Endpoint, Instance, Reach
 from dstack_emu.gateway.service import GatewayService
 from dstack_emu.gateway.webhook import Webhook
+from dstack_emu.transport.background import begin_in_background
 from dstack_emu.transport.client import MoreHeaders
 from dstack_emu.transport.file_limit import raise_file_limit
 from dstack_emu.transport.http import Application
@@ -139,7 +140,7 @@ class GatewayServer:
         await self._serve(DEBUG, lambda: debug_app(service, gateway))
         gateway.start()
         if config.core.recycle.enabled:
-            self._recycling = asyncio.create_task(self._recycle(), name="recycling of a gateway")
+            self._recycling = begin_in_background(self._recycle(), "recycling of a gateway")
         self._servers[RPC] = await serve(
             given.instrument(RPC, rpc_app(service, gateway, verifier)), self._socks[RPC], tls
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from dstack_emu.attest.proto import vmm_pb2 as pb
 from dstack_emu.attest.release import Release
+from dstack_emu.transport.background import begin_in_background
 from dstack_emu.transport.events import EventLog
 from dstack_emu.vmm import checks
 from dstack_emu.vmm.config import VmmConfig
@@ -72,7 +73,7 @@ class Fleet:
             if vm.is_started:
                 await self._start_stored(vm)
         if self.config.cvm.auto_restart.enabled:
-            self._restarts = asyncio.create_task(self.restarter.run(), name="restarts of machines")
+            self._restarts = begin_in_background(self.restarter.run(), "restarts of machines")
 
     def _load_stored(self, vm_id: str) -> bool:
         """Load a machine's folder; log what is wrong with one that cannot be loaded, and return whether it was."""
@@ -227,7 +228,7 @@ class Fleet:
             return
         vm.folder.mark_removing()
         vm.is_removing = True
-        self._removals[vm_id] = asyncio.create_task(self._remove(vm), name=f"remove machine {vm_id}")
+        self._removals[vm_id] = begin_in_background(self._remove(vm), f"removal of machine {vm_id}")
 
     async def _remove(self, vm: Vm) -> None:
         try:

@@ -14,6 +14,7 @@ from typing import Final
 from dstack_emu.attest.errors import FormatError
 from dstack_emu.attest.os_image import METADATA_FILE
 from dstack_emu.attest.proto import vmm_pb2 as pb
+from dstack_emu.transport.background import begin_in_background
 from dstack_emu.transport.events import EventLog
 from dstack_emu.transport.image_archive import Limits, Stopped, in_thread, is_gzip, unpack
 from dstack_emu.vmm.config import ImageSection
@@ -60,7 +61,7 @@ class ImagePulls:
         if tag in self._running:
             raise VmmError(f"image {tag} is already being pulled")
         self._failed.pop(tag, None)
-        self._running[tag] = asyncio.create_task(self._pull(tag), name=f"pull of an image {tag:.80}")
+        self._running[tag] = begin_in_background(self._pull(tag), f"pull of an image {tag:.80}")
 
     async def close(self) -> None:
         """End all pulls; nothing is left of them."""
