@@ -1,10 +1,12 @@
 """Traces of other programs continue in a stack, and a collector of OpenTelemetry gets its calls as spans."""
 
+import asyncio
 import contextlib
 import functools
 import logging
 import re
 import sys
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -404,12 +406,17 @@ async def test_collector_that_never_answers_does_not_keep_the_end_and_all_calls_
     monkeypatch.setattr("dstack_emu.observability.otlp.DEADLINE", 0.1)
     async with running_collector() as silent:
         silent.gate.clear()
+        before = set(threading.enumerate())
         async with exporting(silent.url) as (_, journal):
             _call(journal)
             await silent.until(lambda: silent.asked)
             _call(journal)
         silent.gate.set()
+        (export,) = {thread for thread in threading.enumerate() if thread.name == "otlp"} - before
+        await asyncio.to_thread(export.join)
+        assert silent.asked == 1
     (total,) = (each.getMessage() for each in caplog.records if each.name == "dstack_emu.otlp")
+    assert not [each for each in caplog.records if each.name.startswith("opentelemetry")]
     assert total.endswith("took 0 spans; 0 spans, and 2 calls with all their spans, were lost")
 
 

@@ -53,7 +53,8 @@ class OtlpExport:
         self._spans = SpanMaker(release, url_of)
         self._waiting: deque[CallSpan] = deque()
         self._in_hand = 0
-        self._is_answered, self._is_full, self._is_ending = True, False, False
+        self._is_answered, self._is_full = True, False
+        self._is_ending = self._is_over = False
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="otlp", daemon=True)
         self._thread.start()
@@ -78,9 +79,9 @@ class OtlpExport:
         self._is_ending = True
         self._wake.set()
         await asyncio.to_thread(self._thread.join, DEADLINE if self._is_answered else PAUSE)
+        self._is_over = True
         self._exporter.shutdown()  # type: ignore[no-untyped-call]  # it ends its wait for another attempt
         await asyncio.to_thread(self._thread.join, PAUSE)
-        _EXPORTER_LOG.removeFilter(self._messages)
         missing = self.dropped + len(self._waiting) + self._in_hand
         if missing or self.lost:
             log.warning(
@@ -92,18 +93,25 @@ class OtlpExport:
             )
 
     def _run(self) -> None:
-        while not self._is_ending or self._waiting:
-            self._wake.wait()
-            if not self._is_ending:
-                time.sleep(PAUSE)
-            self._wake.clear()
-            while self._waiting:
-                try:
-                    self._send()
-                except Exception:  # the thread's edge: a call that cannot be sent must not keep the others
-                    log.exception("--otlp: calls cannot be sent")
-                    self.dropped += self._in_hand
-                self._in_hand = 0
+        try:
+            while not self._is_ending:
+                self._wake.wait()
+                if not self._is_ending:
+                    time.sleep(PAUSE)
+                self._wake.clear()
+                self._send_waiting()
+            self._send_waiting()
+        finally:  # until here the exporter may say something
+            _EXPORTER_LOG.removeFilter(self._messages)
+
+    def _send_waiting(self) -> None:
+        while self._waiting and not self._is_over:
+            try:
+                self._send()
+            except Exception:  # the thread's edge: a call that cannot be sent must not keep the others
+                log.exception("--otlp: calls cannot be sent")
+                self.dropped += self._in_hand
+            self._in_hand = 0
 
     def _send(self) -> None:
         self._in_hand = min(BATCH, len(self._waiting))
@@ -121,7 +129,7 @@ class OtlpExport:
 
     def _failed(self, why: str) -> None:
         """Report that the collector took no spans, unless that is known already."""
-        if self._is_answered:
+        if self._is_answered and not self._is_over:  # the end's own report says what was not sent
             self._is_answered = False
             log.warning("--otlp: %s takes no spans: %s", self._shown, _short(without_credentials(why)))
 
