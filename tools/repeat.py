@@ -1,7 +1,8 @@
 """Run the tests again and again beside a load on every core, and say how often in a row nothing failed.
 
 `make repeat TIMES=50` runs it. The load is busy processes, or other runs of the tests, each beside the others
-(`--at-once 2 --load 0`). Each run is a line of `.repeat/runs.jsonl`, so that a series goes on after a pause and over
+(`--at-once 2 --load 0`). `--disturb 0.5` also stops processes of the tests, and lets threads of them wait, at random
+(tools/disturb.py). Each run is a line of `.repeat/runs.jsonl`, so that a series goes on after a pause and over
 changes of the code: the line has the commit. What a failed run printed is kept beside it.
 """
 
@@ -20,11 +21,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from disturb import disturb
+
 ROOT: Final = Path(__file__).resolve().parent.parent
 FOLDER: Final = ROOT / ".repeat"
 RUNS: Final = FOLDER / "runs.jsonl"
 TESTS: Final = ("-m", "pytest", "-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder", "-q")
 BUSY: Final = "while True: pass"
+MAX_DISTURBANCE: Final = 1
+"""Seconds. Tests give a server that must not be slow at least one second; a thread waits three times as long."""
 
 
 def main() -> int:
@@ -38,6 +43,13 @@ def main() -> int:
         help="busy processes beside them (default: one for each core)",
     )
     parser.add_argument("--at-once", type=_positive, default=1, help="runs side by side (default: 1)")
+    parser.add_argument(
+        "--disturb",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="stop processes of the tests at random, each for so long at most (default: 0, none)",
+    )
     parser.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="for pytest, behind --")
     arguments = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
@@ -56,6 +68,17 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"a whole number expected, got {text!r}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    """Read how long a disturbance may be."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds <= MAX_DISTURBANCE:
+        raise argparse.ArgumentTypeError(f"seconds from 0 to {MAX_DISTURBANCE} expected, got {text!r}")
+    return seconds
 
 
 def _positive(text: str) -> int:
@@ -101,12 +124,14 @@ async def run(arguments: argparse.Namespace) -> bool:
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,
     )
+    disturbance = asyncio.create_task(_disturbed(process.pid, arguments.disturb))
     try:
         printed, complained = (each.decode(errors="replace") for each in await process.communicate())
     except asyncio.CancelledError:
         os.killpg(process.pid, signal.SIGINT)
         await process.communicate()
         raise
+    disturbances = await disturbance
     seconds = round(time.monotonic() - began)
     said = printed.splitlines()
     ended = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
@@ -116,6 +141,7 @@ async def run(arguments: argparse.Namespace) -> bool:
         "arguments": arguments.arguments,
         "at_once": arguments.at_once,
         "busy": arguments.load,
+        "disturbances": disturbances,
         "load_average": round(os.getloadavg()[0], 1),
         "seconds": seconds,
         "status": process.returncode,
@@ -129,6 +155,11 @@ async def run(arguments: argparse.Namespace) -> bool:
         kept.write_text(printed + complained)
         print(f"  what it printed is in {kept.relative_to(ROOT)}", flush=True)
     return process.returncode == 0
+
+
+async def _disturbed(process: int, longest: float) -> int:
+    """Disturb a run until it ends; return how often that was done."""
+    return await asyncio.to_thread(disturb, process, longest) if longest else 0
 
 
 def commit() -> str:
