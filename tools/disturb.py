@@ -1,7 +1,7 @@
 """Disturb the processes below another one: stop one of them, or let one thread of them wait for all others, at random.
 
-It shows what relies on two things happening in the order in which they mostly happen. Without it, that takes very many
-runs. `tools/repeat.py --disturb SECONDS` uses it.
+Code that relies on the usual order of two events, which nothing guarantees, may then fail, so that a test can show it.
+`tools/repeat.py --disturb SECONDS` uses it.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Final
 SHORTER: Final = (0.002, 0.01, 0.03, 0.1)
 """Seconds that most disturbances take at most; the others take up to what the caller says."""
 STARVED: Final = 3
-"""So many times longer does a thread wait than a process is stopped: it still gets what no other thread wants."""
+"""A thread waits so many times longer than a process is stopped: it still runs while no other thread wants the core."""
 PAUSE: Final = 0.02
 """Seconds, at most, between two disturbances."""
 

@@ -29,7 +29,7 @@ RUNS: Final = FOLDER / "runs.jsonl"
 TESTS: Final = ("-m", "pytest", "-n", "auto", "--dist", "loadfile", "--no-loadscope-reorder", "-q")
 BUSY: Final = "while True: pass"
 MAX_DISTURBANCE: Final = 1
-"""Seconds. Tests give a server that must not be slow at least one second; a thread waits three times as long."""
+"""Seconds. Limits of time in tests would fail beyond it: some are a second long."""
 
 
 def main() -> int:
